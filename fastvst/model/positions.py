@@ -1,0 +1,145 @@
+"""Where every token and every patch is: M-RoPE positions for the decoder, windows and 2-D positions for the vision tower.
+
+All of it is integer arithmetic on grids that the loader's workers do on the CPU, so that the device never waits for a
+host decision. Nothing here looks at token ids or pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+
+def mrope_positions(
+    modality: np.ndarray,
+    grids: Sequence[Sequence[int]],
+    *,
+    merge_size: int = 2,
+    tokens_per_second: float = 2,
+    second_per_grid_ts: Sequence[float] | None = None,
+    video_rule: str = "extent",
+) -> np.ndarray:
+    """(t, h, w) position of every token of one sequence (Qwen2.5-VL, arXiv 2502.13923 §2.1.3).
+
+    Text tokens count 1 by 1 on all three axes. A picture or video keeps its own (t, h, w) coordinates, offset by the
+    position where it starts; in a video one temporal grid step is `floor(t * second_per_grid * tokens_per_second)`.
+
+    Args:
+        modality: (L,) TEXT, IMAGE or VIDEO for every token; each grid owns `t*h*w / merge_size**2` of the non-text ones.
+        grids: (I, 3) patch grids (t, h, w) in reading order, images and videos together.
+        second_per_grid_ts: seconds between temporal grid steps, one for each *video*; default 1.0, which is exact for
+            2 frames per second.
+        video_rule: where text resumes after a video. "extent": after the largest coordinate of the video, as the
+            published weights were trained (transformers up to 5.2, vLLM). "grid": after max(h, w) / merge_size, as
+            transformers >= 5.3 computes it, which lets text overlap a long video. They agree on images.
+
+    Returns:
+        (3, L) int32.
+
+    Raises:
+        ValueError: the grids do not account for exactly the vision tokens that `modality` marks.
+    """
+    if video_rule not in ("extent", "grid"):
+        raise ValueError(f"video_rule is {video_rule!r}; expected 'extent' or 'grid'")
+    modality = np.asarray(modality)
+    length, out = len(modality), np.empty((3, len(modality)), dtype=np.int32)
+    seconds = iter(second_per_grid_ts) if second_per_grid_ts is not None else None
+    is_text = modality == TEXT
+    at, start, used = 0, 0, 0
+    for t, h, w in grids:
+        vision = np.flatnonzero(~is_text[at:])
+        if len(vision) == 0:
+            break
+        text = int(vision[0])
+        out[:, at : at + text] = np.arange(start, start + text, dtype=np.int32)
+        at, start = at + text, start + text
+        rows, columns = h // merge_size, w // merge_size
+        count = t * rows * columns
+        video = modality[at] == VIDEO
+        if at + count > length or (modality[at : at + count] != modality[at]).any():
+            break
+        step = float(next(seconds)) if (video and seconds is not None) else 1.0
+        times = np.floor(np.arange(t) * step * tokens_per_second).astype(np.int32) if video else np.arange(t)
+        shape = (t, rows, columns)
+        out[0, at : at + count] = start + np.broadcast_to(times[:, None, None], shape).reshape(-1)
+        out[1, at : at + count] = start + np.broadcast_to(np.arange(rows)[None, :, None], shape).reshape(-1)
+        out[2, at : at + count] = start + np.broadcast_to(np.arange(columns)[None, None, :], shape).reshape(-1)
+        extent = max(rows, columns)
+        if video_rule == "extent" or not video:
+            extent = max(extent, int(times[-1]) + 1)
+        at, start, used = at + count, start + extent, used + 1
+    if used != len(grids) or not is_text[at:].all():
+        expected = [int(t * (h // merge_size) * (w // merge_size)) for t, h, w in grids]
+        raise ValueError(
+            f"the sequence has {int((~is_text).sum())} vision tokens, but its {len(grids)} grids need {expected} "
+            "in that order; the number of image marks and pictures must match"
+        )
+    out[:, at:] = np.arange(start, start + length - at, dtype=np.int32)
+    return out
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """How the patches of one sample are visited by the vision tower.
+
+    A *unit* is one merged token: merge_size x merge_size patches, which are neighbours in memory.
+
+    Attributes:
+        window_order: (N,) int64; position j of the tower's order holds unit `window_order[j]` of the reading order.
+        window_lengths: (W,) int32; patches in each attention window, in tower order; sums to P.
+        image_lengths: (F,) int32; patches in each frame (an image is one frame, a video `t` of them); sums to P.
+        positions: (P, 2) int32; (row, column) of each patch in its frame, in tower order.
+    """
+
+    window_order: np.ndarray
+    window_lengths: np.ndarray
+    image_lengths: np.ndarray
+    positions: np.ndarray
+
+
+def vision_layout(
+    grids: Sequence[Sequence[int]], *, merge_size: int = 2, window_size: int = 112, patch_size: int = 14
+) -> VisionLayout:
+    """Window order of pictures with the patch grids `grids` (I, 3).
+
+    Windows are `window_size` pixels square (8 x 8 patches as published), laid from the top left corner of every frame;
+    those at the right and lower edge are smaller. No window spans two frames, so permuting inside frames keeps the
+    frame boundaries valid for the full-attention layers.
+    """
+    side = window_size // merge_size // patch_size  # window side in units
+    if side < 1:
+        raise ValueError(f"window_size {window_size} is smaller than one merged patch of {merge_size * patch_size} px")
+    orders: list[np.ndarray] = []
+    lengths: list[int] = []
+    frames: list[int] = []
+    positions: list[np.ndarray] = []
+    base = 0
+    for t, h, w in grids:
+        rows, columns = h // merge_size, w // merge_size
+        row, column = (a.reshape(-1) for a in np.indices((rows, columns)))
+        window = (row // side) * -(-columns // side) + column // side
+        order = np.argsort(window, kind="stable")  # raster order inside a window
+        counts = np.bincount(window).astype(np.int64) * merge_size**2
+        dy, dx = (a.reshape(-1) for a in np.indices((merge_size, merge_size)))
+        patch_row = (row[order, None] * merge_size + dy).reshape(-1)
+        patch_column = (column[order, None] * merge_size + dx).reshape(-1)
+        frame_positions = np.stack([patch_row, patch_column], axis=1).astype(np.int32)
+        for _ in range(t):
+            orders.append(order + base)
+            base += rows * columns
+            lengths.extend(counts.tolist())
+            frames.append(h * w)
+            positions.append(frame_positions)
+    if not orders:
+        empty = np.zeros((0,), dtype=np.int32)
+        return VisionLayout(np.zeros((0,), np.int64), empty, empty, np.zeros((0, 2), np.int32))
+    return VisionLayout(
+        np.concatenate(orders).astype(np.int64),
+        np.asarray(lengths, dtype=np.int32),
+        np.asarray(frames, dtype=np.int32),
+        np.concatenate(positions),
+    )
