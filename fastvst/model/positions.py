@@ -35,7 +35,8 @@ def mrope_positions(
             2 frames per second.
         video_rule: where text resumes after a video. "extent": after the largest coordinate of the video, as the
             published weights were trained (transformers up to 5.2, vLLM). "grid": after max(h, w) / merge_size, as
-            transformers >= 5.3 computes it, which lets text overlap a long video. They agree on images.
+            transformers >= 5.3 computes it, which lets text overlap a long video, and which truncates
+            second_per_grid_ts to whole seconds. They agree on images.
 
     Returns:
         (3, L) int32.
@@ -63,6 +64,8 @@ def mrope_positions(
         if at + count > length or (modality[at : at + count] != modality[at]).any():
             break
         step = float(next(seconds)) if (video and seconds is not None) else 1.0
+        if video_rule == "grid":
+            step = int(step)
         times = np.floor(np.arange(t) * step * tokens_per_second).astype(np.int32) if video else np.arange(t)
         shape = (t, rows, columns)
         out[0, at : at + count] = start + np.broadcast_to(times[:, None, None], shape).reshape(-1)

@@ -6,6 +6,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,39 @@ def environment(rank: int, size: int, folder: str | Path) -> dict[str, str]:
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(environment, *arguments)` on `size` forked ranks; their return values in order of rank.
 
-    A fork starts in 0.06 s, a fresh interpreter with torch in 7 s. Raises if a rank fails or does not end in time.
+    A fork starts in 0.06 s, a fresh interpreter with torch in 7 s. Values must be plain or NumPy (tensors do not
+    outlive their process). Raises if a rank fails or does not end in time.
     """
-    outcomes = [result for _, result in start_ranks(function, size, *arguments, timeout=timeout)]
-    failed = [o for o in outcomes if isinstance(o, str) and o.startswith("FAILED")]
+    ends = start_ranks(function, size, *arguments, timeout=timeout)
+    failed = [f"exit code {code}: {result}" for code, result in ends if code]
     assert not failed, "\n".join(failed)
-    return outcomes
+    return [result for _, result in ends]
 
 
-def start_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[tuple[int, Any]]:
+def start_ranks(
+    function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120
+) -> list[tuple[int, Any]]:
     """Like `run_ranks`, but gives (exit code, return value or "FAILED traceback" or None) and judges nothing."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
-            context.Process(target=_child, args=(function, environment(r, size, folder), pipes[r][1], arguments))
-            for r in range(size)
+            context.Process(target=_child, args=(function, environment(rank, size, folder), pipes[rank][1], arguments))
+            for rank in range(size)
         ]
         for process in processes:
             process.start()
-        for _, writer in pipes:
-            writer.close()
-        results = []
-        for process, (reader, _) in zip(processes, pipes, strict=True):
-            result = None
-            try:
-                if reader.poll(timeout):
-                    result = reader.recv()
-            except EOFError:
-                pass
+        ends: list[tuple[int, Any]] = []
+        for rank, (process, (reader, _)) in enumerate(zip(processes, pipes, strict=True)):
+            wait([reader, process.sentinel], timeout)
+            result = reader.recv() if reader.poll() else None
             process.join(timeout)
             if process.is_alive():
                 process.kill()
                 process.join()
-                result = f"FAILED: no end after {timeout} s"
-            results.append((process.exitcode or 0, result))
-    return results
+                result = f"FAILED: rank {rank} did not end in {timeout} s"
+            ends.append((process.exitcode or 0, result))
+    return ends
 
 
 def _child(function: Callable[..., Any], env: dict[str, str], pipe: Any, arguments: tuple[Any, ...]) -> None:

@@ -1,0 +1,239 @@
+"""Model directories in the published layout: config.json and safetensors, nothing that has to be unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastvst.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from fastvst.model.qwen25vl import Qwen25VL
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# transformers 5.x calls its modules otherwise in memory than in files.
+RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+# Buffers that old versions saved; they follow from the config.
+DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
+
+
+class WeightsError(ValueError):
+    """Files that do not hold the model's tensors; the message names every one of them."""
+
+
+def load(cls: type[Qwen25VL], directory: Path, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
+    """See `Qwen25VL.from_pretrained`."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; expected a Qwen2.5-VL model directory")
+    config = ModelConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = cls(config)
+    wanted = dict(model.named_parameters())
+    files = _find_files(directory)
+    found, problems = _plan(files, {name: tuple(p.shape) for name, p in wanted.items()}, config.tie_word_embeddings)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise WeightsError(f"{directory} does not hold the weights of its config.json:\n  {listed}")
+    model.to(dtype).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for path, names in found.items():
+        with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
+            for stored, name in names:
+                if name is not None:
+                    parameters[name].copy_(file.get_tensor(stored))
+    if config.tie_word_embeddings:
+        _check_tied(found, parameters["model.embed_tokens.weight"], directory)
+    return model
+
+
+def save(
+    directory: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    processor: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json, generation_config.json and safetensors with published names (see `save_pretrained`).
+
+    Args:
+        state: parameter name -> tensor (gathered if the model is sharded); stored in their own dtype.
+        max_shard_bytes: tensor bytes in one file; a single larger tensor gets a file of its own.
+
+    Raises:
+        OSError: disk full, no permission, ... ; what was in `directory` before is untouched.
+    """
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
+        (partial / "generation_config.json").write_text(config.generation_json(), encoding="utf-8")
+        _write_shards(partial, state, max_shard_bytes)
+        if processor is not None:
+            processor.save_pretrained(partial)
+        _flush(partial)
+        _replace(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _find_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory: those that the index names, or the single one."""
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [n for n in names if Path(n).name != n]
+        if outside:
+            raise WeightsError(f"{index} names files outside its directory: {outside}")
+        return [directory / n for n in names]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+    hint = ""
+    if pickled:
+        hint = (
+            f". It holds {pickled}, which are pickles: loading one can run any code, so fastvst never does. "
+            "Convert them with transformers: AutoModel.from_pretrained(dir).save_pretrained(new_dir)"
+        )
+    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{hint}")
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The header of a safetensors file (name -> dtype, shape, data_offsets), and what is wrong with it, or None."""
+    if not path.is_file():
+        return {}, f"{path.name}: the file is missing"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= size - 8:
+            return {}, f"{path.name}: truncated or not safetensors ({size} bytes)"
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return {}, f"{path.name}: its header is not JSON; not a safetensors file"
+    header.pop("__metadata__", None)
+    cut = [n for n, t in header.items() if 8 + length + t["data_offsets"][1] > size]
+    if cut:
+        need = 8 + length + max(t["data_offsets"][1] for t in header.values())
+        return header, f"{path.name}: truncated at {size} of {need} bytes; cut off: {', '.join(sorted(cut))}"
+    return header, None
+
+
+def published_name(name: str) -> str:
+    """The published name of a tensor that may carry transformers 5.x's in-memory name."""
+    for prefix, replacement in RENAMES:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def _plan(
+    files: list[Path], wanted: Mapping[str, tuple[int, ...]], tied: bool
+) -> tuple[dict[Path, list[tuple[str, str | None]]], list[str]]:
+    """For every file its (stored name, parameter name or None for the tied head), and every problem in words."""
+    found: dict[Path, list[tuple[str, str | None]]] = {}
+    problems, seen = [], set()
+    for path in files:
+        header, problem = read_header(path)
+        if problem:
+            problems.append(problem)
+        found[path] = []
+        for stored, tensor in header.items():
+            name, shape = published_name(stored), tuple(tensor["shape"])
+            if tied and name == "lm_head.weight":
+                found[path].append((stored, None))
+            elif name in seen:
+                problems.append(f"twice: {name} ({path.name})")
+            elif name in wanted:
+                seen.add(name)
+                found[path].append((stored, name))
+                if shape != wanted[name]:
+                    problems.append(f"wrong shape: {name} is {shape} in {path.name}, expected {wanted[name]}")
+                elif tensor["dtype"] not in ("F64", "F32", "F16", "BF16"):
+                    problems.append(f"wrong dtype: {name} is {tensor['dtype']} in {path.name}, expected a float type")
+            elif not DERIVED.search(name):
+                problems.append(f"unexpected: {stored} {shape} in {path.name}")
+    problems += [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in seen]
+    return found, problems
+
+
+def _check_tied(found: dict[Path, list[tuple[str, str | None]]], embedding: Tensor, directory: Path) -> None:
+    """A file of a tied model may repeat the embedding as lm_head, but may not hold another one."""
+    for path, names in found.items():
+        for stored, name in names:
+            if name is not None:
+                continue
+            with safe_open(path, framework="pt", device="cpu") as file:
+                head = file.get_tensor(stored).to(embedding)
+            if head.shape != embedding.shape or not torch.equal(head, embedding):
+                raise WeightsError(
+                    f"{directory}: config.json ties the embeddings, but {path.name} holds a {stored} that differs from "
+                    "embed_tokens; set tie_word_embeddings to false"
+                )
+
+
+def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    if len(shards) == 1:
+        _write(shards[0], directory / SINGLE)
+        return
+    places = {}
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write(shard, directory / file)
+        places |= dict.fromkeys(shard, file)
+    total = sum(t.numel() * t.element_size() for t in state.values())
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _flush(directory: Path) -> None:
+    """To the disk, so that the rename cannot become visible before the content."""
+    for path in [*(p for p in directory.rglob("*") if p.is_file()), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Put `partial` in the place of `directory`, which may exist."""
+    if not directory.exists():
+        os.rename(partial, directory)
+        return
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(directory, old)
+    try:
+        os.rename(partial, directory)
+    except OSError:
+        os.rename(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

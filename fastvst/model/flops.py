@@ -1,0 +1,87 @@
+"""Floating-point operations of training, counted from shapes (a multiply-add is 2). Vision is counted.
+
+Forward + backward is 3 x forward. Norms, activations, rotary embeddings and softmax are not counted, nor is what a
+recompute policy runs again, so that dividing by time gives model FLOP/s, not hardware FLOP/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fastvst.model.config import ModelConfig
+from fastvst.model.positions import vision_layout
+
+TRAINING = 3.0
+
+
+def vision_flops(config: ModelConfig, frame_lengths: Iterable[int], window_lengths: Iterable[int]) -> float:
+    """Forward operations of the vision tower and merger.
+
+    Args:
+        frame_lengths: patches in each frame; window_lengths: patches in each window.
+    """
+    v = config.vision
+    frames, windows = (np.asarray(list(x), dtype=np.float64) for x in (frame_lengths, window_lengths))
+    patches, merged = frames.sum(), v.hidden_size * v.spatial_merge_size**2
+    block = 2 * v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
+    full = len(set(v.fullatt_block_indexes))
+    attention = 4 * v.hidden_size * (full * (frames**2).sum() + (v.depth - full) * (windows**2).sum())
+    merger = 2 * merged * (merged + v.out_hidden_size) * patches / v.spatial_merge_size**2
+    return float(patches * (2 * v.patch_values * v.hidden_size + v.depth * block) + attention + merger)
+
+
+def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: Iterable[int] | None = None) -> float:
+    """Forward operations of the decoder's layers; causal attention counts the pairs that it needs, L (L + 1) / 2.
+
+    Args:
+        seqlens: tokens in each sequence of the row.
+        prompt_lengths: for each sequence the length of its shared prompt (0 = none), which it attends to.
+    """
+    lengths = np.asarray(list(seqlens), dtype=np.float64)
+    prompts = np.zeros_like(lengths) if prompt_lengths is None else np.asarray(list(prompt_lengths), dtype=np.float64)
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = 2 * config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    pairs = (lengths * (lengths + 1) / 2 + lengths * prompts).sum()
+    return float(config.num_hidden_layers * (lengths.sum() * layer + 4 * q * pairs))
+
+
+def head_flops(config: ModelConfig, num_targets: int) -> float:
+    """Forward operations of the output layer on the rows that are supervised."""
+    return 2.0 * num_targets * config.hidden_size * config.vocab_size
+
+
+def pack_flops(
+    config: ModelConfig,
+    seqlens: Iterable[int],
+    frame_lengths: Iterable[int],
+    window_lengths: Iterable[int],
+    num_targets: int,
+) -> dict[str, float]:
+    """Training FLOPs of a pack by part: {"vision", "decoder", "head"}."""
+    return {
+        "vision": TRAINING * vision_flops(config, frame_lengths, window_lengths),
+        "decoder": TRAINING * decoder_flops(config, seqlens),
+        "head": TRAINING * head_flops(config, num_targets),
+    }
+
+
+def sample_flops(
+    config: ModelConfig, num_tokens: int, grids: Iterable[Sequence[int]], num_targets: int | None = None
+) -> float:
+    """Training FLOPs (forward + backward) of one sample.
+
+    Args:
+        num_tokens: of the sequence, vision tokens included.
+        grids: (t, h, w) patch grids of its pictures.
+        num_targets: supervised tokens; default all of them, which is what a packer may assume before it knows labels.
+    """
+    v = config.vision
+    layout = vision_layout(
+        list(grids), merge_size=v.spatial_merge_size, window_size=v.window_size, patch_size=v.patch_size
+    )
+    targets = num_tokens if num_targets is None else num_targets
+    parts = pack_flops(config, [num_tokens], layout.image_lengths, layout.window_lengths, targets)
+    return sum(parts.values())

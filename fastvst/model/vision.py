@@ -1,0 +1,118 @@
+"""The vision tower of Qwen2.5-VL on packed patches (arXiv 2502.13923 §2.1.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvst.model.config import VisionConfig
+from fastvst.model.layers import GatedMLP, Norm, norm_linear, run_block
+from fastvst_kernels import packed_attention, vision_rope, window_attention
+
+NORM_EPS = 1e-6  # Qwen2_5_VLVisionBlock: fixed, not in config.json
+
+
+class PatchEmbed(nn.Module):
+    """The published kernel of a strided 3-D convolution; on patches cut out beforehand it is one matrix product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Module()
+        self.proj.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *size))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(P, channels * frames * height * width) -> (P, hidden_size), in the weight's dtype."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight)
+
+
+class VisionAttention(nn.Module):
+    """The weights of a block's attention."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class VisionBlock(nn.Module):
+    """Attention in windows (or whole frames) and a gated MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: VisionConfig, *, windowed: bool) -> None:
+        super().__init__()
+        self.norm1 = Norm(config.hidden_size, NORM_EPS)
+        self.norm2 = Norm(config.hidden_size, NORM_EPS)
+        self.attn = VisionAttention(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.num_heads, self.windowed = config.num_heads, windowed
+
+    def forward(self, x: Tensor, positions: Tensor, offsets: Tensor, longest: int, *, light: bool) -> Tensor:
+        """(P, hidden) -> (P, hidden); `offsets` of windows or frames, the longest of them as an int."""
+        qkv, _ = norm_linear(x, None, self.norm1, [self.attn.qkv], bias=False, light=light)
+        # transformers rotates in float32 whatever the model's dtype (apply_rotary_pos_emb_vision).
+        rope = {"num_heads": self.num_heads, "rope_dtype": torch.float32}
+        bias = self.attn.qkv.bias
+        if self.windowed:
+            attended = window_attention(qkv, bias, positions, offsets, max_window=longest, **rope)
+        else:
+            q, k, v = vision_rope(qkv, bias, positions, **rope)
+            attended = packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
+        return self.mlp(self.attn.proj(attended), x, self.norm2, light=light)
+
+
+class Merger(nn.Module):
+    """Norm, then 2 x 2 neighbouring patches to one token of the decoder."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.inner = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = Norm(config.hidden_size, NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, hidden_size) -> (P / 4, out_hidden_size)"""
+        return self.mlp(self.ln_q(x).view(-1, self.inner))
+
+
+class VisionTower(nn.Module):
+    """Patches in tower order to merged tokens in tower order."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        full = set(config.fullatt_block_indexes)
+        self.blocks = nn.ModuleList(VisionBlock(config, windowed=i not in full) for i in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        cu_windows: Tensor,
+        cu_images: Tensor,
+        *,
+        max_window: int,
+        max_image: int,
+        recompute: str = "none",
+    ) -> Tensor:
+        """Run the tower on all pictures of a pack at once; the arguments are fields of `PackedBatch`.
+
+        Args:
+            patches: (P, channels * frames * height * width) of any floating dtype, in tower order.
+            positions: (P, 2) integer (row, column) in the frame.
+            cu_windows, cu_images: (W + 1,), (F + 1,) int32 patch offsets of windows and frames.
+            max_window, max_image: patches in the largest window and frame.
+
+        Returns:
+            (P / 4, out_hidden_size) in tower order.
+        """
+        x = self.patch_embed(patches)
+        for block in self.blocks:
+            offsets, longest = (cu_windows, max_window) if block.windowed else (cu_images, max_image)
+            x = run_block(block, recompute, x, positions, offsets, longest)
+        return self.merger(x)

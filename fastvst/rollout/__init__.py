@@ -1,0 +1,5 @@
+"""Generating answers from the trainer's own weights."""
+
+from fastvst.rollout.greedy import greedy
+
+__all__ = ["greedy"]

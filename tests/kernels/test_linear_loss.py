@@ -1,0 +1,184 @@
+"""linear_cross_entropy and linear_logprobs against torch.nn.functional and float64, at every chunk size."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fastvst_kernels import linear_cross_entropy, linear_logprobs
+from fastvst_kernels.linear_cross_entropy import linear_cross_entropy_reference, linear_logprobs_reference
+
+
+def make(rows, size=12, vocabulary=29, ignored=0.3, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=g)
+    targets[torch.rand(rows, generator=g) < ignored] = -100
+    return hidden, weight, targets
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40), st.sampled_from([1, 7, 64, None]), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-2]),
+    st.booleans(), st.floats(0, 1),
+)  # fmt: skip
+def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignored):
+    hidden, weight, targets = make(rows, ignored=ignored, seed=rows)
+    row_weights = torch.randn(rows, dtype=torch.float64) if weighted else None
+    options = dict(row_weights=row_weights, label_smoothing=smoothing, z_loss=z_loss)
+    got = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk, **options)
+    want = linear_cross_entropy_reference(hidden, weight, targets, **options)
+    torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+    grads = torch.autograd.grad(got * 3, (hidden, weight)), torch.autograd.grad(want * 3, (hidden, weight))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_equals_torch_cross_entropy(smoothing):
+    hidden, weight, targets = make(50)
+    want = F.cross_entropy(hidden @ weight.T, targets, label_smoothing=smoothing)
+    got = linear_cross_entropy(hidden, weight, targets, label_smoothing=smoothing, chunk_rows=16)
+    torch.testing.assert_close(got, want)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets[:6], chunk_rows=4, label_smoothing=smoothing, z_loss=0.1),
+        (hidden[:6].detach().requires_grad_(), weight),
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_lower_precision_gives_a_float32_loss_near_float64(dtype, tolerance):
+    hidden, weight, targets = make(200, size=64, vocabulary=300, dtype=dtype)
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
+    got = linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
+    assert got.dtype == torch.float32 and abs(got.item() - exact.item()) < tolerance * exact.item()
+    mine, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (got, exact))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == dtype and (a - b).abs().max() < 2 * tolerance * b.abs().max()
+
+
+def test_result_does_not_depend_on_the_chunk_and_repeats_bitwise():
+    hidden, weight, targets = make(130, dtype=torch.float32)
+    results = []
+    for chunk in (1, 50, 1000, 50):
+        loss = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[3], strict=True))
+
+
+def test_nothing_and_all_ignored_give_zero_and_zero_gradients():
+    for rows, ignored in ((0, 0.0), (5, 1.0)):
+        hidden, weight, targets = make(rows, ignored=ignored)
+        for function in (linear_cross_entropy, lambda *a: linear_logprobs(*a)[0].sum()):
+            loss = function(hidden, weight, targets)
+            assert loss.item() == 0.0
+            grads = torch.autograd.grad(loss, (hidden, weight))
+            assert all(not g.any() for g in grads) and grads[0].shape == hidden.shape
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, targets = make(6, ignored=0.0)
+    clean = linear_cross_entropy(hidden[:5], weight, targets[:5])
+    targets[5] = -100
+    with torch.no_grad():
+        hidden[5] = 1e30
+    loss = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss, clean)
+    assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits_give_no_nan(size):
+    weight = torch.eye(8, requires_grad=True)
+    hidden = torch.full((3, 8), -abs(size))
+    hidden[:, 2] = size
+    hidden.requires_grad_()
+    targets = torch.tensor([2, 3, 0])
+    for loss in (linear_cross_entropy(hidden, weight, targets), sum(x.sum() for x in linear_logprobs(hidden, weight, targets))):
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+
+
+def test_frozen_inputs_skip_their_gradient():
+    hidden, weight, targets = make(9)
+    linear_cross_entropy(hidden.detach(), weight, targets).backward()
+    assert weight.grad is not None and hidden.grad is None
+    hidden.grad = weight.grad = None
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None and weight.grad is None
+    assert not linear_cross_entropy(hidden.detach(), weight.detach(), targets).requires_grad
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets) > 0
+
+
+def test_logits_do_not_outlive_a_chunk():
+    """The largest tensor that the head makes is a chunk, not (M, V)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+            return out
+
+    hidden, weight, targets = make(1000, size=8, vocabulary=500, dtype=torch.float32)
+    with Watch():
+        linear_cross_entropy(hidden, weight, targets, chunk_rows=50).backward()
+        logprobs, entropy = linear_logprobs(hidden, weight, targets, chunk_rows=50)
+        (logprobs.sum() + entropy.sum()).backward()
+    assert max(sizes) == 50 * 500
+
+
+def test_backward_may_run_again():
+    hidden, weight, targets = make(4)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(loss * 2, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, 2 * b) for a, b in zip(first, second, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 30), st.sampled_from([1, 7, None]), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([None, 1, 5, 29]))
+def test_logprobs_equal_float64_formula(rows, chunk, temperature, top):
+    hidden, weight, targets = make(rows, seed=rows)
+    options = dict(temperature=temperature, top_entropy=top)
+    got = linear_logprobs(hidden, weight, targets, chunk_rows=chunk, **options)
+    want = linear_logprobs_reference(hidden, weight, targets, **options)
+    distribution = torch.distributions.Categorical(logits=hidden @ weight.T / temperature)
+    keep = targets >= 0
+    torch.testing.assert_close(got[0][keep], distribution.log_prob(targets.clamp(min=0))[keep])
+    if top is None:
+        torch.testing.assert_close(got[1][keep], distribution.entropy()[keep])
+    grads = [torch.randn(rows, dtype=torch.float64) for _ in range(2)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+    mine, theirs = (torch.autograd.grad(x, (hidden, weight), grads) for x in (got, want))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
+
+
+def test_bad_input_is_refused():
+    hidden, weight, targets = make(5)
+    for bad in (29, -1):
+        with pytest.raises(ValueError, match=f"target {bad} at row 3 is outside the vocabulary of 29"):
+            linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, bad, 4]))
+    with pytest.raises(ValueError, match="expected .M, H. and .V, H."):
+        linear_cross_entropy(hidden, weight[:, :5], targets)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        linear_cross_entropy(hidden, weight.float(), targets)
+    with pytest.raises(ValueError, match="targets is torch.int64 of shape .4,."):
+        linear_cross_entropy(hidden, weight, targets[:4])
+    with pytest.raises(ValueError, match="row_weights has shape"):
+        linear_cross_entropy(hidden, weight, targets, row_weights=torch.ones(4))
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature is"):
+            linear_logprobs(hidden, weight, targets, temperature=temperature)
+    with pytest.raises(ValueError, match="top_entropy is 30"):
+        linear_logprobs(hidden, weight, targets, top_entropy=30)

@@ -1,0 +1,152 @@
+"""Norms, SwiGLU, M-RoPE and packed_linear against float64 formulas and against transformers' own functions."""
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2_5_VLTextConfig,
+    apply_rotary_pos_emb,
+)
+
+from fastvst_kernels import add_rms_norm, mrope, packed_linear, rms_norm, swiglu
+from fastvst_kernels.norm import rms_norm_reference
+from fastvst_kernels.swiglu import swiglu_reference
+
+torch.manual_seed(0)
+double = {"dtype": torch.float64, "requires_grad": True}
+
+
+def same_with_gradients(function, reference, *inputs, atol=1e-12):
+    """Equal outputs and gradients; the incoming gradient is also tried with stride 0."""
+    for expanded in (False, True):
+        got, want = function(*inputs), reference(*inputs)
+        got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+        grads = [torch.ones(()).to(w).expand_as(w) if expanded else torch.randn_like(w) for w in want]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=atol, rtol=0)
+        mine = torch.autograd.grad(got, inputs, grads)
+        theirs = torch.autograd.grad(want, inputs, grads)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=10 * atol, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (1, 37), (0, 8), (3, 4, 20)])
+def test_rms_norm(shape):
+    x, w = torch.randn(*shape, **double), torch.randn(shape[-1], **double)
+    same_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), x, w)
+    same_with_gradients(lambda x: rms_norm(x, None, 1e-5), lambda x: rms_norm_reference(x, None, 1e-5), x)
+
+
+def test_add_rms_norm():
+    x, r, w = torch.randn(6, 16, **double), torch.randn(6, 16, **double), torch.randn(16, **double)
+    same_with_gradients(
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-6),
+        lambda x, r, w: (rms_norm_reference(x + r, w, 1e-6), x + r),
+        x, r, w,
+    )  # fmt: skip
+
+
+def test_rms_norm_equals_transformers_in_float32_and_is_closer_to_float64_in_bfloat16():
+    norm = Qwen2_5_VLRMSNorm(48, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(40, 48) * 3
+    torch.testing.assert_close(rms_norm(x, norm.weight, 1e-6), norm(x), atol=1e-6, rtol=1e-6)
+    half, exact = x.bfloat16(), rms_norm_reference(x.bfloat16().double(), norm.weight.double(), 1e-6)
+    ours = (rms_norm(half, norm.weight, 1e-6).double() - exact).abs().max()
+    theirs = (norm.bfloat16()(half).double() - exact).abs().max()
+    assert rms_norm(half, norm.weight, 1e-6).dtype == torch.bfloat16 and ours <= 2 * theirs
+
+
+def test_norm_saves_its_input_and_one_number_per_row():
+    saved = []
+    x, w = torch.randn(10, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        rms_norm(x, w, 1e-6)
+    assert sorted(t.numel() for t in saved) == [10, 64, 640]
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (0, 4), (2, 3, 5)])
+def test_swiglu(shape):
+    gate, up = torch.randn(*shape, **double), torch.randn(*shape, **double)
+    same_with_gradients(swiglu, swiglu_reference, gate, up)
+    fused = torch.randn(*shape[:-1], 2 * shape[-1], **double)
+    same_with_gradients(swiglu, lambda f: swiglu_reference(*f.chunk(2, -1)), fused)
+
+
+def test_swiglu_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="expected one kind"):
+        swiglu(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="3 wide; expected an even number"):
+        swiglu(torch.zeros(2, 3))
+
+
+def mrope_formula(qkv, bias, positions, hq, hkv, dim, sections, theta):
+    """Complex rotation, frequency by frequency."""
+    x = (qkv + bias).view(len(qkv), -1, dim)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=qkv.dtype) / dim)
+    angles = positions.to(qkv.dtype)[axis].T * frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    z = torch.complex(x[..., : dim // 2].contiguous(), x[..., dim // 2 :].contiguous()) * turn
+    turned = torch.cat([z.real, z.imag], -1)
+    return turned[:, :hq], turned[:, hq : hq + hkv], x[:, hq + hkv :]
+
+
+@pytest.mark.parametrize("hq, hkv, dim, sections", [(4, 2, 16, (2, 3, 3)), (7, 1, 32, (16, 0, 0)), (1, 1, 128, (16, 24, 24))])
+def test_mrope(hq, hkv, dim, sections):
+    width = (hq + 2 * hkv) * dim
+    qkv, bias = torch.randn(9, width, **double), torch.randn(width, **double)
+    positions = torch.randint(0, 3000, (3, 9), dtype=torch.int32)
+    settings = dict(num_heads=hq, num_kv_heads=hkv, head_dim=dim, sections=sections, theta=1e6)
+    same_with_gradients(
+        lambda x, b: mrope(x, b, positions, **settings),
+        lambda x, b: mrope_formula(x, b, positions, hq, hkv, dim, sections, 1e6),
+        qkv, bias,
+    )  # fmt: skip
+
+
+def test_mrope_equals_transformers_bit_for_bit():
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default", "mrope_section": [4, 6, 6]},
+    )  # fmt: skip
+    positions = torch.randint(0, 30_000, (3, 40))
+    qkv = torch.randn(40, 8 * 32)
+    cos, sin = Qwen2_5_VLRotaryEmbedding(config)(qkv, positions[:, None])
+    raw = qkv.view(1, 40, 8, 32).transpose(1, 2)
+    want_q, want_k = apply_rotary_pos_emb(raw[:, :4], raw[:, 4:6], cos, sin)
+    q, k, v = mrope(qkv, None, positions, num_heads=4, num_kv_heads=2, head_dim=32, sections=(4, 6, 6), theta=1e6)
+    assert torch.equal(q, want_q[0].transpose(0, 1)) and torch.equal(k, want_k[0].transpose(0, 1))
+    assert torch.equal(v, qkv.view(40, 8, 32)[:, 6:])
+
+
+def test_mrope_refuses_what_does_not_fit():
+    good = dict(num_heads=2, num_kv_heads=1, head_dim=16, sections=(2, 3, 3), theta=1e4)
+    qkv, positions = torch.zeros(5, 64), torch.zeros(3, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match="sections .2, 3. must be 3 numbers that sum to head_dim / 2 = 8"):
+        mrope(qkv, None, positions, **(good | {"sections": (2, 3)}))
+    with pytest.raises(ValueError, match="qkv has shape .5, 64.; expected .tokens, 80."):
+        mrope(qkv, None, positions, **(good | {"num_heads": 3}))
+    with pytest.raises(ValueError, match="positions are torch.int32 of shape .3, 4."):
+        mrope(qkv, None, positions[:, :4], **good)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linear(bias):
+    x = torch.randn(6, 5, **double)
+    weights = [torch.randn(n, 5, **double) for n in (3, 1, 4)]
+    biases = [torch.randn(n, **double) for n in (3, 1, 4)] if bias else []
+    same_with_gradients(
+        lambda x, *p: packed_linear(x, p[:3], p[3:]),
+        lambda x, *p: torch.cat([x @ w.T + (p[3 + i] if bias else 0) for i, w in enumerate(p[:3])], 1),
+        x, *weights, *biases,
+    )  # fmt: skip
+
+
+def test_packed_linear_skips_what_is_frozen():
+    x = torch.randn(6, 5)
+    weights = [torch.randn(3, 5), torch.randn(2, 5, requires_grad=True)]
+    packed_linear(x, weights).sum().backward()
+    assert weights[0].grad is None and weights[1].grad is not None and x.grad is None

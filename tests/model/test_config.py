@@ -1,0 +1,129 @@
+"""config.json in both forms, and the presets against published parameter counts."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hf_parity import small_config
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from fastvst.model import ModelConfig, Qwen25VL
+
+FLAT = {  # the fields of the published 7B config.json (transformers 4.41 wrote it)
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 152064,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, billions", [("tiny", 0.00447), ("3b", 3.755), ("7b", 8.292), ("32b", 33.45), ("72b", 73.41)]
+)
+def test_presets_have_the_published_size(name, billions):
+    """The nominal sizes on the model cards are 3.75, 8.29, 33.5 and 73.4 B; transformers counts the same tensors."""
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        ours = Qwen25VL(config)
+        theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(config.to_json())))
+    count = sum(p.numel() for p in ours.parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert count == sum(p.numel() for p in theirs.parameters())
+
+
+def test_published_flat_file_equals_the_preset():
+    read = ModelConfig.from_dict(FLAT)
+    assert read == dataclasses.replace(ModelConfig.preset("7b"), eos_token_ids=(151645,))
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    """Flat file -> transformers 5 -> its nested file -> ours; only the video rule follows the writer's version."""
+    Qwen2_5_VLConfig(**json.loads(json.dumps(FLAT))).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "text_config" in saved and "hidden_size" not in saved
+    read = ModelConfig.from_pretrained(tmp_path)
+    assert read.video_rule == "grid"
+    assert dataclasses.replace(read, video_rule="extent") == ModelConfig.from_dict(FLAT)
+
+
+@pytest.mark.parametrize("config", [ModelConfig.preset("tiny"), ModelConfig.preset("3b"), small_config()])
+def test_what_we_write_is_read_by_both(config):
+    data = json.loads(config.to_json())
+    ours = ModelConfig.from_dict(data)
+    assert dataclasses.replace(ours, eos_token_ids=config.eos_token_ids) == config
+    theirs = Qwen2_5_VLConfig(**data)
+    text, vision = theirs.text_config, theirs.vision_config
+    assert theirs.tie_word_embeddings == config.tie_word_embeddings
+    assert text.rope_parameters["rope_theta"] == config.rope_theta
+    assert tuple(text.rope_parameters["mrope_section"]) == config.mrope_section
+    for name in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "vocab_size", "eos_token_id", "pad_token_id"):
+        assert getattr(text, name) == data["text_config"][name]
+    for field in dataclasses.fields(config.vision):
+        value = getattr(vision, field.name)
+        assert (tuple(value) if isinstance(value, list) else value) == getattr(config.vision, field.name)
+
+
+def test_video_rule_follows_our_key_then_the_version():
+    assert ModelConfig.from_dict(FLAT).video_rule == "extent"
+    assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.2.0"}).video_rule == "extent"
+    assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.3.0.dev0"}).video_rule == "grid"
+    assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.17.0", "fastvst_video_rule": "extent"}).video_rule == (
+        "extent"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; expected 'qwen2_5_vl'"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, "rope type .'yarn'. is not known"),
+        ({"rope_scaling": None}, "expected a dict with 'mrope_section'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 24]}}, "mrope_section must sum to head_dim / 2"),
+        ({"hidden_act": "gelu"}, "text hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "sliding windows in the decoder are not supported"),
+        ({"hidden_size": 3000}, "hidden_size must be a multiple of num_attention_heads"),
+    ],
+)
+def test_what_is_not_supported_raises(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FLAT | change))
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_missing_fields_and_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in FLAT.items() if k != "vocab_size"}))
+    with pytest.raises(ValueError, match=r"config.json: the fields \['vocab_size'\] are missing"):
+        ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json"):
+        ModelConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unknown preset '8b'"):
+        ModelConfig.preset("8b")

@@ -1,0 +1,103 @@
+"""The FLOP formula against torch's counter on the model itself."""
+
+import dataclasses
+
+import pytest
+import torch
+from hf_parity import make_sample, small_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvst.data.batch import pack
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.model.flops import TRAINING, decoder_flops, pack_flops, sample_flops, vision_flops
+from fastvst_kernels import linear_cross_entropy
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ROWS = [[("text", 4), ("image", 5, 9), ("text", 6)], [("text", 9)], [("video", 2, 4, 3, 1.0), ("text", 5)]]
+
+
+def attention_forward(q, k, v, dropout=0.0, causal=False, *args, out_shape=None, **kwargs):
+    """Two products over the visible pairs."""
+    batch, heads, rows, dim = q
+    pairs = rows * (rows + 1) / 2 if causal else rows * k[2]
+    return 4 * batch * heads * dim * pairs
+
+
+def attention_backward(grad, q, k, v, out, lse, dropout, causal, *args, **kwargs):
+    return 2 * attention_forward(q, k, v, dropout, causal)
+
+
+def in_place_product(into, a, b, **kwargs):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def count(function):
+    custom = {ATTENTION: attention_forward, torch.ops.aten.addmm_: in_place_product}  # the counter knows neither
+    custom[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = attention_backward
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_pack_equals_the_counter():
+    config = small_config()
+    model = Qwen25VL(config)
+    encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
+    batch = pack(encoded)
+    batch = dataclasses.replace(batch, patches=batch.patches.requires_grad_())  # else the first product has 2 parts, not 3
+
+    def step():
+        hidden = model(batch)
+        linear_cross_entropy(hidden[batch.loss_rows], model.head_weight, batch.targets).backward()
+
+    parts = pack_flops(
+        config, [len(s) for s in encoded], batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist(), batch.num_targets
+    )
+    # Left out of the formula: each RMSNorm's weight gradient, which is a product of a row and a matrix.
+    norms = 2 * batch.num_patches * config.vision.hidden_size * (2 * config.vision.depth + 1)
+    norms += 2 * batch.num_tokens * config.hidden_size * (2 * config.num_hidden_layers + 1)
+    assert sum(parts.values()) + norms == count(step)
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_each_tower_equals_the_counter(part):
+    config = small_config(num_attention_heads=4, num_key_value_heads=1)
+    model = Qwen25VL(config)
+    encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
+    batch = pack(encoded)
+    with torch.no_grad():
+        if part == "vision":
+            got = count(lambda: model.embed(batch))
+            want = vision_flops(config, batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist())
+        else:
+            text = [make_sample(config, [("text", n)]) for n in (3, 20, 1)]
+            got, want = count(lambda: model(pack(text))), decoder_flops(config, [3, 20, 1])
+    assert got == want
+
+
+def test_samples_add_up_to_their_pack():
+    config = ModelConfig.preset("tiny")
+    encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
+    batch = pack(encoded)
+    whole = pack_flops(
+        config, [len(s) for s in encoded], batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist(), 11
+    )
+    each = sum(sample_flops(config, len(s), s.grid.tolist(), 0) for s in encoded)
+    assert each == pytest.approx(whole["vision"] + whole["decoder"], rel=1e-12)
+    assert sample_flops(config, 100, []) == pytest.approx(sum(pack_flops(config, [100], [], [], 100).values()))
+
+
+def test_shared_prompts_count_their_pairs_once():
+    """A prompt of P and answers of A: P (P + 1) / 2 pairs once, each answer A P + A (A + 1) / 2."""
+    config = small_config()
+    shared = decoder_flops(config, [50, 7, 9], [0, 50, 50])
+    per_pair = 4 * config.hidden_size * config.num_hidden_layers
+    linear = decoder_flops(config, [1]) - per_pair
+    assert shared == pytest.approx(66 * linear + per_pair * (50 * 51 / 2 + 7 * 50 + 28 + 9 * 50 + 45))
+
+
+def test_order_of_magnitude_of_the_published_7b():
+    """6 x parameters x tokens for text: 6.5 B decoder and 0.54 B head parameters at 1,000 tokens, attention aside."""
+    got = sample_flops(ModelConfig.preset("7b"), 1000, [])
+    assert got / (6 * 7.07e9 * 1000) == pytest.approx(1.0, abs=0.02)
+    assert TRAINING == 3.0

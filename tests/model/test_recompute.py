@@ -1,0 +1,126 @@
+"""Recompute policies: the same gradients bit for bit, fewer bytes kept; plus frozen parts and packs without pictures."""
+
+import pytest
+import torch
+from hf_parity import make_models, make_sample, small_config
+
+from fastvst.data.batch import pack
+from fastvst_kernels import linear_cross_entropy
+
+ROWS = [[("text", 4), ("image", 5, 9), ("text", 6)], [("text", 9)], [("video", 2, 4, 3, 1.0), ("text", 5)]]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    config = small_config(num_hidden_layers=3)
+    model, _ = make_models(config, torch.float32)
+    return model, pack([make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)])
+
+
+def run(model, batch, policy):
+    """(loss, gradients, bytes of distinct storages kept for backward, parameters and inputs aside)."""
+    model.recompute = policy
+    model.zero_grad()
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *vars(batch).values()) if torch.is_tensor(t)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding it keeps the address unique
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = model(batch)
+    size = sum(n for n, _ in kept.values())
+    loss = linear_cross_entropy(hidden[batch.loss_rows], model.head_weight, batch.targets)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, size
+
+
+def test_gradients_are_equal_bit_for_bit_and_bytes_fall(setup):
+    loss, grads, size = run(*setup, "none")
+    sizes = [size]
+    for policy in ("light", "full"):
+        again, other, size = run(*setup, policy)
+        sizes.append(size)
+        assert torch.equal(loss, again)
+        for name, grad in grads.items():
+            assert torch.equal(grad, other[name]), (policy, name)
+    assert sizes[1] < 0.75 * sizes[0] and sizes[2] < 0.4 * sizes[1], sizes
+
+
+def test_light_keeps_what_its_definition_says():
+    """Per decoder token and layer: residual stream twice, q, k, v, attention output and logsumexp, gate and up."""
+    config = small_config(num_hidden_layers=4)
+    model, _ = make_models(config, torch.float32)
+    sizes = {}
+    for tokens in (40, 140):
+        batch = pack([make_sample(config, [("text", tokens)])])
+        sizes[tokens] = run(model, batch, "light")[2]
+    q, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    layer = 2 * config.hidden_size + (q + 2 * kv) + q + config.num_attention_heads + 2 * config.intermediate_size
+    final_norm = config.hidden_size + 1
+    inverse = 1  # the first norm's inverse root, inside the recomputed part: not kept
+    per_token = (sizes[140] - sizes[40]) / 100 / 4
+    assert config.num_hidden_layers * layer <= per_token <= config.num_hidden_layers * (layer + inverse) + final_norm
+
+
+def test_unknown_policy_is_refused(setup):
+    model, batch = setup
+    model.recompute = "some"
+    with pytest.raises(ValueError, match="recompute is 'some'; expected one of"):
+        model(batch)
+    model.recompute = "none"
+
+
+@pytest.mark.parametrize("policy", ["none", "light", "full"])
+@pytest.mark.parametrize("frozen", ["visual.", "model.", "visual.blocks.0", "model.layers.1.mlp", "model.layers.1.input"])
+def test_frozen_parts_get_no_gradient_and_the_rest_keeps_its(setup, policy, frozen):
+    model, batch = setup
+    _, grads, _ = run(model, batch, "none")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    model.recompute = policy
+    model.zero_grad()
+    linear_cross_entropy(model(batch)[batch.loss_rows], model.head_weight, batch.targets).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen), name
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, grads[name]), name
+        parameter.requires_grad_(True)
+
+
+def test_pack_without_pictures_runs_the_tower_only_when_told():
+    config = small_config()
+    model, _ = make_models(config, torch.float32)
+    batch = pack([make_sample(config, [("text", 9)])])
+    hidden = model(batch)
+    hidden.sum().backward()
+    assert all(p.grad is None for p in model.visual.parameters())
+    model.vision_on_every_rank = True
+    again = model(batch)
+    assert torch.equal(again, hidden)
+    again.sum().backward()
+    for name, parameter in model.visual.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_fresh_weights_are_drawn_as_transformers_draws_them():
+    from fastvst.model import ModelConfig, Qwen25VL
+
+    torch.manual_seed(0)
+    model = Qwen25VL(ModelConfig.preset("tiny"))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            assert abs(parameter.std().item() - 0.02) < 2e-3 and abs(parameter.mean().item()) < 2e-3, name
+
+
+def test_head_sees_the_whole_weight(setup):
+    model, batch = setup
+    with torch.no_grad():
+        hidden, weight = model(batch, head=lambda h, w: (h, w))
+        assert weight is model.head_weight and weight.shape == (model.config.vocab_size, model.config.hidden_size)
+        assert torch.equal(model.logits(batch), hidden @ weight.T)
