@@ -1,0 +1,243 @@
+"""Pictures to patches: size rule, decoding that cannot hurt, and the patch order that Qwen2.5-VL expects.
+
+Pixel values equal those of transformers' PIL image processor bit for bit (resizing tolerance 0): the resize is Pillow's
+bicubic in both, and `(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all
+256 inputs. EXIF orientation is not applied, as the Hugging Face image processor and VST do not apply it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+EXPLICIT_MIN_TOKENS, EXPLICIT_MAX_TOKENS = 4, 16384  # qwen-vl-utils' limits where a row gives the size itself
+MAX_ASPECT = 200  # smart_resize of qwen-vl-utils and transformers
+TINY_SIDE = 28  # VST: a side below 28 px is enlarged so that both sides are at least 56
+ROWS_AT_ONCE = 64  # patches normalised at a time: 64 x 588 float32 = 150 KB stay in the L2 cache (1.4 ms against 2.1)
+
+
+class MediaError(ValueError):
+    """A picture or video that cannot be used; `reason` is the ledger's code, `detail` what came and was expected."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class PatchGeometry:
+    """How pixels become patches: sizes in pixels, `mean` and `std` of the three channels on the 0..1 scale."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    @property
+    def factor(self) -> int:
+        """Side of a merged patch in pixels (28 as published)."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one flattened patch (1,176 as published)."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of `factor`, area within [min_pixels, max_pixels], aspect ratio nearly kept.
+
+    The rule of Qwen2.5-VL (same numbers as transformers' smart_resize).
+
+    Raises:
+        MediaError: "aspect_ratio" if one side is more than 200 times the other, "empty_image" for a zero side.
+    """
+    if min(height, width) < 1:
+        raise MediaError("empty_image", f"the picture is {width} x {height} pixels")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise MediaError("aspect_ratio", f"the picture is {width} x {height}; at most {MAX_ASPECT}:1 is allowed")
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return max(rows, 1) * factor, max(columns, 1) * factor
+
+
+def target_size(
+    width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int, explicit: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(width, height) that a picture of `width` x `height` is resized to.
+
+    With `explicit` (width, height), given by the row or by the FoV unification, that size is rounded to the factor and
+    the processor's pixel limits do not apply (only 4 to 16,384 merged patches), as in VST. A picture with a side below
+    28 px is first scaled so that both sides are at least 56 (VST §1.3; transformers has no such rule).
+
+    Raises:
+        MediaError: see `smart_resize`.
+    """
+    if explicit is not None:
+        width, height = explicit
+        min_pixels, max_pixels = EXPLICIT_MIN_TOKENS * factor**2, EXPLICIT_MAX_TOKENS * factor**2
+    elif 0 < min(width, height) < TINY_SIDE and max(width, height) <= MAX_ASPECT * min(width, height):
+        grow = 2 * TINY_SIDE / min(width, height)
+        width, height = round(width * grow), round(height * grow)
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return columns, rows
+
+
+class _DeadlineReader(io.BytesIO):
+    """Bytes that refuse to be read after a deadline: Pillow's stream decoders ask again for every 64 KB."""
+
+    def __init__(self, data: bytes, deadline: float) -> None:
+        super().__init__(data)
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.monotonic() > self.deadline:
+            raise MediaError("decode_timeout", "decoding took longer than the time limit")
+        return super().read(size)
+
+
+def image_size(source: Any, *, max_source_pixels: int) -> tuple[int, int]:
+    """(width, height) of a picture from its header; no pixel is decoded.
+
+    Args:
+        source: PIL image, path, or encoded bytes.
+
+    Raises:
+        MediaError: "missing_image", "empty_file", "broken_image", "decompression_bomb", "bad_image_type".
+    """
+    if isinstance(source, Image.Image):
+        size = source.size
+    elif isinstance(source, (str, Path)):
+        with _open(source, _open_path) as image:
+            size = image.size
+    else:
+        with _open(source, lambda data: Image.open(io.BytesIO(_as_bytes(data)))) as image:
+            size = image.size
+    _check_bomb(size, max_source_pixels)
+    return size
+
+
+def load_rgb(source: Any, *, max_source_pixels: int, time_limit: float) -> Image.Image:
+    """Decode a picture to mode RGB, exactly as `Image.convert("RGB")` does (alpha is dropped, not blended).
+
+    Args:
+        source: PIL image, path, or encoded bytes (first frame of an animation).
+        max_source_pixels: larger pictures are refused from their header.
+        time_limit: seconds. Checked whenever the decoder asks for data, so formats that decode in one call (WebP,
+            TIFF) are only checked at the end.
+
+    Raises:
+        MediaError: as `image_size`, and "decode_timeout".
+    """
+    deadline = time.monotonic() + time_limit
+    if isinstance(source, (str, Path)):
+        source = _open(source, lambda path: Path(path).read_bytes())
+    if not isinstance(source, Image.Image):
+        data = _as_bytes(source)
+        source = _open(data, lambda raw: Image.open(_DeadlineReader(raw, deadline)))
+    _check_bomb(source.size, max_source_pixels)
+    image = _open(source, lambda picture: picture if picture.mode == "RGB" else picture.convert("RGB"))
+    _open(image, lambda picture: picture.load())
+    if time.monotonic() > deadline:
+        raise MediaError("decode_timeout", f"decoding {image.size[0]} x {image.size[1]} took over {time_limit} s")
+    return image
+
+
+def _as_bytes(source: Any) -> bytes:
+    if not isinstance(source, (bytes, bytearray, memoryview)):
+        raise MediaError("bad_image_type", f"got {type(source).__name__}; expected a PIL image, a path or bytes")
+    data = bytes(source)
+    if not data:
+        raise MediaError("empty_file", "the picture has 0 bytes")
+    return data
+
+
+def _open_path(path: str | Path) -> Image.Image:
+    if Path(path).stat().st_size == 0:
+        raise MediaError("empty_file", f"{path} has 0 bytes")
+    return Image.open(path)
+
+
+def _open(source: Any, step: Any) -> Any:
+    """Run one step of reading a picture; whatever it raises becomes a MediaError with a reason code."""
+    try:
+        return step(source)
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise MediaError("missing_image", f"no such file: {error.filename}") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError("decompression_bomb", str(error)) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ... on damaged data
+        raise MediaError("broken_image", f"{type(error).__name__}: {error}") from error
+
+
+def _check_bomb(size: tuple[int, int], max_source_pixels: int) -> None:
+    if size[0] * size[1] > max_source_pixels:
+        raise MediaError(
+            "decompression_bomb",
+            f"the picture is {size[0]} x {size[1]} pixels; max_source_pixels allows {max_source_pixels}",
+        )
+
+
+def resize_planar(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic resize (Pillow, antialiased) of an RGB picture to `size` (width, height): (3, height, width) uint8."""
+    resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    return np.stack([np.asarray(band) for band in resized.split()])
+
+
+def patchify(
+    frames: Sequence[np.ndarray] | np.ndarray, geometry: PatchGeometry, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Normalised patches of one picture (one frame) or one video (an even number of frames).
+
+    Args:
+        frames: F arrays (3, H, W) uint8, H and W multiples of the merged patch; a single frame fills every temporal
+            slot of its patches (as transformers does), several are taken `temporal_patch_size` at a time.
+        out: (P, patch_dim) float32 to write into; made if not given.
+
+    Returns:
+        (P, patch_dim) float32. P runs over (t, block row, block column, row in block, column in block), one patch over
+        (channel, time, row, column).
+    """
+    p, m, times = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
+    height, width = frames[0].shape[1:]
+    rows, columns = height // p, width // p
+    steps = 1 if len(frames) == 1 else len(frames) // times
+    if out is None:
+        out = np.empty((steps * rows * columns, geometry.patch_dim), dtype=np.float32)
+    mean = np.asarray(geometry.mean, dtype=np.float32)[:, None]
+    std = np.asarray(geometry.std, dtype=np.float32)[:, None]
+    slots = out.reshape(steps, rows * columns, 3, times, p * p)
+    for index, frame in enumerate(frames):
+        # A void type of patch_size bytes lets numpy move a whole patch row at once instead of byte by byte.
+        cells = frame.view(np.dtype((np.void, p))).reshape(3, rows // m, m, p, columns // m, m)
+        ordered = np.ascontiguousarray(cells.transpose(1, 4, 2, 5, 0, 3)).view(np.uint8).reshape(-1, 3, p * p)
+        step, time_slot = divmod(index, times)
+        for at in range(0, rows * columns, ROWS_AT_ONCE):
+            values = ordered[at : at + ROWS_AT_ONCE].astype(np.float32)
+            values /= np.float32(255)
+            values -= mean
+            values /= std
+            if len(frames) == 1:
+                slots[0, at : at + ROWS_AT_ONCE] = values[:, :, None]
+            else:
+                slots[step, at : at + ROWS_AT_ONCE, :, time_slot] = values
+    return out

@@ -1,0 +1,147 @@
+"""SampleError: what is wrong with one sample. Ledger: all samples that could not be used, and when it is too many."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used.
+
+    Attributes:
+        reason: short code for counting ("broken_image", "mark_count", "too_long", ...).
+        source, id: which sample.
+        detail: what came and what was expected.
+    """
+
+    def __init__(self, reason: str, source: str, id: str, detail: str) -> None:
+        super().__init__(f"{source}/{id}: {reason}: {detail}")
+        self.reason, self.source, self.id, self.detail = reason, source, id, detail
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str]]:
+        return (SampleError, (self.reason, self.source, self.id, self.detail))  # crosses worker processes
+
+
+class TooManyBadSamples(RuntimeError):
+    """The share of unusable samples is above the limit, or no sample is usable at all. The message is the summary."""
+
+
+@dataclass
+class Ledger:
+    """Counts and writes down samples that cannot be used; the run goes on until they are too many.
+
+    Attributes:
+        path: JSON lines file, one object {source, id, reason, detail, where} for each bad sample; None: count only.
+        max_fraction: the run stops when more than this share of the samples seen is bad ...
+        min_samples: ... once this many samples have been seen.
+        strict: raise the first SampleError instead.
+        seen: samples looked at, good and bad.
+        counts: bad samples by reason. A sample that comes again in a later epoch is counted again, not written again.
+    """
+
+    path: str | Path | None = None
+    max_fraction: float = 0.01
+    min_samples: int = 1000
+    strict: bool = False
+    seen: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    weight: float = 0.0  # bad samples as the threshold counts them
+    _written: set[tuple[str, str, str, str]] = field(default_factory=set, repr=False)
+    _bytes: int = field(default=-1, repr=False)  # length of the file as far as it is ours; -1: not opened yet
+
+    @property
+    def total(self) -> int:
+        """Bad samples so far, all reasons."""
+        return sum(self.counts.values())
+
+    def saw(self, count: int = 1) -> None:
+        """Count samples that were looked at, good or bad."""
+        self.seen += count
+
+    def record(self, error: SampleError, *, where: str = "", write: bool = True, weight: float = 1.0) -> None:
+        """Write one bad sample down.
+
+        Args:
+            error: what is wrong with which sample.
+            where: file and row, for data sets whose ids are not unique.
+            write: False where another rank writes the same entry.
+            weight: samples that this one stands for in the threshold; a rank that finds broken pixels in its own
+                packs only sees 1 / world_size of them.
+
+        Raises:
+            SampleError: in strict mode, the error itself.
+        """
+        self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
+        self.examples.setdefault(error.reason, f"{error.source}/{error.id}: {error.detail}")
+        self.weight += weight
+        key = (error.source, error.id, error.reason, where)
+        if write and key not in self._written:
+            self._written.add(key)
+            self._append({**_fields(error), "where": where})
+        if self.strict:
+            raise error
+
+    def check(self) -> None:
+        """Raise TooManyBadSamples when the limit is passed."""
+        if self.seen >= self.min_samples and self.weight > self.max_fraction * self.seen:
+            raise TooManyBadSamples(
+                f"{self.weight / self.seen:.1%} of {self.seen} samples cannot be used (limit {self.max_fraction:.1%} "
+                f"after {self.min_samples}): repair or leave out the data, or raise max_fraction.\n{self.summary()}"
+            )
+
+    def summary(self) -> str:
+        """A table: reason, count, first example, and where the full list is."""
+        if not self.counts:
+            return f"ledger: {self.seen} samples seen, none rejected"
+        lines = [f"ledger: {self.total} rejected of {self.seen} samples seen"]
+        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  {count:>8}  {reason:<20} e.g. {self.examples[reason][:160]}")
+        if self.path is not None:
+            lines.append(f"  all of them: {self.path}")
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and the length of the file, JSON-able."""
+        return {
+            "seen": self.seen,
+            "weight": self.weight,
+            "counts": dict(self.counts),
+            "examples": dict(self.examples),
+            "bytes": max(self._bytes, 0),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state; the file is cut to its length then, so that replayed samples stand there once."""
+        self.seen, self.weight = int(state["seen"]), float(state["weight"])
+        self.counts, self.examples = dict(state["counts"]), dict(state["examples"])
+        self._written, self._bytes = set(), -1
+        if self.path is None or not Path(self.path).exists():
+            return
+        with open(self.path, "r+b") as file:
+            kept = file.read(int(state["bytes"]))
+            file.truncate(len(kept))
+        self._bytes = len(kept)
+        for line in kept.splitlines():
+            row = json.loads(line)
+            self._written.add((row["source"], row["id"], row["reason"], row["where"]))
+
+    def _append(self, row: dict[str, str]) -> None:
+        if self.path is None:
+            return
+        path = Path(self.path)
+        if self._bytes < 0:  # a new run begins a new list
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            self._bytes = 0
+        line = (json.dumps(row) + "\n").encode("ascii")
+        with open(path, "ab") as file:
+            file.write(line)
+        self._bytes += len(line)
+
+
+def _fields(error: SampleError) -> dict[str, str]:
+    return {"source": error.source, "id": error.id, "reason": error.reason, "detail": error.detail}

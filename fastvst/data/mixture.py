@@ -1,0 +1,259 @@
+"""Several sources as one endless (or finite) shuffled stream, whose place can be saved and found again exactly.
+
+At every step a source is drawn by weight, its next row goes into a bounded buffer, and a random row of the buffer comes
+out. Inside a source the order of its blocks (Parquet row groups, ...) is permuted anew in every epoch. Everything
+random follows from the seed; the state is the generator, one (epoch, block, row) for each source, and the references
+of the rows in the buffer, which are read again on restoring.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastvst.data.ledger import SampleError
+from fastvst.data.sample import Sample
+from fastvst.data.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set of a mixture.
+
+    Attributes:
+        path, format, name, image_folder, split: see `open_source`.
+        weight: share of the samples drawn, relative to the other sources; None (for all): the number of rows.
+        min_pixels, max_pixels: pixel limits of this source's pictures; None: the processor's.
+    """
+
+    path: str
+    format: str = "auto"
+    weight: float | None = None
+    name: str | None = None
+    image_folder: str | None = None
+    split: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """What is trained on, in which order.
+
+    Attributes:
+        sources: the data sets.
+        seed: of every shuffle and draw.
+        shuffle_buffer: rows held for shuffling (encoded pictures included, in every worker); 0: in order, unshuffled.
+        epochs: passes over every source, after which the stream ends; None: for ever.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    seed: int = 0
+    shuffle_buffer: int = 1000
+    epochs: int | None = None
+
+
+class Ref(NamedTuple):
+    """A row of a mixture: which source, which block, which row of the block."""
+
+    source: int
+    block: int
+    row: int
+
+
+class Drawn(NamedTuple):
+    """One row that the mixture yields; bad rows come as errors, so that everybody counts them alike."""
+
+    ref: Ref
+    sample: Sample | SampleError
+
+
+@dataclass
+class _Cursor:
+    """The place in one source: the next row is `row` of the `block`-th block of this epoch's order."""
+
+    source: Source
+    index: int
+    seed: int
+    shuffled: bool
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
+    _order: Sequence[int] = field(default_factory=tuple, repr=False)
+    _rows: Iterator[Sample | SampleError] | None = field(default=None, repr=False)
+
+    def next(self, epochs: int | None) -> Drawn | None:
+        """The next row, or None when all epochs are over."""
+        while epochs is None or self.epoch < epochs:
+            if self._rows is None:
+                count = len(self.source.blocks)
+                generator = np.random.default_rng([self.seed, self.index, self.epoch])
+                self._order = generator.permutation(count).tolist() if self.shuffled else range(count)
+                self._rows = self.source.samples(self._order[self.block], self.row)
+            sample = next(self._rows, None)
+            if sample is not None:
+                self.row += 1
+                return Drawn(Ref(self.index, self._order[self.block], self.row - 1), sample)
+            self._rows, self.row, self.block = None, 0, self.block + 1
+            if self.block == len(self.source.blocks):
+                self.block, self.epoch = 0, self.epoch + 1
+        return None
+
+
+class Mixture(Iterator[Drawn]):
+    """The stream. Iterate for `Drawn` rows; `state_dict` between any two of them."""
+
+    def __init__(self, sources: Sequence[Source], config: MixtureConfig) -> None:
+        """Args:
+            sources: the opened sources of `config.sources`, in that order.
+
+        Raises:
+            ValueError: no sources, or weights that are not all given, or not positive.
+        """
+        self.config, self.sources = config, list(sources)
+        self._weights = _weights(config.sources, self.sources)
+        self._cursors = [_Cursor(s, i, config.seed, config.shuffle_buffer > 0) for i, s in enumerate(self.sources)]
+        self._alive = [True] * len(self.sources)
+        self._buffer: list[Drawn] = []
+        self._rng = np.random.Generator(np.random.PCG64([config.seed]))
+
+    def __next__(self) -> Drawn:
+        while any(self._alive) and len(self._buffer) <= self.config.shuffle_buffer:
+            drawn = self._draw()
+            if drawn is not None:
+                self._buffer.append(drawn)
+        if not self._buffer:
+            raise StopIteration
+        pick = int(self._rng.integers(len(self._buffer))) if len(self._buffer) > 1 else 0
+        self._buffer[pick], self._buffer[-1] = self._buffer[-1], self._buffer[pick]
+        return self._buffer.pop()
+
+    def __len__(self) -> int:
+        """Rows of all sources together, good and bad."""
+        return sum(len(source) for source in self.sources)
+
+    def where(self, ref: Ref) -> str:
+        """File and row in words."""
+        return self.sources[ref.source].where(ref.block, ref.row)
+
+    def _draw(self) -> Drawn | None:
+        live = [index for index, alive in enumerate(self._alive) if alive]
+        index = live[0]
+        if len(live) > 1:
+            edges = np.cumsum([self._weights[i] for i in live])
+            index = live[int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))]
+        drawn = self._cursors[index].next(self.config.epochs)
+        if drawn is None:
+            self._alive[index] = False
+            return None
+        return drawn._replace(sample=self._limited(index, drawn.sample))
+
+    def _limited(self, index: int, sample: Sample | SampleError) -> Sample | SampleError:
+        return limit_pixels(sample, self.config.sources[index]) if isinstance(sample, Sample) else sample
+
+    def read(self, refs: Sequence[Ref]) -> list[Drawn]:
+        """Rows by reference, in the order asked for."""
+        out: dict[int, Drawn] = {}
+        for index, source in enumerate(self.sources):
+            places = [place for place, ref in enumerate(refs) if ref[0] == index]
+            for place, sample in zip(places, source.get([refs[p][1:] for p in places]), strict=True):
+                out[place] = Drawn(Ref(*refs[place]), self._limited(index, sample))
+        return [out[place] for place in range(len(refs))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of some KB: the generator, the place in every source, the buffer's references."""
+        generator = self._rng.bit_generator.state
+        return {
+            "fingerprint": self._fingerprint(),
+            "generator": {
+                **{k: str(v) for k, v in generator["state"].items()},
+                "has_uint32": generator["has_uint32"],
+                "uinteger": generator["uinteger"],
+            },
+            "places": [[c.epoch, c.block, c.row] for c in self._cursors],
+            "alive": list(self._alive),
+            "buffer": [list(drawn.ref) for drawn in self._buffer],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly after the row that was yielded last before `state_dict`.
+
+        Raises:
+            ValueError: the state belongs to other sources or settings; names the difference.
+        """
+        self.check_state(state)
+        generator = state["generator"]
+        self._rng.bit_generator.state = {
+            "bit_generator": "PCG64",
+            "state": {name: int(generator[name]) for name in ("state", "inc")},
+            "has_uint32": int(generator["has_uint32"]),
+            "uinteger": int(generator["uinteger"]),
+        }
+        for cursor, (epoch, block, row) in zip(self._cursors, state["places"], strict=True):
+            cursor.epoch, cursor.block, cursor.row, cursor._rows = epoch, block, row, None
+        self._alive = list(state["alive"])
+        self._buffer = self.read([Ref(*ref) for ref in state["buffer"]])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state belongs to other sources or settings. Reads nothing."""
+        for key, now in self._fingerprint().items():
+            if state["fingerprint"].get(key) != now:
+                raise ValueError(
+                    f"the saved data state does not fit this mixture: {key} was {state['fingerprint'].get(key)}, "
+                    f"is now {now}. Restore the configuration and the files, or start the data anew."
+                )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {
+            "sources": [
+                [source.name, len(source), zlib.crc32(repr(source.block_rows).encode())] for source in self.sources
+            ],
+            "weights": self._weights,
+            "seed": self.config.seed,
+            "shuffle_buffer": self.config.shuffle_buffer,
+        }
+
+
+def open_mixture(config: MixtureConfig) -> Mixture:
+    """Open every source of a mixture. Raises what `open_source` raises."""
+    sources = [
+        open_source(s.path, s.format, name=s.name, image_folder=s.image_folder, split=s.split) for s in config.sources
+    ]
+    return Mixture(sources, config)
+
+
+def iterate_once(config: SourceConfig) -> Iterator[Sample]:
+    """The rows of one source, once and in order, with its pixel limits; for evaluation. Raises the first bad one."""
+    path = Path(config.path)
+    for sample in open_source(
+        path, config.format, name=config.name, image_folder=config.image_folder, split=config.split
+    ):
+        yield limit_pixels(sample, config)
+
+
+def limit_pixels(sample: Sample, config: SourceConfig) -> Sample:
+    """Put the source's pixel limits into the picture parts that have none of their own. In place."""
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if limits:
+        for kind in ("image", "video"):
+            for part in sample.parts(kind):
+                part.update({name: value for name, value in limits.items() if name not in part})
+    return sample
+
+
+def _weights(configs: Sequence[SourceConfig], sources: Sequence[Source]) -> list[float]:
+    if not sources:
+        raise ValueError("a mixture needs at least one source; got none")
+    given = [c.weight for c in configs]
+    if all(weight is None for weight in given):
+        return [float(len(source)) for source in sources]
+    if any(weight is None or weight <= 0 for weight in given):
+        pairs = [f"{source.name}: {weight}" for source, weight in zip(sources, given, strict=True)]
+        raise ValueError(f"give every source a positive weight, or none of them; got {pairs}")
+    return [float(weight) for weight in given if weight is not None]

@@ -1,0 +1,237 @@
+"""On-line packing: fill packs of a fixed token budget from a bounded buffer, equal in FLOPs and in vision patches.
+
+A *step* is all the packs that the ranks work on between two optimizer steps (world size x accumulation). Packs of one
+step are planned together, because the slowest rank sets the pace: a packer that only counts tokens leaves the vision
+tower unbalanced (a pack of text waits for a pack of pictures), one that only counts pictures leaves attention
+unbalanced. No sample is ever cut, and no pre-pass counts tokens.
+
+The plan of a step, in three parts:
+1. bulk: the oldest samples, 80 to 97 % of the step's tokens, heaviest first, each to the pack where it disturbs least;
+2. targets: every pack should end with the same patches and FLOPs (those of the buffer's average, or of the heaviest
+   pack where one sample alone is above it);
+3. refinement: the worst pack drops at most one sample and takes at most one of the buffer, whichever move brings it
+   nearest to the targets, until all packs are within tolerance.
+
+Taking the bulk in order of arrival keeps waiting short; the samples in hand are only a correction. The oldest
+`packs_per_step` samples are always placed and never dropped, so with n samples in the buffer none waits longer than
+n / packs_per_step steps. What cannot be balanced away: a sample that fills a pack alone has more attention FLOPs than
+a pack of short ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastvst.data.batch import Cost
+
+BULK_SAMPLES = 4  # room for the refinement: this many average samples of every pack ...
+BULK_ROOM = (0.03, 0.2)  # ... within these shares of the budget
+FILL_TOLERANCE = 0.005  # a pack is good when at most this share of its budget is empty ...
+BALANCE_TOLERANCE = 0.02  # ... and its patches and FLOPs are this near to the step's targets
+WINDOW = 256  # oldest samples in hand that a move looks at (or 8 for every pack): speed; 512 gains under 0.2 % balance
+UNIT_PATCHES = 4  # patches merged into one LLM token (2 x 2)
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How packs are made.
+
+    Attributes:
+        tokens_per_pack: hard budget of LLM tokens of a pack; a longer sample is an error ("too_long").
+        buffer_samples: samples held back to choose from, at least.
+        buffer_steps: ... and at least this many steps' worth of tokens.
+    """
+
+    tokens_per_pack: int = 16384
+    buffer_samples: int = 512
+    buffer_steps: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_pack < 1 or self.buffer_samples < 1 or self.buffer_steps < 1:
+            raise ValueError(f"tokens_per_pack, buffer_samples and buffer_steps must be at least 1; got {self}")
+
+
+@dataclass
+class Packer:
+    """A bounded buffer of (item, Cost) and the rule that makes steps of it. Deterministic: the buffer is the state."""
+
+    config: PackingConfig
+    packs_per_step: int
+    items: list[Any] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    tokens: int = 0  # in the buffer
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def add(self, item: Any, cost: Cost) -> None:
+        """Take one sample. Raises ValueError if it is longer than a pack: the caller must have refused it."""
+        if cost.tokens > self.config.tokens_per_pack:
+            raise ValueError(f"a sample of {cost.tokens} tokens cannot fit a pack of {self.config.tokens_per_pack}")
+        self.items.append(item)
+        self.costs.append(cost)
+        self.tokens += cost.tokens
+
+    @property
+    def hungry(self) -> bool:
+        """True while the buffer should be filled further before a step is planned."""
+        step = self.config.tokens_per_pack * self.packs_per_step
+        return len(self.items) < self.config.buffer_samples or self.tokens < self.config.buffer_steps * step
+
+    def plan(self) -> tuple[list[list[Any]], np.ndarray]:
+        """Take one step out of the buffer.
+
+        At the end of a stream, when the buffer holds less than a step, the rest is spread evenly; packs may be empty.
+
+        Returns:
+            `packs_per_step` lists of items, in order of arrival inside a pack, and the packs' loads, a
+            (packs_per_step, 3) float64 array of tokens, patches and FLOPs.
+        """
+        costs = np.array([(c.tokens, c.patches, c.flops) for c in self.costs], dtype=np.float64).reshape(-1, 3)
+        packs = plan_step(costs, self.packs_per_step, self.config.tokens_per_pack)
+        loads = np.array([costs[pack].sum(axis=0) for pack in packs])
+        taken = {index for pack in packs for index in pack}
+        chosen = [[self.items[index] for index in pack] for pack in packs]
+        self.tokens -= int(loads[:, 0].sum())
+        self.items = [item for index, item in enumerate(self.items) if index not in taken]
+        self.costs = [cost for index, cost in enumerate(self.costs) if index not in taken]
+        return chosen, loads
+
+
+def plan_step(costs: np.ndarray, packs: int, budget: int) -> list[list[int]]:
+    """Choose the samples of one step and distribute them.
+
+    Args:
+        costs: (N, 3) float64 tokens, patches, FLOPs of the samples in order of arrival; every one has tokens <= budget.
+        packs: packs to make.
+        budget: LLM tokens that a pack may hold.
+
+    Returns:
+        `packs` lists of indices into `costs`, each ascending, disjoint. They hold all N samples when these are too few
+        to fill the step.
+    """
+    if not len(costs):
+        return [[] for _ in range(packs)]
+    totals = costs.sum(axis=0)
+    unit = costs / (np.where(totals > 0, totals, 1.0) / max(totals[0], 1.0) * budget)  # shares of a full average pack
+    unit[:, totals == 0] = unit[:, :1]  # nothing to balance on this axis (text only): follow the tokens
+    bulk = packs * (1 - float(np.clip(BULK_SAMPLES * unit[:, 0].mean(), *BULK_ROOM)))
+    last = unit[:, 0].sum() <= bulk or len(unit) <= packs
+    limit = len(unit) if last else max(packs, int(np.searchsorted(np.cumsum(unit[:, 0]), bulk)))
+    load, owner = np.zeros((packs, 3)), np.full(len(unit), -1)
+    heaviest = np.argsort(-unit[packs:limit].max(axis=1), kind="stable") + packs
+    for index in [*range(min(packs, limit)), *heaviest.tolist()]:
+        after = load + unit[index]
+        worst = after.max(axis=1)
+        worst[after[:, 0] > 1 + 1e-9] = np.inf
+        pack = int(np.argmin(worst))
+        if worst[pack] < np.inf:
+            owner[index] = pack
+            load[pack] = after[pack]
+    if not last:
+        _refine(unit, owner, load)
+    return [np.flatnonzero(owner == pack).tolist() for pack in range(packs)]
+
+
+def _refine(unit: np.ndarray, owner: np.ndarray, load: np.ndarray) -> None:
+    """Move samples between the packs and the buffer until every pack is full and near the targets. In place."""
+    packs = len(load)
+    target = np.maximum(load.max(axis=0), 1.0)
+    target[0] = 1.0
+    stuck = np.zeros(packs, dtype=bool)
+    nothing = np.zeros((1, 3))
+    for _ in range(8 * packs + 64):
+        error = _error(load, target)
+        error[stuck] = 0.0
+        pack = int(np.argmax(error))
+        if error[pack] <= 0:
+            break
+        mine = np.flatnonzero(owner == pack)
+        mine = mine[mine >= packs]  # the oldest samples stay: nobody waits for ever
+        free = np.flatnonzero(owner < 0)[: max(WINDOW, 8 * packs)]
+        leave = np.concatenate([nothing, unit[mine]])
+        enter = np.concatenate([nothing, unit[free]])
+        after = load[pack] - leave[:, None, :] + enter[None, :, :]
+        scores = _error(after, target)
+        scores[after[..., 0] > 1 + 1e-9] = np.inf
+        i, j = divmod(int(np.argmin(scores)), len(enter))
+        if scores[i, j] >= error[pack] - 1e-4:
+            stuck[pack] = True
+            continue
+        if i:
+            owner[mine[i - 1]] = -1
+        if j:
+            owner[free[j - 1]] = pack
+        load[pack] = after[i, j]
+
+
+def _error(load: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """How far packs (..., 3) are from full and balanced; 0 within tolerance."""
+    off = np.abs(load / target - 1)
+    empty = np.maximum(off[..., 0] - FILL_TOLERANCE, 0)
+    return empty + np.maximum(off[..., 1] - BALANCE_TOLERANCE, 0) + np.maximum(off[..., 2] - BALANCE_TOLERANCE, 0)
+
+
+@dataclass
+class PackingReport:
+    """How well the packs were filled and balanced so far. `str()` is the line for the screen.
+
+    Attributes:
+        steps, packs, samples: counted.
+        tokens, capacity: LLM tokens placed, and what the packs could have held.
+        patches: vision patches placed.
+        patch_imbalance, flop_imbalance: sum over steps of max / mean over the packs of the step.
+        worst_patch_imbalance, worst_flop_imbalance: the largest of a single step.
+    """
+
+    steps: int = 0
+    packs: int = 0
+    samples: int = 0
+    tokens: int = 0
+    capacity: int = 0
+    patches: int = 0
+    patch_imbalance: float = 0.0
+    flop_imbalance: float = 0.0
+    worst_patch_imbalance: float = 1.0
+    worst_flop_imbalance: float = 1.0
+
+    def add(self, loads: np.ndarray, samples: int, budget: int) -> None:
+        """Count one step: loads (packs, 3) of tokens, patches, FLOPs, as `Packer.plan` returns them."""
+        tokens, patches, _ = loads.sum(axis=0)
+        patch_imbalance, flop_imbalance = imbalance(loads[:, 1]), imbalance(loads[:, 2])
+        self.steps, self.packs, self.samples = self.steps + 1, self.packs + len(loads), self.samples + samples
+        self.tokens, self.patches = self.tokens + int(tokens), self.patches + int(patches)
+        self.capacity += len(loads) * budget
+        self.patch_imbalance += patch_imbalance
+        self.flop_imbalance += flop_imbalance
+        self.worst_patch_imbalance = max(self.worst_patch_imbalance, patch_imbalance)
+        self.worst_flop_imbalance = max(self.worst_flop_imbalance, flop_imbalance)
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget that holds tokens."""
+        return self.tokens / max(self.capacity, 1)
+
+    @property
+    def vision_share(self) -> float:
+        """Share of the LLM tokens that come from pictures."""
+        return self.patches / UNIT_PATCHES / max(self.tokens, 1)
+
+    def __str__(self) -> str:
+        steps = max(self.steps, 1)
+        return (
+            f"packing: fill {self.fill:.1%}, vision {self.vision_share:.0%} of tokens, "
+            f"{self.samples / max(self.packs, 1):.1f} samples/pack, max/mean over packs of a step: "
+            f"patches {self.patch_imbalance / steps:.3f} (worst {self.worst_patch_imbalance:.3f}), "
+            f"FLOPs {self.flop_imbalance / steps:.3f} (worst {self.worst_flop_imbalance:.3f})"
+        )
+
+
+def imbalance(values: Sequence[float] | np.ndarray) -> float:
+    """max / mean; 1.0 where all are zero."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.max() / array.mean()) if array.size and array.mean() > 0 else 1.0

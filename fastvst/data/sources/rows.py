@@ -1,0 +1,334 @@
+"""One row of somebody's data set -> Sample. Three row forms, told apart by their keys; the container does not matter.
+
+    conversations   VST (vst-spec: conversations, data_source, images, type, meta_info), LLaVA and ShareGPT
+    messages        OpenAI: role and content, a string or content parts
+    question        VST's RL rows: question, images, thought, answer, answer_gt, meta_info
+
+Pictures stand where their marks are. The marks of a row are `<|image_pad|>` and `<|video_pad|>` (with or without
+vision_start / vision_end around them) or, where it has none of these, `<image>` and `<video>`. A row with pictures
+and without marks gets all of them in front of its first human turn, as VST does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastvst.data.ledger import SampleError
+from fastvst.data.sample import Message, Part, Sample
+
+COLUMNS = (
+    "conversations",
+    "messages",
+    "question",
+    "id",
+    "data_source",
+    "images",
+    "image",
+    "videos",
+    "video",
+    "type",
+    "meta_info",
+    "answer",
+    "answer_gt",
+    "thought",
+    "system",
+    "fps",
+)  # fmt: skip  (the columns that any of the forms reads; containers skip all others)
+FORMS = {"conversations": "conversations", "messages": "messages", "question": "question"}
+ROLE_NAMES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+PADS = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
+TAGS = re.compile(r"<(image|video)>")
+# First bytes of picture files: PNG, JPEG, GIF, BMP, TIFF (both orders); WebP is RIFF....WEBP.
+PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+
+
+def row_form(columns: Any) -> str | None:
+    """The form of rows with these keys, or None if it is none of ours."""
+    return next((form for key, form in FORMS.items() if key in columns), None)
+
+
+def to_sample(row: dict[str, Any], *, source: str, where: str, folder: Path) -> Sample:
+    """Turn one row into a Sample.
+
+    Args:
+        row: the row as Python objects.
+        source: name of the data set, where the row has no `data_source`.
+        where: file and row; the sample's id where the row has none.
+        folder: relative paths of pictures start here.
+
+    Raises:
+        SampleError: "bad_schema", "mark_count", "bad_base64", "remote_media".
+    """
+    name, identifier = str(row.get("data_source") or source), str(_first(row, "id", default=where))
+
+    def fail(reason: str, detail: str) -> SampleError:
+        return SampleError(reason, name, identifier, f"{detail} (at {where})")
+
+    form = row_form([key for key, value in row.items() if value is not None])
+    if form is None:
+        raise fail("bad_schema", f"the row has {sorted(row)[:12]}; expected one of {sorted(FORMS)}")
+    kind = str(row.get("type") or "qa")
+    metadata: dict[str, Any] = {}
+    meta_info = _json(row.get("meta_info"), fail)
+    if meta_info is not None:
+        metadata["meta_info"] = meta_info
+    answer = None
+    if form == "question":
+        turns, answer, kind = _question_turns(row, meta_info, fail)
+        metadata |= {key: row[key] for key in ("thought", "answer_gt") if row.get(key)}
+    else:
+        turns = _turns(row[form], row.get("system"), fail)
+        answer = _answer(row.get("answer"), metadata)
+    images, videos = _media(row, kind, folder, fail)
+    _apply_sizes(images, meta_info)
+    messages = _place(turns, images, videos, folder, fail)
+    try:
+        return Sample.from_messages(messages, id=identifier, source=name, kind=kind, answer=answer, metadata=metadata)
+    except ValueError as error:
+        raise fail("bad_schema", str(error)) from error
+
+
+def _first(row: dict[str, Any], *keys: str, default: Any = None) -> Any:
+    return next((row[key] for key in keys if row.get(key) is not None), default)
+
+
+def _json(value: Any, fail: Callable[[str, str], SampleError]) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise fail("bad_schema", f"meta_info is not JSON: {error}") from error
+
+
+def _turns(rows: Any, system: Any, fail: Callable[[str, str], SampleError]) -> list[tuple[str, Any]]:
+    """(role, content) of every turn; content is a string or a list of parts."""
+    while isinstance(rows, (list, tuple)) and len(rows) == 1 and isinstance(rows[0], (list, tuple)):
+        rows = rows[0]  # VST's first converter wrapped the list once more
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise fail("bad_schema", f"expected a list of turns; got {_short(rows)}")
+    turns: list[tuple[str, Any]] = [("system", system)] if isinstance(system, str) and system else []
+    for index, turn in enumerate(rows):
+        role = _first(turn, "from", "role") if isinstance(turn, dict) else None
+        content = _first(turn, "value", "content") if isinstance(turn, dict) else None
+        if role not in ROLE_NAMES or not isinstance(content, (str, list)):
+            raise fail(
+                "bad_schema",
+                f"turn {index} is {_short(turn)}; expected {{from: human|gpt|system, value: text}} or "
+                "{role: user|assistant|system, content: text or parts}",
+            )
+        turns.append((ROLE_NAMES[role], content))
+    return turns
+
+
+def _question_turns(
+    row: dict[str, Any], meta_info: Any, fail: Callable[[str, str], SampleError]
+) -> tuple[list[tuple[str, Any]], dict[str, Any] | None, str]:
+    """An RL row: user and assistant turn, the checkable answer, the kind.
+
+    The kind is "thought" (VST's thinking system prompt) unless the row is rewarded as 3D boxes ("bbox3d" mode).
+    """
+    if not isinstance(row["question"], str):
+        raise fail("bad_schema", f"question is {_short(row['question'])}; expected text")
+    meta = meta_info if isinstance(meta_info, dict) else {}
+    modes = [meta["mode"]] if isinstance(meta.get("mode"), str) else list(meta.get("mode") or [])
+    boxes = "bbox3d" in modes
+    truth = _first(row, "answer_gt", "answer")
+    turns: list[tuple[str, Any]] = [("user", row["question"])]
+    response = _first(row, "answer", "answer_gt")
+    if response is not None:
+        thought = row.get("thought")
+        turns.append(("assistant", f"<think>{thought}</think> {response}" if thought else str(response)))
+    choice = meta.get("question_type") == "multi_choices" or "multi_choices_score" in modes
+    answer = None
+    if truth is not None:
+        answer = {"type": "boxes" if boxes else "choice" if choice else "text", "value": truth, "mode": modes}
+    return turns, answer, str(row.get("type") or ("bbox_3d" if boxes else "thought"))
+
+
+def _answer(value: Any, metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """The optional `answer` column: JSON {"answer": {...}, "metadata": {...}}, a JSON answer object, or plain text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return {"type": "text", "value": value}
+    if not isinstance(value, dict):
+        return None if value is None else {"type": "text", "value": str(value)}
+    if "answer" in value:
+        metadata.update(value.get("metadata") or {})
+        return value["answer"]
+    return value
+
+
+def _media(
+    row: dict[str, Any], kind: str, folder: Path, fail: Callable[[str, str], SampleError]
+) -> tuple[list[Part], list[Part]]:
+    """The row's pictures and videos as parts, in order."""
+    images = [item for key in ("image", "images") for item in _as_list(row.get(key))]
+    videos = [item for key in ("video", "videos") for item in _as_list(row.get(key))]
+    if "video" in kind and not videos:  # VST keeps whole files or frames of a video in `images`
+        frames = [payload(item, folder, fail) for item in images if not isinstance(item, list)]
+        if frames and all(_is_picture(frame) for frame in frames):
+            images = [frames]
+        images, videos = [], images
+    video_parts = [{"type": "video", "video": payload(item, folder, fail)} for item in videos]
+    if isinstance(row.get("fps"), (int, float)):
+        for part in video_parts:
+            part["fps"] = float(row["fps"])
+    return [{"type": "image", "image": payload(item, folder, fail)} for item in images], video_parts
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None or value == "" else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_picture(media: Any) -> bool:
+    if isinstance(media, bytes):
+        return media.startswith(PICTURE_MAGIC) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
+    return str(media).lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+
+
+def payload(item: Any, folder: Path, fail: Callable[[str, str], SampleError]) -> Any:
+    """What stands for a picture or video in a row -> encoded bytes, a path, or a list of these (frames).
+
+    Accepted: bytes; {bytes, path}; a path, relative to `folder`; a file:// URL; a base64 data URI; {"url": any of
+    these}; a list of frames. Nothing is opened or fetched here.
+    """
+    if isinstance(item, dict):
+        if item.get("bytes") is not None:
+            return bytes(item["bytes"])
+        item = _first(item, "path", "url")
+    if isinstance(item, (bytes, bytearray)):
+        return bytes(item)
+    if isinstance(item, (list, tuple)):
+        return [payload(frame, folder, fail) for frame in item]
+    if not isinstance(item, str) or not item:
+        raise fail("bad_schema", f"a picture is {_short(item)}; expected bytes, {{bytes, path}}, a path or a data URI")
+    if item.startswith("data:"):
+        try:
+            return base64.b64decode(item.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise fail("bad_base64", f"{item[:40]}...: {error}") from error
+    if item.startswith(("http://", "https://")):
+        raise fail("remote_media", f"{item[:120]}: nothing is fetched while training; download it and give its path")
+    path = Path(item.removeprefix("file://"))
+    return str(path if path.is_absolute() else folder / path)
+
+
+def _apply_sizes(images: list[Part], meta_info: Any) -> None:
+    """VST's meta_info: a list of {resized_width, resized_height, ...}, one for each image; -1 = unchanged."""
+    if not isinstance(meta_info, list) or len(meta_info) != len(images):
+        return
+    for part, info in zip(images, meta_info, strict=True):
+        sizes = {key: info.get(key) for key in ("resized_width", "resized_height")} if isinstance(info, dict) else {}
+        if all(isinstance(size, int) and size > 0 for size in sizes.values()):
+            part.update(sizes)
+
+
+def _place(
+    turns: list[tuple[str, Any]],
+    images: list[Part],
+    videos: list[Part],
+    folder: Path,
+    fail: Callable[[str, str], SampleError],
+) -> list[Message]:
+    """Put the pictures at the marks of the human turns; without marks, all in front of the first human turn."""
+    texts = [text for role, content in turns if role == "user" for text in _strings(content)]
+    pieces = [piece for _, content in turns if isinstance(content, list) for piece in content]
+    pads = any(PADS.search(text) for text in texts)
+    marks = PADS if pads else TAGS
+    found = [match.group(1) for text in texts for match in marks.finditer(text)]
+    if not pads and not images and not videos and any(_part_kind(p) and not _is_empty(p) for p in pieces):
+        found = []  # the parts carry the pictures themselves: "<image>" is ordinary text
+    found += [_part_kind(piece) for piece in pieces if _is_empty(piece)]
+    have = {"image": images, "video": videos}
+    for kind, media in have.items():
+        if (found or not media) and found.count(kind) != len(media):
+            raise fail("mark_count", f"{found.count(kind)} {kind} marks in the human turns, but {len(media)} {kind}s")
+    queues = {kind: iter(media) for kind, media in have.items()}
+    front = [] if found else [*images, *videos]
+    messages: list[Message] = []
+    for role, content in turns:
+        parts: list[Part] = []
+        for piece in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            text = piece.get("text") if isinstance(piece, dict) and piece.get("type") == "text" else None
+            if _is_empty(piece):
+                parts.append(next(queues[_part_kind(piece)]))
+            elif not isinstance(text, str):
+                parts.append(_content_part(piece, folder, fail))
+            elif role != "user" or not (images or videos):
+                parts.append({"type": "text", "text": text})
+            else:
+                if pads:
+                    text = TAGS.sub("", text)  # VST removes the older marks
+                parts += _split(text, marks, queues) if found else [{"type": "text", "text": text}]
+        if role == "user" and front:
+            parts, front = [*front, *parts], []
+        messages.append({"role": role, "content": parts})
+    if front:
+        raise fail("mark_count", f"{len(front)} pictures, but no human turn to put them into")
+    return messages
+
+
+def _strings(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
+
+
+def _split(text: str, marks: re.Pattern[str], queues: dict[str, Any]) -> list[Part]:
+    """Text and pictures in reading order; a picture takes the place of each mark."""
+    parts: list[Part] = []
+    at = 0
+    for match in marks.finditer(text):
+        if match.start() > at:
+            parts.append({"type": "text", "text": text[at : match.start()]})
+        parts.append(next(queues[match.group(1)]))
+        at = match.end()
+    if at < len(text):
+        parts.append({"type": "text", "text": text[at:]})
+    return parts
+
+
+def _part_kind(piece: Any) -> str:
+    """ "image" or "video" for a content part that is one (type image, image_url, input_image, video, ...), else ""."""
+    kind = str(piece.get("type", "")).removeprefix("input_").removesuffix("_url") if isinstance(piece, dict) else ""
+    return kind if kind in ("image", "video") else ""
+
+
+def _part_media(piece: Any) -> Any:
+    kind = _part_kind(piece)
+    return _first(piece, kind, f"{kind}_url", "path", "url", "bytes") if kind else None
+
+
+def _is_empty(piece: Any) -> bool:
+    """A part {"type": "image"} without a picture is a mark: the row's `images` has the picture (TRL, ms-swift)."""
+    return bool(_part_kind(piece)) and _part_media(piece) is None
+
+
+def _content_part(piece: Any, folder: Path, fail: Callable[[str, str], SampleError]) -> Part:
+    """An OpenAI content part: {"type": "image_url", "image_url": {"url": ...}}, {"type": "image", "image": ...}, ..."""
+    kind = _part_kind(piece)
+    if not kind:
+        raise fail("bad_schema", f"a content part is {_short(piece)}; expected type text, image, image_url or video")
+    keep = {k: v for k, v in piece.items() if k in PART_OPTIONS and v is not None}
+    return {"type": kind, kind: payload(_part_media(piece), folder, fail), **keep}
+
+
+PART_OPTIONS = ("min_pixels", "max_pixels", "resized_width", "resized_height", "fps")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

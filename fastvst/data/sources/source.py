@@ -1,0 +1,255 @@
+"""open_source: find the files of a data set, tell what they are, and iterate over Samples in order or by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from fastvst.data.ledger import Ledger, SampleError
+from fastvst.data.sample import Sample
+from fastvst.data.sources.files import ArrowTable, JsonTable, ParquetTable, Table
+from fastvst.data.sources.rows import row_form, to_sample
+
+# What a named format promises: file types, and row forms (see rows.py).
+FORMATS = {
+    "vst": ((".parquet", ".json", ".jsonl"), ("conversations", "question")),
+    "llava": ((".json", ".jsonl", ".parquet"), ("conversations", "messages")),
+    "openai": ((".jsonl", ".json", ".parquet"), ("messages",)),
+    "hf": ((".arrow",), ("conversations", "messages", "question")),
+}
+ACCEPTED = (
+    "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON lines with `conversations` (LLaVA, "
+    "ShareGPT) or `messages` (OpenAI); a folder written by datasets.save_to_disk with any of these columns"
+)
+SUFFIXES = {".parquet": ".parquet", ".arrow": ".arrow", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
+
+Ref = tuple[int, int]  # (block, row) in the data set
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set: an ordered list of blocks of rows. Holds offsets only, so it is cheap to send to workers.
+
+    Attributes:
+        name: data set name; ids and errors use it where a row has no `data_source`.
+        format: "vst", "llava", "openai" or "hf".
+        path: what was opened.
+        tables: one for each file.
+        blocks: (table, block of the table) of every block.
+        block_rows: rows of every block.
+        problems: files that cannot be used ("empty_file", "unreadable_file"); the loader puts them into the ledger.
+        folder: relative picture paths start here; None: at the folder of the file that names them.
+        ledger: takes the bad rows while iterating; None: iteration raises them, and may be continued with next().
+    """
+
+    name: str
+    format: str
+    path: Path
+    tables: list[Table]
+    blocks: list[tuple[int, int]]
+    block_rows: list[int]
+    problems: list[SampleError] = field(default_factory=list)
+    folder: Path | None = None
+    ledger: Ledger | None = None
+
+    def __len__(self) -> int:
+        return sum(self.block_rows)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return SourceIterator(self)
+
+    def where(self, block: int, row: int) -> str:
+        """File and row in words: "shard-00003.parquet[2][17]" is row 17 of the file's block 2."""
+        table, inner = self.blocks[block]
+        return f"{self.tables[table].path.name}[{inner}][{row}]"
+
+    def samples(self, block: int, start: int = 0) -> Iterator[Sample | SampleError]:
+        """All rows of a block from `start` on, in order; SampleErrors stand for the bad ones."""
+        index, inner = self.blocks[block]
+        table = self.tables[index]
+        folder = self.folder or table.path.parent
+        for row, content in enumerate(table.rows(inner, start), start):
+            where = self.where(block, row)
+            if isinstance(content, ValueError):
+                yield SampleError("bad_row", self.name, where, str(content))
+                continue
+            try:
+                form = row_form([key for key, value in content.items() if value is not None])
+                if form is not None and form not in FORMATS[self.format][1]:
+                    raise SampleError(
+                        "bad_schema", self.name, where, f"a row with `{form}` in a data set of format {self.format}"
+                    )
+                yield to_sample(content, source=self.name, where=where, folder=folder)
+            except SampleError as error:
+                yield error
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # a row of a shape nobody thought of
+                yield SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
+
+    def get(self, refs: Sequence[Ref]) -> list[Sample | SampleError]:
+        """Rows by reference, in the order asked for; every block is read once, from its first row asked for."""
+        found: dict[Ref, Sample | SampleError] = {}
+        for block in sorted({block for block, _ in refs}):
+            rows = {row for b, row in refs if b == block}
+            first, last = min(rows), max(rows)
+            for row, sample in enumerate(self.samples(block, first), first):
+                if row in rows:
+                    found[block, row] = sample
+                if row >= last:
+                    break
+        missing = [ref for ref in refs if tuple(ref) not in found]
+        if missing:
+            raise ValueError(f"{self.path}: no row {missing[0]}; the data set has changed since the state was saved")
+        return [found[block, row] for block, row in refs]
+
+    def describe(self) -> str:
+        """One line: name, format, files, rows."""
+        bad = f", {len(self.problems)} files unusable" if self.problems else ""
+        return f"{self.name}: {self.format}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
+
+
+class SourceIterator(Iterator[Sample]):
+    """Iterates once in order. A bad row goes to the source's ledger, or is raised; next() then continues after it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.block = source, 0
+        self.rows: Iterator[Sample | SampleError] = iter(())
+        if source.ledger is not None:
+            for problem in source.problems:
+                source.ledger.record(problem)
+
+    def __next__(self) -> Sample:
+        ledger = self.source.ledger
+        while True:
+            sample = next(self.rows, None)
+            if sample is None:
+                if self.block == len(self.source.blocks):
+                    raise StopIteration
+                self.rows = self.source.samples(self.block)
+                self.block += 1
+                continue
+            if ledger is not None:
+                ledger.saw()
+            if isinstance(sample, Sample):
+                return sample
+            if ledger is None:
+                raise sample
+            ledger.record(sample)
+            ledger.check()
+
+
+def open_source(
+    path: str | Path,
+    format: str = "auto",
+    *,
+    name: str | None = None,
+    image_folder: str | Path | None = None,
+    split: str | None = None,
+    ledger: Ledger | None = None,
+) -> Source:
+    """Open a data set. Iterate over the result for its Samples, in order and once.
+
+    Args:
+        path: a file, or a folder that is searched at all depths.
+        format: "auto", "vst", "llava", "openai" or "hf" (see ACCEPTED). "auto" looks at file names, first bytes and
+            the columns of the first row.
+        name: data set name for ids and errors; default the folder's or file's name.
+        image_folder: where relative picture paths start; default the folder of the file that names them.
+        split: which part of a `datasets.DatasetDict`; not needed if there is one or one is called "train".
+        ledger: takes the bad rows while iterating; without one the first of them is raised.
+
+    Raises:
+        FileNotFoundError: no such path, or image folder.
+        ValueError: unknown format, no data files, no known row form, an empty data set; says what was found.
+    """
+    root = Path(path)
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"format is {format!r}; expected 'auto' or one of {sorted(FORMATS)}")
+    if not root.exists():
+        raise FileNotFoundError(f"no data set at {root.absolute()}: the path does not exist")
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise FileNotFoundError(f"{root}: the image folder {image_folder} does not exist")
+    label = name or (root.stem if root.is_file() else root.absolute().name)
+    tables: list[Table] = []
+    problems: list[SampleError] = []
+    files = _find_files(root, format, split)
+    for file in files:
+        if file.stat().st_size == 0:
+            problems.append(SampleError("empty_file", label, file.name, "the file has 0 bytes"))
+            continue
+        try:
+            tables.append(_open_table(file))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            problems.append(SampleError("unreadable_file", label, file.name, str(error)))
+    blocks = [(t, b) for t, table in enumerate(tables) for b, rows in enumerate(table.block_rows) if rows]
+    rows = [tables[t].block_rows[b] for t, b in blocks]
+    if not blocks:
+        what = "; ".join(str(p) for p in problems[:3]) or f"{len(files)} files without rows, e.g. {files[0].name}"
+        raise ValueError(f"{root}: the data set is empty: {what}")
+    found = _recognise(root, format, [tables[t] for t, _ in blocks])
+    folder = Path(image_folder) if image_folder is not None else None
+    return Source(label, found, root, tables, blocks, rows, problems, folder, ledger)
+
+
+def _find_files(root: Path, format: str, split: str | None) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if (root / "dataset_dict.json").exists():
+        splits = sorted(p.name for p in root.iterdir() if (p / "dataset_info.json").exists())
+        chosen = split or (splits[0] if len(splits) == 1 else "train")
+        if chosen not in splits:
+            raise ValueError(f"{root}: the data set has the splits {splits}; name one of them (split=...)")
+        root = root / chosen
+    hf = (root / "dataset_info.json").exists() or (root / "state.json").exists()
+    visible = [p for p in sorted(root.rglob("*")) if p.is_file() and not _hidden(p.relative_to(root))]
+    by_type: dict[str, list[Path]] = {}
+    for file in visible:
+        by_type.setdefault(SUFFIXES.get(file.suffix.lower(), "other"), []).append(file)
+    order = (".arrow",) if hf else FORMATS[format][0] if format != "auto" else (".parquet", ".jsonl", ".json", ".arrow")
+    for suffix in order:
+        if by_type.get(suffix):
+            return by_type[suffix]
+    counts = {suffix: len(files) for suffix, files in by_type.items()}
+    names = [str(p.relative_to(root)) for p in visible[:5]]
+    raise ValueError(
+        f"{root}: no data files of format {format!r} ({', '.join(order)}); "
+        f"found {counts or 'nothing'} {names}. {ACCEPTED}"
+    )
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.parts)
+
+
+def _open_table(file: Path) -> Table:
+    with open(file, "rb") as handle:
+        head = handle.read(8)
+    if head[:4] == b"PAR1":
+        return ParquetTable.open(file)
+    suffix = SUFFIXES.get(file.suffix.lower())
+    if suffix == ".arrow" or head[:6] == b"ARROW1":
+        return ArrowTable.open(file)
+    if suffix in (".json", ".jsonl") or head.lstrip()[:1] in (b"[", b"{"):
+        return JsonTable.open(file)
+    raise ValueError(f"neither Parquet, Arrow nor JSON: the file begins with {head!r}")
+
+
+def _recognise(root: Path, format: str, tables: list[Table]) -> str:
+    """The format, from the columns of the first table that has any."""
+    columns = next((table.columns for table in tables if table.columns), [])
+    form = row_form(columns)
+    allowed = FORMATS[format][1] if format != "auto" else FORMATS["hf"][1]
+    if form is None or form not in allowed:
+        raise ValueError(
+            f"{root}: rows have the columns {columns[:16]}; format {format!r} needs one of {list(allowed)}. {ACCEPTED}"
+        )
+    if format != "auto":
+        return format
+    if isinstance(tables[0], ArrowTable):
+        return "hf"
+    if form == "messages":
+        return "openai"
+    vst = isinstance(tables[0], ParquetTable) or "data_source" in columns or "meta_info" in columns
+    return "vst" if vst or form == "question" else "llava"

@@ -1,0 +1,111 @@
+"""The stream of rows: shares, epochs, shuffling, and a state that is found again at every place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_data import fake_row, fake_rows, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvst.data.ledger import SampleError
+from fastvst.data.mixture import Mixture, MixtureConfig, SourceConfig, iterate_once, open_mixture
+from fastvst.data.sample import Sample
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    rows = fake_rows(50, 1, "p")
+    table = [{**r, "image": None, "images": None, "conversations": r["conversations"]} for r in rows]
+    for row in table:
+        row["conversations"] = [dict(t, value=t["value"].replace("<image>", "")) for t in row["conversations"]]
+    pq.write_table(pa.Table.from_pylist([{k: v for k, v in r.items() if v is not None} for r in table]),
+                   folder / "p.parquet", row_group_size=7)  # fmt: skip
+    return [write_jsonl(folder / "j.jsonl", fake_rows(600, 0, "j")), folder / "p.parquet"]
+
+
+def config(paths, weights=(None, None), **options) -> MixtureConfig:
+    sources = tuple(SourceConfig(str(path), weight=weight) for path, weight in zip(paths, weights))
+    return MixtureConfig(sources, **{"shuffle_buffer": 30, **options})
+
+
+def ids(stream, count: int) -> list[str]:
+    return [drawn.sample.id for _, drawn in zip(range(count), stream)]
+
+
+def test_an_epoch_holds_every_row_once_in_an_order_of_the_seed(paths) -> None:
+    everything = sorted([f"j{i}" for i in range(600)] + [f"p{i}" for i in range(50)])
+    orders = [ids(open_mixture(config(paths, seed=seed, epochs=1)), 10**6) for seed in (0, 0, 1)]
+    assert all(sorted(order) == everything for order in orders)
+    assert orders[0] == orders[1] != orders[2]
+    two = ids(open_mixture(config(paths, epochs=2)), 10**6)
+    assert Counter(two) == dict.fromkeys(everything, 2)
+
+
+def test_without_a_buffer_one_source_comes_in_order(paths) -> None:
+    stream = open_mixture(config(paths[:1], shuffle_buffer=0, epochs=2))
+    assert ids(stream, 10**6) == [f"j{i}" for i in range(600)] * 2
+
+
+def test_shuffling_reorders_blocks_and_rows_anew_in_every_epoch(paths) -> None:
+    stream = open_mixture(config(paths[1:], shuffle_buffer=5))
+    first, second = ids(stream, 50), ids(stream, 50)
+    assert first != second and first != [f"p{i}" for i in range(50)]
+
+
+def test_weights_are_shares_of_samples(paths) -> None:
+    drawn = Counter(name[0] for name in ids(open_mixture(config(paths, (1.0, 3.0))), 4000))
+    assert drawn["p"] / 4000 == pytest.approx(0.75, abs=0.03)  # 4 sigma of a binomial
+    natural = Counter(name[0] for name in ids(open_mixture(config(paths)), 4000))
+    assert natural["p"] / 4000 == pytest.approx(50 / 650, abs=0.02)
+    with pytest.raises(ValueError, match=r"every source a positive weight.*j: 1.0.*p: None"):
+        open_mixture(config(paths, (1.0, None)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(at=st.integers(0, 700), buffer=st.sampled_from([0, 1, 30, 1000]), epochs=st.sampled_from([None, 1, 2]))
+def test_a_saved_place_is_found_again_exactly(paths, at: int, buffer: int, epochs: int | None) -> None:
+    settings_ = config(paths, (2.0, 1.0), shuffle_buffer=buffer, epochs=epochs, seed=5)
+    stream = open_mixture(settings_)
+    ids(stream, at)
+    state = json.loads(json.dumps(stream.state_dict()))
+    again = open_mixture(settings_)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert ids(stream, 120) == ids(again, 120)
+
+
+def test_bad_rows_keep_their_places(paths, tmp_path) -> None:
+    rows = fake_rows(9)
+    rows[4] = {"id": "odd"}
+    stream = open_mixture(config([write_jsonl(tmp_path / "a.jsonl", rows)], shuffle_buffer=0, epochs=1))
+    kinds = [type(drawn.sample) for drawn in stream]
+    assert kinds == [Sample] * 4 + [SampleError] + [Sample] * 4
+
+
+def test_a_state_of_other_files_is_refused(paths, tmp_path) -> None:
+    state = open_mixture(config(paths)).state_dict()
+    with pytest.raises(ValueError, match="does not fit this mixture: seed was 0, is now 3"):
+        open_mixture(config(paths, seed=3)).load_state_dict(state)
+    shorter = [write_jsonl(tmp_path / "j.jsonl", fake_rows(599)), paths[1]]
+    with pytest.raises(ValueError, match="sources was .*600.*599"):
+        open_mixture(config(shorter)).load_state_dict(state)
+
+
+def test_pixel_limits_of_a_source_go_into_its_pictures(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [fake_row("0", 4, ("1x1", "2x2"))])
+    source = SourceConfig(str(path), min_pixels=3136, max_pixels=100352)
+    for sample in (next(open_mixture(MixtureConfig((source,)))).sample, next(iterate_once(source))):
+        assert [(p["min_pixels"], p["max_pixels"]) for p in sample.parts("image")] == [(3136, 100352)] * 2
+    plain = next(iterate_once(SourceConfig(str(path))))
+    assert all("min_pixels" not in part for part in plain.parts("image"))
+
+
+def test_a_mixture_needs_sources() -> None:
+    with pytest.raises(ValueError, match="at least one source"):
+        Mixture([], MixtureConfig(()))
