@@ -1,0 +1,312 @@
+"""Build `assets/furniture.npz` and `assets/CREDITS.md` from Sweet Home 3D's CC0 furniture library. Run once, by hand.
+
+The input is `BlendSwap-CC-0.sh3f` from the Debian package `sweethome3d-furniture` (1.8):
+
+    apt-get download sweethome3d-furniture && dpkg -x sweethome3d-furniture_*.deb unpacked
+    python -m fastvst.spatial.rooms.build_assets \
+        unpacked/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f fastvst/spatial/rooms/assets
+
+An .sh3f file is a zip of Wavefront OBJ models (y up, front towards +z) and one .properties catalogue with names, metric
+sizes in centimetres, the height of the surface that carries other things, and the makers. Meshes become at most 3,000
+triangles by vertex clustering and are stored as 16-bit fractions of their bounding box; textures become 128 px JPEGs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import posixpath
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_TRIANGLES = 3000
+TEXTURE_SIZE = 128
+
+# Catalogue id -> class name as benchmarks and people call it. What is not here is not packed (trucks, fences, ...).
+CLASSES = {
+    "armchair": "office chair", "bed1": "bed", "bed2": "bed", "bedWithTexture": "bed", "bed3": "bed",
+    "babyRockingBed": "crib", "bedsideTable2": "night stand", "bookcase": "bookshelf", "shelves": "shelves",
+    "verticalShelves": "shelves", "cupboard": "cabinet", "wardrobeWithSlidingDoors": "wardrobe",
+    "televisionCabinet": "tv stand", "led_tv": "television", "desklamp": "lamp", "JapaneseLantern": "lamp",
+    "wallLight": "wall light", "doubleOven": "oven", "oven": "oven", "kitchenaid": "mixer",
+    "coffeeBrewer": "coffee machine", "L_shaped_sofa": "sofa", "sofa": "sofa", "couch": "sofa", "couch2": "sofa",
+    "sofa2": "sofa", "winchesterSofa": "sofa", "armchair2": "armchair", "modernArmchair": "armchair",
+    "winchesterArmchair": "armchair", "oakChair": "chair", "plasticChair": "chair", "sillaBlanca": "chair",
+    "chair": "chair", "antiqueChair": "chair", "chairWithCushion": "chair", "chair2": "chair", "osakaChair": "chair",
+    "designChair": "chair", "thonet": "chair", "silla2": "stool", "stool": "stool", "stool2": "stool",
+    "pianoBench": "bench", "bench": "bench", "oakTable": "table", "tableWithTablecloth": "table", "table": "table",
+    "poolTable": "pool table", "table_football": "football table", "pianoAQueue": "piano", "desk": "desk",
+    "lbDesk": "desk", "radiator1": "radiator", "radiator2": "radiator", "radiator": "radiator",
+    "radiator3": "radiator", "speaker2": "speaker", "speaker3": "speaker", "tableFan": "fan", "riggedFan": "fan",
+    "teddyBear": "teddy bear", "tetrapak": "milk carton", "yogurtBottle": "bottle", "mamadeira": "baby bottle",
+    "caffe_final": "coffee cup", "plasticCup": "cup", "beerGlass": "glass", "bread": "bread", "deer": "deer figure",
+    "toiletsUnit": "toilet", "bidet": "bidet", "washbasin": "sink", "modernVanity": "sink",
+    "showerStall": "shower stall", "towel3": "towel rack", "urinal": "urinal", "potty": "potty",
+    "dustbin": "trash can", "whiteBoard": "whiteboard", "ammoBox": "chest", "box": "box", "crate": "crate",
+    "barrel": "barrel", "electricGuitar": "guitar", "littlePlant": "plant", "augalas": "plant",
+    "decorativePlant": "plant", "orchids": "plant", "plant": "plant", "cactus": "plant", "basketball": "ball",
+    "umbrellaFolded": "umbrella", "kalender": "calendar", "fireExtinguisher": "fire extinguisher",
+    "caballito": "rocking horse", "cuckooClock": "clock", "briefcase": "briefcase", "handbag": "handbag",
+    "refrigerator": "refrigerator", "largeFridge": "refrigerator", "drawersCabinet": "cabinet",
+    "lowerCabinet": "cabinet", "highCabinet": "cabinet", "upperCabinet": "wall cabinet",
+    "glassDoorCabinet": "wall cabinet", "sinkCabinet": "kitchen sink", "rangeHood": "range hood",
+    "headphones": "headphones", "knifeStandSwap": "knife stand",
+}  # fmt: skip
+
+
+def read_catalogue(text: str) -> list[dict[str, str]]:
+    """Entries of a Sweet Home 3D .properties catalogue, one dict per numbered model."""
+    entries: dict[int, dict[str, str]] = {}
+    for line in text.splitlines():
+        match = re.match(r"(\w+)#(\d+)=(.*)", line.strip())
+        if match:
+            entries.setdefault(int(match[2]), {})[match[1]] = match[3].strip()
+    return [entries[number] for number in sorted(entries)]
+
+
+def read_materials(text: str, folder: str) -> dict[str, dict[str, Any]]:
+    """Diffuse colour (3 floats) and texture path of every material of an MTL file."""
+    materials: dict[str, dict[str, Any]] = {}
+    current: dict[str, Any] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if not words:
+            continue
+        if words[0] == "newmtl":
+            current = materials[" ".join(words[1:])] = {"rgb": (0.8, 0.8, 0.8), "texture": None}
+        elif words[0] == "Kd":
+            current["rgb"] = tuple(float(w) for w in words[1:4])
+        elif words[0] == "map_Kd":
+            current["texture"] = posixpath.normpath(posixpath.join(folder, words[-1].replace("\\", "/")))
+    return materials
+
+
+def read_obj(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
+    """Triangulated OBJ: positions (V, 3), uv (T, 2), corners (F, 3, 2) of position and uv index, material index (F,),
+    material names, and MTL file names. Polygons become fans; missing uv index the zero uv appended at the end."""
+    positions, uvs, corners, face_material = [], [], [], []
+    names: list[str] = []
+    libraries: list[str] = []
+    material = -1
+    for line in text.splitlines():
+        words = line.split()
+        if not words:
+            continue
+        tag = words[0]
+        if tag == "v":
+            positions.append([float(w) for w in words[1:4]])
+        elif tag == "vt":
+            uvs.append([float(w) for w in words[1:3]])
+        elif tag == "f":
+            loop = []
+            for word in words[1:]:
+                fields = word.split("/")
+                p = int(fields[0])
+                t = int(fields[1]) if len(fields) > 1 and fields[1] else 0
+                loop.append(
+                    (p - 1 if p > 0 else len(positions) + p, -1 if t == 0 else (t - 1 if t > 0 else len(uvs) + t))
+                )
+            for k in range(1, len(loop) - 1):
+                corners.append([loop[0], loop[k], loop[k + 1]])
+                face_material.append(material)
+        elif tag == "usemtl":
+            name = " ".join(words[1:])
+            if name not in names:
+                names.append(name)
+            material = names.index(name)
+        elif tag == "mtllib":
+            libraries.append(" ".join(words[1:]))
+    uvs.append([0.0, 0.0])
+    return (
+        np.array(positions),
+        np.array(uvs),
+        np.array(corners, dtype=np.int64),
+        np.array(face_material),
+        names,
+        libraries,
+    )
+
+
+def decimate(points: np.ndarray, size: np.ndarray, corners: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vertex clustering on a cubic grid, the finest that leaves at most `limit` triangles.
+
+    points (V, 3) in [0, 1]; size (3,) metres, so that cells are cubes; corners (F, 3) indices.
+    Returns new positions of all old points (V, 3) and the mask of surviving faces (F,).
+    """
+    metric = points * size
+
+    def cluster(cell: float) -> tuple[np.ndarray, np.ndarray]:
+        grid = np.floor(metric / cell + 0.5).astype(np.int64)
+        _, inverse = np.unique(grid, axis=0, return_inverse=True)
+        inverse = inverse.reshape(-1)
+        count = np.bincount(inverse)[:, None]
+        mean = np.stack([np.bincount(inverse, points[:, axis]) for axis in range(3)], 1) / count
+        merged = inverse[corners]
+        alive = (merged[:, 0] != merged[:, 1]) & (merged[:, 1] != merged[:, 2]) & (merged[:, 0] != merged[:, 2])
+        _, first = np.unique(np.sort(merged, axis=1), axis=0, return_index=True)
+        unique = np.zeros(len(corners), dtype=bool)
+        unique[first] = True
+        return mean[inverse], alive & unique
+
+    if len(corners) <= limit:
+        return points, np.ones(len(corners), dtype=bool)
+    low, high = 1e-4, float(size.max()) / 4
+    for _ in range(14):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if cluster(middle)[1].sum() > limit else (low, middle)
+    return cluster(high)
+
+
+def load_texture(data: bytes) -> bytes:
+    """JPEG bytes at TEXTURE_SIZE x TEXTURE_SIZE; transparent pixels take the mean colour of the opaque ones."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    pixels = np.asarray(image).astype(np.float64)
+    opaque = pixels[..., 3:] / 255.0
+    mean = (pixels[..., :3] * opaque).sum((0, 1)) / max(opaque.sum(), 1.0)
+    flat = Image.fromarray((pixels[..., :3] * opaque + mean * (1 - opaque)).astype(np.uint8))
+    buffer = io.BytesIO()
+    flat.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def convert(
+    archive: zipfile.ZipFile, entry: dict[str, str], textures: dict[str, int], blobs: list[bytes]
+) -> dict[str, Any]:
+    """One catalogue entry as quantised arrays (see `build` for the fields); new textures are appended to `blobs`."""
+    path = entry["model"].lstrip("/")
+    folder = posixpath.dirname(path)
+    points, uvs, corners, face_material, names, libraries = read_obj(archive.read(path).decode("latin-1"))
+    materials: dict[str, dict[str, Any]] = {}
+    for library in libraries:
+        materials.update(read_materials(archive.read(posixpath.join(folder, library)).decode("latin-1"), folder))
+    if "modelRotation" in entry:
+        points = points @ np.array([float(w) for w in entry["modelRotation"].split()]).reshape(3, 3).T
+    used = np.unique(corners[..., 0])
+    # OBJ (x right, y up, z to the front) -> asset (x right, y to the back, z up)
+    points = points[:, [0, 2, 1]] * np.array([1.0, -1.0, 1.0])
+    low, high = points[used].min(0), points[used].max(0)
+    points = (points - low) / np.maximum(high - low, 1e-9)
+    size = np.array([float(entry[k]) / 100 for k in ("width", "depth", "height")])
+    points, alive = decimate(points, size, corners[..., 0], MAX_TRIANGLES)
+    corners, face_material = corners[alive], face_material[alive]
+    kept = points[np.unique(corners[..., 0])]
+    low, high = kept.min(0), kept.max(0)
+    points = np.clip((points - low) / np.maximum(high - low, 1e-9), 0, 1)
+
+    files = set(archive.namelist())
+    rgb, layer = [], []
+    for name in [*names, ""]:
+        material = materials.get(name, {"rgb": (0.8, 0.8, 0.8), "texture": None})
+        texture = material["texture"] if material["texture"] in files else None  # some point to the maker's own disk
+        if texture is not None and texture not in textures:
+            textures[texture] = len(blobs)
+            blobs.append(load_texture(archive.read(texture)))
+        layer.append(-1 if texture is None else textures[texture])
+        rgb.append([255] * 3 if texture else [int(round(255 * min(max(c, 0.0), 1.0))) for c in material["rgb"]])
+    layer_array = np.array(layer, dtype=np.int16)
+    textured = layer_array[face_material] >= 0
+    corner_uv = np.where(textured[:, None, None], uvs[corners[..., 1]], 0.0)
+    corner_uv = corner_uv - np.floor(corner_uv.min(1, keepdims=True))  # tiles: keep the numbers small for float16
+    wedges = np.concatenate(
+        [
+            np.round(points[corners[..., 0]] * 65535),
+            np.round(np.clip(corner_uv, 0, 60) * 1024),
+            np.broadcast_to((face_material % len(rgb))[:, None, None], (len(corners), 3, 1)),
+        ],
+        axis=2,
+    ).astype(np.int64)
+    unique, index = np.unique(wedges.reshape(-1, 6), axis=0, return_inverse=True)
+    return {
+        "positions": unique[:, :3].astype(np.uint16),
+        "uv": (unique[:, 3:5] / 1024).astype(np.float16),
+        "material": unique[:, 5].astype(np.int64),
+        "triangles": index.reshape(-1, 3).astype(np.uint16),
+        "rgb": np.array(rgb, dtype=np.uint8),
+        "layer": layer_array,
+        "size": size,
+    }
+
+
+def build(source: Path, folder: Path) -> Path:
+    """Write furniture.npz and CREDITS.md into `folder`; returns the npz path.
+
+    Arrays (N models, V vertices, F triangles, M materials, T textures): key, name (N,) str; size (N, 3) metres as
+    width, depth, height; elevation, drop (N,) metres, drop < 0 where nothing may stand on it; vertex_start,
+    triangle_start, material_start (N + 1,); positions (V, 3) uint16 fraction of the box; uv (V, 2) float16; material
+    (V,) uint16 into the material tables; triangles (F, 3) uint16 into the model's own vertices; rgb (M, 3) uint8;
+    layer (M,) int16 texture or -1; texture_bytes uint8 and texture_start (T + 1,): JPEG files one after the other.
+    """
+    textures: dict[str, int] = {}
+    blobs: list[bytes] = []
+    models, rows, credits = [], [], []
+    with zipfile.ZipFile(source) as archive:
+        entries = read_catalogue(archive.read("PluginFurnitureCatalog.properties").decode("latin-1"))
+        for entry in entries:
+            key = entry["id"].split("#")[1]
+            if key not in CLASSES:
+                continue
+            models.append(convert(archive, entry, textures, blobs))
+            height = float(entry["height"])
+            drop = float(entry.get("dropOnTopElevation", height))
+            rows.append((key, CLASSES[key], float(entry.get("elevation", 0)) / 100, drop / 100 if drop >= 0 else -1.0))
+            credits.append((entry["name"], key, entry["creator"]))
+    starts = {field: np.cumsum([0] + [len(m[field]) for m in models]) for field in ("positions", "triangles", "rgb")}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "furniture.npz"
+    np.savez_compressed(
+        path,
+        key=np.array([r[0] for r in rows]),
+        name=np.array([r[1] for r in rows]),
+        elevation=np.array([r[2] for r in rows], dtype=np.float32),
+        drop=np.array([r[3] for r in rows], dtype=np.float32),
+        size=np.array([m["size"] for m in models], dtype=np.float32),
+        vertex_start=starts["positions"],
+        triangle_start=starts["triangles"],
+        material_start=starts["rgb"],
+        positions=np.concatenate([m["positions"] for m in models]),
+        uv=np.concatenate([m["uv"] for m in models]),
+        material=np.concatenate([m["material"] + s for m, s in zip(models, starts["rgb"], strict=False)]).astype(
+            np.uint16
+        ),
+        triangles=np.concatenate([m["triangles"] for m in models]),
+        rgb=np.concatenate([m["rgb"] for m in models]),
+        layer=np.concatenate([m["layer"] for m in models]),
+        texture_bytes=np.frombuffer(b"".join(blobs), dtype=np.uint8),
+        texture_start=np.cumsum([0] + [len(b) for b in blobs]),
+    )
+    lines = [
+        "# Furniture models",
+        "",
+        "`furniture.npz` holds simplified copies of models published on blendswap.com under CC0 1.0 (public domain), "
+        "collected and converted to OBJ by Emmanuel Puybaret for Sweet Home 3D (library `BlendSwap-CC-0`, version "
+        "1.8). CC0 asks for no credit; the makers are named here with thanks.",
+        "",
+        "| model | catalogue id | maker |",
+        "| --- | --- | --- |",
+        *[f"| {name} | {key} | {maker} |" for name, key, maker in credits],
+        "",
+    ]
+    (folder / "CREDITS.md").write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("source", type=Path, help="BlendSwap-CC-0.sh3f")
+    parser.add_argument("folder", type=Path, help="output folder")
+    arguments = parser.parse_args()
+    path = build(arguments.source, arguments.folder)
+    with np.load(path, allow_pickle=False) as pack:
+        print(
+            f"{path}: {len(pack['key'])} models, {len(pack['triangles'])} triangles, "
+            f"{len(pack['texture_start']) - 1} textures, {path.stat().st_size / 1e6:.2f} MB"
+        )
+
+
+if __name__ == "__main__":
+    main()

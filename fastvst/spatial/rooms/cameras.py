@@ -1,0 +1,127 @@
+"""Where pictures are taken from: hand-held stills as in SUN RGB-D, second views with overlap, and small camera
+motions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastvst.spatial.camera import Camera, look, place, project
+from fastvst.spatial.rooms.layout import Prism, Room, inside, prism_of
+
+MARGIN = 0.3  # metres between a camera and anything that reaches up to it, or a wall
+
+
+def clear(room: Room, position: np.ndarray) -> bool:
+    """Whether a camera may be at `position` (3,): inside the walls, under the ceiling, not in or close to a piece."""
+    x, y, z = (float(p) for p in position)
+    if not 0.3 < z < room.height - 0.3:
+        return False
+    spot = Prism(x, y, MARGIN, MARGIN, 0.0, z - 0.5, z + 0.1)
+    if not inside(room.polygon, spot.outline()):
+        return False
+    for item in room.items:
+        prism = prism_of(item)
+        if prism.high > spot.low and prism.low < spot.high:
+            c, s = math.cos(math.radians(prism.yaw)), math.sin(math.radians(prism.yaw))
+            dx, dy = x - prism.x, y - prism.y
+            right, back = abs(c * dx + s * dy), abs(-s * dx + c * dy)
+            if max(right - prism.half_w, back - prism.half_d) < MARGIN:
+                return False
+    return True
+
+
+def still(
+    room: Room, rng: np.random.Generator, width: int, height: int, tries: int = 40, keep: int = 8
+) -> Camera | None:
+    """A still: height 1.2-1.7 m, pitch -25-0, roll +-3 degrees, focal length 0.75-0.94 of the width (480-600 px at
+    640).
+
+    Of up to `keep` clear candidates the one that has most furniture in front of it; None if the room has no clear
+    place.
+    """
+    low, high = room.polygon.min(0), room.polygon.max(0)
+    centres = np.array([item.box[:3] for item in room.items])
+    focal = float(rng.uniform(0.75, 0.94)) * width
+    base = Camera(width, height, focal, focal, width / 2, height / 2, np.eye(3), np.zeros(3))
+    best, best_score, found = None, -1.0, 0
+    for _ in range(tries):
+        position = np.array([*rng.uniform(low, high), rng.uniform(1.2, 1.7)])
+        target = centres[int(rng.integers(len(centres)))] + rng.normal(0, 0.4, 3)
+        yaw = math.degrees(math.atan2(-(target[0] - position[0]), target[1] - position[1]))
+        pitch, roll = float(rng.uniform(-25, 0)), float(rng.uniform(-3, 3))
+        if not clear(room, position):
+            continue
+        camera = place(base, position, look(yaw, pitch, roll))
+        uv, depth = project(camera, centres)
+        seen = (depth > 0.9) & (depth < 6) & (uv > 0).all(1) & (uv[:, 0] < width) & (uv[:, 1] < height)
+        score = float(seen.sum()) + float(rng.uniform())
+        if score > best_score:
+            best, best_score = camera, score
+        found += 1
+        if found == keep:
+            break
+    return best
+
+
+def nudge(camera: Camera, rng: np.random.Generator, degrees: float) -> np.ndarray:
+    """The camera's rotation, turned by up to `degrees` about each of its own axes."""
+    return turned(*rng.uniform(-degrees, degrees, 3)) @ camera.rotation
+
+
+def turned(pitch: float, yaw: float, roll: float = 0.0) -> np.ndarray:
+    """Rotation (3, 3) from an old to a new camera frame: pitch > 0 looks up, yaw > 0 looks to the right; degrees."""
+    p, y, r = (math.radians(a) for a in (pitch, yaw, roll))
+    about_x = np.array([[1, 0, 0], [0, math.cos(p), math.sin(p)], [0, -math.sin(p), math.cos(p)]])
+    about_y = np.array([[math.cos(y), 0, -math.sin(y)], [0, 1, 0], [math.sin(y), 0, math.cos(y)]])
+    about_z = np.array([[math.cos(r), math.sin(r), 0], [-math.sin(r), math.cos(r), 0], [0, 0, 1]])
+    return about_z @ about_x @ about_y
+
+
+def motion(
+    room: Room, camera: Camera, rng: np.random.Generator, rotate: float, two: float, tries: int = 24
+) -> Camera | None:
+    """A second frame of a moving camera. With probability `rotate` it pans 12-25 or tilts 10-18 degrees on the spot,
+    else it shifts 0.3-0.8 m along one of its own axes (with probability `two` along two), turning by under 1.5
+    degrees."""
+    if float(rng.uniform()) < rotate:
+        side = 1.0 if rng.uniform() < 0.5 else -1.0
+        pan = rng.uniform() < 0.5
+        turn = turned(0.0, side * rng.uniform(12, 25)) if pan else turned(side * rng.uniform(10, 18), 0.0)
+        return place(camera, camera.position + rng.uniform(-0.01, 0.01, 3), turn @ camera.rotation)
+    order = rng.permutation(6)
+    for attempt in range(tries):
+        k = int(order[attempt % 6])  # every direction gets its turn before one is tried again
+        axis, side = k // 2, 1.0 if k % 2 else -1.0
+        step = rng.uniform(-0.02, 0.02, 3)
+        step[axis] = side * rng.uniform(0.3, 0.8)
+        if float(rng.uniform()) < two:
+            other = (axis + int(rng.integers(1, 3))) % 3
+            step[other] = abs(step[axis]) * rng.uniform(0.75, 1.25) * (1.0 if rng.uniform() < 0.5 else -1.0)
+        position = camera.position + camera.rotation.T @ step
+        if clear(room, position):
+            return place(camera, position, nudge(camera, rng, 1.5))
+    return None
+
+
+def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Generator, tries: int = 40) -> Camera | None:
+    """Another still of the same thing: 0.5-1.6 m away from the first camera, aimed near the world point `target`
+    (3,)."""
+    for _ in range(tries):
+        angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.6)
+        position = np.array(
+            [
+                camera.position[0] + far * math.cos(angle),
+                camera.position[1] + far * math.sin(angle),
+                rng.uniform(1.2, 1.7),
+            ]
+        )
+        d = target + rng.normal(0, 0.25, 3) - position
+        reach = math.hypot(d[0], d[1])
+        if reach < 1.0 or not clear(room, position):
+            continue
+        pitch = min(0.0, max(-30.0, math.degrees(math.atan2(d[2], reach))))
+        yaw = math.degrees(math.atan2(-d[0], d[1]))
+        return place(camera, position, look(yaw, pitch, float(rng.uniform(-3, 3))))
+    return None

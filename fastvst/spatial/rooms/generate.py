@@ -1,0 +1,327 @@
+"""Rendered rooms as VST parquet: deterministic by seed, parallel over processes, cached, resumable.
+
+    path = make_rooms(None, samples=2000, seed=0, workers=2, config=RoomsConfig())              # training rooms
+    held = make_rooms(None, samples=400, seed=0, workers=2, config=RoomsConfig(), split="heldout")
+
+The result is a folder of parquet files of 500 rows with VST's columns (conversations, id, data_source, images, type,
+meta_info) and one more, `answer`: a JSON string {"answer": ..., "metadata": ...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.rooms.render import Renderer, open_renderer
+from fastvst.spatial.rooms.shoot import ShotConfig, shoot
+from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
+
+GENERATOR_VERSION = 3  # raise it when the same seed gives other rows: caches are keyed by it
+ROWS_PER_FILE = 500
+IMAGE_PLACEHOLDER = "<|image_pad|>"
+SPLITS = {"train": 0, "heldout": 1 << 40}
+_SEED_BLOCK = 1 << 20  # rooms per seed; blocks of different seeds and splits never meet
+
+SCHEMA = pa.schema(
+    [
+        ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
+        ("id", pa.string()),
+        ("data_source", pa.string()),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("type", pa.string()),
+        ("meta_info", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RoomsConfig:
+    """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others); a
+    try whose answer would be doubtful gives no row. `quality`: JPEG quality, or 0 for PNG. `backend`: see
+    render.open_renderer."""
+
+    shots: ShotConfig = field(default_factory=ShotConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    rows: dict[str, int] = field(
+        default_factory=lambda: {
+            "depth_comparison": 2,
+            "distance": 2,
+            "measurement": 1,
+            "detection_3d": 1,
+            "correspondence": 1,
+            "camera_motion": 1,
+        }
+    )
+    quality: int = 95
+    backend: str = "auto"
+
+
+def room_seed(split: str, seed: int, number: int) -> int:
+    """Seed of the `number`-th room. Ranges of different splits and different seeds are disjoint.
+
+    Raises:
+        ValueError: an unknown split, or a seed or number outside [0, 2**20).
+    """
+    if split not in SPLITS:
+        raise ValueError(f"rooms: split {split!r}; expected one of {sorted(SPLITS)}")
+    if not 0 <= seed < _SEED_BLOCK or not 0 <= number < _SEED_BLOCK:
+        raise ValueError(f"rooms: seed {seed} and room number {number} must be in [0, {_SEED_BLOCK})")
+    return SPLITS[split] + seed * _SEED_BLOCK + number
+
+
+def room_samples(seed: int, renderer: Renderer, config: RoomsConfig) -> list[Sample]:
+    """All rows of one room, in a fixed order; pictures are PIL images."""
+    scene = shoot(seed, renderer, config.shots)
+    samples: list[Sample] = []
+    for number, (name, tries) in enumerate(sorted(config.rows.items())):
+        if name not in SINGLE and name not in PAIRS:
+            raise ValueError(f"rooms: no task {name!r}; known: {sorted([*SINGLE, *PAIRS])}")
+        rng = np.random.default_rng([seed, 4, number])
+        targets: list[Any] = scene.stills() if name in SINGLE else list(scene.pairs)
+        for k, target in enumerate(targets):
+            for attempt in range(tries):
+                make = SINGLE[name] if name in SINGLE else PAIRS[name]
+                sample = make(scene, target, rng, config.tasks, f"{k}-{attempt}")
+                if sample is not None:
+                    samples.append(sample)
+    order = np.random.default_rng([seed, 5]).permutation(len(samples))
+    return [samples[int(k)] for k in order]
+
+
+def to_row(sample: Sample, quality: int) -> dict[str, Any]:
+    """A row of SCHEMA. Image marks come before the text of the first user message, as VST stores them."""
+    images: list[dict[str, Any]] = []
+    sizes: list[dict[str, int]] = []
+    conversations = []
+    for message in sample.messages:
+        text = ""
+        for part in message["content"]:
+            if part["type"] == "image":
+                image = part["image"]
+                images.append({"bytes": encode(image, quality), "path": None})
+                sizes.append({"resized_width": -1, "resized_height": -1, "width": image.width, "height": image.height})
+                text += IMAGE_PLACEHOLDER
+            else:
+                text += part["text"]
+        conversations.append({"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": text})
+    return {
+        "conversations": conversations,
+        "id": sample.id,
+        "data_source": sample.source,
+        "images": images,
+        "type": sample.kind,
+        "meta_info": json.dumps(sizes),
+        "answer": json.dumps({"answer": sample.answer, "metadata": sample.metadata}),
+    }
+
+
+def encode(image: Image.Image, quality: int) -> bytes:
+    """JPEG without chroma subsampling (coloured dots keep their colour), or PNG for quality 0."""
+    buffer = io.BytesIO()
+    if quality:
+        image.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    else:
+        image.save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def cache_root() -> Path:
+    """$XDG_CACHE_HOME/fastvst, by default ~/.cache/fastvst."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastvst"
+
+
+def make_rooms(
+    out_dir: str | Path | None, samples: int, seed: int, workers: int, config: RoomsConfig | None = None,
+    *, split: str = "train", progress: TextIO | None = sys.stderr,
+) -> Path:  # fmt: skip
+    """Make `samples` rows, or find them made; returns the folder of parquet files.
+
+    out_dir: parent folder; None is the per-user cache. The folder's name carries a hash of everything that decides its
+    content, so a change of configuration never reuses old rows. Interrupted work continues where its last whole file
+    ended. Several processes may call this at once: one works, the others wait for it.
+    workers: processes; 0 works in this one. The bytes do not depend on it.
+    progress: where the progress line goes, None for silence.
+
+    Raises:
+        ValueError: samples < 1, workers < 0, an unknown split, task or backend.
+        RuntimeError: no renderer works, or 50 rooms in a row gave no row.
+    """
+    config = config or RoomsConfig()
+    if samples < 1 or workers < 0:
+        raise ValueError(f"rooms: samples {samples} must be >= 1 and workers {workers} >= 0")
+    room_seed(split, seed, 0)
+    backend = _renderer(config.backend).name
+    config = dataclasses.replace(config, backend=backend)
+    described = {
+        "version": GENERATOR_VERSION,
+        "samples": samples,
+        "seed": seed,
+        "split": split,
+        **dataclasses.asdict(config),
+    }
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+    parent = Path(out_dir) if out_dir is not None else cache_root()
+    parent.mkdir(parents=True, exist_ok=True)
+    target = parent / f"rooms-{split}-{samples}-{key}"
+    with open(parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = parent / f".{target.name}.partial"
+            _fill(partial, samples, split, seed, workers, config, _Progress(progress, samples, target.name))
+            (partial / "progress.json").unlink()
+            (partial / "rooms.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
+            partial.rename(target)
+    return target
+
+
+def remove_rooms(path: Path) -> None:
+    """Delete a folder that `make_rooms` returned, and its lock."""
+    shutil.rmtree(path)
+    (path.parent / f".{path.name}.lock").unlink(missing_ok=True)
+
+
+def _fill(
+    folder: Path, samples: int, split: str, seed: int, workers: int, config: RoomsConfig, report: _Progress
+) -> None:
+    """Write the files of `folder` that are not there yet. progress.json: files done, and where in which room they
+    ended."""
+    folder.mkdir(exist_ok=True)
+    state_file = folder / "progress.json"
+    state = json.loads(state_file.read_text()) if state_file.exists() else {"files": 0, "room": 0, "skip": 0}
+    done = state["files"] * ROWS_PER_FILE
+    total_files = -(-samples // ROWS_PER_FILE)
+    rows: list[dict[str, Any]] = []
+    empty = 0
+    for number, room_rows in _rooms(split, seed, state["room"], workers, config):
+        skip = state["skip"] if number == state["room"] else 0
+        empty = 0 if room_rows else empty + 1
+        if empty >= 50:
+            raise RuntimeError(
+                f"rooms: 50 rooms in a row (last seed {room_seed(split, seed, number)}) gave no row; "
+                f"check {config.rows} and {config.tasks}"
+            )
+        for position in range(skip, len(room_rows)):
+            if done + len(rows) == samples:
+                break
+            rows.append(room_rows[position])
+            if len(rows) == ROWS_PER_FILE or done + len(rows) == samples:
+                _write(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
+                done += len(rows)
+                state = {"files": state["files"] + 1, "room": number, "skip": position + 1}
+                _replace(state_file, json.dumps(state))
+                rows = []
+        report.show(done + len(rows))
+        if done == samples:
+            report.finish(done)
+            return
+
+
+def _rooms(
+    split: str, seed: int, first: int, workers: int, config: RoomsConfig
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """(number, rows) of rooms first, first + 1, ... in order, made in `workers` spawned processes, a few ahead at
+    most."""
+    number = first
+    if workers == 0:
+        while True:
+            yield number, room_rows(room_seed(split, seed, number), config)
+            number += 1
+    pending: deque[tuple[int, Future]] = deque()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            while True:
+                while len(pending) < 2 * workers + 2:
+                    pending.append((number, pool.submit(room_rows, room_seed(split, seed, number), config)))
+                    number += 1
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    # One thread a process: llvmpipe would start one per core in each of them. It reads this when its context is made.
+    os.environ["LP_NUM_THREADS"] = "1"
+
+
+@cache
+def _renderer(backend: str) -> Renderer:
+    return open_renderer(backend)
+
+
+def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
+    """Finished rows of one room seed, with this process's renderer (kept between calls)."""
+    return [to_row(sample, config.quality) for sample in room_samples(seed, _renderer(config.backend), config)]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    # JPEG does not compress further; row groups of 100 keep a reader's memory small
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="none", row_group_size=100)
+    temporary.replace(path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class _Progress:
+    """A line with count, rate and remaining time: rewritten in place on a terminal, else printed every ten seconds."""
+
+    def __init__(self, stream: TextIO | None, total: int, name: str):
+        self.stream, self.total, self.name = stream, total, name
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def show(self, done: int) -> None:
+        if self.stream is None:
+            return
+        if self.first is None:  # resumed rows do not count for the rate
+            self.first = done
+        now = time.monotonic()
+        live = self.stream.isatty()
+        if now - self.last < (0.2 if live else 10.0):
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = (self.total - done) / rate if rate > 0 else float("inf")
+        lead = "\r" if live else ""
+        print(
+            f"{lead}{self.name}: {done}/{self.total} rows, {rate:.1f}/s, {left:.0f} s left",
+            end="   " if live else "\n",
+            file=self.stream,
+            flush=True,
+        )
+
+    def finish(self, done: int) -> None:
+        if self.stream is not None:
+            took = time.monotonic() - self.start
+            lead = "\r" if self.stream.isatty() else ""
+            print(f"{lead}{self.name}: {done} rows in {took:.1f} s            ", file=self.stream, flush=True)

@@ -1,0 +1,247 @@
+"""Seeded furniture layout: walls, wall-anchored pieces, groups, support, and collision tests between oriented
+prisms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastvst.spatial.rooms.parts import Piece
+
+WALL_GAP = 0.02  # metres between a wall and what stands against it; skirting boards are thinner
+HANG_GAP = 0.004  # what hangs on the wall, just enough against z-fighting
+CLEARANCE = 0.03  # least distance between the footprints of two pieces that share a height
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A placed piece: `position` is the centre of its base (x, y, z) in the world, `yaw` degrees counter-clockwise;
+    at yaw 0 the front faces -Y. `anchored`: it stands against or hangs on a wall. `on`: index of the item that
+    carries it, or -1."""
+
+    piece: Piece
+    position: tuple[float, float, float]
+    yaw: float
+    anchored: bool = False
+    on: int = -1
+
+    @property
+    def box(self) -> tuple[float, ...]:
+        """Nine numbers in the world frame, local axes as in scene.SceneObject (Y down, Z front to back)."""
+        (x, y, z), (w, d, h) = self.position, self.piece.size
+        return (x, y, z + h / 2, w, h, d, -90.0, 0.0, self.yaw)
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """A furnished room. `polygon` (K, 2) counter-clockwise, metres. `keepouts`: prisms left free on purpose (doors)."""
+
+    kind: str
+    seed: int
+    polygon: np.ndarray
+    height: float
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prism:
+    """An upright box: plan centre, plan half sizes (along its own axes), yaw in degrees, height range."""
+
+    x: float
+    y: float
+    half_w: float
+    half_d: float
+    yaw: float
+    low: float
+    high: float
+
+    def outline(self, grow: float = 0.0) -> np.ndarray:
+        """Plan corners (4, 2), counter-clockwise."""
+        c, s = math.cos(math.radians(self.yaw)), math.sin(math.radians(self.yaw))
+        w, d = self.half_w + grow, self.half_d + grow
+        local = np.array([[-w, -d], [w, -d], [w, d], [-w, d]])
+        return local @ np.array([[c, s], [-s, c]]) + np.array([self.x, self.y])
+
+
+def prism_of(item: Item) -> Prism:
+    """The prism an item fills."""
+    (x, y, z), (w, d, h) = item.position, item.piece.size
+    return Prism(x, y, w / 2, d / 2, item.yaw, z, z + h)
+
+
+def collide(a: Prism, b: Prism, clearance: float = 0.0) -> bool:
+    """Whether two prisms come nearer than `clearance` in plan while sharing a height (separating axes)."""
+    if a.low >= b.high or b.low >= a.high:
+        return False
+    pa, pb = a.outline(clearance), b.outline()
+    for outline in (pa, pb):
+        for k in range(2):
+            axis = outline[k + 1] - outline[k]
+            sa, sb = pa @ axis, pb @ axis
+            if sa.max() <= sb.min() or sb.max() <= sa.min():
+                return False
+    return True
+
+
+def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
+    """Whether a convex outline (4, 2) lies in a rectangular or L-shaped polygon (K, 2) with axis-aligned walls.
+
+    An L is its bounding rectangle without one corner, so the outline must be in the rectangle and must not meet the
+    corner; for a convex outline that is a separating-axis test on the outline's and the world's axes.
+    """
+    low, high = polygon.min(0), polygon.max(0)
+    if (outline < low - eps).any() or (outline > high + eps).any():
+        return False
+    notch = notch_of(polygon)
+    if notch is None:
+        return True
+    corner = np.array([[notch[0], notch[1]], [notch[2], notch[1]], [notch[2], notch[3]], [notch[0], notch[3]]])
+    axes = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), outline[1] - outline[0], outline[2] - outline[1]]
+    for axis in axes:
+        a, b = outline @ axis, corner @ axis
+        if a.max() <= b.min() + eps or b.max() <= a.min() + eps:
+            return True
+    return False
+
+
+def notch_of(polygon: np.ndarray) -> tuple[float, float, float, float] | None:
+    """The rectangle (x0, y0, x1, y1) that an L-shaped polygon lacks; None for a rectangle."""
+    if len(polygon) == 4:
+        return None
+    low, high = polygon.min(0), polygon.max(0)
+    before, after = np.roll(polygon, 1, axis=0), np.roll(polygon, -1, axis=0)
+    e, f = polygon - before, after - polygon
+    reflex = polygon[int(np.argmin(e[:, 0] * f[:, 1] - e[:, 1] * f[:, 0]))]
+    corners = np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])])
+    missing = corners[int(np.argmin([np.abs(polygon - c).sum(1).min() < 1e-9 for c in corners]))]
+    x0, x1 = sorted((float(reflex[0]), float(missing[0])))
+    y0, y1 = sorted((float(reflex[1]), float(missing[1])))
+    return x0, y0, x1, y1
+
+
+def outline_room(rng: np.random.Generator, low: float, high: float, l_shape: float) -> np.ndarray:
+    """A rectangle, or with probability `l_shape` an L, with sides between `low` and `high` metres; (K, 2)."""
+    w, d = rng.uniform(low, high, 2)
+    if rng.uniform() >= l_shape or min(w, d) < 3.4:
+        return np.array([[0, 0], [w, 0], [w, d], [0, d]])
+    a, b = rng.uniform(0.25, 0.45, 2) * np.array([w, d])
+    shape = np.array([[0, 0], [w, 0], [w, d - b], [w - a, d - b], [w - a, d], [0, d]])
+    turns = int(rng.integers(4))
+    for _ in range(turns):
+        shape = np.stack([-shape[:, 1], shape[:, 0]], 1)
+    return shape - shape.min(0)
+
+
+class Builder:
+    """Places pieces one at a time; a piece that finds no free place after some tries is left out (returns -1)."""
+
+    def __init__(self, rng: np.random.Generator, polygon: np.ndarray, height: float):
+        self.rng, self.polygon, self.height = rng, polygon, height
+        self.items: list[Item] = []
+        self.keepouts: list[Prism] = []
+
+    def walls(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
+        """(start, direction, inward normal, length) of every wall."""
+        result = []
+        for p, q in zip(self.polygon, np.roll(self.polygon, -1, axis=0), strict=True):
+            length = float(np.linalg.norm(q - p))
+            along = (q - p) / length
+            result.append((p, along, np.array([-along[1], along[0]]), length))
+        return result
+
+    def free(self, prism: Prism, clearance: float = CLEARANCE) -> bool:
+        """Whether a prism is inside the room, clear of all items and kept-out space."""
+        if prism.high > self.height - 0.02 or not inside(self.polygon, prism.outline()):
+            return False
+        others = [prism_of(item) for item in self.items] + self.keepouts
+        return not any(collide(prism, other, clearance) for other in others)
+
+    def add(self, item: Item, clearance: float = CLEARANCE) -> int:
+        """Index of the item if it fits where it is, else -1."""
+        if not self.free(prism_of(item), clearance):
+            return -1
+        self.items.append(item)
+        return len(self.items) - 1
+
+    def on_wall(
+        self, piece: Piece, *, base: float = 0.0, gap: float = WALL_GAP, wall: int | None = None, tries: int = 25,
+        at: float | None = None, front: float = 0.0,
+    ) -> int:  # fmt: skip
+        """Back to a (random) wall, base at `base` metres. `at`: metres along the wall of the centre, else random.
+        `front`: metres that must be free in front of it (kept free only at the time of placing)."""
+        walls = self.walls()
+        w, d, h = piece.size
+        for _ in range(tries):
+            start, along, normal, length = walls[int(self.rng.integers(len(walls))) if wall is None else wall]
+            margin = w / 2 + 0.03
+            if length < 2 * margin:
+                continue
+            s = float(self.rng.uniform(margin, length - margin)) if at is None else at
+            centre = start + along * s + normal * (gap + d / 2)
+            yaw = math.degrees(math.atan2(normal[0], -normal[1]))
+            if front > 0:
+                ahead = centre + normal * (d / 2 + front / 2)
+                if not self.free(Prism(ahead[0], ahead[1], w / 2, front / 2 - 0.01, yaw, 0.0, max(h, 1.0)), 0.0):
+                    continue
+            index = self.add(Item(piece, (float(centre[0]), float(centre[1]), base), yaw, anchored=True))
+            if index >= 0:
+                return index
+        return -1
+
+    def beside(self, other: int, piece: Piece, *, right: float, front: float, turn: float = 0.0) -> int:
+        """Relative to another item, in its own axes: centre `right` metres to its local +X, `front` metres ahead of its
+        centre, its yaw plus `turn` degrees; stands on the floor."""
+        base = self.items[other]
+        c, s = math.cos(math.radians(base.yaw)), math.sin(math.radians(base.yaw))
+        x = base.position[0] + c * right + s * front
+        y = base.position[1] + s * right - c * front
+        return self.add(Item(piece, (x, y, 0.0), (base.yaw + turn + 180) % 360 - 180), clearance=0.01)
+
+    def anywhere(self, piece: Piece, *, margin: float = 0.05, tries: int = 25) -> int:
+        """On the floor at a random place and angle."""
+        low, high = self.polygon.min(0), self.polygon.max(0)
+        for _ in range(tries):
+            x, y = self.rng.uniform(low + margin, high - margin)
+            item = Item(piece, (float(x), float(y), 0.0), float(self.rng.uniform(-180, 180)))
+            index = self.add(item, clearance=0.08)
+            if index >= 0:
+                return index
+        return -1
+
+    def on_top(
+        self, other: int, piece: Piece, *, spread: float = 1.0, face: float | None = None, tries: int = 12
+    ) -> int:
+        """On the flat top of another item, wholly inside its outline shrunk by `spread`; `face`: yaw relative to it."""
+        base = self.items[other]
+        if base.piece.top < 0:
+            return -1
+        w, d, _ = base.piece.size
+        z = base.position[2] + base.piece.top + 0.002
+        for _ in range(tries):
+            turn = float(self.rng.uniform(-180, 180)) if face is None else face
+            t = math.radians(turn)
+            half_w = (abs(math.cos(t)) * piece.size[0] + abs(math.sin(t)) * piece.size[1]) / 2
+            half_d = (abs(math.sin(t)) * piece.size[0] + abs(math.cos(t)) * piece.size[1]) / 2
+            room_w, room_d = w / 2 * spread - half_w - 0.01, d / 2 * spread - half_d - 0.01
+            if room_w <= 0 or room_d <= 0:
+                return -1
+            right, back = self.rng.uniform(-room_w, room_w), self.rng.uniform(-room_d, room_d)
+            c, s = math.cos(math.radians(base.yaw)), math.sin(math.radians(base.yaw))
+            x, y = base.position[0] + c * right - s * back, base.position[1] + s * right + c * back
+            yaw = (base.yaw + turn + 180) % 360 - 180
+            index = self.add(Item(piece, (float(x), float(y), z), yaw, on=other), clearance=0.015)
+            if index >= 0:
+                return index
+        return -1
+
+    def keep_free(self, other: int, depth: float) -> None:
+        """Keep the floor in front of an item free (a door's swing, a fridge's access) up to 2 m height."""
+        base = self.items[other]
+        w, d, _ = base.piece.size
+        s, c = math.sin(math.radians(base.yaw)), math.cos(math.radians(base.yaw))
+        ahead = d / 2 + depth / 2 + 0.005
+        self.keepouts.append(
+            Prism(base.position[0] + s * ahead, base.position[1] - c * ahead, w / 2, depth / 2, base.yaw, 0.0, 2.0)
+        )

@@ -1,0 +1,122 @@
+"""What all task families share: thresholds, choosing nameable objects, and building a Sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.rooms.scene import Scene, Sighting, View
+
+LETTERS = "ABCDEF"
+SOURCE = "rooms"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Forms and rejection thresholds. `easy`: share of the plainest published form of each task (two dots, one word).
+
+    An object can be asked about when at least `min_visibility` of its surface and `min_pixels` pixels are seen; it
+    counts as absent below `ghost_pixels`. Depths must differ by `depth_ratio` and `depth_gap` metres, distances by
+    `distance_ratio` and `distance_gap` metres with all objects `min_distance` metres from the anchor; a point matches
+    within `consistency` metres, wrong points lie `distractor` image widths away; a camera moved if it shifted
+    `min_shift` metres or turned `min_turn` degrees. `turns`: most questions in one measurement row.
+    """
+
+    easy: float = 0.5
+    turns: int = 3
+    min_visibility: float = 0.3
+    min_pixels: int = 60
+    ghost_pixels: int = 12
+    depth_ratio: float = 0.12
+    depth_gap: float = 0.2
+    distance_ratio: float = 0.15
+    distance_gap: float = 0.3
+    min_distance: float = 0.15
+    consistency: float = 0.03
+    distractor: float = 0.1
+    min_shift: float = 0.2
+    min_turn: float = 8.0
+
+
+def usable(view: View, config: TaskConfig) -> list[Sighting]:
+    """Sightings clear enough to be asked about."""
+    return [s for s in view.sightings if s.visibility >= config.min_visibility and s.pixels >= config.min_pixels]
+
+
+def nameable(scene: Scene, view: View, config: TaskConfig) -> list[Sighting]:
+    """Usable sightings whose class name alone says which object is meant: no other of the class shows at all."""
+    count: dict[str, int] = {}
+    for s in view.sightings:
+        if s.pixels >= config.ghost_pixels:
+            name = scene.object(s.object_id).name
+            count[name] = count.get(name, 0) + 1
+    return [s for s in usable(view, config) if count.get(scene.object(s.object_id).name) == 1]
+
+
+def titled(scene: Scene, sightings: list[Sighting]) -> dict[int, str]:
+    """A distinct title for each object, by id: the class name, or name-A, name-B, ... from left to right where a class
+    comes more than once among `sightings` (the drawing must then say which is which)."""
+    titles: dict[int, str] = {}
+    by_name: dict[str, list[Sighting]] = {}
+    for s in sightings:
+        by_name.setdefault(scene.object(s.object_id).name, []).append(s)
+    for name, group in by_name.items():
+        ordered = sorted(group, key=lambda s: s.point[0])
+        for k, s in enumerate(ordered):
+            titles[s.object_id] = name if len(ordered) == 1 else f"{name}-{LETTERS[k]}"
+    return titles
+
+
+def apart(a: tuple[float, float], b: tuple[float, float], pixels: float) -> bool:
+    """Whether two image points are at least so far apart."""
+    return float(np.hypot(a[0] - b[0], a[1] - b[1])) >= pixels
+
+
+def choose(rng: np.random.Generator, items: list | tuple, count: int) -> list:
+    """`count` different items in random order."""
+    return [items[int(k)] for k in rng.permutation(len(items))[:count]]
+
+
+def pick(rng: np.random.Generator, items: list | tuple) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+def canvas(view: View) -> Image.Image:
+    """The view's picture, to draw on."""
+    return Image.fromarray(np.ascontiguousarray(view.image))
+
+
+def article(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, str, list[str]]:
+    """Options line, answer "X. text" and the letters' texts, with the right one in a random place."""
+    options = list(wrong)
+    options.insert(int(rng.integers(len(wrong) + 1)), right)
+    line = " ".join(f"{LETTERS[k]}. {option}" for k, option in enumerate(options))
+    return line, f"{LETTERS[options.index(right)]}. {right}", options
+
+
+def sample(
+    scene: Scene, *, task: str, kind: str, index: str, images: list[Image.Image],
+    turns: list[tuple[str, str]], answer: dict[str, Any], metadata: dict[str, Any] | None = None,
+) -> Sample:  # fmt: skip
+    """A Sample: images, then the first question in the first user message; `answer` belongs to the last turn."""
+    messages: list[dict[str, Any]] = []
+    for number, (question, reply) in enumerate(turns):
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images] if number == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    return Sample(
+        id=f"{scene.name}-{task}-{index}",
+        source=SOURCE,
+        kind=kind,
+        messages=messages,
+        answer=answer,
+        metadata={"task": task, "scene": scene.name, **scene.metadata, **(metadata or {})},
+    )

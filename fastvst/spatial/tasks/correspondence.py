@@ -1,0 +1,126 @@
+"""Correspondence: the circled point of image 1 among labelled circles in image 2, by reprojection with a depth
+check."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial import draw
+from fastvst.spatial.camera import project, unproject
+from fastvst.spatial.rooms.scene import Scene, View
+from fastvst.spatial.tasks.common import LETTERS, TaskConfig, canvas, pick, sample
+
+TASK, KIND = "correspondence", "correspondence"
+RIM = 0.07  # share of the image side kept free of points
+STEEP = 0.1  # metres of depth across three pixels
+
+FREE = (
+    "A point is circled in {c} in the first image. Which of the points labelled 1-4 in the second image is the same?",
+    "The first image has a point circled in {c}. Find the same point among points 1-4 of the second image.",
+    "Which labelled point in image 2 corresponds to the {c} circle in image 1?",
+    "Image 1 marks one point with a {c} circle. Which of point-1 to point-4 in image 2 matches it?",
+    "Match the {c} circled point of the first view with one of the four labelled points of the second view.",
+    "Two views of one room: which point of the second view is the one circled in {c} in the first?",
+    "Look for the {c} circled point of image 1 in image 2. Which label does it have there?",
+    "Which of the four circles in image 2 shows the spot circled in {c} in image 1?",
+    "Where did the {c} circled point of the first image go in the second image: point-1, point-2, point-3 or point-4?",
+    "Identify the point of the second image that corresponds to the {c} circle in the first.",
+)
+CHOICE = (
+    "A point is circled in {c} in the first image. Which point of the second image corresponds to it? {options}",
+    "Select the point in image 2 that matches the {c} circled point in image 1. {options}",
+    "Which option is the same 3D point as the {c} circle in the first view? {options}",
+    "Match the {c} circle of the first image to a labelled point of the second image. {options}",
+    "The point circled in {c} in image 1 appears again in image 2. Choose its label. {options}",
+)
+
+
+def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Random pixels (N <= count, 2), as centre coordinates, that show an object, away from the image's rim."""
+    if view.ids is None:
+        return np.zeros((0, 2))
+    rows, columns = np.nonzero(view.ids > 0)
+    h, w = view.ids.shape
+    ok = (columns > RIM * w) & (columns < (1 - RIM) * w) & (rows > RIM * h) & (rows < (1 - RIM) * h)
+    rows, columns = rows[ok], columns[ok]
+    if len(rows) == 0:
+        return np.zeros((0, 2))
+    k = rng.choice(len(rows), size=min(count, len(rows)), replace=False)
+    return np.stack([columns[k] + 0.5, rows[k] + 0.5], 1)
+
+
+def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> np.ndarray | None:
+    """Where a pixel (2,) of the first view is in the second, or None if it is hidden, out of view or doubtful there."""
+    assert first.depth is not None and second.depth is not None and first.ids is not None and second.ids is not None
+    row, column = int(point[1]), int(point[0])
+    world = unproject(first.camera, point, first.depth[row, column].astype(np.float64))
+    there, depth = project(second.camera, world)
+    h, w = second.depth.shape
+    if depth <= 0.1 or not (RIM * w < there[0] < (1 - RIM) * w and RIM * h < there[1] < (1 - RIM) * h):
+        return None
+    r, c = int(there[1]), int(there[0])
+    # the whole 3 x 3 neighbourhood must be the same object, in both pictures, so that rounding cannot matter
+    same_1 = first.ids[row - 1 : row + 2, column - 1 : column + 2] == first.ids[row, column]
+    same_2 = second.ids[r - 1 : r + 2, c - 1 : c + 2] == first.ids[row, column]
+    if not (same_1.all() and same_2.all()):
+        return None
+    # Nor may the surface be seen edge-on: there the point is no clear spot, and about one rasterised pixel in ten million
+    # carries a depth that is centimetres off (the plane of a sliver, extrapolated to the pixel's centre).
+    near_1 = first.depth[row - 1 : row + 2, column - 1 : column + 2]
+    near_2 = second.depth[r - 1 : r + 2, c - 1 : c + 2]
+    if max(float(np.ptp(near_1)), float(np.ptp(near_2))) > STEEP:
+        return None
+    return there if abs(float(second.depth[r, c]) - float(depth)) < config.consistency else None
+
+
+def make(
+    scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
+) -> Sample | None:
+    """One row about a pair of views with depth, or None."""
+    first, second = scene.views[pair[0]], scene.views[pair[1]]
+    if first.depth is None or second.depth is None:
+        return None
+    width = second.camera.width
+    for point in visible_points(first, rng, 12):
+        there = match(first, second, point, config)
+        if there is None:
+            continue
+        spots = [there]
+        for other in visible_points(second, rng, 60):
+            if all(
+                np.hypot(*(other - spot)) >= max(config.distractor * width, 4 * draw.radius_of(canvas(second)))
+                for spot in spots
+            ):
+                spots.append(other)
+            if len(spots) == 4:
+                break
+        if len(spots) == 4:
+            break
+    else:
+        return None
+    place = int(rng.integers(4))
+    order = spots[1:]
+    order.insert(place, there)
+    colour = pick(rng, tuple(draw.COLOURS))
+    free = bool(rng.uniform() < config.easy)
+    labels = ["1", "2", "3", "4"] if free else list(LETTERS[:4])
+    one, two = canvas(first), canvas(second)
+    draw.circle(one, (float(point[0]), float(point[1])), colour)
+    other_colour = colour if free else pick(rng, tuple(draw.COLOURS))
+    for label, spot in zip(labels, order, strict=True):
+        draw.circle(two, (float(spot[0]), float(spot[1])), other_colour, label)
+    names = [f"point-{label}" for label in labels]
+    if free:
+        question, reply = pick(rng, FREE).format(c=colour), names[place]
+    else:
+        options = " ".join(f"{label}. {name}" for label, name in zip(labels, names, strict=True))
+        question, reply = pick(rng, CHOICE).format(c=colour, options=options), f"{labels[place]} {names[place]}"
+    return sample(
+        scene, task=TASK, kind=KIND, index=index, images=[one, two], turns=[(question, reply)],
+        answer={"type": "choice", "value": names[place], "candidates": names},
+        metadata={
+            "form": "free" if free else "choice", "views": list(pair[:2]), "pair": pair[2],
+            "point": [float(x) for x in point], "spots": [[float(x) for x in spot] for spot in order],
+        },
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Placement by geometry that the layout does not use: shapely footprints, exact box intersection, mesh vertices."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import shapely
+from shapely.geometry import MultiPoint, Point, Polygon
+
+from fastvst.spatial.boxes import corners, intersection_volume
+from fastvst.spatial.rooms.assets import PACK, load_pack
+from fastvst.spatial.rooms.cameras import motion, second, still
+from fastvst.spatial.rooms.geometry import build_geometry
+from fastvst.spatial.rooms.layout import Item, Prism, Room, collide, inside, notch_of
+from fastvst.spatial.rooms.recipes import KINDS, furnish
+
+
+def outline(item: Item) -> Polygon:
+    return MultiPoint(corners([item.box])[0][:, :2]).convex_hull
+
+
+def check_room(room: Room) -> None:
+    walls = Polygon(room.polygon)
+    assert walls.is_valid and walls.exterior.is_ccw
+    boxes = np.array([item.box for item in room.items])
+    points = corners(boxes)
+    assert (points[..., 2] > -1e-9).all() and (points[..., 2] < room.height).all()
+    outlines = [outline(item) for item in room.items]
+    for item, shape in zip(room.items, outlines, strict=True):
+        where = f"room {room.seed}: {item.piece.name}"
+        assert shape.within(walls.buffer(1e-6)), f"{where} leaves the room"
+        if item.anchored:
+            gap = shape.distance(walls.exterior)
+            assert gap <= 0.06, f"{where} should touch a wall but is {gap:.3f} m away"
+            assert min(np.sort(shapely.distance(shapely.points(shape.exterior.coords[:4]), walls.exterior))[:2]) <= 0.06
+        if item.on >= 0:
+            carrier = room.items[item.on]
+            assert item.position[2] == pytest.approx(carrier.position[2] + carrier.piece.size[2], abs=0.011)
+            assert shape.within(outlines[item.on].buffer(1e-6)), f"{where} sticks out over what carries it"
+        elif not item.anchored:
+            assert item.position[2] == 0 or item.piece.name == "curtain", f"{where} floats"
+    volumes = intersection_volume(boxes, boxes)
+    np.fill_diagonal(volumes, 0)
+    assert volumes.max() < 1e-9, f"room {room.seed}: boxes {np.unravel_index(volumes.argmax(), volumes.shape)} overlap"
+    low, high = points[..., 2].min(1), points[..., 2].max(1)
+    for i in range(len(boxes)):
+        for j in range(i):
+            if low[i] < high[j] and low[j] < high[i]:
+                assert outlines[i].intersection(outlines[j]).area < 1e-9
+
+
+def test_layout_of_some_rooms() -> None:
+    for seed in range(25):
+        check_room(furnish(seed))
+
+
+@pytest.mark.slow
+def test_layout_of_two_hundred_rooms() -> None:
+    kinds = set()
+    for seed in range(1000, 1200):
+        room = furnish(seed)
+        check_room(room)
+        kinds.add(room.kind)
+        kinds.add(f"{len(room.polygon)} corners")
+    assert kinds == {*KINDS, "4 corners", "6 corners"}
+
+
+def test_the_same_seed_is_the_same_room() -> None:
+    a, b, c = build_geometry(furnish(5)), build_geometry(furnish(5)), build_geometry(furnish(6))
+    for name in ("positions", "uv", "rgba", "layer", "ids", "triangles", "textures", "light"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert len(a.positions) != len(c.positions) or not np.array_equal(a.positions, c.positions)
+
+
+def test_boxes_are_tight_round_the_meshes() -> None:
+    for seed in range(6):
+        room = furnish(seed)
+        geometry = build_geometry(room)
+        for index, item in enumerate(room.items):
+            vertices = geometry.positions[geometry.ids == index + 1].astype(np.float64)
+            c, s = math.cos(math.radians(item.yaw)), math.sin(math.radians(item.yaw))
+            local = (vertices - item.box[:3]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+            low, high = local.min(0), local.max(0)
+            half = np.array([item.box[3], item.box[5], item.box[4]]) / 2
+            np.testing.assert_allclose(low, -half, atol=2e-3, err_msg=item.piece.name)
+            np.testing.assert_allclose(high, half, atol=2e-3, err_msg=item.piece.name)
+
+
+def test_collide_agrees_with_shapely() -> None:
+    rng = np.random.default_rng(0)
+    met = 0
+    for _ in range(600):
+        a, b = (
+            Prism(
+                *rng.uniform(-1, 1, 2),
+                *rng.uniform(0.1, 0.8, 2),
+                float(rng.uniform(-180, 180)),
+                *np.sort(rng.uniform(0, 2, 2)),
+            )
+            for _ in range(2)
+        )
+        share = a.low < b.high and b.low < a.high
+        expected = share and Polygon(a.outline()).intersection(Polygon(b.outline())).area > 1e-12
+        assert collide(a, b) == expected
+        met += expected
+    assert 100 < met < 500
+
+
+def test_inside_agrees_with_shapely() -> None:
+    rng = np.random.default_rng(1)
+    room = np.array([[0, 0], [4, 0], [4, 2], [2.5, 2], [2.5, 5], [0, 5]], dtype=float)
+    assert notch_of(room) == (2.5, 2.0, 4.0, 5.0)
+    hits = 0
+    for _ in range(800):
+        prism = Prism(*rng.uniform(0, 5, 2), *rng.uniform(0.1, 0.9, 2), float(rng.uniform(-180, 180)), 0, 1)
+        expected = Polygon(prism.outline()).within(Polygon(room))
+        assert inside(room, prism.outline()) == expected
+        hits += expected
+    assert 100 < hits < 700
+
+
+def test_cameras_stand_in_free_air() -> None:
+    stills = 0
+    for seed in range(40, 60):
+        room = furnish(seed)
+        walls = Polygon(room.polygon)
+        rng = np.random.default_rng(seed)
+        first = still(room, rng, 320, 240)
+        if first is None:
+            continue
+        stills += 1
+        assert 1.2 <= first.position[2] <= 1.7
+        pitch = math.degrees(math.asin(first.rotation[2, 2]))
+        assert -25.01 <= pitch <= 0.01
+        assert 0.75 * 320 <= first.fx <= 0.94 * 320
+        other = [motion(room, first, rng, 0.0, 0.3), second(room, first, np.array(room.items[0].position), rng)]
+        for camera in [first, *(c for c in other if c is not None)]:
+            x, y, z = camera.position
+            assert Point(x, y).within(walls.buffer(-0.29)) and 0.29 < z < room.height - 0.29
+            for item in room.items:
+                if item.position[2] < z + 0.1 and item.position[2] + item.piece.size[2] > z - 0.5:
+                    assert outline(item).distance(Point(x, y)) > 0.29, f"room {seed}: camera in {item.piece.name}"
+    assert stills >= 15
+
+
+def test_the_pack_is_small_complete_and_credited() -> None:
+    pack = load_pack()
+    assert PACK.stat().st_size <= 4_000_000
+    assert len(pack.models) >= 100
+    text = (PACK.parent / "CREDITS.md").read_text(encoding="utf-8")
+    for key, model in pack.models.items():
+        assert f"| {key} |" in text
+        assert 0 < len(model.mesh.triangles) <= 3000
+        assert model.mesh.triangles.max() < len(model.mesh.positions)
+        assert (model.size > 0).all() and model.mesh.layer.max() < len(pack.textures)
+    named = {model.name for model in pack.models.values()}
+    assert {"bed", "chair", "table", "sofa", "desk", "bookshelf", "cabinet", "night stand", "lamp", "sink", "toilet",
+            "refrigerator", "television", "plant"} <= named  # fmt: skip
