@@ -1,0 +1,326 @@
+"""Resumable checkpoints, one folder each, that are either complete or not there.
+
+    <folder>/step-000200/
+        state/*.safetensors      weights and both Adam moments; every rank writes its own shards
+        rank-00000.json ...      what differs between ranks (random state, loader position)
+        train.json               step, guard, names and shapes of the tensors, optimizer steps of every parameter
+        config.json              the resolved configuration
+        hf/                      optional: the model as a Hugging Face directory
+        COMPLETE                 the marker: every file with its size
+
+The tensors go through torch.distributed.checkpoint in its safetensors form, so a run resumes on another number of
+ranks, bit for bit, and nothing is ever unpickled (DCP's default format reads a pickled .metadata file). A checkpoint is
+written beside (`.step-000200.partial`), flushed to disk, marked, and then renamed into place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from fastvst.train.parallel import World
+
+MARKER = "COMPLETE"
+WriteHF = Callable[[Path, dict[str, Tensor]], None]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which, why, and what is still good."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is written to disk.
+
+    Attributes:
+        every: optimizer steps between two checkpoints; 0 = only at the end.
+        keep: complete checkpoints that stay, the newest ones.
+        hf: also write a Hugging Face directory into every checkpoint.
+        hf_dtype: number format of Hugging Face directories; "auto" = the compute dtype.
+    """
+
+    every: int = 500
+    keep: int = 2
+    hf: bool = True
+    hf_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or self.every < 0:
+            raise ValueError(f"keep must be at least 1 and every at least 0; got {self.keep} and {self.every}")
+        if self.hf_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"hf_dtype is {self.hf_dtype!r}; expected 'auto', 'float32' or 'bfloat16'")
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    state: Mapping[str, Any],
+    rank_state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    write_hf: WriteHF | None = None,
+    hf_dtype: torch.dtype = torch.float32,
+    keep: int = 2,
+) -> Path:
+    """Write `folder/step-XXXXXX`; every rank calls it. A complete checkpoint of the same step is left as it is.
+
+    Args:
+        step: optimizer steps done so far.
+        state: JSON-able state that all ranks share; rank 0's is written.
+        rank_state: JSON-able state of this rank.
+        write_hf: called on rank 0 with (directory, full state dict on the CPU in `hf_dtype`); None = no `hf/`.
+        keep: complete checkpoints to leave; older ones are deleted after this one is in place.
+
+    Raises:
+        CheckpointError: on every rank if any of them fails (disk full, ...); older checkpoints are untouched.
+    """
+    target = folder / f"step-{step:06d}"
+    if is_complete(target):
+        return target
+    partial = folder / f".{target.name}.partial"
+    tensors, steps = _tensors(model, optimizer)
+
+    def prepare() -> None:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+
+    def write_tensors() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "single process" is no news
+            writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        rng = torch.get_rng_state().numpy().tobytes().hex()
+        _write_json(partial / f"rank-{world.rank:05d}.json", {"rng": rng, **rank_state})
+
+    def write_rest() -> None:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        _write_json(partial / "config.json", config)
+        _write_json(
+            partial / "train.json",
+            {"step": step, "world_size": world.size, "tensors": shapes, "optimizer_steps": steps, **state},
+        )
+        if write_hf is not None:
+            write_hf(partial / "hf", full)
+        commit(partial, target)
+
+    _together(world, target, partial, prepare)
+    _together(world, target, partial, write_tensors)
+    full = gather(model, world, hf_dtype) if write_hf is not None else {}
+    _together(world, target, partial, write_rest if world.is_main else lambda: None)
+    if world.is_main:
+        prune(folder, keep)
+    return target
+
+
+def save_hf(target: Path, model: nn.Module, world: World, write_hf: WriteHF, dtype: torch.dtype) -> Path:
+    """Gather the model and let rank 0 write it as the Hugging Face directory `target`; every rank calls it.
+
+    `write_hf` must leave an older directory intact when it fails (`fastvst.model.checkpoint.save` does). Raises
+    CheckpointError like `save`.
+    """
+    full = gather(model, world, dtype)
+    _together(world, target, None, (lambda: write_hf(target, full)) if world.is_main else lambda: None)
+    return target
+
+
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a checkpoint into the model and the optimizer, in place, on any number of ranks; every rank calls it.
+
+    The CPU random state is restored where the number of ranks is the same.
+
+    Returns:
+        (`state` and the keys step and world_size, `rank_state` of this rank; of rank 0 if this rank did not exist).
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged, or of another model or choice of frozen parts.
+    """
+    check(path)
+    state = json.loads((path / "train.json").read_text(encoding="utf-8"))
+    tensors, _ = _tensors(model, optimizer)
+    have, want = state.pop("tensors"), {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if have != want:
+        missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+        other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
+        raise CheckpointError(
+            f"{path} does not fit this model and optimizer (is it of another model.preset or optimizer.freeze?): "
+            f"it lacks {_some(missing)}; it has besides {_some(extra)}; other shapes: {_some(other)}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
+        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    steps = state.pop("optimizer_steps")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter]["step"].fill_(steps[name])
+    own = path / f"rank-{world.rank:05d}.json"
+    rank_state = json.loads((own if own.exists() else path / "rank-00000.json").read_text(encoding="utf-8"))
+    rng = bytearray.fromhex(rank_state.pop("rng"))
+    if state["world_size"] == world.size:
+        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+    return state, rank_state
+
+
+def resolve(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means: "" none, "auto" the newest complete one in `folder` or none, else a path.
+
+    Raises:
+        CheckpointError: the named checkpoint is not complete.
+    """
+    if not resume:
+        return None
+    if resume == "auto":
+        found = complete(folder)
+        return found[-1] if found else None
+    check(Path(resume))
+    return Path(resume)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and is_complete(p)]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def set_aside(out: Path) -> Path | None:
+    """Rename the folder of an earlier run, if there is one, to `<out>-1`, `<out>-2`, ...; returns the new name."""
+    if not (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists():
+        return None
+    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}-{n}").exists())
+    moved = out.with_name(f"{out.name}-{number}")
+    out.rename(moved)
+    print(f"{out} held an earlier run; it is {moved} now", flush=True)
+    return moved
+
+
+def is_complete(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def check(path: Path) -> None:
+    """Raise CheckpointError unless `path` has its marker and every file has the size that the marker lists."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}; --resume takes 'auto' or a folder step-XXXXXX")
+    if not is_complete(path):
+        raise CheckpointError(
+            f"{path} has no {MARKER} marker: it was never finished or is no checkpoint. Other checkpoints beside it: "
+            f"{_some([p.name for p in complete(path.parent)])}"
+        )
+    for name, size in json.loads((path / MARKER).read_text(encoding="utf-8"))["files"].items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{path / name} {state}, but {size} bytes were written: the checkpoint is damaged")
+
+
+def commit(partial: Path, target: Path) -> None:
+    """Mark `partial` as complete, flush it to disk, and rename it to `target` (replacing an incomplete one)."""
+    files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+    _write_json(partial / MARKER, {"files": files})
+    for path in [*partial.rglob("*"), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints; the marker goes first, so a half-deleted one is none."""
+    for path in complete(folder)[:-keep]:
+        (path / MARKER).unlink()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def gather(model: nn.Module, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Full tensors on the CPU of rank 0 in `dtype` (an empty dict elsewhere), one tensor on the device at a time."""
+    full: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            full[name] = whole.detach().to("cpu", dtype)
+    return full
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """(everything saved as a tensor, optimizer steps by parameter). Creates Adam's moments where there are none."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    steps: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:  # as fused AdamW makes them at a parameter's first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors[f"exp_avg.{name}"] = state["exp_avg"].detach()
+        tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"].detach()
+        steps[name] = int(state["step"])
+    return tensors, steps
+
+
+def _together(world: World, target: Path, partial: Path | None, action: Callable[[], None]) -> None:
+    """Run `action`; if it fails on any rank, the partial folder goes and every rank raises CheckpointError."""
+    error: BaseException | None = None
+    try:
+        action()
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    failed = world.sum(torch.tensor([float(error is not None)], device=world.device))
+    if not failed.item():
+        return
+    if world.is_main and partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    why = _reason(error) if error is not None else "another rank failed; its message says why"
+    try:
+        free = f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB are free there"
+    except OSError:
+        free = "the folder cannot be read"
+    raise CheckpointError(
+        f"rank {world.rank}: could not write {target}: {why}; {free}. Complete checkpoints are untouched: "
+        f"{_some([p.name for p in complete(target.parent)])}. Make room or pass another --out, then --resume"
+    ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without DCP's wrapping (one exception for each rank)."""
+    if isinstance(error, CheckpointException):
+        parts = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
+        return "; ".join(parts)
+    return f"{type(error).__name__}: {error}"
+
+
+def _write_json(path: Path, values: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,320 @@
+"""Configuration: a tree of frozen dataclasses, filled from its defaults, an optional TOML file and the command line.
+
+Every part of the program owns the dataclass of its own options; the essay in `examples/` composes them. Nothing is read
+from environment variables, and nothing that is not a field is accepted.
+
+    torchrun examples/sft.py --config my.toml --train.steps 200 optimizer.lr=1e-4 --dry-run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """An option that does not exist or has the wrong type; the message says what came and what was expected."""
+
+
+def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
+    """Defaults of `config_class`, overridden by the TOML file after `--config`, overridden by the other arguments.
+
+    Arguments look like `--train.steps 200`, `--train.steps=200` or `train.steps=200`; a bool may stand alone
+    (`--dry-run`). Dashes in names are underscores. Values are TOML (`[1, 2]`, `[{path = "a"}]`), strings need no
+    quotes, `none` clears an optional value and a list of strings may be given as `a,b`.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a wrong type, an unreadable file.
+    """
+    words = list(arguments)
+    from_file: dict[str, Any] = {}
+    from_arguments: dict[str, Any] = {}
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if not equals and not word.startswith("--"):
+            raise ConfigError(f"argument {word!r} is neither `--key value` nor `key=value`")
+        name = name.removeprefix("--").replace("-", "_")
+        annotation = str if name == "config" else _find(config_class, name)
+        if not equals:
+            ends = not words or words[0].startswith("--")
+            is_flag = _unwrap(annotation)[0] is bool and (ends or "=" in words[0])
+            if ends and not is_flag:
+                raise ConfigError(f"--{name} needs a value of type {_type_name(annotation)}")
+            value = "true" if is_flag else words.pop(0)
+        if name == "config":
+            from_file = _merge(from_file, _read_toml(Path(value)))
+            continue
+        branch: Any = _parse(annotation, value)
+        for part in reversed(name.split(".")):
+            branch = {part: branch}
+        from_arguments = _merge(from_arguments, branch)
+    tree = _merge(from_file, from_arguments)
+    return _build(config_class, tree, config_class(), "")
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every option of a dataclass instance, depth first in the order of definition.
+
+    A tuple of dataclasses (such as a list of data sources) counts as one option.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def render(config: Any) -> str:
+    """The fully resolved configuration, one `name = value` line per option; `*` marks what differs from the default."""
+    default = dict(leaves(type(config)()))
+    rows = [(name, value, default.get(name) != value) for name, value in leaves(config)]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [
+        f"{'*' if changed else ' '} {name:<{width}} = {json.dumps(_plain(value), ensure_ascii=False)}"
+        for name, value, changed in rows
+    ]
+    return "\n".join(lines)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A JSON-able dict of the tree; `from_dict` is its inverse."""
+    return _plain(config)
+
+
+def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that `to_dict` wrote, with the checks of `load_config`."""
+    return _build(config_class, values, config_class(), "")
+
+
+def save_json(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write the resolved configuration as JSON."""
+    Path(path).write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def usage(config_class: type[Any]) -> str:
+    """Help text: every option with its type and default, and what the owners' docstrings say about it."""
+    lines = []
+    for name, value in leaves(config_class()):
+        owner, *rest = [config_class], *name.split(".")
+        for part in rest[:-1]:
+            owner = [_unwrap(_hints(owner[0])[part])[0]]
+        annotation = _hints(owner[0])[rest[-1]]
+        lines.append(f"  --{name} <{_type_name(annotation)}>  (default {json.dumps(_plain(value))})")
+        text = _attribute_help(owner[0], rest[-1])
+        if text:
+            lines.append(f"      {text}")
+    return "\n".join(lines)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: there is no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _names(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(cls):
+        inner = _unwrap(_hints(cls)[field.name])[0]
+        if dataclasses.is_dataclass(inner):
+            yield from _names(typing.cast(type, inner), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _unknown(root: type[Any], name: str, prefix: str = "") -> ConfigError:
+    known = list(_names(root, prefix))
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if k.rsplit(".", 1)[-1] == last]
+    if not near:
+        tails = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = [tails[t] for t in difflib.get_close_matches(last, tails, n=1, cutoff=0.5)]
+    hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+    return ConfigError(f"unknown option {name!r}{hint}")
+
+
+def _find(root: type[Any], name: str) -> Any:
+    """Annotation of the dotted `name`; ConfigError if there is none."""
+    annotation: Any = root
+    for part in name.split("."):
+        cls = _unwrap(annotation)[0]
+        if typing.get_origin(cls) is dict:
+            annotation = typing.get_args(cls)[1]
+            continue
+        if not dataclasses.is_dataclass(cls) or part not in {f.name for f in dataclasses.fields(cls)}:
+            raise _unknown(root, name)
+        annotation = _hints(typing.cast(type, cls))[part]
+    if dataclasses.is_dataclass(annotation):
+        inside = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(annotation))
+        raise ConfigError(f"{name!r} is a section, not an option; set one of {inside}")
+    return annotation
+
+
+def _unwrap(annotation: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True); anything else -> (itself, False)."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        if len(inner) == 1:
+            return inner[0], len(inner) < len(typing.get_args(annotation))
+    return annotation, False
+
+
+def _type_name(annotation: Any) -> str:
+    inner, optional = _unwrap(annotation)
+    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    if origin is Literal:
+        text = " | ".join(repr(a) for a in args)
+    elif origin is not None:
+        shown = ", ".join("..." if a is Ellipsis else _type_name(a) for a in args)
+        text = f"{getattr(origin, '__name__', 'union')}[{shown}]"
+    else:
+        text = getattr(inner, "__name__", str(inner))
+    return f"{text} | None" if optional else text
+
+
+def _parse(annotation: Any, raw: str) -> Any:
+    """The value that a command-line word stands for, before its type is checked."""
+    inner, optional = _unwrap(annotation)
+    if optional and raw.lower() == "none":
+        return None
+    if inner in (str, Path) or (typing.get_origin(inner) is Literal and raw in typing.get_args(inner)):
+        return raw
+    text = raw.lower() if raw in ("True", "False") else raw
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if typing.get_origin(inner) in (tuple, list) and typing.get_args(inner)[0] is str and raw[:1] != "[":
+            return [word for word in raw.split(",") if word]
+        return raw
+
+
+def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is a section of options; got {_came(values)}")
+    known, hints = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}, _hints(cls)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise _unknown(cls, prefix + key, prefix)
+        where, annotation = prefix + key, hints[key]
+        if dataclasses.is_dataclass(annotation):
+            changes[key] = _build(typing.cast(type, annotation), value, getattr(default, key), where + ".")
+        else:
+            changes[key] = _convert(annotation, value, where)
+    try:
+        return dataclasses.replace(typing.cast(Any, default), **changes)
+    except (TypeError, ValueError) as error:  # a dataclass that checks its own values in __post_init__
+        raise ConfigError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
+
+
+def _convert(annotation: Any, value: Any, where: str) -> Any:
+    inner, optional = _unwrap(annotation)
+    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    if value is None and (optional or inner in (Any, type(None))):
+        return None
+    if inner is Any:
+        return value
+    if dataclasses.is_dataclass(inner):
+        return _build(typing.cast(type, inner), value, typing.cast(type, inner)(), where + ".")
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+    elif origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+    elif origin in (tuple, list):
+        if isinstance(value, (list, tuple)):
+            if origin is list or (len(args) == 2 and args[1] is Ellipsis):
+                return origin(_item(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            if len(value) == len(args):
+                return tuple(_item(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): _item(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif inner is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif inner is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif type(value) is inner:
+        return value
+    raise ConfigError(f"{where} must be {_type_name(annotation)}; got {_came(value)}")
+
+
+def _item(annotation: Any, value: Any, where: str) -> Any:
+    """One element of a list; a dataclass element starts from its own defaults, required fields included."""
+    if not dataclasses.is_dataclass(annotation):
+        return _convert(annotation, value, where)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a table of {annotation.__name__} options; got {_came(value)}")  # type: ignore[union-attr]
+    cls = typing.cast(type, annotation)
+    known, hints = {f.name: f for f in dataclasses.fields(cls)}, _hints(cls)
+    for key in value:
+        if key not in known:
+            raise _unknown(cls, f"{where}.{key}", f"{where}.")
+    required = [
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [n for n in required if n not in value]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} needs")
+    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+
+
+def _came(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _attribute_help(cls: type[Any], name: str) -> str:
+    """The `name: text` entry of the class docstring's "Attributes:" section, on one line."""
+    found: list[str] = []
+    start = 0
+    for line in (cls.__doc__ or "").splitlines():
+        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        if found and (not stripped or indent <= start):
+            break
+        if found:
+            found.append(stripped)
+        elif ": " in stripped and name in stripped.split(": ")[0].split(", "):
+            start = indent
+            found.append(stripped.split(": ", 1)[1])
+    return " ".join(found)

@@ -1,0 +1,113 @@
+"""Skip the steps that would damage the model: a loss or gradient norm not finite or far above the recent ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ENOUGH = 16  # accepted steps before anything counts as a spike
+
+
+class GuardError(RuntimeError):
+    """Too many steps in a row had to be skipped."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When an optimizer step is skipped.
+
+    Attributes:
+        spike: a loss or gradient norm this many times the median of recent steps is a spike; 0 = only non-finite ones.
+        window: accepted steps that the median is taken over.
+        patience: stop the run after this many skipped steps in a row.
+    """
+
+    spike: float = 10.0
+    window: int = 64
+    patience: int = 5
+
+
+@dataclass(frozen=True)
+class Recent:
+    """What the guard remembers: losses and norms of the last accepted steps, skips in a row and in all."""
+
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    in_a_row: int = 0
+    skipped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+            "in_a_row": self.in_a_row,
+            "skipped": self.skipped,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recent:
+        return cls(tuple(values["losses"]), tuple(values["norms"]), values["in_a_row"], values["skipped"])
+
+
+def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tuple[str | None, Recent]:
+    """Judge one step by its global loss and gradient norm, before the optimizer runs.
+
+    Both numbers are reductions over all ranks, so every rank comes to the same verdict without talking: either all of
+    them step or none does.
+
+    Returns:
+        (why the step must be skipped or None, the memory for the next step).
+    """
+    reason = None
+    for name, value, known in (("loss", loss, recent.losses), ("gradient norm", norm, recent.norms)):
+        if not math.isfinite(value):
+            reason = reason or f"the {name} is {value}"
+        elif config.spike > 0 and len(known) >= _ENOUGH:
+            usual = statistics.median(known)
+            if value > config.spike * usual > 0:
+                reason = reason or f"the {name} is {value:.4g}, {value / usual:.1f} times the recent median {usual:.4g}"
+    if reason is not None:
+        return reason, Recent(recent.losses, recent.norms, recent.in_a_row + 1, recent.skipped + 1)
+    losses = (*recent.losses, loss)[-config.window :]
+    norms = (*recent.norms, norm)[-config.window :]
+    return None, Recent(losses, norms, 0, recent.skipped)
+
+
+def report(
+    rank: int, step: int, reason: str, losses: Sequence[float], weights: Sequence[float], ids: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """One row of skipped.jsonl: what this rank's packs contributed to a skipped step.
+
+    Args:
+        losses: summed loss of each pack of this rank, already divided by the global target weight.
+        weights: the pack's share of the global target weight, same length.
+        ids: "source/id" of the samples in each pack.
+    """
+    packs = []
+    for loss, weight, names in zip(losses, weights, ids, strict=True):
+        mean = loss / weight if weight else 0.0
+        packs.append({"loss": mean if math.isfinite(mean) else str(mean), "samples": list(names)})  # JSON has no NaN
+    return {"step": step, "rank": rank, "reason": reason, "packs": packs}
+
+
+def write_down(config: GuardConfig, recent: Recent, out: Path, row: dict[str, Any]) -> None:
+    """Append a `report` to this rank's skipped-*.jsonl and print it.
+
+    Raises:
+        GuardError: `patience` steps in a row were skipped.
+    """
+    step, reason = row["step"], row["reason"]
+    with (out / f"skipped-{row['rank']:05d}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"rank {row['rank']}, step {step + 1} skipped, {reason}: {row['packs']}", flush=True)
+    if recent.in_a_row >= config.patience:
+        raise GuardError(
+            f"step {step + 1}: {recent.in_a_row} steps in a row were skipped, the last one because {reason}. The "
+            f"samples are in {out}/skipped-*.jsonl. Lower optimizer.lr, look at those samples, or raise guard.patience "
+            "and resume from the last checkpoint"
+        )

@@ -1,0 +1,248 @@
+"""Processes and devices: who am I, where do I compute, and how is the model divided.
+
+One process without a launcher, or N processes under torchrun; FSDP2 over all ranks, or HSDP (shards inside a group of
+ranks, replicas between the groups) over several nodes. Gradients are plain sums over ranks, because the loss is already
+divided by the target weight of the whole global batch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ParallelError(RuntimeError):
+    """The processes or devices that were asked for cannot be had; the message says what to pass instead."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is spread over devices.
+
+    Attributes:
+        device: "auto" takes the GPU if there is one.
+        dtype: what matrices multiply in; weights, gradients and moments stay float32. "auto" = bfloat16 on a GPU.
+        replicas: whole copies of the model (HSDP); 0 = one per node, so that shards travel inside a node only.
+        reshard: free gathered weights after the forward pass (less memory, one more all-gather per block).
+        threads: CPU threads per process for torch; 0 = its share of the cores minus its loader workers, at least 1.
+        timeout: seconds that a collective may wait for the slowest rank.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    replicas: int = 0
+    reshard: bool = True
+    threads: int = 0
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: place among all processes.
+        local_rank, local_size: place among the processes of this node.
+        device: where the model lives.
+        dtype: compute dtype.
+        mesh: the mesh to shard over, or None when the model is a plain module (one process in float32).
+        store: key-value store that all ranks share, or None for one process.
+        host: address of rank 0's node.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    dtype: torch.dtype
+    mesh: DeviceMesh | None
+    store: dist.Store | None
+    host: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over all ranks, in place; does not wait for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def once_per_node(self, key: str, make: Callable[[], str]) -> str:
+        """What `make` returns in the first process of this node; the other processes of the node wait for it."""
+        if self.store is None:
+            return make()
+        place = f"{key}/{self.rank // self.local_size}"
+        if self.local_rank == 0:
+            self.store.set(place, make())
+        return self.store.get(place).decode()
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        shape = "not sharded" if self.mesh is None else f"sharded over {tuple(self.mesh.shape)}"
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{self.size} process(es) on {name}, {str(self.dtype).removeprefix('torch.')}, {shape}{threads}"
+
+
+def start(config: ParallelConfig, *, workers: int = 0, environment: Mapping[str, str] | None = None) -> World:
+    """Join the other processes.
+
+    Args:
+        workers: loader processes per rank; their cores are left to them.
+        environment: what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
+            default `os.environ`. Without RANK it is a run of one process. INIT_FILE, a path on a shared disk, replaces
+            the two MASTER ones.
+
+    Raises:
+        ParallelError: no such GPU, more processes than GPUs, the port is taken, the replicas do not divide the ranks.
+    """
+    env = os.environ if environment is None else environment
+    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size))
+    device = pick_device(config.device, local_rank, local_size)
+    name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    cores = len(os.sched_getaffinity(0)) // local_size
+    torch.set_num_threads(config.threads or max(1, cores - workers))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; bfloat16 is unaffected
+
+    store = mesh = None
+    if size > 1:
+        store = _rendezvous(env, rank, size, config.timeout)
+    if size > 1 or DTYPES[name] != torch.float32:
+        # A single process shards over itself: FSDP2 then only keeps float32 weights and casts them for each block.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore() if store is None else dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=config.timeout),
+        )
+        mesh = make_mesh(device.type, size, config.replicas or max(1, size // local_size))
+    host = env.get("MASTER_ADDR", "127.0.0.1")
+    return World(rank, size, local_rank, local_size, device, DTYPES[name], mesh, store, host)
+
+
+def stop(world: World) -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device of this process. Raises ParallelError if a GPU is asked for and absent."""
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        raise ParallelError(
+            f"parallel.device is 'cuda', but torch {torch.__version__} ({built}) finds no GPU. Pass --parallel.device "
+            "cpu, or check nvidia-smi and install a CUDA build of torch"
+        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ParallelError(
+            f"{local_size} processes were started on this node, which has {count} GPU(s); pass --nproc-per-node "
+            f"{count} to torchrun"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def make_mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
+    """1-D mesh of all ranks, or a 2-D one (replicas, ranks per replica) whose last axis holds the shards."""
+    if replicas <= 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    if size % replicas:
+        raise ParallelError(f"parallel.replicas is {replicas}, which does not divide {size} processes")
+    return init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: bool = True) -> Any:
+    """The model on its device, divided over the mesh, with the values that rank 0 has.
+
+    Every pack will go through the vision tower, pictures or not: with several ranks the collectives must match, and
+    with any number of ranks the optimizer must see the same gradients (zeros, not none).
+
+    Args:
+        source: the whole model in float32 on the CPU, on rank 0 (None elsewhere). Only this node's memory must hold it.
+        skeleton: the same model on the meta device, with its frozen parameters marked; it is what comes back, filled.
+
+    Returns:
+        the sharded skeleton; without a mesh, `source` itself on the device, with the skeleton's frozen parameters.
+    """
+    if world.mesh is None:
+        assert source is not None
+        for ours, theirs in zip(source.parameters(), skeleton.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        model: Any = source.to(world.device)
+        model.vision_on_every_rank = True
+        return model
+    shard(skeleton, world, reshard=reshard)
+    skeleton.to_empty(device=world.device)
+    skeleton.vision_on_every_rank = True
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+    set_model_state_dict(skeleton, source.state_dict() if source is not None else {}, options=options)
+    return skeleton
+
+
+def shard(model: Any, world: World, *, reshard: bool = True) -> None:
+    """Divide the model over `world.mesh`, in place: vision blocks, merger, decoder blocks, then the rest as the root.
+
+    Afterwards parameters are DTensors and gradients sum over ranks. Does nothing without a mesh.
+    """
+    if world.mesh is None:
+        return
+    # Inputs are not cast: rotary tables must reach the blocks in float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if world.dtype == torch.float32 else world.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    parts: list[nn.Module] = [*model.visual.blocks, model.visual.merger, *model.model.layers]
+    for module in parts:
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+
+
+def _rendezvous(env: Mapping[str, str], rank: int, size: int, timeout: float) -> dist.Store:
+    if "INIT_FILE" in env:
+        return dist.FileStore(env["INIT_FILE"], size)
+    missing = " and ".join(k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env)
+    if missing:
+        raise ParallelError(f"WORLD_SIZE is {size}, but {missing} is not set; start the run with torchrun")
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    # torchrun's own process serves the store when it says so; otherwise rank 0 does.
+    serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(host, port, size, serves, datetime.timedelta(seconds=timeout), wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if serves and "EADDRINUSE" in str(error):
+            raise ParallelError(
+                f"port {port} on {host} is taken by another program; pass another one (torchrun --master-port "
+                f"{port + 1}), or leave it out on a single node and torchrun finds a free one"
+            ) from None
+        raise ParallelError(f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}") from None

@@ -1,0 +1,58 @@
+"""Learning-rate schedule: a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Shape of the learning rate over the run (VST stage 1: cosine, warm-up 0.1 of the steps from 0, floor 1e-7).
+
+    Attributes:
+        kind: what follows the warm-up.
+        warmup: fraction of all steps (below 1) or number of steps (1 and above) of linear warm-up.
+        lr_min: the floor that cosine and linear decay to, absolute and the same for every group.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    lr_min: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.lr_min < 0:
+            raise ValueError(f"warmup ({self.warmup}) and lr_min ({self.lr_min}) must not be negative")
+
+
+def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
+    """Number of warm-up steps in a run of `total_steps`."""
+    steps = config.warmup * total_steps if config.warmup < 1 else config.warmup
+    return min(round(steps), total_steps)
+
+
+def learning_rate(config: ScheduleConfig, step: int, total_steps: int, peak: float) -> float:
+    """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
+
+    Warm-up of W steps: peak * (step + 1) / W, so the first step already moves. Then with
+    t = (step - W) / max(1, total_steps - 1 - W) in [0, 1], cosine: floor + (peak - floor) * (1 + cos(pi t)) / 2, so
+    the last step runs at the floor (SGDR, arXiv 1608.03983, eq. 5 without restarts). The floor is never above the peak.
+    """
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.kind == "constant":
+        return peak
+    floor = min(config.lr_min, peak)
+    t = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    shape = (1 + math.cos(math.pi * t)) / 2 if config.kind == "cosine" else 1 - t
+    return floor + (peak - floor) * shape
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: ScheduleConfig, step: int, total_steps: int) -> None:
+    """Give every parameter group the rate of `step`; its peak is the group's `peak_lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, total_steps, group["peak_lr"])

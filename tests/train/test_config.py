@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvst.train import config as cfg
+from fastvst.train.config import ConfigError, load_config
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Options.
+
+    Attributes:
+        steps: how long
+            it runs.
+        rate: how fast.
+    """
+
+    steps: int = 10
+    rate: float = 1e-3
+    fused: bool = False
+    kind: Literal["cosine", "linear"] = "cosine"
+    limit: float | None = None
+    freeze: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}")
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: tuple[Source, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs"
+    dry_run: bool = False
+    train: Train = Train(steps=20)
+    data: Data = Data()
+
+
+def test_defaults_of_the_owner_of_the_section_win_over_those_of_the_class() -> None:
+    assert load_config(Config) == Config()
+    assert load_config(Config, ["train.rate=2"]).train == Train(steps=20, rate=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "value"),
+    [
+        (["--train.steps", "200"], ("train", "steps"), 200),
+        (["--train.steps=200"], ("train", "steps"), 200),
+        (["train.steps=200"], ("train", "steps"), 200),
+        (["--train.rate", "5e-5"], ("train", "rate"), 5e-5),
+        (["--train.rate", "1"], ("train", "rate"), 1.0),
+        (["--dry-run"], ("dry_run",), True),
+        (["--dry-run", "--out", "a b"], ("dry_run",), True),
+        (["--train.fused", "False"], ("train", "fused"), False),
+        (["--out", "123"], ("out",), "123"),
+        (["--out=a=b"], ("out",), "a=b"),
+        (["--train.kind", "linear"], ("train", "kind"), "linear"),
+        (["--train.limit", "none"], ("train", "limit"), None),
+        (["--train.limit", "3"], ("train", "limit"), 3.0),
+        (["--train.freeze", "vision,merger"], ("train", "freeze"), ("vision", "merger")),
+        (["--train.freeze", '["vision"]'], ("train", "freeze"), ("vision",)),
+        (["--train.betas", "[0.8, 1]"], ("train", "betas"), (0.8, 1.0)),
+        (["--data.sources", '[{path = "x", weight = 2}]'], ("data", "sources"), (Source("x", 2.0),)),
+        (["--data.weights", "{a = 1}"], ("data", "weights"), {"a": 1.0}),
+        (["--data.weights.a", "3"], ("data", "weights"), {"a": 3.0}),
+    ],
+)
+def test_overrides(arguments: list[str], path: tuple[str, ...], value: object) -> None:
+    found: object = load_config(Config, arguments)
+    for part in path:
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stpes", "3"], ["'train.stpes'", "did you mean 'train.steps'"]),
+        (["--steps", "3"], ["did you mean 'train.steps'"]),
+        (["--trian.rate", "3"], ["did you mean 'train.rate'"]),
+        (["--train", "3"], ["section", "train.steps"]),
+        (["--train.steps", "many"], ["train.steps", "int", "'many'", "str"]),
+        (["--train.steps", "1.5"], ["train.steps", "int", "1.5", "float"]),
+        (["--train.steps", "true"], ["train.steps", "int", "bool"]),
+        (["--train.rate", "fast"], ["train.rate", "float", "'fast'"]),
+        (["--train.fused", "1"], ["train.fused", "bool", "1"]),
+        (["--train.kind", "square"], ["train.kind", "'cosine' | 'linear'", "square"]),
+        (["--train.betas", "[1]"], ["train.betas", "tuple[float, float]"]),
+        (["--train.steps", "none"], ["train.steps", "int"]),
+        (["--train.steps", "-1"], ["train", "steps is -1"]),
+        (["--data.sources", "[{weight = 2}]"], ["data.sources[0]", "lacks path"]),
+        (["--data.sources", '[{path = "x", wieght = 2}]'], ["data.sources[0].wieght", "data.sources[0].weight"]),
+        (["--data.sources", '["x"]'], ["data.sources[0]", "Source", "'x'"]),
+        (["--out"], ["--out needs a value", "str"]),
+        (["rooms"], ["'rooms'", "key"]),
+        (["--config", "/nowhere.toml"], ["/nowhere.toml", "no such file"]),
+    ],
+)
+def test_errors_say_what_came_and_what_was_expected(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(Config, arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_toml_file_lies_between_defaults_and_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('out = "x"\n[train]\nsteps = 5\nrate = 1\n[[data.sources]]\npath = "p"\n')
+    config = load_config(Config, ["--train.steps", "7", "--config", str(file)])
+    assert (config.out, config.train.steps, config.train.rate) == ("x", 7, 1.0)
+    assert config.data.sources == (Source("p"),)
+    file.write_text("[trian]\nsteps = 5\n")
+    with pytest.raises(ConfigError, match="trian"):
+        load_config(Config, ["--config", str(file)])
+    file.write_text("train = 5\n")
+    with pytest.raises(ConfigError, match="train is a section"):
+        load_config(Config, ["--config", str(file)])
+    file.write_text("train = = 5\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(Config, ["--config", str(file)])
+
+
+@given(
+    st.builds(
+        Config,
+        out=st.text(),
+        dry_run=st.booleans(),
+        train=st.builds(
+            Train,
+            steps=st.integers(0, 10**6),
+            rate=st.floats(allow_nan=False, allow_infinity=False),
+            limit=st.none() | st.floats(0, 1),
+            freeze=st.lists(st.text(), max_size=3).map(tuple),
+        ),
+        data=st.builds(Data, sources=st.lists(st.builds(Source, path=st.text()), max_size=3).map(tuple)),
+    )
+)
+def test_json_round_trip(config: Config) -> None:
+    assert cfg.from_dict(Config, cfg.to_dict(config)) == config
+
+
+def test_render_marks_what_was_changed_and_help_names_everything() -> None:
+    text = cfg.render(load_config(Config, ["--train.steps", "21"]))
+    assert [line for line in text.splitlines() if line.startswith("*")] == [
+        line for line in text.splitlines() if "train.steps" in line
+    ]
+    assert "train.steps  = 21" in text
+    names = [name for name, _ in cfg.leaves(Config())]
+    assert names == [
+        *("out", "dry_run", "train.steps", "train.rate", "train.fused", "train.kind", "train.limit", "train.freeze"),
+        *("train.betas", "data.sources", "data.weights"),
+    ]
+    usage = cfg.usage(Config)
+    assert all(f"--{name} <" in usage for name in names)
+    assert "how long it runs." in usage and "it runs. rate" not in usage
+
+
+def test_values_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config(Config).train.steps = 3  # type: ignore[misc]

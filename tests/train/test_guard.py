@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvst.train.guard import GuardConfig, GuardError, Recent, check, report, write_down
+
+
+def _after(values: list[float], config: GuardConfig | None = None) -> Recent:
+    config, recent = config or GuardConfig(), Recent()
+    for value in values:
+        _, recent = check(config, recent, value, 1.0)
+    return recent
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_at_once(bad: float) -> None:
+    assert "loss" in (check(GuardConfig(), Recent(), bad, 1.0)[0] or "")
+    assert "gradient norm" in (check(GuardConfig(), Recent(), 1.0, bad)[0] or "")
+
+
+def test_a_spike_is_measured_against_the_recent_median() -> None:
+    recent = _after([2.0] * 20)
+    assert check(GuardConfig(spike=10), recent, 19.9, 1.0)[0] is None
+    reason = check(GuardConfig(spike=10), recent, 20.1, 1.0)[0]
+    assert reason is not None and "loss" in reason and "10.1 times" in reason
+    assert "gradient norm" in (check(GuardConfig(spike=10), recent, 2.0, 10.1)[0] or "")
+    assert check(GuardConfig(spike=0), recent, 1e9, 1e9)[0] is None
+    assert check(GuardConfig(spike=10), _after([2.0] * 5), 1e9, 1.0)[0] is None  # too few to know what is usual
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_median() -> None:
+    recent = _after([2.0] * 20)
+    _, after = check(GuardConfig(), recent, 1e9, 1.0)
+    assert after.losses == recent.losses and (after.in_a_row, after.skipped) == (1, 1)
+    _, again = check(GuardConfig(), after, 2.0, 1.0)
+    assert (again.in_a_row, again.skipped) == (0, 1)
+
+
+@given(st.lists(st.floats(0.1, 10), max_size=80), st.integers(20, 40))
+def test_memory_is_bounded_and_survives_json(values: list[float], window: int) -> None:
+    recent = _after(values, GuardConfig(window=window, spike=0))
+    assert list(recent.losses) == values[-window:]
+    assert Recent.from_json(json.loads(json.dumps(recent.to_json()))) == recent
+
+
+def test_the_run_stops_after_k_skips_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, recent, rows = GuardConfig(patience=3), Recent(), []
+    for step in range(3):
+        reason, recent = check(config, recent, math.nan, 1.0)
+        rows.append(report(0, step, reason or "", [math.nan], [1.0], [["a/1"]]))
+        if step < 2:
+            write_down(config, recent, tmp_path, rows[-1])
+    with pytest.raises(GuardError, match=r"step 3: 3 steps in a row.*loss is nan.*skipped-\*\.jsonl"):
+        write_down(config, recent, tmp_path, rows[-1])
+    assert [json.loads(line) for line in (tmp_path / "skipped-00000.jsonl").read_text().splitlines()] == rows
+    assert "rank 0, step 1 skipped, the loss is nan" in capsys.readouterr().out
+
+
+def test_the_report_names_the_samples_and_is_json() -> None:
+    row = report(1, 7, "the loss is nan", [0.5, math.nan], [0.25, 0.75], [["a/1"], ["b/2", "b/3"]])
+    assert json.loads(json.dumps(row, allow_nan=False))["packs"] == [
+        {"loss": 2.0, "samples": ["a/1"]},
+        {"loss": "nan", "samples": ["b/2", "b/3"]},
+    ]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvst.train.metrics import LogConfig, Metrics, duration, progress_line, rates
+
+
+def _row(step: int, **more: object) -> dict[str, object]:
+    row = {"step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "seconds": 0.5, "tokens": 1000, "images": 4}
+    return {**row, "fill": 0.98, "memory_gib": 1.5, "flops": 2e12, **more}
+
+
+def _open(out: Path, first_step: int = 0, is_main: bool = True, **log: object) -> Metrics:
+    config = LogConfig(**log)  # type: ignore[arg-type]
+    return Metrics(out, config, total_steps=10, first_step=first_step, is_main=is_main, settings={})
+
+
+def _steps(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_in_the_file_and_every_kth_on_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _open(tmp_path, every=4) as metrics:
+        for step in range(10):
+            metrics.log(_row(step))
+    assert _steps(tmp_path) == list(range(10))
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["1/10", "5/10", "9/10", "10/10"]
+
+
+def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    with _open(tmp_path) as metrics:
+        for step in range(6):
+            metrics.log(_row(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    with _open(tmp_path, first_step=4) as metrics:
+        for step in range(4, 7):
+            metrics.log(_row(step))
+    assert _steps(tmp_path) == list(range(7))
+    with _open(tmp_path, first_step=0) as metrics:
+        metrics.log(_row(0))
+    assert _steps(tmp_path) == [0]
+
+
+def test_rates_and_line() -> None:
+    row = rates(_row(3))
+    assert (row["tokens_per_s"], row["images_per_s"], row["tflops_per_s"]) == (2000.0, 8.0, 4.0)
+    line = progress_line({**row, "eta": 3725}, 10)
+    for part in ("step  4/10", "loss 2.0000", "lr 1.00e-03", "grad 0.500", "2,000 tok/s", "8.0 img/s", "fill 98.0%"):
+        assert part in line
+    assert "mem 1.5 GiB" in line and line.endswith("left 1:02:05")
+    assert progress_line({**row, "eta": 3, "skipped": "nan"}, 10).endswith("left 0:03  SKIPPED: nan")
+    assert duration(59.6) == "1:00"
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _open(tmp_path, is_main=False) as metrics:
+        metrics.log(_row(0))
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_time_left_is_the_steps_left_times_a_step(tmp_path: Path) -> None:
+    with _open(tmp_path) as metrics:
+        for step in range(3):
+            metrics.log(_row(step, seconds=2.0))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["eta"] == pytest.approx(14.0)
+
+
+@pytest.mark.parametrize("option", [{"tensorboard": True}, {"wandb": "project"}])
+def test_a_missing_option_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, object]
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=rf"log\.{next(iter(option))} is on, but .* pip install"):
+        _open(tmp_path, **option)
