@@ -1,0 +1,71 @@
+"""The fused cross entropy beside PyTorch that keeps its logits: seconds and peak extra memory, in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from memory import peak_extra_bytes
+from timing import interleaved
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvst_kernels import linear_cross_entropy
+
+ROWS, VOCABULARY = 4096, 8192
+
+
+def inputs(width: int, rows: int = ROWS, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width).requires_grad_()
+    weight = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
+    return hidden, weight, torch.randint(vocabulary, (rows,))
+
+
+def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(*given), given[:2])
+
+
+def logits_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.t(), targets)
+
+
+def three_products(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """The ceiling: what no implementation can leave out."""
+    with torch.no_grad():
+        logits = hidden @ weight.t()
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), hidden)
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the goal of this one is the CPU's")
+def test_cpu(record: Callable[..., None], width: int) -> None:
+    torch.set_num_threads(1)
+    given = inputs(width)
+    ours, theirs = gradients(linear_cross_entropy, given), gradients(logits_kept, given)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    made = sum(g.numel() * g.element_size() for g in ours)
+    del ours, theirs
+    seconds = interleaved({
+        "fused": lambda: gradients(linear_cross_entropy, given),
+        "logits_kept": lambda: gradients(logits_kept, given),
+        "three_products": lambda: three_products(*given),
+    }, rounds=5)
+    small = inputs(64, 64, 64)
+    extra = {
+        name: peak_extra_bytes(lambda loss=loss: gradients(loss, given), lambda loss=loss: gradients(loss, small)) - made
+        for name, loss in {"fused": linear_cross_entropy, "logits_kept": logits_kept}.items()
+    }
+    record(
+        f"M={ROWS} V={VOCABULARY} H={width}",
+        fused_ms=1e3 * seconds["fused"],
+        logits_kept_ms=1e3 * seconds["logits_kept"],
+        three_products_ms=1e3 * seconds["three_products"],
+        fused_extra_mib=extra["fused"] / 2**20,
+        logits_kept_extra_mib=extra["logits_kept"] / 2**20,
+        speed_ratio=seconds["logits_kept"] / seconds["fused"],
+        memory_ratio=extra["fused"] / extra["logits_kept"],
+    )

@@ -1,0 +1,27 @@
+"""Interleaved timing: contenders take turns in one process, so that a busy neighbour slows all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, float]:
+    """Best seconds of each contender over `rounds` turns. On a GPU each call is bracketed by synchronisation."""
+    best = dict.fromkeys(contenders, float("inf"))
+    for turn in range(warmup + rounds):
+        for name, run in contenders.items():
+            _synchronise()
+            begin = time.perf_counter()
+            run()
+            _synchronise()
+            if turn >= warmup:
+                best[name] = min(best[name], time.perf_counter() - begin)
+    return best
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

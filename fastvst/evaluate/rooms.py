@@ -1,0 +1,195 @@
+"""The rooms benchmark: questions about rooms that training never saw, beside what a blind guesser would score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastvst.data import Processor, Sample, open_source
+from fastvst.evaluate.answers import score
+from fastvst.evaluate.statistics import Interval, best_constant, bootstrap
+from fastvst.rollout.greedy import greedy
+
+if TYPE_CHECKING:
+    from fastvst.model import Qwen25VL
+
+MAX_NEW_TOKENS = 96  # a two-box answer in the tiny tokenizer is about 80 tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn of one row: the conversation up to this question, the true answer and the room it is about."""
+
+    sample: Sample  # ends with the true assistant message of this turn
+    task: str
+    room: str
+    text: str
+    answer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy of one task, with the best constant answer (chosen on training rows) and random answers beside it."""
+
+    task: str
+    questions: int
+    model: Interval
+    majority: Interval
+    random: Interval
+    majority_answer: str
+
+    @property
+    def above_majority(self) -> bool:
+        """The model's mean lies above the upper end of the majority baseline's interval."""
+        return self.model.mean > self.majority.high
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out question for the report."""
+
+    question: Question
+    prediction: str
+    score: float
+
+
+@dataclass(frozen=True)
+class RoomResults:
+    tasks: tuple[TaskScore, ...]
+    examples: tuple[Example, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One dict for each task, for `results.json`."""
+        return [dataclasses.asdict(task) | {"above_majority": task.above_majority} for task in self.tasks]
+
+    def table(self) -> str:
+        """The table that the terminal shows."""
+        lines = [f"{'task':<18} {'n':>5}  {'model':<20} {'majority':<20} {'random':<20}"]
+        for t in self.tasks:
+            mark = "  above majority" if t.above_majority else ""
+            lines.append(f"{t.task:<18} {t.questions:>5}  {t.model!s:<20} {t.majority!s:<20} {t.random!s:<20}{mark}")
+        return "\n".join(lines)
+
+
+def questions(samples: Iterable[Sample]) -> list[Question]:
+    """Split rows into questions. A row of k turns gives k questions, each with the true answers of the turns before."""
+    found = []
+    for sample in samples:
+        if sample.answer is None:
+            continue
+        turns = sample.metadata.get("turn_answers", [sample.answer])
+        ends = [i for i, m in enumerate(sample.messages) if m["role"] == "assistant"]
+        if len(ends) != len(turns):
+            raise ValueError(
+                f"{sample.source}/{sample.id}: {len(ends)} assistant turns but {len(turns)} checkable answers; "
+                "the answer column does not belong to this conversation"
+            )
+        for number, (end, answer) in enumerate(zip(ends, turns, strict=True)):
+            row = dataclasses.replace(sample, id=f"{sample.id}#{number}", messages=sample.messages[: end + 1])
+            text = " ".join(p["text"] for p in sample.messages[end - 1]["content"] if p["type"] == "text")
+            task, room = sample.metadata.get("task", sample.kind), str(sample.metadata.get("room_seed", sample.id))
+            found.append(Question(row, task, room, text, answer))
+    return found
+
+
+def evaluate(
+    model: Qwen25VL,
+    processor: Processor,
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    train_path: str | Path,
+    batch_size: int = 64,
+    examples: int = 24,
+) -> RoomResults:
+    """Answer every question under `path` greedily and score it.
+
+    Args:
+        path: held-out rows with checkable answers (VST parquet as `fastvst.spatial.rooms.generate` writes it).
+        train_path: the training rows; the majority and random baselines are made from them, never from held-out ones.
+        batch_size: questions decoded together.
+        examples: how many questions to keep for the report, spread over the tasks.
+    """
+    held_out = questions(open_source(path))
+    if not held_out:
+        raise ValueError(f"{path} has no row with a checkable answer; expected the parquet that the room generator writes")
+    predictions = answer_all(model, processor, held_out, device, batch_size=batch_size)
+    scores = [score(p, q.answer) for p, q in zip(predictions, held_out, strict=True)]
+    return summarise(held_out, predictions, scores, questions(open_source(train_path)), examples=examples)
+
+
+@torch.no_grad()
+def answer_all(
+    model: Qwen25VL,
+    processor: Processor,
+    asked: Sequence[Question],
+    device: torch.device | str,
+    *,
+    batch_size: int,
+) -> list[str]:
+    """Greedy answers, decoded in batches of questions of similar kind (so that short answers do not wait for boxes)."""
+    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
+    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].task, i))
+    answers = [""] * len(asked)
+    training = model.training
+    model.eval()
+    for begin in range(0, len(order), batch_size):
+        chunk = order[begin : begin + batch_size]
+        encoded = [processor.encode(asked[i].sample, add_generation_prompt=True) for i in chunk]
+        decoded = greedy(
+            model, encoded, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=stop, forbidden_token_ids=pads
+        )
+        for i, tokens in zip(chunk, decoded, strict=True):
+            answers[i] = processor.decode([t for t in tokens if t not in stop])
+    model.train(training)
+    return answers
+
+
+def summarise(
+    held_out: Sequence[Question],
+    predictions: Sequence[str],
+    scores: Sequence[float],
+    training: Sequence[Question],
+    *,
+    examples: int,
+    seed: int = 0,
+) -> RoomResults:
+    """Scores, intervals and baselines for each task. No model is involved."""
+    rng = np.random.default_rng(seed)
+    tasks, kept = [], []
+    names = sorted({q.task for q in held_out})
+    for name in names:
+        rows = [i for i, q in enumerate(held_out) if q.task == name]
+        known = [q for q in training if q.task == name]
+        if not known:
+            raise ValueError(f"task {name!r} is not in the training rows, so it has no majority answer")
+        texts = [_gold_text(q) for q in known]
+        rooms = [held_out[i].room for i in rows]
+        picked = [known[j].answer for j in rng.permutation(len(known))[:400]]
+        constant = best_constant(texts, picked, score)
+        majority = [score(constant, held_out[i].answer) for i in rows]
+        guesses = [_random_score(held_out[i].answer, texts, rng) for i in rows]
+        interval = bootstrap([scores[i] for i in rows], rooms)
+        tasks.append(
+            TaskScore(name, len(rows), interval, bootstrap(majority, rooms), bootstrap(guesses, rooms), constant)
+        )
+        shown = rng.permutation(rows)[: -(-examples // len(names))].tolist()
+        kept.extend(Example(held_out[i], predictions[i], scores[i]) for i in shown)
+    return RoomResults(tuple(tasks), tuple(kept[:examples]))
+
+
+def _gold_text(question: Question) -> str:
+    return " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
+
+
+def _random_score(answer: dict[str, Any], texts: Sequence[str], rng: np.random.Generator, draws: int = 20) -> float:
+    """Expected score of a random answer: among the question's candidates, else among the training answers."""
+    pool = [str(c) for c in answer.get("candidates", ())] or [texts[j] for j in rng.integers(0, len(texts), draws)]
+    return float(np.mean([score(text, answer) for text in pool]))

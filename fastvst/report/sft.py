@@ -1,0 +1,101 @@
+"""report/index.html of a training run: loss curve, accuracy beside the baselines, held-out samples with pictures."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastvst.data.images import load_rgb
+from fastvst.evaluate.rooms import Example, Question, RoomResults
+from fastvst.report import page
+from fastvst.report.curve import line_chart
+from fastvst.spatial.boxes import parse_boxes
+from fastvst.spatial.draw import boxes_3d
+
+MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
+TRUTH, GUESS = (26, 127, 55), (207, 34, 46)  # green, red
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a torn last line (the run was killed while writing it) is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_report(
+    out_dir: str | Path, metrics_path: str | Path, results: RoomResults | None, config: dict[str, Any]
+) -> Path:
+    """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page's path."""
+    rows = [r for r in read_metrics(metrics_path) if "loss" in r]
+    steps, losses = [float(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
+    smooth = max(1, len(rows) // 40)
+    sections = [("Training loss", line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
+    out = Path(out_dir)
+    if results is not None:
+        sections += [
+            ("Accuracy on rooms that training never saw", _score_table(results)),
+            ("Held-out samples", '<div class="grid">' + "".join(_card(e) for e in results.examples) + "</div>"),
+        ]
+        page.write(out / "results.json", json.dumps(results.to_json(), indent=1))
+    sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
+    lead = f"{len(rows)} logged steps" + (f", final loss {losses[-1]:.3f}" if losses else "")
+    target = out / "index.html"
+    page.write(target, page.page("fastvst: supervised fine-tuning", lead, sections))
+    return target
+
+
+def _score_table(results: RoomResults) -> str:
+    rows = [
+        (t.task.replace("_", " "), t.model, t.majority, t.random, t.questions, _clip(t.majority_answer, 60))
+        for t in results.tasks
+    ]
+    header = ("task", "model, % [95 %]", "majority answer", "random answer", "questions", "the majority answer is")
+    note = (
+        "<p>Intervals are bootstrapped over rooms. The majority answer is the constant that scores best on the training "
+        "rows. Green: the model's mean lies above the upper end of the majority interval. 3D detection is scored by F1 "
+        "at oriented IoU 0.15, numbers by a relative tolerance, everything else by equality.</p>"
+    )
+    return page.table(header, rows, good=[t.above_majority for t in results.tasks]) + note
+
+
+def _card(example: Example) -> str:
+    question = example.question
+    parts = question.sample.parts("image")
+    pictures = [load_rgb(p["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0) for p in parts]
+    truth = " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
+    if question.answer["type"] == "boxes":
+        pictures = [_with_boxes(pictures[0], question, example.prediction)] + pictures[1:]
+    tags = [page.image_tag(p, question.task) for p in pictures]
+    media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
+    verdict = "right" if example.score >= 0.5 else "wrong"
+    short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]
+    return (
+        f'<div class="card">{media}<p class="task">{escape(question.task.replace("_", " "))} · room '
+        f"{escape(question.room)}</p><p><b>Q</b> {escape(short.strip())}</p><p><b>A</b> {escape(truth)}</p>"
+        f'<p class="{verdict}"><b>Model</b> {escape(_clip(example.prediction, 400))}</p></div>'
+    )
+
+
+def _with_boxes(image: Image.Image, question: Question, prediction: str) -> Image.Image:
+    """The picture with the true boxes in green and the predicted ones in red."""
+    intrinsics = question.sample.metadata["intrinsics"]
+    truth = question.answer["value"]
+    drawn = boxes_3d(image, [t["bbox_3d"] for t in truth], [t["label"] for t in truth], intrinsics, TRUTH)
+    boxes, labels = parse_boxes(prediction)
+    return boxes_3d(drawn, boxes, labels, intrinsics, GUESS)
+
+
+def _clip(text: str, limit: int) -> str:
+    text = text if text else "(empty)"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
