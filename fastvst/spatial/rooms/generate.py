@@ -37,7 +37,7 @@ from fastvst.spatial.rooms.render import Renderer, open_renderer
 from fastvst.spatial.rooms.shoot import ShotConfig, shoot
 from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
 
-GENERATOR_VERSION = 3  # raise it when the same seed gives other rows: caches are keyed by it
+GENERATOR_VERSION = 4  # raise it when the same seed gives other rows: caches are keyed by it
 ROWS_PER_FILE = 500
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 SPLITS = {"train": 0, "heldout": 1 << 40}
@@ -58,20 +58,21 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RoomsConfig:
-    """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others); a
-    try whose answer would be doubtful gives no row. `quality`: JPEG quality, or 0 for PNG. `backend`: see
+    """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others), on
+    average where it is a fraction; a try whose answer would be doubtful gives no row. The default gives most rows to
+    the tasks with short answers: 3D boxes are a hundred tokens long and would make up most of the loss. `quality`: JPEG quality, or 0 for PNG. `backend`: see
     render.open_renderer."""
 
     shots: ShotConfig = field(default_factory=ShotConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
-    rows: dict[str, int] = field(
+    rows: dict[str, float] = field(
         default_factory=lambda: {
-            "depth_comparison": 2,
-            "distance": 2,
-            "measurement": 1,
-            "detection_3d": 1,
-            "correspondence": 1,
-            "camera_motion": 1,
+            "depth_comparison": 3,
+            "distance": 1.5,
+            "measurement": 2,
+            "detection_3d": 0.3,
+            "correspondence": 0.5,
+            "camera_motion": 0.7,
         }
     )
     quality: int = 95
@@ -101,7 +102,8 @@ def room_samples(seed: int, renderer: Renderer, config: RoomsConfig) -> list[Sam
         rng = np.random.default_rng([seed, 4, number])
         targets: list[Any] = scene.stills() if name in SINGLE else list(scene.pairs)
         for k, target in enumerate(targets):
-            for attempt in range(tries):
+            whole = int(tries) + int(rng.uniform() < tries % 1)
+            for attempt in range(whole):
                 make = SINGLE[name] if name in SINGLE else PAIRS[name]
                 sample = make(scene, target, rng, config.tasks, f"{k}-{attempt}")
                 if sample is not None:

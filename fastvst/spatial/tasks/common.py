@@ -26,7 +26,7 @@ class TaskConfig:
     `min_shift` metres or turned `min_turn` degrees. `turns`: most questions in one measurement row.
     """
 
-    easy: float = 0.5
+    easy: float = 0.8
     turns: int = 3
     min_visibility: float = 0.3
     min_pixels: int = 60

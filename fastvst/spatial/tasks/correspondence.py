@@ -65,8 +65,8 @@ def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> n
     same_2 = second.ids[r - 1 : r + 2, c - 1 : c + 2] == first.ids[row, column]
     if not (same_1.all() and same_2.all()):
         return None
-    # Nor may the surface be seen edge-on: there the point is no clear spot, and about one rasterised pixel in ten million
-    # carries a depth that is centimetres off (the plane of a sliver, extrapolated to the pixel's centre).
+    # Nor may the surface be seen edge-on: there the point is no clear spot, and about one rasterised pixel in ten
+    # million carries a depth that is centimetres off (the plane of a sliver, extrapolated to the pixel's centre).
     near_1 = first.depth[row - 1 : row + 2, column - 1 : column + 2]
     near_2 = second.depth[r - 1 : r + 2, c - 1 : c + 2]
     if max(float(np.ptp(near_1)), float(np.ptp(near_2))) > STEEP:
