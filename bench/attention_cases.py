@@ -1,4 +1,4 @@
-"""The attention problems that are measured, with their operations and bytes counted from the formula. Needs torch only."""
+"""The attention problems that are measured, their operations and bytes counted from the formula. Needs torch only."""
 
 from __future__ import annotations
 

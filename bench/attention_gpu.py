@@ -1,6 +1,6 @@
 """Attention on a GPU beside its peers: `python bench/attention_gpu.py --out FILE.json`. Needs torch and triton only.
 
-Every contender of a case runs in one process, in turns, on the same tensors. A figure is written as soon as it is known.
+Every contender of a case runs in one process, on the same tensors. A figure is written as soon as it is known.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from attention_cases import CASES, Case
-from torch import Tensor
-from torch.nn import functional as F
-
 from fastvst_kernels import packed_attention
 from fastvst_kernels.prepare import prepare
+from torch import Tensor
+from torch.nn import functional as F
 
 Contender = Callable[[], Tensor]
 
@@ -131,8 +130,9 @@ def measure(case: Case) -> dict[str, dict[str, Any]]:
                 forward = milliseconds(run)
             out = run()
             gradient = torch.randn_like(out)
-            inputs = [x for x in (q, k, v)]
-            backward = milliseconds(lambda out=out, g=gradient: torch.autograd.grad(out, inputs, g, retain_graph=True))
+            backward = milliseconds(
+                lambda out=out, g=gradient: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
+            )
             figures[name] = {
                 "forward_ms": forward,
                 "backward_ms": backward,

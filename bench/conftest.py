@@ -56,7 +56,9 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
-    path.write_text(json.dumps({"made_with": made, "figures": old["figures"] | figures}, indent=1, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps({"made_with": made, "figures": old["figures"] | figures}, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

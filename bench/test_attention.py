@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import CASES, CPU_GROUPS, Case
-from timing import interleaved
-
 from fastvst_kernels import packed_attention
+from timing import interleaved
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

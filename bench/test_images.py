@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timing import interleaved
 
 from fastvst.data.encode import Processor
 from fastvst.data.sample import Sample
+from timing import interleaved
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -31,7 +31,9 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 12_845_056})
     images = [photograph(width, height, seed) for seed in range(8)]
     samples = [
-        Sample.from_messages([{"role": "user", "content": [{"type": "image", "image": i}]}, {"role": "assistant", "content": "."}])
+        Sample.from_messages(
+            [{"role": "user", "content": [{"type": "image", "image": i}]}, {"role": "assistant", "content": "."}]
+        )
         for i in images
     ]
 
@@ -56,15 +58,20 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
         image.save(buffer, format="JPEG", quality=95)
         buffers.append(buffer.getvalue())
     encoded = [
-        Sample.from_messages([{"role": "user", "content": [{"type": "image", "image": b}]}, {"role": "assistant", "content": "."}])
+        Sample.from_messages(
+            [{"role": "user", "content": [{"type": "image", "image": b}]}, {"role": "assistant", "content": "."}]
+        )
         for b in buffers
     ]
-    seconds = interleaved({
-        "ours": lambda: [processor.encode(s) for s in encoded],
-        "hugging_face": lambda: [
-            theirs(images=Image.open(io.BytesIO(b)).convert("RGB"), return_tensors="pt") for b in buffers
-        ],
-    }, rounds=5)
+    seconds = interleaved(
+        {
+            "ours": lambda: [processor.encode(s) for s in encoded],
+            "hugging_face": lambda: [
+                theirs(images=Image.open(io.BytesIO(b)).convert("RGB"), return_tensors="pt") for b in buffers
+            ],
+        },
+        rounds=5,
+    )
     record(
         f"JPEG {width}x{height} to patches",
         ours_images_per_s=len(images) / seconds["ours"],

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from memory import peak_extra_bytes
-from timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst_kernels import linear_cross_entropy
+from memory import peak_extra_bytes
+from timing import interleaved
 
 ROWS, VOCABULARY = 4096, 8192
 
@@ -23,7 +23,7 @@ def inputs(width: int, rows: int = ROWS, vocabulary: int = VOCABULARY) -> tuple[
     return hidden, weight, torch.randint(vocabulary, (rows,))
 
 
-def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def gradients(loss: Callable[..., Tensor], given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(*given), given[:2])
 
 
@@ -49,15 +49,18 @@ def test_cpu(record: Callable[..., None], width: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     made = sum(g.numel() * g.element_size() for g in ours)
     del ours, theirs
-    seconds = interleaved({
-        "fused": lambda: gradients(linear_cross_entropy, given),
-        "logits_kept": lambda: gradients(logits_kept, given),
-        "three_products": lambda: three_products(*given),
-    }, rounds=5)
+    seconds = interleaved(
+        {
+            "fused": lambda: gradients(linear_cross_entropy, given),
+            "logits_kept": lambda: gradients(logits_kept, given),
+            "three_products": lambda: three_products(*given),
+        },
+        rounds=5,
+    )
     small = inputs(64, 64, 64)
     extra = {
-        name: peak_extra_bytes(lambda loss=loss: gradients(loss, given), lambda loss=loss: gradients(loss, small)) - made
-        for name, loss in {"fused": linear_cross_entropy, "logits_kept": logits_kept}.items()
+        name: peak_extra_bytes(lambda f=f: gradients(f, given), lambda f=f: gradients(f, small)) - made
+        for name, f in {"fused": linear_cross_entropy, "logits_kept": logits_kept}.items()
     }
     record(
         f"M={ROWS} V={VOCABULARY} H={width}",

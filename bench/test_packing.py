@@ -20,7 +20,9 @@ def long_tail(count: int, seed: int = 0) -> list[Cost]:
     for _ in range(count):
         text = int(np.exp(rng.uniform(np.log(50), np.log(2000))))
         pictures = int(rng.choice([0, 1, 2, 4, 8], p=[0.2, 0.5, 0.2, 0.07, 0.03]))
-        sides = [int(np.sqrt(np.exp(rng.uniform(np.log(64), np.log(4096 / max(pictures, 1) + 64))))) for _ in range(pictures)]
+        sides = [
+            int(np.sqrt(np.exp(rng.uniform(np.log(64), np.log(4096 / max(pictures, 1) + 64))))) for _ in range(pictures)
+        ]
         grids = [(1, 2 * s, 2 * s) for s in sides]
         tokens = text + sum(s * s for s in sides)
         costs.append(Cost(tokens, 4 * sum(s * s for s in sides), sample_flops(config, tokens, grids)))
@@ -38,5 +40,10 @@ def test_planner(record: Callable[..., None]) -> None:
             chosen, loads = packer.plan()
             report.add(loads, sum(len(pack) for pack in chosen), 16384)
     seconds = time.perf_counter() - begin
-    record("planner, 16,384-token packs, 8 ranks", packs_per_s=report.packs / seconds, samples_per_s=report.samples / seconds,
-           fill=report.fill, patch_imbalance=report.patch_imbalance / report.steps)  # fmt: skip
+    record(
+        "planner, 16,384-token packs, 8 ranks",
+        packs_per_s=report.packs / seconds,
+        samples_per_s=report.samples / seconds,
+        fill=report.fill,
+        patch_imbalance=report.patch_imbalance / report.steps,
+    )

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_images import photograph
 
 from fastvst.data.batch import pack
 from fastvst.data.encode import Processor
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst_kernels import linear_cross_entropy
+from test_images import photograph
 
 ROWS, BATCH, PACK_TOKENS, LEARNING_RATE = 96, 16, 4096, 1e-3
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 224 * 168}
@@ -30,10 +30,12 @@ PIXELS = {"min_pixels": 56 * 56, "max_pixels": 224 * 168}
 
 def rows(count: int) -> list[Sample]:
     rng = np.random.default_rng(0)
-    words = "the red point is closer to camera than chair table of room left right behind".split()
+    words = ["the", "red", "point", "is", "closer", "to", "camera", "than", "chair", "table", "of", "room", "left"]
     made = []
     for index in range(count):
-        pictures = [{"type": "image", "image": photograph(320, 240, seed)} for seed in range(1 + int(rng.random() < 0.3))]
+        pictures = [
+            {"type": "image", "image": photograph(320, 240, seed)} for seed in range(1 + int(rng.random() < 0.3))
+        ]
         text = " ".join(rng.choice(words, int(np.exp(rng.uniform(np.log(20), np.log(300))))))
         answer = " ".join(rng.choice(words, int(rng.integers(2, 40))))
         content = [*pictures, {"type": "text", "text": text}]
@@ -54,7 +56,9 @@ def ours(directory: Path, samples: list[Sample], device: torch.device) -> tuple[
         nonlocal first
         batch = pack(waiting).to(device)
         weights = batch.target_weights / batch.num_targets
-        loss = model(batch, head=lambda h, w: linear_cross_entropy(h[batch.loss_rows], w, batch.targets, row_weights=weights))
+        loss = model(
+            batch, head=lambda h, w: linear_cross_entropy(h[batch.loss_rows], w, batch.targets, row_weights=weights)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -77,7 +81,9 @@ def trainer(directory: Path, samples: list[Sample], device: torch.device, out: P
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     size = {"shortest_edge": PIXELS["min_pixels"], "longest_edge": PIXELS["max_pixels"]}
     images = Qwen2VLImageProcessorPil(size=size)
@@ -113,7 +119,7 @@ def trainer(directory: Path, samples: list[Sample], device: torch.device, out: P
             "image_grid_thw": torch.cat(grids),
         }
 
-    arguments: dict[str, Any] = dict(
+    arguments: dict[str, Any] = dict(  # noqa: C408
         output_dir=str(out), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LEARNING_RATE,
         report_to=[], save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True,
         optim="adamw_torch_fused", use_cpu=device.type == "cpu", train_sampling_strategy="sequential",

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import sys
 import time
@@ -34,18 +33,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvst.data import (
-    Ledger,
-    LoaderConfig,
-    MixtureConfig,
-    PackedBatch,
-    Processor,
-    ProcessorConfig,
-    SourceConfig,
-    TooManyBadSamples,
-    make_loader,
-    open_mixture,
-)
+from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
+from fastvst.data.ledger import TooManyBadSamples
+from fastvst.data.loader import make_loader
+from fastvst.data.mixture import open_mixture
 from fastvst.evaluate import rooms as rooms_benchmark
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model import checkpoint as hf
@@ -123,21 +114,21 @@ class Config:
     """
 
     out: str = "runs/sft"
-    steps: int = 600
+    steps: int = 1300
     seed: int = 0
     resume: str = ""
     dry_run: bool = False
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
-    # 320 x 240 pictures become 48 tokens; the virtual camera of 3D detection is scaled alike.
-    processor: ProcessorConfig = ProcessorConfig(max_pixels=224 * 168, max_seq_len=2048, fov_base_width=268)
-    loader: LoaderConfig = LoaderConfig(tokens_per_pack=2048, num_workers=1, buffer_samples=64)
+    # 320 x 240 pictures become 24 tokens; the virtual camera of 3D detection is scaled alike.
+    processor: ProcessorConfig = ProcessorConfig(max_pixels=168 * 126, max_seq_len=1024, fov_base_width=200)
+    loader: LoaderConfig = LoaderConfig(tokens_per_pack=1024, num_workers=1, buffer_samples=64)
     rooms: RoomsOptions = RoomsOptions()
     bad_samples: BadSamples = BadSamples()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, vision_lr=1e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, vision_lr=1e-3, weight_decay=0.05, beta2=0.95)
     schedule: ScheduleConfig = ScheduleConfig(warmup=0.05)
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=200)
+    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=500)
     guard: guard.GuardConfig = guard.GuardConfig()
     log: LogConfig = LogConfig()
 
@@ -227,7 +218,7 @@ class StepTotals:
 
 
 def accumulate(
-    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, *, clip: float, stop: bool
+    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, stop: bool
 ) -> tuple[StepTotals, list[Tensor], list[float]]:
     """Forward and backward of one global batch; gradients are left in the parameters, clipped.
 
@@ -250,7 +241,7 @@ def accumulate(
         losses.append(loss.detach())
     norm = clip_gradients(model.parameters(), clip)
     loss = world.sum(torch.stack(losses).sum())
-    # The only place where the host waits for the device: one read of nine numbers for the guard and the log.
+    # The only place where the host waits for the device: one read of eight numbers for the guard and the log.
     read = torch.cat([loss.double().view(1), norm.double().view(1).to(world.device), totals]).tolist()
     found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0)
     return found, losses, [w / max(read[2], 1e-9) for w in weights]
@@ -295,7 +286,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
     )
     say(world, *loader.notes)
-    hf_dtype = world.dtype if config.checkpoint.hf_dtype == "auto" else parallel.DTYPES[config.checkpoint.hf_dtype]
+    hf_dtype = parallel.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
 
     def write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
         hf.save(path, model.config, tensors, processor=processor)
@@ -316,9 +307,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         )
         say(world, f"saved {path}")
 
-    with Metrics(
-        out, config.log, total_steps=config.steps, first_step=first, is_main=world.is_main, settings=settings
-    ) as metrics:
+    with Metrics(out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings) as metrics:
         if world.is_main:
             save_json(config, out / "config.json")
         model.train()
@@ -332,10 +321,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 say(world, f"the data end after {step} steps (data.epochs is {config.data.epochs})")
                 break
             set_learning_rates(optimizer, config.schedule, step, config.steps)
-            with budget.explain_out_of_memory(
-                world, packs, budget=config.loader.tokens_per_pack, recompute=config.model.recompute
-            ):
-                totals, losses, shares = accumulate(model, packs, world, clip=config.optimizer.clip, stop=stop.requested)
+            with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
+                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, stop.requested)
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm)
             if reason is None:
                 optimizer.step()
@@ -344,14 +331,13 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 row = guard.report(world.rank, step, reason, values, shares, ids)
                 guard.write_down(config.guard, recent, out, row)
             optimizer.zero_grad()
-            now = time.perf_counter()
             metrics.log(
                 {
                     "step": step,
                     "loss": totals.loss,
                     "lr": optimizer.param_groups[-1]["lr"],
                     "grad_norm": totals.grad_norm,
-                    "seconds": round(now - begin, 4),
+                    "seconds": round(time.perf_counter() - begin, 4),
                     "data_seconds": round(waited, 4),
                     "tokens": totals.tokens,
                     "images": totals.images,
@@ -361,9 +347,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                     **({"skipped": reason} if reason else {}),
                 }
             )
-            begin, step, stopped = now, step + 1, totals.stop
+            step, stopped = step + 1, totals.stop
             if stopped or (config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.steps):
                 save(step)
+            begin = time.perf_counter()
     if stopped:
         say(world, f"stopped by a signal after step {step}; go on with --resume auto")
         return
@@ -371,12 +358,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     checkpoint.save_hf(out / "hf", model, world, write_hf, hf_dtype)
     say(world, loader.report, loader.ledger.summary(), f"model: {out / 'hf'}")
     if world.is_main:
-        evaluate(config, processor, world, rooms, metrics.path)
+        evaluate(config, processor, world, rooms)
 
 
-def evaluate(
-    config: Config, processor: Processor, world: World, rooms: tuple[Path, Path] | None, metrics: Path
-) -> None:
+def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Path, Path] | None) -> None:
     """Ask the written model about rooms that training never saw, and write the report."""
     out, results = Path(config.out), None
     if rooms is not None:
@@ -384,7 +369,7 @@ def evaluate(
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
         results = rooms_benchmark.evaluate(model, processor, heldout, world.device, train_path=train)
         print(results.table())
-    print(f"report: {write_report(out / 'report', metrics, results, to_dict(config))}", flush=True)
+    print(f"report: {write_report(out / 'report', out / 'metrics.jsonl', results, to_dict(config))}", flush=True)
 
 
 def dry_run(config: Config, world: World) -> None:
@@ -406,7 +391,10 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (
-        *(ConfigError, parallel.ParallelError, checkpoint.CheckpointError, guard.GuardError, TooManyBadSamples),
-        *(FileNotFoundError, hf.WeightsError),
+        ConfigError,
+        parallel.ParallelError,
+        checkpoint.CheckpointError,
+        guard.GuardError,
+        TooManyBadSamples,
     ) as error:
         sys.exit(f"sft.py: {type(error).__name__}: {error}")

@@ -1,10 +1,12 @@
-"""`fastvst rooms|evaluate`: thin commands around library functions."""
+"""`fastvst rooms` and `fastvst evaluate`: thin commands around library functions."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+from fastvst.evaluate import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,12 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rooms.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
     rooms.add_argument("--workers", type=int, default=2, help="rendering processes (default 2)")
 
-    evaluate = commands.add_parser("evaluate", help="answer held-out questions and score them")
-    evaluate.add_argument("benchmark", choices=["rooms"])
-    evaluate.add_argument("--model", required=True, help="a Hugging Face directory, as training writes it")
-    evaluate.add_argument("--data", required=True, help="held-out rows")
-    evaluate.add_argument("--train-data", required=True, help="training rows, from which the baselines are made")
-    evaluate.add_argument("--device", default="cpu")
+    evaluate = commands.add_parser("evaluate", help="answer a benchmark's questions and score them, or score a file")
+    command.add_arguments(evaluate)
+    evaluate.add_argument("--train-data", help="rooms: the training rows, from which the baselines are made")
 
     arguments = parser.parse_args(argv)
     try:
@@ -41,15 +40,19 @@ def _rooms(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark != ["rooms"]:
+        command.run(arguments)
+        return 0
+    if not arguments.model or not arguments.train_data:
+        raise ValueError("evaluate rooms needs --model and --train-data")
     from fastvst.data import Processor
     from fastvst.evaluate import rooms
     from fastvst.model import Qwen25VL
 
-    model = Qwen25VL.from_pretrained(arguments.model, device=arguments.device)
+    device = arguments.devices[0]
+    model = Qwen25VL.from_pretrained(arguments.model, device=device)
     processor = Processor.from_pretrained(arguments.model)
-    results = rooms.evaluate(
-        model, processor, arguments.data, arguments.device, train_path=arguments.train_data, examples=0
-    )
+    results = rooms.evaluate(model, processor, arguments.data, device, train_path=arguments.train_data, examples=0)
     print(results.table())
     return 0
 

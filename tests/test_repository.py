@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(p for folder in ("fastvst", "kernels", "examples", "bench", "tests") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    p for folder in ("fastvst", "kernels", "examples", "bench", "tests") for p in (ROOT / folder).rglob("*.py")
+)
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -17,22 +19,28 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
 def test_linters(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("module", ["fastvst", "fastvst.data", "fastvst.model", "fastvst.spatial.boxes", "fastvst_kernels"])
+@pytest.mark.parametrize(
+    "module", ["fastvst", "fastvst.data", "fastvst.model", "fastvst.spatial.boxes", "fastvst_kernels"]
+)
 def test_imports_are_light(module, tmp_path):
-    heavy = "transformers pandas moderngl embreex trimesh datasets matplotlib torchvision".split()
+    heavy = ["transformers", "pandas", "moderngl", "embreex", "trimesh", "datasets", "matplotlib", "torchvision"]
     done = python(f"import sys, {module}; print(*[m for m in {heavy} if m in sys.modules])", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
 
 def test_kernels_know_nothing_of_fastvst(tmp_path):
-    done = python("import sys, fastvst_kernels; print([m for m in sys.modules if m.split('.')[0] == 'fastvst'])", tmp_path)
+    done = python(
+        "import sys, fastvst_kernels; print([m for m in sys.modules if m.split('.')[0] == 'fastvst'])", tmp_path
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

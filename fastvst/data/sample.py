@@ -29,7 +29,7 @@ class Sample:
             {"type": "text", "text": str},
             {"type": "image", "image": PIL.Image | path | encoded bytes, "min_pixels"?, "max_pixels"?,
              "resized_width"?, "resized_height"?},
-            {"type": "video", "video": path | encoded bytes | list of images, "fps"?: frames per second of a frame list}.
+            {"type": "video", "video": path | encoded bytes | list of images, "fps"?: of a list}.
         answer: the checkable form of the answer, or None. A dict with "type" ("choice", "text", "number", "boxes"),
             "value", and where they apply "unit" and "tolerance".
         metadata: anything else worth keeping (JSON-able).

@@ -199,7 +199,7 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
     if len(shards) == 1:
         _write(shards[0], directory / SINGLE)
         return
-    places = {}
+    places: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         _write(shard, directory / file)

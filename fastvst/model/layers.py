@@ -1,8 +1,8 @@
 """What both towers are made of, and what each recompute policy keeps for the backward pass.
 
     none    every operator's own saved tensors
-    light   norms, activations and rotary embeddings are computed again: for each block only the residual stream, q, k, v,
-            the attention output and the two MLP projections are kept; no matrix product runs twice
+    light   norms, activations and rotary embeddings are computed again: for each block only the residual stream, q, k,
+            v, the attention output and the two MLP projections are kept; no matrix product runs twice
     full    the input of every block (`torch.utils.checkpoint`)
 
 All three give the same gradients, bit for bit: they run the same operators on the same numbers.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvst_kernels import add_rms_norm, packed_linear, rms_norm, swiglu
-from fastvst_kernels.linear import packed_linear_backward, packed_linear_forward
+from fastvst_kernels.linear import column_sum, packed_linear_backward, packed_linear_forward
 
 POLICIES = ("none", "light", "full")
 
@@ -51,7 +51,8 @@ class GatedMLP(nn.Module):
         down = self.down_proj
         if light:
             return total + _SwigluLinear.apply(gate_up, down.weight, down.bias)
-        return total + F.linear(swiglu(gate_up), down.weight, down.bias)
+        biases = [] if down.bias is None else [down.bias]
+        return total + packed_linear(swiglu(gate_up), [down.weight], biases)
 
 
 def norm_linear(
@@ -113,7 +114,7 @@ class _NormLinear(torch.autograd.Function):
         return packed_linear_forward(y, weights, biases), total if residual is not None else None
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_total: Tensor | None):
+    def backward(ctx, grad: Tensor, grad_total: Tensor):
         total, norm_weight, *weights = ctx.saved_tensors
         count, needs = len(weights), ctx.needs_input_grad
         grad = grad.contiguous()
@@ -128,7 +129,7 @@ class _NormLinear(torch.autograd.Function):
         grad_scale = next(found) if scale.requires_grad else None
         if grad_x is not None and ctx.added:
             grad_x = grad_total + grad_x
-        sums = grad.sum(0).split([w.shape[0] for w in weights]) if ctx.biases else ()
+        sums = column_sum(grad).split([w.shape[0] for w in weights]) if ctx.biases else ()
         return grad_x, grad_x if ctx.added else None, grad_scale, None, None, *grad_weights, *sums
 
 
@@ -152,7 +153,7 @@ class _SwigluLinear(torch.autograd.Function):
             grad, y.detach(), [weight], ctx.needs_input_grad[0], ctx.needs_input_grad[1:2]
         )
         grad_gate_up = torch.autograd.grad(y, gate_up, grad_y)[0] if ctx.needs_input_grad[0] else None
-        return grad_gate_up, grad_weight, grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_gate_up, grad_weight, column_sum(grad) if ctx.has_bias and ctx.needs_input_grad[2] else None
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, heads, head_dim)

@@ -1,4 +1,4 @@
-"""Where every token and every patch is: M-RoPE positions for the decoder, windows and 2-D positions for the vision tower.
+"""Where every token and patch is: M-RoPE positions for the decoder, windows and 2-D positions for the vision tower.
 
 All of it is integer arithmetic on grids that the loader's workers do on the CPU, so that the device never waits for a
 host decision. Nothing here looks at token ids or pixels.
@@ -29,7 +29,7 @@ def mrope_positions(
     position where it starts; in a video one temporal grid step is `floor(t * second_per_grid * tokens_per_second)`.
 
     Args:
-        modality: (L,) TEXT, IMAGE or VIDEO for every token; each grid owns `t*h*w / merge_size**2` of the non-text ones.
+        modality: (L,) TEXT, IMAGE or VIDEO of every token; each grid owns `t*h*w / merge_size**2` of the non-text ones.
         grids: (I, 3) patch grids (t, h, w) in reading order, images and videos together.
         second_per_grid_ts: seconds between temporal grid steps, one for each *video*; default 1.0, which is exact for
             2 frames per second.

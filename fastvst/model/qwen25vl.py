@@ -13,7 +13,7 @@ from fastvst.model import checkpoint
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.layers import Attend, Norm
-from fastvst.model.vision import PatchEmbed, VisionTower
+from fastvst.model.vision import PatchKernel, VisionTower
 from fastvst_kernels import packed_attention
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Qwen25VL(nn.Module):
                 module.weight.normal_(0.0, self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, PatchEmbed):
-                module.proj.weight.normal_(0.0, self.config.initializer_range)
+            elif isinstance(module, PatchKernel):
+                module.weight.normal_(0.0, self.config.initializer_range)
 
     def forward(self, batch: PackedBatch, head: Head | None = None) -> Any:
         """Final hidden states of a packed row, or what `head` makes of them.
@@ -140,9 +140,8 @@ def attend_packed(batch: PackedBatch) -> Attend:
     """Causal attention inside the sequences of a pack, with shared prompts."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = packed_attention(
+        return packed_attention(
             q, k, v, batch.cu_seqlens, causal=True, groups=batch.groups, max_seqlen=batch.max_seqlen
         )
-        return out  # type: ignore[return-value]
 
     return attend

@@ -13,14 +13,21 @@ from fastvst_kernels import packed_attention, vision_rope, window_attention
 NORM_EPS = 1e-6  # Qwen2_5_VLVisionBlock: fixed, not in config.json
 
 
+class PatchKernel(nn.Module):
+    """(hidden, channels, frames, height, width): the layout of published checkpoints."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *size))
+
+
 class PatchEmbed(nn.Module):
     """The published kernel of a strided 3-D convolution; on patches cut out beforehand it is one matrix product."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *size))
+        self.proj = PatchKernel(config)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(P, channels * frames * height * width) -> (P, hidden_size), in the weight's dtype."""
@@ -52,12 +59,13 @@ class VisionBlock(nn.Module):
         """(P, hidden) -> (P, hidden); `offsets` of windows or frames, the longest of them as an int."""
         qkv, _ = norm_linear(x, None, self.norm1, [self.attn.qkv], bias=False, light=light)
         # transformers rotates in float32 whatever the model's dtype (apply_rotary_pos_emb_vision).
-        rope = {"num_heads": self.num_heads, "rope_dtype": torch.float32}
-        bias = self.attn.qkv.bias
+        bias, heads, rope = self.attn.qkv.bias, self.num_heads, torch.float32
         if self.windowed:
-            attended = window_attention(qkv, bias, positions, offsets, max_window=longest, **rope)
+            attended = window_attention(
+                qkv, bias, positions, offsets, num_heads=heads, max_window=longest, rope_dtype=rope
+            )
         else:
-            q, k, v = vision_rope(qkv, bias, positions, **rope)
+            q, k, v = vision_rope(qkv, bias, positions, num_heads=heads, rope_dtype=rope)
             attended = packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
         return self.mlp(self.attn.proj(attended), x, self.norm2, light=light)
 

@@ -20,6 +20,7 @@ def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label:
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     y_ticks = _ticks(min(ys), max(ys))
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    y_high += 1.0 if y_high == y_low else 0.0  # a single value on a tick
 
     def sx(value: float) -> float:
         return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
@@ -35,7 +36,8 @@ def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label:
     for tick in y_ticks:
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}" stroke="#eaeef2"/>'
-            f'<text x="{LEFT - 6}" y="{sy(tick) + 4:.1f}" text-anchor="end" font-size="12" fill="#57606a">{tick:g}</text>'
+            f'<text x="{LEFT - 6}" y="{sy(tick) + 4:.1f}" text-anchor="end" font-size="12" '
+            f'fill="#57606a">{tick:g}</text>'
         )
     for tick in _ticks(x_low, x_high):
         if x_low <= tick <= x_high:

@@ -34,7 +34,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def write_report(
     out_dir: str | Path, metrics_path: str | Path, results: RoomResults | None, config: dict[str, Any]
 ) -> Path:
-    """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page's path."""
+    """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page."""
     rows = [r for r in read_metrics(metrics_path) if "loss" in r]
     steps, losses = [float(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
     smooth = max(1, len(rows) // 40)
@@ -60,9 +60,10 @@ def _score_table(results: RoomResults) -> str:
     ]
     header = ("task", "model, % [95 %]", "majority answer", "random answer", "questions", "the majority answer is")
     note = (
-        "<p>Intervals are bootstrapped over rooms. The majority answer is the constant that scores best on the training "
-        "rows. Green: the model's mean lies above the upper end of the majority interval. 3D detection is scored by F1 "
-        "at oriented IoU 0.15, numbers by a relative tolerance, everything else by equality.</p>"
+        "<p>Intervals are bootstrapped over rooms. The majority answer is the constant that scores best on the "
+        "training rows; the random answer picks among the choices that the question names. Green: the "
+        "model's mean lies above the upper end of the majority interval. 3D detection is scored by F1 at oriented IoU "
+        "0.15, numbers by a relative tolerance, everything else by equality.</p>"
     )
     return page.table(header, rows, good=[t.above_majority for t in results.tasks]) + note
 
@@ -97,5 +98,3 @@ def _with_boxes(image: Image.Image, question: Question, prediction: str) -> Imag
 def _clip(text: str, limit: int) -> str:
     text = text if text else "(empty)"
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-

@@ -82,7 +82,7 @@ def greedy(
 
     def prefill(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.store(layer, sequences, rows, k, v)
-        return packed_attention(q, k, v, batch.cu_seqlens, causal=True, max_seqlen=batch.max_seqlen)  # type: ignore[return-value]
+        return packed_attention(q, k, v, batch.cu_seqlens, causal=True, max_seqlen=batch.max_seqlen)
 
     def choose(hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, weight)

@@ -237,7 +237,7 @@ def dry_run(
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], *, budget: int, recompute: str) -> Iterator[None]:
+def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: int, recompute: str) -> Iterator[None]:
     """Turn torch's out-of-memory error into one that says what to change.
 
     Args:

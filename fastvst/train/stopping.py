@@ -10,8 +10,8 @@ from typing import Any
 class StopRequest:
     """Context manager that turns SIGTERM and SIGINT into `requested`. A second Ctrl-C interrupts at once.
 
-    The flag is this process's own: the loop adds the flags of all ranks in its per-step reduction, so that they leave at
-    the same step.
+    The flag is this process's own: the loop adds the flags of all ranks in its per-step reduction, so that they leave
+    at the same step.
     """
 
     def __init__(self) -> None:

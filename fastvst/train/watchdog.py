@@ -139,8 +139,8 @@ class Watchdog:
             self._verdict.set()
             name = f" on {self._names[dead]}" if dead in self._names else ""
             print(
-                f"rank {self.world.rank}: rank {dead}{name} is gone; {reason}. Ending this rank too. Start the run again "
-                "with --resume auto to go on from the last complete checkpoint",
+                f"rank {self.world.rank}: rank {dead}{name} is gone; {reason}. Ending this rank too. Start the run "
+                "again with --resume auto to go on from the last complete checkpoint",
                 file=sys.stderr,
                 flush=True,
             )

@@ -78,8 +78,9 @@ def test_every_sample_comes_once_and_packs_are_valid_and_within_budget(data) -> 
 def test_workers_do_not_change_the_packs_nor_the_ledger(data, tmp_path, workers) -> None:
     def run(count):
         ledger = Ledger(tmp_path / f"{count}.jsonl", max_fraction=1.0)
-        stream = loader(data, num_workers=count, accumulation=2, ledger=ledger)
-        return take(stream, 26), stream.state_dict(), (tmp_path / f"{count}.jsonl").read_text()
+        once = MixtureConfig(data.sources, shuffle_buffer=20, epochs=1)
+        stream = loader(once, num_workers=count, accumulation=2, ledger=ledger)
+        return list(stream), stream.state_dict(), (tmp_path / f"{count}.jsonl").read_text()
 
     alone, shared = run(0), run(workers)
     assert_same(alone[0], shared[0])

@@ -1,6 +1,7 @@
 """Directories in the published layout: round trips, transformers opens them, and every defect is named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_parity import hf_name, make_models, make_sample, small_config
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from fastvst.data import Processor
 from fastvst.data.batch import pack
-from fastvst.model import Qwen25VL
+from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.checkpoint import WeightsError
+from hf_parity import hf_name, make_models, make_sample, small_config
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,6 +49,17 @@ def test_transformers_opens_it_without_missing_or_unexpected_keys(model, tmp_pat
     state = theirs.state_dict()
     assert all(torch.equal(p, state[hf_name(n)]) for n, p in model.state_dict().items())
     assert theirs.generation_config.eos_token_id == list(model.config.eos_token_ids)
+
+
+def test_tokenizer_processor_and_template_come_along(tmp_path):
+    tiny = Qwen25VL(ModelConfig.preset("tiny"))
+    tiny.save_pretrained(tmp_path / "m", processor=Processor.preset("tiny"))
+    _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == tiny.config.image_token_id
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).startswith("<|im_start|>")
+    assert Processor.from_pretrained(tmp_path / "m").token_id("<|im_end|>") == tiny.config.eos_token_ids[0]
 
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
@@ -159,6 +172,23 @@ def test_a_failed_save_leaves_the_old_directory(model, tmp_path):
     before = {p.name: p.read_bytes() for p in target.iterdir()}
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(target, processor=Processor())
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_rename_that_fails_puts_the_old_directory_back(model, tmp_path, monkeypatch):
+    target, rename = tmp_path / "m", os.rename
+    model.save_pretrained(target)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+
+    def refuse(source, destination):
+        if ".partial-" in str(source):
+            raise PermissionError(13, "Permission denied")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        model.save_pretrained(target)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from hf_parity import small_config
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fastvst.model import ModelConfig, Qwen25VL
+from hf_parity import small_config
 
 FLAT = {  # the fields of the published 7B config.json (transformers 4.41 wrote it)
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -93,9 +93,8 @@ def test_video_rule_follows_our_key_then_the_version():
     assert ModelConfig.from_dict(FLAT).video_rule == "extent"
     assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.2.0"}).video_rule == "extent"
     assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.3.0.dev0"}).video_rule == "grid"
-    assert ModelConfig.from_dict(FLAT | {"transformers_version": "5.17.0", "fastvst_video_rule": "extent"}).video_rule == (
-        "extent"
-    )
+    both = {"transformers_version": "5.17.0", "fastvst_video_rule": "extent"}
+    assert ModelConfig.from_dict(FLAT | both).video_rule == "extent"
 
 
 @pytest.mark.parametrize(

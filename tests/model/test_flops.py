@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from hf_parity import make_sample, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvst.data.batch import pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import TRAINING, decoder_flops, pack_flops, sample_flops, vision_flops
 from fastvst_kernels import linear_cross_entropy
+from hf_parity import make_sample, small_config
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ROWS = [[("text", 4), ("image", 5, 9), ("text", 6)], [("text", 9)], [("video", 2, 4, 3, 1.0), ("text", 5)]]
@@ -39,20 +39,23 @@ def count(function):
     return counter.get_total_flops()
 
 
+def lengths(batch):
+    return batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist()
+
+
 def test_pack_equals_the_counter():
     config = small_config()
     model = Qwen25VL(config)
     encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
     batch = pack(encoded)
-    batch = dataclasses.replace(batch, patches=batch.patches.requires_grad_())  # else the first product has 2 parts, not 3
+    # Without a gradient of the pixels the tower's first product would have two parts, not three.
+    batch = dataclasses.replace(batch, patches=batch.patches.requires_grad_())
 
     def step():
         hidden = model(batch)
         linear_cross_entropy(hidden[batch.loss_rows], model.head_weight, batch.targets).backward()
 
-    parts = pack_flops(
-        config, [len(s) for s in encoded], batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist(), batch.num_targets
-    )
+    parts = pack_flops(config, [len(s) for s in encoded], *lengths(batch), batch.num_targets)
     # Left out of the formula: each RMSNorm's weight gradient, which is a product of a row and a matrix.
     norms = 2 * batch.num_patches * config.vision.hidden_size * (2 * config.vision.depth + 1)
     norms += 2 * batch.num_tokens * config.hidden_size * (2 * config.num_hidden_layers + 1)
@@ -68,7 +71,7 @@ def test_each_tower_equals_the_counter(part):
     with torch.no_grad():
         if part == "vision":
             got = count(lambda: model.embed(batch))
-            want = vision_flops(config, batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist())
+            want = vision_flops(config, *lengths(batch))
         else:
             text = [make_sample(config, [("text", n)]) for n in (3, 20, 1)]
             got, want = count(lambda: model(pack(text))), decoder_flops(config, [3, 20, 1])
@@ -79,9 +82,7 @@ def test_samples_add_up_to_their_pack():
     config = ModelConfig.preset("tiny")
     encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
     batch = pack(encoded)
-    whole = pack_flops(
-        config, [len(s) for s in encoded], batch.cu_images.diff().tolist(), batch.cu_windows.diff().tolist(), 11
-    )
+    whole = pack_flops(config, [len(s) for s in encoded], *lengths(batch), 11)
     each = sum(sample_flops(config, len(s), s.grid.tolist(), 0) for s in encoded)
     assert each == pytest.approx(whole["vision"] + whole["decoder"], rel=1e-12)
     assert sample_flops(config, 100, []) == pytest.approx(sum(pack_flops(config, [100], [], [], 100).values()))

@@ -4,21 +4,21 @@ import dataclasses
 
 import pytest
 import torch
-from hf_parity import hf_forward, hf_name, make_models, make_sample, relative, small_config
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastvst.data.batch import pack
 from fastvst_kernels import linear_cross_entropy
+from hf_parity import hf_forward, hf_name, make_models, make_sample, relative, small_config
 
 # float64: transformers rounds to float32 inside norms and rotary tables; we do the same in the same order.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-SLOW = dict(
-    deadline=None,
-    derandomize=True,  # a float64 value may sit on a float32 rounding boundary; keep the examples that were checked
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate],
-)
+SLOW = {
+    "deadline": None,
+    "derandomize": True,  # a float64 value may sit on a float32 rounding boundary; keep the examples that were checked
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.explicit, Phase.generate],
+}
 
 SIZES = [(1, 1), (1, 2), (4, 4), (8, 4), (5, 9), (3, 13), (4, 1), (9, 2)]  # merged tokens; windows are 4 x 4
 text = st.tuples(st.just("text"), st.integers(1, 9))

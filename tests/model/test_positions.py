@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hf_parity import make_models, make_sample, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
+from hf_parity import make_models, make_sample, small_config
 
 sides = st.integers(1, 20)
 grids = st.lists(st.tuples(st.integers(1, 3), sides, sides).map(lambda g: (g[0], 2 * g[1], 2 * g[2])), max_size=4)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hf_parity import hf_inputs, make_models, make_sample, small_config
 
 from fastvst.rollout import greedy
+from hf_parity import hf_inputs, make_models, make_sample, small_config
 
 PROMPTS = [
     [("text", 7)],

@@ -16,8 +16,8 @@ from fastvst.spatial.rooms.shoot import ShotConfig, shoot
 
 
 def check_view(scene: Scene, view: View, slack: float) -> tuple[int, int]:
-    """(objects seen, stray pixels). Stray: a pixel whose world point is more than `slack` metres outside its object's box.
-    All others must lie in the box's projection and depth range too."""
+    """(objects seen, stray pixels). Stray: a pixel whose world point is more than `slack` metres outside its object's
+    box. All others must lie in the box's projection and depth range too."""
     assert view.depth is not None and view.ids is not None
     assert (view.depth > 0).all()  # a closed room
     checked = stray = 0
@@ -40,7 +40,7 @@ def check_view(scene: Scene, view: View, slack: float) -> tuple[int, int]:
 
 def check_scenes(scenes: list[Scene]) -> int:
     """Objects checked. A rasterised pixel may be stray where a sliver is seen edge-on: fewer than one in a million, and
-    ray casting the same view must have none at a twentieth of the slack. So the rooms are right, not merely nearly so."""
+    ray casting the same view must have none at a twentieth of the slack. So the rooms are right, not nearly so."""
     embree = open_renderer("embree")
     seen = strays = pixels = 0
     for scene in scenes:

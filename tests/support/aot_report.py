@@ -15,7 +15,7 @@ MATRIX_INSTRUCTION = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHM
 
 
 def compile_all(jobs: Iterable[tuple[str, dict[str, Any]]], compile_one: Callable[..., Any]) -> dict[str, Any]:
-    """{name: Compiled} of (name, arguments of compile_one), in two worker processes (spawned: triton holds threads)."""
+    """{name: Compiled} of (name, arguments of compile_one), in two worker processes (spawned, for triton's threads)."""
     jobs = list(jobs)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         running = [(name, pool.submit(compile_one, **arguments)) for name, arguments in jobs]
@@ -30,7 +30,7 @@ def clean(name: str, made: Any, arch: int, *, matrix: bool) -> list[str]:
     if not made.fits:
         wrong.append(f"{name}: {made.shared_bytes} bytes of shared memory, the limit is {made.shared_limit}")
     if matrix and not any(kind in made.tensor_core for kind in MATRIX_INSTRUCTION[arch]):
-        wrong.append(f"{name}: none of {MATRIX_INSTRUCTION[arch]} among its instructions, only {dict(made.tensor_core)}")
+        wrong.append(f"{name}: no {' or '.join(MATRIX_INSTRUCTION[arch])} instruction, only {dict(made.tensor_core)}")
     return wrong
 
 

@@ -84,8 +84,8 @@ class Results:
 
 
 def assert_as_good_as_plain(
-    compute, pack: Pack, heads: tuple[int, int], width: int, dtype: torch.dtype, *, causal: bool, with_dlse: bool = False,
-    device: torch.device | str = "cpu", seed: int = 0,
+    compute, pack: Pack, heads: tuple[int, int], width: int, dtype: torch.dtype, *, causal: bool,
+    with_dlse: bool = False, device: torch.device | str = "cpu", seed: int = 0,
 ) -> Results:  # fmt: skip
     """compute(q, k, v) -> (out, lse (T, Hq)), forward and backward, against float64.
 
@@ -116,6 +116,7 @@ def assert_as_good_as_plain(
         if dtype != torch.float32:  # the logsumexp is float32 in all dtypes: only the floor counts for it
             allowed, floor = (0.0, 4 * floor) if name == "lse" else (allowed, torch.finfo(dtype).eps / 2 * largest)
         assert error <= 2 * allowed + floor, (
-            f"{name} of {pack}, heads {heads}, D {width}, {dtype}: error {error:.3g}, plain {allowed:.3g}, of {largest:.3g}"
+            f"{name} of {pack}, heads {heads}, D {width}, {dtype}: error {error:.3g}, plain {allowed:.3g}, "
+            f"largest value {largest:.3g}"
         )
     return ours

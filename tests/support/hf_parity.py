@@ -18,14 +18,14 @@ SPECIAL = 90  # ids below are ordinary text
 
 def small_config(**changes) -> ModelConfig:
     """A model of about 60 k parameters; `vision` is a dict of changes to its tower."""
-    tower = dict(depth=3, hidden_size=32, intermediate_size=24, num_heads=2, fullatt_block_indexes=(1,))
+    tower = {"depth": 3, "hidden_size": 32, "intermediate_size": 24, "num_heads": 2, "fullatt_block_indexes": (1,)}
     tower |= {"out_hidden_size": changes.get("hidden_size", 64)} | changes.pop("vision", {})
-    defaults = dict(
-        vocab_size=101, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mrope_section=(2, 3, 3), image_token_id=IMAGE_ID, video_token_id=VIDEO_ID,
-        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, bos_token_id=94, pad_token_id=94,
-        eos_token_ids=(95, 94), video_rule="grid",
-    )  # fmt: skip
+    defaults = {
+        "vocab_size": 101, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "mrope_section": (2, 3, 3), "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID,
+        "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "bos_token_id": 94,
+        "pad_token_id": 94, "eos_token_ids": (95, 94), "video_rule": "grid",
+    }  # fmt: skip
     return ModelConfig(**(defaults | changes), vision=VisionConfig(**tower))
 
 

@@ -18,7 +18,7 @@ from fastvst.data import Processor
 from fastvst.model import ModelConfig, Qwen25VL, VisionConfig
 
 ROOT = Path(__file__).parents[2]
-WORDS = "red green blue left right near far table chair lamp".split()
+WORDS = ("red", "green", "blue", "left", "right", "near", "far", "table", "chair", "lamp")
 
 
 def load_essay() -> ModuleType:

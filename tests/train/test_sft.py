@@ -78,7 +78,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
-    totals, losses, shares = sft.accumulate(net, _packs(model, data, groups), world, clip=0, stop=False)
+    totals, losses, shares = sft.accumulate(net, _packs(model, data, groups), world, 0, False)
     assert totals.loss == pytest.approx(expected.item(), rel=1e-6)
     assert sum(loss.item() for loss in losses) == pytest.approx(totals.loss) and sum(shares) == pytest.approx(1)
     for name, parameter in net.named_parameters():
@@ -89,7 +89,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
 
 
 def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads of device values show as `item` or `tolist`; the one of nine numbers is allowed."""
+    """Reads of device values show as `item` or `tolist`; the one of eight numbers is allowed."""
     world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
     net, reads, tolist = Qwen25VL.from_pretrained(model), [], torch.Tensor.tolist
     packs = _packs(model, data, [2, 2])
@@ -104,7 +104,7 @@ def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pyte
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     monkeypatch.setattr(torch.Tensor, "item", forbidden)
-    sft.accumulate(net, packs, world, clip=1.0, stop=False)
+    sft.accumulate(net, packs, world, 1.0, False)
     assert reads == [(8,)]
 
 

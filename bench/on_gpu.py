@@ -1,0 +1,126 @@
+"""Everything worth knowing about a new GPU in one command: `python bench/on_gpu.py --minutes 9 --out DIR`.
+
+In order of value: correctness of every kernel, the kernel benches, tuning, end-to-end figures. Each part is a process
+of its own and writes into DIR as it goes, so that whatever time allows is there. It runs from a plain checkout with
+torch, triton, numpy, pytest and safetensors. `--only attention` runs the parts whose name contains it, `--skip-done`
+leaves out those that DIR already holds complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_TESTS = 5  # pytest's exit status where it collects nothing
+ENOUGH = 20.0  # seconds under which no part is started
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step: {out} in the command is its file in DIR, {minutes} what is left; `share` of the whole time at most."""
+
+    name: str
+    file: str
+    command: tuple[str, ...]
+    share: float
+
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={out}")
+TIMED = ("--out", "{out}", "--minutes", "{minutes}")
+LANE = "tests/kernels_triton/gpu"
+PARTS = (
+    Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_gpu_attention.py"), 0.4),
+    Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_gpu_attention.py"), 0.3),
+    Part("bench-attention", "attention.json", ("bench/attention_gpu.py", *TIMED), 0.4),
+    Part("tune", "table.json", ("-m", "fastvst_kernels.tune", *TIMED), 0.5),
+    Part("end-to-end", "end_to_end.json", ("bench/end_to_end_gpu.py", "--out", "{out}"), 1.0),
+)  # fmt: skip
+
+
+def is_done(part: Part, out: Path) -> bool:
+    """Whether DIR holds the complete result of a part, by the mark that on_gpu itself leaves."""
+    return (out / f"{part.name}.done").exists()
+
+
+def run_part(part: Part, out: Path, seconds: float) -> str:
+    """Run one part for at most `seconds`; returns "ok", "failed (...)" or "out of time"."""
+    log = out / f"{part.name}.log"
+    values = {"out": str((out / part.file).resolve()), "minutes": f"{max(0.1, (seconds - 5) / 60):.2f}"}
+    command = [sys.executable, *(word.format(**values) for word in part.command)]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # a plain checkout: nothing is installed
+    with log.open("w") as stream:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            return "out of time"
+    if done.returncode == NO_TESTS and PYTEST[1] in part.command:
+        return "nothing to run"
+    if done.returncode:
+        return f"failed (exit {done.returncode}; see {log.name})"
+    (out / f"{part.name}.done").touch()
+    return "ok"
+
+
+def summary(out: Path) -> list[str]:
+    """The short table: each case's TFLOP/s of ours and of the best peer, from what DIR holds."""
+    path = out / "attention.json"
+    if not path.exists():
+        return ["attention: not measured"]
+    lines = []
+    for case, figures in json.loads(path.read_text())["cases"].items():
+        if "groups" in figures:
+            lines.append(f"{case}: {figures.get('ratio', 'not measured')} x the repeated layout (goal 2.5)")
+            continue
+        for way in ("forward_tflops", "backward_tflops"):
+            known = {name: f[way] for name, f in figures.items() if way in f}
+            peers = {name: value for name, value in known.items() if name != "fastvst"}
+            best = max(peers, key=peers.__getitem__, default=None)
+            beside = "no peer" if best is None else f"{best} {peers[best]:.0f}"
+            lines.append(f"{case} {way}: fastvst {known.get('fastvst', float('nan')):.0f}, {beside}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 if every part that was started went well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--only", default="", help="parts whose name contains this")
+    parser.add_argument("--skip-done", action="store_true", help="leave out parts that --out holds complete")
+    arguments = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench/on_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    said: dict[str, str] = {}
+    for part in PARTS:
+        left = deadline - time.monotonic()
+        if arguments.only not in part.name:
+            continue
+        if arguments.skip_done and is_done(part, arguments.out):
+            said[part.name] = "done before"
+        elif left < ENOUGH:
+            said[part.name] = "not started: time is over"
+        else:
+            said[part.name] = run_part(part, arguments.out, min(left, part.share * 60 * arguments.minutes))
+        print(f"{part.name}: {said[part.name]}", flush=True)
+        (arguments.out / "parts.json").write_text(json.dumps(said, indent=1) + "\n")
+    print("\n".join(summary(arguments.out)))
+    return 1 if any(state.startswith("failed") for state in said.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+import pytest
+
+from fastvst.cli import main
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "rooms" in shown and "evaluate" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["evaluate", "rooms", "--data", "x"], "needs --model and --train-data"),
+        (["evaluate", "no_such_benchmark", "--data", "x", "--model", "y"], "no_such_benchmark"),
+        (["evaluate", "vsi_bench", "--data", "nowhere", "--model", "nowhere", "--out", "o"], "nowhere"),
+    ],
+)
+def test_bad_arguments_get_a_line_and_status_2(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
