@@ -64,7 +64,7 @@ def _same_number(response: str, answer: dict[str, Any]) -> bool:
 
 
 def box_f1(response: str, truth: list[dict[str, Any]], *, threshold: float = BOX_IOU) -> float:
-    """F1 of the boxes in an answer text against `truth`, a list of {"bbox_3d": 9 numbers in metres and degrees, "label"}."""
+    """F1 of the boxes in an answer text against `truth`, a list of {"bbox_3d": 9 numbers in m and deg, "label"}."""
     boxes, labels = parse_boxes(response)
     if not len(boxes) or not truth:
         return float(not len(boxes) and not truth)

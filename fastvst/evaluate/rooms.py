@@ -118,7 +118,9 @@ def evaluate(
     """
     held_out = questions(open_source(path))
     if not held_out:
-        raise ValueError(f"{path} has no row with a checkable answer; expected the parquet that the room generator writes")
+        raise ValueError(
+            f"{path} has no row with a checkable answer; expected the parquet that the room generator writes"
+        )
     predictions = answer_all(model, processor, held_out, device, batch_size=batch_size)
     scores = [score(p, q.answer) for p, q in zip(predictions, held_out, strict=True)]
     return summarise(held_out, predictions, scores, questions(open_source(train_path)), examples=examples)
@@ -143,9 +145,7 @@ def answer_all(
     for begin in range(0, len(order), batch_size):
         chunk = order[begin : begin + batch_size]
         encoded = [processor.encode(asked[i].sample, add_generation_prompt=True) for i in chunk]
-        decoded = greedy(
-            model, encoded, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=stop, forbidden_token_ids=pads
-        )
+        decoded = greedy(model, encoded, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=stop, forbidden_token_ids=pads)
         for i, tokens in zip(chunk, decoded, strict=True):
             answers[i] = processor.decode([t for t in tokens if t not in stop])
     model.train(training)

@@ -1,0 +1,116 @@
+"""BLINK: fourteen perception tasks over one to four pictures; accuracy over all questions, and the mean of the tasks.
+
+Files as published: <Task>/val-*.parquet of BLINK-Benchmark/BLINK, or VLMEvalKit's BLINK.tsv. The test split has no
+answers, so only the validation split is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice
+from fastvst.evaluate.files import Row, check_unique, locate, picture, read_parquet
+from fastvst.evaluate.report import (
+    Report,
+    Score,
+    by_category,
+    clusters_of,
+    grouped_mean,
+    mean_score,
+    paper,
+    paper_source,
+)
+from fastvst.evaluate.tsv import load_rows
+
+NAME = "BLINK"
+DOWNLOAD = (
+    "Download the folders of the data set BLINK-Benchmark/BLINK (each with val-00000-of-00001.parquet), or "
+    "VLMEvalKit's BLINK.tsv, and pass the folder that holds them as the data path."
+)
+FILES = ("BLINK.tsv", "*/val-*.parquet", "val-*.parquet", "*.parquet")
+PICTURES = ("image_1", "image_2", "image_3", "image_4")
+MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
+PROCESSOR = choice.PIXELS
+
+
+def load(path: str | Path) -> list[Row]:
+    """Rows of every task. Errors say what to download."""
+    rows: list[Row] = []
+    for file in locate(path, FILES, DOWNLOAD):
+        if file.suffix == ".tsv":
+            rows += load_rows(file, ["answer", "category"], DOWNLOAD)
+            continue
+        for cell in read_parquet(file, ["idx", "question", "sub_task", "choices", "answer", "image_1"], DOWNLOAD):
+            rows.append(
+                Row(
+                    id=str(cell["idx"]),
+                    question=cell["question"],
+                    answer=cell["answer"],
+                    category=cell["sub_task"],
+                    images=tuple(picture(cell[k], file.parent) for k in PICTURES if cell.get(k) is not None),
+                    options=choice.lettered(cell["choices"]),
+                )
+            )
+    return check_unique(rows, path)
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Pictures, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+    return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
+
+
+def stated_letter(text: str, letters: str) -> str:
+    """lmms-eval's reading: a first line that is only a letter, "answer is X" (the last), "(X)" (the last), a leading
+    letter. `letters` are the row's options."""
+    text = text.strip()
+    first, options = text.split("\n", 1)[0].strip(), f"([{re.escape(letters)}])"
+    terse = re.match(rf"^\(?{options}\)?[.\s:,)]*$", first, re.IGNORECASE) if len(first) <= 4 else None
+    if terse:
+        return terse[1].upper()
+    stated = re.findall(rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?{options}\)?(?![A-Za-z])", text, re.IGNORECASE)
+    found = stated or re.findall(rf"\({options}\)", text)
+    if found:
+        return found[-1].upper()
+    leading = re.match(rf"[(\s]*{options}", text, re.IGNORECASE)
+    return leading[1].upper() if leading else ""
+
+
+EXTRACTIONS: dict[str, Callable[[str, Row], str]] = {
+    "vlmevalkit": lambda text, row: choice.infer(text, row.options),
+    "lmms_eval": lambda text, row: stated_letter(text, "".join(row.options) or "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+}
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+    extraction: str = "vlmevalkit",
+) -> Report:
+    """Accuracy over all questions (VLMEvalKit, hence the paper), the mean of the tasks beside it.
+
+    Raises:
+        ValueError: an unknown `extraction`, or not one prediction for each row.
+    """
+    if extraction not in EXTRACTIONS:
+        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
+    lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=EXTRACTIONS[extraction])
+    clusters = clusters_of(rows)
+    tasks = sorted({row.category for row in rows})
+    groups = [(1.0 / len(tasks), [i for i, row in enumerate(rows) if row.category == task]) for task in tasks]
+    mean_of_tasks = grouped_mean([line.score for line in lines], clusters, groups)
+    return Report(
+        benchmark=NAME,
+        protocol=f"accuracy over all questions, non-circular; {extraction} extraction"
+        + (choice.THINKING_NOTE if thinking else ""),
+        overall=mean_score("overall", lines, clusters, paper("main", "BLINK")),
+        categories=by_category(lines, clusters),
+        others=(Score("mean of tasks", len(rows), mean_of_tasks),),
+        rows=lines,
+        source=paper_source(),
+    )

@@ -1,0 +1,178 @@
+"""Multiple choice as VLMEvalKit does it: the prompt that Qwen2.5-VL gets, and the letter in a free answer.
+
+The paper ran CV-Bench, BLINK, 3DSRBench, RealWorldQA, MMStar, MMBench, MMMU and AI2D this way (vst-spec section 4.4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvst.data.chat import THINK_SYSTEM
+from fastvst.data.sample import Sample
+from fastvst.evaluate.files import Row, locate
+from fastvst.evaluate.report import (
+    Report,
+    Scored,
+    align,
+    by_category,
+    clusters_of,
+    mean_score,
+    paper,
+    paper_source,
+    scored,
+)
+from fastvst.evaluate.tsv import load_rows
+
+INSTRUCTION = "Please select the correct answer from the options above."
+INSTRUCTION_CHINESE = "请直接回答选项字母。"
+PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+# Sentences by which some served models decline; VLMEvalKit takes them for the answer Z, which is always wrong.
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+API_FAILURE = "Failed to obtain answer via API"
+LAST_TOKENS = 5  # a lone letter counts if it starts in the last five tokens
+# Settings of the paper for these suites (vst-spec section 4.4): answer length, and pixels of one picture.
+MAX_NEW_TOKENS = 2048
+THINKING_NOTE = "; thinking mode: the text after </think> is scored"
+# Pictures of one question do not share a budget here, as in VLMEvalKit; above 65,536 tokens a question fails.
+PIXELS = {"min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28, "share_pixels": False, "max_seq_len": 65536}
+
+
+def question_text(row: Row) -> str:
+    """Hint, question, options and instruction, as VLMEvalKit's Qwen2-VL wrapper writes them."""
+    lines = [f"Hint: {row.fields['hint']}"] if row.fields.get("hint") else []
+    lines.append(f"Question: {row.question}")
+    if row.options:
+        lines += ["Options:", *(f"{letter}. {text}" for letter, text in row.options.items())]
+        chinese = re.search(r"[\u4e00-\u9fff]", "\n".join(lines))
+        lines.append(INSTRUCTION_CHINESE if chinese else INSTRUCTION)
+    return "\n".join(lines).rstrip()
+
+
+def sample(row: Row, text: str, *, source: str, thinking: bool = False, kind: str = "qa", **video: Any) -> Sample:
+    """Pictures, then the text, as one user turn; with `thinking`, under VST's thinking system prompt.
+
+    Args:
+        kind: the Sample's kind ("bbox_3d" turns the field-of-view conversion on).
+        video: keys of the video part, where the row has a video (`fps`).
+    """
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in row.images]
+    if row.video is not None:
+        parts.append({"type": "video", "video": row.video, **video})
+    return wrap(row, [*parts, {"type": "text", "text": text}], source=source, thinking=thinking, kind=kind)
+
+
+def wrap(row: Row, parts: Sequence[dict[str, Any]], *, source: str, thinking: bool = False, kind: str = "qa") -> Sample:
+    """Content parts in any order as one user turn."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": list(parts)}]
+    if thinking:
+        messages.insert(0, {"role": "system", "content": THINK_SYSTEM})
+    return Sample.from_messages(messages, id=row.id, source=source, kind=kind, metadata={"category": row.category})
+
+
+def final_answer(prediction: str, thinking: bool) -> str:
+    """What is scored: with `thinking` the text after the last `</think>` (all of it if there is none), stripped."""
+    return prediction.rsplit("</think>", 1)[-1].strip() if thinking else prediction
+
+
+def infer(answer: str, options: Mapping[str, str]) -> str:
+    """The chosen letter by VLMEvalKit's rules, "Z" for a refusal, "" when nothing can be inferred.
+
+    1. Punctuation becomes blanks. If exactly one of the option letters stands alone, and it stands in the last five
+       tokens, it is the answer.
+    2. Else, if exactly one option's text occurs in the answer (lower case), and the answer is at most twice as long as
+       all options together, it is that option.
+
+    VLMEvalKit (can_infer) then asks a language model if one is configured; here nothing more is tried.
+    """
+    letter = _lone_letter(answer, options)
+    return letter if letter else _option_text(answer, options)
+
+
+def _lone_letter(answer: str, options: Mapping[str, str]) -> str:
+    if API_FAILURE in answer:
+        return ""
+    if any(refusal in answer for refusal in REFUSALS):
+        return "Z"
+    tokens = answer.translate(PUNCTUATION).split()
+    present = [letter for letter in options if letter in tokens]
+    if len(present) == 1 and tokens.index(present[0]) > len(tokens) - LAST_TOKENS:
+        return present[0]
+    return "Z" if not present and "Z" in tokens else ""
+
+
+def _option_text(answer: str, options: Mapping[str, str]) -> str:
+    if len(answer.lower()) > 2 * sum(len(text) for text in options.values()):
+        return ""
+    lowered = answer.lower()
+    found = [letter for letter, text in options.items() if text.lower() in lowered]
+    return found[0] if len(found) == 1 else ""
+
+
+def bare(letter: str) -> str:
+    """ "(A)" -> "A", as CV-Bench and BLINK write their answers."""
+    return letter.strip().strip("()")
+
+
+def lettered(texts: Sequence[str]) -> dict[str, str]:
+    """Options without letters -> {"A": ..., "B": ...}."""
+    return {chr(ord("A") + i): str(text) for i, text in enumerate(texts)}
+
+
+def read(path: str | Path, names: Sequence[str], required: Sequence[str], download: str) -> list[Row]:
+    """Rows of the TSV at `path`: the file, or the first of `names` that the folder has."""
+    return load_rows(locate(path, names, download)[0], ["answer", *required], download)
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    benchmark: str,
+    column: str,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+    extract: Callable[[str, Row], str] | None = None,
+    protocol: str = "letter by VLMEvalKit's rules (no language model), accuracy over all questions",
+    order: Sequence[str] = (),
+) -> Report:
+    """Accuracy of a multiple-choice benchmark: all questions, and each category.
+
+    Args:
+        column: of the paper's main table; "" where the paper does not report the benchmark.
+        extract: the letter that an answer chooses; default: `infer` with the row's options.
+    """
+    lines = judge(rows, predictions, thinking=thinking, failures=failures, extract=extract)
+    clusters = clusters_of(rows)
+    return Report(
+        benchmark=benchmark,
+        protocol=protocol + (THINKING_NOTE if thinking else ""),
+        overall=mean_score("overall", lines, clusters, paper("main", column) if column else None),
+        categories=by_category(lines, clusters, order=order),
+        others=(),
+        rows=lines,
+        source=paper_source() if column else "not reported",
+    )
+
+
+def judge(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+    extract: Callable[[str, Row], str] | None = None,
+) -> tuple[Scored, ...]:
+    """One `Scored` for each row: 1 if the letter read out of the answer is the right one."""
+    texts, reasons = align(rows, predictions, failures)
+    read_letter = extract or (lambda text, row: infer(text, row.options))
+    letters = [read_letter(final_answer(text, thinking), row) for text, row in zip(texts, rows, strict=True)]
+    hits = [letter == bare(row.answer) for letter, row in zip(letters, rows, strict=True)]
+    return scored(rows, texts, letters, hits, reasons)

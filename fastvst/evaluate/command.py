@@ -1,0 +1,190 @@
+"""`fastvst evaluate BENCH --model DIR --data PATH --out DIR` and `fastvst evaluate score BENCH --predictions FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvst.evaluate import predictions
+from fastvst.evaluate.errors import write_errors
+from fastvst.evaluate.files import Row, missing_media
+from fastvst.evaluate.report import Report
+
+BENCHMARKS = {
+    "vsi_bench": "fastvst.evaluate.vsi_bench",
+    "mmsi_bench": "fastvst.evaluate.mmsi_bench",
+    "cv_bench": "fastvst.evaluate.cv_bench",
+    "blink": "fastvst.evaluate.blink",
+    "3dsrbench": "fastvst.evaluate.srbench_3d",
+    "realworldqa": "fastvst.evaluate.realworldqa",
+    "mmstar": "fastvst.evaluate.mmstar",
+    "mmbench": "fastvst.evaluate.mmbench",
+    "ai2d": "fastvst.evaluate.ai2d",
+    "mmmu": "fastvst.evaluate.mmmu",
+    "ocrbench": "fastvst.evaluate.ocrbench",
+    "viewspatial": "fastvst.evaluate.viewspatial",
+    "mindcube": "fastvst.evaluate.mindcube",
+    "sunrgbd_det": "fastvst.evaluate.sunrgbd_det",
+}
+THINKING_TOKENS = 2048  # of a thinking answer, where the benchmark's own limit is for direct ones
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastvst evaluate`."""
+    names = ", ".join(BENCHMARKS)
+    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}")
+    parser.add_argument(
+        "--data", required=True, help="the published file, or the folder that holds the published files"
+    )
+    parser.add_argument("--model", help="a Hugging Face directory, as training writes it (not with score)")
+    parser.add_argument(
+        "--out", help="folder for predictions, results and the page of errors; a stopped run goes on there"
+    )
+    parser.add_argument("--predictions", nargs="+", help="score: JSON lines with id and prediction")
+    parser.add_argument("--thinking", action="store_true", help="thinking prompt; the text after </think> is scored")
+    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument("--extraction", help="another way to read answers, where the benchmark has several")
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="one process for each, e.g. cuda:0 cuda:1")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, help="default: the paper's for this benchmark")
+    parser.add_argument(
+        "--pixels",
+        choices=["paper", "model"],
+        default="paper",
+        help="picture and video limits: the paper's, or the model's",
+    )
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Answer (unless scoring), score, write the results, print the table.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong arguments, or files that are missing or not what they should be.
+    """
+    words = [word.lower().replace("-", "_") for word in arguments.benchmark]
+    scoring, name = words[0] == "score", words[-1]
+    if len(words) != 1 + scoring or name not in BENCHMARKS:
+        raise ValueError(
+            f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}"
+        )
+    benchmark = importlib.import_module(BENCHMARKS[name])
+    rows = benchmark.load(arguments.data)[: arguments.limit]
+    if scoring:
+        if not arguments.predictions:
+            raise ValueError("score needs --predictions FILE")
+        files = [Path(p) for p in arguments.predictions]
+        out = Path(arguments.out) if arguments.out else None
+    else:
+        if not arguments.model or not arguments.out:
+            raise ValueError(f"evaluating {name} needs --model DIR and --out DIR (score needs neither)")
+        out = Path(arguments.out)
+        _check_media(rows, benchmark.DOWNLOAD)
+        _settle(out, name, arguments)
+        files = _answer_all(benchmark.__name__, rows, arguments, out)
+    texts, failures = predictions.for_rows(rows, [p for file in files for p in predictions.read(file)])
+    options = {"extraction": arguments.extraction} if arguments.extraction else {}
+    report: Report = benchmark.score(rows, texts, thinking=arguments.thinking, failures=failures, **options)
+    if out is not None:
+        save(report, rows, out)
+    print(report.markdown())
+    return report
+
+
+def save(report: Report, rows: Sequence[Row], out: Path) -> None:
+    """results.json (with every prediction), results.md and errors.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report.to_json(), ensure_ascii=False, indent=1)
+    (out / "results.json").write_text(text, encoding="utf-8")
+    (out / "results.md").write_text(report.markdown(), encoding="utf-8")
+    write_errors(out / "errors.html", report, rows)
+
+
+def _check_media(rows: Sequence[Row], download: str) -> None:
+    missing = missing_media(rows)
+    if missing:
+        shown = ", ".join(str(p) for p in missing[:3])
+        raise FileNotFoundError(f"{len(missing)} pictures or videos are missing, e.g. {shown}. {download}")
+
+
+def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
+    """Write down what the predictions in `out` are made with, or refuse to mix them with those of other settings."""
+    settings = {
+        "benchmark": name,
+        "model": str(Path(arguments.model).resolve()),
+        "thinking": arguments.thinking,
+        "max_new_tokens": arguments.max_new_tokens,
+        "pixels": arguments.pixels,
+    }
+    path = out / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != settings:
+            changed = ", ".join(f"{k}: {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v)
+            raise ValueError(f"{out} holds predictions of another run ({changed}); choose another --out or empty it")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace, out: Path) -> list[Path]:
+    """Let every device answer its share of what is left; all prediction files of `out`."""
+    devices = arguments.devices
+    for path in out.glob("predictions*.jsonl"):
+        predictions.drop_torn_line(path)
+    done = {p.id for path in out.glob("predictions*.jsonl") for p in predictions.read(path)}
+    left = [row for row in rows if row.id not in done]
+    ids = [[row.id for row in left[rank :: len(devices)]] for rank in range(len(devices))]
+    if len(devices) == 1:
+        _work(0, module, rows, ids, arguments, out)
+    else:
+        from torch import multiprocessing
+
+        multiprocessing.spawn(_work, (module, None, ids, arguments, out), nprocs=len(devices))
+    return sorted(out.glob("predictions*.jsonl"))
+
+
+def _work(
+    rank: int, module: str, rows: Sequence[Row] | None, ids: Sequence[Sequence[str]], arguments: Any, out: Path
+) -> None:
+    """One device: load the model, answer its share. Rows are read again in a new process, not sent to it."""
+    import torch
+
+    from fastvst.data.encode import Processor
+    from fastvst.evaluate.run import answer
+    from fastvst.model import Qwen25VL
+
+    if not ids[rank]:
+        return
+    benchmark = importlib.import_module(module)
+    mine = set(ids[rank])
+    asked = [row for row in (benchmark.load(arguments.data) if rows is None else rows) if row.id in mine]
+    device = arguments.devices[rank]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = Qwen25VL.from_pretrained(arguments.model, dtype=dtype, device=device)
+    options = benchmark.PROCESSOR if arguments.pixels == "paper" else {}
+    limit = arguments.max_new_tokens or max(benchmark.MAX_NEW_TOKENS, THINKING_TOKENS if arguments.thinking else 0)
+    last = [0.0]
+
+    def log(line: str) -> None:
+        if rank == 0 and time.monotonic() - last[0] > 2:
+            last[0] = time.monotonic()
+            print(f"{benchmark.NAME}: {line}", file=sys.stderr, flush=True)
+
+    speed = answer(
+        model,
+        Processor.from_pretrained(arguments.model, **options),
+        asked,
+        functools.partial(benchmark.prompt, thinking=arguments.thinking),
+        out / f"predictions-{rank}.jsonl",
+        max_new_tokens=limit,
+        batch_size=arguments.batch_size,
+        log=log,
+    )
+    rate = f"{speed.questions / speed.seconds:.2f} questions/s, {speed.tokens / speed.seconds:.0f} tokens/s"
+    print(f"{benchmark.NAME} on {device}: {speed.questions} questions, {speed.failed} failed, {rate}", file=sys.stderr)

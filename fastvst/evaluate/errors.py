@@ -1,0 +1,78 @@
+"""A static page of wrong answers, with the pictures that were asked about."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from fastvst.data.images import MediaError
+from fastvst.data.video import VideoConfig, load_frames, plan_video
+from fastvst.evaluate.files import Row
+from fastvst.evaluate.report import Report, Scored
+from fastvst.report.page import image_tag, page, table, write
+
+PICTURES, WIDTH, CHARACTERS = 4, 360, 1500  # of one card: pictures, their width in pixels, characters of its texts
+FRAMES = VideoConfig(min_frames=PICTURES, max_frames=PICTURES, max_pixels=WIDTH * WIDTH, min_pixels=28 * 28)
+
+
+def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int = 60) -> None:
+    """The scores, then up to `limit` questions that did not get the full score: failed ones first, then spread evenly
+    over the wrong ones in file order."""
+    wrong = [i for i, line in enumerate(report.rows) if line.score < 1]
+    failed = [i for i in wrong if report.rows[i].failed]
+    answered = [i for i in wrong if not report.rows[i].failed]
+    room = max(limit - len(failed), 0)
+    shown = failed[:limit] + answered[:: max(-(-len(answered) // room), 1) if room else 1][:room]
+    scores = [report.overall, *report.categories, *report.others]
+    cells = [[s.name, s.questions, s.value, ", ".join(f"{m} {v:.1f}" for m, v in s.paper.items())] for s in scores]
+    cards = "".join(_card(report.rows[i], rows[i]) for i in shown)
+    lead = f"{len(wrong)} of {len(report.rows)} answers are not fully right; {len(shown)} shown. {report.protocol}."
+    sections = [
+        ("Scores, per cent [95 % interval]", table(["", "questions", "this run", "paper"], cells)),
+        ("Wrong answers", f'<div class="grid">{cards}</div>'),
+    ]
+    write(path, page(f"{report.benchmark}: errors", lead, sections))
+
+
+def _card(line: Scored, row: Row) -> str:
+    lines = [f'<p class="task">{escape(line.id)} · {escape(line.category)} · score {line.score:.2f}</p>']
+    lines.append(f"<p>{_short(row.question)}</p>")
+    if row.options:
+        lines.append(f"<p>{_short(chr(10).join(f'{k}. {v}' for k, v in row.options.items()))}</p>")
+    lines.append(f'<p class="right">expected: {_short(line.answer)}</p>')
+    if line.failed:
+        lines.append(f'<p class="wrong">failed: {_short(line.failed)}</p>')
+    else:
+        lines.append(f'<p class="wrong">read as {_short(line.extracted) or "nothing"}: {_short(line.prediction)}</p>')
+    return f'<div class="card"><div class="pair">{"".join(_pictures(row))}</div>{"".join(lines)}</div>'
+
+
+def _short(text: str) -> str:
+    return escape(text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …")
+
+
+def _pictures(row: Row) -> list[str]:
+    """<img> elements; what cannot be opened is said in words."""
+    try:
+        pictures = [_open(image) for image in row.images[:PICTURES]]
+        if row.video is not None and row.video.is_file():
+            part = {"type": "video", "video": row.video}
+            plan = plan_video(
+                part, FRAMES, total_pixels=FRAMES.max_pixels * PICTURES, factor=28, max_source_pixels=10**8
+            )
+            frames = load_frames(part, plan, time_limit=30.0, max_source_pixels=10**8)
+            pictures += [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:PICTURES]]
+    except (OSError, MediaError) as error:
+        return [f"<p>no picture: {escape(str(error))}</p>"]
+    return [
+        image_tag(picture, f"picture {i + 1} of {row.id}", width=WIDTH, quality=75)
+        for i, picture in enumerate(pictures)
+    ]
+
+
+def _open(image: bytes | Path) -> Image.Image:
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)

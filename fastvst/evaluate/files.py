@@ -1,0 +1,144 @@
+"""Row, and the containers that benchmarks are published in: Parquet with image bytes, JSON and JSON lines.
+
+Every reader takes the files as downloaded. What is missing is said with the name of the download and where it goes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One benchmark question.
+
+    Attributes:
+        id: unique in its benchmark.
+        question: as published, without the prompt around it.
+        answer: as published; what its scorer compares with.
+        category: the group of the per-category scores.
+        images: encoded bytes, or paths. Rows that share a picture share one bytes object.
+        video: path of the video, or None.
+        options: letter -> text of a multiple-choice question.
+        scene: what the bootstrap resamples; empty: the question itself.
+        fields: any other published column that the prompt or the scorer uses.
+    """
+
+    id: str
+    question: str
+    answer: str
+    category: str
+    images: tuple[bytes | Path, ...] = ()
+    video: Path | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    scene: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def locate(path: str | Path, patterns: Sequence[str], download: str) -> list[Path]:
+    """The published files at `path`: the file itself, or the matches of the first pattern that a folder has.
+
+    Raises:
+        FileNotFoundError: nothing there, with `download`, the sentence that says what to fetch and where to put it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    for pattern in patterns:
+        found = sorted(p for p in path.glob(pattern) if p.is_file()) if path.is_dir() else []
+        if found:
+            return found
+    state = f"has none of {', '.join(patterns)}" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(f"{path} {state}. {download}")
+
+
+def require(columns: Sequence[str], present: Sequence[str], path: Path, download: str) -> None:
+    """Raises ValueError naming the columns that `path` lacks."""
+    missing = [c for c in columns if c not in present]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
+            f"{', '.join(sorted(present))}. {download}"
+        )
+
+
+def read_parquet(path: Path, required: Sequence[str], download: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file as Python objects, a batch at a time.
+
+    Raises:
+        ValueError: a missing column, or a file that is not Parquet (a git-lfs pointer, an unfinished download).
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({error}); download it again. {download}") from error
+    require(required, file.schema_arrow.names, path, download)
+    for batch in file.iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[str, Any]]:
+    """Rows of a JSON file (a list of objects) or of JSON lines.
+
+    Raises:
+        ValueError: a missing key, with the row; text that is not JSON, with the line.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    rows = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); download it again. {download}") from error
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON ({error}). {download}") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object. {download}")
+        require(required, list(row), path, download)
+    return rows
+
+
+def picture(value: Any, folder: Path) -> bytes | Path:
+    """One published picture: bytes, {"bytes", "path"} as Hugging Face stores it, or a path relative to `folder`.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray)) and value:
+        return bytes(value)
+    if isinstance(value, str) and value:
+        return folder / value
+    raise ValueError(f"a picture is {type(value).__name__}; expected bytes, {{'bytes', 'path'}} or a relative path")
+
+
+def check_unique(rows: Sequence[Row], path: str | Path) -> list[Row]:
+    """The rows, if there are any and their ids are distinct; else ValueError."""
+    if not rows:
+        raise ValueError(f"{path} has no questions")
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise ValueError(f"{path} has two rows with id {row.id!r}; predictions could not be told apart")
+        seen.add(row.id)
+    return list(rows)
+
+
+def missing_media(rows: Sequence[Row]) -> list[Path]:
+    """Pictures and videos that rows name and that are not on disk."""
+    paths = {p for row in rows for p in row.images if isinstance(p, Path)} | {r.video for r in rows if r.video}
+    return sorted(p for p in paths if not p.is_file())

@@ -1,0 +1,105 @@
+"""MMSI-Bench: 1,000 multiple-choice questions over two or more pictures, eleven categories.
+
+Files as published: the Parquet of RunsenXu/MMSI-Bench (MMSI_Bench.parquet), or MMSI_Bench.tsv of the authors'
+evaluation code. The question holds its options. Non-circular, as in the paper.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice, easi
+from fastvst.evaluate.files import Row, check_unique, locate, picture, read_parquet
+from fastvst.evaluate.report import Report
+from fastvst.evaluate.tsv import load_rows
+
+NAME = "MMSI-Bench"
+DOWNLOAD = (
+    "Download MMSI_Bench.parquet of the data set RunsenXu/MMSI-Bench (or MMSI_Bench.tsv) and pass the file or its "
+    "folder as the data path."
+)
+FILES = ("*.parquet", "data/*.parquet", "MMSI_Bench.tsv", "MMSIBench_wo_circular.tsv", "*.tsv")
+INSTRUCTION = "Answer with the option's letter from the given choices directly. Enclose the option's letter within ``."
+MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
+PROCESSOR = choice.PIXELS
+
+
+def load(path: str | Path) -> list[Row]:
+    """Rows of the Parquet file or TSV. Errors say what to download."""
+    files = locate(path, FILES, DOWNLOAD)
+    if files[0].suffix == ".tsv":
+        return load_rows(files[0], ["answer", "category"], DOWNLOAD)
+    rows = []
+    for file in files:
+        for cell in read_parquet(file, ["id", "images", "question_type", "question", "answer"], DOWNLOAD):
+            rows.append(
+                Row(
+                    id=str(cell["id"]),
+                    question=cell["question"],
+                    answer=cell["answer"],
+                    category=cell["question_type"],
+                    images=tuple(picture(image, file.parent) for image in cell["images"]),
+                )
+            )
+    return check_unique(rows, path)
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Pictures, the question with its options, and the official instruction."""
+    text = row.question.strip()
+    if row.options:  # EASI's TSV keeps the options apart
+        text += "\nOptions: " + "".join(f"{letter}: {option}, " for letter, option in row.options.items())
+    return choice.sample(row, f"{text}\n{INSTRUCTION}", source=NAME, thinking=thinking)
+
+
+def lone_letter(text: str, *, letters: str, braces: bool = True, ignore_case: bool = False) -> str:
+    """The first lone letter inside double backticks, else single ones, then inside {}, else anywhere; "" if none.
+
+    A letter followed by a blank and another letter is an article ("A chair"), not an answer.
+    """
+    for pattern in (r"``([^`]*)``", r"`([^`]*)`", *([r"\{([^}]*)\}"] if braces else [])):
+        quoted = re.search(pattern, text)
+        if quoted:
+            text = quoted[1]
+    found = re.search(rf"\b[{letters}]\b(?!\s[a-zA-Z])", text, re.IGNORECASE if ignore_case else 0)
+    return found[0].upper() if found else ""
+
+
+# How the letter is read. "official": the authors' README; "vst": the rule of VST's reward (A-F, no braces).
+EXTRACTIONS: dict[str, Callable[[str], str]] = {
+    "official": lambda text: lone_letter(text, letters="A-D"),
+    "vst": lambda text: lone_letter(text, letters="A-F", braces=False),
+    "lmms_eval": lambda text: lone_letter(text, letters="A-F", ignore_case=True),
+    "easi": easi.option,
+}
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+    extraction: str = "official",
+) -> Report:
+    """Accuracy over all questions; no letter is wrong.
+
+    Raises:
+        ValueError: an unknown `extraction`, or not one prediction for each row.
+    """
+    if extraction not in EXTRACTIONS:
+        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
+    read = EXTRACTIONS[extraction]
+    return choice.score(
+        rows,
+        predictions,
+        benchmark=NAME,
+        column="MMSI",
+        thinking=thinking,
+        failures=failures,
+        extract=lambda text, _: read(text),
+        protocol=f"non-circular; {extraction} extraction, accuracy over all questions",
+    )

@@ -1,0 +1,104 @@
+"""OCRBench: 1,000 questions; an answer is right if it contains one of the accepted texts.
+
+The score of 1,000 is the number of right answers; the paper gives it divided by ten, as here (per cent).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice
+from fastvst.evaluate.files import Row, locate
+from fastvst.evaluate.report import (
+    Report,
+    align,
+    by_category,
+    clusters_of,
+    mean_score,
+    paper,
+    paper_source,
+    scored,
+)
+from fastvst.evaluate.tsv import load_rows
+
+NAME = "OCRBench"
+DOWNLOAD = "Download OCRBench.tsv (VLMEvalKit's copy of OCRBench) and pass the file or its folder as the data path."
+FILES = ("OCRBench.tsv",)
+MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
+PROCESSOR = choice.PIXELS
+INSTRUCTION = "\nPlease try to answer the question with short words or phrases if possible."
+FORMULA = "Handwritten Mathematical Expression Recognition"
+RECOGNITION = (
+    "Regular Text Recognition",
+    "Irregular Text Recognition",
+    "Artistic Text Recognition",
+    "Handwriting Recognition",
+    "Digit String Recognition",
+    "Non-Semantic Text Recognition",
+)
+ORDER = (*RECOGNITION, "Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", FORMULA)
+
+
+def load(path: str | Path) -> list[Row]:
+    """Rows of the TSV. Errors say what to download.
+
+    Raises:
+        ValueError: an answer that is not a list of texts.
+    """
+    rows = load_rows(locate(path, FILES, DOWNLOAD)[0], ["answer", "category"], DOWNLOAD)
+    for row in rows:
+        accepted(row)
+    return rows
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Picture, question, and VLMEvalKit's request for a short answer."""
+    return choice.sample(row, row.question + INSTRUCTION, source=NAME, thinking=thinking)
+
+
+def accepted(row: Row) -> list[str]:
+    """The texts that count, of an answer cell like "['CENTRE', 'center']". Raises ValueError for anything else."""
+    try:
+        value = ast.literal_eval(row.answer)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{NAME}, row {row.id}: answer {row.answer[:80]!r} is not a list of texts. {DOWNLOAD}"
+        ) from error
+    return [str(text) for text in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def is_right(prediction: str, answers: Sequence[str], category: str) -> bool:
+    """Containment after folding: formulas without any blanks, all else in lower case with line feeds as blanks."""
+    if category == FORMULA:
+        folded = prediction.strip().replace("\n", " ").replace(" ", "")
+        return any(a.strip().replace("\n", " ").replace(" ", "") in folded for a in answers)
+    folded = prediction.lower().strip().replace("\n", " ")
+    return any(a.lower().strip().replace("\n", " ") in folded for a in answers)
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+) -> Report:
+    """Share of right answers, each of the ten categories, and text recognition (the first six together)."""
+    texts, reasons = align(rows, predictions, failures)
+    final = [choice.final_answer(text, thinking) for text in texts]
+    hits = [is_right(text, accepted(row), row.category) for text, row in zip(final, rows, strict=True)]
+    lines, clusters = scored(rows, texts, final, hits, reasons), clusters_of(rows)
+    part = [i for i, line in enumerate(lines) if line.category in RECOGNITION]
+    others = [mean_score("Text Recognition", [lines[i] for i in part], [clusters[i] for i in part])] if part else []
+    return Report(
+        benchmark=NAME,
+        protocol="an accepted text occurs in the answer" + (choice.THINKING_NOTE if thinking else ""),
+        overall=mean_score("overall", lines, clusters, paper("main", "OCRB")),
+        categories=by_category(lines, clusters, order=ORDER),
+        others=tuple(others),
+        rows=lines,
+        source=paper_source() + " (score of 1,000 divided by ten)",
+    )

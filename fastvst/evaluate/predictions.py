@@ -1,0 +1,98 @@
+"""Predictions on disk: JSON lines {"id", "prediction", "failed", "tokens"}, appended as they are made, read to go on or
+to score. Files of other programs are read too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvst.evaluate.files import Row
+
+IDS = ("id", "index", "uid", "question_id", "idx")
+TEXTS = ("prediction", "response", "predictions_raw", "answer_text", "output")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer. `failed` is the reason why there is none ("" otherwise); `tokens` is the length of the answer."""
+
+    id: str
+    prediction: str | None
+    failed: str = ""
+    tokens: int = 0
+
+
+def append(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Add lines at the end; each is whole once this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line without its line feed: the run was stopped while it was written."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+
+
+def read(path: Path) -> list[Prediction]:
+    """Predictions of a JSON-lines file or a JSON list of objects; ids and texts under any of IDS and TEXTS.
+
+    Raises:
+        ValueError: a line that is not JSON, or has no id or no text.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        cells = json.loads(text) if text.lstrip().startswith("[") else None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if cells is None:
+        cells = []
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): answers may hold U+2028
+            if line.strip():
+                try:
+                    cells.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return [_prediction(cell, f"{path}, entry {number}") for number, cell in enumerate(cells)]
+
+
+def _prediction(cell: Any, where: str) -> Prediction:
+    identifier = next((cell[k] for k in IDS if k in cell), None) if isinstance(cell, dict) else None
+    key = next((k for k in TEXTS if k in cell), None) if isinstance(cell, dict) else None
+    if identifier is None or key is None:
+        keys = sorted(cell) if isinstance(cell, dict) else type(cell).__name__
+        raise ValueError(f"{where} has {keys}; expected an id ({', '.join(IDS)}) and a text ({', '.join(TEXTS)})")
+    text = cell[key]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: {key} is a {type(text).__name__}; expected a text, or null for a failed question")
+    return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(cell.get("tokens") or 0))
+
+
+def for_rows(rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[list[str | None], dict[str, str]]:
+    """One text (or None) for each row, and id -> reason of the rows without one; the last of equal ids is taken.
+
+    Raises:
+        ValueError: ids that no row has: the predictions are of another benchmark or version.
+    """
+    known = {row.id for row in rows}
+    strange = [p.id for p in predictions if p.id not in known]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} of {len(predictions)} predictions have ids that no question has, e.g. {strange[:3]}; "
+            f"questions have ids like {[row.id for row in rows[:3]]}. Predictions and data are of different versions"
+        )
+    found = {p.id: p for p in predictions}
+    texts = [found[row.id].prediction if row.id in found else None for row in rows]
+    reasons = {
+        row.id: (found[row.id].failed if row.id in found else "") or "no prediction in the file"
+        for row, text in zip(rows, texts, strict=True)
+        if text is None or found[row.id].failed
+    }
+    return texts, reasons

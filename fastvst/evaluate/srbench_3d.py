@@ -1,0 +1,78 @@
+"""3DSRBench: 3D spatial reasoning with flipped pictures and rotated options; four accuracies.
+
+`qid` is eight characters for a question, followed by "-flip" for its mirrored copy and by a rotation suffix. Vanilla:
+every row by itself (the scale of the paper's table). Flip, circular, both: a question counts only if all of its
+mirrored, rotated, or mirrored and rotated copies are right (VLMEvalKit's 3DSRBench).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice
+from fastvst.evaluate.files import Row
+from fastvst.evaluate.report import Report, Score, Scored, by_category, mean_score, paper, paper_source
+
+NAME = "3DSRBench"
+DOWNLOAD = (
+    "Download 3DSRBench.tsv (VLMEvalKit) or 3dsrbench_v1_vlmevalkit_circular.tsv (data set ccvl/3DSRBench) and pass "
+    "the file or its folder as the data path."
+)
+FILES = ("3DSRBench.tsv", "3dsrbench_v1_vlmevalkit_circular.tsv", "3dsrbench_v1_vlmevalkit.tsv")
+MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
+PROCESSOR = choice.PIXELS
+QUESTION, FLIP = 8, "-flip"
+# Setting -> the key that copies of one question share (lengths as VLMEvalKit cuts them).
+KEYS: dict[str, Callable[[str], str]] = {
+    "flip": lambda qid: qid.replace(FLIP, ""),
+    "circular": lambda qid: qid[: QUESTION + len(FLIP)] if FLIP in qid else qid[:QUESTION],
+    "flip and circular": lambda qid: qid[:QUESTION],
+}
+
+
+def load(path: str | Path) -> list[Row]:
+    """Rows of the TSV; the bootstrap draws questions with all of their copies. Errors say what to download."""
+    rows = choice.read(path, FILES, ["qid", "category"], DOWNLOAD)
+    for row in rows:
+        if len(row.fields.get("qid", "")) < QUESTION:
+            raise ValueError(f"{path}, row {row.id}: qid {row.fields.get('qid')!r}; expected eight characters or more")
+    return [dataclasses.replace(row, scene=row.fields["qid"][:QUESTION]) for row in rows]
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Picture, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+    return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+) -> Report:
+    """Vanilla accuracy, and the three stricter ones beside it."""
+    lines = choice.judge(rows, predictions, thinking=thinking, failures=failures)
+    clusters = [row.scene or row.id for row in rows]
+    qids = [row.fields["qid"] for row in rows]
+    return Report(
+        benchmark=NAME,
+        protocol="vanilla accuracy over all copies; letter by VLMEvalKit's rules (no language model)"
+        + (choice.THINKING_NOTE if thinking else ""),
+        overall=mean_score("overall", lines, clusters, paper("main", "3DSR")),
+        categories=by_category(lines, clusters),
+        others=tuple(_strict(name, lines, qids, key) for name, key in KEYS.items()),
+        rows=lines,
+        source=paper_source() + " (on the scale of vanilla accuracy)",
+    )
+
+
+def _strict(name: str, lines: Sequence[Scored], qids: Sequence[str], key: Callable[[str], str]) -> Score:
+    groups: dict[str, list[Scored]] = {}
+    for qid, line in zip(qids, lines, strict=True):
+        groups.setdefault(key(qid), []).append(line)
+    merged = [dataclasses.replace(g[0], score=min(line.score for line in g)) for g in groups.values()]
+    return mean_score(name, merged, [k[:QUESTION] for k in groups])

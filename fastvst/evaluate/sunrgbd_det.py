@@ -1,0 +1,224 @@
+"""SUN RGB-D monocular 3D detection, AP@15 with the Omni3D protocol as VST's evaluator runs it (vst-spec section 4.5).
+
+Two published files (rayruiyang/vst_3d_grounding_benchmark): ground truth `*metaqa*.json` (uid, image_path, width,
+height, category, camera_intrinsics, answer: boxes of nine numbers with angles in degrees) and prompts
+`*prompt*.json` (uid or id, image_path, question). One question names one category that is present in one picture; each
+is an image of its own to the evaluator. Predicted angles are fractions of 180 degrees. The ARKitScenes pair of the
+same data set has the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice
+from fastvst.evaluate.average_precision import DEPTHS, THRESHOLDS, Matches, Question, average_precision, match, pool
+from fastvst.evaluate.files import Row, check_unique, locate, read_json
+from fastvst.evaluate.report import Report, Score, align, paper, paper_source, scored
+from fastvst.evaluate.statistics import Interval
+from fastvst.spatial.boxes import corners, iou_3d, parse_boxes
+from fastvst.spatial.prompts import detection_prompt
+
+NAME = "SUN RGB-D 3D detection"
+DOWNLOAD = (
+    "Download the ground truth (*metaqa*.json) and the prompts (*prompt*.json) of the data set "
+    "rayruiyang/vst_3d_grounding_benchmark into one folder, put the pictures below it at the paths that the files "
+    "name, and pass that folder as the data path."
+)
+TRUTH, PROMPTS = ("*metaqa*.json", "annotations/*metaqa*.json"), ("*prompt*.json", "annotations/*prompt*.json")
+FIELDS = ("uid", "image_path", "width", "height", "category", "camera_intrinsics", "answer")
+MAX_NEW_TOKENS = 1024
+PROCESSOR = {"enable_fov": True, "fov_base_width": 960.0}
+HEIGHT_LIMIT = 10.5  # ground truth whose projection is this many picture heights tall is ignored
+FACE_AREA = 1e-8  # square metres; a predicted box with a smaller triangle on a face has IoU 0
+AT = 2  # index of IoU 0.15 in THRESHOLDS
+DRAWS = 200  # of the bootstrap; each is a whole evaluation of every category
+
+
+def load(path: str | Path) -> list[Row]:
+    """Questions in the order of the ground-truth file, which the result depends on.
+
+    `path` is the folder, or the ground-truth file alone; without a prompt file the prompt is built from the intrinsics.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing, what to download and where to put it; a box that is not nine
+            numbers; a prompt whose uid the ground truth lacks, or the other way round.
+    """
+    truth = locate(path, TRUTH, DOWNLOAD)[0]
+    table = read_json(truth, FIELDS, DOWNLOAD)
+    folder = truth.parent.parent if truth.parent.name == "annotations" else truth.parent
+    prompts = _prompts(Path(path), truth)
+    rows = []
+    for cell in table:
+        uid = str(cell["uid"])
+        boxes = np.asarray(cell["answer"], dtype=np.float64).reshape(-1, 9) if _is_boxes(cell["answer"]) else None
+        if boxes is None:
+            raise ValueError(
+                f"{truth}, uid {uid}: answer {str(cell['answer'])[:80]} is not a list of nine numbers each"
+            )
+        if prompts is not None and uid not in prompts:
+            raise ValueError(
+                f"{truth}, uid {uid}: the prompt file has no such uid; the two files are of different versions"
+            )
+        intrinsics = {k: float(cell["camera_intrinsics"][k]) for k in ("fx", "fy", "cx", "cy")}
+        width, height = int(cell["width"]), int(cell["height"])
+        question = f"Detect the 3D bounding boxes of {cell['category']}"
+        text = prompts[uid] if prompts is not None else detection_prompt(question, width, height, **intrinsics)
+        rows.append(
+            Row(
+                id=uid,
+                question=text,
+                answer=f"{len(boxes)} boxes",
+                category=str(cell["category"]),
+                images=(folder / cell["image_path"],),
+                scene=str(cell["image_path"]),
+                fields={"boxes": boxes, "height": height, "intrinsics": intrinsics},
+            )
+        )
+    return check_unique(rows, truth)
+
+
+def _is_boxes(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(box, list) and len(box) == 9 for box in value)
+
+
+def _prompts(path: Path, truth: Path) -> dict[str, str] | None:
+    """uid -> question of the prompt file, None where only the ground truth was given."""
+    if path.is_file():
+        return None
+    table = read_json(locate(path, PROMPTS, DOWNLOAD)[0], ["question"], DOWNLOAD)
+    return {str(cell.get("question_id") or cell.get("id") or cell.get("uid")): cell["question"] for cell in table}
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Picture and the stored prompt. The kind "bbox_3d" makes the processor unify the field of view (960 px, 69.16
+    degrees). VST evaluates detection without thinking; with `thinking` the answer is taken after `</think>`."""
+    return choice.sample(row, row.question, source=NAME, thinking=thinking, kind="bbox_3d")
+
+
+def is_ignored(boxes: np.ndarray, intrinsics: Mapping[str, float], height: int) -> np.ndarray:
+    """(G,) bool: ground truth with a size <= 0, or whose eight projected corners span >= 10.5 picture heights.
+
+    Corners behind the camera are projected like any other, as upstream. boxes (G, 9) metres and degrees.
+    """
+    if len(boxes) == 0:
+        return np.zeros(0, dtype=bool)
+    points = corners(boxes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows = intrinsics["fy"] * points[..., 1] / points[..., 2] + intrinsics["cy"]
+    tall = rows.max(1) - rows.min(1) >= HEIGHT_LIMIT * height
+    return (boxes[:, 3:6] <= 0).any(1) | tall
+
+
+def overlaps(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(D, G) exact IoU. A predicted size counts by its absolute value; boxes with a face triangle of at most 1e-8
+    square metres have IoU 0."""
+    boxes = predicted.copy()
+    boxes[:, 3:6] = np.abs(boxes[:, 3:6])
+    x, y, z = boxes[:, 3:6].T
+    flat = np.minimum(np.minimum(x * y, y * z), x * z) / 2 <= FACE_AREA
+    iou = iou_3d(boxes, truth)
+    iou[flat] = 0.0
+    return iou
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+) -> Report:
+    """AP@15 as the mean over categories, and AP25, AP50, AP (mean of all thresholds), near, medium and far.
+
+    An answer that cannot be parsed has no boxes. A question's own score is the F1 of its boxes at IoU 0.15; it is only
+    for finding errors. Intervals draw pictures with all of their questions.
+    """
+    texts, reasons = align(rows, predictions, failures)
+    boxes = [
+        parse_boxes("" if r.id in reasons else choice.final_answer(t, thinking))[0]
+        for r, t in zip(rows, texts, strict=True)
+    ]
+    questions = [
+        Question(
+            overlaps(found, row.fields["boxes"]),
+            found[:, 2],
+            row.fields["boxes"][:, 2],
+            is_ignored(row.fields["boxes"], row.fields["intrinsics"], row.fields["height"]),
+        )
+        for row, found in zip(rows, boxes, strict=True)
+    ]
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row.category, []).append(i)
+    matches = {label: [match(q, depth) for q in questions] for label, depth in DEPTHS.items()}
+    f1 = [_f1(m) for m in matches["all"]]
+    lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
+    pictures = [row.scene for row in rows]
+    whole = _table(matches["all"], members, pictures)
+    tables = {
+        label: whole if _same(found, matches["all"]) else _table(found, members, pictures)
+        for label, found in matches.items()
+    }
+    if not whole:
+        raise ValueError(
+            f"{NAME}: no ground truth counts in these {len(rows)} questions; the file is not the right one"
+        )
+    others = [Score(f"AP{cut}", len(rows), _mean(whole, k)) for cut, k in ((25, 4), (50, 9))]
+    others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), _mean(whole)))
+    others += [
+        Score(f"AP {label}", len(rows), _mean(tables[label])) for label in ("near", "medium", "far") if tables[label]
+    ]
+    return Report(
+        benchmark=NAME,
+        protocol="Omni3D evaluation as VST runs it: one image a question, score 1.0 for every box, AP at IoU 0.15 over "
+        f"{len(whole)} categories, exact oriented IoU" + (choice.THINKING_NOTE if thinking else ""),
+        overall=Score("AP15", len(rows), _mean(whole, AT), paper("sunrgbd", "AP15")),
+        categories=tuple(Score(n, len(members[n]), _mean({n: whole[n]}, AT)) for n in sorted(whole)),
+        others=tuple(others),
+        rows=lines,
+        source=paper_source() + " (AP@15, Total3D version of the val split)",
+    )
+
+
+def _f1(found: Matches) -> float:
+    hits = int((found.hit[AT] & ~found.skipped[AT]).sum())
+    total = int((~found.skipped[AT]).sum()) + found.positives
+    return 2.0 * hits / total if total else 1.0
+
+
+def _same(a: Sequence[Matches], b: Sequence[Matches]) -> bool:
+    """Equal results, as of "near" and "all" where nothing is further than 10 m: not computed twice."""
+    return all(x.positives == y.positives and np.array_equal(x.skipped, y.skipped) for x, y in zip(a, b, strict=True))
+
+
+def _table(
+    matches: Sequence[Matches], members: Mapping[str, Sequence[int]], pictures: Sequence[str], seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Category -> (1 + DRAWS, T) average precision: of the data, then of each bootstrap draw of whole pictures (the
+    order stays); nan in a draw without ground truth. Categories without any ground truth are left out."""
+    names, inverse = np.unique(pictures, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    times = np.stack([np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names)) for _ in range(DRAWS)])
+    table = {}
+    for name, chosen in members.items():
+        category = pool([matches[i] for i in chosen])
+        value = average_precision(category)
+        if value is not None:
+            drawn = [average_precision(category, row) for row in times[:, inverse[list(chosen)]]]
+            table[name] = np.stack([value, *(np.full(len(THRESHOLDS), np.nan) if d is None else d for d in drawn)])
+    return table
+
+
+def _mean(table: Mapping[str, np.ndarray], threshold: int | None = None) -> Interval:
+    """Mean over categories at one threshold, or at all, with its percentile interval."""
+    values = np.stack(list(table.values()))
+    values = values.mean(-1) if threshold is None else values[..., threshold]
+    present = ~np.isnan(values)
+    means = np.where(present, values, 0.0).sum(0) / np.maximum(present.sum(0), 1)
+    low, high = np.percentile(means[1:][present[:, 1:].any(0)], [2.5, 97.5])
+    return Interval(float(means[0]), float(low), float(high))

@@ -1,0 +1,231 @@
+"""VSI-Bench: 5,130 questions about 288 videos of rooms; accuracy for choices, mean relative accuracy for numbers.
+
+Files as published (nyu-visionx/VSI-Bench): test.jsonl or test-*.parquet, and the videos unpacked beside it, as
+<dataset>/<scene_name>.mp4. Scoring: thinking-in-space, as VST's own script has it (vst-spec section 4.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.evaluate import choice, easi
+from fastvst.evaluate.files import Row, check_unique, locate, read_json, read_parquet
+from fastvst.evaluate.report import (
+    Report,
+    Score,
+    align,
+    clusters_of,
+    grouped_mean,
+    mean_score,
+    paper,
+    paper_source,
+    scored,
+)
+
+NAME = "VSI-Bench"
+DOWNLOAD = (
+    "Download test.jsonl (or test-00000-of-00001.parquet), arkitscenes.zip, scannet.zip and scannetpp.zip of the data "
+    "set nyu-visionx/VSI-Bench into one folder, unzip them there, and pass that folder as the data path."
+)
+FILES = ("test.jsonl", "test-*.parquet", "test*.parquet", "data/test-*.parquet")
+COLUMNS = ("id", "dataset", "scene_name", "question_type", "question", "ground_truth", "options")
+DIRECTIONS = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard")
+CHOICES = (*DIRECTIONS, "object_rel_distance", "route_planning", "obj_appearance_order")
+NUMBERS = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
+# Our category -> its question types and the paper's column; in the order of the paper's table.
+CATEGORIES = {
+    "object_counting": (("object_counting",), "Count"),
+    "object_abs_distance": (("object_abs_distance",), "AbsDist"),
+    "object_size_estimation": (("object_size_estimation",), "ObjSize"),
+    "room_size_estimation": (("room_size_estimation",), "RoomSize"),
+    "object_rel_distance": (("object_rel_distance",), "RelDist"),
+    "object_rel_direction": (DIRECTIONS, "RelDir"),
+    "route_planning": (("route_planning",), "Route"),
+    "obj_appearance_order": (("obj_appearance_order",), "Order"),
+}
+BEFORE = "These are frames of a video."
+AFTER_CHOICE = "Answer with the option's letter from the given choices directly."
+AFTER_NUMBER = "Please answer the question using a single word or phrase."
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+# Of VST's script: 4 frames a second, 8192 merged patches for a video (0.8 x 10240), at least 16 for a frame.
+MAX_NEW_TOKENS = 256
+PROCESSOR = {"fps": 4.0, "video_min_pixels": 16 * 28 * 28, "max_seq_len": 10240}
+
+
+def load(path: str | Path) -> list[Row]:
+    """Questions of the folder (or of the file). Videos are looked for when a model is asked, not here.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing, what to download and where to put it; an unknown question type.
+    """
+    rows = []
+    for file in locate(path, FILES, DOWNLOAD):
+        table = (
+            read_parquet(file, COLUMNS, DOWNLOAD) if file.suffix == ".parquet" else read_json(file, COLUMNS, DOWNLOAD)
+        )
+        for cell in table:
+            if cell["question_type"] not in CHOICES + NUMBERS:
+                raise ValueError(
+                    f"{file}, question {cell['id']}: unknown question_type {cell['question_type']!r}; "
+                    f"expected one of {', '.join(CHOICES + NUMBERS)}"
+                )
+            scene = f"{cell['dataset']}/{cell['scene_name']}"
+            rows.append(
+                Row(
+                    id=str(cell["id"]),
+                    question=cell["question"],
+                    answer=str(cell["ground_truth"]),
+                    category=cell["question_type"],
+                    video=file.parent / f"{scene}.mp4",
+                    scene=scene,
+                    fields={"options": list(cell["options"] or [])},
+                )
+            )
+    return check_unique(rows, path)
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """Video, then the official text: introduction, question, options of a choice, instruction."""
+    lines = [BEFORE, row.question]
+    if row.category in CHOICES:
+        lines += ["Options:", *row.fields["options"], AFTER_CHOICE]
+    else:
+        lines.append(AFTER_NUMBER)
+    return choice.sample(row, "\n".join(lines), source=NAME, thinking=thinking)
+
+
+def mean_relative_accuracy(given: float | None, truth: float) -> float:
+    """Share of the thresholds 0.50, 0.55, ... 0.95 at which |given - truth| / truth <= 1 - threshold; 0 for None.
+
+    5 for 4 is 0.6, 0.9 for 1 is 0.9. A truth of 0 (none is published) counts exact answers only.
+    """
+    if given is None:
+        return 0.0
+    if truth == 0:
+        return float(given == 0)
+    return float((abs(given - truth) / truth <= 1 - THRESHOLDS).mean())
+
+
+def first_word(text: str) -> str:
+    """Text up to the first blank, without a closing dot. A leading blank gives "": as upstream."""
+    return text.split(" ")[0].rstrip(".").strip()
+
+
+def first_word_number(text: str) -> float | None:
+    """The first word as Python reads a float ("four" and "There are 4" are None)."""
+    try:
+        return float(first_word(text))
+    except ValueError:
+        return None
+
+
+_DIGITS = re.compile(r"-?\d+(?:\.\d+)?")
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_VALUES = {word: value for value, word in enumerate(_SMALL.split())}
+_VALUES |= {
+    w: 10 * i for i, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
+}
+_VALUES |= {"hundred": 100, "thousand": 1000}
+
+
+def first_number(text: str) -> float | None:
+    """The first number anywhere, in digits or in English words ("twenty-one", "three hundred and two")."""
+    lowered = text.strip().lower()
+    digits = _DIGITS.search(lowered)
+    start, run = -1, []
+    for match in re.finditer(r"[a-z]+", lowered):
+        word = match[0]
+        if word in _VALUES:
+            start = match.start() if start < 0 else start
+            run.append(_VALUES[word])
+        elif run and word != "and":
+            break
+    if digits and (start < 0 or digits.start() < start):
+        return float(digits[0])
+    if start < 0:
+        return None
+    total = current = 0
+    for value in run:
+        if value == 1000:
+            total, current = total + max(current, 1) * 1000, 0
+        elif value == 100:
+            current = max(current, 1) * 100
+        else:
+            current += value
+    return float(total + current)
+
+
+# How an answer is read: (letter, number). "original" is the authors' and VST's; the others are what two tools do today.
+EXTRACTIONS: dict[str, tuple[Callable[[str], str], Callable[[str], float | None]]] = {
+    "original": (first_word, first_word_number),
+    "lmms_eval": (first_word, first_number),
+    "easi": (easi.option, easi.number),
+}
+
+
+def score(
+    rows: Sequence[Row],
+    predictions: Sequence[str | None],
+    *,
+    thinking: bool = False,
+    failures: Mapping[str, str] | None = None,
+    extraction: str = "original",
+) -> Report:
+    """Mean of the eight categories (the three direction types are averaged first), each with an interval by scene.
+
+    Raises:
+        ValueError: an unknown `extraction`, or not one prediction for each row.
+    """
+    if extraction not in EXTRACTIONS:
+        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
+    letter, number = EXTRACTIONS[extraction]
+    texts, reasons = align(rows, predictions, failures)
+    extracted, scores = [], []
+    for row, text in zip(rows, texts, strict=True):
+        final = choice.final_answer(text, thinking)
+        if row.category in CHOICES:
+            extracted.append(letter(final))
+            scores.append(float(extracted[-1].lower() == row.answer.lower()))
+        else:
+            value = number(final)
+            extracted.append("" if value is None else str(value))
+            scores.append(mean_relative_accuracy(value, float(row.answer)))
+    lines, clusters = scored(rows, texts, extracted, scores, reasons), clusters_of(rows)
+    values = [line.score for line in lines]
+    members = {kind: [i for i, row in enumerate(rows) if row.category == kind] for kind in CHOICES + NUMBERS}
+    every, categories = [], []
+    for name, (kinds, column) in CATEGORIES.items():
+        present = [members[kind] for kind in kinds if members[kind]]
+        if present:
+            groups = [(1.0 / len(present), group) for group in present]
+            every += groups
+            used = sorted(i for group in present for i in group)
+            place = {i: k for k, i in enumerate(used)}
+            mean = grouped_mean(
+                [values[i] for i in used],
+                [clusters[i] for i in used],
+                [(weight, [place[i] for i in group]) for weight, group in groups],
+            )
+            categories.append(Score(name, len(used), mean, paper("vsi", column)))
+    parts = [(kind, members[kind]) for kind in DIRECTIONS if members[kind]]
+    missing = len(CATEGORIES) - len(categories)
+    return Report(
+        benchmark=NAME,
+        protocol=f"{extraction} extraction; mean of {len(categories)} categories"
+        + (f" ({missing} of {len(CATEGORIES)} do not occur in these rows)" if missing else "")
+        + "; intervals by scene"
+        + (choice.THINKING_NOTE if thinking else ""),
+        overall=Score("overall", len(rows), grouped_mean(values, clusters, every), paper("vsi", "Avg")),
+        categories=tuple(categories),
+        others=tuple(mean_score(k, [lines[i] for i in g], [clusters[i] for i in g]) for k, g in parts),
+        rows=lines,
+        source=paper_source(),
+    )

@@ -1,0 +1,201 @@
+"""Generation over rows, predictions on disk, and the command, with a tiny untrained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmark_files import mcq, png, write_jsonl, write_tsv
+from fastvst.data.encode import Processor
+from fastvst.evaluate import command, mmstar, predictions, run, vsi_bench
+from fastvst.evaluate.files import Row
+from fastvst.evaluate.predictions import Prediction
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout.greedy import greedy
+
+OPTIONS = {"A": "left", "B": "right"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen25VL:
+    torch.manual_seed(0)
+    return Qwen25VL(ModelConfig.preset("tiny"))
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.preset("tiny", min_pixels=56 * 56, max_pixels=56 * 56)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    return mmstar.load(write_tsv(tmp_path / "MMStar.tsv", mcq(7, OPTIONS)))
+
+
+def test_answers_are_those_of_greedy_one_by_one(
+    model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
+) -> None:
+    path, lines = tmp_path / "out" / "p.jsonl", []
+    speed = run.answer(model, processor, rows, mmstar.prompt, path, max_new_tokens=4, batch_size=3, log=lines.append)
+    found = {p.id: p.prediction for p in predictions.read(path)}
+    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
+    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
+    for row in rows:
+        alone = processor.encode(mmstar.prompt(row), add_generation_prompt=True)
+        (ids,) = greedy(model, [alone], max_new_tokens=4, stop_token_ids=stop, forbidden_token_ids=pads)
+        assert found[row.id] == processor.decode(ids)
+    assert speed.questions == 7 and speed.failed == 0 and lines[-1].startswith("7/7 questions")
+
+
+def test_goes_on_after_a_torn_line(model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    predictions.append(path, [Prediction(rows[0].id, "kept"), Prediction(rows[2].id, "kept")])
+    with open(path, "a") as file:
+        file.write('{"id": "3", "predic')
+    speed = run.answer(model, processor, rows, mmstar.prompt, path, max_new_tokens=2)
+    made = predictions.read(path)
+    assert speed.questions == 5 and sorted(p.id for p in made) == [row.id for row in rows]
+    assert [p.prediction for p in made[:2]] == ["kept", "kept"]
+
+
+def test_a_broken_picture_is_a_named_failure(
+    model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
+) -> None:
+    broken = [*rows[:2], Row("bad", "?", "A", "near", images=(b"not a picture",), options=OPTIONS)]
+    run.answer(model, processor, broken, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=2)
+    texts, failures = predictions.for_rows(broken, predictions.read(tmp_path / "p.jsonl"))
+    report = mmstar.score(broken, texts, failures=failures)
+    assert texts[2] is None and failures["bad"].startswith("broken_image")
+    assert [line.id for line in report.failed] == ["bad"] and report.overall.questions == 3
+
+
+def test_rows_about_the_same_picture_are_neighbours() -> None:
+    one, two = png(1), png(2)
+    made = [Row(str(i), "?", "A", "", images=(one if i % 2 else two,)) for i in range(4)] + [Row("t", "?", "A", "")]
+    assert [row.id for row in run.in_order_of_media(made)] == ["0", "2", "1", "3", "t"]
+
+
+def test_decoded_pictures_and_videos_encode_to_the_same_tensors(processor: Processor, tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="writing a video needs PyAV")
+    path = tmp_path / "scannet" / "scene.mp4"
+    path.parent.mkdir()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 96, 64
+        for i in range(37):
+            picture = np.full((64, 96, 3), i * 6, dtype=np.uint8)
+            picture[:, : 2 * i] = 255 - i
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    small = Processor.preset("tiny", fps=4.0, video_min_pixels=28 * 28, video_max_pixels=56 * 56, max_pixels=56 * 56)
+    with_video = Row("v", "How many?", "3", "object_counting", video=path)
+    with_picture = Row("p", "Which?", "A", "", images=(png(3, (200, 100)),), options=OPTIONS)
+    for row, prompt in ((with_video, vsi_bench.prompt), (with_picture, mmstar.prompt)):
+        sample = prompt(row)
+        shared = run._with_decoded(sample, {}, small)
+        assert shared.messages != sample.messages
+        ours, theirs = (small.encode(s, add_generation_prompt=True) for s in (shared, sample))
+        for name in ("tokens", "positions", "patches", "grid"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_command_answers_scores_and_writes(
+    model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path, capsys
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "run"
+    model.save_pretrained(folder, processor=processor)
+    words = [
+        "mmstar",
+        "--model",
+        str(folder),
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "3",
+        "--pixels",
+        "model",
+    ]
+    report = command.run(arguments(*words))
+    results = json.loads((out / "results.json").read_text())
+    assert results["questions"] == 7 and len(results["rows"]) == 7 and "VST-7B-RL (paper)" in capsys.readouterr().out
+    page = (out / "errors.html").read_text()
+    assert page.count("<img") >= 1 and "MMStar: errors" in page
+    again = command.run(arguments(*words))
+    assert again == report, "the second run answers nothing new"
+    files = [str(p) for p in out.glob("predictions*.jsonl")]
+    assert command.run(arguments("score", "mmstar", "--data", str(tmp_path), "--predictions", *files)) == report
+    with pytest.raises(ValueError, match="holds predictions of another run .thinking: False, now True"):
+        command.run(arguments(*words, "--thinking"))
+
+
+@pytest.mark.slow
+def test_two_devices_share_the_questions(
+    model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, processor=processor)
+    words = ["mmstar", "--model", str(folder), "--data", str(tmp_path), "--max-new-tokens", "3", "--pixels", "model"]
+    one = command.run(arguments(*words, "--out", str(tmp_path / "one")))
+    two = command.run(arguments(*words, "--out", str(tmp_path / "two"), "--devices", "cpu", "cpu"))
+    assert one == two and len(list((tmp_path / "two").glob("predictions-*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense", "--data", "x"], "expected BENCH or score BENCH"),
+        (["score", "mmstar", "--data", "."], "needs --predictions"),
+        (["mmstar", "--data", "."], "needs --model DIR and --out DIR"),
+        (["vsi-bench", "--data", ".", "--model", "m", "--out", "o"], "arkitscenes.zip"),
+    ],
+)
+def test_command_says_what_is_missing(
+    words: list[str], message: str, tmp_path: Path, rows: list[Row], monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(
+        tmp_path / "test.jsonl",
+        [
+            {
+                "id": 0,
+                "dataset": "scannet",
+                "scene_name": "s",
+                "question_type": "object_counting",
+                "question": "?",
+                "ground_truth": "3",
+                "options": None,
+            }
+        ],
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        command.run(arguments(*words))
+
+
+def test_predictions_of_other_programs(rows: list[Row], tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"index": int(r.id), "response": f"{r.answer}\u2028"} for r in rows[:6]])
+    texts, failures = predictions.for_rows(rows, predictions.read(path))
+    assert (
+        texts[6] is None
+        and failures == {rows[6].id: "no prediction in the file"}
+        and texts[0] == f"{rows[0].answer}\u2028"
+    )
+    with pytest.raises(ValueError, match="ids that no question has, e.g. \\['77'\\]"):
+        predictions.for_rows(rows, [Prediction("77", "A")])
+    (tmp_path / "p.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match="entry 0 has .*expected an id"):
+        predictions.read(path)
