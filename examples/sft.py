@@ -81,7 +81,7 @@ class RoomsOptions:
     """
 
     samples: int = 2000
-    heldout: int = 400
+    heldout: int = 600
     seed: int = 0
     workers: int = 2
     folder: str | None = None

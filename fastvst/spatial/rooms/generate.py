@@ -37,7 +37,7 @@ from fastvst.spatial.rooms.render import Renderer, open_renderer
 from fastvst.spatial.rooms.shoot import ShotConfig, shoot
 from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
 
-GENERATOR_VERSION = 4  # raise it when the same seed gives other rows: caches are keyed by it
+GENERATOR_VERSION = 5  # raise it when the same seed gives other rows: caches are keyed by it
 ROWS_PER_FILE = 500
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 SPLITS = {"train": 0, "heldout": 1 << 40}

@@ -117,7 +117,8 @@ def _two_points(
     if chosen is None:
         return None
     image = canvas(view)
-    colours = choose(rng, ("red", "green", "blue"), 2)
+    # Every colour takes part: with three of them a model loses little by not reading the question, and does not learn to.
+    colours = choose(rng, tuple(draw.COLOURS), 2)
     for s, colour in zip(chosen, colours, strict=True):
         draw.dot(image, s.point, colour)
     near = rng.uniform() < 0.75

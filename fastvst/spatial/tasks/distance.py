@@ -58,7 +58,8 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     easy = rng.uniform() < config.easy
     form = "colour" if easy else pick(rng, ("short", "working"))
     # the plain form keeps one colour for the anchor, so that only the two candidates change
-    colours = ["yellow", *choose(rng, ("red", "green", "blue"), 2)] if easy else choose(rng, tuple(draw.COLOURS), 3)
+    others = tuple(c for c in draw.COLOURS if c != "yellow")
+    colours = ["yellow", *choose(rng, others, 2)] if easy else choose(rng, tuple(draw.COLOURS), 3)
     image = canvas(view)
     for s, colour in zip(chosen, colours, strict=True):
         draw.box_2d(image, s.box_2d, colour)
