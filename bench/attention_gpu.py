@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from attention_cases import CASES, Case
 from fastvst_kernels import packed_attention
 from fastvst_kernels.prepare import prepare
-from torch import Tensor
-from torch.nn import functional as F
 
 Contender = Callable[[], Tensor]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attention_gpu import machine, milliseconds
 
+from attention_gpu import machine, milliseconds
 from fastvst.data.batch import Cost, EncodedSample, PackedBatch, pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import sample_flops

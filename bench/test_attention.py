@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from attention_cases import CASES, CPU_GROUPS, Case
 from fastvst_kernels import packed_attention
 from timing import interleaved

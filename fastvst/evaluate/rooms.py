@@ -163,7 +163,8 @@ def summarise(
 ) -> RoomResults:
     """Scores, intervals and baselines for each task. No model is involved."""
     rng = np.random.default_rng(seed)
-    tasks, kept = [], []
+    tasks: list[TaskScore] = []
+    kept: list[Example] = []
     names = sorted({q.task for q in held_out})
     for name in names:
         rows = [i for i, q in enumerate(held_out) if q.task == name]

@@ -8,18 +8,28 @@ been one sequence, while the prompt is computed once.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvst_kernels.segments import Job, plan, rows_of, take
+from fastvst_kernels.attention_cpu import attention_reference
+from fastvst_kernels.attention_op import attention_op, tile
+from fastvst_kernels.prepare import AttentionPlan, prepare
+from fastvst_kernels.segments import plan as host_plan
+from fastvst_kernels.segments import rows_of, take
 from fastvst_kernels.validate import check_attention_inputs, check_attention_values
 
+__all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
+
 logger = logging.getLogger("fastvst_kernels")
-BACKENDS = ("auto", "torch", "reference", "triton", "flash")
+BACKENDS = ("auto", "triton", "flash", "torch", "reference")
+HALF = (torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
 
 
 def packed_attention(
@@ -35,24 +45,29 @@ def packed_attention(
     backend: str = "auto",
     return_lse: bool = False,
     validate: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    plan: AttentionPlan | None = None,
+) -> Any:
     """Softmax attention of every sequence of a packed row to itself.
 
     Args:
         q: (T, Hq, D); k, v: (T, Hkv, D), Hq a multiple of Hkv: query head i reads KV head `i // (Hq / Hkv)`.
-            Views into one QKV tensor are fine.
+            D is a multiple of 16 up to 256. Views into one QKV tensor are fine; nothing is copied.
         cu_seqlens: (S + 1,) int32 from 0 to T; sequences may be empty.
         causal: token i sees tokens 0..i of its sequence; else all of them.
-        scale: of the scores; default `D ** -0.5`.
+        scale: of the scores, > 0; default `D ** -0.5`.
         groups: (S,) int32 or None; for each sequence the index of the sequence that is its shared prompt, or -1.
             Layout [prompt | answer 1 | ... | answer n]. Needs `causal=True`.
-        max_seqlen: the longest sequence, as an int; needed on CUDA, where reading it would stop the device.
-        backend: "reference" (plain softmax, any dtype, float64 included), "torch" (CPU: fused CPU attention batched
-            over sequences of equal length; CUDA bf16/fp16: `torch.nn.attention.varlen`; CUDA otherwise: SDPA by
-            sequence, which reads `cu_seqlens` on the host), or "auto", which picks and logs why, once.
-        return_lse: also return the logsumexp of the scaled scores, (T, Hq) float32 (float64 for float64 inputs).
-            Differentiable with "reference" only.
+        max_seqlen: the longest sequence, as an int; "flash" and "torch" on CUDA need it.
+        backend: "triton" (this package's kernels, forward and backward without atomics), "flash" (flash-attn, if
+            installed), "torch" (CPU: fused CPU attention batched over sequences of equal length; CUDA bf16/fp16
+            without groups: `torch.nn.attention.varlen`; CUDA otherwise: SDPA by sequence, which reads `cu_seqlens` on
+            the host), "reference" (plain softmax, any dtype, float64 included), or "auto", which picks the first of
+            them that can do what is asked and logs why, once.
+        return_lse: also return the logsumexp of the scaled scores, (T, Hq) float32 (float64 for float64 inputs),
+            differentiable.
         validate: also check values that need a device synchronisation on CUDA (always checked on the CPU).
+        plan: `prepare(cu_seqlens, groups, causal=causal)`, made once for all layers; without it each call on CUDA
+            makes its own.
 
     Returns:
         (T, Hq, D) of q's dtype, or (output, lse).
@@ -61,28 +76,45 @@ def packed_attention(
         ValueError: bad shapes, dtypes, devices, offsets or groups; a backend that lacks what is asked.
     """
     check_attention_inputs(q, k, v, cu_seqlens, groups, causal=causal)
-    if validate or cu_seqlens.device.type == "cpu":
+    if validate:
         check_attention_values(cu_seqlens, groups, q.shape[0])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected a positive number")
+    if plan is not None and (plan.num_tokens, plan.causal, plan.shared) != (q.shape[0], causal, groups is not None):
+        raise ValueError(
+            f"the plan is for {plan.num_tokens} tokens, causal={plan.causal}, groups={plan.shared}; the call has "
+            f"{q.shape[0]}, {causal}, {groups is not None}: make it with prepare() from the same offsets and groups"
+        )
     if backend == "auto":
-        backend, why = _choose(q.device.type, return_lse)
-        _say_once(backend, q.device.type, why)
+        backend, why = _choose(q)
+        if not torch.compiler.is_compiling():
+            _say_once(backend, q.device.type, why)
+    if backend == "triton":
+        return _triton(q, k, v, cu_seqlens, causal, scale, groups, return_lse, plan)
+    if backend == "torch" and q.device.type == "cpu":
+        out, lse = attention_op(q, k, v, cu_seqlens, groups, None, None, None, causal, scale)
+        return (out, lse.transpose(0, 1)) if return_lse else out
+    if q.device.type == "cpu":
+        check_attention_values(cu_seqlens, groups, q.shape[0])
     if backend == "reference":
         out, lse = attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, groups=groups)
         return (out, lse) if return_lse else out
     if backend == "torch":
         return _torch(q, k, v, cu_seqlens, causal, scale, groups, max_seqlen, return_lse)
-    if backend in BACKENDS:
-        raise ValueError(f"backend {backend!r} has no kernel in this version of fastvst_kernels; use 'torch' or 'auto'")
+    if backend == "flash":
+        return _flash(q, k, v, cu_seqlens, causal, scale, groups, max_seqlen, return_lse)
     raise ValueError(f"unknown attention backend {backend!r}; expected one of {BACKENDS}")
 
 
-def _choose(device: str, return_lse: bool) -> tuple[str, str]:
-    if device == "cpu":
+def _choose(q: Tensor) -> tuple[str, str]:
+    if q.device.type == "cpu":
         return "torch", "the CPU's fused attention, batched over sequences of equal length"
-    if return_lse:
-        return "reference", "the logsumexp on this device comes from the plain PyTorch path only"
-    return "torch", "torch.nn.attention.varlen for bf16 and fp16, SDPA by sequence for other dtypes"
+    if q.dtype == torch.float64:
+        return "reference", "float64 is for checking; the kernels take bfloat16, float16 and float32"
+    if q.device.type == "cuda" and HAS_TRITON:
+        return "triton", "this package's kernels"
+    return "torch", "there is no Triton for this device; torch.nn.attention.varlen, or SDPA by sequence"
 
 
 @functools.cache
@@ -90,61 +122,54 @@ def _say_once(backend: str, device: str, why: str) -> None:
     logger.info("packed_attention on %s uses backend %r: %s", device, backend, why)
 
 
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, scale: float, groups: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The formula, sequence by sequence, in q's dtype (float32 for half types): the oracle of every other path.
+def _interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    import triton
 
-    Returns:
-        (T, Hq, D) output and (T, Hq) logsumexp, both differentiable.
-    """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    offsets = cu_seqlens.tolist()
-    prompts = [-1] * (len(offsets) - 1) if groups is None else groups.tolist()
-    repeat = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    outs, lses = [], []
-    for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        keys, values = k[start:end], v[start:end]
-        if prompts[index] >= 0:
-            a, b = offsets[prompts[index]], offsets[prompts[index] + 1]
-            keys, values = torch.cat([k[a:b], keys]), torch.cat([v[a:b], values])
-        keys, values = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[start:end].to(dtype), keys) * scale
-        if causal:
-            lq, lk = scores.shape[1:]
-            hidden = torch.ones(lq, lk, dtype=torch.bool, device=q.device).triu(lk - lq + 1)
-            scores = scores.masked_fill(hidden, float("-inf"))
-        lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:2])
-        outs.append(torch.einsum("hqk,khd->qhd", torch.exp(scores - lse[..., None]), values).to(q.dtype))
-        lses.append(lse.transpose(0, 1))
-    if not outs:
-        return q * 1, q.new_zeros(q.shape[:2], dtype=dtype)
-    return torch.cat(outs), torch.cat(lses)
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
+    return_lse: bool, plan: AttentionPlan | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    if not HAS_TRITON:
+        raise ValueError("backend 'triton' needs the triton package, which is not installed; use 'torch'")
+    if q.device.type != "cuda" and not _interpreted():
+        raise ValueError(f"backend 'triton' has no kernels for {q.device.type!r} tensors; use 'torch' or 'auto'")
+    if q.dtype == torch.float64:
+        raise ValueError("backend 'triton' has no float64 kernels; use backend='reference'")
+    # Rows are read in whole vectors: the last dimension must be dense, the others may have any stride.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kernels = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+    blocks = [tile(kernel, q) for kernel in kernels]
+    sizes = blocks[0].block_m, blocks[1].block_m, blocks[2].block_n
+    if plan is None:
+        plan = prepare(
+            cu_seqlens, groups, causal=causal, num_tokens=q.shape[0], query_blocks=sizes[:2], key_blocks=sizes[2:]
+        )
+    missing = [b for b in sizes[:2] if b not in plan.queries] + [b for b in sizes[2:] if b not in plan.keys]
+    if missing:
+        raise ValueError(f"the plan has no tables for tiles of {missing} rows; prepare() makes all by default")
+    tables = plan.queries[sizes[0]], plan.queries[sizes[1]], plan.keys[sizes[2]]
+    if tables[0].device != q.device:
+        raise ValueError(f"the plan is on {tables[0].device}, q on {q.device}; move it with plan.to({str(q.device)!r})")
+    out, lse = attention_op(q, k, v, cu_seqlens, groups, *tables, causal, scale)
+    return (out, lse.transpose(0, 1)) if return_lse else out
 
 
 def _torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    scale: float,
-    groups: Tensor | None,
-    max_seqlen: int | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        jobs = plan(cu_seqlens.tolist(), None if groups is None else groups.tolist(), causal)
-        out, lse = _CpuAttention.apply(q, k, v, jobs, groups is not None, scale)
-        return (out, lse) if return_lse else out
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
+    max_seqlen: int | None, return_lse: bool,
+) -> Tensor:  # fmt: skip
     if return_lse:
-        raise ValueError("backend 'torch' returns no logsumexp on this device; use backend='reference'")
-    if groups is None and q.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError("backend 'torch' returns no logsumexp on this device; use 'triton' or 'reference'")
+    if groups is None and q.dtype in HALF:
         if max_seqlen is None:
-            raise ValueError("packed_attention needs max_seqlen (an int, from the loader) on a GPU")
+            raise ValueError("backend 'torch' needs max_seqlen (an int, from the loader) on a GPU")
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     out = torch.zeros_like(q)
-    for job in plan(cu_seqlens.tolist(), None if groups is None else groups.tolist(), causal):
+    for job in host_plan(cu_seqlens.tolist(), None if groups is None else groups.tolist(), causal):
         mask = None if job.mask is None else job.mask.to(q.device)
         part = F.scaled_dot_product_attention(
             take(q, job.queries, job.count),
@@ -160,14 +185,12 @@ def _torch(
     return out
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
     """torch's own variable-length attention; its keyword for the causal mask differs between versions."""
     from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters
-    options: dict[str, object] = {"scale": scale} if "scale" in names else {}
+    options: dict[str, Any] = {"scale": scale} if "scale" in names else {}
     if "scale" not in names:
         q = q * (scale * q.shape[-1] ** 0.5)
     if "window_size" in names:
@@ -179,61 +202,30 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return out
 
 
-class _CpuAttention(torch.autograd.Function):
-    """The CPU's fused attention (`aten::_scaled_dot_product_flash_attention_for_cpu`), one call for each job.
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
+    max_seqlen: int | None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("backend 'flash' needs the flash-attn package, which is not installed; use 'auto'")
+    lacks = [
+        name
+        for name, missing in (
+            ("shared-prompt groups", groups is not None),
+            (f"{q.dtype} (it has bfloat16 and float16)", q.dtype not in HALF),
+            (f"{q.device.type} tensors", q.device.type != "cuda"),
+            ("a logsumexp with a gradient", return_lse),
+            ("a length that it finds itself: give max_seqlen", max_seqlen is None),
+        )
+        if missing
+    ]
+    if lacks:
+        raise ValueError(f"backend 'flash' lacks {', '.join(lacks)}; use 'triton' or 'reference'")
+    from flash_attn import flash_attn_varlen_func
 
-    Calling the forward and backward operators here, not through SDPA, lets the pieces write into one output and one
-    gradient buffer, saves q, k, v, output and logsumexp once, and needs no autograd node for each piece.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, jobs: list[Job], shared: bool, scale: float):
-        if len(jobs) == 1 and isinstance(jobs[0].queries, slice) and jobs[0].queries.stop == q.shape[0]:
-            out, lse = _forward(q, k, v, jobs[0], scale)  # one piece: its buffers are the result
-        else:
-            out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-            lse = q.new_zeros(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-            for job in jobs:
-                out[job.queries], lse[job.queries] = _forward(q, k, v, job, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.jobs, ctx.shared, ctx.scale = jobs, shared, scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        q, k, v, out, lse = ctx.saved_tensors
-        grad = grad.contiguous()
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for job in ctx.jobs:
-            n = job.count
-            piece = (take(q, job.queries, n), take(k, job.keys, n), take(v, job.keys, n))
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                take(grad, job.queries, n), *piece, take(out, job.queries, n), take(lse, job.queries, n), 0.0,
-                job.causal, attn_mask=job.float_mask(q.dtype), scale=ctx.scale,
-            )  # fmt: skip
-            gq, gk, gv = (g.transpose(1, 2).reshape(-1, *g.shape[1::2]) for g in grads)
-            dq[job.queries] = gq
-            if ctx.shared:  # a prompt's keys get gradients from itself and from every answer
-                rows = rows_of(job.keys, q.device)
-                dk.index_add_(0, rows, gk)
-                dv.index_add_(0, rows, gv)
-            else:
-                dk[job.keys], dv[job.keys] = gk, gv
-        return dq, dk, dv, None, None, None
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, job: Job, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        take(q, job.queries, job.count),
-        take(k, job.keys, job.count),
-        take(v, job.keys, job.count),
-        0.0,
-        job.causal,
-        attn_mask=job.float_mask(q.dtype),
-        scale=scale,
-    )
-    return out.transpose(1, 2).reshape(-1, *q.shape[1:]), lse.transpose(1, 2).reshape(-1, q.shape[1])
+    offsets = cu_seqlens.int()
+    return flash_attn_varlen_func(q, k, v, offsets, offsets, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal)

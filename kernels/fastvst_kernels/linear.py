@@ -45,6 +45,13 @@ def packed_linear_backward(
     return grad_x, [g.t() @ x if need else None for g, need in zip(grads, needs_weights, strict=True)]
 
 
+def column_sum(x: Tensor) -> Tensor:
+    """`x.sum(0)` of (T, N): a bias gradient. On the CPU as a product with ones, which takes half the time."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return x.t().mv(x.new_ones(x.shape[0]))
+    return x.sum(0)
+
+
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
@@ -63,6 +70,6 @@ class _PackedLinear(torch.autograd.Function):
         )
         grad_biases: list[Tensor | None] = []
         if ctx.has_bias:
-            sums = grad.sum(0).split([w.shape[0] for w in weights])
+            sums = column_sum(grad).split([w.shape[0] for w in weights])
             grad_biases = [s if need else None for s, need in zip(sums, ctx.needs_input_grad[2 + count :], strict=True)]
         return grad_x, None, *grad_weights, *grad_biases

@@ -6,8 +6,12 @@ position 30,000 the rounding moves an angle by about 1e-3 rad, so it is part of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from fastvst_kernels.linear import column_sum
 
 
 def mrope(
@@ -41,10 +45,11 @@ def mrope(
     heads = num_heads + 2 * num_kv_heads
     _check(qkv, bias, positions, heads * head_dim, 3)
     if sum(sections) * 2 != head_dim or len(sections) != 3:
-        raise ValueError(f"mrope sections {tuple(sections)} must be 3 numbers that sum to head_dim / 2 = {head_dim // 2}")
+        half = head_dim // 2
+        raise ValueError(f"mrope sections {tuple(sections)} must be 3 numbers that sum to head_dim / 2 = {half}")
     dtype = rope_dtype or (torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    rotated = _Rope.apply(qkv, bias, positions, (heads, num_heads + num_kv_heads), ("mrope", sections, theta), dtype, False)
-    return rotated.split((num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[return-value]
+    rotation = Rotation(heads, num_heads + num_kv_heads, theta, dtype, None, tuple(sections))
+    return _Rope.apply(qkv, bias, positions, rotation)
 
 
 def vision_rope(
@@ -68,13 +73,19 @@ def vision_rope(
     Returns:
         q, k, v: (P, num_heads, D), views of one buffer.
     """
+    return _Rope.apply(qkv, bias, positions, vision_rotation(qkv, bias, positions, num_heads, theta, rope_dtype))
+
+
+def vision_rotation(
+    qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int, theta: float, rope_dtype: torch.dtype | None
+) -> Rotation:
+    """The rotation of `vision_rope`, after checking its inputs."""
     _check(qkv, bias, positions.transpose(0, 1), qkv.shape[-1], 2)
     head_dim, rest = divmod(qkv.shape[-1], 3 * num_heads)
     if rest or head_dim % 4:
         raise ValueError(f"qkv is {qkv.shape[-1]} wide; expected 3 * {num_heads} heads of a multiple of 4 channels")
     dtype = rope_dtype or (torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    rotated = _Rope.apply(qkv, bias, positions, (3 * num_heads, 2 * num_heads), ("vision", (), theta), dtype, True)
-    return rotated.split(num_heads, dim=1)  # type: ignore[return-value]
+    return Rotation(3 * num_heads, 2 * num_heads, theta, dtype, dtype)
 
 
 def _check(qkv: Tensor, bias: Tensor | None, positions: Tensor, width: int, axes: int) -> None:
@@ -121,50 +132,67 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Rotate (T, heads, D) in place by `sign` times the angle.
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate (T, heads, D) in place by (T, D / 2) angles.
 
-    Two rounded products and their sum, as transformers' formula rounds them; addcmul_ would fuse the second one.
+    Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
     """
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    turned = b * sin
-    b.mul_(cos).add_(a * sin, alpha=sign)
-    a.mul_(cos).sub_(turned, alpha=sign)
+    other = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    left, right = other.chunk(2, dim=-1)
+    sin = sin[:, None]
+    torch.mul(b, -sin, out=left)
+    torch.mul(a, sin, out=right)
+    x.mul_(torch.cat([cos, cos], dim=-1)[:, None]).add_(other)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What turns: `heads` of which the first `rotated` ones (q and k), by which table, in which dtypes.
+
+    table_dtype is that of angles, cosines and sines; compute_dtype that of the rotation (None = the input's).
+    """
+
+    heads: int
+    rotated: int
+    theta: float
+    table_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    sections: tuple[int, ...] = ()  # M-RoPE; empty for the vision tower
+
+    def apply_(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """Rotate the q and k heads of x (T, heads, D) in place, or back."""
+        if self.sections:
+            cos, sin = mrope_table(positions, x.shape[-1], self.sections, self.theta, self.table_dtype)
+        else:
+            cos, sin = vision_table(positions, x.shape[-1], self.theta, self.table_dtype)
+        part = x[:, : self.rotated]
+        compute = self.compute_dtype or max(x.dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
+        wide = part if compute == x.dtype else part.to(compute)
+        rotate_(wide, cos.to(compute), (-sin if back else sin).to(compute))
+        if wide is not part:
+            part.copy_(wide)
+        return x
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, bias, positions, heads, table, dtype, rotate_in_table_dtype):
+    def forward(ctx, qkv, bias, positions, rotation):
         ctx.save_for_backward(positions)
-        ctx.settings = (heads, table, dtype, rotate_in_table_dtype, qkv.dtype, None if bias is None else bias.dtype)
-        x = qkv.clone() if bias is None else qkv + bias
-        x = x.to(qkv.dtype).view(qkv.shape[0], heads[0], -1)
-        return _apply(x, positions, ctx.settings, 1.0)
+        ctx.rotation, ctx.bias_dtype = rotation, None if bias is None else bias.dtype
+        x = add_bias(qkv, bias).view(qkv.shape[0], rotation.heads, -1)
+        kv = rotation.heads - rotation.rotated
+        return rotation.apply_(x, positions).split((rotation.rotated - kv, kv, kv), dim=1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         (positions,) = ctx.saved_tensors
-        *_, qkv_dtype, bias_dtype = ctx.settings
-        # autograd builds the gradient of the three views itself; nobody else holds it, but it may be expanded
-        grad = _apply(grad.clone(memory_format=torch.contiguous_format), positions, ctx.settings, -1.0).flatten(1)
-        grad_bias = grad.sum(0).to(bias_dtype) if bias_dtype is not None and ctx.needs_input_grad[1] else None
-        return grad.to(qkv_dtype), grad_bias, None, None, None, None, None
+        grad = ctx.rotation.apply_(torch.cat(grads, dim=1), positions, back=True).flatten(1)
+        wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+        grad_bias = column_sum(grad).to(ctx.bias_dtype) if wants_bias else None
+        return grad, grad_bias, None, None
 
 
-def _apply(x: Tensor, positions: Tensor, settings, sign: float) -> Tensor:
-    """Rotate the q and k heads of x (T, heads, D), which is ours to overwrite."""
-    (_, rotated), (kind, sections, theta), dtype, rotate_in_table_dtype, *_ = settings
-    if kind == "mrope":
-        cos, sin = mrope_table(positions, x.shape[-1], sections, theta, dtype)
-    else:
-        cos, sin = vision_table(positions, x.shape[-1], theta, dtype)
-    compute = dtype if rotate_in_table_dtype or x.dtype != torch.float64 else torch.float64
-    part = x[:, :rotated]
-    if compute == x.dtype:
-        _rotate_(part, cos.to(compute), sin.to(compute), sign)
-    else:
-        wide = part.to(compute)
-        _rotate_(wide, cos.to(compute), sin.to(compute), sign)
-        part.copy_(wide)
-    return x
+def add_bias(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """A new tensor of qkv's dtype, which may be overwritten."""
+    return qkv.clone() if bias is None else (qkv + bias).to(qkv.dtype)

@@ -54,10 +54,16 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).squeeze(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             if weight is None:
-                dot, grad_x = product.sum(-1, keepdim=True), grad * inverse
+                slope = _slope(product.sum(-1, keepdim=True), inverse, x.shape[-1])
+                grad_x = (grad * inverse).add_(wide * slope)
             else:
                 weight = weight.to(inverse.dtype)
-                dot, grad_x = (product @ weight).unsqueeze(-1), (grad * weight).mul_(inverse)
-            slope = (-0.5 * dot * inverse.pow(3)) / x.shape[-1]
-            grad_x = grad_x.add_(wide * (2 * slope)).to(x.dtype)
+                slope = _slope((product @ weight).unsqueeze(-1), inverse, x.shape[-1])
+                grad_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(wide, slope)
+            grad_x = grad_x.to(x.dtype)
         return grad_x, grad_weight, None
+
+
+def _slope(dot: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """d y / d x through the mean square, for each row; doubling is exact, so it is done on the small tensor."""
+    return 2 * ((-0.5 * dot * inverse.pow(3)) / size)

@@ -50,9 +50,7 @@ def plan(offsets: list[int], groups: list[int] | None, causal: bool) -> list[Job
         if prompt_length == 0:
             jobs.append(Job(queries, queries, len(chosen), causal))
             continue
-        keys = np.concatenate(
-            [_index(starts[prompts[chosen]], prompt_length), _index(starts[chosen], length)], axis=1
-        )
+        keys = np.concatenate([_index(starts[prompts[chosen]], prompt_length), _index(starts[chosen], length)], axis=1)
         mask = torch.ones(length, prompt_length + length, dtype=torch.bool).tril(prompt_length)
         jobs.append(Job(queries, torch.from_numpy(keys.reshape(-1)), len(chosen), False, mask))
     return jobs

@@ -25,7 +25,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
             raise ValueError(f"the fused gate and up projection is {gate.shape[-1]} wide; expected an even number")
         return _FusedSwiGLU.apply(gate)
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate is {gate.dtype} {tuple(gate.shape)}, up {up.dtype} {tuple(up.shape)}; expected one kind")
+        came = f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
+        raise ValueError(f"{came}; expected one dtype and one shape")
     return _SwiGLU.apply(gate, up)
 
 

@@ -51,7 +51,7 @@ def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
     """(n + 1,) int32 or int64 offsets on `like`'s device."""
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"{name} is {offsets.dtype} of shape {tuple(offsets.shape)}; expected int32 of shape (n + 1,), starting at 0"
+            f"{name} is {offsets.dtype} of shape {tuple(offsets.shape)}; expected int32 offsets of shape (n + 1,)"
         )
     if offsets.device != like.device:
         raise ValueError(f"{name} is on {offsets.device}, the tokens are on {like.device}; move it there")

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from fake_data import FakeProcessor, fake_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_data import FakeProcessor, fake_row
 from fastvst.data.batch import IGNORE, EncodedSample, PackedBatch, pack
 from fastvst.data.sources.rows import to_sample
 

@@ -13,9 +13,9 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
 from PIL import Image
 
+from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
 from fastvst.data.encode import Processor
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.loader import LoaderConfig, make_loader

@@ -8,10 +8,10 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_data import fake_row, fake_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_data import fake_row, fake_rows, write_jsonl
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, MixtureConfig, SourceConfig, iterate_once, open_mixture
 from fastvst.data.sample import Sample

@@ -127,7 +127,8 @@ def test_auto_says_its_choice_once(caplog):
         for _ in range(3):
             packed_attention(*qkv, cu, causal=True)
     assert [r.getMessage() for r in caplog.records] == [
-        "packed_attention on cpu uses backend 'torch': the CPU's fused attention, batched over sequences of equal length"
+        "packed_attention on cpu uses backend 'torch': the CPU's fused attention, batched over sequences "
+        "of equal length"
     ]
 
 
@@ -152,8 +153,8 @@ BAD = [
     ({"groups": i32(-1, 1)}, r"groups\[1\] is 1; expected -1 or a sequence before 1"),
     ({"groups": i32(-1, 0, 1), "cu_seqlens": i32(0, 3, 5, 8)}, "is itself an answer"),
     ({"groups": i32(-1, -1, 0), "cu_seqlens": i32(0, 3, 5, 8)}, "another sequence lies between"),
-    ({"backend": "triton"}, "backend 'triton' has no kernel"),
-    ({"backend": "flash"}, "backend 'flash' has no kernel"),
+    ({"backend": "triton"}, "backend 'triton' has no kernels for 'cpu'"),
+    ({"backend": "flash"}, "needs the flash-attn package"),
     ({"backend": "fast"}, "unknown attention backend 'fast'"),
 ]
 

@@ -29,7 +29,9 @@ def formula(qkv, bias, positions, cu, heads, theta=10000.0):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from([4, 8, 16, 24, 64]), min_size=1, max_size=9), st.sampled_from([(1, 16), (3, 32), (2, 80)]))
+@given(
+    st.lists(st.sampled_from([4, 8, 16, 24, 64]), min_size=1, max_size=9), st.sampled_from([(1, 16), (3, 32), (2, 80)])
+)
 def test_equals_the_formula_with_gradients(lengths, shape):
     heads, dim = shape
     total = sum(lengths)

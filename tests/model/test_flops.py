@@ -27,6 +27,21 @@ def attention_backward(grad, q, k, v, out, lse, dropout, causal, *args, **kwargs
     return 2 * attention_forward(q, k, v, dropout, causal)
 
 
+def packed_forward(q, k, v, cu_seqlens, *args, out_val=None, **kwargs):
+    """Two products over the visible pairs of every sequence; `causal` is the only bool among the arguments."""
+    causal = next(a for a in args if isinstance(a, bool))
+    lengths = cu_seqlens.diff().double()
+    pairs = lengths * (lengths + 1) / 2 if causal else lengths**2
+    return 4 * q.shape[1] * q.shape[2] * float(pairs.sum())
+
+
+def packed_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, *args, out_val=None, **kwargs):
+    return 2 * packed_forward(q, k, v, cu_seqlens, *args)
+
+
+packed_forward._get_raw = packed_backward._get_raw = True  # the counter hands over tensors instead of shapes
+
+
 def in_place_product(into, a, b, **kwargs):
     return 2 * a[0] * a[1] * b[1]
 
@@ -34,6 +49,8 @@ def in_place_product(into, a, b, **kwargs):
 def count(function):
     custom = {ATTENTION: attention_forward, torch.ops.aten.addmm_: in_place_product}  # the counter knows neither
     custom[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = attention_backward
+    custom[torch.ops.fastvst.packed_attention] = packed_forward
+    custom[torch.ops.fastvst.packed_attention_backward] = packed_backward
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         function()
     return counter.get_total_flops()

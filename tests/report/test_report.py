@@ -30,7 +30,7 @@ def results():
     training = [question("depth", room, "blue" if room else "red") for room in range(4)]
     training += [question("boxes", 1, [BOX], kind="boxes")]
     return summarise(
-        held, ["red"] * 6 + ["blue", "<script>"] + ["no boxes"], [1.0] * 6 + [0.0] * 3, training, examples=6
+        held, ["red"] * 6 + ["blue", "<script>"] + ["no boxes"], [1.0] * 6 + [0.0] * 3, training, examples=18
     )
 
 
@@ -47,8 +47,8 @@ def test_page_is_one_static_file_with_everything(results, tmp_path):
     metrics.write_text("\n".join(lines) + '\n{"step": 20, "lo', encoding="utf-8")  # killed while writing
     page = write_report(tmp_path / "report", metrics, results, {"steps": 20}).read_text(encoding="utf-8")
     assert page.count("<svg") == 1 and "final loss 1.100" in page
-    assert page.count('class="card"') == len(results.examples) == 4  # one task has a single question
-    assert page.count("data:image/jpeg;base64,") == 4
+    assert page.count('class="card"') == len(results.examples) == 9
+    assert page.count("data:image/jpeg;base64,") == 9
     assert "<script" not in page and "&lt;script&gt;" in page, "model output is escaped"
     assert "&lt;b&gt;closer&lt;/b&gt;" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"

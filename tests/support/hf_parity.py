@@ -82,9 +82,7 @@ def make_sample(config: ModelConfig, parts: list[tuple], seed: int = 0, *, super
         if kind == "video":
             seconds.append(numbers[3])
     modality = np.asarray(modality, dtype=np.int64)
-    layout = vision_layout(
-        grids, merge_size=v.spatial_merge_size, window_size=v.window_size, patch_size=v.patch_size
-    )
+    layout = vision_layout(grids, merge_size=v.spatial_merge_size, window_size=v.window_size, patch_size=v.patch_size)
     positions = mrope_positions(
         modality, grids, merge_size=v.spatial_merge_size, tokens_per_second=v.tokens_per_second,
         second_per_grid_ts=seconds, video_rule=config.video_rule,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import ROOT, load_essay, small_config, write_data
 
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, SourceConfig, open_mixture, open_source, pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.train import budget
 from fastvst.train.config import load_config
 from fastvst_kernels import linear_cross_entropy
+from small_run import ROOT, load_essay, small_config, write_data
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("3b", 3.75), ("7b", 8.29)])

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toy import ToyModel, toy_batch
 
 from fastvst.train import checkpoint, parallel
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
 from fastvst.train.parallel import ParallelConfig, World
+from ranks import run_ranks
+from toy import ToyModel, toy_batch
 
 ALONE = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
 

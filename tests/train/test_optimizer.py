@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
-from toy import ToyModel, toy_batch
 
 from fastvst.train import parallel
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer, part_of
+from ranks import run_ranks
+from toy import ToyModel, toy_batch
 
 
 def test_groups_and_rates() -> None:

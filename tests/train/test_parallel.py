@@ -4,14 +4,14 @@ import socket
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
-from toy import ToyModel, toy_batch
 
 from fastvst.train import parallel
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
 from fastvst.train.parallel import ParallelConfig, ParallelError
+from ranks import run_ranks
+from toy import ToyModel, toy_batch
 
 CPU = ParallelConfig(device="cpu", threads=1)
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, start_ranks
-from small_run import arguments, curve, load_essay, rows_of, run_essay, write_data, write_model
 
 from fastvst.data import Processor, SourceConfig, TooManyBadSamples, open_source, pack
 from fastvst.model import Qwen25VL
@@ -26,6 +24,8 @@ from fastvst.train.config import ConfigError, leaves, usage
 from fastvst.train.guard import GuardError
 from fastvst.train.parallel import ParallelConfig
 from fastvst.train.watchdog import EXIT_STATUS
+from ranks import run_ranks, start_ranks
+from small_run import arguments, curve, load_essay, rows_of, run_essay, write_data, write_model
 
 sft = load_essay()
 

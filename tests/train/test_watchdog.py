@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from ranks import run_ranks, start_ranks
 
 from fastvst.train import parallel
 from fastvst.train.parallel import ParallelConfig
 from fastvst.train.watchdog import EXIT_STATUS, Watchdog
+from ranks import run_ranks, start_ranks
 
 CPU = ParallelConfig(device="cpu", threads=1, timeout=300)
 

@@ -60,8 +60,8 @@ SCHEMA = pa.schema(
 class RoomsConfig:
     """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others), on
     average where it is a fraction; a try whose answer would be doubtful gives no row. The default gives most rows to
-    the tasks with short answers: 3D boxes are a hundred tokens long and would make up most of the loss. `quality`: JPEG quality, or 0 for PNG. `backend`: see
-    render.open_renderer."""
+    the tasks with short answers: 3D boxes are a hundred tokens long and would make up most of the
+    loss. `quality`: JPEG quality, or 0 for PNG. `backend`: see render.open_renderer."""
 
     shots: ShotConfig = field(default_factory=ShotConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)

@@ -117,7 +117,7 @@ def _two_points(
     if chosen is None:
         return None
     image = canvas(view)
-    # Every colour takes part: with three of them a model loses little by not reading the question, and does not learn to.
+    # Every colour takes part: with three of them, a model loses little by not reading the question.
     colours = choose(rng, tuple(draw.COLOURS), 2)
     for s, colour in zip(chosen, colours, strict=True):
         draw.dot(image, s.point, colour)

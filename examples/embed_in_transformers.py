@@ -1,0 +1,148 @@
+"""fastvst's packed attention inside transformers: `attn_implementation="fastvst"`.
+
+    python examples/embed_in_transformers.py
+
+transformers lets a library register an attention function under a name. Ours takes *packed* rows: one row of a batch
+holds several sequences, and `cu_seq_lens_q` (the offsets that transformers' own collators and flash attention use) says
+where they begin. Shared-prompt groups travel the same way, as one more keyword of the model's forward.
+
+The demonstration runs a small random Qwen2 and a small random Qwen2.5-VL, each once with transformers' SDPA on one
+sequence after the other and once with ours on all of them in one row, and prints the largest difference of the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fastvst_kernels import packed_attention
+
+
+def fastvst_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    groups: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (1, Hq, T, D), key and value (1, Hkv, T, D) -> (1, T, Hq, D).
+
+    Raises:
+        ValueError: for what packed attention does not do: padded batches, masks, dropout, a KV cache, a sliding window.
+    """
+    tokens = query.shape[2]
+    causal = module.is_causal if is_causal is None else is_causal
+    unsupported = {
+        f"a batch of {query.shape[0]} rows (pack them into one)": query.shape[0] != 1,
+        "an attention mask (pack instead of padding)": attention_mask is not None,
+        f"dropout {dropout}": dropout > 0,
+        f"{key.shape[2]} keys for {tokens} queries (a KV cache)": key.shape[2] != tokens,
+        f"a sliding window of {sliding_window}": sliding_window is not None and sliding_window < tokens,
+    }
+    if found := [what for what, is_so in unsupported.items() if is_so]:
+        raise ValueError(f"attn_implementation='fastvst' got {', '.join(found)}")
+    # The vision tower calls once for each window or picture, and the text's offsets are not for it.
+    if not causal or cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q, groups = torch.tensor([0, tokens], device=query.device), tokens, None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D): views, nothing is copied
+    out = packed_attention(
+        q, k, v, cu_seq_lens_q.int(), causal=causal, scale=scaling, groups=groups, max_seqlen=max_length_q
+    )
+    return out[None], None
+
+
+AttentionInterface.register("fastvst", fastvst_attention)
+
+
+def packed_inputs(lengths: list[int]) -> dict[str, Tensor | int]:
+    """What a transformers model needs beside `input_ids` for sequences of these lengths in one row."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def difference(model: nn.Module, sequences: list[Tensor], positions: list[Tensor], **pictures: Tensor) -> float:
+    """Largest difference of the logits: SDPA on each sequence alone, and ours on all in one row.
+
+    sequences: token ids (L,); positions: (1, L), or (3, 1, L) for M-RoPE. `pictures` belong to the first sequence.
+    """
+    expected = []
+    model.set_attn_implementation("sdpa")
+    for index, (tokens, position) in enumerate(zip(sequences, positions, strict=True)):
+        given = pictures if index == 0 else {}
+        expected.append(model(input_ids=tokens[None], position_ids=position, use_cache=False, **given).logits[0])
+    model.set_attn_implementation("fastvst")
+    packed = packed_inputs([len(s) for s in sequences])
+    ours = model(
+        input_ids=torch.cat(sequences)[None],
+        position_ids=torch.cat(positions, -1),
+        use_cache=False,
+        **packed,
+        **pictures,
+    ).logits[0]
+    return (ours - torch.cat(expected)).abs().max().item()
+
+
+def qwen2() -> float:
+    """A text model of 2 layers, three sequences of 5, 1 and 9 tokens."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    sequences = [torch.randint(0, 100, (n,)) for n in (5, 1, 9)]
+    return difference(Qwen2ForCausalLM(config).eval(), sequences, [torch.arange(len(s))[None] for s in sequences])
+
+
+def qwen2_5_vl() -> float:
+    """A vision-language model: a picture of 4 x 6 patches with text, and a sequence of text only."""
+    torch.manual_seed(0)
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text |= {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    ids = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**text, **ids, vision_config=vision)).eval()
+    grid = torch.tensor([[1, 4, 6]])
+    sequences = [torch.tensor([1, 2, 92, *[90] * 6, 93, 3, 4]), torch.tensor([5, 6, 7])]
+    positions = []
+    for index, tokens in enumerate(sequences):
+        found = {"image_grid_thw": grid} if index == 0 else {}
+        marks = (tokens == 90).int()[None]
+        positions.append(model.model.get_rope_index(tokens[None], mm_token_type_ids=marks, **found)[0])
+    return difference(model, sequences, positions, pixel_values=torch.randn(24, 1176), image_grid_thw=grid)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        print(f"Qwen2, 3 sequences in one row: largest difference of the logits {qwen2():.2g}")
+        print(f"Qwen2.5-VL, a picture and text in one row: {qwen2_5_vl():.2g}")

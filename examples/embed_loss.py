@@ -1,0 +1,108 @@
+"""The fused loss head in other people's training loops: hidden states in, loss out, no logits in between.
+
+    python examples/embed_loss.py
+
+1. a bare PyTorch loop (supervised); 2. the loss of a transformers model; 3. one reinforcement-learning update of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
+from fastvst_kernels.objectives import DAPO, Objective
+
+
+def bare_loop(steps: int = 60, seed: int = 0) -> list[float]:
+    """A next-token model of a repeating text, its output tied to its embedding; returns the losses."""
+    torch.manual_seed(seed)
+    text = torch.tensor(list(b"the small house stands behind the large house. " * 8))
+    embedding, mixer = nn.Embedding(256, 48), nn.GRU(48, 48, batch_first=True)
+    optimizer = torch.optim.AdamW([*embedding.parameters(), *mixer.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        hidden = mixer(embedding(text[None, :-1]))[0][0]  # (M, H)
+        loss = linear_cross_entropy(hidden, embedding.weight, text[1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=300, tie_word_embeddings=False, **sizes, **heads))
+
+
+def hidden_and_targets(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B * (T - 1), H) hidden states, and for each the next token; labels (B, T) are -100 where nothing is learned."""
+    hidden = model.base_model(input_ids=input_ids).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+
+def transformers_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """What `model(input_ids=..., labels=...).loss` is, without its (B, T, V) logits."""
+    return linear_cross_entropy(*_with_head(model, input_ids, labels))
+
+
+def policy_update(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    updates: int = 2,
+) -> list[dict[str, Tensor]]:
+    """`updates` steps on one group of answers: input_ids, labels (B, T), rewards (B,). Returns the statistics."""
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    answer = torch.arange(len(rewards)).repeat_interleave(labels.shape[1] - 1)
+    mask = (labels[:, 1:] != -100).flatten()
+    with torch.no_grad():
+        old, _ = linear_logprobs(*_with_head(model, input_ids, labels))
+    history = []
+    for _ in range(updates):
+        loss, stats = linear_policy_loss(
+            *_with_head(model, input_ids, labels),
+            objective,
+            old_logprobs=old,
+            advantages=advantages[answer],
+            row_weights=objective.row_weights(mask, answer),
+            sequence_ids=answer,
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(stats)
+    return history
+
+
+def _with_head(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, targets = hidden_and_targets(model, input_ids, labels)
+    return hidden, model.get_output_embeddings().weight, targets
+
+
+def main() -> None:
+    losses = bare_loop()
+    print(f"bare loop: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+    model = tiny_qwen()
+    input_ids = torch.randint(300, (4, 24))
+    labels = input_ids.masked_fill(torch.arange(24) < 10, -100)  # the first ten tokens are the prompt
+    theirs = model(input_ids=input_ids, labels=labels).loss
+    print(f"transformers' loss {theirs.item():.6f}, fused {transformers_loss(model, input_ids, labels).item():.6f}")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    for step, stats in enumerate(policy_update(model, input_ids, labels, rewards, DAPO(), optimizer, updates=3)):
+        shown = ("ratio_mean", "ratio_max", "clip_low", "clip_high", "kl_old_k3", "entropy", "gemm_saved")
+        print(f"update {step}: " + ", ".join(f"{name} {stats[name].item():.4f}" for name in shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Compile Triton kernels for GPUs that are not there, and read what the compiler made of them.
+
+The wheels of triton ship ptxas, cuobjdump and nvdisasm, so registers, spills, shared memory and the instructions used
+can be checked on any machine. It needs a process without TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory that one block may ask for, in bytes (CUDA programming guide, table "technical specifications").
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TENSOR_CORE = {"HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "UTCHMMA": r"\bUTCHMMA\b|\bUTC\w*MMA\b"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one architecture.
+
+    Attributes:
+        registers: of each thread; spill_bytes: of each thread's stack; shared_bytes: of each program.
+        instructions: length of the machine code.
+        tensor_core: how many matrix instructions it has, by kind (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05).
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    instructions: int
+    tensor_core: Mapping[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.shared_bytes <= self.shared_limit
+
+
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    unaligned: Sequence[str] = (),
+) -> Compiled:
+    """Compile `kernel` for sm_`arch` and inspect the result.
+
+    Args:
+        kernel: a `triton.jit` function.
+        types: the type of every argument that is no constant: "*bf16", "i32", "fp32", ...
+        constants: the value of every `tl.constexpr`.
+        unaligned: arguments not known to be multiples of 16; all other pointers and integers are, as at a launch with
+            ordinary shapes (without it loads are not vectorised).
+
+    Raises:
+        RuntimeError: the kernel does not compile for that architecture; triton's message.
+    """
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    if missing := [n for n in kernel.arg_names if n not in types and n not in constants]:
+        raise ValueError(f"arguments {missing} of {kernel.__name__} have neither a type nor a value")
+    aligned = [n for n, t in types.items() if (t[0] == "*" or t in ("i32", "i64")) and n not in unaligned]
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs={(index[name],): value for name, value in constants.items()},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch)
+
+
+def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int) -> Compiled:
+    """Registers, spills and instructions of one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no resources: {usage[:500]}")
+    registers, stack, local = map(int, found.groups())
+    lines = [line for line in code.splitlines() if line.rstrip().endswith(";") or "/*0" in line]
+    counts = {kind: len(re.findall(pattern, code)) for kind, pattern in TENSOR_CORE.items()}
+    return Compiled(
+        registers=registers,
+        spill_bytes=stack + local,  # spills show as stack
+        shared_bytes=shared_bytes,
+        shared_limit=SHARED_LIMIT[arch],
+        instructions=len(lines),
+        tensor_core={kind: n for kind, n in counts.items() if n},
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([str(BINARIES / tool), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,133 @@
+"""The attention kernels as things to compile, time and choose from: candidates, argument types, shape classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastvst_kernels import attention_backward, attention_forward
+from fastvst_kernels.aot import Compiled, compile_kernel
+from fastvst_kernels.dispatch import WIDTHS, Tile, pieces
+from fastvst_kernels.prepare import prepare
+
+KERNELS = {
+    "attention_forward": attention_forward.attention_forward_kernel,
+    "attention_backward_queries": attention_backward.attention_backward_queries_kernel,
+    "attention_backward_keys": attention_backward.attention_backward_keys_kernel,
+}
+SHAPES = tuple(f"{bits}x{width}" for bits in (16, 32) for width in WIDTHS)
+# Head dimensions that share a class but not its pieces: they must compile without spills with the same numbers.
+RELATIVES = {64: (48,), 80: (), 96: (), 128: (112,), 256: (192, 240)}
+
+# (queries, keys, warps, stages), the most promising first: large tiles and deep pipelines before small ones. Tuning may
+# pick any of them, so tests run all of their tile shapes.
+CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "attention_forward": (
+        (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2),
+        (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1),
+    ),
+    "attention_backward_queries": (
+        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2),
+        (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1),
+    ),
+    "attention_backward_keys": (
+        (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 2),
+        (32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 1),
+    ),
+}  # fmt: skip
+# float32 products run on the ordinary cores at full precision, whose operands only small tiles and many warps hold in
+# registers (D = 256 on sm_90: 8 warps spill, 16 warps use 87 registers).
+FLOAT32_CANDIDATES = ((32, 32, 8, 1), (32, 32, 16, 1), (16, 16, 16, 1))
+
+
+def candidates(kernel: str, shape: str) -> tuple[tuple[int, int, int, int], ...]:
+    """What tuning chooses from for one kernel and shape class."""
+    return FLOAT32_CANDIDATES if shape.startswith("32x") else CANDIDATES[kernel]
+
+
+def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool) -> dict[str, Any]:
+    """Every `tl.constexpr` of one variant."""
+    d0, d1 = pieces(width)
+    values: dict[str, Any] = {"D0": d0, "D1": d1, "MASK_COLUMNS": d0 + d1 != width, "CAUSAL": causal}
+    values |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if kernel != "attention_backward_keys":
+        values["SHARED"] = shared
+    if kernel == "attention_backward_queries":
+        values["WITH_DLSE"] = False
+    return values
+
+
+def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
+    """Argument types of one variant: pointers are in capitals."""
+    known = {"LSE": "*fp32", "DLSE": "*fp32", "DELTA": "*fp32", "TILES": "*i32", "WIDTH": "i32"}
+    known |= {"scale": "fp32", "qk_scale": "fp32"}
+    names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
+    return {n: known.get(n, f"*{dtype}" if n.isupper() else "i32") for n in names}
+
+
+def compile_variant(
+    kernel: str, width: int, numbers: tuple[int, ...], *, arch: int, dtype: str, causal: bool, shared: bool
+) -> Compiled:
+    """One attention kernel for one architecture without a GPU."""
+    tile = Tile(*numbers)
+    values = constants(kernel, width, tile, causal=causal, shared=shared)
+    return compile_kernel(
+        KERNELS[kernel],
+        types(kernel, dtype, values),
+        values,
+        arch=arch,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        unaligned=("num_tokens", "heads", "kv_heads", "group"),
+    )
+
+
+def variants(kernel: str, shape: str, *, thorough: bool) -> Iterator[dict[str, Any]]:
+    """The variants of a shape class that must compile cleanly, as arguments of `compile_variant`.
+
+    Args:
+        thorough: also plain causal beside shared, and the other head dimensions of the class.
+    """
+    bits, width = map(int, shape.split("x"))
+    dtype = "bf16" if bits == 16 else "fp32"
+    yield {"width": width, "dtype": dtype, "causal": True, "shared": True}
+    yield {"width": width, "dtype": dtype, "causal": False, "shared": False}
+    if thorough:
+        if kernel != "attention_backward_keys":  # it knows no prompts: their queries are one range
+            yield {"width": width, "dtype": dtype, "causal": True, "shared": False}
+        for other in RELATIVES[width]:
+            yield {"width": other, "dtype": dtype, "causal": True, "shared": True}
+
+
+def problem(kernel: str, shape: str, device: torch.device) -> Any:
+    """A function `run(numbers)` that launches `kernel` on tensors of real size, for timing on a GPU.
+
+    16k tokens: 8 causal sequences of 2,048 at 28/4 heads (text), or for D <= 80 16 pictures of 1,024 patches at 16/16.
+    """
+    bits, width = map(int, shape.split("x"))
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    vision = width <= 80
+    heads, kv_heads, length, count = (16, 16, 1024, 16) if vision else (28, 4, 2048, 8)
+    cu = torch.arange(count + 1, dtype=torch.int32) * length
+    plan = prepare(cu, causal=not vision).to(device)
+    q = torch.randn(length * count, heads, width, device=device, dtype=dtype)
+    k, v = (torch.randn(length * count, kv_heads, width, device=device, dtype=dtype) for _ in range(2))
+    common = {"causal": plan.causal, "shared": False, "scale": width**-0.5}
+    if kernel == "attention_forward":
+        return lambda n: attention_forward.forward(q, k, v, plan.queries[n[0]], tile=Tile(*n), **common)
+    small = Tile(32, 32, 4, 1)
+    out, lse = attention_forward.forward(q, k, v, plan.queries[32], tile=small, **common)
+
+    # The two backward kernels are launched together; the one that is not tuned keeps a small tile.
+    def run(numbers: tuple[int, ...]) -> object:
+        tile = Tile(*numbers)
+        queries = tile if kernel == "attention_backward_queries" else small
+        keys = tile if kernel == "attention_backward_keys" else small
+        return attention_backward.backward(
+            out, None, q, k, v, out, lse, plan.queries[queries.block_m], plan.keys[keys.block_n],
+            query_tile=queries, key_tile=keys, **common,
+        )  # fmt: skip
+
+    return run

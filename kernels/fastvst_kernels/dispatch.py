@@ -1,0 +1,112 @@
+"""Which tile configuration a kernel runs with: a look-up in JSON tables, by GPU name, else by nearest architecture.
+
+Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tune` makes a table
+for the GPU it runs on. A table is
+`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [M, N, warps, stages]}}}`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("fastvst_kernels")
+TABLES = Path(__file__).parent / "tables"
+# Classes of head dimension: a head runs with the configuration of the first class that holds it.
+WIDTHS = (64, 80, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """One JSON table. `configs[kernel][shape class]` is the list of numbers that the kernel's launcher reads."""
+
+    name: str
+    arch: int
+    measured: bool
+    configs: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """A head dimension (multiple of 16) as two powers of two, the second 0 or at least 16: 80 is 64 + 16.
+
+    Where the rest is no power of two (112, 176, 208, 240) it is rounded up, and the kernels mask columns.
+    """
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
+    return first, 0 if rest == 0 else 1 << (rest - 1).bit_length()
+
+
+def shape_class(width: int, dtype: torch.dtype) -> str:
+    """ "16x80" for 16-bit values and heads of up to 80 (and above 64), "32x64" for float32, ..."""
+    bits = 32 if dtype == torch.float32 else 16
+    return f"{bits}x{next(w for w in WIDTHS if width <= w)}"
+
+
+def gpu_slug(name: str) -> str:
+    """File name of a GPU's table: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_table(path: Path) -> Table:
+    """One table from its file.
+
+    Raises:
+        ValueError: not a table; names the file.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        configs = {
+            kernel: {shape: tuple(int(n) for n in numbers) for shape, numbers in shapes.items()}
+            for kernel, shapes in raw["configs"].items()
+        }
+        return Table(str(raw["gpu"]), int(raw["arch"]), bool(raw["measured"]), configs)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of kernel configurations ({error!r}); see dispatch.py") from error
+
+
+@functools.cache
+def table_for(gpu: str, arch: int) -> Table:
+    """The table of the GPU called `gpu` of compute capability `arch` (90 for 9.0), or of the nearest architecture.
+
+    Says once in the log which table is used where it is not the GPU's own.
+    """
+    own = TABLES / f"{gpu_slug(gpu)}.json"
+    if own.exists():
+        return read_table(own)
+    archs = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
+    nearest = min(archs, key=lambda a: (abs(a - arch), -a))
+    logger.info("no tuned table for %s (sm_%d): fastvst_kernels uses that of sm_%d", gpu, arch, nearest)
+    return read_table(TABLES / f"sm_{nearest}.json")
+
+
+def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
+    """The numbers of `kernel` for a shape class on `device`.
+
+    On the CPU, where only Triton's interpreter can run a kernel, it is the table of sm_80.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        table = table_for(torch.cuda.get_device_name(device), 10 * major + minor)
+    else:
+        table = read_table(TABLES / "sm_80.json")
+    try:
+        return table.configs[kernel][shape]
+    except KeyError as error:
+        raise ValueError(f"the table of {table.name} has no configuration for {kernel} at {shape}") from error

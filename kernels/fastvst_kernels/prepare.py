@@ -1,0 +1,134 @@
+"""The tile tables of packed attention: which rows of the pack each program works on, longest work first.
+
+They depend on the sequence boundaries only, so one plan serves all layers, forward and backward. The loader makes it
+on the CPU and moves it with the batch; made on the device it takes a few small kernels and never waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCKS = (16, 32, 64, 128)  # every number of rows that a tile of a shipped or tunable configuration has
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Tile tables of one packed row.
+
+    Attributes:
+        num_tokens: T, the rows of the pack.
+        causal: what the plan was made for.
+        shared: whether there are shared-prompt groups.
+        queries: for each block size a (n, 6) int32 table, a row for each tile of queries: first row, end row,
+            first key, end key, first and end key of the shared prompt (equal where there is none).
+        keys: for each block size a (n, 4) int32 table, a row for each tile of keys: first row, end row, first query,
+            end query. A shared prompt's queries run to the end of its last answer.
+    """
+
+    num_tokens: int
+    causal: bool
+    shared: bool
+    queries: dict[int, Tensor]
+    keys: dict[int, Tensor]
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        queries = {block: fn(table) for block, table in self.queries.items()}
+        keys = {block: fn(table) for block, table in self.keys.items()}
+        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> AttentionPlan:
+        """The same plan on `device`; asynchronous where the memory is pinned."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AttentionPlan:
+        """The same plan in page-locked memory."""
+        return self._map(lambda t: t.pin_memory())
+
+
+def prepare(
+    cu_seqlens: Tensor,
+    groups: Tensor | None = None,
+    *,
+    causal: bool,
+    num_tokens: int | None = None,
+    padded: bool | None = None,
+    query_blocks: Sequence[int] = BLOCKS,
+    key_blocks: Sequence[int] = BLOCKS,
+) -> AttentionPlan:
+    """The plan of `packed_attention` for one packed row.
+
+    Args:
+        cu_seqlens: (S + 1,) offsets from 0 to T.
+        groups: (S,) index of the sequence that is each one's shared prompt, or -1; see `packed_attention`.
+        causal: as given to `packed_attention` later.
+        num_tokens: T. Needed when `cu_seqlens` is on a device: reading it there would stop the device.
+        padded: give every table the upper bound of rows, T // block + S; those too many are empty tiles at the end.
+            Then shapes depend on T and S only (CUDA graphs) and the host needs no value. Default: on a device only.
+        query_blocks, key_blocks: tile sizes to make tables for; by default every one that a kernel may want.
+
+    Returns:
+        The plan, on `cu_seqlens`' device.
+
+    Raises:
+        ValueError: no `num_tokens` for offsets on a device, groups without causal, a block size that no kernel uses.
+    """
+    if groups is not None and not causal:
+        raise ValueError("groups (shared prompts) need causal=True")
+    if unknown := sorted((set(query_blocks) | set(key_blocks)) - set(BLOCKS)):
+        raise ValueError(f"tile sizes {unknown} are used by no kernel; expected some of {BLOCKS}")
+    padded = cu_seqlens.device.type != "cpu" if padded is None else padded
+    if num_tokens is None:
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(f"prepare() needs num_tokens (an int) for cu_seqlens on {cu_seqlens.device}")
+        num_tokens = int(cu_seqlens[-1])
+    # Offsets and groups that are wrong must not become wild addresses: they are clamped here, which costs no
+    # synchronisation; `validate=True` of packed_attention reports them.
+    offsets = cu_seqlens.long().clamp(0, num_tokens).cummax(0).values
+    starts, ends = offsets[:-1], offsets[1:]
+    sequence = torch.arange(len(starts), device=offsets.device)
+    prompts = torch.full_like(sequence, -1) if groups is None else groups.long()
+    prompts = torch.where((prompts >= 0) & (prompts < sequence), prompts, -1)
+    # The last row that attends to a sequence: its own end, or the end of the last answer of a shared prompt.
+    owner = torch.where(prompts >= 0, prompts, sequence)
+    group_ends = ends.scatter_reduce(0, owner, ends, "amax") if causal else ends
+    prompt_starts = torch.where(prompts >= 0, starts[prompts], 0)
+    prompt_ends = torch.where(prompts >= 0, ends[prompts], 0)
+
+    queries, keys = {}, {}
+    for block in sorted(set(query_blocks) | set(key_blocks)):
+        begin, end, owner = _tiles(starts, ends, num_tokens, block, padded)
+        if block in query_blocks:
+            first = starts[owner]
+            last = end if causal else ends[owner]
+            table = torch.stack([begin, end, first, last, prompt_starts[owner], prompt_ends[owner]], 1)
+            queries[block] = _longest_first(table, last - first + prompt_ends[owner] - prompt_starts[owner])
+        if block in key_blocks:
+            first = begin if causal else starts[owner]
+            last = group_ends[owner]
+            keys[block] = _longest_first(torch.stack([begin, end, first, last], 1), last - first)
+    return AttentionPlan(num_tokens, causal, groups is not None, queries, keys)
+
+
+def _tiles(starts: Tensor, ends: Tensor, num_tokens: int, block: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """First row, end row and sequence of every tile; `padded`: as many as there can be, some of them empty."""
+    if len(starts) == 0:
+        nothing = starts.new_zeros(0)
+        return nothing, nothing, nothing
+    counts = (ends - starts + block - 1) // block
+    cumulative = counts.cumsum(0)
+    total = num_tokens // block + len(starts) if padded else int(cumulative[-1])
+    tile = torch.arange(total, device=starts.device)
+    owner = torch.searchsorted(cumulative, tile, right=True).clamp(max=len(starts) - 1)
+    begin = starts[owner] + (tile - (cumulative - counts)[owner]) * block
+    begin = torch.minimum(begin, ends[owner])  # a tile too many begins where it ends
+    return begin, torch.minimum(begin + block, ends[owner]), owner
+
+
+def _longest_first(table: Tensor, work: Tensor) -> Tensor:
+    work = torch.where(table[:, 1] > table[:, 0], work, -1)
+    order = torch.sort(work, descending=True, stable=True).indices
+    return table[order].to(torch.int32).contiguous()

@@ -1,0 +1,52 @@
+"""Sums over the rows of a sequence, bitwise equal from run to run on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequence_sum(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Each row's sum over all rows of its sequence.
+
+    Args:
+        values: (M,) floating, differentiable; sequence_ids: (M,) int64, each in 0..M-1 (any order, gaps allowed).
+
+    Returns:
+        (M,), the same for all rows of a sequence.
+    """
+    return _SequenceSum.apply(values, sequence_ids)
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Each row's mean over all rows of its sequence; arguments as in `sequence_sum`."""
+    return sequence_sum(values, sequence_ids) / _total(torch.ones_like(values), sequence_ids)
+
+
+def dense_ids(sequence_ids: Tensor) -> Tensor:
+    """(M,) int64 in 0..M-1 that name the same sequences as any integers (M,). Synchronises on CUDA."""
+    return torch.unique(sequence_ids, return_inverse=True)[1]
+
+
+class _SequenceSum(torch.autograd.Function):
+    """The map is symmetric (row i takes row j's value exactly if j takes i's), so it is its own transpose."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, sequence_ids: Tensor) -> Tensor:
+        ctx.save_for_backward(sequence_ids)
+        return _total(values, sequence_ids)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _total(grad.contiguous(), ctx.saved_tensors[0]), None
+
+
+def _total(values: Tensor, sequence_ids: Tensor) -> Tensor:
+    # There are at most as many sequences as rows: no host needs to know how many. CUDA's index_add uses atomics in any
+    # order, its accumulating index_put sorts; on the CPU it is the other way round for more than one thread.
+    totals = torch.zeros_like(values)
+    if values.is_cuda:
+        totals.index_put_((sequence_ids,), values, accumulate=True)
+    else:
+        totals.index_add_(0, sequence_ids, values)
+    return totals[sequence_ids]

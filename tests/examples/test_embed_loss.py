@@ -1,0 +1,54 @@
+"""The embedding example runs, and gives the numbers of the models that it is embedded in."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from fastvst_kernels.objectives import DAPO, GSPO
+
+_spec = importlib.util.spec_from_file_location("embed_loss", Path(__file__).parents[2] / "examples" / "embed_loss.py")
+assert _spec is not None and _spec.loader is not None
+embed_loss = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(embed_loss)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    input_ids = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(1))
+    return input_ids, input_ids.masked_fill(torch.arange(24) < 10, -100)
+
+
+def test_bare_loop_learns() -> None:
+    losses = embed_loss.bare_loop(steps=40)
+    assert losses[0] > 4 and losses[-1] < 0.5 * losses[0]
+
+
+def test_transformers_loss_and_gradients() -> None:
+    model, (input_ids, labels) = embed_loss.tiny_qwen(), batch()
+    ours = embed_loss.transformers_loss(model, input_ids, labels)
+    theirs = model(input_ids=input_ids, labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    pairs = zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_policy_update_raises_the_rewarded_answers() -> None:
+    for objective in (DAPO(), GSPO()):
+        model, (input_ids, labels) = embed_loss.tiny_qwen(), batch()
+        rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+
+        def likelihood(model: torch.nn.Module, input_ids: torch.Tensor = input_ids) -> torch.Tensor:
+            logprobs = torch.log_softmax(model(input_ids=input_ids).logits[:, 9:-1], -1)
+            return logprobs.gather(-1, input_ids[:, 10:, None]).squeeze(-1).mean(1).detach()
+
+        before = likelihood(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        history = embed_loss.policy_update(model, input_ids, labels, rewards, objective, optimizer, updates=2)
+        gain = likelihood(model) - before
+        assert gain[rewards == 1].min() > 0 > gain[rewards == 0].max()
+        assert abs(history[0]["ratio_max"] - 1) < 1e-5 and history[1]["ratio_max"] > 1.0001
+        assert history[0]["rows_computed"] == 4 * 14

@@ -1,0 +1,85 @@
+"""Tables of configurations: complete, nearest architecture, said once; tuning without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvst_kernels import dispatch
+
+ROOT = Path(__file__).parents[2]
+ARCHS = (80, 89, 90, 100, 120)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shipped_tables_hold_every_attention_shape(arch: int):
+    table = dispatch.read_table(dispatch.TABLES / f"sm_{arch}.json")
+    assert table.arch == arch and not table.measured
+    kernels = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+    for kernel, width, dtype in itertools.product(kernels, range(16, 257, 16), (torch.bfloat16, torch.float32)):
+        tile = dispatch.Tile(*table.configs[kernel][dispatch.shape_class(width, dtype)])
+        assert tile.block_m in (16, 32, 64, 128) and tile.block_n in (16, 32, 64, 128)
+
+
+def test_heads_are_two_powers_of_two():
+    assert dispatch.pieces(80) == (64, 16) and dispatch.pieces(96) == (64, 32) and dispatch.pieces(128) == (128, 0)
+    for width in range(16, 257, 16):
+        first, rest = dispatch.pieces(width)
+        assert width <= first + rest < 2 * width and (first == width) == (rest == 0)
+        assert first & (first - 1) == 0 and rest & (rest - 1) == 0 and (rest == 0 or rest >= 16)
+
+
+def test_an_unknown_gpu_takes_the_nearest_architecture_and_says_so_once(caplog):
+    dispatch.table_for.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fastvst_kernels"):
+        assert dispatch.table_for("Some GPU", 103).arch == 100
+        assert dispatch.table_for("Some GPU", 103).arch == 100
+        assert dispatch.table_for("Other GPU", 86).arch == 89
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2 and "no tuned table for Some GPU (sm_103)" in said[0] and "sm_100" in said[0]
+
+
+def test_a_tuned_table_goes_before_the_architectures(tmp_path, monkeypatch):
+    table = {"gpu": "Some GPU", "arch": 90, "measured": True, "configs": {"kernel": {"16x64": [1, 2, 3, 4]}}}
+    (tmp_path / "some-gpu.json").write_text(json.dumps(table))
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    dispatch.table_for.cache_clear()
+    assert dispatch.table_for("Some GPU", 90).configs["kernel"]["16x64"] == (1, 2, 3, 4)
+    (tmp_path / "some-gpu.json").write_text("[]")
+    with pytest.raises(ValueError, match="some-gpu.json is no table"):
+        dispatch.read_table(tmp_path / "some-gpu.json")
+    dispatch.table_for.cache_clear()
+
+
+def test_tuning_without_a_gpu_says_what_is_missing(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from fastvst_kernels import tune
+
+    assert tune.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, monkeypatch):
+    from fastvst_kernels import tune
+    from fastvst_kernels.aot import Compiled
+
+    def compiled(shape, numbers, arch):
+        yield Compiled(100, 8 if numbers == (1,) else 0, 10, 100, 50, {})
+
+    seconds = {(2,): 3.0, (3,): 2.0, (1,): 1.0}
+    tunable = tune.Tunable(("a", "b"), lambda shape: ((1,), (2,), (3,)), compiled, lambda shape, device: lambda n: n)
+    monkeypatch.setattr(tune, "tunables", lambda: {"kernel": tunable})
+    monkeypatch.setattr(tune, "_time", lambda run: seconds[run()])
+    path = tmp_path / "table.json"
+    tune.write_table(path, {"gpu": "g", "arch": 90, "measured": True, "configs": {"kernel": {"a": [9]}}})
+    said: list[str] = []
+    assert tune.tune(path, "g", 90, torch.device("cpu"), "", float("inf"), said.append)
+    assert dispatch.read_table(path).configs == {"kernel": {"a": (9,), "b": (3,)}}
+    assert any("(1,): spills" in line for line in said)
+    assert not tune.tune(tmp_path / "late.json", "g", 90, torch.device("cpu"), "", 0.0, said.append)

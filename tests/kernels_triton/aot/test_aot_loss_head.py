@@ -1,0 +1,45 @@
+"""The loss head's kernels compiled for GPUs that are not there: no spills, and registers that do not creep up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+
+from aot_report import clean, compare_and_write, compile_all
+from fastvst_kernels.aot import Compiled, compile_kernel
+from fastvst_kernels.loss_head_triton import BLOCK, NUM_WARPS, partial_statistics_kernel, row_gradient_kernel
+
+
+def compile_one(arch: int, out: str | None) -> Compiled:
+    options: dict[str, Any] = {"arch": arch, "num_warps": NUM_WARPS, "num_stages": 3}
+    types = {"LOGITS": "*fp32", "TARGETS": "*i64", "scale": "fp32", "vocabulary": "i32"}
+    if out is None:
+        return compile_kernel(
+            partial_statistics_kernel, types | {"OUT": "*fp32", "rows": "i32"}, {"BLOCK": BLOCK}, **options
+        )
+    vectors = dict.fromkeys(("OFFSET", "ENTROPY", "A", "B", "C", "U"), "*fp32")
+    constants = {"HAS_B": True, "HAS_U": True, "BLOCK": BLOCK}
+    types |= vectors | {"OUT": out, "out_stride": "i32"}
+    return compile_kernel(row_gradient_kernel, types, constants, **options)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    kinds = {"statistics": None, "gradient bf16": "*bf16", "gradient fp16": "*fp16", "gradient fp32": "*fp32"}
+    return compile_all(
+        ((f"sm_{arch} {n}", {"arch": arch, "out": k}) for arch in (80, 90, 100, 120) for n, k in kinds.items()),
+        compile_one,
+    )
+
+
+def test_no_spills_and_fits(compiled: dict[str, Compiled]) -> None:
+    found = (clean(name, made, int(name.split()[0][3:]), matrix=False) for name, made in compiled.items())
+    wrong = [line for lines in found for line in lines]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_registers_do_not_rise(compiled: dict[str, Compiled]) -> None:
+    risen = compare_and_write("loss_head.json", compiled, triton.__version__)
+    assert not risen, "\n".join(risen)

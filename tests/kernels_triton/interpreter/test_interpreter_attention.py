@@ -1,0 +1,137 @@
+"""The attention kernels in Triton's interpreter against float64: shapes, tiles, groups, gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attention_oracle import Pack, Results, assert_as_good_as_plain, formula, group, join
+from fastvst_kernels import attention_backward, attention_forward
+from fastvst_kernels.attention_build import CANDIDATES, FLOAT32_CANDIDATES
+from fastvst_kernels.dispatch import Tile
+from fastvst_kernels.prepare import prepare
+
+MIXED = join(group(37, 5, 0, 30), Pack((1, 0, 65)), group(0, 9, 3))
+TILES = sorted({(m, n) for many in (*CANDIDATES.values(), FLOAT32_CANDIDATES) for m, n, _, _ in many}, reverse=True)
+
+
+def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int] = (64, 64), padded: bool = False):
+    """compute(q, k, v) -> (out, lse) of the Triton kernels, all three with one tile shape."""
+    plan = prepare(pack.offsets(), pack.groups(), causal=causal, padded=padded)
+    numbers = Tile(*tile, 4, 1)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.options = {"causal": causal, "shared": plan.shared, "scale": q.shape[-1] ** -0.5}
+            out, lse = attention_forward.forward(q, k, v, plan.queries[tile[0]], tile=numbers, **ctx.options)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out, lse.transpose(0, 1)
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            return attention_backward.backward(
+                dout.contiguous(), dlse.transpose(0, 1).contiguous(), *ctx.saved_tensors, plan.queries[tile[0]],
+                plan.keys[tile[1]], query_tile=numbers, key_tile=numbers, **ctx.options,
+            )  # fmt: skip
+
+    return Attention.apply
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
+def test_every_tile_shape_that_tuning_may_choose(tile: tuple[int, int]):
+    small = min(tile) < 32  # the interpreter's time goes with the number of steps
+    pack = join(group(17, 5, 0, 9), Pack((1, 20))) if small else join(group(70, 5, 0, 66), Pack((1, 129)))
+    assert_as_good_as_plain(kernels(pack, causal=True, tile=tile), pack, (2, 1), 32, torch.float32, causal=True)
+    pack = Pack((17, 0, 3)) if small else Pack((65, 0, 1, 128))
+    assert_as_good_as_plain(kernels(pack, causal=False, tile=tile), pack, (2, 1), 32, torch.float32, causal=False)
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 96, 112, 128, 208, 256])
+def test_head_dimensions(width: int):
+    pack = join(group(30, 7, 40), Pack((9,)))
+    assert_as_good_as_plain(kernels(pack, causal=True), pack, (2, 1), width, torch.float32, causal=True)
+    pack = Pack((65,))
+    assert_as_good_as_plain(kernels(pack, causal=False), pack, (1, 1), width, torch.float32, causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "width", "causal"), [((7, 1), 128, True), ((8, 1), 128, True), ((3, 3), 80, False)])
+def test_half_precision_at_the_real_heads(heads: tuple[int, int], width: int, causal: bool, dtype: torch.dtype):
+    pack = group(40, 30, 11) if causal else Pack((63, 20))
+    assert_as_good_as_plain(kernels(pack, causal=causal), pack, heads, width, dtype, causal=causal)
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 130])
+def test_lengths(length: int):
+    for causal in (True, False):
+        pack = Pack((length,))
+        assert_as_good_as_plain(kernels(pack, causal=causal), pack, (2, 2), 16, torch.float32, causal=causal)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        group(64, 64),
+        group(65, 63),
+        group(130, *range(1, 9)),
+        group(20, *(1 for _ in range(64))),
+        group(0, 5, 7),
+        group(33, 0, 0, 12, 0),
+        group(9, 0),
+        join(group(3, 70), group(70, 3), Pack((20,)), group(5, 5, 5)),
+        Pack((0, 0)),
+    ],
+    ids=lambda p: "-".join(map(str, p.lengths))[:40],
+)
+def test_group_shapes(pack: Pack):
+    assert_as_good_as_plain(kernels(pack, causal=True), pack, (2, 1), 16, torch.float32, causal=True)
+
+
+LENGTH = st.integers(0, 70)
+GROUP = st.builds(lambda prompt, answers: group(prompt, *answers), LENGTH, st.lists(LENGTH, min_size=1, max_size=4))
+PLAIN = st.builds(lambda length: Pack((length,)), LENGTH)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.one_of(GROUP, PLAIN), min_size=1, max_size=3), st.booleans())
+def test_any_pack(parts: list[Pack], padded: bool):
+    pack = join(*parts)
+    compute = kernels(pack, causal=True, padded=padded)
+    assert_as_good_as_plain(compute, pack, (2, 1), 16, torch.float32, causal=True, with_dlse=True)
+
+
+def test_the_gradient_of_the_logsumexp():
+    assert_as_good_as_plain(kernels(MIXED, causal=True), MIXED, (2, 1), 16, torch.float32, causal=True, with_dlse=True)
+
+
+def test_runs_are_bitwise_equal_and_every_value_is_written():
+    torch.manual_seed(0)
+    qkv, dout = torch.randn(MIXED.tokens, 4, 80), torch.randn(MIXED.tokens, 2, 80)
+    results = []
+    torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
+    try:
+        for _, padded in itertools.product(range(2), (False, True)):
+            compute = kernels(MIXED, causal=True, padded=padded)
+            results.append(Results.of(compute, qkv, (2, 1), dout, None).values)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results:
+        for name, value in other.items():
+            assert not value.isnan().any(), name
+            assert torch.equal(value, results[0][name]), name
+
+
+def test_large_scores_do_not_overflow():
+    pack = Pack((65,))
+    q = torch.randn(65, 1, 16, dtype=torch.float64)
+    qkv = torch.cat([q * 60, q * 60, torch.randn(65, 1, 16)], 1).float()
+    ours = Results.of(kernels(pack, causal=True), qkv, (1, 1), torch.ones(65, 1, 16), None)
+    assert all(value.isfinite().all() for value in ours.values.values())
+    q, k, v = qkv.double().split(1, 1)
+    expected, _ = formula(q, k, v, pack, causal=True, scale=0.25)
+    torch.testing.assert_close(ours.values["out"].double(), expected, rtol=0, atol=5e-3)  # exponents of 1e4 at eps 1e-7

@@ -1,0 +1,87 @@
+"""The loss head's two kernels, alone and under every loss, in Triton's interpreter against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvst_kernels import loss_head
+from fastvst_kernels.linear_logprobs import linear_logprobs
+from fastvst_kernels.linear_policy_loss import linear_policy_loss
+from fastvst_kernels.loss_head import Coefficients, combine, partial_statistics_, row_gradient_plain_
+from fastvst_kernels.loss_head_triton import BLOCK, partial_statistics, row_gradient_
+from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in lanes that are masked
+
+
+@pytest.mark.parametrize("words", [1, 5, BLOCK, BLOCK + 1, 5003])
+@pytest.mark.parametrize("shift, spread", [(0, 1), (0, 1e4), (-1e4, 1), (1e4, 3)])
+def test_kernels(words: int, shift: float, spread: float) -> None:
+    g = torch.Generator().manual_seed(words)
+    logits = torch.randn(5, words, generator=g) * spread + shift
+    targets = torch.randint(words, (5,), generator=g)
+    targets[3] = -1
+    scale, wide = 0.7, logits.double()
+    want = partial_statistics_(wide, targets, scale, False)
+    got = partial_statistics(logits, targets, scale)
+    size = abs(shift) + spread
+    rtol = 2e-6 + 2e-7 * size  # a logit of 1e4 is rounded by 5e-4 when the temperature divides it
+    for name, a, b in zip(("maximum", "total", "dot", "target", "sum"), got, want, strict=True):
+        atol = size * (1e-6 if name != "sum" else 1e-4)
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, msg=name)
+    exact, found = combine(want[None], words), combine(got[None], words)
+    coefficients = Coefficients(*torch.randn(2, 5, generator=g), *torch.randn(2, 5, generator=g))
+    double = Coefficients(*(x.double() for x in (coefficients.a, coefficients.c, coefficients.b, coefficients.u)))
+    expected = row_gradient_plain_(wide, targets, want[0] - exact.lse, exact.entropy, double, False)
+    # log p = logit * scale - lse carries the rounding of both: 6e-8 of the largest logit.
+    tolerance = 2e-6 * max(1.0, size)
+    for dtype, more in ((torch.float32, 0), (torch.bfloat16, 2**-8 * float(expected.abs().max()))):
+        made = row_gradient_(logits.clone(), targets, -found.lse, found.entropy, coefficients, scale, dtype)
+        assert made.dtype == dtype and made.shape == (5, words)
+        torch.testing.assert_close(made.double(), expected, rtol=0, atol=tolerance + more)
+
+
+OBJECTIVES: tuple[Objective, ...] = (
+    GRPO(kl="k3"), DAPO(dual_clip=1.5), DrGRPO(entropy_coef=0.1), GSPO(clip_low=0.2, clip_high=0.2),
+    CISPO(clip_high=0.1), SAPO(importance=Importance("sequence")), Reinforce(kl="k2", entropy_coef=-0.1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_policy_loss(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 8, generator=g), torch.randn(37, 8, generator=g)
+    rows = {f"{n}_logprobs": -3 + 0.2 * torch.randn(12, generator=g) for n in ("old", "ref", "sampler")}
+    rows |= {"advantages": torch.randn(12, generator=g), "row_weights": torch.rand(12, generator=g)}
+    targets, ids = torch.randint(37, (12,), generator=g), torch.arange(12) // 4
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        given = {n: v.to(dtype) for n, v in rows.items()}
+        loss, _ = linear_policy_loss(h, w, targets, objective, sequence_ids=ids, temperature=0.7, chunk_rows=5, **given)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    want = run(torch.float64)
+    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    for a, b in zip(run(torch.float32), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(9, 8, generator=g), torch.randn(37, 8, generator=g)
+    targets = torch.randint(37, (9,), generator=g)
+    targets[2] = -100
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        outputs = linear_logprobs(h, w, targets, temperature=1.3, chunk_rows=4)
+        loss = outputs[0].square().sum() + outputs[1].square().sum()
+        return *(x.detach() for x in outputs), *torch.autograd.grad(loss, (h, w))
+
+    want = run(torch.float64)
+    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    for a, b in zip(run(torch.float32), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
