@@ -114,7 +114,7 @@ class Config:
     """
 
     out: str = "runs/sft"
-    steps: int = 1000
+    steps: int = 1300
     seed: int = 0
     resume: str = ""
     dry_run: bool = False
