@@ -129,6 +129,9 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+_interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch.config
+
+
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
     return_lse: bool, plan: AttentionPlan | None,

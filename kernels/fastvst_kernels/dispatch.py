@@ -110,3 +110,8 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
         return table.configs[kernel][shape]
     except KeyError as error:
         raise ValueError(f"the table of {table.name} has no configuration for {kernel} at {shape}") from error
+
+
+# torch.compile takes the answer as a constant instead of tracing into files. It is what the decorator
+# torch.compiler.assume_constant_result sets, which would import torch._dynamo (and triton) with this package.
+config._dynamo_marked_constant = True  # type: ignore[attr-defined]

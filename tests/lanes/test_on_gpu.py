@@ -1,0 +1,77 @@
+"""bench/on_gpu.py without a GPU: it says so; its parts run, are timed out, are kept and left out when done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    spec = importlib.util.spec_from_file_location("on_gpu_script", BENCH / "on_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_what_is_missing(on_gpu, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert on_gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_every_part_names_a_file_or_module_that_exists(on_gpu):
+    for part in on_gpu.PARTS:
+        for word in part.command:
+            if word.startswith(("bench/", "tests/")):
+                assert (BENCH.parent / word).exists(), word
+
+
+def test_parts_run_fail_run_out_of_time_and_are_left_out_when_done(on_gpu, tmp_path, monkeypatch, capsys):
+    def part(name, code):
+        return on_gpu.Part(name, f"{name}.txt", ("-c", code), 1.0)
+
+    parts = (
+        part("good", "open(r'{out}', 'w').write('{minutes}')"),
+        part("bad", "raise SystemExit(3)"),
+        part("slow", "import time; time.sleep(60)"),
+    )
+    assert on_gpu.run_part(parts[2], tmp_path, 0.5) == "out of time"
+    monkeypatch.setattr(on_gpu, "PARTS", parts[:2])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert on_gpu.main(["--out", str(tmp_path)]) == 1
+    assert float((tmp_path / "good.txt").read_text()) > 1
+    said = json.loads((tmp_path / "parts.json").read_text())
+    assert said == {"good": "ok", "bad": "failed (exit 3; see bad.log)"}
+    assert on_gpu.main(["--out", str(tmp_path), "--only", "good", "--skip-done"]) == 0
+    assert "good: done before" in capsys.readouterr().out
+
+
+def test_the_table_names_ours_and_the_best_peer(on_gpu, tmp_path):
+    assert on_gpu.summary(tmp_path) == ["attention: not measured"]
+    figures = {"fastvst": {"forward_tflops": 500.0}, "a": {"forward_tflops": 400.0}, "b": {"not_measured": "no"}}
+    (tmp_path / "attention.json").write_text(json.dumps({"cases": {"case": figures}}))
+    lines = on_gpu.summary(tmp_path)
+    assert lines[0] == "case forward_tflops: fastvst 500, a 400"
+
+
+def test_the_counted_figures_of_groups():
+    sys.path.insert(0, str(BENCH))
+    try:
+        from attention_cases import Case, grouped
+    finally:
+        sys.path.remove(str(BENCH))
+    case = Case("g", heads=2, kv_heads=1, width=16, causal=True, **grouped(2, 3, (2, 1)))
+    # Of one group: 6 pairs in the prompt, 2 x 3 + 3 and 1 x 3 + 1 in the answers.
+    assert case.pairs() == 2 * (6 + 9 + 4) and case.prompts == (-1, 0, 0, -1, 3, 3)
+    assert case.repeated().lengths == (5, 4, 5, 4)
+    assert case.flops()[0] == 4 * 2 * 16 * case.pairs()
