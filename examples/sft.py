@@ -138,7 +138,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         print(f"{__doc__}\nOptions:\n{usage(Config)}")
         return
     config = load_config(Config, arguments)
-    world = parallel.start(config.parallel, workers=config.loader.num_workers, environment=environment)
+    world = parallel.start(config.parallel, environment=environment)
     with Watchdog(world), StopRequest() as stop:
         if world.is_main:
             print(render(config), world.describe(), sep="\n", flush=True)

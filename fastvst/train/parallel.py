@@ -36,7 +36,9 @@ class ParallelConfig:
         dtype: what matrices multiply in; weights, gradients and moments stay float32. "auto" = bfloat16 on a GPU.
         replicas: whole copies of the model (HSDP); 0 = one per node, so that shards travel inside a node only.
         reshard: free gathered weights after the forward pass (less memory, one more all-gather per block).
-        threads: CPU threads per process for torch; 0 = its share of the cores minus its loader workers, at least 1.
+        threads: CPU threads per process for torch; 0 = its share of the machine's cores, at least 1. Loader workers are
+            not counted: the default run's one worker is busy a quarter of the time, and on 2 cores the run does 1.5
+            times as many steps with 2 threads as with 1.
         timeout: seconds that a collective may wait for the slowest rank.
     """
 
@@ -102,11 +104,10 @@ class World:
         return f"{self.size} process(es) on {name}, {str(self.dtype).removeprefix('torch.')}, {shape}{threads}"
 
 
-def start(config: ParallelConfig, *, workers: int = 0, environment: Mapping[str, str] | None = None) -> World:
+def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = None) -> World:
     """Join the other processes.
 
     Args:
-        workers: loader processes per rank; their cores are left to them.
         environment: what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
             default `os.environ`. Without RANK it is a run of one process. INIT_FILE, a path on a shared disk, replaces
             the two MASTER ones.
@@ -120,7 +121,7 @@ def start(config: ParallelConfig, *, workers: int = 0, environment: Mapping[str,
     device = pick_device(config.device, local_rank, local_size)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     cores = len(os.sched_getaffinity(0)) // local_size
-    torch.set_num_threads(config.threads or max(1, cores - workers))
+    torch.set_num_threads(config.threads or max(1, cores))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; bfloat16 is unaffected

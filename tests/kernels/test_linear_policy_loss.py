@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
+from fastvst_kernels.linear_logprobs import linear_logprobs
 from fastvst_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastvst_kernels.loss_head import VocabularyShard
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
@@ -228,8 +230,29 @@ def _sharded(env: dict[str, str], rank_words: tuple[int, int]) -> float:
         got = with_gradients(run(mine, objective, chunk_rows=8, shard=shard)[0], mine)
         want = (want[0], want[1], want[2][start : start + rank_words[rank]])
         worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, want, strict=True)))
+    for loss in (_smooth_cross_entropy, _squares_of_logprobs_and_entropy):
+        problem = make(21, words=sum(rank_words))
+        want = with_gradients(loss(problem, None), problem)
+        mine = problem | {"weight": problem["weight"].detach()[start : start + rank_words[rank]].requires_grad_()}
+        got = with_gradients(loss(mine, shard), mine)
+        want = (want[0], want[1], want[2][start : start + rank_words[rank]])
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, want, strict=True)))
     torch.distributed.destroy_process_group()
     return worst
+
+
+def _smooth_cross_entropy(problem: dict[str, Tensor], shard: VocabularyShard | None) -> Tensor:
+    inputs = (problem["hidden"], problem["weight"], problem["targets"])
+    weights = problem["row_weights"]
+    return linear_cross_entropy(
+        *inputs, row_weights=weights, label_smoothing=0.1, z_loss=0.01, chunk_rows=8, shard=shard
+    )
+
+
+def _squares_of_logprobs_and_entropy(problem: dict[str, Tensor], shard: VocabularyShard | None) -> Tensor:
+    inputs = (problem["hidden"], problem["weight"], problem["targets"])
+    logprobs, entropy = linear_logprobs(*inputs, temperature=0.8, chunk_rows=8, shard=shard)
+    return logprobs.square().sum() + entropy.square().sum()
 
 
 def test_vocabulary_on_two_ranks_equals_one() -> None:

@@ -26,13 +26,13 @@ def test_one_process_needs_no_group() -> None:
     assert "1 process" in world.describe() and "float32" in world.describe()
 
 
-def test_threads_are_the_cores_without_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    for config, workers in ((ParallelConfig(device="cpu"), 3), (ParallelConfig(device="cpu"), 9), (CPU, 3)):
-        parallel.start(config, workers=workers, environment={})
-    assert chosen == [5, 1, 1]
+    for config in (ParallelConfig(device="cpu"), CPU):
+        parallel.start(config, environment={})
+    assert chosen == [8, 1]
 
 
 def _train(env: dict[str, str], steps: int, packs: int, config: ParallelConfig) -> list[float]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels import loss_head
+from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvst_kernels.linear_logprobs import linear_logprobs
 from fastvst_kernels.linear_policy_loss import linear_policy_loss
 from fastvst_kernels.loss_head import Coefficients, combine, partial_statistics_, row_gradient_plain_
@@ -85,3 +86,23 @@ def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
     for a, b in zip(run(torch.float32), want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int, options: dict[str, float]) -> None:
+    """Every branch of the gradient kernel that cross entropy uses: with and without the constant of label smoothing."""
+    g = torch.Generator().manual_seed(rows)
+    hidden, weight = torch.randn(rows, 8, generator=g), torch.randn(37, 8, generator=g)
+    targets, weights = torch.randint(37, (rows,), generator=g), torch.rand(rows, generator=g)
+    targets[3:5] = -100
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        loss = linear_cross_entropy(h, w, targets, row_weights=weights.to(dtype), chunk_rows=4, **options)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    want = run(torch.float64)
+    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    for a, b in zip(run(torch.float32), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
