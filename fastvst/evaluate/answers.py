@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastvst.spatial.boxes import iou_3d, parse_boxes
+from fastvst.spatial.tasks.facts import score_facts
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 LETTER = re.compile(r"^\s*[`(]*([A-F])(?![A-Za-z])")
@@ -23,6 +24,7 @@ def score(response: str, answer: dict[str, Any]) -> float:
         Working lines before a line "So, the answer is X." are ignored.
     number: 1 if the first number, converted to the answer's unit, is within the relative `tolerance` of the value.
     boxes: F1 of one-to-one matches with oriented IoU >= 0.15, greedy by IoU, labels compared.
+    facts: share of a caption's checkable facts that the text states (see spatial.tasks.facts).
     """
     response = response.rsplit("</think>", 1)[-1].strip()
     kind = answer["type"]
@@ -32,7 +34,9 @@ def score(response: str, answer: dict[str, Any]) -> float:
         return float(_same_number(response, answer))
     if kind == "boxes":
         return box_f1(response, answer["value"])
-    raise ValueError(f"unknown answer type {kind!r}; expected choice, text, number or boxes")
+    if kind == "facts":
+        return score_facts(response, answer)
+    raise ValueError(f"unknown answer type {kind!r}; expected choice, text, number, boxes or facts")
 
 
 def normalise(text: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 THRESHOLDS = np.linspace(0.05, 0.50, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -113,25 +114,23 @@ def pool(matches: Sequence[Matches]) -> Pool:
     )
 
 
-def average_precision(category: Pool, times: np.ndarray | None = None) -> np.ndarray | None:
-    """(T,) average precision; None if there is no ground truth that counts.
+def inside(question: Question, depth: tuple[float, float]) -> bool:
+    """Whether everything of a question lies in the depth range, so that matching gives what it gives without one."""
+    low, high = depth
+    far = np.concatenate([question.detection_depth, question.truth_depth])
+    return bool(((far >= low) & (far <= high)).all())
 
-    times: (Q,) how often each question is taken, for the bootstrap; copies stand next to each other.
-    """
-    hit, counted, positives = category.hit, category.counted, int(category.positives.sum())
-    if times is not None:
-        positives = int(category.positives @ times)
-        lengths = np.repeat(category.lengths, times)
-        first = np.repeat(category.starts, times) - (np.cumsum(lengths) - lengths)
-        index = np.repeat(first, lengths) + np.arange(int(lengths.sum()))
-        hit, counted = hit[:, index], counted[:, index]
+
+def average_precision(category: Pool) -> np.ndarray | None:
+    """(T,) average precision; None if there is no ground truth that counts."""
+    positives = int(category.positives.sum())
     if positives == 0:
         return None
-    right = hit & counted
+    right = category.hit & category.counted
     true = np.cumsum(right, axis=1)
-    false = np.cumsum(~hit & counted, axis=1)
+    false = np.cumsum(~category.hit & category.counted, axis=1)
     # Precision changes for the better only at true positives, so column k holds that of the k-th one, k = 1 ...
-    table = np.zeros((len(hit), positives + 2))
+    table = np.zeros((len(right), positives + 2))
     rows, columns = np.nonzero(right)
     k = true[rows, columns]
     table[rows, k] = k / (k + false[rows, columns] + np.spacing(1))
@@ -139,3 +138,28 @@ def average_precision(category: Pool, times: np.ndarray | None = None) -> np.nda
     # ... and a recall point needs the smallest k with k / positives >= recall (at least one detection).
     needed = np.searchsorted(np.arange(positives + 1) / positives, RECALLS, side="left")
     return table[:, np.maximum(needed, 1)].sum(1) / len(RECALLS)
+
+
+def resampled(category: Pool, times: np.ndarray, *, at_once: int = 25) -> np.ndarray:
+    """(B, T) average precision of B bootstrap draws; nan in a draw without ground truth that counts.
+
+    Each detection weighs as often as its question was drawn, and a draw's true and false positives are sums of weights.
+    times: (B, Q), how often each question was drawn. at_once: draws per step; memory is about 25 x T x N x 40 bytes.
+    """
+    weights = np.repeat(times, category.lengths, axis=1).astype(np.float64)  # (B, N)
+    positives = (times @ category.positives).astype(np.float64)
+    right = (category.hit & category.counted).astype(np.float64)
+    wrong = (~category.hit & category.counted).astype(np.float64)
+    result = np.full((len(times), len(right)), np.nan)
+    drawn = np.nonzero(positives > 0)[0]
+    for first in range(0, len(drawn), at_once):
+        chosen = drawn[first : first + at_once]
+        w, total = weights[chosen, None], positives[chosen, None, None]
+        true, false = np.cumsum(right * w, axis=2), np.cumsum(wrong * w, axis=2)  # (b, T, N)
+        precision = true / np.maximum(true + false, 1.0)
+        precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 0), (0, 1)))  # 0 where a recall is never reached
+        needed = np.broadcast_to(np.maximum(np.ceil(RECALLS * total - 1e-9), 1.0), (*true.shape[:2], len(RECALLS)))
+        index = torch.searchsorted(torch.from_numpy(true), torch.from_numpy(np.ascontiguousarray(needed))).numpy()
+        result[chosen] = np.take_along_axis(precision, index, axis=2).mean(2)
+    return result

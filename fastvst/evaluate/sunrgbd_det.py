@@ -16,11 +16,21 @@ import numpy as np
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
-from fastvst.evaluate.average_precision import DEPTHS, THRESHOLDS, Matches, Question, average_precision, match, pool
+from fastvst.evaluate.average_precision import (
+    DEPTHS,
+    THRESHOLDS,
+    Matches,
+    Question,
+    average_precision,
+    inside,
+    match,
+    pool,
+    resampled,
+)
 from fastvst.evaluate.files import Row, check_unique, locate, read_json
 from fastvst.evaluate.report import Report, Score, align, paper, paper_source, scored
 from fastvst.evaluate.statistics import Interval
-from fastvst.spatial.boxes import corners, iou_3d, parse_boxes
+from fastvst.spatial.boxes import corners, iou_3d_sets, parse_boxes
 from fastvst.spatial.prompts import detection_prompt
 
 NAME = "SUN RGB-D 3D detection"
@@ -100,30 +110,41 @@ def prompt(row: Row, *, thinking: bool = False) -> Sample:
     return choice.sample(row, row.question, source=NAME, thinking=thinking, kind="bbox_3d")
 
 
-def is_ignored(boxes: np.ndarray, intrinsics: Mapping[str, float], height: int) -> np.ndarray:
+def is_ignored(boxes: np.ndarray, fy: np.ndarray | float, cy: np.ndarray | float, height: np.ndarray | float):
     """(G,) bool: ground truth with a size <= 0, or whose eight projected corners span >= 10.5 picture heights.
 
-    Corners behind the camera are projected like any other, as upstream. boxes (G, 9) metres and degrees.
+    Corners behind the camera are projected like any other, as upstream. boxes (G, 9) metres and degrees; the others are
+    pixels, (G,) or numbers.
     """
-    if len(boxes) == 0:
-        return np.zeros(0, dtype=bool)
     points = corners(boxes)
+    fy, cy, height = (np.broadcast_to(x, len(boxes)) for x in (fy, cy, height))
     with np.errstate(divide="ignore", invalid="ignore"):
-        rows = intrinsics["fy"] * points[..., 1] / points[..., 2] + intrinsics["cy"]
-    tall = rows.max(1) - rows.min(1) >= HEIGHT_LIMIT * height
+        rows = fy[:, None] * points[..., 1] / points[..., 2] + cy[:, None]
+    tall = np.ptp(rows, axis=1) >= HEIGHT_LIMIT * height if len(boxes) else np.zeros(0, dtype=bool)
     return (boxes[:, 3:6] <= 0).any(1) | tall
 
 
-def overlaps(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(D, G) exact IoU. A predicted size counts by its absolute value; boxes with a face triangle of at most 1e-8
-    square metres have IoU 0."""
-    boxes = predicted.copy()
-    boxes[:, 3:6] = np.abs(boxes[:, 3:6])
-    x, y, z = boxes[:, 3:6].T
-    flat = np.minimum(np.minimum(x * y, y * z), x * z) / 2 <= FACE_AREA
-    iou = iou_3d(boxes, truth)
-    iou[flat] = 0.0
-    return iou
+def _ignored(rows: Sequence[Row], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`is_ignored` of every question, all boxes in one go."""
+    counts = [len(boxes) for boxes in truth]
+    camera = [(r.fields["intrinsics"]["fy"], r.fields["intrinsics"]["cy"], r.fields["height"]) for r in rows]
+    every = np.concatenate([np.zeros((0, 9)), *truth])
+    values = np.repeat(np.array(camera, dtype=np.float64).reshape(-1, 3), counts, axis=0)
+    return np.split(is_ignored(every, *values.T), np.cumsum(counts)[:-1]) if rows else []
+
+
+def overlaps(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """(D, G) exact IoU of every question. A predicted size counts by its absolute value; boxes with a face triangle of
+    at most 1e-8 square metres have IoU 0."""
+    boxes, flat = [], []
+    for found in predicted:
+        x, y, z = sizes = np.abs(found[:, 3:6]).T
+        boxes.append(np.concatenate([found[:, :3], sizes.T, found[:, 6:]], axis=1))
+        flat.append(np.minimum(np.minimum(x * y, y * z), x * z) / 2 <= FACE_AREA)
+    ious = iou_3d_sets(list(zip(boxes, truth, strict=True)))
+    for iou, thin in zip(ious, flat, strict=True):
+        iou[thin] = 0.0
+    return ious
 
 
 def score(
@@ -143,19 +164,19 @@ def score(
         parse_boxes("" if r.id in reasons else choice.final_answer(t, thinking))[0]
         for r, t in zip(rows, texts, strict=True)
     ]
+    truth = [row.fields["boxes"] for row in rows]
+    ious, ignored = overlaps(boxes, truth), _ignored(rows, truth)
     questions = [
-        Question(
-            overlaps(found, row.fields["boxes"]),
-            found[:, 2],
-            row.fields["boxes"][:, 2],
-            is_ignored(row.fields["boxes"], row.fields["intrinsics"], row.fields["height"]),
-        )
-        for row, found in zip(rows, boxes, strict=True)
+        Question(iou, found[:, 2], real[:, 2], skip)
+        for iou, found, real, skip in zip(ious, boxes, truth, ignored, strict=True)
     ]
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         members.setdefault(row.category, []).append(i)
-    matches = {label: [match(q, depth) for q in questions] for label, depth in DEPTHS.items()}
+    matches = {"all": [match(q, DEPTHS["all"]) for q in questions]}
+    for label in ("near", "medium", "far"):
+        pairs = zip(questions, matches["all"], strict=True)
+        matches[label] = [m if inside(q, DEPTHS[label]) else match(q, DEPTHS[label]) for q, m in pairs]
     f1 = [_f1(m) for m in matches["all"]]
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
     pictures = [row.scene for row in rows]
@@ -209,8 +230,7 @@ def _table(
         category = pool([matches[i] for i in chosen])
         value = average_precision(category)
         if value is not None:
-            drawn = [average_precision(category, row) for row in times[:, inverse[list(chosen)]]]
-            table[name] = np.stack([value, *(np.full(len(THRESHOLDS), np.nan) if d is None else d for d in drawn)])
+            table[name] = np.concatenate([value[None], resampled(category, times[:, inverse[list(chosen)]])])
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -141,17 +142,23 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def intersection_volume(a: Any, b: Any) -> np.ndarray:
     """Exact intersection volumes (N, M) in cubic metres of two box sets (N, 9) and (M, 9)."""
     a, b = _as_boxes(a), _as_boxes(b)
-    result = np.zeros((len(a), len(b)))
-    good_a = np.isfinite(a).all(1) & (a[:, 3:6] > _MIN_SIZE).all(1)
-    good_b = np.isfinite(b).all(1) & (b[:, 3:6] > _MIN_SIZE).all(1)
+    rows, columns = (index.ravel() for index in np.indices((len(a), len(b))))
+    return _pair_volumes(a, b, rows, columns).reshape(len(a), len(b))
+
+
+def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(P,) intersection volumes of a[rows[p]] and b[columns[p]]; far, thin and not finite ones are 0."""
+    good_a, good_b = (np.isfinite(x).all(1) & (x[:, 3:6] > _MIN_SIZE).all(1) for x in (a, b))
     centre_a, centre_b = np.where(good_a[:, None], a[:, :3], 0.0), np.where(good_b[:, None], b[:, :3], 0.0)
-    gap2 = ((centre_a[:, None] - centre_b[None]) ** 2).sum(-1)
-    reach = np.linalg.norm(a[:, None, 3:6], axis=-1) / 2 + np.linalg.norm(b[None, :, 3:6], axis=-1) / 2
-    near = (gap2 < reach**2) & good_a[:, None] & good_b[None]
-    rows, columns = np.nonzero(near)
-    for first in range(0, len(rows), 256):  # 256 pairs x 60 edges x 12 faces x 8 bytes = 1.5 MB an array: in cache
-        r, c = rows[first : first + 256], columns[first : first + 256]
-        result[r, c] = _intersection_volumes(a[r], b[c])
+    reach_a, reach_b = (
+        np.where(good, np.linalg.norm(x[:, 3:6], axis=1) / 2, 0.0) for x, good in ((a, good_a), (b, good_b))
+    )
+    gap2 = ((centre_a[rows] - centre_b[columns]) ** 2).sum(-1)
+    near = np.nonzero((gap2 < (reach_a[rows] + reach_b[columns]) ** 2) & good_a[rows] & good_b[columns])[0]
+    result = np.zeros(len(rows))
+    for first in range(0, len(near), 256):  # 256 pairs x 60 edges x 12 faces x 8 bytes = 1.5 MB an array: in cache
+        chosen = near[first : first + 256]
+        result[chosen] = _intersection_volumes(a[rows[chosen]], b[columns[chosen]])
     return result
 
 
@@ -165,10 +172,38 @@ def iou_3d(a: Any, b: Any) -> np.ndarray:
         ValueError: another shape than (N, 9).
     """
     a, b = _as_boxes(a), _as_boxes(b)
-    volume = intersection_volume(a, b)
-    size_a, size_b = np.abs(a[:, 3:6]).prod(1), np.abs(b[:, 3:6]).prod(1)
-    volume = np.minimum(volume, np.minimum(size_a[:, None], size_b[None]))
-    union = size_a[:, None] + size_b[None] - volume
+    rows, columns = (index.ravel() for index in np.indices((len(a), len(b))))
+    return _pair_iou(a, b, rows, columns).reshape(len(a), len(b))
+
+
+def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
+    """`[iou_3d(a, b) for a, b in sets]`, all pairs of all sets in one go: for many small sets ten times as fast.
+
+    Raises:
+        ValueError: another shape than (N, 9).
+    """
+    pairs = [(_as_boxes(a), _as_boxes(b)) for a, b in sets]
+    if not pairs:
+        return []
+    rows, columns, first_a, first_b = [], [], 0, 0
+    for a, b in pairs:
+        i, j = np.indices((len(a), len(b)))
+        rows.append(i.ravel() + first_a)
+        columns.append(j.ravel() + first_b)
+        first_a, first_b = first_a + len(a), first_b + len(b)
+    every_a, every_b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    iou = _pair_iou(every_a, every_b, np.concatenate(rows), np.concatenate(columns))
+    ends = np.cumsum([len(a) * len(b) for a, b in pairs])
+    parts = np.split(iou, ends[:-1])
+    return [part.reshape(len(a), len(b)) for part, (a, b) in zip(parts, pairs, strict=True)]
+
+
+def _pair_iou(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(P,) IoU of a[rows[p]] and b[columns[p]]."""
+    volume = _pair_volumes(a, b, rows, columns)
+    size_a, size_b = np.abs(a[:, 3:6]).prod(1)[rows], np.abs(b[:, 3:6]).prod(1)[columns]
+    volume = np.minimum(volume, np.minimum(size_a, size_b))
+    union = size_a + size_b - volume
     valid = (volume > 0) & (union > 0)
     return np.where(valid, volume / np.where(valid, union, 1.0), 0.0)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvst.evaluate import sunrgbd_det
-from fastvst.evaluate.average_precision import DEPTHS, THRESHOLDS, Question, average_precision, match, pool
+from fastvst.evaluate.average_precision import DEPTHS, THRESHOLDS, Question, average_precision, match, pool, resampled
 from fastvst.evaluate.files import Row
 from fastvst.spatial.boxes import format_boxes, iou_3d
 
@@ -135,7 +135,7 @@ def test_ignored_ground_truth_neither_counts_nor_punishes() -> None:
     truth = np.array(
         [[0, 0, 3, 1, 1, 1, 0, 0, 0], [0, 0, 0.52, 1, 1, 1, 0, 0, 0], [1, 0, 3, 1, 0, 1, 0, 0, 0]], dtype=float
     )
-    assert sunrgbd_det.is_ignored(truth, INTRINSICS, 530).tolist() == [False, True, True]
+    assert sunrgbd_det.is_ignored(truth, INTRINSICS["fy"], INTRINSICS["cy"], 530).tolist() == [False, True, True]
     row = Row("u", "", "", "box", scene="p", fields={"boxes": truth, "height": 530, "intrinsics": INTRINSICS})
     both = format_boxes(truth[[1, 0]], ["x"] * 2)
     assert sunrgbd_det.score([row], [both]).overall.value.mean == pytest.approx(1), (
@@ -182,7 +182,7 @@ def test_matching_is_greedy_and_one_to_one(seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
-def test_taking_every_question_once_changes_nothing(seed: int) -> None:
+def test_a_bootstrap_draw_is_the_average_precision_of_the_questions_drawn(seed: int) -> None:
     rng = np.random.default_rng(seed)
     made = [
         match(
@@ -190,12 +190,13 @@ def test_taking_every_question_once_changes_nothing(seed: int) -> None:
         )
         for d in rng.integers(0, 4, 6)
     ]
-    category = pool(made)
-    assert np.array_equal(average_precision(category), average_precision(category, np.ones(6, dtype=int)))
-    times = rng.integers(0, 3, 6)
-    copied = pool([m for m, k in zip(made, times, strict=True) for _ in range(k)] or made)
-    if times.any():
-        assert np.array_equal(average_precision(category, times), average_precision(copied))
+    kept = rng.integers(0, 2, 6)
+    left = [m for m, k in zip(made, kept, strict=True) if k]
+    whole, part, none = resampled(pool(made), np.stack([np.ones(6, dtype=int), kept, np.zeros(6, dtype=int)]))
+    np.testing.assert_allclose(whole, average_precision(pool(made)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(part, average_precision(pool(left)) if left else np.nan, rtol=0, atol=1e-12)
+    assert np.isnan(none).all()
+    np.testing.assert_allclose(resampled(pool(made), np.full((1, 6), 2))[0], whole, rtol=0, atol=1e-12)
 
 
 def files(folder: Path) -> list[dict]:
