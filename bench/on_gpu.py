@@ -39,6 +39,7 @@ PARTS = (
     Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_gpu_attention.py"), 0.4),
     Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_gpu_attention.py"), 0.3),
     Part("bench-attention", "attention.json", ("bench/attention_gpu.py", *TIMED), 0.4),
+    Part("bench-loss-head", "loss_head.json", ("bench/loss_head_gpu.py", *TIMED), 0.4),
     Part("tune", "table.json", ("-m", "fastvst_kernels.tune", *TIMED), 0.5),
     Part("end-to-end", "end_to_end.json", ("bench/end_to_end_gpu.py", "--out", "{out}"), 1.0),
 )  # fmt: skip

@@ -93,7 +93,8 @@ def linear_policy_loss(
         stats: scalars on the device, without gradient. Over the rows that were computed, each row counting once:
             clip_low, clip_high, clip_dual (fractions), ratio_mean, ratio_max, entropy, logprob, kl_old_k1, kl_old_k3
             (KL(old || new), samples being old's), and where the input was given importance, kl_ref_k1, kl_ref_k3
-            (KL(new || reference)), kl_sampler_k1, kl_sampler_k3 (KL(sampler || old)). Counts: rows_total (M),
+            (KL(new || reference)), kl_sampler_k1, kl_sampler_k3 (KL(sampler || old)), sampler_gap and sampler_gap_max
+            (mean and largest |old - sampler|). Counts: rows_total (M),
             rows_computed (met the forward product), rows_backward (met the backward products), gemm_saved (the share of
             the operations on all M rows that was left out).
 
@@ -202,9 +203,12 @@ def policy_statistics(objective: Objective, rows: PolicyRows, logprobs: Tensor, 
             if of is not None and other is not None:
                 for kind in ("k1", "k3"):
                     values[f"kl_{name}_{kind}"] = kl_estimate(of, other, kind).nan_to_num(nan=0.0)
+        peaks = {"ratio_max": ratio}
+        if rows.sampler is not None:
+            peaks["sampler_gap_max"] = values["sampler_gap"] = (old - rows.sampler).abs().nan_to_num(nan=0.0)
         count = max(1, logprobs.shape[0])
         stats = {name: value.to(logprobs.dtype).sum() / count for name, value in values.items()}
-        stats["ratio_max"] = ratio.amax() if logprobs.shape[0] else logprobs.new_zeros(())
+        stats |= {name: v.amax() if logprobs.shape[0] else logprobs.new_zeros(()) for name, v in peaks.items()}
         return stats
 
 
@@ -226,15 +230,16 @@ def _two_passes(head: Head, objective: Objective, rows: PolicyRows, need_hidden:
     for part, buffer in chunks(head):
         found = chunk_statistics(head, part, buffer)[1]
         logprobs[part], entropy[part] = found.logprob, found.entropy
+        del buffer  # or the first pass' logits would live beside the second's
     values, coefficients = _differentiate(objective, rows, logprobs, entropy)
     forward_rows, backward_rows, as_exp = head.rows, 0, not objective.uses_entropy
+    work = need_hidden or need_weight
+    if work and not head.hidden.is_cuda:
+        alive = coefficients.alive().nonzero().squeeze(1)
+        if alive.shape[0] < head.rows:
+            head, coefficients = subset(head, alive), coefficients.take(alive)
     gradients = make_gradients(head, need_hidden, need_weight)
-    if need_hidden or need_weight:
-        if not head.hidden.is_cuda:
-            alive = coefficients.alive().nonzero().squeeze(1)
-            if alive.shape[0] < head.rows:
-                head, coefficients = subset(head, alive), coefficients.take(alive)
-                gradients = make_gradients(head, need_hidden, need_weight)
+    if work:
         for part, buffer in chunks(head):
             h, found = chunk_statistics(head, part, buffer, as_exp=as_exp)
             chunk = coefficients.take(part)

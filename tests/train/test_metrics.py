@@ -80,3 +80,35 @@ def test_a_missing_option_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=rf"log\.{next(iter(option))} is on, but .* pip install"):
         _open(tmp_path, **option)
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with _open(tmp_path, tensorboard=True) as metrics:
+        for step in range(3):
+            metrics.log(_row(step, seconds=2.0 + step))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("seconds")] == [(0, 2.0), (1, 3.0), (2, 4.0)]
+    written = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(events.Tags()["scalars"]) == {k for k, v in written.items() if isinstance(v, (int, float))} - {"step"}
+
+
+def test_wandb_gets_the_settings_every_row_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with the three calls of its interface that are used."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    calls: list[tuple[str, object]] = []
+    run = SimpleNamespace(
+        log=lambda numbers, step: calls.append(("log", (step, numbers["loss"]))),
+        finish=lambda exit_code: calls.append(("finish", exit_code)),
+    )
+    module = ModuleType("wandb")
+    module.init = lambda **options: calls.append(("init", options["project"])) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(RuntimeError), _open(tmp_path, wandb="project") as metrics:
+        metrics.log(_row(0))
+        raise RuntimeError
+    loss = json.loads((tmp_path / "metrics.jsonl").read_text())["loss"]
+    assert calls == [("init", "project"), ("log", (0, loss)), ("finish", 1)]
