@@ -1,4 +1,4 @@
-"""`fastvst rooms` and `fastvst evaluate`: thin commands around library functions."""
+"""`fastvst rooms`, `fastvst data` and `fastvst evaluate`: thin commands around library functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastvst.evaluate import command
+from fastvst.evaluate import command, compare_rooms
+from fastvst.report import gallery
+from fastvst.spatial.rooms import command as rooms_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,17 +17,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     rooms = commands.add_parser("rooms", help="render furnished rooms and write their questions as VST parquet")
-    rooms.add_argument("--out", required=True, help="folder for the parquet files")
-    rooms.add_argument("--samples", type=int, default=2000, help="number of rows (default 2000)")
-    rooms.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
-    rooms.add_argument("--workers", type=int, default=2, help="rendering processes (default 2)")
+    rooms_command.add_arguments(rooms)
+    data = commands.add_parser("data", help="look a data set over before training on it")
+    gallery.add_arguments(data)
 
     evaluate = commands.add_parser("evaluate", help="answer a benchmark's questions and score them, or score a file")
     command.add_arguments(evaluate)
-    evaluate.add_argument("--train-data", help="rooms: the training rows, from which the baselines are made")
+    compare_rooms.add_arguments(evaluate)
 
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "data":
+            return gallery.run(arguments)
         return _rooms(arguments) if arguments.command == "rooms" else _evaluate(arguments)
     except (ValueError, OSError) as error:
         print(f"fastvst {arguments.command}: {error}", file=sys.stderr)
@@ -33,27 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rooms(arguments: argparse.Namespace) -> int:
-    from fastvst.spatial.rooms.generate import make_rooms  # a renderer is imported only where one is asked for
-
-    print(make_rooms(arguments.out, samples=arguments.samples, seed=arguments.seed, workers=arguments.workers))
+    rooms_command.run(arguments)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.benchmark != ["rooms"]:
-        command.run(arguments)
-        return 0
-    if not arguments.model or not arguments.train_data:
-        raise ValueError("evaluate rooms needs --model and --train-data")
-    from fastvst.data import Processor
-    from fastvst.evaluate import rooms
-    from fastvst.model import Qwen25VL
-
-    device = arguments.devices[0]
-    model = Qwen25VL.from_pretrained(arguments.model, device=device)
-    processor = Processor.from_pretrained(arguments.model)
-    results = rooms.evaluate(model, processor, arguments.data, device, train_path=arguments.train_data, examples=0)
-    print(results.table())
+    (compare_rooms if arguments.benchmark == ["rooms"] else command).run(arguments)
     return 0
 
 

@@ -14,7 +14,10 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["evaluate", "rooms", "--data", "x"], "needs --model and --train-data"),
+        (["evaluate", "rooms", "--data", "x"], "no checkpoint in runs/sft/hf"),
+        (["evaluate", "rooms", "--model", "here=nowhere"], "no such checkpoint: nowhere"),
+        (["evaluate", "vsi_bench", "--model", "a", "b", "--data", "x"], "only rooms compares several"),
+        (["evaluate", "vsi_bench", "--model", "a"], "needs --data"),
         (["evaluate", "no_such_benchmark", "--data", "x", "--model", "y"], "no_such_benchmark"),
         (["evaluate", "vsi_bench", "--data", "nowhere", "--model", "nowhere", "--out", "o"], "nowhere"),
     ],

@@ -39,11 +39,12 @@ THINKING_TOKENS = 2048  # of a thinking answer, where the benchmark's own limit 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst evaluate`."""
     names = ", ".join(BENCHMARKS)
-    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}")
+    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms")
+    parser.add_argument("--data", help="the published file, or the folder that holds the published files")
     parser.add_argument(
-        "--data", required=True, help="the published file, or the folder that holds the published files"
-    )
-    parser.add_argument("--model", help="a Hugging Face directory, as training writes it (not with score)")
+        "--model", nargs="+", help="a Hugging Face directory, as training writes it (not with score); rooms: several, "
+        "each DIR or NAME=DIR, to compare"
+    )  # fmt: skip
     parser.add_argument(
         "--out", help="folder for predictions, results and the page of errors; a stopped run goes on there"
     )
@@ -74,6 +75,10 @@ def run(arguments: argparse.Namespace) -> Report:
         raise ValueError(
             f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}"
         )
+    if arguments.data is None:
+        raise ValueError(f"{name} needs --data, the published file or the folder that holds the published files")
+    if arguments.model and len(arguments.model) > 1:
+        raise ValueError(f"{name} takes one --model; only rooms compares several")
     benchmark = importlib.import_module(BENCHMARKS[name])
     rows = benchmark.load(arguments.data)[: arguments.limit]
     if scoring:
@@ -117,7 +122,7 @@ def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
     """Write down what the predictions in `out` are made with, or refuse to mix them with those of other settings."""
     settings = {
         "benchmark": name,
-        "model": str(Path(arguments.model).resolve()),
+        "model": str(Path(arguments.model[0]).resolve()),
         "thinking": arguments.thinking,
         "max_new_tokens": arguments.max_new_tokens,
         "pixels": arguments.pixels,
@@ -166,7 +171,7 @@ def _work(
     asked = [row for row in (benchmark.load(arguments.data) if rows is None else rows) if row.id in mine]
     device = arguments.devices[rank]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = Qwen25VL.from_pretrained(arguments.model, dtype=dtype, device=device)
+    model = Qwen25VL.from_pretrained(arguments.model[0], dtype=dtype, device=device)
     options = benchmark.PROCESSOR if arguments.pixels == "paper" else {}
     limit = arguments.max_new_tokens or max(benchmark.MAX_NEW_TOKENS, THINKING_TOKENS if arguments.thinking else 0)
     last = [0.0]
@@ -178,7 +183,7 @@ def _work(
 
     speed = answer(
         model,
-        Processor.from_pretrained(arguments.model, **options),
+        Processor.from_pretrained(arguments.model[0], **options),
         asked,
         functools.partial(benchmark.prompt, thinking=arguments.thinking),
         out / f"predictions-{rank}.jsonl",

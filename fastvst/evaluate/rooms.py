@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from fastvst.data import Processor, Sample, open_source
+from fastvst.data.chat import THINK_SYSTEM
 from fastvst.evaluate.answers import score
 from fastvst.evaluate.statistics import Interval, best_constant, bootstrap
-from fastvst.rollout.greedy import greedy
 
 if TYPE_CHECKING:
     from fastvst.model import Qwen25VL
 
 MAX_NEW_TOKENS = 96  # a two-box answer in the tiny tokenizer is about 80 tokens
+THINKING_TOKENS = 768  # a trace of 150 to 500 words, and the answer
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def evaluate(
     device: torch.device | str = "cpu",
     *,
     train_path: str | Path,
-    batch_size: int = 64,
+    batch_size: int = 256,
     examples: int = 24,
+    thinking: bool = False,
 ) -> RoomResults:
     """Answer every question under `path` greedily and score it.
 
@@ -115,41 +117,46 @@ def evaluate(
         train_path: the training rows; the majority and random baselines are made from them, never from held-out ones.
         batch_size: questions decoded together.
         examples: how many questions to keep for the report, spread over the tasks.
+        thinking: ask under the thinking system prompt and score the text after `</think>`.
     """
     held_out = questions(open_source(path))
     if not held_out:
         raise ValueError(
             f"{path} has no row with a checkable answer; expected the parquet that the room generator writes"
         )
-    predictions = answer_all(model, processor, held_out, device, batch_size=batch_size)
+    predictions = answer_all(model, processor, held_out, batch_size=batch_size, thinking=thinking)
     scores = [score(p, q.answer) for p, q in zip(predictions, held_out, strict=True)]
     return summarise(held_out, predictions, scores, questions(open_source(train_path)), examples=examples)
 
 
-@torch.no_grad()
 def answer_all(
     model: Qwen25VL,
     processor: Processor,
     asked: Sequence[Question],
-    device: torch.device | str,
     *,
-    batch_size: int,
+    batch_size: int = 256,
+    thinking: bool = False,
 ) -> list[str]:
-    """Greedy answers, decoded in batches of questions of similar kind (so that short answers do not wait for boxes)."""
-    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
-    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].task, i))
-    answers = [""] * len(asked)
+    """Greedy answers of the rollout engine, in the order of the questions."""
+    from fastvst.rollout import Engine, SamplingParams
+
     training = model.training
     model.eval()
-    for begin in range(0, len(order), batch_size):
-        chunk = order[begin : begin + batch_size]
-        encoded = [processor.encode(asked[i].sample, add_generation_prompt=True) for i in chunk]
-        decoded = greedy(model, encoded, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=stop, forbidden_token_ids=pads)
-        for i, tokens in zip(chunk, decoded, strict=True):
-            answers[i] = processor.decode([t for t in tokens if t not in stop])
+    engine = Engine(model, processor, max_sequences=batch_size)
+    samples = [
+        dataclasses.replace(q.sample, messages=_think(q.sample.messages)) if thinking else q.sample for q in asked
+    ]
+    limit = THINKING_TOKENS if thinking else MAX_NEW_TOKENS
+    rollouts = engine.generate(samples, SamplingParams(temperature=0.0, max_tokens=limit))
+    engine.release()
     model.train(training)
-    return answers
+    return [first.text for first, *_ in rollouts]
+
+
+def _think(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation under VST's thinking system prompt, whatever system prompt it had."""
+    system = {"role": "system", "content": [{"type": "text", "text": THINK_SYSTEM}]}
+    return [system, *(m for m in messages if m["role"] != "system")]
 
 
 def summarise(

@@ -18,7 +18,6 @@ from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
 from fastvst.evaluate.average_precision import (
     DEPTHS,
-    THRESHOLDS,
     Matches,
     Question,
     average_precision,

@@ -1,5 +1,7 @@
 """Generating answers from the trainer's own weights."""
 
+from fastvst.rollout.engine import Engine, EngineConfig
 from fastvst.rollout.greedy import greedy
+from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
-__all__ = ["greedy"]
+__all__ = ["Engine", "EngineConfig", "Rollout", "RolloutError", "SamplingParams", "greedy"]

@@ -7,8 +7,9 @@ picture after it was resized to the focal length of one virtual camera. `to_fov_
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from fastvst.spatial.camera import BASE_HFOV, BASE_WIDTH, unify_fov
+from fastvst.spatial.camera import BASE_HFOV, BASE_WIDTH, Camera, unify_fov
 
 INTRODUCTION = "Here are the detailed camera parameters for the image."
 _DISTORTION = "We do not consider distortion parameters here."
@@ -16,6 +17,11 @@ _FRAME = (
     "In the camera coordinate system, the X-axis points rightward, the Y-axis points downward, and the Z-axis points "
     "forward. The origin point is the camera location.\n"
     "We take the camera coordinate system as the world coordinate system."
+)
+_FRAME_MULTI = (
+    "In a camera coordinate system, the X-axis points rightward, the Y-axis points downward, and the Z-axis points "
+    "forward. The origin point is the camera location.\n"
+    "We take the camera coordinate system of image 1 as the world coordinate system."
 )
 _FORMAT = (
     "3D bounding box format: [x_center, y_center, z_center, x_size, y_size, z_size, pitch, yaw, roll]\n"
@@ -68,6 +74,14 @@ def fov_detection_prompt(question: str, width: int, height: int, hfov: float, vf
     return _compose(fov_line(width, height, hfov, vfov), question)
 
 
+def multi_detection_prompt(question: str, cameras: Sequence[Camera]) -> str:
+    """The stored prompt for several images of one room: a camera line each, boxes in the frame of the first camera
+    (vst-spec leaves the frame open; see section 7, number 10)."""
+    lines = [f"Image {k + 1}: {camera_line(c.width, c.height, c.fx, c.fy, c.cx, c.cy)}" for k, c in enumerate(cameras)]
+    introduction = INTRODUCTION.replace("image.", "images.")
+    return "\n".join([introduction, *lines, f"{_FRAME_MULTI}\n\n{_FORMAT}\n\n{_OUTPUT}\n{question}"])
+
+
 def _compose(line: str, question: str) -> str:
     return f"{INTRODUCTION}\n{line}\n{_FRAME}\n\n{_FORMAT}\n\n{_OUTPUT}\n{question}"
 
@@ -102,3 +116,25 @@ def to_fov_prompt(
     if count == 0:  # the six numbers are there, but spread over lines in another order
         return text, (width, height)
     return new_text, (new_width, new_height)
+
+
+def to_fov_prompts(
+    text: str, sizes: Sequence[tuple[int, int]], *, base_width: int = BASE_WIDTH, base_hfov: float = BASE_HFOV
+) -> tuple[str, list[tuple[int, int]]]:
+    """`to_fov_prompt` for a prompt with one "Image k: ..." camera line for each of several images of these sizes.
+
+    Returns:
+        (new text, new (width, height) of each image); all unchanged unless there are exactly as many camera lines.
+    """
+    lines = text.split("\n")
+    places = [k for k, line in enumerate(lines) if re.match(r"Image \d+: image width=", line)]
+    cameras = [read_camera(lines[k]) for k in places]
+    if len(places) != len(sizes) or not all(camera is not None and camera["fx"] > 0 for camera in cameras):
+        return text, list(sizes)
+    new_sizes = []
+    for number, (place, camera, (width, height)) in enumerate(zip(places, cameras, sizes, strict=True)):
+        assert camera is not None
+        w, h, hfov, vfov = unify_fov(width, height, camera["fx"], base_width=base_width, base_hfov=base_hfov)
+        lines[place] = f"Image {number + 1}: {fov_line(w, h, hfov, vfov)}"
+        new_sizes.append((w, h))
+    return "\n".join(lines), new_sizes

@@ -41,7 +41,7 @@ def test_answer_all_keeps_the_order_whatever_the_batches():
     asked = rooms.questions(
         [dataclasses.replace(row([(f"{word} ?", "1 cm")], [number(1)]), id=word) for word in ["red", "chair", "far"]]
     )
-    together = rooms.answer_all(model, processor, asked, "cpu", batch_size=8)
-    alone = [rooms.answer_all(model, processor, [q], "cpu", batch_size=1)[0] for q in asked]
+    together = rooms.answer_all(model, processor, asked, batch_size=8)
+    alone = [rooms.answer_all(model, processor, [q], batch_size=1)[0] for q in asked]
     assert together == alone
     assert model.training, "the mode is given back"

@@ -125,3 +125,48 @@ def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Genera
         yaw = math.degrees(math.atan2(-d[0], d[1]))
         return place(camera, position, look(yaw, pitch, float(rng.uniform(-3, 3))))
     return None
+
+
+def walk(
+    room: Room, rng: np.random.Generator, frames: int, width: int, height: int, tries: int = 60
+) -> list[Camera] | None:
+    """A hand-held video: a slow walk (at most 0.25 m a frame) through clear places while the camera turns once round.
+
+    The turn is 370-400 degrees in all, to one side, so that every wall comes into view; height 1.3-1.65 m, pitch -18 to
+    -8 degrees. None if the room has no clear place to start from.
+    """
+    low, high = room.polygon.min(0), room.polygon.max(0)
+    eye = float(rng.uniform(1.3, 1.65))
+    stops: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    for _ in range(tries):
+        spot = np.array([*rng.uniform(low, high), eye])
+        if not clear(room, spot):
+            continue
+        if len(starts) < 6:  # the one nearest the middle of the room sees most of it
+            starts.append(spot)
+            stops = [min(starts, key=lambda s: float(np.linalg.norm(s[:2] - (low + high) / 2)))]
+            continue
+        leg = spot - stops[-1]
+        length = float(np.linalg.norm(leg))
+        steps = [stops[-1] + leg * t for t in np.linspace(0, 1, max(2, math.ceil(length / 0.1)))]
+        if 0.4 <= length <= 2.0 and all(clear(room, step) for step in steps):
+            stops.append(spot)
+        if len(stops) == 4:
+            break
+    if not stops:
+        return None
+    lengths = [float(np.linalg.norm(b - a)) for a, b in zip(stops, stops[1:], strict=False)]
+    reach = min(sum(lengths), 0.25 * (frames - 1))
+    ends = np.concatenate([[0.0], np.cumsum(lengths)])
+    focal = float(rng.uniform(0.72, 0.8)) * width
+    base = Camera(width, height, focal, focal, width / 2, height / 2, np.eye(3), np.zeros(3))
+    side = 1.0 if rng.uniform() < 0.5 else -1.0
+    yaw, turn = float(rng.uniform(-180, 180)), side * float(rng.uniform(370, 400))
+    pitch = float(rng.uniform(-18, -8))
+    cameras = []
+    for t in np.linspace(0.0, 1.0, frames):
+        at = np.array([np.interp(t * reach, ends, [stop[k] for stop in stops]) for k in range(3)])
+        shake = rng.uniform(-1.5, 1.5, 3)
+        cameras.append(place(base, at, look(yaw + turn * t + shake[0], pitch + shake[1], shake[2])))
+    return cameras

@@ -19,7 +19,8 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
+import zlib
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -33,13 +34,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastvst.data.sample import Sample
+from fastvst.spatial.reasoning import geometric
 from fastvst.spatial.rooms.render import Renderer, open_renderer
-from fastvst.spatial.rooms.shoot import ShotConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.spatial.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
+from fastvst.spatial.tasks.box_forms import BoxForm
 
 GENERATOR_VERSION = 5  # raise it when the same seed gives other rows: caches are keyed by it
 ROWS_PER_FILE = 500
-IMAGE_PLACEHOLDER = "<|image_pad|>"
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<|image_pad|>", "<|video_pad|>"
+FIRST_SIX = ("camera_motion", "correspondence", "depth_comparison", "detection_3d", "distance", "measurement")
+THOUGHT = "thought_"  # + task: the row of that task, reasoned by its geometry
 SPLITS = {"train": 0, "heldout": 1 << 40}
 _SEED_BLOCK = 1 << 20  # rooms per seed; blocks of different seeds and splits never meet
 
@@ -61,7 +67,11 @@ class RoomsConfig:
     """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others), on
     average where it is a fraction; a try whose answer would be doubtful gives no row. The default gives most rows to
     the tasks with short answers: 3D boxes are a hundred tokens long and would make up most of the
-    loss. `quality`: JPEG quality, or 0 for PNG. `backend`: see render.open_renderer."""
+    loss. `quality`: JPEG quality, or 0 for PNG. `backend`: see render.open_renderer.
+
+    A name in `rows` may be any of the nineteen tasks (see presets.py), or "thought_" and one of those that can be
+    reasoned about. `walk` adds the video that the video tasks need. `shares`: of each task in every file, whatever the
+    tries yield; rows above the share are dropped. `boxes`: another form of the single-image 3D box rows."""
 
     shots: ShotConfig = field(default_factory=ShotConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -77,6 +87,9 @@ class RoomsConfig:
     )
     quality: int = 95
     backend: str = "auto"
+    walk: WalkConfig | None = None
+    shares: dict[str, float] | None = None
+    boxes: BoxForm | None = None
 
 
 def room_seed(split: str, seed: int, number: int) -> int:
@@ -94,22 +107,53 @@ def room_seed(split: str, seed: int, number: int) -> int:
 
 def room_samples(seed: int, renderer: Renderer, config: RoomsConfig) -> list[Sample]:
     """All rows of one room, in a fixed order; pictures are PIL images."""
-    scene = shoot(seed, renderer, config.shots)
+    return scene_samples(shoot(seed, renderer, config.shots, config.walk), seed, config)
+
+
+def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
+    """All rows of one annotated scene, wherever it comes from, in a fixed order; pictures are PIL images.
+
+    Raises:
+        ValueError: a name in `config.rows` that is no task.
+    """
     samples: list[Sample] = []
-    for number, (name, tries) in enumerate(sorted(config.rows.items())):
-        if name not in SINGLE and name not in PAIRS:
-            raise ValueError(f"rooms: no task {name!r}; known: {sorted([*SINGLE, *PAIRS])}")
-        rng = np.random.default_rng([seed, 4, number])
-        targets: list[Any] = scene.stills() if name in SINGLE else list(scene.pairs)
-        for k, target in enumerate(targets):
+    for name, tries in sorted(config.rows.items()):
+        task = name.removeprefix(THOUGHT)
+        if task not in SINGLE and task not in PAIRS and task not in WALKS:
+            raise ValueError(f"rooms: no task {name!r}; known: {sorted([*SINGLE, *PAIRS, *WALKS])}")
+        rng = _stream(seed, name, config)
+        for k, target in enumerate(_targets(scene, task)):
             whole = int(tries) + int(rng.uniform() < tries % 1)
             for attempt in range(whole):
-                make = SINGLE[name] if name in SINGLE else PAIRS[name]
-                sample = make(scene, target, rng, config.tasks, f"{k}-{attempt}")
+                sample = _make(scene, task, target, rng, config.tasks, f"{k}-{attempt}")
+                if sample is not None and name != task:
+                    sample = geometric.compose(scene, sample, rng)
                 if sample is not None:
-                    samples.append(sample)
+                    samples.append(sample if config.boxes is None else box_forms.apply(sample, config.boxes))
     order = np.random.default_rng([seed, 5]).permutation(len(samples))
     return [samples[int(k)] for k in order]
+
+
+def _stream(seed: int, name: str, config: RoomsConfig) -> np.random.Generator:
+    """The random numbers of one task in one room: the same whichever other tasks are made beside it. (The first six are
+    numbered among themselves, so that rows made before there were others stay what they were.)"""
+    if name in FIRST_SIX:
+        return np.random.default_rng([seed, 4, sorted(set(config.rows) & set(FIRST_SIX)).index(name)])
+    return np.random.default_rng([seed, 6, zlib.crc32(name.encode())])
+
+
+def _targets(scene: Scene, task: str) -> list[Any]:
+    if task in WALKS:
+        return [None] if scene.walk else []
+    return scene.stills() if task in SINGLE else list(scene.pairs)
+
+
+def _make(
+    scene: Scene, task: str, target: Any, rng: np.random.Generator, config: TaskConfig, index: str
+) -> Sample | None:
+    if task in WALKS:
+        return WALKS[task](scene, rng, config, index)
+    return (SINGLE[task] if task in SINGLE else PAIRS[task])(scene, target, rng, config, index)
 
 
 def to_row(sample: Sample, quality: int) -> dict[str, Any]:
@@ -123,8 +167,12 @@ def to_row(sample: Sample, quality: int) -> dict[str, Any]:
             if part["type"] == "image":
                 image = part["image"]
                 images.append({"bytes": encode(image, quality), "path": None})
-                sizes.append({"resized_width": -1, "resized_height": -1, "width": image.width, "height": image.height})
+                asked = {key: part.get(key, -1) for key in ("resized_width", "resized_height")}
+                sizes.append({**asked, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
+            elif part["type"] == "video":
+                images += [{"bytes": encode(frame, quality), "path": None} for frame in part["video"]]
+                text += VIDEO_PLACEHOLDER
             else:
                 text += part["text"]
         conversations.append({"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": text})
@@ -182,7 +230,8 @@ def make_rooms(
         "samples": samples,
         "seed": seed,
         "split": split,
-        **dataclasses.asdict(config),
+        # what is not asked for is not part of the name: folders made before there was such an option are found again
+        **{key: value for key, value in dataclasses.asdict(config).items() if value is not None},
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
     parent = Path(out_dir) if out_dir is not None else cache_root()
@@ -215,30 +264,61 @@ def _fill(
     state = json.loads(state_file.read_text()) if state_file.exists() else {"files": 0, "room": 0, "skip": 0}
     done = state["files"] * ROWS_PER_FILE
     total_files = -(-samples // ROWS_PER_FILE)
+    plan = None if config.shares is None else apportion(config.shares, samples)
+    wanted = _file_plan(plan, done)
     rows: list[dict[str, Any]] = []
-    empty = 0
+    empty, most_empty = 0, 50 if plan is None else 500  # the rarest task of a mixture may need many rooms
     for number, room_rows in _rooms(split, seed, state["room"], workers, config):
-        skip = state["skip"] if number == state["room"] else 0
-        empty = 0 if room_rows else empty + 1
-        if empty >= 50:
-            raise RuntimeError(
-                f"rooms: 50 rooms in a row (last seed {room_seed(split, seed, number)}) gave no row; "
-                f"check {config.rows} and {config.tasks}"
-            )
+        skip, before = state["skip"] if number == state["room"] else 0, done + len(rows)
         for position in range(skip, len(room_rows)):
             if done + len(rows) == samples:
                 break
+            if wanted is not None:
+                task = json.loads(room_rows[position]["answer"])["metadata"]["task"]
+                if wanted[task] == 0:
+                    continue
+                wanted[task] -= 1
             rows.append(room_rows[position])
             if len(rows) == ROWS_PER_FILE or done + len(rows) == samples:
-                _write(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
+                write_file(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
                 done += len(rows)
                 state = {"files": state["files"] + 1, "room": number, "skip": position + 1}
                 _replace(state_file, json.dumps(state))
-                rows = []
+                rows, wanted = [], _file_plan(plan, done)
+        empty = empty + 1 if before == done + len(rows) else 0
         report.show(done + len(rows))
         if done == samples:
             report.finish(done)
             return
+        if empty >= most_empty:
+            missing = sorted(config.rows) if wanted is None else sorted(task for task, n in wanted.items() if n)
+            raise RuntimeError(
+                f"rooms: {empty} rooms in a row (last seed {room_seed(split, seed, number)}) gave no row of {missing}; "
+                f"check {config.rows} and {config.tasks}"
+            )
+
+
+def apportion(shares: dict[str, float], samples: int) -> list[str]:
+    """Which task each of `samples` rows belongs to, so that after any number of rows every task has its share to within
+    a row or two: each row goes to the task that is farthest behind.
+
+    Raises:
+        ValueError: no positive share, or a negative one.
+    """
+    names, weights = list(shares), np.array(list(shares.values()), dtype=np.float64)
+    if not len(weights) or (weights < 0).any() or weights.sum() <= 0:
+        raise ValueError(f"rooms: shares {shares}; expected non-negative numbers, one of them positive")
+    weights, made = weights / weights.sum(), np.zeros(len(weights))
+    order = []
+    for row in range(samples):
+        behind = int(np.argmax(weights * (row + 1) - made))
+        made[behind] += 1
+        order.append(names[behind])
+    return order
+
+
+def _file_plan(plan: list[str] | None, done: int) -> Counter | None:
+    return None if plan is None else Counter(plan[done : done + ROWS_PER_FILE])
 
 
 def _rooms(
@@ -281,7 +361,8 @@ def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
     return [to_row(sample, config.quality) for sample in room_samples(seed, _renderer(config.backend), config)]
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One parquet file of rows of SCHEMA, written beside and renamed."""
     temporary = path.with_suffix(".tmp")
     # JPEG does not compress further; row groups of 100 keep a reader's memory small
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="none", row_group_size=100)

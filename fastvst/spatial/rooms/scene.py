@@ -74,7 +74,12 @@ class View:
 @dataclass(frozen=True, eq=False)
 class Scene:
     """A room: `name` unique in its data set; `polygon` (K, 2) counter-clockwise outline on the floor in metres, or
-    None; `pairs`: indices of views worth comparing, as (first, second, kind) with kind "motion" or "overlap"."""
+    None; `pairs`: indices of views worth comparing, as (first, second, kind) with kind "motion", "overlap" or "wide";
+    `walk`: indices of the frames of a video in order, taken `fps` times a second.
+
+    Directions, routes and videos need a world with Z up. A single picture with the identity pose has neither `pairs` nor
+    `walk`, so it is never asked about these.
+    """
 
     name: str
     objects: tuple[SceneObject, ...]
@@ -82,6 +87,8 @@ class Scene:
     polygon: np.ndarray | None = None
     height: float | None = None
     pairs: tuple[tuple[int, int, str], ...] = ()
+    walk: tuple[int, ...] = ()
+    fps: float = 2.0
     metadata: dict = field(default_factory=dict)
 
     def object(self, object_id: int) -> SceneObject:
@@ -92,8 +99,8 @@ class Scene:
         raise KeyError(f"scene {self.name!r} has no object with id {object_id}")
 
     def stills(self) -> list[int]:
-        """Indices of the views that are not the second of a pair: the pictures for single-image questions."""
-        seconds = {second for _, second, _ in self.pairs}
+        """Indices of the views that are neither the second of a pair nor in the video: for single-image questions."""
+        seconds = {second for _, second, _ in self.pairs} | set(self.walk)
         return [k for k in range(len(self.views)) if k not in seconds]
 
     def boxes_in_view(self, view: View, object_ids: list[int]) -> np.ndarray:
@@ -135,6 +142,23 @@ def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[in
             )
         )
     return tuple(sightings)
+
+
+def wide_pairs(
+    views: list[View], frames: tuple[int, ...], rng: np.random.Generator, count: int
+) -> list[tuple[int, int, str]]:
+    """Up to `count` pairs of frames, each (index, index, "wide"), turned by 35-100 degrees, that share at least two well
+    seen things."""
+    seen = {k: {s.object_id for s in views[k].sightings if s.visibility >= 0.3 and s.pixels >= 60} for k in frames}
+    found: list[tuple[int, int, str]] = []
+    for k in rng.permutation(len(frames) ** 2):
+        if len(found) == count:
+            break
+        a, b = frames[int(k) // len(frames)], frames[int(k) % len(frames)]
+        cosine = float(views[a].camera.rotation[2] @ views[b].camera.rotation[2])
+        if -0.17 < cosine < 0.82 and len(seen[a] & seen[b]) >= 2 and not any(a in p or b in p for p in found):
+            found.append((a, b, "wide"))
+    return found
 
 
 def _deepest(mask: np.ndarray) -> tuple[int, int]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastvst.spatial.camera import Camera, unproject
-from fastvst.spatial.rooms.cameras import motion, second, still
+from fastvst.spatial.rooms.cameras import motion, second, still, walk
 from fastvst.spatial.rooms.geometry import Geometry, build_geometry
 from fastvst.spatial.rooms.layout import Room
 from fastvst.spatial.rooms.recipes import furnish
 from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene, SceneObject, View, observe
+from fastvst.spatial.rooms.scene import Scene, SceneObject, View, observe, wide_pairs
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class ShotConfig:
     rotate: float = 0.25
     two_axes: float = 0.25
     overlap: float = 0.5
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """A video of the room: frames, frames a second (2, what VST samples videos at), and how many pairs of its frames to
+    offer as wide-baseline pairs (the second turned by 35-100 degrees, with two things in sight of both)."""
+
+    frames: int = 20
+    fps: float = 2.0
+    pairs: int = 3
 
 
 def snapshot(renderer: Renderer, geometry: Geometry, camera: Camera) -> View:
@@ -46,8 +56,11 @@ def presentable(view: View) -> bool:
     return near < 0.15 and largest < 0.6 and float(np.median(view.depth)) > 1.2 and known >= 3
 
 
-def shoot(seed: int, renderer: Renderer, config: ShotConfig) -> Scene:
-    """The annotated scene of a room seed; the same every time for one renderer backend and configuration."""
+def shoot(seed: int, renderer: Renderer, config: ShotConfig, video: WalkConfig | None = None) -> Scene:
+    """The annotated scene of a room seed; the same every time for one renderer backend and configuration.
+
+    The pictures do not depend on `video`, which adds the frames of a walk behind them.
+    """
     room: Room = furnish(seed)
     geometry = build_geometry(room)
     renderer.load(geometry)
@@ -76,6 +89,14 @@ def shoot(seed: int, renderer: Renderer, config: ShotConfig) -> Scene:
             if other is not None:
                 pairs.append((first, len(views), "overlap"))
                 views.append(snapshot(renderer, geometry, other))
+    frames: tuple[int, ...] = ()
+    if video is not None:
+        rng = np.random.default_rng([seed, 7])
+        path = walk(room, rng, video.frames, config.width, config.height)
+        first = len(views)
+        views += [snapshot(renderer, geometry, camera) for camera in path or []]
+        frames = tuple(range(first, len(views)))
+        pairs += wide_pairs(views, frames, rng, video.pairs)
     objects = tuple(SceneObject(k + 1, item.piece.name, item.box) for k, item in enumerate(room.items))
     return Scene(
         name=f"room-{seed}",
@@ -84,6 +105,8 @@ def shoot(seed: int, renderer: Renderer, config: ShotConfig) -> Scene:
         polygon=room.polygon,
         height=room.height,
         pairs=tuple(pairs),
+        walk=frames,
+        fps=video.fps if video is not None else 2.0,
         metadata={"room_seed": seed, "kind": room.kind, "backend": renderer.name},
     )
 

@@ -2,17 +2,31 @@
 
 `SINGLE`: make(scene, view index, rng, config, index) -> Sample | None, called for every still.
 `PAIRS`: make(scene, (first, second, kind), rng, config, index) -> Sample | None, called for every pair of views.
+`WALKS`: make(scene, rng, config, index) -> Sample | None, called for a scene with a video.
 """
 
 from __future__ import annotations
 
 from fastvst.spatial.tasks import (
+    camera_camera,
     camera_motion,
+    change_caption,
     correspondence,
     depth_comparison,
     detection_3d,
+    detection_multi,
     distance,
+    grounding_3d,
     measurement,
+    object_object,
+    scene_caption,
+    video_caption,
+    video_counting,
+    video_measurement,
+    video_object_object,
+    video_order,
+    video_other,
+    video_route,
 )
 from fastvst.spatial.tasks.common import TaskConfig
 
@@ -21,10 +35,32 @@ SINGLE = {
     "distance": distance.make,
     "measurement": measurement.make,
     "detection_3d": detection_3d.make,
+    "grounding_3d": grounding_3d.make,
+    "scene_caption": scene_caption.make,
 }
 PAIRS = {
     "correspondence": correspondence.make,
     "camera_motion": camera_motion.make,
+    "detection_multi": detection_multi.make,
+    "object_object": object_object.make,
+    "camera_camera": camera_camera.make,
+    "change_caption": change_caption.make,
 }
+WALKS = {
+    "video_measurement": video_measurement.make,
+    "video_object_object": video_object_object.make,
+    "video_counting": video_counting.make,
+    "video_route": video_route.make,
+    "video_order": video_order.make,
+    "video_caption": video_caption.make,
+    "video_other": video_other.make,
+}
+# Rows of each task in VST-P, in thousands (the paper's figure of the data set): 4,165 in all.
+VST_P = {
+    "detection_3d": 1586, "grounding_3d": 170, "depth_comparison": 412, "distance": 251, "scene_caption": 106,
+    "measurement": 175, "correspondence": 361, "detection_multi": 600, "object_object": 230, "camera_camera": 63,
+    "camera_motion": 88, "change_caption": 35, "video_measurement": 3, "video_object_object": 19, "video_counting": 12,
+    "video_route": 4, "video_order": 10, "video_caption": 5, "video_other": 35,
+}  # fmt: skip
 
-__all__ = ["PAIRS", "SINGLE", "TaskConfig"]
+__all__ = ["PAIRS", "SINGLE", "VST_P", "WALKS", "TaskConfig"]

@@ -90,8 +90,19 @@ def canvas(view: View) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(view.image))
 
 
+# Class names in the plural, as a sentence needs them.
+PROSE = {"books": "stack of books", "shelves": "set of shelves", "headphones": "pair of headphones"}
+
+
+def prose(name: str) -> str:
+    """The class name as a noun in the singular; it still contains the class name."""
+    return PROSE.get(name, name)
+
+
 def article(name: str) -> str:
-    return ("an " if name[0] in "aeiou" else "a ") + name
+    """ "a chair", "an armchair", "a stack of books"."""
+    noun = prose(name)
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, str, list[str]]:
@@ -102,19 +113,33 @@ def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, st
     return line, f"{LETTERS[options.index(right)]}. {right}", options
 
 
+def listed(items: list[str], word: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"
+
+
+def distractors(rng: np.random.Generator, right: str, pool: list[str] | tuple[str, ...], count: int) -> list[str]:
+    """`count` different members of `pool` other than `right`, in random order."""
+    return choose(rng, [item for item in pool if item != right], count)
+
+
 def sample(
     scene: Scene, *, task: str, kind: str, index: str, images: list[Image.Image],
-    turns: list[tuple[str, str]], answer: dict[str, Any], metadata: dict[str, Any] | None = None,
+    turns: list[tuple[str, str]], answer: dict[str, Any], metadata: dict[str, Any] | None = None, fps: float | None = None,
 ) -> Sample:  # fmt: skip
-    """A Sample: images, then the first question in the first user message; `answer` belongs to the last turn."""
+    """A Sample: images, then the first question in the first user message; `answer` belongs to the last turn. With `fps`
+    the images are the frames of one video."""
+    media: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    if fps is not None:
+        media = [{"type": "video", "video": images, "fps": fps}]
     messages: list[dict[str, Any]] = []
     for number, (question, reply) in enumerate(turns):
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images] if number == 0 else []
+        content: list[dict[str, Any]] = list(media) if number == 0 else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
     return Sample(
         id=f"{scene.name}-{task}-{index}",
-        source=SOURCE,
+        source=scene.metadata.get("source", SOURCE),
         kind=kind,
         messages=messages,
         answer=answer,

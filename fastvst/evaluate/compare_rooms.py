@@ -1,0 +1,114 @@
+"""`fastvst evaluate rooms`: checkpoints of one run side by side on rooms that none of them saw in training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from fastvst.evaluate.rooms import RoomResults
+
+STAGES = {"SFT": "runs/sft/hf", "cold start": "runs/cold_start/hf", "RL": "runs/rl/hf"}  # where the examples write
+QUESTIONS, TRAINING, SEED = 600, 2000, 0  # rows, as examples/sft.py makes them: its rooms are found, not made again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that only `fastvst evaluate rooms` has."""
+    parser.add_argument("--train-data", help="rooms: the training rows, from which the baselines are made")
+    parser.add_argument(
+        "--preset", default="default", help="rooms without --data: default (six tasks) or all (nineteen), rendered once"
+    )
+
+
+def checkpoints(given: list[str] | None) -> dict[str, Path]:
+    """Name -> directory of the checkpoints to compare: `NAME=DIR` or `DIR`, else those that the examples left.
+
+    Raises:
+        FileNotFoundError: a directory is missing, or none was given and the examples left none.
+    """
+    if not given:
+        found = {name: Path(path) for name, path in STAGES.items() if Path(path).is_dir()}
+        if not found:
+            raise FileNotFoundError(
+                f"no checkpoint in {', '.join(STAGES.values())}: run `torchrun examples/sft.py`, or give --model DIR"
+            )
+        return found
+    named = {}
+    for text in given:
+        name, _, directory = text.rpartition("=")
+        named[name or directory] = Path(directory)
+    missing = [str(path) for path in named.values() if not path.is_dir()]
+    if missing:
+        raise FileNotFoundError(f"no such checkpoint: {', '.join(missing)}")
+    return named
+
+
+def render(preset: str, samples: int, split: str) -> str:
+    """Make or find rooms in a process of its own: Mesa and Triton bring two LLVMs, which crash in one process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_render, preset, samples, split).result()
+
+
+def _render(preset: str, samples: int, split: str) -> str:
+    from fastvst.spatial.rooms.generate import make_rooms
+    from fastvst.spatial.rooms.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    return str(make_rooms(None, samples, SEED, 2, PRESETS[preset], split=split))
+
+
+def table(results: Mapping[str, RoomResults]) -> str:
+    """Markdown: one row for each task, one column for each checkpoint, the baselines last. Bold: above the majority."""
+    names = list(results)
+    lines = ["| task | n | " + " | ".join(names) + " | majority | random |", "| --- |" * (len(names) + 4)]
+    lines[1] = "| --- " * (len(names) + 4) + "|"
+    for row in zip(*(r.tasks for r in results.values()), strict=True):
+        cells = [f"**{t.model}**" if t.above_majority else str(t.model) for t in row]
+        first = row[0]
+        label = first.task.replace("_", " ")
+        lines.append(f"| {label} | {first.questions} | {' | '.join(cells)} | {first.majority} | {first.random} |")
+    means = [sum(t.model.mean for t in r.tasks) / len(r.tasks) for r in results.values()]
+    base = next(iter(results.values())).tasks
+    majority, random = (sum(getattr(t, n).mean for t in base) / len(base) for n in ("majority", "random"))
+    cells = " | ".join(f"{100 * m:.1f}" for m in (*means, majority, random))
+    lines.append(f"| mean of tasks | {sum(t.questions for t in base)} | {cells} |")
+    return "\n".join(lines)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
+    """Answer, score, print the table; with --out also results.json, results.md and index.html with the picture.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong arguments, missing checkpoints or rows.
+    """
+    from fastvst.data import Processor
+    from fastvst.evaluate import rooms
+    from fastvst.model import Qwen25VL
+    from fastvst.report.comparison import write_comparison
+
+    models = checkpoints(arguments.model)
+    if (arguments.data is None) != (arguments.train_data is None):
+        raise ValueError("evaluate rooms needs both --data and --train-data, or neither (then rooms are rendered)")
+    data = arguments.data or render(arguments.preset, QUESTIONS, "heldout")
+    training = arguments.train_data or render(arguments.preset, TRAINING, "train")
+    device, results = arguments.devices[0], {}
+    for name, directory in models.items():
+        model = Qwen25VL.from_pretrained(directory, device=device)
+        processor = Processor.from_pretrained(directory)
+        results[name] = rooms.evaluate(
+            model, processor, data, device, train_path=training, examples=0, thinking=arguments.thinking
+        )
+        print(f"{name}: {directory} answered {sum(t.questions for t in results[name].tasks)} questions", flush=True)
+    print(table(results))
+    if arguments.out:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({name: r.to_json() for name, r in results.items()}, indent=1)
+        (out / "results.json").write_text(text, encoding="utf-8")
+        (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+        print(f"picture: {write_comparison(out, results)}")
+    return results

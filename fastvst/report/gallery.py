@@ -1,0 +1,136 @@
+"""Rows of a data set as a static page: pictures, question, answer, and which tokens the loss is taken on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from fastvst.data.batch import IGNORE
+from fastvst.data.check import CheckReport, check_source
+from fastvst.data.encode import Processor
+from fastvst.data.images import MediaError, load_rgb
+from fastvst.data.ledger import SampleError
+from fastvst.data.sample import Sample
+from fastvst.report import page
+
+STYLE = (
+    "<style>.tokens{font:12px/1.7 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}"
+    ".tokens .loss{background:#d2f4d9}.tokens .vision{color:#8250df}.strip{display:flex;gap:3px;flex-wrap:wrap}"
+    ".strip img{width:23.5%}</style>"
+)
+FRAMES = 8  # shown of a video
+
+
+def write_gallery(report: CheckReport, processor: Processor, folder: str | Path) -> Path:
+    """`folder`/index.html with the report and its examples, and `folder`/check.json; returns the page."""
+    target = Path(folder) / "index.html"
+    page.write(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
+    sections = [("Report", f"{STYLE}<pre>{escape(report.table())}</pre>")]
+    for kind, samples in sorted(report.examples.items()):
+        cards = "".join(card(sample, processor) for sample in samples)
+        sections.append((f"type {kind}", f'<div class="grid">{cards}</div>'))
+    if report.problems:
+        rows = [(p.reason, p.id, p.where, p.detail) for p in report.problems[:500]]
+        sections.append(
+            (f"Problems ({sum(report.counts.values())})", page.table(("reason", "id", "row", "detail"), rows))
+        )
+    lead = f"{report.usable} of {report.rows} rows usable"
+    page.write(target, page.page(f"Data check: {report.path}", lead, sections))
+    return target
+
+
+def card(sample: Sample, processor: Processor) -> str:
+    """One row: its pictures, and its tokens with the supervised ones on green."""
+    pictures = media(sample, processor.config.max_source_pixels)
+    return (
+        f'<div class="card">{pictures}<p class="task">{escape(sample.source)} · {escape(sample.id)}</p>'
+        f'<div class="tokens">{tokens(sample, processor)}</div></div>'
+    )
+
+
+def media(sample: Sample, max_source_pixels: int, width: int = 448) -> str:
+    """The row's pictures; of a video up to eight frames."""
+    tags: list[str] = []
+    for part in sample.parts("image"):
+        tags.append(_tag(part["image"], max_source_pixels, width))
+    strips = []
+    for part in sample.parts("video"):
+        frames = part["video"]
+        if not isinstance(frames, (list, tuple)):
+            strips.append(
+                f"<p>a video of {len(frames)} bytes</p>"
+                if isinstance(frames, bytes)
+                else f"<p>{escape(str(frames))}</p>"
+            )
+            continue
+        step = max(1, len(frames) // FRAMES)
+        strips.append(
+            f'<div class="strip">{"".join(_tag(f, max_source_pixels, 160) for f in frames[::step][:FRAMES])}</div>'
+        )
+    images = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
+    return images + "".join(strips)
+
+
+def _tag(source: Image.Image | bytes | str, max_source_pixels: int, width: int) -> str:
+    try:
+        picture = load_rgb(source, max_source_pixels=max_source_pixels, time_limit=10.0)
+    except MediaError as error:
+        return f"<p>{escape(error.reason)}: {escape(error.detail)}</p>"
+    return page.image_tag(picture, "picture", width=width, quality=80)
+
+
+def tokens(sample: Sample, processor: Processor) -> str:
+    """The text as the model gets it; runs of picture tokens are counted, not shown."""
+    try:
+        encoded = processor.encode(sample)
+    except SampleError as error:
+        return f"{escape(error.reason)}: {escape(error.detail)}"
+    pads = {processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>")}
+    ids, labels = encoded.tokens.tolist(), encoded.labels.tolist()
+    kinds = ["vision" if t in pads else "loss" if label != IGNORE else "" for t, label in zip(ids, labels, strict=True)]
+    parts: list[str] = []
+    for start, end in _runs(kinds):
+        if kinds[start] == "vision":
+            parts.append(f'<span class="vision">[{end - start} picture tokens]</span>')
+            continue
+        text = escape(processor.decode(ids[start:end], skip_special=False))
+        parts.append(f'<span class="loss">{text}</span>' if kinds[start] == "loss" else text)
+    return "".join(parts)
+
+
+def _runs(kinds: Sequence[str]) -> list[tuple[int, int]]:
+    edges = [0, *(k for k in range(1, len(kinds)) if kinds[k] != kinds[k - 1]), len(kinds)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `fastvst data check PATH`."""
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("path", help="a file or folder that the loader reads")
+    parser.add_argument("--model", help="model directory whose tokenizer counts (default: the tiny preset's)")
+    parser.add_argument("--format", default="auto", help="auto, vst, llava, openai or hf")
+    parser.add_argument("--image-folder", help="where relative picture paths start")
+    parser.add_argument("--limit", type=int, help="rows to look at (default all)")
+    parser.add_argument("--max-seq-len", type=int, default=16384, help="longer rows are refused (default 16384)")
+    parser.add_argument("--out", help="folder for a page with examples, and check.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, print the report, write the page; 1 if any row has a problem, else 0."""
+    options = {"max_seq_len": arguments.max_seq_len}
+    model = arguments.model
+    processor = Processor.from_pretrained(model, **options) if model else Processor.preset("tiny", **options)
+    report = check_source(
+        arguments.path, processor, format=arguments.format, image_folder=arguments.image_folder, limit=arguments.limit
+    )
+    print(report.table())
+    if not model:
+        print("tokens are those of the tiny preset; --model DIR counts with another tokenizer")
+    if arguments.out:
+        print(f"page: {write_gallery(report, processor, arguments.out)}")
+    return 1 if report.counts else 0

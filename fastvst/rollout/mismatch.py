@@ -1,0 +1,56 @@
+"""How far the sampler's log-probabilities are from the trainer's on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Of all tokens: mean and largest |trainer - sampler| in nats, KL(sampler || trainer) in nats a token, the count.
+
+    outside: share of tokens whose probability ratio leaves [0.9, 1.1].
+    """
+
+    mean: float
+    max: float
+    kl: float
+    outside: float
+    tokens: int
+
+    def describe(self) -> str:
+        """One line for logs."""
+        return (
+            f"sampler-trainer difference: mean {self.mean:.2e}, max {self.max:.2e}, KL {self.kl:.2e} nats, "
+            f"{self.outside:.2%} outside [0.9, 1.1], {self.tokens} tokens"
+        )
+
+
+def mismatch(trainer: Tensor, sampler: Tensor) -> Mismatch:
+    """Compare teacher-forced log-probabilities of the trainer with those the sampler reported.
+
+    Args:
+        trainer, sampler: (N,) log-probabilities of the same tokens, which the sampler drew.
+
+    Returns:
+        the figures; the KL is the mean of `r - 1 - log r`, r = p_trainer / p_sampler, which is unbiased for tokens drawn
+        by the sampler and never negative (Schulman, "Approximating KL divergence", 2020).
+
+    Raises:
+        ValueError: other shapes, or no tokens.
+    """
+    if trainer.shape != sampler.shape or trainer.dim() != 1 or not trainer.numel():
+        raise ValueError(f"trainer {tuple(trainer.shape)} and sampler {tuple(sampler.shape)} must be one (N,), N > 0")
+    # Subtracted in the wider of the two types: equal float32 numbers stay equal.
+    log_ratio = (trainer.detach().double() - sampler.detach().double()).cpu()
+    ratio = torch.exp(log_ratio)
+    return Mismatch(
+        mean=float(log_ratio.abs().mean()),
+        max=float(log_ratio.abs().max()),
+        kl=float((torch.expm1(log_ratio) - log_ratio).mean()),
+        outside=float(((ratio < 0.9) | (ratio > 1.1)).double().mean()),
+        tokens=log_ratio.numel(),
+    )

@@ -1,0 +1,105 @@
+"""How the engine computes: "fast", or "bitwise" as the trainer does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvst.model import Qwen25VL
+from fastvst.model.layers import Attend
+from fastvst.rollout.bitwise import Tiles, attend_tiles, batch_invariant, make_tiles, model_logprobs
+from fastvst.rollout.decode import Batch
+from fastvst.rollout.pages import PagePool
+from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
+from fastvst.rollout.sampling import Rows
+
+Found = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The parts of a step that differ between the two modes.
+
+    Attributes:
+        context: a context manager around every computation.
+        attend_chunks: attention of prompt chunks, see `run_chunks`.
+        forward: (model, batch) -> (B, hidden) of one decode step.
+        logits: (hidden, head weight) -> (B, V) float32.
+        logprobs: (hidden, head weight, rows, tokens, own, raw) -> (tokens, own, raw).
+    """
+
+    context: Callable[[], Any]
+    attend_chunks: Any
+    forward: Callable[[Qwen25VL, Batch], Tensor]
+    logits: Callable[[Tensor, Tensor], Tensor]
+    logprobs: Callable[[Tensor, Tensor, Rows, Tensor, Tensor | None, Tensor | None], Found]
+
+
+def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
+    return batch.forward(model, batch.attend())
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(B, V) in float32 (float64 stays): half-precision products keep the accumulator's precision on a GPU."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return F.linear(hidden, weight)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden.float(), weight.float())
+
+
+def _as_drawn(hidden: Tensor, weight: Tensor, rows: Rows, tokens: Tensor, own: Any, raw: Any) -> Found:
+    return tokens, own, raw
+
+
+def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> Attend:
+    """Attention of prompt chunks in the trainer's tiles, over the pages."""
+    parts, begin = [], 0
+    for chunk in chunks:
+        count = chunk.end - chunk.begin
+        keys = page_rows([Chunk(chunk.prompt, 0, chunk.end)], pool.page_size)
+        parts.append((np.arange(begin, begin + count), chunk.begin, keys))
+        begin += count
+    return _attend_tiles(pool, make_tiles(parts, begin), rows)
+
+
+def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
+    pool, parts = batch.pool, []
+    for row, answer in enumerate(batch.sequences):
+        prompt, place = answer.prompt, answer.prompt.length + int(batch.host_lengths[row])
+        own = np.arange(place - prompt.length + 1)
+        table = batch.host_table[row]
+        keys = table[own // pool.page_size] * pool.page_size + own % pool.page_size
+        shared = page_rows([Chunk(prompt, 0, prompt.length)], pool.page_size)
+        parts.append((np.array([row]), place, np.concatenate([shared, keys])))
+    return batch.forward(model, _attend_tiles(pool, make_tiles(parts, len(batch)), batch.store_rows()))
+
+
+def _attend_tiles(pool: PagePool, tiles: Tiles, rows: Tensor) -> Attend:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
+        keys.index_copy_(0, rows, k)
+        values.index_copy_(0, rows, v)
+        return attend_tiles(q, keys, values, tiles, q.shape[-1] ** -0.5)[0]
+
+    return attend
+
+
+def _by_the_trainer(hidden: Tensor, weight: Tensor, rows: Rows, tokens: Tensor, own: Any, raw: Any) -> Found:
+    """Log-probabilities of temperature 1 by the trainer's operator, also as `own` where nothing is cut or scaled."""
+    if raw is None:
+        return tokens, own, raw
+    found = model_logprobs(hidden, weight, tokens).double()
+    return tokens, found if rows.plain else own, found
+
+
+FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, head_logits, _as_drawn)
+BITWISE = Numerics(batch_invariant, _bitwise_chunks, _bitwise_forward, head_logits, _by_the_trainer)
+NUMERICS = {"fast": FAST, "bitwise": BITWISE}

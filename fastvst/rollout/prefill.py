@@ -1,0 +1,194 @@
+"""Prompts into pages: pictures once, tokens in chunks, the last hidden state kept for all answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvst.data.batch import EncodedSample, pack
+from fastvst.model import Qwen25VL
+from fastvst.model.layers import Attend
+from fastvst.rollout.pages import PagePool
+from fastvst.rollout.request import Prompt
+from fastvst_kernels import packed_attention
+from fastvst_kernels import decode_attention
+from fastvst_kernels.decode_cpu import merge
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens begin..end of a prompt, to be computed now."""
+
+    prompt: Prompt
+    begin: int
+    end: int
+
+
+@dataclass
+class VisionCache:
+    """Merged vision tokens of pictures that several prompts of one call show; gone when the last of them has them.
+
+    Attributes:
+        users: how many prompts still want each set of pictures.
+        features: (N, hidden) in reading order.
+        runs: samples that went through the vision tower so far.
+    """
+
+    users: dict[bytes, int] = field(default_factory=dict)
+    features: dict[bytes, Tensor] = field(default_factory=dict)
+    runs: int = 0
+
+    def expect(self, samples: Sequence[EncodedSample]) -> list[bytes | None]:
+        """A key for each sample: equal for equal pictures, None where nothing can be shared."""
+        sizes: dict[tuple, int] = {}
+        shapes = [tuple(s.grid.flatten().tolist()) for s in samples]
+        for shape in shapes:
+            sizes[shape] = sizes.get(shape, 0) + 1
+        keys: list[bytes | None] = []
+        for sample, shape in zip(samples, shapes, strict=True):
+            key = None
+            if shape and sizes[shape] > 1:  # pictures of another size cannot be equal
+                # 1 GB/s: a 640 x 480 picture (8.2 MB of patches) takes 8 ms where the tower takes far more on a CPU.
+                key = hashlib.sha1(repr(shape).encode() + np.ascontiguousarray(sample.patches.numpy()).data).digest()
+            keys.append(key)
+        for key in keys:
+            if key is not None:
+                self.users[key] = self.users.get(key, 0) + 1
+        return keys
+
+    def done(self, key: bytes | None) -> None:
+        """One user less."""
+        if key is None or key not in self.users:
+            return
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
+            self.features.pop(key, None)
+
+
+def plan_chunks(prompts: Sequence[Prompt], budget: int) -> list[Chunk]:
+    """The next `budget` tokens of the prompts under way, in order."""
+    chunks = []
+    for prompt in prompts:
+        take = min(budget, prompt.length - prompt.computed)
+        if take <= 0:
+            break
+        chunks.append(Chunk(prompt, prompt.computed, prompt.computed + take))
+        budget -= take
+    return chunks
+
+
+def embed(model: Qwen25VL, prompts: Sequence[Prompt], cache: VisionCache) -> None:
+    """Set `embedded` of prompts: token embeddings with the pictures' merged tokens in their rows.
+
+    Equal pictures go through the tower once; prompts under way at the same time share a call of it.
+    """
+    fresh, later = [], []
+    for prompt in prompts:
+        key = prompt.vision_key
+        known = key is not None and (key in cache.features or any(p.vision_key == key for p in fresh))
+        (later if known else fresh).append(prompt)
+    for prompt, rows in zip(fresh, _embed_packed(model, [p.sample for p in fresh]), strict=True):
+        prompt.embedded = rows
+        cache.runs += bool(len(prompt.sample.grid))
+        key = prompt.vision_key
+        if key is not None and cache.users.get(key, 0) > 1:
+            cache.features[key] = rows[prompt.sample.vision_slots.long().to(rows.device)]
+        cache.done(key)
+    for prompt in later:
+        assert prompt.vision_key is not None
+        rows = model.model.embed_tokens(prompt.sample.tokens.long().to(model.head_weight.device))
+        slots = prompt.sample.vision_slots.long().to(rows.device)
+        prompt.embedded = rows.index_copy(0, slots, cache.features[prompt.vision_key])
+        cache.done(prompt.vision_key)
+
+
+def _embed_packed(model: Qwen25VL, samples: Sequence[EncodedSample]) -> Sequence[Tensor]:
+    if not samples:
+        return []
+    batch = pack([_without_labels(s) for s in samples]).to(model.head_weight.device)
+    rows = model.model.embed_tokens(batch.tokens)
+    if batch.num_patches:
+        vision = model.visual(
+            batch.patches, batch.vision_positions, batch.cu_windows, batch.cu_images,
+            max_window=batch.max_window, max_image=batch.max_image,
+        )  # fmt: skip
+        rows = rows.index_copy(0, batch.vision_slots, vision.to(rows.dtype))
+    return rows.split([len(s) for s in samples])
+
+
+def _without_labels(sample: EncodedSample) -> EncodedSample:
+    return dataclasses.replace(sample, labels=torch.full_like(sample.labels, -100))
+
+
+def run_chunks(model: Qwen25VL, pool: PagePool, chunks: Sequence[Chunk], attend_chunks: Any = None) -> None:
+    """Compute the chunks as one packed row; fills pages and sets `computed` and `last_hidden`.
+
+    Args:
+        attend_chunks: the attention, by default `chunk_attention`; called with (pool, chunks, rows).
+    """
+    device = pool.keys.device
+    rows = torch.from_numpy(page_rows(chunks, pool.page_size)).to(device)
+    x = torch.cat([c.prompt.embedded[c.begin : c.end] for c in chunks])  # type: ignore[index]
+    positions = torch.cat([c.prompt.sample.positions[:, c.begin : c.end] for c in chunks], dim=1).to(device)
+    hidden = model.model(x, positions, (attend_chunks or chunk_attention)(pool, chunks, rows))
+    end = 0
+    for chunk in chunks:
+        prompt, end = chunk.prompt, end + chunk.end - chunk.begin
+        prompt.computed = chunk.end
+        if prompt.ready:
+            prompt.last_hidden, prompt.embedded = hidden[end - 1].clone(), None
+
+
+def page_rows(chunks: Sequence[Chunk], page_size: int) -> np.ndarray:
+    """(T,) rows of the flattened pages at which the chunks' tokens stand."""
+    parts = []
+    for chunk in chunks:
+        token = np.arange(chunk.begin, chunk.end)
+        pages = np.asarray(chunk.prompt.pages, dtype=np.int64)
+        parts.append(pages[token // page_size] * page_size + token % page_size)
+    return np.concatenate(parts)
+
+
+def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> Attend:
+    """Causal attention inside each chunk, merged with attention to what of its prompt is in the pages already."""
+    device = pool.keys.device
+    lengths = [c.end - c.begin for c in chunks]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    cu_seqlens = torch.from_numpy(offsets.astype(np.int32)).to(device)
+    later = [(i, c) for i, c in enumerate(chunks) if c.begin]
+    contexts = [
+        (
+            slice(int(offsets[i]), int(offsets[i + 1])),
+            torch.tensor([c.prompt.pages[: pool.needed(c.begin)]], device=device),
+            torch.tensor([c.begin], device=device),
+            torch.tensor([0, lengths[i]], device=device),
+        )
+        for i, c in later
+    ]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = pool.keys[layer], pool.values[layer]
+        keys.flatten(0, 1).index_copy_(0, rows, k)
+        values.flatten(0, 1).index_copy_(0, rows, v)
+        if not contexts:
+            return packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths))
+        out, lse = packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), return_lse=True)
+        for part, pages, length, members in contexts:
+            count = part.stop - part.start
+            none = torch.zeros((count, 1), dtype=torch.int64, device=device)
+            before, before_lse = decode_attention(
+                q[part].contiguous(), keys, values, none, none[:, 0], prefix_pages=pages, prefix_lengths=length,
+                group_offsets=members, max_group=count, return_lse=True,
+            )  # fmt: skip
+            out[part], _ = merge(before, before_lse, out[part], lse[part])
+        return out
+
+    return attend

@@ -1,0 +1,188 @@
+"""Drawing tokens from logits: cut, one random number for each row, inverse of the cumulative sum, log-probabilities.
+
+A row's random number is a hash of its own seed and of how many tokens it has drawn, so it does not depend on the batch.
+One number and a two-level sum over the vocabulary take the place of one Gumbel variable for each entry: for 256 rows of
+4,096 entries that is 256 hashes instead of a million.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvst.rollout.request import SamplingParams
+
+BLOCK = 64  # entries of the lower level of the sum
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sampling parameters of B rows as tensors; None where no row needs one.
+
+    Attributes:
+        seeds: (B,) int64.
+        greedy: (B,) bool. inverse_temperature: (B, 1) float32, 1 in greedy rows.
+        cut: (c,) int64 rows with top_k, top_p or min_p, and (c, 1) of each; penalty: (B, 1) float32.
+        all_greedy: no row draws at random. logprobs: some row wants log-probabilities.
+    """
+
+    seeds: Tensor
+    greedy: Tensor | None
+    inverse_temperature: Tensor | None
+    cut: Tensor | None
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    penalty: Tensor | None
+    all_greedy: bool
+    logprobs: bool
+
+    @property
+    def plain(self) -> bool:
+        """The sampling distribution of every row is the model's own."""
+        return self.inverse_temperature is None and self.cut is None and self.penalty is None
+
+
+def make_rows(params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int, device: torch.device) -> Rows:
+    """Parameters of the rows of a batch, in order."""
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype)[:, None].to(device)
+
+    greedy = [p.temperature == 0 for p in params]
+    inverse = [1.0 if p.temperature == 0 else 1 / p.temperature for p in params]
+    penalty = [p.repetition_penalty for p in params]
+    cut = [i for i, p in enumerate(params) if p.filters]
+    chosen = [params[i] for i in cut]
+    return Rows(
+        seeds=torch.tensor(seeds, dtype=torch.int64).to(device),
+        greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
+        inverse_temperature=column(inverse) if any(x != 1 for x in inverse) else None,
+        cut=torch.tensor(cut).to(device) if cut else None,
+        top_k=column([min(p.top_k or vocabulary, vocabulary) for p in chosen], torch.int64) if cut else None,
+        top_p=column([p.top_p for p in chosen]) if cut else None,
+        min_p=column([p.min_p for p in chosen]) if cut else None,
+        penalty=column(penalty) if any(x != 1 for x in penalty) else None,
+        all_greedy=all(greedy),
+        logprobs=any(p.logprobs for p in params),
+    )
+
+
+def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
+    """(B,) float64 in [0, 1): the splitmix64 hash (Steele et al., OOPSLA 2014) of int64 seeds and step numbers."""
+    x = seeds + (steps + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ _shift(x, 31)
+    return _shift(x, 11).double() * 2.0**-53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample(
+    logits: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Draw one token for each row.
+
+    Args:
+        logits: (B, V) float32 (float64 in checks); overwritten.
+        steps: (B,) int64, tokens that each row has drawn before.
+        forbidden: (f,) int64 tokens that are never drawn.
+        seen: (B, V) bool tokens of prompt and answer, for the repetition penalty.
+
+    Returns:
+        tokens (B,) int64; log-probabilities (B,) float64 under the sampling distribution and under the model's own
+        (see `Rollout`), or None if no row asks for them.
+    """
+    shadow = logits.index_select(1, forbidden).double()
+    raw = None
+    if rows.logprobs and not rows.plain:
+        raw = logits.clone()
+    if rows.penalty is not None and seen is not None:
+        logits = torch.where(seen, torch.where(logits > 0, logits / rows.penalty, logits * rows.penalty), logits)
+    logits.index_fill_(1, forbidden, float("-inf"))
+    if rows.all_greedy:
+        tokens = logits.argmax(1)
+        if not rows.logprobs:
+            return tokens, None, None
+        own = _log_softmax_at(raw, tokens) if raw is not None else _log_softmax_at(logits, tokens, shadow)
+        return tokens, own, own
+    best = logits.argmax(1) if rows.greedy is not None else None
+    if rows.inverse_temperature is not None:
+        logits = logits * rows.inverse_temperature
+        shadow = shadow * rows.inverse_temperature
+    if rows.cut is not None:
+        cut_(logits, rows)
+        shadow = shadow.index_fill(0, rows.cut, float("-inf"))
+    tokens, top, total = draw(logits, uniform(rows.seeds, steps))
+    if best is not None and rows.greedy is not None:
+        tokens = torch.where(rows.greedy, best, tokens)
+    if not rows.logprobs:
+        return tokens, None, None
+    lse = torch.logaddexp(torch.log(total) + top.squeeze(1), torch.logsumexp(shadow, 1))
+    own = logits.gather(1, tokens[:, None]).squeeze(1).double() - lse
+    if raw is None:
+        return tokens, own, own
+    plain = _log_softmax_at(raw, tokens)
+    return tokens, own if rows.greedy is None else torch.where(rows.greedy, plain, own), plain
+
+
+def cut_(logits: Tensor, rows: Rows) -> None:
+    """Set the logits outside each row's top_k, top_p and min_p sets to -inf, in place (rows of `rows.cut` only).
+
+    Of equal logits at the border all stay.
+    """
+    assert rows.cut is not None and rows.top_k is not None and rows.top_p is not None and rows.min_p is not None
+    part = logits.index_select(0, rows.cut)
+    ordered = part.sort(dim=1, descending=True).values
+    place = torch.arange(ordered.shape[1], device=logits.device)
+    kept = ordered.masked_fill(place >= rows.top_k, float("-inf"))
+    p = torch.softmax(kept, 1)
+    before = p.cumsum(1) - p
+    # The first token always stays: nothing lies before it.
+    inside = (before < rows.top_p) & (kept >= ordered[:, :1] + torch.log(rows.min_p)) & (kept > float("-inf"))
+    border = ordered.gather(1, inside.sum(1, keepdim=True).clamp(min=1) - 1)
+    logits.index_copy_(0, rows.cut, part.masked_fill_(part < border, float("-inf")))
+
+
+def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token of each row at which the cumulative softmax passes u.
+
+    Args:
+        logits: (B, V), -inf = impossible; u: (B,) float64 in [0, 1).
+
+    Returns:
+        tokens (B,), the rows' largest logits (B, 1) float64, and their sums of exp(logit - largest) (B,) float64.
+    """
+    top = logits.amax(1, keepdim=True)
+    weights = torch.exp_(logits - top)
+    if weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
+    blocks = weights.view(weights.shape[0], -1, BLOCK)
+    upper = blocks.sum(2).double().cumsum(1)
+    total = upper[:, -1]
+    # u * total may round up to total: then nothing would lie above it.
+    goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))[:, None]
+    block = torch.searchsorted(upper, goal, right=True)
+    lower = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
+    below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = (lower.cumsum(1) <= goal - below).sum(1)
+    # The block's float32 sum may exceed its float64 one: then the last possible entry is meant.
+    last = BLOCK - 1 - (lower > 0).flip(1).int().argmax(1)
+    return block.squeeze(1) * BLOCK + torch.minimum(inside, last), top.double(), total
+
+
+def _log_softmax_at(logits: Tensor, tokens: Tensor, shadow: Tensor | None = None) -> Tensor:
+    """(B,) float64 log-probabilities of tokens; `shadow` (B, f) are logits that `logits` does not hold any more."""
+    top = logits.amax(1, keepdim=True)
+    lse = torch.log(torch.exp_(logits - top).sum(1).double()) + top.squeeze(1).double()
+    if shadow is not None:
+        lse = torch.logaddexp(lse, torch.logsumexp(shadow, 1))
+    return logits.gather(1, tokens[:, None]).squeeze(1).double() - lse

@@ -1,0 +1,67 @@
+"""The floor plan: footprints of boxes, area, and whether a straight line on the floor is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastvst.spatial.boxes import corners
+
+
+def footprint(box: Any) -> np.ndarray:
+    """Outline (K, 2) of a box (9,) of the world frame on the floor, counter-clockwise; four points if it stands upright.
+
+    The convex hull of the eight corners seen from above (Andrew's monotone chain).
+    """
+    points = np.unique(np.round(corners([box])[0][:, :2], 9), axis=0)  # sorted by x, then y
+
+    def chain(ordered: np.ndarray) -> list[np.ndarray]:
+        hull: list[np.ndarray] = []
+        for p in ordered:
+            while len(hull) >= 2 and _turn(hull[-2], hull[-1], p) <= 1e-9:
+                hull.pop()
+            hull.append(p)
+        return hull[:-1]
+
+    return np.array(chain(points) + chain(points[::-1]))
+
+
+def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
+
+
+def height_range(box: Any) -> tuple[float, float]:
+    """Lowest and highest point of a box (9,) of the world frame, metres."""
+    z = corners([box])[0][:, 2]
+    return float(z.min()), float(z.max())
+
+
+def area(polygon: np.ndarray) -> float:
+    """Area of a simple polygon (K, 2) in square metres (shoelace formula)."""
+    x, y = polygon.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def meets(start: np.ndarray, end: np.ndarray, outline: np.ndarray) -> bool:
+    """Whether the segment start-end, (2,) each, touches a convex counter-clockwise outline (K, 2) (Cyrus and Beck)."""
+    direction, enter, leave = end - start, 0.0, 1.0
+    for p, q in zip(outline, np.roll(outline, -1, axis=0), strict=True):
+        normal = np.array([q[1] - p[1], p[0] - q[0]])  # outwards
+        along, ahead = float(normal @ direction), float(normal @ (p - start))
+        if abs(along) < 1e-12:
+            if ahead < 0:
+                return False
+        elif along > 0:
+            leave = min(leave, ahead / along)
+        else:
+            enter = max(enter, ahead / along)
+    return enter <= leave
+
+
+def crosses_wall(start: np.ndarray, end: np.ndarray, polygon: np.ndarray) -> bool:
+    """Whether the segment start-end crosses an edge of the room's outline (K, 2)."""
+    for p, q in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        if _turn(start, end, p) * _turn(start, end, q) <= 0 and _turn(p, q, start) * _turn(p, q, end) <= 0:
+            return True
+    return False

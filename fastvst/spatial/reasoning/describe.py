@@ -1,0 +1,134 @@
+"""Sentences about one view of a scene, or about what two views share; each with its claim (see claims.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.spatial.boxes import box_distance
+from fastvst.spatial.reasoning import claims
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.tasks.common import TaskConfig, article, choose, listed, nameable, pick, prose
+from fastvst.spatial.tasks.facts import Statement
+
+SEEN = (
+    "{where} shows {things}.",
+    "In {where_low} I can make out {things}.",
+    "Looking at {where_low}, I find {things}.",
+    "{where} contains {things}.",
+)
+SIDE = {
+    "left": ("The {a} is on the left side of the image.", "On the left there is the {a}."),
+    "middle": ("The {a} is in the middle of the image.", "Near the middle, as seen from left to right, is the {a}."),
+    "right": ("The {a} is on the right side of the image.", "On the right there is the {a}."),
+}
+RANGE = {
+    "near": ("The {a} is close to the camera.", "The {a} is right in front, within a step or two."),
+    "middle": ("The {a} stands at a middle distance.", "The {a} is a few steps away."),
+    "far": ("The {a} is in the background.", "The {a} is far from the camera, well into the room."),
+}
+LEFT_OF = (
+    "The {a} appears to the left of the {b}.",
+    "In this image the {b} is to the right of the {a}.",
+    "Going from left to right, the {a} comes before the {b}.",
+)
+NEARER = (
+    "The {a} is closer to the camera than the {b}.",
+    "The {b} lies deeper in the scene than the {a}.",
+    "Compared with the {b}, the {a} is nearer to me.",
+)
+ON = ("The {a} stands on the {b}.", "The {b} carries the {a}.")
+WALL = ("The {a} is placed against a wall.", "There is a wall right beside the {a}.")
+GAP = (
+    "The {a} and the {b} are roughly {d} m apart.",
+    "Between the {a} and the {b} I estimate a gap of about {d} m.",
+)
+TALL = ("The {a} looks about {d} cm tall.", "I would put the height of the {a} at roughly {d} cm.")
+BOTH = (
+    "{things} can be seen in both images, which ties the two views together.",
+    "Both images show {things}, so I can relate one view to the other.",
+    "Common to the two images: {things}.",
+)
+
+
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def names_in(scene: Scene, view: int, config: TaskConfig) -> dict[int, str]:
+    """Objects of a view whose class name alone says which is meant, by id."""
+    return {s.object_id: prose(scene.object(s.object_id).name) for s in nameable(scene, scene.views[view], config)}
+
+
+def view_sentences(
+    scene: Scene, view: int, where: str, titles: dict[int, str], rng: np.random.Generator, config: TaskConfig
+) -> list[Statement]:
+    """Everything that can be said about one view, in reading order: what there is, where it is, how it is arranged.
+
+    where: how the picture is called ("The first image"). titles: other names for some objects ("bed (red point)").
+    """
+    known = names_in(scene, view, config)
+    known |= {i: title for i, title in titles.items() if claims.clear(scene, view, i)}
+    asked = [i for i in titles if i in known]  # what the question is about comes first
+    ids = asked + choose(rng, sorted(set(known) - set(asked)), 7 - len(asked))
+    if not ids:
+        return []
+    things = listed([article(known[i]) for i in ids])
+    low = where[0].lower() + where[1:]
+    first = Statement(
+        pick(rng, SEEN).format(where=where, where_low=low, things=things),
+        {"says": "seen", "view": view, "objects": ids},
+    )
+    return [first, *_single(scene, view, ids, known, rng), *_double(scene, view, ids, known, rng)]
+
+
+def _single(
+    scene: Scene, view: int, ids: list[int], known: dict[int, str], rng: np.random.Generator
+) -> list[Statement]:
+    found = []
+    for i in ids:
+        base = {"view": view, "objects": [i]}
+        side, far = claims.side_of(scene, view, i), claims.range_of(scene, view, i)
+        if side is not None:
+            found.append(Statement(pick(rng, SIDE[side]).format(a=known[i]), {"says": "side", "word": side, **base}))
+        if far is not None and rng.uniform() < 0.7:
+            found.append(Statement(pick(rng, RANGE[far]).format(a=known[i]), {"says": "range", "word": far, **base}))
+        elif claims.at_wall(scene, i):
+            found.append(Statement(pick(rng, WALL).format(a=known[i]), {"says": "wall", **base}))
+        tall = 10 * round(10 * scene.object(i).height)
+        if tall >= 20 and rng.uniform() < 0.25:
+            fact = {"says": "tall", "value": tall, **base}
+            found.append(Statement(pick(rng, TALL).format(a=known[i], d=tall), fact))
+    return found
+
+
+def _double(
+    scene: Scene, view: int, ids: list[int], known: dict[int, str], rng: np.random.Generator
+) -> list[Statement]:
+    found = []
+    for k, a in enumerate(ids):
+        for b in ids[:k]:
+            for one, two in ((a, b), (b, a)):
+                names, base = {"a": known[one], "b": known[two]}, {"view": view, "objects": [one, two]}
+                if claims.on_top(scene, one, two):
+                    found.append(Statement(pick(rng, ON).format(**names), {"says": "on", **base}))
+                elif claims.left_of(scene, view, one, two) and rng.uniform() < 0.4:
+                    found.append(Statement(pick(rng, LEFT_OF).format(**names), {"says": "left_of", **base}))
+                if claims.nearer(scene, view, one, two) and rng.uniform() < 0.4:
+                    found.append(Statement(pick(rng, NEARER).format(**names), {"says": "nearer", **base}))
+    for k in range(1, len(ids)):
+        pair = [ids[k - 1], ids[k]]
+        gap = claims.rounded_gap(box_distance(*(scene.object(i).box for i in pair)))
+        if gap >= 0.2 and rng.uniform() < 0.5:
+            fact = {"says": "gap", "objects": pair, "value": gap, "tolerance": 0.2501 if gap >= 1 else 0.0501}
+            found.append(Statement(pick(rng, GAP).format(a=known[pair[0]], b=known[pair[1]], d=f"{gap:g}"), fact))
+    return found
+
+
+def shared(scene: Scene, views: list[int], rng: np.random.Generator, config: TaskConfig) -> list[Statement]:
+    """What both of two views show clearly, if anything."""
+    first, second = (names_in(scene, v, config) for v in views)
+    ids = choose(rng, sorted(set(first) & set(second)), 4)
+    if not ids:
+        return []
+    text = capital(pick(rng, BOTH).format(things=listed([f"the {first[i]}" for i in ids])))
+    return [Statement(text, {"says": "both", "views": views, "objects": ids})]

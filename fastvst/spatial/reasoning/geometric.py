@@ -1,0 +1,302 @@
+"""GeometricCoT: a trace composed from the scene's geometry, true sentence by sentence, without a teacher and a network.
+
+The order is that of VST-R's two-view traces (vst-spec 2.2): say what is asked, describe view 1, describe view 2, join them,
+put the question in terms of what was found, conclude. Every sentence carries its claim, and `compose` checks each claim
+against the scene (claims.py) before it lets a row go out. Neither a plan from above nor coordinates are mentioned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.reasoning import claims
+from fastvst.spatial.reasoning.describe import capital, shared, view_sentences
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.tasks.angles import clockwise, heading
+from fastvst.spatial.tasks.common import TaskConfig, listed, pick, prose
+from fastvst.spatial.tasks.facts import Statement
+
+WORDS_LOW, WORDS_HIGH = 150, 500  # of the text between the tags
+CONFIG = TaskConfig()
+Made = tuple[list[Statement], list[Statement]]  # sentences before and after the descriptions
+
+PLAN = {
+    "depth_comparison": ("First I clarify the task: I have to compare how far marked points are from the camera.",
+                         "The question is about depth, so I look at each marked point in turn."),
+    "distance": ("The task is to find which candidate has the smaller gap to the reference object.",
+                 "I need to compare distances between objects in the room, not distances from the camera."),
+    "camera_motion": ("The task is to work out how the camera changed between the two frames.",
+                      "I compare the two pictures to tell what the camera did from the first to the second."),
+    "object_object": ("The task asks for a direction on the floor, so I first need the layout that the two views share.",
+                      "I have to bring the two views together before I can name a direction."),
+    "camera_camera": ("I need to relate the two cameras to each other, so I start with what each of them sees.",
+                      "The question is about the cameras, and the objects in the pictures tell me how they stand."),
+}  # fmt: skip
+MERGE = (
+    "Now I join the two views into one layout of the room.",
+    "Next I put both views together.",
+    "With this in mind I merge the two pictures into a single room.",
+)
+RESTATE = (
+    "Now back to the question.",
+    "Let me restate the question with this layout.",
+    "Now I can answer what was asked.",
+)
+LOOK = (
+    "From the first to the second image the viewing direction swings to the {way} by about {d} degrees.",
+    "The second camera looks about {d} degrees further to the {way} than the first.",
+)
+RULE_TURN = "When a camera turns on the spot, everything in the picture slides the other way."
+RULE_SHIFT = (
+    "When a camera shifts sideways or up and down, near things slide the other way more than far ones; when it moves "
+    "forward they grow and spread out, and backward they shrink."
+)
+END = ("So the answer is {answer}.", "This gives {answer}.", "Therefore the answer is {answer}.")
+MATCH = ("This matches option {answer}.", "That is option {answer}.", "Among the options, this is {answer}.")
+
+
+def compose(scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample | None:
+    """The reasoned version of a direct row of this scene: kind "thought_<task>", `<think>...</think> answer`.
+
+    None if the scene offers too little to say (fewer than 150 words).
+
+    Raises:
+        ValueError: a task that has no trace.
+        RuntimeError: a sentence that does not hold (a defect of this module; names the sentence and its claim).
+    """
+    task = sample.metadata["task"]
+    if task not in TRACES:
+        raise ValueError(f"{sample.source}/{sample.id}: no reasoning for the task {task!r}; known: {sorted(TRACES)}")
+    trace = TRACES[task](scene, sample, rng)
+    if trace is None:
+        return None
+    opening, closing = trace
+    views = sample.metadata.get("views", [sample.metadata.get("view")])
+    answer = str(sample.messages[-1]["content"][0]["text"]).split("So, the answer is ")[-1].rstrip(".")
+    ending = END if sample.answer is None or answer == str(sample.answer["value"]) else MATCH
+    closing.append(Statement(pick(rng, ending).format(answer=answer), {"says": "answer"}))
+    paragraphs = _with_descriptions(scene, sample, views, rng, opening, closing)
+    if paragraphs is None:
+        return None
+    for statement in (s for paragraph in paragraphs for s in paragraph):
+        if not claims.holds(scene, statement.fact):
+            raise RuntimeError(f"{sample.id}: the sentence {statement.text!r} does not hold: {statement.fact}")
+    text = "\n".join(" ".join(s.text for s in paragraph) for paragraph in paragraphs)
+    reply = f"<think>{text}</think> {answer}"
+    messages = [sample.messages[0], {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+    facts = [[s.text, s.fact] for paragraph in paragraphs for s in paragraph]
+    return dataclasses.replace(
+        sample,
+        id=f"thought-{sample.id}",
+        kind=f"thought_{task}",
+        messages=messages,
+        metadata={**sample.metadata, "task": f"thought_{task}", "claims": facts},
+    )
+
+
+def words(paragraphs: list[list[Statement]]) -> int:
+    """Words of a trace."""
+    return sum(len(s.text.split()) for paragraph in paragraphs for s in paragraph)
+
+
+def _with_descriptions(
+    scene: Scene, sample: Sample, views: list[int], rng: np.random.Generator, opening: list[Statement],
+    closing: list[Statement],
+) -> list[list[Statement]] | None:  # fmt: skip
+    """Opening, one paragraph a view, closing. Descriptions are cut, evenly over the views, at a random length."""
+    titles = dict(zip(sample.metadata.get("objects", []), sample.metadata.get("titles", []), strict=False))
+    names = ["The image"] if len(views) == 1 else ["The first image", "The second image"]
+    about = [view_sentences(scene, v, name, titles, rng, CONFIG) for v, name in zip(views, names, strict=True)]
+    goal = int(rng.integers(WORDS_LOW + 20, 320))
+    kept: list[list[Statement]] = [[] for _ in about]
+    for k in range(max((len(sentences) for sentences in about), default=0)):
+        for paragraph, sentences in zip(kept, about, strict=True):
+            if k < len(sentences) and words([opening, *kept, closing]) < goal:
+                paragraph.append(sentences[k])
+    paragraphs = [p for p in (opening, *kept, closing) if p]
+    return paragraphs if WORDS_LOW <= words(paragraphs) <= WORDS_HIGH else None
+
+
+def _plan(task: str, rng: np.random.Generator) -> Statement:
+    return Statement(pick(rng, PLAN[task]), {"says": "plan"})
+
+
+def _say(rng: np.random.Generator, bank: tuple[str, ...]) -> Statement:
+    return Statement(pick(rng, bank), {"says": "plan"})
+
+
+def _depth_comparison(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
+    meta = sample.metadata
+    points = sorted(meta["points"], key=lambda p: p[2])
+    closing = []
+    for u, v, depth, title in meta["points"]:
+        text = pick(rng, ("The {a} lies at a depth of about {d} m.", "I estimate about {d} m to the {a}."))
+        fact = {"says": "depth", "view": meta["view"], "point": [u, v], "depth": depth, "value": round(depth, 1)}
+        closing.append(Statement(text.format(a=_point(title), d=round(depth, 1)), fact))
+    names = [_point(p[3]) for p in points]
+    far = "far" in meta["form"]
+    order = listed([f"the {name}" for name in names])
+    last = "the last of these is asked for" if far else "the first of these is asked for"
+    if meta["form"].startswith("order"):
+        last = "the question wants them the other way round" if far else "the question wants them in this order"
+    fact = {"says": "ranked", "values": [p[2] for p in points], "result": len(points) - 1 if far else 0}
+    closing.append(Statement(f"From near to far the order is {order}, and {last}.", fact))
+    return [_plan("depth_comparison", rng)], closing
+
+
+def _point(title: str) -> str:
+    return f"point {title}" if len(title) == 1 else title
+
+
+def _distance(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
+    meta = sample.metadata
+    anchor, *names = meta["titles"]
+    if meta["form"] == "colour" and sample.answer is not None:  # the question knows the boxes by their colours only
+        names = [f"{name} ({box})" for name, box in zip(names, sample.answer["candidates"], strict=True)]
+    closing = []
+    for other, name, gap in zip(meta["objects"][1:], names, meta["distances"], strict=True):
+        text = pick(
+            rng,
+            (
+                "Between the nearest surfaces of the {r} and the {a} there is a gap of roughly {d:.1f} m.",
+                "From the {r} to the {a} I estimate {d:.1f} m at the closest.",
+            ),
+        )
+        fact = {"says": "gap", "objects": [meta["objects"][0], other], "value": round(gap, 1), "tolerance": 0.0501}
+        closing.append(Statement(text.format(r=anchor, a=name, d=gap), fact))
+    order = sorted((0, 1), key=lambda k: meta["distances"][k])
+    fact = {"says": "ranked", "values": [meta["distances"][k] for k in order], "result": 0}
+    text = f"The gap to the {names[order[0]]} is smaller than the one to the {names[order[1]]}."
+    closing.append(Statement(text, fact))
+    return [_plan("distance", rng)], closing
+
+
+def _camera_motion(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
+    meta = sample.metadata
+    views = meta["views"]
+    middle = shared(scene, views, rng, CONFIG)
+    for i in middle[0].fact["objects"] if middle else []:
+        name = prose(scene.object(i).name)
+        for word in ("left", "right", "up", "down"):
+            fact = {"says": "drift", "views": views, "objects": [i], "word": word}
+            if claims.holds(scene, fact):
+                middle.append(Statement(f"From the first to the second frame the {name} shifts {word} in view.", fact))
+        for word in ("larger", "smaller"):
+            fact = {"says": "grew", "views": views, "objects": [i], "word": word}
+            if claims.holds(scene, fact):
+                middle.append(Statement(f"The visible part of the {name} becomes {word}.", fact))
+    words_of = sample.answer["value"].split(" and ") if sample.answer is not None else []
+    if meta["mode"] == "turn":
+        rule = RULE_TURN
+        fact = {"says": "pan", "views": views, "words": words_of}
+        found = f"Taken together, the camera turned {words_of[0]} without changing its place."
+    else:
+        rule = RULE_SHIFT
+        fact = {"says": "shift", "views": views, "words": words_of}
+        found = f"Taken together, the camera moved {listed(words_of)} from where the first frame was taken."
+    return [_plan("camera_motion", rng)], [*middle, Statement(rule, {"says": "plan"}), Statement(found, fact)]
+
+
+def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
+    meta = sample.metadata
+    views = meta["views"]
+    opening = [_plan("object_object", rng)]
+    for i, title, mark in zip(meta["objects"], meta["titles"], meta["marks"], strict=True):
+        fact = {"says": "marked", "view": views[mark[0]], "objects": [i]}
+        opening.append(Statement(f"The {title} is marked in the {('first', 'second')[mark[0]]} image.", fact))
+    closing = [_say(rng, MERGE), *shared(scene, views, rng, CONFIG), *_swing(scene, views, rng)]
+    by_camera = meta["anchor"] == "camera"
+    origin = {"camera": views[meta["eye"]]} if by_camera else meta["objects"][2]
+    here = f"the camera of image {meta['eye'] + 1}" if by_camera else f"the {meta['titles'][2]}"
+    if by_camera:
+        for k in (0, 1):
+            closing += _ahead(scene, views[meta["eye"]], meta["objects"][k], meta["titles"][k], here)
+    angle = claims.turn_between(*(claims.place_of(scene, i) for i in (origin, *meta["objects"][:2])))
+    degrees, way = claims.about(angle)
+    closing.append(_say(rng, RESTATE))
+    fact = {"says": "angle", "origin": origin, "anchor": meta["objects"][0], "target": meta["objects"][1], "way": way,
+            "value": degrees}  # fmt: skip
+    first, second = meta["titles"][:2]
+    text = f"Standing at {here}, I turn from the direction of the {first} to that of the {second} by about {degrees} degrees"
+    text = (
+        f"{text} {way} as seen from above."
+        if degrees
+        else f"Seen from {here}, the {first} and the {second} are in line."
+    )
+    closing.append(Statement(text, fact))
+    closing += _steps(meta["given"], angle, 45, "compass word", sample)
+    return opening, closing
+
+
+def _swing(scene: Scene, views: list[int], rng: np.random.Generator) -> list[Statement]:
+    turned = clockwise(*(heading(scene.views[v].camera) for v in views))
+    degrees, way = claims.about(turned)
+    if not 10 <= degrees <= 170:
+        return []
+    fact = {"says": "look", "views": views, "way": "right" if way == "clockwise" else "left", "value": degrees}
+    return [Statement(pick(rng, LOOK).format(way=fact["way"], d=degrees), fact)]
+
+
+def _ahead(scene: Scene, view: int, target: int, title: str, here: str) -> list[Statement]:
+    camera = scene.views[view].camera
+    degrees, way = claims.about(clockwise(heading(camera), claims.place_of(scene, target) - camera.position[:2]))
+    fact = {"says": "toward", "view": view, "target": target, "value": degrees, "way": way}
+    side = {"clockwise": "right", "counterclockwise": "left"}[way]
+    if degrees == 0:
+        return [Statement(f"For {here}, the {title} is straight ahead.", fact)]
+    return [Statement(f"For {here}, the {title} is about {degrees} degrees to the {side} of straight ahead.", fact)]
+
+
+def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> list[Statement]:
+    """From the given word to the answer by whole sectors."""
+    count, way = round(angle / width), "clockwise"
+    if count * width > 180:
+        count, way = 360 // width - count, "counterclockwise"
+    result = sample.answer["value"] if sample.answer is not None else ""
+    fact = {"says": "steps", "given": given, "steps": count, "way": way, "result": result}
+    if count == 0:
+        return [Statement(f"That is less than half a {unit}, so it stays {result}.", fact)]
+    plural = "" if count == 1 else "s"
+    return [
+        Statement(f"Each {unit} covers {width} degrees.", {"says": "plan"}),
+        Statement(f"Starting from {given}, that is {count} step{plural} {way}, which leads to {result}.", fact),
+    ]
+
+
+def _camera_camera(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
+    meta = sample.metadata
+    views, asked = meta["views"], meta["asked"]
+    base, target = views[1 - asked], views[asked]
+    closing = [_say(rng, MERGE), *shared(scene, views, rng, CONFIG), *_swing(scene, views, rng), _say(rng, RESTATE)]
+    camera = scene.views[base].camera
+    if meta["mode"] == "position":
+        here = f"the camera of image {2 - asked}"
+        angle = clockwise(heading(camera), scene.views[target].camera.position[:2] - camera.position[:2])
+        degrees, way = claims.about(angle)
+        fact = {"says": "toward", "view": base, "target": {"camera": target}, "value": degrees, "way": way}
+        side = "right" if way == "clockwise" else "left"
+        text = f"For {here}, the other camera stands about {degrees} degrees to the {side} of straight ahead."
+        if degrees == 0:
+            text = f"For {here}, the other camera stands straight ahead."
+    else:
+        angle = clockwise(heading(camera), heading(scene.views[target].camera))
+        degrees, way = claims.about(angle)
+        fact = {"says": "look", "views": [base, target], "way": way, "value": degrees}
+        text = f"Compared with camera {2 - asked}, camera {asked + 1} looks about {degrees} degrees further {way}."
+    closing.append(Statement(capital(text), fact))
+    width, unit = (45, "compass word") if meta["mode"] == "compass" else (30, "hour")
+    closing += _steps(meta["given"], angle, width, unit, sample)
+    return [_plan("camera_camera", rng)], closing
+
+
+TRACES: dict[str, Callable[[Scene, Sample, np.random.Generator], Made | None]] = {
+    "depth_comparison": _depth_comparison,
+    "distance": _distance,
+    "camera_motion": _camera_motion,
+    "object_object": _object_object,
+    "camera_camera": _camera_camera,
+}

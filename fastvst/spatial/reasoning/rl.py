@@ -1,0 +1,134 @@
+"""Rows for reinforcement learning (vst-spec 2.4) from direct rows with a checkable answer, with how hard they are.
+
+An RL row has id, images, question, thought, answer, answer_gt, data_source and meta_info, a JSON string
+{"mode": [reward names], "question_type": ..., "answer": the checkable answer, "difficulty": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.rooms.generate import IMAGE_PLACEHOLDER, encode
+from fastvst.spatial.rooms.scene import Scene
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("question", pa.string()),
+        ("thought", pa.string()),
+        ("answer", pa.string()),
+        ("answer_gt", pa.string()),
+        ("data_source", pa.string()),
+        ("meta_info", pa.string()),
+    ]
+)
+# The rewards of VST's list that can score each form of answer; captions ("facts") have none.
+MODES = {
+    "choice": ["multi_choices_score", "vqa_score"],
+    "text": ["vqa_score"],
+    "number": ["relaxed_score", "math_score"],
+    "boxes": ["bbox3d"],
+}
+
+
+def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | None = None) -> dict[str, Any]:
+    """A row of SCHEMA of a single-turn image row.
+
+    Args:
+        quality: JPEG quality of the pictures, 0 for PNG.
+        difficulty: see `difficulty_of`.
+
+    Raises:
+        ValueError: a row without a checkable answer, with several turns, or about a video (VST-R has none).
+    """
+    if sample.answer is None or sample.answer["type"] not in MODES:
+        raise ValueError(f"{sample.source}/{sample.id}: no answer that a reward can check; got {sample.answer}")
+    if len(sample.messages) != 2 or sample.parts("video"):
+        raise ValueError(
+            f"{sample.source}/{sample.id}: {len(sample.messages)} messages; expected one question, no video"
+        )
+    parts = sample.messages[0]["content"]
+    text = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
+    reply = "".join(part["text"] for part in sample.messages[1]["content"])
+    thought, _, answer = reply.rpartition("</think>")
+    answer = (
+        answer.strip().rsplit("So, the answer is ", 1)[-1].rstrip(".") if sample.answer["type"] != "boxes" else answer
+    )
+    choice = sample.metadata.get("form") == "choice"
+    kind = "multi_choices" if choice else {"number": "number", "boxes": "bbox3d"}.get(sample.answer["type"], "open")
+    modes = MODES[sample.answer["type"]] if choice or sample.answer["type"] != "choice" else ["vqa_score"]
+    meta = {
+        "mode": modes,
+        "question_type": kind,
+        "task": sample.metadata.get("task", sample.kind),
+        "answer": sample.answer,
+        "difficulty": difficulty or {},
+    }
+    return {
+        "id": sample.id,
+        "images": [{"bytes": encode(part["image"], quality), "path": None} for part in sample.parts("image")],
+        "question": text,
+        "thought": thought.removeprefix("<think>").strip(),
+        "answer": answer,
+        "answer_gt": answer,
+        "data_source": sample.source,
+        "meta_info": json.dumps(meta),
+    }
+
+
+def difficulty_of(scene: Scene, sample: Sample) -> dict[str, float]:
+    """How hard a direct row is.
+
+    Returns:
+        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, or degrees to the border of the
+            sector over half its width), 1 where the task knows no margin; occlusion: 1 - the smallest visibility of the
+            things asked about in the view that shows them best; objects: things to choose from or to find; clutter:
+            things seen in the pictures.
+    """
+    meta = sample.metadata
+    views = [scene.views[k] for k in meta.get("views", [meta["view"]] if "view" in meta else [])]
+    best: dict[int, float] = {}
+    for view in views:
+        for s in view.sightings:
+            best[s.object_id] = max(best.get(s.object_id, 0.0), s.visibility)
+    asked = [best.get(i, 0.0) for i in meta.get("objects", [])]
+    options = len((sample.answer or {}).get("candidates", [])) or len(meta.get("objects", [])) or 1
+    return {
+        "margin": round(_margin(meta), 4),
+        "occlusion": round(1 - min(asked), 4) if asked else 0.0,
+        "objects": float(options),
+        "clutter": float(len(best)),
+    }
+
+
+def _margin(meta: dict[str, Any]) -> float:
+    if "distances" in meta:
+        low, high = sorted(meta["distances"])
+        return (high - low) / high
+    if "points" in meta:
+        depths = np.sort([p[2] for p in meta["points"]])
+        return float((np.diff(depths) / depths[1:]).min())
+    if "angle" in meta:  # camera-camera: distance to the border of the hour or compass sector
+        width = 45 if meta.get("mode") == "compass" else 30
+        return 1 - abs((meta["angle"] + width / 2) % width - width / 2) / (width / 2)
+    return 1.0
+
+
+def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
+    """Write rows of SCHEMA as one parquet file, beside and then renamed; returns their number."""
+    path = Path(path)
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    pq.write_table(table, partial, compression="none", row_group_size=100)
+    partial.replace(path)
+    return table.num_rows

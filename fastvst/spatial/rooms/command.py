@@ -1,0 +1,41 @@
+"""`fastvst rooms make`: rendered rooms as VST parquet."""
+
+from __future__ import annotations
+
+import argparse
+
+PRESETS = ("default", "all", "vst_p", "cold_start")  # rooms/presets.py, which takes a renderer's imports to read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", choices=["make"], default="make")
+    parser.add_argument(
+        "--out", required=True, help="folder for the parquet files, 500 rows each; unfinished work goes on"
+    )
+    parser.add_argument("--samples", type=int, default=2000, help="number of rows (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
+    parser.add_argument("--workers", type=int, default=2, help="rendering processes; the bytes do not depend on it")
+    parser.add_argument(
+        "--split", choices=["train", "heldout"], default="train", help="rooms of one are never in the other"
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default",
+        help="default: the six tasks of examples/sft.py; all: nineteen tasks; vst_p: VST-P's proportions; cold_start: "
+        "reasoned rows with a replay share",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make the rows (or find them made) and print the folder."""
+    from fastvst.spatial.rooms.generate import make_rooms  # a renderer is imported only where one is asked for
+    from fastvst.spatial.rooms.presets import PRESETS as known
+
+    folder = make_rooms(
+        arguments.out,
+        arguments.samples,
+        arguments.seed,
+        arguments.workers,
+        known[arguments.preset],
+        split=arguments.split,
+    )
+    print(folder)

@@ -1,0 +1,82 @@
+"""Camera-camera relation: where the other camera stands and which way it points, on a clock face or a compass."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
+from fastvst.spatial.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sample
+
+TASK, KIND = "camera_camera", "multi_image"
+MIN_TURN = 20.0  # degrees between the two viewing directions; with less the question is about nothing
+
+CLOCK = (
+    "If the camera of image {b} points at {given}, where does the camera of image {a} point?",
+    "On a clock face seen from above, the camera of image {b} points at {given}. At what hour does the camera of image "
+    "{a} point?",
+    "Let the viewing direction of image {b} be {given} on a clock laid on the floor. What is that of image {a}?",
+    "Image {b} was taken facing {given}. Toward which hour was image {a} taken?",
+    "The photographer of image {b} looked toward {given}. Toward which hour did the photographer of image {a} look?",
+    "Take {given} as the direction in which camera {b} looks. In which direction does camera {a} look, as an hour?",
+    "Imagine a clock on the floor. Camera {b} faces {given}; what does camera {a} face?",
+    "With camera {b} pointing at {given}, which hour does camera {a} point at?",
+)
+COMPASS_TURN = (
+    "The camera of image {b} faces {given}. Which direction does the camera of image {a} face?",
+    "Image {b} was taken looking {given}. In which compass direction was image {a} taken?",
+    "If camera {b} looks {given}, where does camera {a} look?",
+    "Suppose that image {b} looks toward the {given}. Toward which direction does image {a} look?",
+    "Let the viewing direction of image {b} be {given}. What is the viewing direction of image {a}?",
+)
+POSITION = (
+    "You stand where image {b} was taken and look the way it looks, which is 12 o'clock. At what hour is the camera of "
+    "image {a}?",
+    "For the camera of image {b}, straight ahead is 12 o'clock. In which direction is the position of camera {a}?",
+    "From the viewpoint of image {b}, with 12 o'clock straight ahead and 3 o'clock to the right, where was image {a} "
+    "taken?",
+    "Camera {b} looks toward 12 o'clock. At which hour, seen from camera {b}, does camera {a} stand?",
+    "If the photographer of image {b} faces 12 o'clock, at which hour did the photographer of image {a} stand?",
+)
+OPTIONS = ("{question} Options: {options}", "{question} {options}", "{question} Choose from: {options}")
+
+
+def make(
+    scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
+) -> Sample | None:
+    """One row about the poses of a pair of views, or None where the turn or the shift is too small to name."""
+    if pair[2] == "motion":
+        return None
+    form = pick(rng, ("clock", "compass", "position"))
+    asked = int(rng.integers(2))
+    target, base = (scene.views[pair[k]].camera for k in (asked, 1 - asked))
+    words = COMPASS if form == "compass" else HOURS
+    if form == "position":
+        if not clear_direction(base.position[:2], target.position[:2]):
+            return None
+        angle, given = clockwise(heading(base), target.position[:2] - base.position[:2]), 0
+        bank = POSITION
+    else:
+        angle, given = clockwise(heading(base), heading(target)), int(rng.integers(len(words)))
+        if min(angle, 360 - angle) < MIN_TURN:
+            return None
+        bank = CLOCK if form == "clock" else COMPASS_TURN
+    turned = sector(angle, len(words))
+    if turned is None:
+        return None
+    right = words[(given + turned) % len(words)]
+    question = pick(rng, bank).format(a=asked + 1, b=2 - asked, given=words[given])
+    free = bool(rng.uniform() < config.easy)
+    reply, options = right, list(words)
+    if not free:
+        line, reply, options = mcq(rng, right, distractors(rng, right, words, 3))
+        question = pick(rng, OPTIONS).format(question=question, options=line)
+    return sample(
+        scene, task=TASK, kind=KIND, index=index, images=[canvas(scene.views[k]) for k in pair[:2]],
+        turns=[(question, reply)], answer={"type": "choice", "value": right, "candidates": options},
+        metadata={
+            "form": "free" if free else "choice", "mode": form, "views": list(pair[:2]), "asked": asked,
+            "given": words[given], "angle": angle,
+        },
+    )  # fmt: skip

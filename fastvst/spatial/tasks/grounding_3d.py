@@ -1,0 +1,110 @@
+"""3D grounding: the box of the one object that a coloured dot, a drawn 2D box or a description refers to.
+
+The 2D box is drawn, not written: rows of this kind are resized to the virtual camera's focal length after they are
+stored, and pixel numbers in the text would no longer fit the picture.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial import draw
+from fastvst.spatial.boxes import box_distance, format_boxes
+from fastvst.spatial.prompts import detection_prompt
+from fastvst.spatial.rooms.scene import Scene, Sighting, View
+from fastvst.spatial.tasks.common import TaskConfig, apart, canvas, nameable, pick, sample, usable
+from fastvst.spatial.tasks.detection_3d import MATCH_IOU
+
+TASK, KIND = "grounding_3d", "bbox_3d"
+
+PHRASES = (
+    "Detect the 3D bounding box of the {what}",
+    "Detect the 3D bounding box of the {what}.",
+    "Locate the {what} in 3D.",
+    "Give the 3D bounding box of the {what}.",
+    "Where is the {what}? Answer with its 3D bounding box.",
+    "Predict the 3D bounding box of the {what}.",
+    "Output the 3D bounding box of the {what} only.",
+    "Find the {what} and report its 3D bounding box.",
+    "Ground the following object in 3D: the {what}.",
+    "I mean the {what}. What is its 3D bounding box?",
+    "Return one 3D bounding box, that of the {what}.",
+)
+
+
+def side_word(a: Sighting, b: Sighting, view: View) -> str | None:
+    """ "left" or "right": on which side of b's dot a's dot is in the picture, if by a tenth of its width or more."""
+    gap = a.point[0] - b.point[0]
+    return None if abs(gap) < 0.1 * view.camera.width else "left" if gap < 0 else "right"
+
+
+def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig) -> list[tuple[str, dict]]:
+    """Texts that fit exactly one visible object, with what makes each true: the only one of its class; the leftmost or
+    rightmost, nearest or farthest of its class; or the one of its class nearest to something unique."""
+    name = scene.object(target.object_id).name
+    same = [s for s in view.sightings if scene.object(s.object_id).name == name and s.pixels >= config.ghost_pixels]
+    if len(same) == 1:
+        return [(name, {"rule": "only"})]
+    others = [s for s in same if s is not target]
+    found: list[tuple[str, dict]] = []
+    middle = {s.object_id: (s.box_2d[0] + s.box_2d[2]) / 2 for s in same}
+    centre = dict(zip(middle, scene.boxes_in_view(view, list(middle))[:, 2], strict=True))
+    for word, sign in (("leftmost", 1), ("rightmost", -1)):
+        gaps = [sign * (s.point[0] - target.point[0]) for s in others]
+        gaps += [sign * (middle[s.object_id] - middle[target.object_id]) for s in others]
+        if min(gaps) >= 0.08 * view.camera.width:
+            found.append((f"{word} {name}", {"rule": word}))
+    for word, sign in (("closest", 1), ("farthest", -1)):  # by the dots and by the whole boxes
+        gaps = [sign * (s.depth - target.depth) for s in others]
+        gaps += [sign * (centre[s.object_id] - centre[target.object_id]) for s in others]
+        if min(gaps) >= max(config.depth_gap, config.depth_ratio * max(s.depth for s in same)):
+            found.append((f"{name} {word} {'to' if sign > 0 else 'from'} the camera", {"rule": word}))
+    for anchor in nameable(scene, view, config):
+        if scene.object(anchor.object_id).name == name:
+            continue
+        box = scene.object(anchor.object_id).box
+        gap = box_distance(scene.object(target.object_id).box, box)
+        if all(box_distance(scene.object(s.object_id).box, box) - gap >= config.distance_gap for s in others):
+            title = scene.object(anchor.object_id).name
+            found.append((f"{name} nearest to the {title}", {"rule": "near", "anchor": anchor.object_id}))
+    return found
+
+
+def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
+    """One row about one object of one view, or None."""
+    view = scene.views[view_index]
+    pool = usable(view, config)
+    if not pool:
+        return None
+    target = pick(rng, pool)
+    image, name = canvas(view), scene.object(target.object_id).name
+    form = pick(rng, ("words", "words", "point", "box"))
+    why: dict = {}
+    if form == "words":
+        known = descriptions(scene, view, target, config)
+        if not known:
+            return None
+        what, why = pick(rng, known)
+    elif form == "point":
+        if any(s is not target and not apart(s.point, target.point, 2 * draw.radius_of(image)) for s in pool):
+            return None
+        colour = pick(rng, tuple(draw.COLOURS))
+        draw.dot(image, target.point, colour)
+        what = f"{name} ({colour} point)"
+    else:
+        colour = pick(rng, tuple(draw.COLOURS))
+        draw.box_2d(image, target.box_2d, colour)
+        what = f"{name} ({colour} box)"
+    box = scene.boxes_in_view(view, [target.object_id])
+    c = view.camera
+    prompt = detection_prompt(pick(rng, PHRASES).format(what=what), c.width, c.height, c.fx, c.fy, c.cx, c.cy)
+    value = [{"bbox_3d": [round(float(x), 4) for x in box[0]], "label": name}]
+    return sample(
+        scene, task=TASK, kind=KIND, index=index, images=[image], turns=[(prompt, format_boxes(box, [name]))],
+        answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
+        metadata={
+            "form": form, "view": view_index, "objects": [target.object_id], "referring": what, "why": why,
+            "point": list(target.point), "box_2d": list(target.box_2d), "intrinsics": [c.fx, c.fy, c.cx, c.cy],
+        },
+    )  # fmt: skip

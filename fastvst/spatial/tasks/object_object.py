@@ -1,0 +1,122 @@
+"""Object-object relation across views: eight compass directions, with one of them given, or seen from one camera."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial import draw
+from fastvst.spatial.rooms.scene import Scene, Sighting
+from fastvst.spatial.tasks.angles import COMPASS, clear_direction, clockwise, sector, spot
+from fastvst.spatial.tasks.common import TaskConfig, apart, canvas, choose, distractors, mcq, pick, sample, usable
+
+TASK, KIND = "object_object", "multi_image"
+
+OBJECTS = (
+    "The {a} is {given} of the {b}. In which direction is the {c} from the {b}?",
+    "Suppose the {a} is {given} of the {b}. Where is the {c} relative to the {b}?",
+    "Seen from the {b}, the {a} lies to the {given}. In which direction does the {c} lie from the {b}?",
+    "If you stand at the {b}, the {a} is in the {given}. Which direction is the {c} from there?",
+    "Take the direction from the {b} to the {a} as {given}. What is the direction from the {b} to the {c}?",
+    "The two pictures show one room. Going from the {b} to the {a} means going {given}. Which way is it from the {b} to "
+    "the {c}?",
+    "Assume that the {a} is {given} of the {b}. Name the compass direction of the {c} as seen from the {b}.",
+    "From the {b}, the {a} is {given}. From the {b}, where is the {c}?",
+    "With the {a} being {given} of the {b}, in what direction from the {b} do you find the {c}?",
+    "In this room the {a} is to the {given} of the {b}. To which side of the {b} is the {c}?",
+)
+CAMERA = (
+    "When I took image {k}, the {a} was to the {given} of me. In which direction was the {c} from where I stood?",
+    "At the position of camera {k}, the direction toward the {a} is {given}. Where is the {c} relative to me?",
+    "I am standing at camera {k} and the {a} is {given} of me. In which direction is the {c} relative to me?",
+    "From where image {k} was taken, the {a} lies to the {given}. In which direction does the {c} lie from there?",
+    "Suppose that, seen from the camera of image {k}, the {a} is in the {given}. Where is the {c} from that camera?",
+    "Let the direction from the camera of image {k} to the {a} be {given}. What is the direction from that camera to "
+    "the {c}?",
+    "Standing where image {k} was taken, I have the {a} in the {given}. Which direction is the {c} from me?",
+    "For the photographer of image {k}, the {a} is {given}. Where is the {c} for the photographer?",
+)
+OPTIONS = ("{question} Options: {options}", "{question} {options}", "{question} Choose from: {options}")
+FREE = (
+    "{question} Answer with one of the eight compass directions.",
+    "{question} Use one of: north, northeast, east, southeast, south, southwest, west, northwest.",
+    "{question}",
+)
+
+Marked = tuple[Sighting, int]  # a sighting, and in which picture of the pair (0 or 1) its dot is drawn
+
+
+def candidates(scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig) -> list[Marked]:
+    """Every object that is usable in one picture of the pair or both, once, marked where it can be marked."""
+    places: dict[int, list[Marked]] = {}
+    for picture, view in enumerate(pair[:2]):
+        for s in usable(scene.views[view], config):
+            places.setdefault(s.object_id, []).append((s, picture))
+    return [pick(rng, places[object_id]) for object_id in sorted(places)]
+
+
+def in_one_view(scene: Scene, pair: tuple[int, int, str], ids: list[int]) -> bool:
+    """Whether one of the two pictures shows all of these objects at all: then the other one is not needed."""
+    return any(set(ids) <= {s.object_id for s in scene.views[k].sightings} for k in pair[:2])
+
+
+def relation(origin: np.ndarray, anchor: np.ndarray, target: np.ndarray, given: int) -> int | None:
+    """Compass sector of `target` seen from `origin` (all (2,) floor points) when that of `anchor` is `given`."""
+    if not (clear_direction(origin, anchor) and clear_direction(origin, target)):
+        return None
+    turned = sector(clockwise(anchor - origin, target - origin), 8)
+    return None if turned is None else (given + turned) % 8
+
+
+def make(
+    scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
+) -> Sample | None:
+    """One row about a pair of views of which neither shows everything that is asked about, or None."""
+    if pair[2] == "motion":
+        return None
+    pool = candidates(scene, pair, rng, config)
+    by_camera = bool(rng.uniform() < 0.4)
+    count, eye = (2, int(rng.integers(2))) if by_camera else (3, -1)
+    given = int(rng.integers(8))
+    gap = 4 * draw.radius_of(canvas(scene.views[pair[0]]))
+    for _ in range(30 if len(pool) >= count else 0):
+        chosen = choose(rng, pool, count)
+        ids = [s.object_id for s, _ in chosen]
+        names = [scene.object(i).name for i in ids]
+        touching = any(
+            p == q and not apart(s.point, t.point, gap) for k, (s, p) in enumerate(chosen) for t, q in chosen[:k]
+        )
+        if touching or len(set(names)) < count or in_one_view(scene, pair, ids):
+            continue
+        origin = scene.views[pair[eye]].camera.position[:2] if by_camera else spot(scene, ids[2])
+        place = relation(origin, spot(scene, ids[0]), spot(scene, ids[1]), given)
+        if place is not None:
+            break
+    else:
+        return None
+    pictures = [canvas(scene.views[k]) for k in pair[:2]]
+    colours = choose(rng, tuple(draw.COLOURS), count)
+    for (s, picture), colour in zip(chosen, colours, strict=True):
+        draw.dot(pictures[picture], s.point, colour)
+    titles = [f"{name} ({colour} point)" for name, colour in zip(names, colours, strict=True)]
+    fields = {"given": COMPASS[given], "a": titles[0], "c": titles[1]}
+    if by_camera:
+        question = pick(rng, CAMERA).format(k=eye + 1, **fields)
+    else:
+        question = pick(rng, OBJECTS).format(b=titles[2], **fields)
+    right = COMPASS[place]
+    free = bool(rng.uniform() < config.easy)
+    if free:
+        question, reply, options = pick(rng, FREE).format(question=question), right, list(COMPASS)
+    else:
+        line, reply, options = mcq(rng, right, distractors(rng, right, COMPASS, 3))
+        question = pick(rng, OPTIONS).format(question=question, options=line)
+    return sample(
+        scene, task=TASK, kind=KIND, index=index, images=pictures, turns=[(question, reply)],
+        answer={"type": "choice", "value": right, "candidates": options},
+        metadata={
+            "form": "free" if free else "choice", "anchor": "camera" if by_camera else "object", "views": list(pair[:2]),
+            "eye": eye, "objects": ids, "given": COMPASS[given], "titles": titles, "colours": colours,
+            "marks": [[picture, *s.point] for s, picture in chosen],
+        },
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Route plan: fill in the turns of a walk from one thing to another by way of a third."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvst.data.sample import Sample
+from fastvst.spatial.floor import crosses_wall, footprint, height_range, meets
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.tasks.angles import clockwise, spot
+from fastvst.spatial.tasks.common import TaskConfig, choose, pick
+from fastvst.spatial.tasks.video import options, row, unique
+
+TASK = "video_route"
+TURNS = ("turn left", "turn right", "turn back")
+LEG = 0.6  # metres; shorter legs are no walk
+STEP_OVER, DUCK = 0.1, 1.9  # metres: what is lower or hangs higher is not in the way
+
+START = (
+    "You are a robot beginning at the {a}, facing the {b}. You want to go to the {z}.",
+    "A robot stands at the {a} and faces the {b}. It has to reach the {z}.",
+    "Start at the {a}, looking toward the {b}. Your goal is the {z}.",
+    "You stand next to the {a} and look at the {b}. You want to walk to the {z}.",
+    "Imagine that you are by the {a}, facing the {b}, and want to get to the {z}.",
+)
+FILL = (
+    "You will perform the following actions (for each [fill in], choose 'turn left', 'turn right' or 'turn back'): "
+    "{steps} You have reached your destination.",
+    "Complete the plan; every [fill in] is one of 'turn left', 'turn right', 'turn back': {steps} Then you are there.",
+    "The plan is: {steps} Which turns ('turn left', 'turn right' or 'turn back') belong in the [fill in]s?",
+)
+
+
+def turn_word(angle: float) -> str | None:
+    """The turn by `angle` degrees clockwise; None where it is straight on or lies between two words."""
+    if 40 <= angle <= 130:
+        return "turn right"
+    if 230 <= angle <= 320:
+        return "turn left"
+    return "turn back" if 150 <= angle <= 210 else None
+
+
+def walkable(scene: Scene, start: int, end: int) -> bool:
+    """Whether the straight way between two things is free of everything else on the floor and crosses no wall."""
+    a, b = spot(scene, start), spot(scene, end)
+    if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_wall(a, b, scene.polygon)):
+        return False
+    for thing in scene.objects:
+        low, high = height_range(thing.box)
+        blocks = thing.id not in (start, end) and high > STEP_OVER and low < DUCK
+        if blocks and meets(a, b, footprint(thing.box)):
+            return False
+    return True
+
+
+def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
+    """One row about the walk: one or two turns between things that stand on the floor; or None."""
+    known = {n: i for n, i in unique(scene, config).items() if height_range(scene.object(i).box)[0] < 0.2}
+    legs = int(rng.integers(1, 3))
+    for _ in range(60 if len(known) >= legs + 2 else 0):
+        names = choose(rng, sorted(known), legs + 2)  # start, what it faces, then the stops
+        ids = [known[name] for name in names]
+        stops = [ids[0], *ids[2:]]
+        if not all(walkable(scene, p, q) for p, q in zip(stops, stops[1:], strict=False)):
+            continue
+        points = [spot(scene, i) for i in stops]
+        facing = spot(scene, ids[1]) - points[0]
+        if np.linalg.norm(facing) < LEG:
+            continue
+        turns = []
+        for p, q in zip(points, points[1:], strict=False):
+            turns.append(turn_word(clockwise(facing, q - p)))
+            facing = q - p
+        if all(turns):
+            break
+    else:
+        return None
+    steps, number = [], 1
+    for name in [names[k] for k in range(2, legs + 2)]:
+        steps += [f"{number}. [fill in]", f"{number + 1}. Go forward until the {name}."]
+        number += 2
+    question = pick(rng, START).format(a=names[0], b=names[1], z=names[-1])
+    question += " " + pick(rng, FILL).format(steps=" ".join(steps))
+    right = ", ".join(str(turn) for turn in turns)
+    every = list(TURNS) if legs == 1 else [f"{p}, {q}" for p in TURNS for q in TURNS]
+    choices, _ = options(rng, right, choose(rng, [text for text in every if text != right], min(3, len(every) - 1)))
+    free = bool(rng.uniform() < config.easy / 2)
+    return row(
+        scene, task=TASK, index=index, question=question, reply=right, choices=None if free else choices,
+        answer={"type": "text", "value": right, "candidates": every},
+        metadata={"form": f"{legs}_turns", "objects": ids, "names": names},
+    )  # fmt: skip
