@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fastvst.evaluate import command, compare_rooms
 from fastvst.report import gallery
+from fastvst.rollout import command as rollout_command
 from fastvst.spatial.rooms import command as rooms_command
 
 
@@ -25,8 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(evaluate)
     compare_rooms.add_arguments(evaluate)
 
+    rollout_command.add_chat_arguments(commands.add_parser("chat", help="talk to a model about pictures and video"))
+    rollout_command.add_generate_arguments(commands.add_parser("generate", help="answer the rows of a JSON-lines file"))
+
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command in ("chat", "generate"):
+            return (rollout_command.run_chat if arguments.command == "chat" else rollout_command.run_generate)(arguments)
         if arguments.command == "data":
             return gallery.run(arguments)
         return _rooms(arguments) if arguments.command == "rooms" else _evaluate(arguments)

@@ -294,6 +294,71 @@ def pack(
     )
 
 
+def answer_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0.0) -> EncodedSample:
+    """A generated answer as a sequence of its own, to stand behind its shared prompt in `pack(groups=...)`.
+
+    Args:
+        prompt: encoded with `add_generation_prompt=True`.
+        tokens: (R,) integers, all of them supervised, the first one too: the prompt's last row predicts it.
+        flops: training FLOPs that these tokens add to the prompt's.
+
+    Text goes on where the prompt ends: its M-RoPE positions are the largest of the prompt's plus 1, 2, ... in all three
+    channels, as transformers' `get_rope_index` has them.
+    """
+    ids = tokens.to(torch.int32)
+    after = int(prompt.positions.max()) + 1 if len(prompt) else 0
+    positions = torch.arange(after, after + ids.shape[0], dtype=torch.int32).expand(3, -1).contiguous()
+    none = torch.zeros(0, dtype=torch.int32)
+    return EncodedSample(
+        tokens=ids,
+        labels=ids,
+        positions=positions,
+        patches=prompt.patches[:0],
+        grid=prompt.grid[:0],
+        vision_slots=none,
+        window_order=none,
+        window_lengths=none,
+        image_lengths=none,
+        vision_positions=prompt.vision_positions[:0],
+        cost=Cost(ids.shape[0], 0, flops),
+        source=prompt.source,
+        id=prompt.id,
+        kind=prompt.kind,
+    )
+
+
+def join(prompt: EncodedSample, answer: EncodedSample) -> EncodedSample:
+    """Prompt and answer as one sequence, with only the answer supervised: the layout that repeats the prompt."""
+    return dataclasses.replace(
+        prompt,
+        tokens=torch.cat([prompt.tokens, answer.tokens]),
+        labels=torch.cat([torch.full_like(prompt.labels, IGNORE), answer.labels]),
+        positions=torch.cat([prompt.positions, answer.positions], dim=1),
+        cost=Cost(prompt.cost.tokens + answer.cost.tokens, prompt.cost.patches, prompt.cost.flops + answer.cost.flops),
+    )
+
+
+def pack_groups(groups: Sequence[tuple[EncodedSample, Sequence[EncodedSample]]], *, shared: bool = True) -> PackedBatch:
+    """One packed row of prompts with their answers: [prompt | answer 1 | ... | answer n | next prompt | ...].
+
+    Args:
+        groups: prompts and their answers (`answer_sample`).
+        shared: each prompt, its pictures included, stands once; else once for each of its answers, which gives the same
+            loss and gradients at n times the prompt's cost.
+
+    The targets are the answers' tokens in order, in both layouts.
+    """
+    if not shared:
+        return pack([join(prompt, answer) for prompt, answers in groups for answer in answers])
+    samples: list[EncodedSample] = []
+    index: list[int] = []
+    for prompt, answers in groups:
+        at = len(samples)
+        samples += [dataclasses.replace(prompt, labels=torch.full_like(prompt.labels, IGNORE)), *answers]
+        index += [-1] + [at] * len(answers)
+    return pack(samples, groups=index)
+
+
 def _offsets(lengths: Tensor) -> Tensor:
     """(n,) lengths -> (n + 1,) int32 offsets from 0."""
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int32)

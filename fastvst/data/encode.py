@@ -344,7 +344,8 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
     Returns:
         The messages and a note: "fov_unified", or "fov_unchanged:<why>" with the messages as they were.
     """
-    from fastvst.spatial.prompts import to_fov_prompt  # here, so that the data layer does not need the spatial one
+    # here, so that the data layer does not need the spatial one
+    from fastvst.spatial.prompts import to_fov_prompt, to_fov_prompts
 
     images = [
         (m, p)
@@ -352,10 +353,9 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
         for p, part in enumerate(message["content"])
         if part["type"] == "image"
     ]
-    if len(images) != 1:
-        return messages, f"fov_unchanged:{len(images)}_images"
-    at_message, at_part = images[0]
-    width, height = image_size(messages[at_message]["content"][at_part]["image"], max_source_pixels=max_source_pixels)
+    if not images:
+        return messages, "fov_unchanged:0_images"
+    sizes = [image_size(messages[m]["content"][p]["image"], max_source_pixels=max_source_pixels) for m, p in images]
     changed = [{**message, "content": [dict(part) for part in message["content"]]} for message in messages]
     for message in changed:
         if message["role"] != "user":
@@ -363,10 +363,17 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
         for part in message["content"]:
             if part["type"] != "text":
                 continue
-            text, size = to_fov_prompt(part["text"], width, height, base_width=base_width)
+            if len(images) == 1:
+                text, size = to_fov_prompt(part["text"], *sizes[0], base_width=base_width)
+                new_sizes = [size]
+            else:  # one camera line for each image
+                text, new_sizes = to_fov_prompts(part["text"], sizes, base_width=base_width)
             if text != part["text"]:
                 part["text"] = text
-                picture = changed[at_message]["content"][at_part]
-                picture["resized_width"], picture["resized_height"] = size
+                for (m, p), (width, height) in zip(images, new_sizes, strict=True):
+                    picture = changed[m]["content"][p]
+                    picture["resized_width"], picture["resized_height"] = width, height
                 return changed, "fov_unified"
+    if len(images) != 1:
+        return messages, f"fov_unchanged:{len(images)}_images"
     return messages, "fov_unchanged:no_camera_line"

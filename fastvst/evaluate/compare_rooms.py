@@ -74,8 +74,8 @@ def table(results: Mapping[str, RoomResults]) -> str:
     means = [sum(t.model.mean for t in r.tasks) / len(r.tasks) for r in results.values()]
     base = next(iter(results.values())).tasks
     majority, random = (sum(getattr(t, n).mean for t in base) / len(base) for n in ("majority", "random"))
-    cells = " | ".join(f"{100 * m:.1f}" for m in (*means, majority, random))
-    lines.append(f"| mean of tasks | {sum(t.questions for t in base)} | {cells} |")
+    last = " | ".join(f"{100 * m:.1f}" for m in (*means, majority, random))
+    lines.append(f"| mean of tasks | {sum(t.questions for t in base)} | {last} |")
     return "\n".join(lines)
 
 

@@ -49,10 +49,10 @@ class DecoderLayer(nn.Module):
         """(T, hidden) and (3, T) positions -> (T, hidden)"""
         attn = self.self_attn
         projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        qkv, _ = norm_linear(x, None, self.input_layernorm, projections, bias=False, light=light)
+        qkv = norm_linear(x, self.input_layernorm, projections, bias=False, light=light)
         q, k, v = self.rope(qkv, torch.cat([p.bias for p in projections]), positions)
-        attended = attn.o_proj(attend(self.index, q, k, v).flatten(1))
-        return self.mlp(attended, x, self.post_attention_layernorm, light=light)
+        attended = attend(self.index, q, k, v).flatten(1)
+        return self.mlp(attended, attn.o_proj, x, self.post_attention_layernorm, light=light)
 
 
 class Decoder(nn.Module):

@@ -58,18 +58,25 @@ class Qwen25VL(nn.Module):
             elif isinstance(module, PatchKernel):
                 module.weight.normal_(0.0, self.config.initializer_range)
 
-    def forward(self, batch: PackedBatch, head: Head | None = None) -> Any:
+    def forward(
+        self, batch: PackedBatch, head: Head | None = None, *, vision: Tensor | None = None, see_only: bool = False
+    ) -> Any:
         """Final hidden states of a packed row, or what `head` makes of them.
 
         Args:
             batch: on the model's device.
             head: called as `head(hidden (T, hidden_size), weight (V, hidden_size))` inside this forward, where sharded
                 parameters are whole; this is how losses run.
+            vision: (N, hidden_size) merged vision tokens in tower order from an earlier call, when the tower is frozen;
+                the tower does not run then.
+            see_only: return the (N, hidden_size) merged vision tokens and nothing else.
 
         Returns:
             (T, hidden_size), or head's result.
         """
-        hidden = self.model(self.embed(batch), batch.positions, attend_packed(batch), recompute=self.recompute)
+        if see_only:
+            return self.see(batch)
+        hidden = self.model(self.embed(batch, vision), batch.positions, attend_packed(batch), recompute=self.recompute)
         return hidden if head is None else head(hidden, self.head_weight)
 
     def logits(self, batch: PackedBatch) -> Tensor:
@@ -81,19 +88,26 @@ class Qwen25VL(nn.Module):
         """(V, hidden_size) weight of the output layer, tied or not."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def embed(self, batch: PackedBatch) -> Tensor:
-        """(T, hidden_size): token embeddings with the pictures' merged tokens in their rows."""
+    def see(self, batch: PackedBatch) -> Tensor:
+        """(N, hidden_size): the pictures' merged tokens, in tower order."""
+        if not batch.num_patches:
+            seen = self._black_picture(batch.device) if self.vision_on_every_rank else self.model.norm.weight[None]
+            return seen[:0]
+        return self.visual(
+            batch.patches,
+            batch.vision_positions,
+            batch.cu_windows,
+            batch.cu_images,
+            max_window=batch.max_window,
+            max_image=batch.max_image,
+            recompute=self.recompute,
+        )
+
+    def embed(self, batch: PackedBatch, vision: Tensor | None = None) -> Tensor:
+        """(T, hidden_size): token embeddings with the pictures' merged tokens (`vision` if given) in their rows."""
         x = self.model.embed_tokens(batch.tokens)
-        if batch.num_patches:
-            vision = self.visual(
-                batch.patches,
-                batch.vision_positions,
-                batch.cu_windows,
-                batch.cu_images,
-                max_window=batch.max_window,
-                max_image=batch.max_image,
-                recompute=self.recompute,
-            )
+        if batch.num_patches or vision is not None:
+            vision = self.see(batch) if vision is None else vision
             return x.index_copy(0, batch.vision_slots, vision.to(x.dtype))
         return x + 0.0 * self._black_picture(x.device).sum() if self.vision_on_every_rank else x
 

@@ -57,7 +57,7 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, offsets: Tensor, longest: int, *, light: bool) -> Tensor:
         """(P, hidden) -> (P, hidden); `offsets` of windows or frames, the longest of them as an int."""
-        qkv, _ = norm_linear(x, None, self.norm1, [self.attn.qkv], bias=False, light=light)
+        qkv = norm_linear(x, self.norm1, [self.attn.qkv], bias=False, light=light)
         # transformers rotates in float32 whatever the model's dtype (apply_rotary_pos_emb_vision).
         bias, heads, rope = self.attn.qkv.bias, self.num_heads, torch.float32
         if self.windowed:
@@ -67,7 +67,7 @@ class VisionBlock(nn.Module):
         else:
             q, k, v = vision_rope(qkv, bias, positions, num_heads=heads, rope_dtype=rope)
             attended = packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
-        return self.mlp(self.attn.proj(attended), x, self.norm2, light=light)
+        return self.mlp(attended, self.attn.proj, x, self.norm2, light=light)
 
 
 class Merger(nn.Module):

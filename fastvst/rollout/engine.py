@@ -198,11 +198,17 @@ class Engine:
             if not request.done:
                 self.cancel(request)
 
+    def encode(self, prompt: Sample | EncodedSample, params: SamplingParams | None = None) -> EncodedSample:
+        """The prompt as `generate` takes it, checked to fit the budget. Raises as `generate`, for this prompt alone."""
+        self._check_fits(prompt, params or SamplingParams())
+        if isinstance(prompt, EncodedSample):
+            return prompt
+        assert self.processor is not None  # _check_fits says so where there is none
+        return self.processor.encode(prompt, add_generation_prompt=True)
+
     def add(self, prompt: Sample | EncodedSample, params: SamplingParams | None = None) -> Request:
         """Queue one prompt; `step()` until `request.done`. Raises as `generate`."""
         params = params or SamplingParams()
-        self._ready()
-        self._check_fits(prompt, params)
         return self._submit([prompt], [params], time.perf_counter())[0]
 
     def step(self) -> bool:
@@ -285,10 +291,7 @@ class Engine:
         return window
 
     def _submit(self, prompts: Prompts, params: Sequence[SamplingParams], begin: float) -> list[Request]:
-        encoded = [
-            p if isinstance(p, EncodedSample) else self.processor.encode(p, add_generation_prompt=True)  # type: ignore[union-attr]
-            for p in prompts
-        ]
+        encoded = [self.encode(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         requests = []
         for item, p, key in zip(encoded, params, self._vision.expect(encoded), strict=True):
             requests.append(make_request(item, p, self._order, begin, vision_key=key))

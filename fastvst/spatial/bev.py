@@ -99,8 +99,8 @@ def _arrow(
     tip = (x + 1.5 * length * dx, y + 1.5 * length * dy)
     pen.line([(x, y), tip], fill=colour, width=2 * SCALE)
     head = 0.25 * length
-    pen.polygon([tip] + [(tip[0] - head * (dx + s * 0.5 * side[0]), tip[1] - head * (dy + s * 0.5 * side[1])) for s in (-1, 1)],
-                fill=colour)  # fmt: skip
+    barbs = [(tip[0] - head * (dx + s * side[0] / 2), tip[1] - head * (dy + s * side[1] / 2)) for s in (-1, 1)]
+    pen.polygon([tip, *barbs], fill=colour)
     return tip
 
 
@@ -141,8 +141,8 @@ def _chips(
 
 
 def object_table(scene: Scene, views: Sequence[int] = ()) -> str:
-    """The objects of the scene as text, one a line: name, size in metres, place on the plan of `draw_bev` (x to the right
-    of the first camera, y ahead of it), turn, and in which of the views it is seen."""
+    """The objects of the scene as text, one a line: name, size in metres, place on the plan of `draw_bev` (x to the
+    right of the first camera, y ahead of it), turn, and in which of the views it is seen."""
     origin, turn = frame(scene, views[0] if views else None)
     lines = ["id | object | width x depth x height (m) | right, ahead (m) | turned (deg) | seen in image"]
     for thing in scene.objects:
@@ -151,7 +151,6 @@ def object_table(scene: Scene, views: Sequence[int] = ()) -> str:
             str(k + 1) for k, v in enumerate(views) if any(s.object_id == thing.id for s in scene.views[v].sightings)
         ]
         size = f"{thing.box[3]:.2f} x {thing.box[5]:.2f} x {thing.height:.2f}"
-        lines.append(
-            f"{thing.id} | {thing.name} | {size} | {right:.2f}, {ahead:.2f} | {thing.box[8]:.0f} | {', '.join(seen) or '-'}"
-        )
+        place = f"{right:.2f}, {ahead:.2f} | {thing.box[8]:.0f}"
+        lines.append(f"{thing.id} | {thing.name} | {size} | {place} | {', '.join(seen) or '-'}")
     return "\n".join(lines)

@@ -10,7 +10,8 @@ from fastvst.spatial.boxes import corners
 
 
 def footprint(box: Any) -> np.ndarray:
-    """Outline (K, 2) of a box (9,) of the world frame on the floor, counter-clockwise; four points if it stands upright.
+    """Outline (K, 2) of a box (9,) of the world frame on the floor, counter-clockwise; four points if it stands
+    upright.
 
     The convex hull of the eight corners seen from above (Andrew's monotone chain).
     """

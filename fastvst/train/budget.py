@@ -18,6 +18,7 @@ from fastvst.data import Mixture, PackedBatch, PackingReport, pack
 from fastvst.data.loader import LoaderConfig, make_planner
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import pack_flops
+from fastvst.model.saved import decoder_bytes_per_token, vision_bytes_per_patch
 from fastvst.train.optimizer import part_of
 from fastvst.train.parallel import World
 
@@ -102,12 +103,13 @@ def estimate_memory(
         # the root and two blocks (the next one is fetched while one computes), and one block's float32 gradients
         gathered = (root + 2 * max(blocks)) * size + (root + max(blocks)) * 4
     v = config.vision
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = _kept(config.hidden_size, q, kv, config.intermediate_size)
-    block = _kept(v.hidden_size, v.hidden_size, v.hidden_size, v.intermediate_size)
+    per_token, per_patch = kept_bytes(config, recompute, compute)
+    if recompute == "full":  # and, while backward works on it, one block in full
+        per_token += decoder_bytes_per_token(config, "none", compute) / config.num_hidden_layers
+        per_patch += vision_bytes_per_patch(config, "none", compute) / v.depth
     activations = {
-        "decoder": tokens * size * _over_layers(layer, config.hidden_size, config.num_hidden_layers, recompute),
-        "vision": patches * size * (v.patch_values + _over_layers(block, v.hidden_size, v.depth, recompute)),
+        "decoder": tokens * per_token,
+        "vision": patches * (size * v.patch_values + per_patch),
         # norm output, both sides of the GELU
         "merger": patches * size * (2 * v.hidden_size + 2 * v.hidden_size),
         "embeddings and head": tokens * size * 2 * config.hidden_size,
@@ -131,15 +133,9 @@ def estimate_memory(
     )
 
 
-def _kept(hidden: int, q: int, kv: int, inner: int) -> dict[str, int]:
-    """Numbers that one block keeps for each of its rows, by policy; `fastvst.model.layers` says which tensors."""
-    light = 2 * hidden + (q + 2 * kv) + q + 2 * inner  # two sums, q k v, attention output, gate and up
-    return {"light": light, "none": light + 2 * hidden + inner}  # and two norm outputs, the product
-
-
-def _over_layers(kept: dict[str, int], hidden: int, layers: int, recompute: str) -> float:
-    """Numbers kept for each row in a whole tower; "full" keeps block inputs and, while it works on it, one block."""
-    return layers * hidden + kept["none"] if recompute == "full" else layers * kept[recompute]
+def kept_bytes(config: ModelConfig, recompute: str, compute: torch.dtype) -> tuple[float, float]:
+    """Bytes that the decoder keeps for each token and the vision tower for each patch, for the backward pass."""
+    return decoder_bytes_per_token(config, recompute, compute), vision_bytes_per_patch(config, recompute, compute)
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,10 @@ def dry_run(
         compute=world.dtype,
         frozen=frozen,
     )
-    return f"parameters: {sum(counts.values()):,} ({parts})\n{plan.describe()}\n{memory.table()}"
+    per_token, per_patch = kept_bytes(config, recompute, world.dtype)
+    kept = f"kept for the backward pass (recompute {recompute}, {str(world.dtype).removeprefix('torch.')}): "
+    kept += f"{per_token / 1e6:.4g} MB a token, {per_patch / 1e6:.4g} MB a patch"
+    return f"parameters: {sum(counts.values()):,} ({parts})\n{plan.describe()}\n{kept}\n{memory.table()}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ class Metrics:
         out: run folder; rows go to `out/metrics.jsonl`.
         first_step: rows of this step and later ones, left by a run that was killed after its last checkpoint, are
             dropped, so that the file reads like an uninterrupted run.
+        line: makes the progress line of a row; default `progress_line`.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Metrics:
         first_step: int,
         is_main: bool,
         settings: dict[str, Any],
+        line: Callable[[dict[str, Any], int], str] | None = None,
     ) -> None:
         self.config, self.total_steps, self.is_main = config, total_steps, is_main
+        self.line = line or progress_line
         self.path = out / "metrics.jsonl"
         self._seconds_per_step: float | None = None
         self._board: Any = None
@@ -61,7 +65,7 @@ class Metrics:
         if config.wandb:
             module = _optional("wandb", "wandb", "log.wandb")
             self._wandb = module.init(project=config.wandb, dir=str(out), config=settings, resume="allow")
-        keep = _rows_before(self.path, first_step)
+        keep = rows_before(self.path, first_step)
         self._file = self.path.open("w", encoding="utf-8")
         self._file.writelines(keep)
         self._file.flush()
@@ -95,7 +99,7 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if step % self.config.every == 0 or step == self.total_steps - 1 or "skipped" in row:
-            print(progress_line(row, self.total_steps), flush=True)
+            print(self.line(row, self.total_steps), flush=True)
 
 
 def rates(row: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +138,8 @@ def memory_gib(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts KiB
 
 
-def _rows_before(path: Path, first_step: int) -> list[str]:
+def rows_before(path: Path, first_step: int) -> list[str]:
+    """Lines of a JSONL file whose `step` is below `first_step`; a line torn by a kill ends them."""
     if first_step == 0 or not path.exists():
         return []
     keep = []

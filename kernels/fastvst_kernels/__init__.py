@@ -4,6 +4,7 @@ Needs torch (and triton for the GPU kernels), and knows nothing of any model or 
 """
 
 from fastvst_kernels.attention import AttentionPlan, attention_reference, packed_attention, prepare
+from fastvst_kernels.decode_attention import decode_attention
 from fastvst_kernels.linear import packed_linear
 from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvst_kernels.linear_logprobs import linear_logprobs
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionPlan",
     "add_rms_norm",
     "attention_reference",
+    "decode_attention",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_policy_loss",

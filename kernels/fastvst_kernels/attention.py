@@ -7,10 +7,8 @@ been one sequence, while the prompt is computed once.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 
 from fastvst_kernels.attention_cpu import attention_reference
 from fastvst_kernels.attention_op import attention_op, tile
+from fastvst_kernels.backend import HAS_TRITON, interpreted, say_once
 from fastvst_kernels.prepare import AttentionPlan, prepare
 from fastvst_kernels.segments import plan as host_plan
 from fastvst_kernels.segments import rows_of, take
@@ -26,10 +25,8 @@ from fastvst_kernels.validate import check_attention_inputs, check_attention_val
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
 
-logger = logging.getLogger("fastvst_kernels")
 BACKENDS = ("auto", "triton", "flash", "torch", "reference")
 HALF = (torch.bfloat16, torch.float16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
 
 
 def packed_attention(
@@ -89,7 +86,7 @@ def packed_attention(
     if backend == "auto":
         backend, why = _choose(q)
         if not torch.compiler.is_compiling():
-            _say_once(backend, q.device.type, why)
+            say_once("packed_attention", backend, q.device.type, why)
     if backend == "triton":
         return _triton(q, k, v, cu_seqlens, causal, scale, groups, return_lse, plan)
     if backend == "torch" and q.device.type == "cpu":
@@ -117,28 +114,13 @@ def _choose(q: Tensor) -> tuple[str, str]:
     return "torch", "there is no Triton for this device; torch.nn.attention.varlen, or SDPA by sequence"
 
 
-@functools.cache
-def _say_once(backend: str, device: str, why: str) -> None:
-    logger.info("packed_attention on %s uses backend %r: %s", device, backend, why)
-
-
-def _interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 when triton was imported)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-_interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch.config
-
-
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
     return_lse: bool, plan: AttentionPlan | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     if not HAS_TRITON:
         raise ValueError("backend 'triton' needs the triton package, which is not installed; use 'torch'")
-    if q.device.type != "cuda" and not _interpreted():
+    if q.device.type != "cuda" and not interpreted():
         raise ValueError(f"backend 'triton' has no kernels for {q.device.type!r} tensors; use 'torch' or 'auto'")
     if q.dtype == torch.float64:
         raise ValueError("backend 'triton' has no float64 kernels; use backend='reference'")

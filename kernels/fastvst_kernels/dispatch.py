@@ -21,6 +21,8 @@ logger = logging.getLogger("fastvst_kernels")
 TABLES = Path(__file__).parent / "tables"
 # Classes of head dimension: a head runs with the configuration of the first class that holds it.
 WIDTHS = (64, 80, 96, 128, 256)
+# Classes of row width (RMSNorm): the vision tower's, the 3b's, the 7b's, and anything wider.
+ROWS = (1280, 2048, 3584, 8192)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Table:
     configs: Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
+def next_power(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def pieces(width: int) -> tuple[int, int]:
     """A head dimension (multiple of 16) as two powers of two, the second 0 or at least 16: 80 is 64 + 16.
 
@@ -55,8 +62,17 @@ def pieces(width: int) -> tuple[int, int]:
 
 def shape_class(width: int, dtype: torch.dtype) -> str:
     """ "16x80" for 16-bit values and heads of up to 80 (and above 64), "32x64" for float32, ..."""
-    bits = 32 if dtype == torch.float32 else 16
-    return f"{bits}x{next(w for w in WIDTHS if width <= w)}"
+    return f"{bits_class(dtype)}x{next(w for w in WIDTHS if width <= w)}"
+
+
+def bits_class(dtype: torch.dtype) -> str:
+    """ "16" or "32": the class of kernels that only care how wide a value is."""
+    return "32" if dtype == torch.float32 else "16"
+
+
+def row_class(width: int, dtype: torch.dtype) -> str:
+    """Class of kernels that hold a whole row of `width` values: "16x3584" holds rows of 2049 to 3584, and so on."""
+    return f"{bits_class(dtype)}x{next((w for w in ROWS if width <= w), ROWS[-1])}"
 
 
 def gpu_slug(name: str) -> str:
@@ -99,9 +115,9 @@ def table_for(gpu: str, arch: int) -> Table:
 def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     """The numbers of `kernel` for a shape class on `device`.
 
-    On the CPU, where only Triton's interpreter can run a kernel, it is the table of sm_80.
+    Without a GPU, where only Triton's interpreter can run a kernel (or nothing, on fake tensors), it is that of sm_80.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         table = table_for(torch.cuda.get_device_name(device), 10 * major + minor)
     else:

@@ -6,11 +6,14 @@ position 30,000 the rounding moves an angle by about 1e-3 rad, so it is part of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvst_kernels.backend import uses_kernel
+from fastvst_kernels.dispatch import config, shape_class
 from fastvst_kernels.linear import column_sum
 
 
@@ -25,6 +28,7 @@ def mrope(
     sections: tuple[int, ...],
     theta: float,
     rope_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the QKV bias, split into heads, rotate q and k by (t, h, w) positions (M-RoPE, arXiv 2409.12191 §2.1).
 
@@ -34,22 +38,23 @@ def mrope(
         positions: (3, T) integers.
         sections: how many of the head_dim / 2 frequencies turn with t, h and w; in order of falling frequency.
         rope_dtype: of angles, cosines and sines; default float32 (float64 if qkv is float64).
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
 
     Returns:
-        q (T, num_heads, head_dim), k and v (T, num_kv_heads, head_dim): views of one buffer of qkv's dtype.
+        q (T, num_heads, head_dim), k and v (T, num_kv_heads, head_dim), contiguous, of qkv's dtype.
         Backward saves the positions only.
 
     Raises:
-        ValueError: widths, sections and positions that do not fit each other.
+        ValueError: widths, sections and positions that do not fit each other; a backend that can not run here.
     """
     heads = num_heads + 2 * num_kv_heads
-    _check(qkv, bias, positions, heads * head_dim, 3)
+    check_rope(qkv, bias, positions, heads * head_dim, 3)
     if sum(sections) * 2 != head_dim or len(sections) != 3:
         half = head_dim // 2
         raise ValueError(f"mrope sections {tuple(sections)} must be 3 numbers that sum to head_dim / 2 = {half}")
-    dtype = rope_dtype or (torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    rotation = Rotation(heads, num_heads + num_kv_heads, theta, dtype, None, tuple(sections))
-    return _Rope.apply(qkv, bias, positions, rotation)
+    kernel = uses_kernel("mrope", qkv, backend)
+    table = rope_dtype or default_dtype(qkv)
+    return rope_op(qkv, bias, positions, num_heads, num_kv_heads, list(sections), theta, table, None, kernel)
 
 
 def vision_rope(
@@ -60,6 +65,7 @@ def vision_rope(
     num_heads: int,
     theta: float = 10000.0,
     rope_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the QKV bias, split into heads, rotate q and k by (row, column) of the patch in its frame.
 
@@ -69,30 +75,39 @@ def vision_rope(
             pairs (i, i + D / 2).
         rope_dtype: of angles *and* of the rotation; default float32 (float64 if qkv is float64). transformers
             rotates in float32 whatever the model's dtype.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
 
     Returns:
-        q, k, v: (P, num_heads, D), views of one buffer.
+        q, k, v: (P, num_heads, D), contiguous.
     """
-    return _Rope.apply(qkv, bias, positions, vision_rotation(qkv, bias, positions, num_heads, theta, rope_dtype))
+    sections = check_vision_rope(qkv, bias, positions, num_heads)
+    kernel = uses_kernel("vision_rope", qkv, backend)
+    dtype = rope_dtype or default_dtype(qkv)
+    return rope_op(qkv, bias, positions.transpose(0, 1), num_heads, num_heads, sections, theta, dtype, dtype, kernel)
 
 
-def vision_rotation(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int, theta: float, rope_dtype: torch.dtype | None
-) -> Rotation:
-    """The rotation of `vision_rope`, after checking its inputs."""
-    _check(qkv, bias, positions.transpose(0, 1), qkv.shape[-1], 2)
+def default_dtype(qkv: Tensor) -> torch.dtype:
+    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+
+
+def check_vision_rope(qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int) -> list[int]:
+    """Check the inputs of `vision_rope`; how many pairs of a head turn with the row and with the column."""
+    if positions.dim() != 2:
+        raise ValueError(f"positions have shape {tuple(positions.shape)}; expected (patches, 2)")
+    check_rope(qkv, bias, positions.transpose(0, 1), qkv.shape[-1], 2)
     head_dim, rest = divmod(qkv.shape[-1], 3 * num_heads)
     if rest or head_dim % 4:
         raise ValueError(f"qkv is {qkv.shape[-1]} wide; expected 3 * {num_heads} heads of a multiple of 4 channels")
-    dtype = rope_dtype or (torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    return Rotation(3 * num_heads, 2 * num_heads, theta, dtype, dtype)
+    return [head_dim // 4, head_dim // 4]
 
 
-def _check(qkv: Tensor, bias: Tensor | None, positions: Tensor, width: int, axes: int) -> None:
+def check_rope(qkv: Tensor, bias: Tensor | None, positions: Tensor, width: int, axes: int) -> None:
     if qkv.dim() != 2 or qkv.shape[1] != width:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (tokens, {width})")
-    if bias is not None and bias.shape != (width,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({width},)")
+    if bias is not None and (bias.shape != (width,) or bias.device != qkv.device):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} on {bias.device}; expected ({width},) on {qkv.device}, as qkv"
+        )
     if positions.shape != (axes, qkv.shape[0]) or positions.is_floating_point():
         raise ValueError(
             f"positions are {positions.dtype} of shape {tuple(positions.shape)} (axes first); expected integers "
@@ -102,26 +117,26 @@ def _check(qkv: Tensor, bias: Tensor | None, positions: Tensor, width: int, axes
         raise ValueError(f"positions are on {positions.device}, qkv on {qkv.device}")
 
 
-def inverse_frequencies(dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(dim / 2,) `theta ** (-2 i / dim)`, computed on the CPU so that every device has the same table."""
-    exponents = torch.arange(0, dim, 2, dtype=dtype) / dim
-    return (1.0 / theta**exponents).to(device)
+@functools.cache
+def inverse_frequencies(head_dim: int, axes: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(head_dim / 2,) frequency of every pair: `theta ** (-2 i / head_dim)`, or for 2 axes one such run for each axis.
+
+    Computed on the CPU so that every device has the same table, and kept, so that it is copied there once.
+    """
+    runs = 2 if axes == 2 else 1
+    size = head_dim // runs
+    with torch.inference_mode(False):
+        one = 1.0 / theta ** (torch.arange(0, size, 2, dtype=dtype, device="cpu") / size)
+        return one.repeat(runs).to(device)
 
 
-def mrope_table(
-    positions: Tensor, head_dim: int, sections: tuple[int, ...], theta: float, dtype: torch.dtype
+def angle_table(
+    positions: Tensor, head_dim: int, sections: list[int], theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, head_dim / 2) of (3, T) positions."""
-    frequencies = inverse_frequencies(head_dim, theta, dtype, positions.device).split(list(sections))
+    """Cosines and sines (T, head_dim / 2) of (axes, T) positions, `sections[a]` pairs turning with axis a."""
+    frequencies = inverse_frequencies(head_dim, len(sections), theta, dtype, positions.device).split(sections)
     parts = [p.to(dtype)[:, None] * f for p, f in zip(positions, frequencies, strict=True)]
     angles = torch.cat(parts, dim=1)
-    return angles.cos(), angles.sin()
-
-
-def vision_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (P, head_dim / 2) of (P, 2) positions: rows first, then columns."""
-    frequencies = inverse_frequencies(head_dim // 2, theta, dtype, positions.device)
-    angles = (positions.to(dtype)[:, :, None] * frequencies).flatten(1)
     return angles.cos(), angles.sin()
 
 
@@ -132,67 +147,104 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate (T, heads, D) in place by (T, D / 2) angles.
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor:
+    """Rotate (T, heads, D) in place by (T, D / 2) angles, computing in `compute`.
 
     Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
     """
-    a, b = x.chunk(2, dim=-1)
-    other = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    wide, cos, sin = (t.to(compute) for t in (x, cos, sin))
+    a, b = wide.chunk(2, dim=-1)
+    other = torch.empty(wide.shape, dtype=compute, device=x.device)
     left, right = other.chunk(2, dim=-1)
     sin = sin[:, None]
     torch.mul(b, -sin, out=left)
     torch.mul(a, sin, out=right)
-    x.mul_(torch.cat([cos, cos], dim=-1)[:, None]).add_(other)
+    wide.mul_(torch.cat([cos, cos], dim=-1)[:, None]).add_(other)
+    return x if wide is x else x.copy_(wide)
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """What turns: `heads` of which the first `rotated` ones (q and k), by which table, in which dtypes.
-
-    table_dtype is that of angles, cosines and sines; compute_dtype that of the rotation (None = the input's).
-    """
-
-    heads: int
-    rotated: int
-    theta: float
-    table_dtype: torch.dtype
-    compute_dtype: torch.dtype | None
-    sections: tuple[int, ...] = ()  # M-RoPE; empty for the vision tower
-
-    def apply_(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
-        """Rotate the q and k heads of x (T, heads, D) in place, or back."""
-        if self.sections:
-            cos, sin = mrope_table(positions, x.shape[-1], self.sections, self.theta, self.table_dtype)
-        else:
-            cos, sin = vision_table(positions, x.shape[-1], self.theta, self.table_dtype)
-        part = x[:, : self.rotated]
-        compute = self.compute_dtype or max(x.dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
-        wide = part if compute == x.dtype else part.to(compute)
-        rotate_(wide, cos.to(compute), (-sin if back else sin).to(compute))
-        if wide is not part:
-            part.copy_(wide)
-        return x
+def compute_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """In what a rotation is computed: `wanted`, or at least float32."""
+    return wanted or max(x.dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, bias, positions, rotation):
-        ctx.save_for_backward(positions)
-        ctx.rotation, ctx.bias_dtype = rotation, None if bias is None else bias.dtype
-        x = add_bias(qkv, bias).view(qkv.shape[0], rotation.heads, -1)
-        kv = rotation.heads - rotation.rotated
-        return rotation.apply_(x, positions).split((rotation.rotated - kv, kv, kv), dim=1)
+@torch.library.custom_op("fastvst::rope", mutates_args=())
+def rope_op(
+    qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int, num_kv_heads: int, sections: list[int],
+    theta: float, table: torch.dtype, compute: torch.dtype | None, kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v of a fused projection: + bias, split, q and k rotated by (axes, T) positions; `kernel`: by Triton."""
+    width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    if kernel:
+        from fastvst_kernels import rope_triton
 
-    @staticmethod
-    def backward(ctx, *grads):
-        (positions,) = ctx.saved_tensors
-        grad = ctx.rotation.apply_(torch.cat(grads, dim=1), positions, back=True).flatten(1)
-        wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
-        grad_bias = column_sum(grad).to(ctx.bias_dtype) if wants_bias else None
-        return grad, grad_bias, None, None
+        return rope_triton.forward(
+            qkv if qkv.stride(-1) == 1 else qkv.contiguous(), bias, positions,
+            inverse_frequencies(width, len(sections), theta, torch.float32, qkv.device),
+            heads=num_heads, kv_heads=num_kv_heads, sections=(sections[0], sections[1]),
+            numbers=config("rope_forward", shape_class(width, qkv.dtype), qkv.device),
+        )  # fmt: skip
+    sizes = [n * width for n in (num_heads, num_kv_heads, num_kv_heads)]
+    parts = [part.unflatten(1, (-1, width)) for part in qkv.split(sizes, dim=1)]
+    if bias is None:
+        parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    else:
+        adds = [b.view(1, -1, width) for b in bias.split(sizes)]
+        parts = [(part + b).to(qkv.dtype).contiguous() for part, b in zip(parts, adds, strict=True)]
+    cos, sin = angle_table(positions, width, sections, theta, table)
+    for part in parts[:2]:
+        rotate_(part, cos, sin, compute_dtype(qkv, compute))
+    return parts[0], parts[1], parts[2]
 
 
-def add_bias(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """A new tensor of qkv's dtype, which may be overwritten."""
-    return qkv.clone() if bias is None else (qkv + bias).to(qkv.dtype)
+@rope_op.register_fake
+def _(qkv, bias, positions, num_heads, num_kv_heads, sections, theta, table, compute, kernel):
+    width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    return tuple(qkv.new_empty(qkv.shape[0], n, width) for n in (num_heads, num_kv_heads, num_kv_heads))
+
+
+@torch.library.custom_op("fastvst::rope_backward", mutates_args=())
+def rope_backward_op(
+    dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, sections: list[int], theta: float, table: torch.dtype,
+    compute: torch.dtype | None, bias: bool, kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the fused projection and of its bias (of at least float32; empty if not `bias`)."""
+    (tokens, heads, width), kv_heads = dq.shape, dk.shape[1]
+    if kernel:
+        from fastvst_kernels import rope_triton
+
+        grads = [g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv)]
+        return rope_triton.backward(
+            *grads, positions, inverse_frequencies(width, len(sections), theta, torch.float32, dq.device),
+            bias=bias, sections=(sections[0], sections[1]),
+            numbers=config("rope_backward", shape_class(width, dq.dtype), dq.device),
+        )  # fmt: skip
+    fused = torch.empty((tokens, heads + 2 * kv_heads, width), dtype=dq.dtype, device=dq.device)
+    torch.cat([dq, dk, dv], dim=1, out=fused)
+    cos, sin = angle_table(positions, width, sections, theta, table)
+    rotate_(fused[:, : heads + kv_heads], cos, -sin, compute_dtype(dq, compute))
+    fused = fused.flatten(1)
+    return fused, column_sum(fused) if bias else fused.new_empty(0)
+
+
+@rope_backward_op.register_fake
+def _(dq, dk, dv, positions, sections, theta, table, compute, bias, kernel):
+    width = (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
+    dtype = torch.float32 if kernel else dq.dtype
+    return dq.new_empty(dq.shape[0], width), dq.new_empty(width if bias else 0, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    qkv, bias, positions, *options, ctx.kernel = inputs
+    ctx.save_for_backward(positions)
+    ctx.options, ctx.bias_dtype = options[2:], None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+    (positions,) = ctx.saved_tensors
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    grad, grad_bias = rope_backward_op(dq, dk, dv, positions, *ctx.options, wants_bias, ctx.kernel)
+    return grad, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *(None,) * 8
+
+
+rope_op.register_autograd(_backward, setup_context=_setup_context)

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastvst_kernels.backend import uses_kernel
+from fastvst_kernels.dispatch import config, row_class
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     Args:
         x: (..., H) of any floating dtype; computed in float32, or in float64 if x is float64.
         weight: (H,) or None for no scale.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
 
     Returns:
         (..., H) of x's dtype. Backward needs x and one number for each row; nothing else is saved.
+
+    Raises:
+        ValueError: shapes or devices that differ; a backend that can not run here.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    _check(x, None, weight)
+    return rms_norm_op(x, None, weight, eps, uses_kernel("rms_norm", x, backend))[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """`s = x + residual; return rms_norm(s), s`. Shapes and dtypes as in `rms_norm`; s has x's dtype."""
-    total = x + residual
-    return _RMSNorm.apply(total, weight, eps), total
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`s = x + residual; return rms_norm(s), s`. Shapes, dtypes and errors as in `rms_norm`; s has x's dtype."""
+    _check(x, residual, weight)
+    y, total, _ = rms_norm_op(x, residual, weight, eps, uses_kernel("add_rms_norm", x, backend))
+    return y, total
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` without autograd, for operators that compute the norm again in their own backward.
+
+    Returns:
+        The norm, and 1 / rms of each row, which `rms_norm_backward` wants.
+    """
+    y, _, inverse = rms_norm_op(x, None, weight, eps, uses_kernel("rms_norm", x, "auto"))
+    return y, inverse
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, inverse: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the weight; None where they are not needed."""
+    kernel = uses_kernel("rms_norm", x, "auto")
+    grad_x, grad_weight = rms_norm_backward_op(grad, None, x, weight, inverse, needs_x, needs_weight, kernel)
+    return grad_x if needs_x else None, grad_weight if needs_weight and weight is not None else None
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -31,39 +63,121 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y if weight is None else y * weight
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        y = wide * inverse
-        if weight is not None:
-            y *= weight
-        return y.to(x.dtype)
+@torch.library.custom_op("fastvst::rms_norm", mutates_args=())
+def rms_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, kernel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm of x (+ residual), x + residual or nothing, 1 / rms of each row); `kernel`: by Triton."""
+    if kernel:
+        from fastvst_kernels import norm_triton
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # The order of operations is that of autograd on the plain formula, so that without a weight the result is bit
-        # for bit the same: in float64 models transformers rounds to float32 around the norm, and we have to follow.
-        x, weight, inverse = ctx.saved_tensors
-        wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
-        product = grad * wide
-        grad_x = grad_weight = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            grad_weight = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).squeeze(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            if weight is None:
-                slope = _slope(product.sum(-1, keepdim=True), inverse, x.shape[-1])
-                grad_x = (grad * inverse).add_(wide * slope)
-            else:
-                weight = weight.to(inverse.dtype)
-                slope = _slope((product @ weight).unsqueeze(-1), inverse, x.shape[-1])
-                grad_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(wide, slope)
-            grad_x = grad_x.to(x.dtype)
-        return grad_x, grad_weight, None
+        numbers = config("rms_norm_forward", row_class(x.shape[-1], x.dtype), x.device)
+        flat = None if residual is None else _rows(residual)
+        y, total, inverse = norm_triton.forward(_rows(x), flat, weight, eps, numbers)
+        return y.view(x.shape), x.new_empty(0) if residual is None else total.view(x.shape), inverse
+    total = x if residual is None else (x + residual).contiguous()
+    wide = total if total.dtype == torch.float64 else total.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y = wide * inverse
+    if weight is not None:
+        y *= weight
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else total, inverse.reshape(-1)
+
+
+@rms_norm_op.register_fake
+def _(x, residual, weight, eps, kernel):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.new_empty(x.shape[:-1]).numel()
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(rows, dtype=dtype)
+
+
+@torch.library.custom_op("fastvst::rms_norm_backward", mutates_args=())
+def rms_norm_backward_op(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor | None, inverse: Tensor,
+    needs_x: bool, needs_weight: bool, kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of what was normed (+ grad_total) and of the weight; empty where they are not needed."""
+    if kernel:
+        from fastvst_kernels import norm_triton
+
+        numbers = config("rms_norm_backward", row_class(x.shape[-1], x.dtype), x.device)
+        dense = [None if g is None else g.contiguous().view(-1, x.shape[-1]) for g in (grad, grad_total)]
+        grad_x, grad_weight = norm_triton.backward(dense[0], dense[1], _rows(x), weight, inverse, numbers)
+        if weight is None or not needs_weight:
+            return grad_x.view(x.shape), inverse.new_empty(0)
+        return grad_x.view(x.shape), grad_weight.to(weight.dtype)
+    # The order of operations is that of autograd on the plain formula, so that without a weight the result is bit
+    # for bit the same: in float64 models transformers rounds to float32 around the norm, and we have to follow.
+    inverse = inverse.view(*x.shape[:-1], 1)
+    wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
+    product = grad * wide
+    grad_x, grad_weight = x.new_empty(0), inverse.new_empty(0)
+    if weight is not None and needs_weight:
+        grad_weight = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).squeeze(0).to(weight.dtype)
+    if needs_x:
+        if weight is None:
+            slope = _slope(product.sum(-1, keepdim=True), inverse, x.shape[-1])
+            grad_x = (grad * inverse).add_(wide * slope)
+        else:
+            weight = weight.to(inverse.dtype)
+            slope = _slope((product @ weight).unsqueeze(-1), inverse, x.shape[-1])
+            grad_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(wide, slope)
+        grad_x = grad_x.to(x.dtype).contiguous()
+        if grad_total is not None:
+            grad_x += grad_total
+    return grad_x, grad_weight
+
+
+@rms_norm_backward_op.register_fake
+def _(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel):
+    grad_x = x.new_empty(x.shape if needs_x or kernel else 0)
+    if weight is None or not needs_weight:
+        return grad_x, inverse.new_empty(0)
+    return grad_x, weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, _, ctx.kernel = inputs
+    ctx.added = residual is not None
+    ctx.save_for_backward(output[1] if ctx.added else x, weight, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _inverse: Any) -> tuple:
+    x, weight, inverse = ctx.saved_tensors
+    if not ctx.added:
+        grad_total = None
+    if grad is None:
+        return grad_total, grad_total, None, None, None
+    needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    grads = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, ctx.kernel)
+    grad_x = grads[0] if needs_x else None
+    return grad_x, grad_x if ctx.added else None, grads[1] if needs_weight else None, None, None
+
+
+rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _slope(dot: Tensor, inverse: Tensor, size: int) -> Tensor:
     """d y / d x through the mean square, for each row; doubling is exact, so it is done on the small tensor."""
     return 2 * ((-0.5 * dot * inverse.pow(3)) / size)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, H) with a dense last dimension, without a copy where the strides allow it."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; expected floats (..., H)")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}, x is {x.dtype} "
+            f"{tuple(x.shape)} on {x.device}; expected the same"
+        )
+    if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} on {weight.device}; expected ({x.shape[-1]},) on {x.device}"
+        )

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvst_kernels.backend import uses_kernel
+from fastvst_kernels.dispatch import bits_class, config
 
-def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """`gate * sigmoid(gate) * up`, elementwise.
 
     Args:
         gate, up: (..., I) of one dtype, views are fine. Without `up`, gate is the fused (..., 2 I) projection
             [gate | up], whose gradient is then written into one buffer.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
 
     Returns:
         (..., I) contiguous. Backward saves gate and up, not the activation.
 
     Raises:
-        ValueError: shapes that differ, an odd fused width.
+        ValueError: shapes that differ, an odd fused width; a backend that can not run here.
     """
     if up is None:
-        if gate.shape[-1] % 2:
-            raise ValueError(f"the fused gate and up projection is {gate.shape[-1]} wide; expected an even number")
-        return _FusedSwiGLU.apply(gate)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+        if gate.dim() < 1 or gate.shape[-1] % 2:
+            wide = gate.shape[-1] if gate.dim() else 0
+            raise ValueError(f"the fused gate and up projection is {wide} wide; expected an even number")
+    elif gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         came = f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
         raise ValueError(f"{came}; expected one dtype and one shape")
-    return _SwiGLU.apply(gate, up)
+    return swiglu_op(gate, up, uses_kernel("swiglu", gate, backend))
+
+
+def swiglu_backward(grad: Tensor, fused: Tensor) -> Tensor:
+    """Gradient of the fused projection of `swiglu(fused)`, for operators that compute it again in their backward."""
+    return swiglu_backward_op(grad, fused, None, uses_kernel("swiglu", fused, "auto"))[0]
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -35,35 +46,77 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+@torch.library.custom_op("fastvst::swiglu", mutates_args=())
+def swiglu_op(gate: Tensor, up: Tensor | None, kernel: bool) -> Tensor:
+    """silu(gate) * up, or of the two halves of gate; `kernel`: by Triton."""
+    if kernel:
+        from fastvst_kernels import swiglu_triton
+
+        first, second = _halves(gate, up)
+        out = swiglu_triton.forward(first, second, config("swiglu_forward", bits_class(gate.dtype), gate.device))
+        return out.view(*gate.shape[:-1], first.shape[-1])
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).contiguous()
+
+
+@swiglu_op.register_fake
+def _(gate, up, kernel):
+    return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2) if up is None else gate.shape)
+
+
+@torch.library.custom_op("fastvst::swiglu_backward", mutates_args=())
+def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; of the fused projection and nothing where up is None."""
+    grad = grad.contiguous()
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
+    if kernel:
+        from fastvst_kernels import swiglu_triton
+
+        numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
+        inputs, outputs = _halves(gate, up), _halves(grad_gate, None if up is None else grad_up)
+        swiglu_triton.backward(grad.view(-1, grad.shape[-1]), *inputs, *outputs, numbers)
+        return grad_gate, grad_up
+    if up is None:
+        first, second = gate.chunk(2, dim=-1)
+        _backward_plain(grad, first, second, *grad_gate.chunk(2, dim=-1))
+    else:
+        _backward_plain(grad, gate, up, grad_gate, grad_up)
+    return grad_gate, grad_up
+
+
+@swiglu_backward_op.register_fake
+def _(grad, gate, up, kernel):
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+
+
+def _backward_plain(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     torch.mul(F.silu(gate), grad, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        grads = torch.empty_like(grad), torch.empty_like(grad)
-        _backward(grad, gate, up, *grads)
-        return grads
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.kernel = inputs[2]
 
 
-class _FusedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fused: Tensor) -> Tensor:
-        ctx.save_for_backward(fused)
-        gate, up = fused.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    gate, up = ctx.saved_tensors
+    grad_gate, grad_up = swiglu_backward_op(grad, gate, up, ctx.kernel)
+    return grad_gate, None if up is None else grad_up, None
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (fused,) = ctx.saved_tensors
-        grad_fused = torch.empty_like(fused, memory_format=torch.contiguous_format)
-        _backward(grad, *fused.chunk(2, dim=-1), *grad_fused.chunk(2, dim=-1))
-        return grad_fused
+
+swiglu_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gate and up as (N, I) views whose dense rows lie equally far apart; copies where strides do not allow it."""
+    if up is None:
+        flat = gate.reshape(-1, gate.shape[-1])
+        first, second = (flat if flat.stride(-1) == 1 else flat.contiguous()).chunk(2, dim=-1)
+        return first, second
+    first, second = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    if first.stride() != second.stride() or first.stride(-1) != 1:
+        first, second = first.contiguous(), second.contiguous()
+    return first, second

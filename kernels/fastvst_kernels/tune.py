@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels import attention_build
+from fastvst_kernels import attention_build, pointwise_build
 from fastvst_kernels.aot import Compiled
 from fastvst_kernels.dispatch import TABLES, gpu_slug
 
@@ -55,9 +55,19 @@ def _attention(kernel: str) -> Tunable:
     )
 
 
+def _pointwise(kernel: str) -> Tunable:
+    return Tunable(
+        shapes=pointwise_build.shapes(kernel),
+        candidates=lambda shape: pointwise_build.candidates(kernel, shape),
+        compiled=lambda shape, numbers, arch: pointwise_build.compiled(kernel, shape, numbers, arch),
+        problem=lambda shape, device: pointwise_build.problem(kernel, shape, device),
+    )
+
+
 def tunables() -> dict[str, Tunable]:
     """Every kernel that has configurations, by the name it has in the tables."""
-    return {kernel: _attention(kernel) for kernel in attention_build.KERNELS}
+    found = {kernel: _attention(kernel) for kernel in attention_build.KERNELS}
+    return found | {kernel: _pointwise(kernel) for kernel in pointwise_build.KERNELS}
 
 
 def is_clean(tunable: Tunable, shape: str, numbers: Numbers, arch: int) -> bool:

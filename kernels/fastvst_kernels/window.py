@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastvst_kernels import window_cpu
 from fastvst_kernels.attention import packed_attention
-from fastvst_kernels.linear import column_sum
-from fastvst_kernels.mrope import Rotation, add_bias, vision_rope, vision_rotation
-from fastvst_kernels.segments import Job, plan, take
+from fastvst_kernels.backend import say_once, uses_kernel
+from fastvst_kernels.dispatch import config, shape_class
+from fastvst_kernels.mrope import check_vision_rope, default_dtype, inverse_frequencies, vision_rope
 from fastvst_kernels.validate import check_offset_values, check_offsets
+
+# What a program of the kernel holds without spilling: patches of a window, channels of a head, 16-bit values.
+LARGEST_WINDOW = 64
+LARGEST_WIDTH = 80
 
 
 def window_attention(
@@ -24,6 +31,7 @@ def window_attention(
     max_window: int | None = None,
     rope_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """QKV bias, 2-D rotary and full attention inside every window (Qwen2.5-VL, arXiv 2502.13923 §2.1.1).
 
@@ -35,56 +43,124 @@ def window_attention(
         scale: default `D ** -0.5`.
         max_window: patches in the largest window, as an int; needed on CUDA.
         rope_dtype: see `vision_rope`.
+        backend: "triton" (bf16 and fp16, windows of up to 64 patches, D up to 80: one program for each window and
+            head, nothing but the inputs kept for the backward), "torch" (CPU: one call of the fused CPU attention for
+            all windows of one length), "reference", or "auto": Triton on CUDA, torch on the CPU. What that can not
+            take goes through `vision_rope` and `packed_attention`, which get the backend's name; it is logged once.
+        validate: also check offsets on CUDA, which waits for the device (always checked on the CPU).
 
     Returns:
-        (P, num_heads * D). On the CPU windows of equal length are one batched call; there is no loop over windows.
+        (P, num_heads * D). There is no loop over windows on the host.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit; a backend that can not run here.
     """
     check_offsets("cu_windows", cu_windows, qkv)
-    if cu_windows.device.type == "cpu":
-        offsets = check_offset_values("cu_windows", cu_windows, qkv.shape[0])
-        if backend in ("auto", "torch"):
-            rotation = vision_rotation(qkv, bias, positions, num_heads, theta, rope_dtype)
-            return _CpuWindows.apply(qkv, bias, positions, plan(offsets, None, False), rotation, scale)
+    sections = check_vision_rope(qkv, bias, positions, num_heads)
+    width = 4 * sections[0]
+    on_host = qkv.device.type == "cpu"
+    if validate:
+        check_offset_values("cu_windows", cu_windows, qkv.shape[0])
+    if max_window is None and not on_host:
+        raise ValueError("window_attention needs max_window (an int, from the loader) on a GPU")
+    fits = (max_window or LARGEST_WINDOW) <= LARGEST_WINDOW and width <= LARGEST_WIDTH and qkv.itemsize == 2
+    kernel = backend in ("auto", "triton") and fits and uses_kernel("window_attention", qkv, backend)
+    if kernel or (on_host and backend in ("auto", "torch")):
+        dtype, longest = rope_dtype or default_dtype(qkv), max_window or LARGEST_WINDOW
+        scale = width**-0.5 if scale is None else float(scale)
+        return window_op(qkv, bias, positions, cu_windows, num_heads, theta, scale, longest, dtype, kernel)[0]
+    if not fits and backend in ("auto", "triton"):
+        say_once(
+            "window_attention", "packed_attention", qkv.device.type, f"windows of {max_window}, D {width}, {qkv.dtype}"
+        )
     q, k, v = vision_rope(qkv, bias, positions, num_heads=num_heads, theta=theta, rope_dtype=rope_dtype)
     out = packed_attention(q, k, v, cu_windows, causal=False, scale=scale, max_seqlen=max_window, backend=backend)
     return out.flatten(1)
 
 
-class _CpuWindows(torch.autograd.Function):
-    """Bias, rotation and attention with one gradient buffer for q, k and v together.
+@torch.library.custom_op("fastvst::window_attention", mutates_args=())
+def window_op(
+    qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, num_heads: int, theta: float,
+    scale: float, max_window: int, rope_dtype: torch.dtype, kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(P, heads * D) output; of the plain path also the rotated QKV (P, 3 heads, D) and the logsumexp (P, heads)."""
+    if qkv.device.type == "cpu":  # here and not in the public function, which torch.compile traces
+        check_offset_values("cu_windows", cu_windows, qkv.shape[0])
+    width = qkv.shape[1] // (3 * num_heads)
+    if kernel:
+        from fastvst_kernels import window_triton
 
-    Windows of one length are one call of the CPU's fused attention; they are gathered as whole QKV rows, once.
-    """
+        out = window_triton.forward(
+            _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device), cu_windows,
+            heads=num_heads, scale=scale, max_window=max_window,
+            numbers=config("window_forward", shape_class(width, qkv.dtype), qkv.device),
+        )  # fmt: skip
+        return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
+    return window_cpu.forward(qkv, bias, positions, cu_windows, num_heads, theta, scale, rope_dtype)
 
-    @staticmethod
-    def forward(ctx, qkv, bias, positions, jobs: list[Job], rotation: Rotation, scale):
-        heads = rotation.heads // 3
-        fused = rotation.apply_(add_bias(qkv, bias).view(qkv.shape[0], rotation.heads, -1), positions)
-        out = fused.new_empty(qkv.shape[0], heads, fused.shape[-1])
-        logsums = []
-        for job in jobs:
-            q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)
-            piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-            out[job.queries] = piece.transpose(1, 2).flatten(0, 1)
-            logsums.append(lse)
-        ctx.save_for_backward(fused, positions, out, *logsums)
-        ctx.jobs, ctx.rotation, ctx.scale = jobs, rotation, scale
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return out.flatten(1)
 
-    @staticmethod
-    def backward(ctx, grad):
-        fused, positions, out, *logsums = ctx.saved_tensors
-        heads = out.shape[1]
-        grad, grad_fused = grad.contiguous().view(out.shape), torch.empty_like(fused)
-        for job, lse in zip(ctx.jobs, logsums, strict=True):
-            q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count), lse, 0.0, False,
-                scale=ctx.scale,
-            )  # fmt: skip
-            grad_fused[job.queries] = torch.cat(grads, dim=1).transpose(1, 2).flatten(0, 1)
-        grad_qkv = ctx.rotation.apply_(grad_fused, positions, back=True).flatten(1)
-        wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
-        grad_bias = column_sum(grad_qkv).to(ctx.bias_dtype) if wants_bias else None
-        return grad_qkv, grad_bias, None, None, None, None
+@window_op.register_fake
+def _(qkv, bias, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype, kernel):
+    patches, width = qkv.shape[0], qkv.shape[1] // (3 * num_heads)
+    out = qkv.new_empty(patches, num_heads * width)
+    if kernel:
+        return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
+    logsums = qkv.new_empty(patches, num_heads, dtype=default_dtype(qkv))
+    return out, qkv.new_empty(patches, 3 * num_heads, width), logsums
+
+
+@torch.library.custom_op("fastvst::window_attention_backward", mutates_args=())
+def window_backward_op(
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, logsums: Tensor | None, positions: Tensor,
+    cu_windows: Tensor, num_heads: int, theta: float, scale: float, max_window: int, rope_dtype: torch.dtype,
+    needs_bias: bool, kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the projection and of its bias (empty if not needed). The plain path is given the rotated QKV."""
+    grad = grad.contiguous()
+    width = grad.shape[1] // num_heads
+    if kernel:
+        from fastvst_kernels import window_triton
+
+        grad_qkv, grad_bias = window_triton.backward(
+            grad, _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
+            cu_windows, heads=num_heads, scale=scale, max_window=max_window,
+            numbers=config("window_backward", shape_class(width, qkv.dtype), qkv.device),
+        )  # fmt: skip
+        return grad_qkv, grad_bias if needs_bias else grad_bias.new_empty(0)
+    assert out is not None and logsums is not None
+    return window_cpu.backward(
+        grad, qkv, out, logsums, positions, cu_windows, num_heads, theta, scale, rope_dtype, needs_bias
+    )
+
+
+@window_backward_op.register_fake
+def _(grad, qkv, bias, out, logsums, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype,
+      needs_bias, kernel):  # fmt: skip
+    hidden = 3 * grad.shape[1]
+    dtype = torch.float32 if kernel else grad.dtype
+    return grad.new_empty(grad.shape[0], hidden), grad.new_empty(hidden if needs_bias else 0, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    qkv, bias, positions, cu_windows, *ctx.options, ctx.kernel = inputs
+    out, fused, logsums = output
+    # The kernel computes the window again from its inputs; the plain path keeps what it has rotated.
+    kept = (qkv, bias, None, None) if ctx.kernel else (fused, None, out, logsums)
+    ctx.save_for_backward(*kept, positions, cu_windows)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _fused: Any, _logsums: Any) -> tuple:
+    if grad is None:
+        return (None,) * 10
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    grad_qkv, grad_bias = window_backward_op(grad, *ctx.saved_tensors, *ctx.options, wants_bias, ctx.kernel)
+    return grad_qkv, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *(None,) * 8
+
+
+window_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _dense(qkv: Tensor) -> Tensor:
+    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()

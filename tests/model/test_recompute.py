@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastvst.data.batch import pack
+from fastvst.model import ModelConfig
+from fastvst.model.saved import decoder_bytes_per_token, vision_bytes_per_patch
 from fastvst_kernels import linear_cross_entropy
 from hf_parity import make_models, make_sample, small_config
 
@@ -51,7 +53,7 @@ def test_gradients_are_equal_bit_for_bit_and_bytes_fall(setup):
 
 
 def test_light_keeps_what_its_definition_says():
-    """Per decoder token and layer: residual stream twice, q, k, v, attention output and logsumexp, gate and up."""
+    """Per decoder token and layer: its input, q, k, v, attention output and logsumexp, gate and up."""
     config = small_config(num_hidden_layers=4)
     model, _ = make_models(config, torch.float32)
     sizes = {}
@@ -59,11 +61,33 @@ def test_light_keeps_what_its_definition_says():
         batch = pack([make_sample(config, [("text", tokens)])])
         sizes[tokens] = run(model, batch, "light")[2]
     q, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 2 * config.hidden_size + (q + 2 * kv) + q + config.num_attention_heads + 2 * config.intermediate_size
+    layer = config.hidden_size + (q + 2 * kv) + q + config.num_attention_heads + 2 * config.intermediate_size
     final_norm = config.hidden_size + 1
     inverse = 1  # the first norm's inverse root, inside the recomputed part: not kept
     per_token = (sizes[140] - sizes[40]) / 100 / 4
     assert config.num_hidden_layers * layer <= per_token <= config.num_hidden_layers * (layer + inverse) + final_norm
+
+
+@pytest.mark.parametrize(("preset", "limit"), [("7b", 2.8e6), ("3b", 2.1e6)])
+def test_light_in_bfloat16_stays_below_its_limit_at_the_published_sizes(preset, limit):
+    config = ModelConfig.preset(preset)
+    kept = {policy: decoder_bytes_per_token(config, policy, torch.bfloat16) for policy in ("none", "light", "full")}
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    row = 2 * (config.hidden_size + q + 2 * kv + q + 2 * config.intermediate_size) + 4 * config.num_attention_heads
+    assert kept["light"] == config.num_hidden_layers * row <= limit
+    assert kept["full"] == config.num_hidden_layers * 2 * config.hidden_size
+    assert kept["none"] > 1.5 * kept["light"]
+    assert vision_bytes_per_patch(config, "light", torch.bfloat16) < 0.9e6
+
+
+@pytest.mark.parametrize("policy", ["none", "light", "full"])
+def test_the_count_of_fake_tensors_is_what_a_real_run_keeps(policy):
+    config = small_config(num_hidden_layers=3)
+    model, _ = make_models(config, torch.float32)
+    sizes = [run(model, pack([make_sample(config, [("text", n)])]), policy)[2] for n in (40, 140)]
+    final_norm = 4 * (config.hidden_size + 1)  # its input and one number for each row
+    counted = decoder_bytes_per_token(config, policy, torch.float32)
+    assert (sizes[1] - sizes[0]) / 100 == pytest.approx(counted + final_norm, rel=0.02)
 
 
 def test_unknown_policy_is_refused(setup):
@@ -107,7 +131,7 @@ def test_pack_without_pictures_runs_the_tower_only_when_told():
 
 
 def test_fresh_weights_are_drawn_as_transformers_draws_them():
-    from fastvst.model import ModelConfig, Qwen25VL
+    from fastvst.model import Qwen25VL
 
     torch.manual_seed(0)
     model = Qwen25VL(ModelConfig.preset("tiny"))

@@ -44,9 +44,11 @@ def make_all(scene: Scene, tries: int, config: TaskConfig = CONFIG) -> list[Samp
     rows = []
     for attempt in range(tries):
         for k in scene.stills():
-            rows += [make(scene, k, rng, config, f"{k}-{attempt}") for make in SINGLE.values()]
+            rows += [make(scene, k, rng, config, f"{k}-{attempt}") for name, make in SINGLE.items() if name in CHECKS]
         for n, pair in enumerate(scene.pairs):
-            rows += [make(scene, pair, rng, config, f"p{n}-{attempt}") for make in PAIRS.values()]
+            rows += [
+                make(scene, pair, rng, config, f"p{n}-{attempt}") for name, make in PAIRS.items() if name in CHECKS
+            ]
     return [row for row in rows if row is not None]
 
 

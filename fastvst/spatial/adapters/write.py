@@ -13,8 +13,8 @@ from fastvst.spatial.rooms.scene import Scene
 def write_scenes(scenes: Iterable[Scene], out_dir: str | Path, config: RoomsConfig, *, prefix: str = "scenes") -> int:
     """Make the rows of every scene by `config.rows` and write <prefix>-00000.parquet, ...; returns their number.
 
-    A scene's random numbers come from its name, so its rows do not depend on what else is read. For several machines give
-    each its own scenes and prefix.
+    A scene's random numbers come from its name, so its rows do not depend on what else is read. For several machines
+    give each its own scenes and prefix.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """What a sentence of a trace may claim about a scene, and whether it holds.
 
-A claim is a JSON-able dict: "says" names the kind, the other keys what it is about (views and objects by number). `holds`
-looks it up in the annotation and the poses again, apart from the code that worded it, and refuses what is not clear-cut.
+A claim is a JSON-able dict: "says" names the kind, the other keys what it is about (views and objects by number).
+`holds` looks it up in the annotation and the poses again, apart from the code that worded it, and refuses what is not
+clear-cut.
 """
 
 from __future__ import annotations

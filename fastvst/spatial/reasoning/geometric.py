@@ -1,6 +1,7 @@
 """GeometricCoT: a trace composed from the scene's geometry, true sentence by sentence, without a teacher and a network.
 
-The order is that of VST-R's two-view traces (vst-spec 2.2): say what is asked, describe view 1, describe view 2, join them,
+The order is that of VST-R's two-view traces (vst-spec 2.2): say what is asked, describe view 1, describe view 2, join
+them,
 put the question in terms of what was found, conclude. Every sentence carries its claim, and `compose` checks each claim
 against the scene (claims.py) before it lets a row go out. Neither a plan from above nor coordinates are mentioned.
 """
@@ -31,7 +32,7 @@ PLAN = {
                  "I need to compare distances between objects in the room, not distances from the camera."),
     "camera_motion": ("The task is to work out how the camera changed between the two frames.",
                       "I compare the two pictures to tell what the camera did from the first to the second."),
-    "object_object": ("The task asks for a direction on the floor, so I first need the layout that the two views share.",
+    "object_object": ("The task asks for a direction on the floor, so I first need the layout of the two views.",
                       "I have to bring the two views together before I can name a direction."),
     "camera_camera": ("I need to relate the two cameras to each other, so I start with what each of them sees.",
                       "The question is about the cameras, and the objects in the pictures tell me how they stand."),
@@ -221,7 +222,8 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     fact = {"says": "angle", "origin": origin, "anchor": meta["objects"][0], "target": meta["objects"][1], "way": way,
             "value": degrees}  # fmt: skip
     first, second = meta["titles"][:2]
-    text = f"Standing at {here}, I turn from the direction of the {first} to that of the {second} by about {degrees} degrees"
+    text = f"Standing at {here}, I turn from the direction of the {first} to that of the {second}"
+    text = f"{text} by about {degrees} degrees"
     text = (
         f"{text} {way} as seen from above."
         if degrees

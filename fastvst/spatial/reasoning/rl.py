@@ -89,7 +89,8 @@ def difficulty_of(scene: Scene, sample: Sample) -> dict[str, float]:
     """How hard a direct row is.
 
     Returns:
-        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, or degrees to the border of the
+        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, or degrees to the border of
+        the
             sector over half its width), 1 where the task knows no margin; occlusion: 1 - the smallest visibility of the
             things asked about in the view that shows them best; objects: things to choose from or to find; clutter:
             things seen in the pictures.

@@ -105,7 +105,8 @@ class Bill:
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejected.items())) or "none"
         return (
             f"teacher: {self.kept} traces kept, {self.given_up} rows given up, {self.resumed} found done; "
-            f"{self.requests} requests, {self.tokens_in} + {self.tokens_out} tokens, ${self.dollars:.4f}; rejected: {why}"
+            f"{self.requests} requests, {self.tokens_in} + {self.tokens_out} tokens, ${self.dollars:.4f}; "
+            f"rejected: {why}"
         )
 
 
@@ -130,8 +131,8 @@ class _Pace:
 
 
 def judge(text: str, sample: Sample, config: TeacherConfig) -> tuple[str, str | None]:
-    """(trace without its last line, None), or ("", why it is refused): "no_answer", "wrong_answer", "forbidden", "length",
-    "tags"."""
+    """(trace without its last line, None), or ("", why it is refused): "no_answer", "wrong_answer", "forbidden",
+    "length", "tags"."""
     body, mark, said = text.strip().rpartition("Answer:")
     if not mark:
         return "", "no_answer"

@@ -1,4 +1,5 @@
-"""What to make of the rooms beside the default six tasks: all nineteen, VST-P's proportions, reasoning for a cold start."""
+"""What to make of the rooms beside the default six tasks: all nineteen, VST-P's proportions, reasoning for a cold
+start."""
 
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ _REPLAY = {"depth_comparison": 2, "distance": 2, "measurement": 1, "corresponden
 COLD_START = RoomsConfig(
     shots=ShotConfig(overlap=1.0),
     rows={
-        **{f"{THOUGHT}{name}": 2.0 for name in _REASONED}, f"{THOUGHT}object_object": 6.0,
+        **{f"{THOUGHT}{name}": 2.0 for name in _REASONED}, f"{THOUGHT}object_object": 6.0, f"{THOUGHT}depth_comparison": 3.0,
         **dict.fromkeys(_REPLAY, 0.5),
     },
     walk=WalkConfig(pairs=4),
-    shares={**{f"{THOUGHT}{name}": float(n) for name, n in _REASONED.items()}, **{n: float(k) for n, k in _REPLAY.items()}},
+    shares={f"{THOUGHT}{name}": float(n) for name, n in _REASONED.items()} | {n: float(k) for n, k in _REPLAY.items()},
 )  # fmt: skip
 
 PRESETS = {"default": RoomsConfig(), "all": ALL_TASKS, "vst_p": VST_P_MIX, "cold_start": COLD_START}

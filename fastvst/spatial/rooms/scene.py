@@ -77,8 +77,8 @@ class Scene:
     None; `pairs`: indices of views worth comparing, as (first, second, kind) with kind "motion", "overlap" or "wide";
     `walk`: indices of the frames of a video in order, taken `fps` times a second.
 
-    Directions, routes and videos need a world with Z up. A single picture with the identity pose has neither `pairs` nor
-    `walk`, so it is never asked about these.
+    Directions, routes and videos need a world with Z up. A single picture with the identity pose has neither `pairs`
+    nor `walk`, so it is never asked about these.
     """
 
     name: str
@@ -147,8 +147,8 @@ def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[in
 def wide_pairs(
     views: list[View], frames: tuple[int, ...], rng: np.random.Generator, count: int
 ) -> list[tuple[int, int, str]]:
-    """Up to `count` pairs of frames, each (index, index, "wide"), turned by 35-100 degrees, that share at least two well
-    seen things."""
+    """Up to `count` pairs of frames, each (index, index, "wide"), turned by 35-100 degrees, that share at least two
+    well seen things."""
     seen = {k: {s.object_id for s in views[k].sightings if s.visibility >= 0.3 and s.pixels >= 60} for k in frames}
     found: list[tuple[int, int, str]] = []
     for k in rng.permutation(len(frames) ** 2):

@@ -1,7 +1,7 @@
 """Directions on the floor, seen from above: compass sectors, clock hours, and sides of somebody who faces something.
 
-All angles are clockwise, in degrees. A direction that lies near the border of its sector is refused: ten degrees from it
-for the eight compass words, five for the twelve hours, whose sectors are only thirty wide.
+All angles are clockwise, in degrees. A direction that lies near the border of its sector is refused: ten degrees from
+it for the eight compass words, five for the twelve hours, whose sectors are only thirty wide.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Other ways of writing a 3D box row, as configuration: the switches of VST's ablations (vst-spec 1.5).
 
-`apply` rewrites a single-image row of kind "bbox_3d" into one that is stored the way the model shall see it: the text in
+`apply` rewrites a single-image row of kind "bbox_3d" into one that is stored the way the model shall see it: the text
+in
 the field-of-view form (or without a camera) and the picture's new size beside it, so that the loader changes nothing.
 `read` turns an answer in such a form back into boxes. The checkable answer stays nine numbers in metres and degrees.
 """
@@ -24,7 +25,7 @@ from fastvst.spatial.prompts import fov_detection_prompt, read_camera
 _UVD = (
     "* x_center, y_center, z_center: the center of the object in the camera coordinate, in meters. z_center is the "
     "depth of the object in space.",
-    "* u_center, v_center, z_center: the pixel coordinates of the object's center in the image, and its depth in meters.",
+    "* u_center, v_center, z_center: the pixel coordinates of the center in the image, and its depth in meters.",
 )
 _QUATERNION = (
     "* pitch, yaw, roll: Euler angles representing rotations around the X, Y, and Z axes. The angles are normalized to "

@@ -49,14 +49,14 @@ def make(
     if pair[2] == "motion":
         return None
     form = pick(rng, ("clock", "compass", "position"))
-    asked = int(rng.integers(2))
-    target, base = (scene.views[pair[k]].camera for k in (asked, 1 - asked))
+    asked, views = int(rng.integers(2)), pair[:2]
+    target, base = (scene.views[views[k]].camera for k in (asked, 1 - asked))
     words = COMPASS if form == "compass" else HOURS
     if form == "position":
         if not clear_direction(base.position[:2], target.position[:2]):
             return None
         angle, given = clockwise(heading(base), target.position[:2] - base.position[:2]), 0
-        bank = POSITION
+        bank: tuple[str, ...] = POSITION
     else:
         angle, given = clockwise(heading(base), heading(target)), int(rng.integers(len(words)))
         if min(angle, 360 - angle) < MIN_TURN:

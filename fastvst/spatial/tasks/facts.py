@@ -1,6 +1,7 @@
 """Sentences that are true by construction, each with the fact that it states; captions are checked by their facts.
 
-A fact is a JSON-able dict with "says" (what kind of statement), the ids or titles it is about and, where it is a number,
+A fact is a JSON-able dict with "says" (what kind of statement), the ids or titles it is about and, where it is a
+number,
 "value". The checkable answer of a caption is {"type": "facts", "value": [facts], "unit": "m", "tolerance": 0.1}.
 """
 

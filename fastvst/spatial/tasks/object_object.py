@@ -18,8 +18,8 @@ OBJECTS = (
     "Seen from the {b}, the {a} lies to the {given}. In which direction does the {c} lie from the {b}?",
     "If you stand at the {b}, the {a} is in the {given}. Which direction is the {c} from there?",
     "Take the direction from the {b} to the {a} as {given}. What is the direction from the {b} to the {c}?",
-    "The two pictures show one room. Going from the {b} to the {a} means going {given}. Which way is it from the {b} to "
-    "the {c}?",
+    "The two pictures show one room. Going from the {b} to the {a} means going {given}. Which way is it from the "
+    "{b} to the {c}?",
     "Assume that the {a} is {given} of the {b}. Name the compass direction of the {c} as seen from the {b}.",
     "From the {b}, the {a} is {given}. From the {b}, where is the {c}?",
     "With the {a} being {given} of the {b}, in what direction from the {b} do you find the {c}?",
@@ -77,6 +77,7 @@ def make(
     pool = candidates(scene, pair, rng, config)
     by_camera = bool(rng.uniform() < 0.4)
     count, eye = (2, int(rng.integers(2))) if by_camera else (3, -1)
+    views = pair[:2]
     given = int(rng.integers(8))
     gap = 4 * draw.radius_of(canvas(scene.views[pair[0]]))
     for _ in range(30 if len(pool) >= count else 0):
@@ -88,7 +89,7 @@ def make(
         )
         if touching or len(set(names)) < count or in_one_view(scene, pair, ids):
             continue
-        origin = scene.views[pair[eye]].camera.position[:2] if by_camera else spot(scene, ids[2])
+        origin = scene.views[views[eye]].camera.position[:2] if by_camera else spot(scene, ids[2])
         place = relation(origin, spot(scene, ids[0]), spot(scene, ids[1]), given)
         if place is not None:
             break
@@ -115,7 +116,8 @@ def make(
         scene, task=TASK, kind=KIND, index=index, images=pictures, turns=[(question, reply)],
         answer={"type": "choice", "value": right, "candidates": options},
         metadata={
-            "form": "free" if free else "choice", "anchor": "camera" if by_camera else "object", "views": list(pair[:2]),
+            "form": "free" if free else "choice", "anchor": "camera" if by_camera else "object",
+            "views": list(pair[:2]),
             "eye": eye, "objects": ids, "given": COMPASS[given], "titles": titles, "colours": colours,
             "marks": [[picture, *s.point] for s, picture in chosen],
         },

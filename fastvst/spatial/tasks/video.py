@@ -22,8 +22,8 @@ AFTER_NUMBER = "Please answer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Kind:
-    """One class of things of the scene, all of them seen clearly. `first`: frame in which the first of them shows as much
-    as one pixel; `sure`: frame in which the first of them is seen clearly."""
+    """One class of things of the scene, all of them seen clearly. `first`: frame in which the first of them shows as
+    much as one pixel; `sure`: frame in which the first of them is seen clearly."""
 
     name: str
     ids: tuple[int, ...]

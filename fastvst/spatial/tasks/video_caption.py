@@ -1,4 +1,5 @@
-"""Video scene caption: the room, the way of the camera, what comes into view one after the other, how many there are."""
+"""Video scene caption: the room, the way of the camera, what comes into view one after the other, how many there
+are."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def _distance(scene: Scene, rng: np.random.Generator, config: TaskConfig, index:
     if value < LEAST:
         return None
     return row(
-        scene, task=TASK, index=index, question=pick(rng, DISTANCE).format(a=names[0], b=names[1]), reply=f"{value:.1f}",
+        scene, task=TASK, index=index, question=pick(rng, DISTANCE).format(a=names[0], b=names[1]),
+        reply=f"{value:.1f}",
         answer={"type": "number", "value": round(value, 1), "unit": "m", "tolerance": 0.1},
         metadata={"form": "distance", "objects": [known[name] for name in names]},
     )  # fmt: skip

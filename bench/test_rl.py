@@ -1,0 +1,172 @@
+"""RL on the tiny model: the update with shared and repeated prompts, and a whole GRPO step beside TRL's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvst.data import Processor, Sample
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rl.advantages import advantages
+from fastvst.rl.groups import Answer, Group
+from fastvst.rl.update import UpdateConfig, make_objective, minibatches, policy_head
+from fastvst.rollout import Engine, SamplingParams
+from fastvst.train import parallel
+from fastvst.train.parallel import ParallelConfig, World
+from timing import interleaved
+
+# Prompt 1,600 and answers 128 x 8, divided by four; 300 of the prompt's 400 tokens are one picture.
+PROMPT, ANSWER, N, GROUPS = 400, 32, 8, 2
+WORDS = ("near", "far", "left", "right", "chair", "table", "lamp", "blue")
+
+
+def words(tokens: int, processor: Processor, rng: np.random.Generator) -> str:
+    """Text of about `tokens` tokens."""
+    text = " ".join(rng.choice(WORDS, tokens))
+    return processor.decode(processor.tokenizer.encode(text, add_special_tokens=False).ids[:tokens])
+
+
+def question(processor: Processor, number: int, *, picture: bool) -> Sample:
+    """A prompt of PROMPT tokens, give or take the template."""
+    rng = np.random.default_rng(number)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": words(PROMPT - (330 if picture else 30), processor, rng)}]
+    if picture:
+        pixels = rng.integers(0, 255, (15 * 28, 20 * 28, 3), dtype=np.uint8)
+        parts.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
+    return Sample.from_messages([{"role": "user", "content": parts}], id=str(number))
+
+
+def sampled_groups(processor: Processor) -> list[Group]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(GROUPS):
+        prompt = processor.encode(question(processor, number, picture=True), add_generation_prompt=True)
+        tokens = torch.randint(100, 2000, (N, ANSWER), generator=generator, dtype=torch.int32)
+        values = torch.randn(N, generator=generator).tolist()
+        made.append(Group(prompt, tuple(Answer(t, torch.full((ANSWER,), -2.0), v) for t, v in zip(tokens, values))))
+    return made
+
+
+def update(model: Qwen25VL, groups: list[Group], config: UpdateConfig, world: World) -> tuple[int, float]:
+    """One update without the optimizer's step; (tokens, FLOPs) of its packs."""
+    objective = make_objective(config, ANSWER)
+    (batch,), _ = minibatches(groups, config, objective, model.config, world)
+    for pack in batch.packs:
+        pack = pack.to(world.device)
+        loss, _ = model(pack.batch, head=policy_head(pack, objective, 1.0, first=True))
+        loss.backward()
+    model.zero_grad()
+    return sum(p.batch.num_tokens for p in batch.packs), sum(p.batch.flops for p in batch.packs)
+
+
+def test_update_with_shared_prompts(record: Callable[..., None], device: torch.device) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.preset("tiny")
+    processor = Processor.preset("tiny", max_pixels=1 << 20, max_seq_len=2048)
+    model, world = Qwen25VL(config).to(device), parallel.start(ParallelConfig(device=device.type, threads=1), environment={})
+    groups = sampled_groups(processor)
+    budget = PROMPT + 64 + N * ANSWER
+    ways = {
+        name: UpdateConfig(share_prompts=name == "shared", tokens_per_pack=budget) for name in ("shared", "repeated")
+    }
+    counts = {name: update(model, groups, way, world) for name, way in ways.items()}
+    seconds = interleaved(
+        {name: lambda way=way: update(model, groups, way, world) for name, way in ways.items()}, rounds=3
+    )
+    record(
+        f"update, {GROUPS} prompts of {len(groups[0].prompt)} tokens (one picture), {N} answers of {ANSWER}",
+        shared_s=seconds["shared"],
+        repeated_s=seconds["repeated"],
+        seconds_ratio=seconds["repeated"] / seconds["shared"],
+        tokens_ratio=counts["repeated"][0] / counts["shared"][0],
+        flops_ratio=counts["repeated"][1] / counts["shared"][1],
+    )
+
+
+# --------------------------------------------------------------------------------------------- a whole step beside TRL
+
+
+def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], None]:
+    model, processor = Qwen25VL.from_pretrained(folder), Processor.from_pretrained(folder)
+    engine = Engine(model, processor, memory=1 << 28)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    config = UpdateConfig(objective="dapo", dual_clip=None, tokens_per_pack=2048)
+    objective = make_objective(config, ANSWER)
+
+    def step() -> None:
+        prompts = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
+        rollouts = engine.generate(prompts, SamplingParams(n=N, max_tokens=ANSWER, ignore_eos=True))
+        rewards = torch.tensor([[float(r.text.count("e")) for r in row] for row in rollouts])
+        values = advantages(rewards, "grpo").tolist()
+        groups = [
+            Group(p, tuple(Answer(torch.tensor(r.tokens), torch.tensor(r.logprobs), v) for r, v in zip(row, line)))
+            for p, row, line in zip(prompts, rollouts, values)
+        ]
+        (batch,), _ = minibatches(groups, config, objective, model.config, world)
+        for pack in batch.packs:
+            model(pack.batch, head=policy_head(pack, objective, 1.0, first=True))[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], None]:
+    """TRL's trainer with its own generation (transformers' generate), one optimizer step at a time."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
+    rows = [{"prompt": [{"role": "user", "content": s.parts("text")[0]["text"]}]} for s in samples]
+    arguments = trl.GRPOConfig(
+        output_dir=str(out), per_device_train_batch_size=len(samples) * N, num_generations=N, max_steps=1,
+        max_completion_length=ANSWER, learning_rate=1e-6, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused",
+        generation_kwargs={"min_new_tokens": ANSWER},
+    )  # fmt: skip
+
+    def reward(completions: list[Any], **more: Any) -> list[float]:
+        return [float(completion[0]["content"].count("e")) for completion in completions]
+
+    def step() -> None:
+        trainer = trl.GRPOTrainer(
+            model=model, reward_funcs=reward, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        made.append(trainer)
+        trainer.train()
+
+    made: list[Any] = []
+    return step
+
+
+def test_a_grpo_step_beside_trl(record: Callable[..., None], device: torch.device, tmp_path: Path) -> None:
+    if device.type != "cpu":
+        pytest.skip("the comparison is set up for the CPU")
+    torch.manual_seed(0)
+    config = ModelConfig.preset("tiny")
+    processor = Processor.preset("tiny", max_seq_len=2048)
+    Qwen25VL(config).save_pretrained(tmp_path / "model", processor=processor)
+    samples = [question(processor, number, picture=False) for number in range(GROUPS)]
+    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    steps = {
+        "ours": our_step(tmp_path / "model", samples, world),
+        "trl": trl_step(tmp_path / "model", samples, tmp_path),
+    }
+    seconds = interleaved(steps, rounds=2)
+    lengths = [len(processor.encode(s, add_generation_prompt=True)) for s in samples]
+    record(
+        f"GRPO step, {GROUPS} text prompts of {lengths[0]} tokens, {N} answers of {ANSWER}",
+        ours_s=seconds["ours"],
+        trl_s=seconds["trl"],
+        ratio=seconds["trl"] / seconds["ours"],
+    )

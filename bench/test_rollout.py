@@ -1,0 +1,135 @@
+"""Rollouts on the tiny model: the engine beside transformers' `generate` and its continuous batching, in one run."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvst.data import Processor, Sample
+from fastvst.data.batch import EncodedSample
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout import Engine, SamplingParams
+
+PROMPTS, SAMPLES, TOKENS = 32, 8, 64  # the setting of the goal: at least 3x transformers' generate
+
+
+def make_prompts(processor: Processor, count: int, *, picture: bool) -> list[EncodedSample]:
+    rng = np.random.default_rng(0)
+    encoded = []
+    for index in range(count):
+        pixels = Image.fromarray(rng.integers(0, 255, (224, 280, 3), dtype=np.uint8))
+        parts: list[dict[str, Any]] = [{"type": "image", "image": pixels}] if picture else []
+        parts.append({"type": "text", "text": "How far is the chair from the table in metres? " * (1 + index % 4)})
+        sample = Sample.from_messages([{"role": "user", "content": parts}], id=str(index))
+        encoded.append(processor.encode(sample, add_generation_prompt=True))
+    return encoded
+
+
+def peer(model: Qwen25VL) -> Any:
+    """transformers' model with the same weights."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from hf_parity import hf_name
+
+    made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(model.config.to_json()))).float()
+    made.load_state_dict({hf_name(n): p for n, p in model.state_dict().items()}, strict=False)
+    made.tie_weights()
+    return made.eval()
+
+
+def padded(config: ModelConfig, samples: list[EncodedSample]) -> dict[str, torch.Tensor]:
+    """The arguments of a batched `generate`: prompts padded on the left."""
+    longest = max(map(len, samples))
+    ids = torch.full((len(samples), longest), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, longest - len(sample) :] = sample.tokens.long()
+        mask[row, longest - len(sample) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == config.image_token_id).int()}
+    if any(len(s.patches) for s in samples):
+        inputs["pixel_values"] = torch.cat([s.patches for s in samples])
+        inputs["image_grid_thw"] = torch.cat([s.grid for s in samples]).long()
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return Qwen25VL(ModelConfig.preset("tiny")), Processor.preset("tiny")
+
+
+def test_beside_generate(tiny, record):
+    """Alternating turns in one process; best of each. Every answer has all its tokens, so both do the same work."""
+    model, processor = tiny
+    theirs, samples = peer(model), make_prompts(processor, PROMPTS, picture=True)
+    engine = Engine(model, processor, memory=1 << 28)
+    params = SamplingParams(n=SAMPLES, max_tokens=TOKENS, ignore_eos=True)
+    inputs = padded(model.config, samples)
+
+    def ours() -> int:
+        return sum(len(r.tokens) for many in engine.generate(samples, params) for r in many)
+
+    @torch.inference_mode()
+    def generate() -> int:
+        out = theirs.generate(
+            **inputs, do_sample=True, top_k=0, num_return_sequences=SAMPLES, max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS, pad_token_id=model.config.pad_token_id,
+        )  # fmt: skip
+        return out[:, inputs["input_ids"].shape[1] :].numel()
+
+    best: dict[str, float] = {}
+    for _ in range(2):
+        for name, run in {"engine": ours, "generate": generate}.items():
+            begin = time.perf_counter()
+            assert run() == PROMPTS * SAMPLES * TOKENS
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+    tokens = PROMPTS * SAMPLES * TOKENS
+    stats = engine.stats
+    record(
+        f"tiny, {PROMPTS} prompts with a picture x {SAMPLES} answers x {TOKENS} tokens",
+        engine_tokens_per_s=tokens / best["engine"], transformers_tokens_per_s=tokens / best["generate"],
+        ratio=best["generate"] / best["engine"], goal=3.0, prompt_tokens=sum(map(len, samples)),
+        prefill_share=stats.prefill_seconds / (stats.prefill_seconds + stats.decode_seconds),
+        kv_pages_peak_mb=stats.peak_pages * engine.config.page_size * 2048e-6,
+    )  # fmt: skip
+
+
+def test_beside_continuous_batching(tiny, record):
+    """Text only: transformers' continuous batching takes token ids and no pictures."""
+    from transformers import GenerationConfig
+
+    model, processor = tiny
+    theirs, samples = peer(model), make_prompts(processor, 8, picture=False)
+    theirs.set_attn_implementation("paged|sdpa")
+    config = GenerationConfig(
+        max_new_tokens=32, do_sample=False, eos_token_id=-1, pad_token_id=model.config.pad_token_id,
+        num_blocks=512, block_size=32, max_batch_tokens=512,
+    )  # fmt: skip
+    engine = Engine(model, processor, memory=1 << 26)
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    inputs = [s.tokens.tolist() for s in samples]
+
+    def ours() -> int:
+        return sum(len(r.tokens) for many in engine.generate(samples, params) for r in many)
+
+    def batching() -> int:
+        return sum(len(o.generated_tokens) for o in theirs.generate_batch(inputs, generation_config=config).values())
+
+    best: dict[str, float] = {}
+    for _ in range(2):
+        for name, run in {"engine": ours, "continuous batching": batching}.items():
+            begin = time.perf_counter()
+            assert run() == 8 * 32, f"{name} did not make all tokens"
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+    record(
+        "tiny, 8 text prompts x 1 answer x 32 tokens", engine_tokens_per_s=256 / best["engine"],
+        continuous_batching_tokens_per_s=256 / best["continuous batching"],
+        ratio=best["continuous batching"] / best["engine"],
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Write docs/tasks.html: one real example of every task with its drawing, question, answer; traces with the plan.
+
+python docs/make_tasks.py            # the same page every time, for one renderer backend
+"""
+
+from __future__ import annotations
+
+import sys
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastvst.data.sample import Sample
+from fastvst.report import page
+from fastvst.report.gallery import STYLE, media
+from fastvst.spatial import draw
+from fastvst.spatial.bev import draw_bev
+from fastvst.spatial.boxes import parse_boxes
+from fastvst.spatial.reasoning import geometric
+from fastvst.spatial.rooms.generate import RoomsConfig, scene_samples
+from fastvst.spatial.rooms.presets import ALL_TASKS
+from fastvst.spatial.rooms.render import open_renderer
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS, TaskConfig
+
+SEEDS = range(40, 60)
+SHOTS = ShotConfig(width=448, height=336, views=2, overlap=1.0)
+GROUPS = {"Single image": SINGLE, "Two images": PAIRS, "Video": WALKS}
+
+
+def main() -> None:
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("tasks.html")
+    wanted = {*SINGLE, *PAIRS, *WALKS}
+    traces = set(geometric.TRACES)
+    cards: dict[str, str] = {}
+    thoughts: dict[str, str] = {}
+    config = RoomsConfig(shots=SHOTS, tasks=TaskConfig(easy=0.3), rows=ALL_TASKS.rows, walk=WalkConfig())
+    renderer = open_renderer()
+    for seed in SEEDS:
+        scene = shoot(seed, renderer, SHOTS, config.walk)
+        rng = np.random.default_rng(seed)
+        here = 0  # at most four tasks a room, so that the page shows different rooms
+        for sample in scene_samples(scene, seed, config):
+            task = sample.metadata["task"]
+            if task not in cards and here < 4:
+                cards[task] = card(sample)
+                here += 1
+            if task in traces and task not in thoughts:
+                made = geometric.compose(scene, sample, rng)
+                if made is not None:
+                    thoughts[task] = thought_card(scene, made)
+        if set(cards) == wanted and set(thoughts) == traces:
+            break
+    missing = sorted((wanted - set(cards)) | (traces - set(thoughts)))
+    if missing:
+        raise SystemExit(f"make_tasks.py: no example of {missing} in rooms {SEEDS}")
+    sections = []
+    for title, tasks in GROUPS.items():
+        style = STYLE if not sections else ""
+        body = "".join(cards[task] for task in tasks)
+        sections.append((f"{title}: {len(tasks)} tasks", f'{style}<div class="grid">{body}</div>'))
+    body = "".join(thoughts[task] for task in geometric.TRACES)
+    sections.append(("Reasoned rows: what the geometry says, and the plan of the room", body))
+    lead = "One rendered example of each of the nineteen tasks, as a training row holds it. Green: the answer."
+    page.write(target, page.page("fastvst: the spatial tasks", lead, sections))
+    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
+
+
+def card(sample: Sample) -> str:
+    """Pictures as stored (boxes drawn on them for the 3D tasks), the question without the camera text, the answer."""
+    task = sample.metadata["task"]
+    share = VST_P[task]
+    head = f'<p class="task"><b>{task}</b> · type {escape(sample.kind)} · {share} K rows in VST-P</p>'
+    shown = sample
+    if sample.kind == "bbox_3d":
+        shown = _with_boxes(sample)
+    turns = []
+    for number in range(0, len(sample.messages), 2):
+        question = "".join(p["text"] for p in sample.messages[number]["content"] if p["type"] == "text")
+        if sample.kind == "bbox_3d":
+            question = "[camera, box format] " + question.rsplit("\n", 1)[1]
+        reply = sample.messages[number + 1]["content"][0]["text"]
+        turns.append(f'<p>{escape(question)}</p><p class="right">{escape(reply)}</p>')
+    return f'<div class="card">{media(shown, 10**8, 330)}{head}{"".join(turns)}</div>'
+
+
+def _with_boxes(sample: Sample) -> Sample:
+    first = sample.parts("image")[0]["image"]
+    boxes, labels = parse_boxes(sample.messages[-1]["content"][0]["text"])
+    front = boxes[:, 2] > 0
+    names = [label for label, ahead in zip(labels, front, strict=True) if ahead]
+    picture = draw.boxes_3d(first, boxes[front], names, tuple(sample.metadata["intrinsics"]))
+    others = [part["image"] for part in sample.parts("image")[1:]]
+    return _pictures(sample, [picture, *others])
+
+
+def _pictures(sample: Sample, pictures: list[Image.Image]) -> Sample:
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return Sample(sample.id, sample.source, sample.kind, [{"role": "user", "content": content}])
+
+
+def thought_card(scene: Scene, sample: Sample) -> str:
+    views = list(sample.metadata.get("views", [sample.metadata.get("view")]))
+    pictures = [part["image"] for part in sample.parts("image")]
+    tags = [page.image_tag(p, "view", width=300, quality=80) for p in pictures]
+    plan = page.image_tag(draw_bev(scene, views, 440), "plan", width=440, quality=90)
+    question = "".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
+    reply = sample.messages[-1]["content"][0]["text"]
+    style = "display:grid;grid-template-columns:300px 1fr;gap:1rem;margin-bottom:1rem"
+    return (
+        f'<div class="card" style="{style}"><div>{"".join(tags)}</div><div><p class="task"><b>'
+        f"{sample.metadata['task']}</b> · type {sample.kind}</p><p>{escape(question)}</p>"
+        f'<p class="right">{escape(reply)}</p><div style="width:440px">{plan}</div></div></div>'
+    )
+
+
+if __name__ == "__main__":
+    main()

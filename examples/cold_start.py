@@ -1,0 +1,147 @@
+"""Cold start: teach a model to think before it answers, from an SFT checkpoint and reasoned rows about rendered rooms.
+
+    python examples/cold_start.py --model runs/sft/hf          # the model that examples/sft.py wrote; CPU or GPU
+
+It renders rows whose reasoning is composed from the rooms' geometry, with a sixth of direct rows among them, trains on
+them with examples/sft.py, and then counts on rooms that training never saw: in thinking mode, how many answers have the
+form `<think>...</think> answer`; in the default mode, how many questions are answered directly. The two modes differ in
+the system prompt only. The published checkpoints and data want examples/sft.py with examples/cold_start.toml instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sft
+import torch
+
+from fastvst.data import Processor, Sample, open_source
+from fastvst.evaluate.answers import score
+from fastvst.model import Qwen25VL
+from fastvst.rollout.greedy import greedy
+from fastvst.train.config import ConfigError, load_config, usage
+
+FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A cold start of the tiny model on a small CPU.
+
+    Attributes:
+        model: directory of the SFT checkpoint.
+        out: run folder.
+        samples, heldout: rows to train on and to ask.
+        steps: optimizer steps.
+        accumulation: packs of 1,024 tokens in a step.
+        lr: peak learning rate. VST's 1e-5 is for billions of parameters and a thousand times as many tokens.
+        workers: rendering processes.
+        folder: where the rows are kept; none = the per-user cache.
+        max_new_tokens: room for a trace; the longest in the data has about 500 tokens.
+    """
+
+    model: str = "runs/sft/hf"
+    out: str = "runs/cold_start"
+    samples: int = 2000
+    heldout: int = 120
+    steps: int = 700
+    accumulation: int = 2
+    lr: float = 1e-3
+    workers: int = 2
+    folder: str | None = None
+    max_new_tokens: int = 640
+
+
+def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nOptions:\n{usage(Config)}")
+        return None
+    config = load_config(Config, arguments)
+    if not (Path(config.model) / "config.json").is_file():
+        raise ConfigError(f"no checkpoint in {config.model}; run examples/sft.py first, or give --model DIR")
+    train, heldout = rooms(config, "train", config.samples), rooms(config, "heldout", config.heldout)
+    sft.main(
+        [
+            f"out={config.out}", f"steps={config.steps}", f"model.path={config.model}",
+            f'data.sources=[{{path = "{train}", name = "cold_start"}}]',
+            "processor.max_pixels=21168", "processor.max_seq_len=1024", "processor.fov_base_width=200",
+            "loader.tokens_per_pack=1024", f"loader.accumulation={config.accumulation}",
+            f"optimizer.lr={config.lr}", f"optimizer.vision_lr={config.lr / 10}",  # published: a tenth
+            "optimizer.weight_decay=0.0", "schedule.warmup=0.03", "checkpoint.every=0",
+        ],
+        environment,
+    )  # fmt: skip
+    found = measure(Path(config.out) / "hf", heldout, config.max_new_tokens)
+    print(json.dumps(found, indent=1))
+    (Path(config.out) / "cold_start.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def rooms(config: Config, split: str, samples: int) -> str:
+    """The folder of reasoned rows, made in a process of its own (Mesa and Triton bring two LLVMs)."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(make, config.folder, samples, config.workers, split).result()
+
+
+def make(folder: str | None, samples: int, workers: int, split: str) -> str:
+    from fastvst.spatial.rooms.generate import make_rooms
+    from fastvst.spatial.rooms.presets import COLD_START
+
+    return str(make_rooms(folder, samples, 0, workers, COLD_START, split=split))
+
+
+def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, Any]:
+    """Well-formed and right answers in thinking mode, direct and right answers in the default mode, on reasoned rows.
+
+    Every question is asked in both modes: a kind with "thought" in it brings the thinking system prompt.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Qwen25VL.from_pretrained(model_path, device=device).eval()
+    processor = Processor.from_pretrained(model_path)
+    asked = [s for s in open_source(heldout) if s.kind.startswith("thought_") and s.answer is not None]
+    thinking = answer(model, processor, asked, max_new_tokens)
+    direct = answer(model, processor, [dataclasses.replace(s, kind="qa") for s in asked], max_new_tokens)
+    formed = [bool(FORM.fullmatch(text)) for text in thinking]
+    plain = ["think>" not in text and 0 < len(text.split()) < 40 for text in direct]
+    return {
+        "questions": len(asked),
+        "well_formed_when_thinking": sum(formed) / len(asked),
+        "direct_by_default": sum(plain) / len(asked),
+        "right_when_thinking": sum(right(text, s) for text, s in zip(thinking, asked, strict=True)) / len(asked),
+        "right_by_default": sum(right(text, s) for text, s in zip(direct, asked, strict=True)) / len(asked),
+        "example": [thinking[0], direct[0]],
+    }
+
+
+def right(text: str, sample: Sample) -> float:
+    """Score against the checkable answer, or against the reply with its option letter."""
+    reply = sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip()
+    return max(score(text, sample.answer or {}), score(text, {"type": "text", "value": reply}))
+
+
+def answer(model: Qwen25VL, processor: Processor, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
+    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
+    texts: list[str] = []
+    for first in range(0, len(samples), 32):
+        encoded = [processor.encode(s, add_generation_prompt=True) for s in samples[first : first + 32]]
+        made = greedy(model, encoded, max_new_tokens=max_new_tokens, stop_token_ids=stop, forbidden_token_ids=pads)
+        texts += [processor.decode([t for t in tokens if t not in stop]) for tokens in made]
+    return texts
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"cold_start.py: {error}")

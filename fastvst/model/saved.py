@@ -1,0 +1,102 @@
+"""Bytes that a block keeps for the backward pass, counted by running it on tensors without memory.
+
+The block runs on fake CPU tensors, and hooks on saved tensors see what autograd keeps. Storages count once, however
+often they are saved; parameters do not count. A GPU's kernels keep the same, less the windows' logsumexp (4 bytes a
+head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastvst.model.config import ModelConfig
+from fastvst.model.decoder import DecoderLayer
+from fastvst.model.layers import run_block
+from fastvst.model.vision import VisionBlock
+from fastvst_kernels import packed_attention
+
+ROWS = (1024, 2048)  # the difference between two sizes leaves out what does not grow with the rows
+
+
+def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
+    """Bytes for each token that all layers of the decoder keep, under a recompute policy."""
+
+    def run(rows: int) -> int:
+        with torch.device("meta"):
+            layer = DecoderLayer(config, 0)
+
+        def forward(x: Tensor) -> Tensor:
+            positions = torch.zeros(3, rows, dtype=torch.int32)
+            offsets = torch.zeros(2, dtype=torch.int32)
+
+            def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return packed_attention(q, k, v, offsets, causal=True, max_seqlen=rows)
+
+            known.extend((positions, offsets))
+            return run_block(layer, recompute, x, positions, attend)
+
+        known: list[Tensor] = []  # of the batch, not of a layer
+        return _kept(layer, forward, rows, config.hidden_size, dtype, known)
+
+    return config.num_hidden_layers * _slope(run)
+
+
+def vision_bytes_per_patch(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
+    """Bytes for each patch that all blocks of the vision tower keep, under a recompute policy."""
+    v = config.vision
+    total = 0.0
+    for windowed in (True, False):
+
+        def run(rows: int, windowed: bool = windowed) -> int:
+            with torch.device("meta"):
+                block = VisionBlock(v, windowed=windowed)
+            longest = 64 if windowed else rows
+
+            def forward(x: Tensor) -> Tensor:
+                positions = torch.zeros(rows, 2, dtype=torch.int32)
+                offsets = torch.zeros(rows // longest + 1, dtype=torch.int32)
+                known.extend((positions, offsets))
+                return run_block(block, recompute, x, positions, offsets, longest)
+
+            known: list[Tensor] = []
+            return _kept(block, forward, rows, v.hidden_size, dtype, known)
+
+        full = len(set(v.fullatt_block_indexes))
+        total += (v.depth - full if windowed else full) * _slope(run)
+    return total
+
+
+def _slope(run: Callable[[int], int]) -> float:
+    few, many = ROWS
+    return (run(many) - run(few)) / (many - few)
+
+
+def _kept(
+    block: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    known: list[Tensor],
+) -> int:
+    """Bytes of distinct storages that `forward` saves, its input among them, `known` ones and parameters not."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it keeps the storage, so that the key stays its own
+        return tensor
+
+    with FakeTensorMode():
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                setattr(module, name, nn.Parameter(fake))
+        x = torch.empty(rows, width, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward(x)
+    aside = {t.untyped_storage()._cdata for t in (*block.parameters(), *known)}
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in aside)

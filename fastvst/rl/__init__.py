@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards: what `examples/rl.py` is made of."""

@@ -1,0 +1,88 @@
+"""The reward of 3D boxes: exact oriented IoU of the best one-to-one assignment, and the form of the answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from fastvst.rl.matching import assign
+from fastvst.spatial.boxes import iou_3d, parse_boxes
+
+HIT_IOU = 0.25  # a matched pair is a hit from here on (VST's RL stage)
+
+
+def score_boxes(text: str, answer: Any) -> tuple[float, float, str]:
+    """(accuracy, format, reason) of an answer text; `answer` as in `fastvst.rl.rewards.score`.
+
+    Format: the fenced block is JSON, a list with at least one entry, and every entry has `label` and nine numbers in
+    `bbox_3d`. No boxes on either side is accuracy 0, as in VST.
+    """
+    entries = fenced_entries(text)
+    shape = float(bool(entries) and all(_well_formed(entry) for entry in entries or ()))
+    boxes, _ = parse_boxes(text)
+    truth = true_boxes(answer)
+    if not len(boxes):
+        return 0.0, shape, "no boxes"
+    if not len(truth):
+        return 0.0, shape, "the truth has no boxes"
+    return box_accuracy(boxes, truth), shape, "bbox3d" if shape else "bbox3d; format"
+
+
+def fenced_entries(text: str) -> list[Any] | None:
+    """The list in the first block fenced by a line "```json"; None if there is no block, or it holds no JSON list."""
+    lines = text.split("\n")
+    starts = [k for k, line in enumerate(lines) if line.strip() == "```json"]
+    if not starts:
+        return None
+    try:
+        entries = json.loads("\n".join(lines[starts[0] + 1 :]).split("```")[0])
+    except (ValueError, RecursionError):
+        return None
+    return entries if isinstance(entries, list) else None
+
+
+def _well_formed(entry: Any) -> bool:
+    return isinstance(entry, dict) and "label" in entry and _nine_numbers(entry.get("bbox_3d"))
+
+
+def _nine_numbers(box: Any) -> bool:
+    return (
+        isinstance(box, (list, tuple))
+        and len(box) == 9
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6 for x in box)
+    )
+
+
+def true_boxes(answer: Any) -> np.ndarray:
+    """(N, 9) boxes in metres and degrees of a truth in any of its forms; (0, 9) if there are none.
+
+    Angles of VST's texts and RL rows are in units of 180 degrees. A `Sample.answer` that says "degrees" in its unit has
+    degrees, and so has any list with an angle beyond 1.
+    """
+    value = answer.get("value") if isinstance(answer, dict) else answer
+    if isinstance(value, str):
+        entries = fenced_entries(value)
+        value = fenced_entries(f"```json\n{value}\n```") if entries is None else entries
+    rows = [e.get("bbox_3d") if isinstance(e, dict) else e for e in value] if isinstance(value, (list, tuple)) else []
+    array = np.array([row for row in rows if _nine_numbers(row)], dtype=np.float64).reshape(-1, 9)
+    degrees = isinstance(answer, dict) and "degree" in str(answer.get("unit", ""))
+    if not degrees and not (np.abs(array[:, 6:]) > 1).any():
+        array[:, 6:] *= 180
+    return array
+
+
+def box_accuracy(boxes: Any, truth: Any) -> float:
+    """0.5 mean IoU + 0.5 F1 of boxes (N, 9) against truth (M, 9), neither empty; metres and degrees.
+
+    Pairs by the assignment with the largest sum of IoUs, labels ignored; mean IoU is the sum over pairs / M; a pair
+    counts for F1 from IoU 0.25 on.
+    """
+    iou = iou_3d(boxes, truth)
+    matched = np.array([iou[i, j] for i, j in assign(-iou)])
+    hits = float((matched >= HIT_IOU).sum())
+    f1 = 2 * hits / (len(boxes) + len(truth))
+    result = 0.5 * float(matched.sum()) / len(truth) + 0.5 * f1
+    return result if math.isfinite(result) else 0.0

@@ -1,0 +1,139 @@
+"""Ask, sample, score: from questions to answers with rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastvst.data.batch import EncodedSample
+from fastvst.data.encode import Processor
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rl.groups import Answer, Group
+from fastvst.rl.pool import RewardPool
+from fastvst.rl.prompts import Prompt
+from fastvst.rl.records import Asked
+from fastvst.rl.rewards import overlong
+from fastvst.rollout import Engine, EngineConfig, Rollout, SamplingParams
+from fastvst.rollout.pages import memory_bytes, page_bytes
+from fastvst.rollout.parallel import gather, is_sharded
+from fastvst.train.parallel import World
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are sampled.
+
+    Attributes:
+        prompts: groups in a step, over all ranks.
+        answers: answers to each prompt.
+        temperature: of sampling, and of the log-probabilities in the loss.
+        top_p: below 1, only the most likely tokens are sampled; the trainer's logprobs stay those of all tokens.
+        max_tokens: longest answer.
+        memory: most that the engine's pages may take: bytes (an integer), or a share of the free memory (with a dot).
+        keep_weights: with sharded weights, keep the whole copy that the engine samples from between its phases (its
+            addresses stay, and with them captured graphs) instead of giving the memory back.
+        numerics: "fast", or "bitwise": the sampler's logprobs are the trainer's to the last bit, at a cost.
+    """
+
+    prompts: int = 16
+    answers: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 96
+    memory: int | float = 0.25
+    keep_weights: bool = False
+    numerics: Literal["fast", "bitwise"] = "fast"
+
+    def params(self, answers: int, seed: int) -> SamplingParams:
+        """For the engine; any integer will do as seed."""
+        return SamplingParams(
+            n=answers, temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed % 2**31
+        )
+
+    def pages_bytes(self, model: ModelConfig, longest_prompt: int, world: World) -> int:
+        """Bytes of pages that a rank needs for all answers of a step at once, but at most `memory`."""
+        prompts = -(-self.prompts // world.size)
+        tokens = prompts * (longest_prompt + self.answers * self.max_tokens)
+        needed = tokens * page_bytes(model, 1, world.dtype)
+        return min(needed, memory_bytes(self.memory, world.device))
+
+
+class RankEngine:
+    """The engine on this rank's own prompts. Sharded weights (FSDP2) are gathered for each phase: every rank calls it.
+
+    Attributes:
+        prefill_seconds, decode_seconds: of the last phase.
+    """
+
+    def __init__(
+        self, model: Qwen25VL, processor: Processor, config: SamplingConfig, prompt_limit: int, world: World
+    ) -> None:
+        """Args:
+        prompt_limit: tokens of the longest prompt.
+        """
+        self.model, self.processor, self.keep, self.dtype = model, processor, config.keep_weights, world.dtype
+        self.config = EngineConfig(config.pages_bytes(model.config, prompt_limit, world), numerics=config.numerics)
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._engine: Engine | None = None
+
+    def generate(self, prompts: Sequence[EncodedSample], params: SamplingParams) -> list[list[Rollout]]:
+        """`params.n` answers to each prompt. Raises RolloutError as `Engine.generate` does."""
+        model = self.model
+        if is_sharded(model):
+            model = gather(model, None if self._engine is None else self._engine.model, self.dtype)
+        engine = self._engine = self._engine or Engine(model, self.processor, self.config)
+        before = engine.stats.prefill_seconds, engine.stats.decode_seconds
+        rollouts = engine.generate(list(prompts), params) if prompts else []
+        self.prefill_seconds = engine.stats.prefill_seconds - before[0]
+        self.decode_seconds = engine.stats.decode_seconds - before[1]
+        engine.release()
+        if is_sharded(self.model) and not self.keep:
+            self._engine = None
+        return rollouts
+
+
+def answer(
+    encoded: Sequence[tuple[Prompt, EncodedSample]],
+    params: SamplingParams,
+    engine: RankEngine,
+    pool: RewardPool,
+    *,
+    overlong_buffer: int = 0,
+) -> tuple[list[tuple[Asked, Group]], dict[str, float]]:
+    """Sample `params.n` answers to this rank's questions and score them; every rank calls it.
+
+    Returns:
+        (question with its scored answers, group without advantages) pairs; seconds of "rollout", of its parts "prefill"
+        and "decode", and of "reward".
+    """
+    begin = time.perf_counter()
+    rollouts = engine.generate([sample for _, sample in encoded], params)
+    middle = time.perf_counter()
+    rewards = pool.score(
+        [[prompt.row(r.text) for r in row] for (prompt, _), row in zip(encoded, rollouts, strict=True)]
+    )
+    spent = {
+        "rollout": middle - begin,
+        "prefill": engine.prefill_seconds,
+        "decode": engine.decode_seconds,
+        "reward": time.perf_counter() - middle,
+    }
+    found = []
+    for (prompt, sample), row, scored in zip(encoded, rollouts, rewards, strict=True):
+        lengths = [len(r.tokens) for r in row]
+        one = Asked(
+            prompt=prompt,
+            texts=[r.text for r in row],
+            lengths=lengths,
+            finishes=[r.finish_reason for r in row],
+            rewards=scored,
+            penalties=[overlong(length, params.max_tokens, overlong_buffer) for length in lengths],
+            verdict="keep",
+        )
+        answers = [Answer(torch.tensor(r.tokens, dtype=torch.int32), torch.tensor(r.logprobs)) for r in row]
+        found.append((one, Group(sample, tuple(answers))))
+    return found, spent

@@ -1,0 +1,115 @@
+"""A reward process: one line of JSON in, one line of JSON out; started by `fastvst.rl.pool`, never imported by it.
+
+    python -m fastvst.rl.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2, "format_weight": 0.5}'
+
+A request is a list of rows (`fastvst.rl.pool.Row`), a reply {"rewards": [[accuracy, format, overall, reason], ...]}.
+Whatever user code prints goes to standard error. The process dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastvst.rl import rewards
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function named by "file.py:function". Raises ValueError or FileNotFoundError with what is wrong."""
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise ValueError(f"reward.function is {spec!r}; expected file.py:function")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"reward.function: there is no file {file}")
+    module_spec = importlib.util.spec_from_file_location("user_reward", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward.function: {file} has no function {name!r}")
+    return function
+
+
+def score_rows(rows: list[dict[str, Any]], function: Callable[..., Any] | None, weight: float) -> list[list[Any]]:
+    """[accuracy, format, overall, reason] of each row; a `reason` that starts with "error" marks a failure."""
+    built_in = [_built_in(row, weight) for row in rows]
+    if function is None:
+        return built_in
+    values = function([row["response"] for row in rows], rows)
+    if len(values) != len(rows):
+        raise ValueError(f"the reward function returned {len(values)} rewards for {len(rows)} responses")
+    return [_user(value, known, weight) for value, known in zip(values, built_in, strict=True)]
+
+
+def _built_in(row: dict[str, Any], weight: float) -> list[Any]:
+    try:
+        found = rewards.score(
+            row["response"], row["answer"], row["modes"], thinking=row["thinking"], format_weight=weight
+        )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        return [0.0, 0.0, 0.0, f"error: {type(error).__name__}: {error}"[:300]]
+    return [found.accuracy, found.format, found.overall, found.reason]
+
+
+def _user(value: Any, known: list[Any], weight: float) -> list[Any]:
+    """A number is the accuracy; a dict may have accuracy, format, overall and reason. The rest is as built in."""
+    given = dict(value) if isinstance(value, dict) else {"accuracy": value}
+    try:
+        accuracy = float(given.get("accuracy", known[0]))
+        shape = float(given.get("format", known[1]))
+        overall = float(given.get("overall", (1 - weight) * accuracy + weight * shape))
+    except (TypeError, ValueError) as error:
+        return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}: {error}"[:300]]
+    if not all(map(math.isfinite, (accuracy, shape, overall))):
+        return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}"[:300]]
+    return [accuracy, shape, overall, str(given.get("reason", "reward function"))[:300]]
+
+
+def main(settings: dict[str, Any]) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # user code may print
+    function, fatal = None, ""
+    if settings["function"]:
+        try:
+            function = load_function(settings["function"])
+        except Exception as error:
+            fatal = f"{type(error).__name__}: {error}"
+    limit = int(settings["memory_gib"] * 2**30)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print(json.dumps({"fatal": fatal}), file=out, flush=True)
+    for line in sys.stdin:
+        reply: dict[str, Any]
+        end = False
+        try:
+            reply = {"rewards": score_rows(json.loads(line), function, settings["format_weight"])}
+        except ImportError as error:
+            reply = {"fatal": str(error)}
+        except MemoryError:  # the heap may be in pieces: the next rows deserve a fresh process
+            reply, end = {"failed": f"MemoryError: more than {settings['memory_gib']} GiB", "dead": True}, True
+        except Exception as error:
+            reply = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(reply), file=out, flush=True)
+        if end:
+            return
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,300 @@
+"""`fastvst chat --model DIR` and `fastvst generate --model DIR --input FILE --output FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvst.data.sample import Message, Part, Sample
+from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
+
+if TYPE_CHECKING:
+    from fastvst.rollout.engine import Engine
+
+BASE_WIDTH, BASE_HFOV = 960, 69.16  # the unified camera of VST §1.6, taken where the prompt names no camera
+HELP = "/image PATH  /video PATH  /think on|off  /reset  /quit; a line ends a message"
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastvst chat`."""
+    _add_model_arguments(parser)
+    parser.add_argument("--think", action="store_true", help="start with the thinking prompt")
+    parser.add_argument("--out", default="chat", help="folder for pictures with drawn boxes (default: chat)")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastvst generate`."""
+    _add_model_arguments(parser)
+    parser.add_argument("--input", required=True, help='JSON lines: {"messages": [...]} or {"prompt", "images"}, "id"')
+    parser.add_argument("--output", required=True, help="JSON lines, appended; a stopped run goes on there")
+    parser.add_argument("--n", type=int, default=1, help="answers for each prompt")
+    parser.add_argument("--batch", type=int, default=256, help="answers that decode at the same time")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a Hugging Face directory, as training writes it")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def load(arguments: argparse.Namespace, **options: Any) -> Engine:
+    """The engine on a model directory: float32 on the CPU, bfloat16 on a GPU."""
+    import torch
+
+    from fastvst.data.encode import Processor
+    from fastvst.model import Qwen25VL
+    from fastvst.rollout.engine import Engine
+
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    model = Qwen25VL.from_pretrained(arguments.model, dtype=dtype, device=arguments.device)
+    return Engine(model, Processor.from_pretrained(arguments.model), **options)
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Answer every row of the input that the output does not hold; returns the exit status."""
+    params = SamplingParams(
+        n=arguments.n, temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+    )  # fmt: skip
+    engine = load(arguments, max_sequences=arguments.batch)
+    source, output = Path(arguments.input), Path(arguments.output)
+    counts = generate_file(engine, source, output, params, log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"{output}: {counts.answered} answered, {counts.failed} failed, {counts.skipped} were there", file=sys.stderr)
+    return 0
+
+
+@dataclass
+class Counts:
+    """Rows of a file by what became of them."""
+
+    answered: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+def generate_file(
+    engine: Engine, source: Path, output: Path, params: SamplingParams, *, log: Callable[[str], None]
+) -> Counts:
+    """Append one line for each row of `source` to `output`: {"id", "answers": [...]} or {"id", "error"}.
+
+    Rows whose id `output` holds are skipped, so a stopped run goes on; a last line without its end is cut off first. A
+    row that cannot be read, encoded or fitted gets its reason, and the others go on.
+    """
+    from fastvst.evaluate.predictions import drop_torn_line
+
+    drop_torn_line(output)
+    done = {json.loads(line)["id"] for line in _lines(output)} if output.exists() else set()
+    total = sum(1 for _ in _lines(source))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    counts, begin, tokens = Counts(), time.monotonic(), 0
+    window = max(1, engine.config.max_sequences // params.n)
+    with open(output, "a", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+        for rows in _windows(source, window, done, counts):
+            ready: list[tuple[str, Any]] = []
+            for name, row in rows:
+                try:
+                    ready.append((name, engine.encode(row_sample(row, name, source.parent), params)))
+                except (ValueError, RolloutError, OSError) as error:
+                    counts.failed += 1
+                    write({"id": name, "error": f"{type(error).__name__}: {error}"})
+
+            def keep(index: int, rollouts: list[Rollout], names: Sequence[str] = [n for n, _ in ready]) -> None:  # noqa: B006
+                nonlocal tokens
+                counts.answered += 1
+                tokens += sum(len(r.tokens) for r in rollouts)
+                answers = [{"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts]
+                write({"id": names[index], "answers": answers})
+
+            engine.generate([encoded for _, encoded in ready], params, progress=keep)
+            seconds = time.monotonic() - begin
+            over = counts.answered + counts.failed
+            left = seconds / max(over, 1) * (total - over - counts.skipped)
+            log(
+                f"{over + counts.skipped}/{total} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
+                f"{left:.0f} s left"
+            )
+    return counts
+
+
+def row_sample(row: Any, name: str, folder: Path) -> Sample:
+    """A row as a Sample; media paths are relative to the input's folder. Raises ValueError where it is none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"the row is a {type(row).__name__}; expected an object with messages or prompt")
+    if "messages" in row:
+        messages = row["messages"]
+    elif "prompt" in row:
+        parts: list[Part] = [{"type": "image", "image": i} for i in row.get("images", [])]
+        parts += [{"type": "video", "video": v} for v in row.get("videos", [])]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": row["prompt"]}]}]
+    else:
+        raise ValueError(f"the row has {sorted(row)}; expected messages, or prompt (and images, videos)")
+    sample = Sample.from_messages(messages, id=name, source="generate", kind=str(row.get("kind", "qa")))
+    for kind in ("image", "video"):
+        for part in sample.parts(kind):
+            if isinstance(part[kind], str):
+                part[kind] = folder / part[kind]  # an absolute path stays what it is
+    return sample
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        yield from (line for line in file if line.strip())
+
+
+def _windows(source: Path, size: int, done: set[str], counts: Counts) -> Iterator[list[tuple[str, Any]]]:
+    """Rows that are not done, `size` at a time; a line that is no JSON comes as its text."""
+    window: list[tuple[str, Any]] = []
+    for number, line in enumerate(_lines(source)):
+        try:
+            row: Any = json.loads(line)
+        except ValueError:
+            row = line
+        name = str(row["id"]) if isinstance(row, dict) and "id" in row else f"line-{number}"
+        if name in done:
+            counts.skipped += 1
+            continue
+        window.append((name, row))
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+@dataclass
+class Chat:
+    """A conversation: what has been said, pictures waiting for the next message, the thinking mode."""
+
+    messages: list[Message] = field(default_factory=list)
+    media: list[Part] = field(default_factory=list)
+    think: bool = False
+    drawn: int = 0
+
+    def sample(self) -> Sample:
+        return Sample.from_messages(self.messages, id="chat", source="chat", kind="thought" if self.think else "qa")
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """Read lines from the terminal and answer them until /quit or the end of the input."""
+    params = SamplingParams(
+        temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens, seed=arguments.seed
+    )
+    engine, state = load(arguments), Chat(think=arguments.think)
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line == "/quit":
+            return 0
+        if line:
+            converse(engine, state, line, params, Path(arguments.out), lambda text: print(text, end="", flush=True))
+
+
+def converse(
+    engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]
+) -> None:
+    """One line of a chat: a command, or a message that is answered piece by piece through `write`."""
+    word, _, rest = line.partition(" ")
+    if word in ("/image", "/video"):
+        path = Path(rest.strip()).expanduser()
+        if not path.exists():
+            write(f"{path} does not exist\n")
+            return
+        kind = word[1:]
+        state.media.append({"type": kind, kind: path})
+        write(f"{path.name} goes with your next message\n")
+    elif word == "/think":
+        state.think = rest.strip() != "off"
+        write(f"thinking is {'on' if state.think else 'off'}\n")
+    elif word == "/reset":
+        state.messages, state.media = [], []
+        write("forgotten\n")
+    elif word.startswith("/"):
+        write(HELP + "\n")
+    else:
+        _answer(engine, state, line, params, out, write)
+
+
+def _answer(engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]) -> None:
+    before, media = list(state.messages), state.media
+    content = [*media, {"type": "text", "text": line}]
+    state.messages, state.media = [*before, {"role": "user", "content": content}], []
+    pieces: list[str] = []
+    try:
+        for piece in engine.stream(state.sample(), params):
+            pieces.append(piece)
+            write(piece)
+    except KeyboardInterrupt:
+        write(" ...")  # what has been said stays said
+    except (ValueError, RolloutError, OSError) as error:
+        write(f"{error}\n")
+        state.messages, state.media = before, []  # a picture that cannot be read must not stand in every later turn
+        return
+    write("\n")
+    answer = "".join(pieces)
+    state.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer or " "}]})
+    path = draw_boxes(state.messages, answer, out / f"boxes-{state.drawn}.png")
+    if path is not None:
+        state.drawn += 1
+        write(f"boxes drawn: {path}\n")
+
+
+def draw_boxes(messages: Sequence[Message], answer: str, path: Path) -> Path | None:
+    """Save the conversation's last picture with the answer's 3D or 2D boxes drawn in; None if it has none of either."""
+    from fastvst.data.images import load_rgb
+    from fastvst.spatial import draw
+    from fastvst.spatial.boxes import parse_boxes
+    from fastvst.spatial.prompts import read_camera
+
+    images = [p["image"] for m in messages for p in m["content"] if p["type"] == "image"]
+    boxes, labels = parse_boxes(answer)
+    flat = boxes_2d(answer)
+    if not images or not (len(boxes) or flat):
+        return None
+    image = load_rgb(images[-1], max_source_pixels=1 << 28, time_limit=60.0)
+    if len(boxes):
+        texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and m["role"] == "user"]
+        camera = next((c for c in map(read_camera, reversed(texts)) if c), None)
+        focal = BASE_WIDTH / 2 / math.tan(math.radians(BASE_HFOV / 2)) * image.width / BASE_WIDTH
+        intrinsics = (focal, focal, image.width / 2, image.height / 2)
+        if camera:
+            intrinsics = (camera["fx"], camera["fy"], camera["cx"], camera["cy"])
+        image = draw.boxes_3d(image, boxes, labels, intrinsics)
+    for box, label in flat:
+        draw.box_2d(image, box, "green", label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def boxes_2d(answer: str) -> list[tuple[tuple[float, float, float, float], str]]:
+    """Entries {"bbox_2d": [x1, y1, x2, y2], "label"} of a JSON list in the answer, as Qwen2.5-VL writes them."""
+    begin, end = answer.find("["), answer.rfind("]")
+    try:
+        entries = json.loads(answer[begin : end + 1]) if 0 <= begin < end else []
+    except (ValueError, RecursionError):
+        return []
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        box = entry.get("bbox_2d") if isinstance(entry, dict) else None
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in box):
+            found.append(((box[0], box[1], box[2], box[3]), str(entry.get("label", ""))))
+    return found

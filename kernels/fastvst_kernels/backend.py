@@ -1,0 +1,60 @@
+"""Who computes an operator: this package's Triton kernels or plain PyTorch; chosen once and said once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fastvst_kernels")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch.config
+
+
+def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
+    """Whether `op` runs its Triton kernels on x.
+
+    Args:
+        backend: "triton", "torch" (the plain path, any device and dtype), or "auto": Triton on CUDA where it is
+            installed, for bfloat16, float16 and float32; else torch. What auto chose is logged once for each device.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where it can not run.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        kernel = x.device.type == "cuda" and HAS_TRITON and x.dtype in KERNEL_DTYPES
+        if not torch.compiler.is_compiling():
+            say_once(op, "triton" if kernel else "torch", x.device.type)
+        return kernel
+    if backend != "triton":
+        raise ValueError(f"unknown backend {backend!r} of {op}; expected 'auto', 'triton' or 'torch'")
+    if not HAS_TRITON:
+        raise ValueError(f"backend 'triton' of {op} needs the triton package, which is not installed; use 'torch'")
+    if x.device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"backend 'triton' of {op} has no kernels for {x.device.type!r} tensors; use 'torch' or 'auto'"
+        )
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"backend 'triton' of {op} has no {x.dtype} kernels; use backend='torch'")
+    return True
+
+
+@functools.cache
+def say_once(op: str, backend: str, device: str, why: str = "") -> None:
+    """Log a choice, the first time that it is made."""
+    logger.info("%s on %s uses backend %r%s", op, device, backend, f": {why}" if why else "")

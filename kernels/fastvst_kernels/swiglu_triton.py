@@ -1,0 +1,69 @@
+"""SwiGLU in Triton: elementwise, so bound by memory; the activation is computed again in the backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def tile_offsets(stride_a, stride_b, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of one (ROWS, BLOCK) tile in two layouts of the rows, and which of its values exist."""
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows - begin) & (column < width)
+    return begin * stride_a + row * stride_a + column, begin * stride_b + row * stride_b + column, mask
+
+
+@triton.jit
+def swiglu_forward_kernel(GATE, UP, OUT, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT (rows, width) = silu(GATE) * UP, whose rows lie `stride` apart."""
+    inputs, outputs, mask = tile_offsets(stride, width, rows, width, ROWS, BLOCK)
+    gate = tl.load(GATE + inputs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(UP + inputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(OUT + outputs, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    DOUT, GATE, UP, DGATE, DUP, rows, width, stride, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Both gradients; silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
+    inputs, outputs, mask = tile_offsets(stride, width, rows, width, ROWS, BLOCK)
+    _, gradients, _ = tile_offsets(stride, stride_d, rows, width, ROWS, BLOCK)
+    gate = tl.load(GATE + inputs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(UP + inputs, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(DOUT + outputs, mask=mask, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    silu = gate * share
+    tl.store(DUP + gradients, (dout * silu).to(DUP.dtype.element_ty), mask=mask)
+    slope = share + silu * (1.0 - share)
+    tl.store(DGATE + gradients, (dout * up * slope).to(DGATE.dtype.element_ty), mask=mask)
+
+
+def forward(gate: Tensor, up: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """silu(gate) * up of (N, I) tensors with dense rows, equally far apart; numbers: rows, columns, warps."""
+    rows, width = gate.shape
+    out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
+    block_rows, block, warps = numbers
+    if out.numel():
+        grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
+        swiglu_forward_kernel[grid](
+            gate, up, out, rows, width, gate.stride(0), ROWS=block_rows, BLOCK=block, num_warps=warps
+        )
+    return out
+
+
+def backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, numbers: tuple[int, ...]) -> None:
+    """Write the gradients into dgate and dup (N, I), whose rows are equally far apart; dout is contiguous."""
+    rows, width = gate.shape
+    block_rows, block, warps = numbers
+    if dout.numel():
+        grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
+        swiglu_backward_kernel[grid](
+            dout, gate, up, dgate, dup, rows, width, gate.stride(0), dgate.stride(0),
+            ROWS=block_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip

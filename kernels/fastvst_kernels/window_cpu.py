@@ -1,0 +1,58 @@
+"""The plain PyTorch path of window attention: windows of one length are one batched call of the CPU's attention."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastvst_kernels.linear import column_sum
+from fastvst_kernels.mrope import angle_table, default_dtype, rotate_
+from fastvst_kernels.segments import Job, plan, take
+
+
+@functools.lru_cache(maxsize=4)
+def _jobs(offsets: tuple[int, ...]) -> list[Job]:
+    """The batched calls for windows at `offsets`; all layers of a pack and their backwards ask for the same ones."""
+    return plan(list(offsets), None, False)
+
+
+def forward(
+    qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, heads: int, theta: float, scale: float,
+    rope_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(P, heads * D) output, rotated QKV (P, 3 heads, D) and logsumexp (P, heads), which the backward wants."""
+    width = qkv.shape[1] // (3 * heads)
+    fused = qkv.clone(memory_format=torch.contiguous_format) if bias is None else (qkv + bias).to(qkv.dtype)
+    fused = fused.view(qkv.shape[0], 3 * heads, width)
+    cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)
+    rotate_(fused[:, : 2 * heads], cos, sin, rope_dtype)
+    out = fused.new_empty(qkv.shape[0], heads, width)
+    logsums = fused.new_empty(qkv.shape[0], heads, dtype=default_dtype(qkv))
+    for job in _jobs(tuple(cu_windows.tolist())):
+        q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)  # gathered as whole QKV rows, once
+        piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        out[job.queries] = piece.transpose(1, 2).flatten(0, 1)
+        logsums[job.queries] = lse.transpose(1, 2).reshape(-1, heads)
+    return out.flatten(1), fused, logsums
+
+
+def backward(
+    grad: Tensor, fused: Tensor, out: Tensor, logsums: Tensor, positions: Tensor, cu_windows: Tensor, heads: int,
+    theta: float, scale: float, rope_dtype: torch.dtype, needs_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the projection (P, 3 heads * D), in one buffer for q, k and v, and of its bias."""
+    width = fused.shape[-1]
+    grad, out, grad_fused = grad.view(-1, heads, width), out.view(-1, heads, width), torch.empty_like(fused)
+    for job in _jobs(tuple(cu_windows.tolist())):
+        q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count),
+            take(logsums, job.queries, job.count), 0.0, False, scale=scale,
+        )  # fmt: skip
+        grad_fused[job.queries] = torch.cat(grads, dim=1).transpose(1, 2).flatten(0, 1)
+    cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)
+    rotate_(grad_fused[:, : 2 * heads], cos, -sin, rope_dtype)
+    grad_qkv = grad_fused.flatten(1)
+    return grad_qkv, column_sum(grad_qkv) if needs_bias else grad_qkv.new_empty(0)

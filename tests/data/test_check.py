@@ -1,0 +1,123 @@
+"""`fastvst data check`: counts by hand, every kind of bad row named, the page."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fastvst.cli import main
+from fastvst.data import Processor
+from fastvst.data.check import check_source
+from fastvst.report.gallery import tokens, write_gallery
+
+TINY = Processor.preset("tiny", max_seq_len=2048)
+
+
+def png(width: int = 64, height: int = 56) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def row(id: str, question: str, answer: str, images: int = 1, kind: str = "qa", picture: bytes | None = None) -> dict:
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        "id": id, "data_source": "made", "type": kind, "meta_info": "[]",
+        "images": [{"bytes": picture or png(), "path": None}] * images,
+    }  # fmt: skip
+
+
+def boxes(*numbers: list[float]) -> str:
+    lines = ",\n".join("\t" + json.dumps({"bbox_3d": n, "label": "bed"}) for n in numbers)
+    return f"```json\n[\n{lines}\n]\n```"
+
+
+GOOD = [0.1, 0.2, 3.0, 1.0, 1.0, 1.0, 0.1, -0.9, 0.0]
+PAD = "<|image_pad|>"
+BAD = {
+    "double_marks": row("b1", f"{PAD}<image>what?", "x"),
+    "literal_mark": row("b2", f"{PAD}what?", "the <image> shows it"),
+    "mark_count": row("b3", f"{PAD}{PAD}what?", "x"),
+    "duplicate_id": row("g0", f"{PAD}again?", "x"),
+    "angle_range": row("b5", f"{PAD}boxes?", boxes([*GOOD[:7], 1.5, 0.0]), kind="bbox_3d"),
+    "behind_camera": row("b6", f"{PAD}boxes?", boxes([*GOOD[:2], -1.0, *GOOD[3:]]), kind="bbox_3d"),
+    "box_size": row("b7", f"{PAD}boxes?", boxes([*GOOD[:3], 0.0, *GOOD[4:]]), kind="bbox_3d"),
+    "bad_boxes": row("b8", f"{PAD}boxes?", "none", kind="bbox_3d"),
+    "broken_image": row("b9", f"{PAD}what?", "x", picture=b"\x89PNG nothing"),
+    "literal_special_token": row("b10", f"{PAD}what <|im_end|>?", "x"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    letters = ["A", "B", "B", "D"]
+    rows = [row(f"g{k}", f"{PAD}which? A. a B. b C. c D. d", f"{x}. text") for k, x in enumerate(letters)]
+    rows += [
+        row("g4", f"{PAD}{PAD}how far?", "1.0 m", images=2),
+        row("g5", f"{PAD}boxes?", boxes(GOOD), kind="bbox_3d"),
+    ]
+    rows += [*BAD.values(), row("g6", f"{PAD}boxes?", boxes([*GOOD[:2], -1.0, *GOOD[3:]]), kind="bbox_3d", images=2)]
+    rows[-1]["conversations"][0]["value"] = PAD + PAD + "boxes?"
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "a.parquet", row_group_size=5)
+    missing = {
+        "conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}],
+        "image": "gone.png",
+        "id": "m",
+    }
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "rows.json").write_text(json.dumps([missing]))
+    return tmp_path
+
+
+def test_every_problem_is_named_with_its_row(folder: Path) -> None:
+    found = check_source(folder / "set", TINY)
+    named = {p.reason: p.id for p in found.problems}
+    assert named == {reason: bad["id"] for reason, bad in BAD.items()}
+    assert set(found.counts.values()) == {1}
+    assert found.rows == 17 and found.usable == 17 - 3  # a wrong number of marks, a broken picture, a literal token
+    assert "b6 at a.parquet[2][" in found.table() and "refused" in found.table()
+    missing = check_source(folder / "json", TINY)
+    assert missing.counts == {"missing_image": 1} and missing.problems[0].id == "m"
+
+
+def test_counts_are_those_of_the_encoder(folder: Path) -> None:
+    from fastvst.data import open_source
+    from fastvst.data.ledger import Ledger
+
+    found = check_source(folder / "set", TINY)
+    encoded = []
+    for sample in open_source(folder / "set", ledger=Ledger(max_fraction=1.0)):
+        try:
+            encoded.append(TINY.encode(sample))
+        except ValueError:
+            continue
+    assert sum(found.tokens) == sum(len(e.tokens) for e in encoded) and len(found.tokens) == len(encoded)
+    assert found.vision_tokens == sum(len(e.vision_slots) for e in encoded)
+    assert found.letters == {4: {"A": 1, "B": 2, "D": 1}} and found.balance()[4] == pytest.approx(2 / 3)
+    assert found.sizes[(64, 56)] == found.pictures == 14 + 2 and found.types["bbox_3d"] == 6
+    assert check_source(folder / "set", TINY, limit=3).rows == 3
+
+
+def test_the_page_shows_where_the_loss_is(folder: Path, tmp_path: Path) -> None:
+    found = check_source(folder / "set", TINY)
+    written = write_gallery(found, TINY, tmp_path / "page").read_text()
+    assert written.count('class="card"') == 3 + 3 and written.count("<img") >= 6
+    assert json.loads((tmp_path / "page" / "check.json").read_text())["counts"] == dict.fromkeys(BAD, 1)
+    shown = tokens(found.examples["qa"][0], TINY)
+    before, _, after = shown.partition('<span class="loss">')
+    assert "which? A. a B. b" in before and "picture tokens]" in before
+    assert after.startswith("&lt;|im_start|&gt;assistant\nA. text&lt;|im_end|&gt;")
+
+
+def test_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["data", "check", str(folder / "set"), "--out", str(folder / "out")]) == 1  # there are problems
+    shown = capsys.readouterr().out
+    assert "17 rows, 14 usable" in shown and str(folder / "out" / "index.html") in shown
+    assert main(["data", "check", str(folder / "nowhere")]) == 2

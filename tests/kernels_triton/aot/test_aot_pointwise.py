@@ -1,0 +1,43 @@
+"""Norm, SwiGLU, rotary and window kernels at their shipped configurations, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from aot_report import clean, compare_and_write, compile_all
+from fastvst_kernels.dispatch import TABLES, read_table
+from fastvst_kernels.pointwise_build import KERNELS, compile_variant, family
+
+ARCHS = (80, 90, 100, 120)
+# The models' own widths: the tower's, the 3b's and the 7b's rows; the tower's and the decoder's heads.
+TUNED = {"rms_norm": ("16x1280", "16x2048", "16x3584"), "swiglu": ("16",), "rope": ("16x80", "16x128")}
+TUNED["window"] = ("16x80",)
+
+
+def _jobs():
+    for arch in ARCHS:
+        configs = read_table(TABLES / f"sm_{arch}.json").configs
+        for kernel in KERNELS:
+            for shape in TUNED[family(kernel)]:
+                arguments = {"kernel": kernel, "shape": shape, "numbers": configs[kernel][shape], "arch": arch}
+                yield f"sm_{arch} {kernel} {shape}", arguments
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_all(_jobs(), compile_variant)
+
+
+def test_no_spills_fits_and_tensor_cores(compiled):
+    wrong = [
+        line
+        for name, made in compiled.items()
+        for line in clean(name, made, int(name.split()[0][3:]), matrix=" window" in name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_registers_shared_memory_and_instructions_do_not_rise(compiled):
+    risen = compare_and_write("pointwise.json", compiled, triton.__version__)
+    assert not risen, "\n".join(risen)

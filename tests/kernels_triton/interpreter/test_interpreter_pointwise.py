@@ -1,0 +1,144 @@
+"""Norm, SwiGLU and rotary kernels in Triton's interpreter against float64, with every configuration tuning may pick."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope
+from fastvst_kernels.norm import rms_norm_op, rms_norm_reference
+from fastvst_kernels.pointwise_build import CANDIDATES
+from fastvst_kernels.swiglu import swiglu_op, swiglu_reference
+from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
+
+ROPE, SWIGLU, NORM = ("fastvst_kernels." + name for name in ("mrope", "swiglu", "norm"))
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, module: str, numbers: dict[str, tuple[int, ...]]) -> None:
+    """Let the operators of a module run with these configurations instead of the table's."""
+    monkeypatch.setattr(importlib.import_module(module), "config", lambda kernel, shape, device: numbers[kernel])
+
+
+def pairs(family: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(forward, backward) configurations that together hold every candidate."""
+    forward, backward = CANDIDATES[f"{family}_forward"], CANDIDATES[f"{family}_backward"]
+    count = max(len(forward), len(backward))
+    return [(forward[i % len(forward)], backward[i % len(backward)]) for i in range(count)]
+
+
+def data(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("numbers", pairs("rms_norm"), ids=str)
+def test_norm_configurations(monkeypatch, numbers):
+    choose(monkeypatch, NORM, {"rms_norm_forward": numbers[0], "rms_norm_backward": (*numbers[1][:2], 3)})
+    for rows, width in ((7, 200), (1, 64), (0, 64)):
+        inputs = data((rows, width), (rows, width), (width,))
+        assert_as_good_as_plain(
+            lambda x, r, w: add_rms_norm(x, r, w, 1e-6, backend="triton"),
+            lambda x, r, w: (rms_norm_reference(x + r, w, 1e-6), x + r),
+            inputs, data((rows, width), (rows, width)), f"{rows} x {width}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 37, 1280, 2048, 3584, 5003])
+def test_norm_at_odd_and_true_widths(width: int):
+    inputs, grads = data((2, 3, width), (width,)), data((2, 3, width))
+    ours: Callable = lambda x, w: rms_norm(x, w, 1e-5, backend="triton")  # noqa: E731
+    assert_as_good_as_plain(ours, lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, grads)
+    bare: Callable = lambda x: rms_norm(x, None, 1e-5, backend="triton")  # noqa: E731
+    assert_as_good_as_plain(bare, lambda x: rms_norm_reference(x, None, 1e-5), inputs[:1], grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_in_half_precision_and_on_strided_rows(dtype: torch.dtype):
+    wide, weight, grad = data((5, 500), (250,), (5, 250), dtype=dtype)
+
+    def ours(x, w):
+        return rms_norm(x.chunk(2, 1)[1], w, 1e-6, backend="triton")  # rows 500 apart
+
+    def formula(x, w):
+        return rms_norm_reference(x.chunk(2, 1)[1], w, 1e-6)
+
+    assert_as_good_as_plain(ours, formula, [wide, weight], [grad])
+
+
+def test_a_wider_row_than_the_kernel_holds_is_refused():
+    with pytest.raises(ValueError, match="rows are 9000 wide; the Triton RMSNorm takes up to 8192"):
+        rms_norm(torch.zeros(1, 9000), None, 1e-6, backend="triton")
+
+
+@pytest.mark.parametrize("numbers", pairs("swiglu"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu(monkeypatch, numbers, dtype):
+    choose(monkeypatch, SWIGLU, {"swiglu_forward": numbers[0], "swiglu_backward": numbers[1]})
+    for rows, width in ((9, 20), (2, 1100), (0, 8)):
+        inputs, grads = data((rows, width), (rows, width), dtype=dtype), data((rows, width), dtype=dtype)
+        ours: Callable = lambda g, u: swiglu(g, u, backend="triton")  # noqa: E731
+        assert_as_good_as_plain(ours, swiglu_reference, inputs, grads)
+        fused: Callable = lambda x: swiglu(x, backend="triton")  # noqa: E731
+        formula: Callable = lambda x: swiglu_reference(*x.chunk(2, -1))  # noqa: E731
+        assert_as_good_as_plain(fused, formula, [torch.cat(inputs, 1)], grads)
+
+
+def check_mrope(sizes: tuple[int, int, int], dim: int, sections: tuple[int, ...], dtype: torch.dtype) -> None:
+    """sizes: tokens, heads, KV heads."""
+    (tokens, heads, kv_heads), width = sizes, (sizes[1] + 2 * sizes[2]) * dim
+    positions = torch.randint(0, 131_072, (3, tokens), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    by = mrope_angles(positions, dim, sections, 1e6)
+    options = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "sections": sections, "theta": 1e6}
+    shapes = [(tokens, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim)]
+    assert_as_good_as_plain(
+        lambda x, b: mrope(x, b, positions, backend="triton", **options),
+        lambda x, b: rope(x, b, by, heads, kv_heads),
+        data((tokens, width), (width,), dtype=dtype), data(*shapes, dtype=dtype), f"{tokens} tokens",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers", pairs("rope"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rope(monkeypatch, numbers, dtype):
+    choose(monkeypatch, ROPE, {"rope_forward": numbers[0], "rope_backward": numbers[1]})
+    check_mrope((11, 3, 1), 16, (2, 3, 3), dtype)
+    check_mrope((5, 2, 2), 48, (8, 8, 8), dtype)
+    check_mrope((0, 1, 1), 16, (2, 3, 3), dtype)
+    positions = torch.randint(0, 90, (9, 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    assert_as_good_as_plain(
+        lambda x, b: vision_rope(x, b, positions, num_heads=2, backend="triton"),
+        lambda x, b: rope(x, b, angles(positions, 80, 1e4), 2, 2),
+        data((9, 480), (480,), dtype=dtype), data(*[(9, 2, 80)] * 3, dtype=dtype), "vision",
+    )  # fmt: skip
+
+
+def test_opcheck():
+    x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    torch.library.opcheck(rms_norm_op, (x, x.detach(), weight, 1e-6, True))
+    torch.library.opcheck(swiglu_op, (x, None, True))
+    positions = torch.zeros(3, 3, dtype=torch.int32)
+    options = ([2, 3, 3], 1e4, torch.float32, None, True)
+    qkv = torch.randn(3, 48, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastvst.rope.default, (qkv, torch.randn(48), positions, 1, 1, *options))
+
+
+def test_runs_are_bitwise_equal_and_every_value_is_written():
+    torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
+    try:
+        runs = []
+        for _ in range(2):
+            x, weight = (t.requires_grad_() for t in data((40, 96), (96,)))
+            y = rms_norm(x, weight, 1e-6, backend="triton")
+            z = swiglu(y, backend="triton")
+            q, k, v = mrope(
+                z, None, torch.arange(40).expand(3, 40), num_heads=1, num_kv_heads=1, head_dim=16, sections=(2, 3, 3),
+                theta=1e4, backend="triton",
+            )  # fmt: skip
+            runs.append((q, k, v, *torch.autograd.grad((q + k * v).square().sum(), (x, weight))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(*runs, strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)

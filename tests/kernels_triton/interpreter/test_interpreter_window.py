@@ -1,0 +1,91 @@
+"""The window-attention kernels in Triton's interpreter against float64: edge windows, head sizes, every candidate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastvst_kernels import window, window_attention
+from fastvst_kernels.pointwise_build import CANDIDATES
+from fastvst_kernels.window import window_op
+from pointwise_oracle import angles, assert_as_good_as_plain, windows
+
+SAME = {"window_forward": CANDIDATES["window_forward"][0], "window_backward": CANDIDATES["window_backward"][0]}
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch):
+    """The interpreter knows no warps and stages: one configuration stands for all, at shapes that no table holds."""
+    monkeypatch.setattr(window, "config", lambda kernel, shape, device: SAME[kernel])
+
+
+def check(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, *, direct: bool, seed: int = 0) -> None:
+    """`direct`: the operator itself, also in float32, which the public function leaves to packed_attention."""
+    g = torch.Generator().manual_seed(seed)
+    total, width = sum(lengths), 3 * heads * dim
+    positions = torch.randint(0, 90, (total, 2), generator=g, dtype=torch.int32)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    inputs = [torch.randn(size, generator=g).to(dtype) for size in ((total, width), (width,))]
+    grad = torch.randn(total, heads * dim, generator=g).to(dtype)
+
+    def ours(qkv, bias):
+        if not direct:
+            return window_attention(
+                qkv, bias, positions, offsets, num_heads=heads, max_window=max(lengths), backend="triton"
+            )
+        longest = max(lengths, default=1)
+        return window_op(qkv, bias, positions, offsets, heads, 1e4, dim**-0.5, longest, torch.float32, True)[0]
+
+    by = angles(positions, dim, 1e4)
+    assert_as_good_as_plain(ours, lambda x, b: windows(x, b, by, lengths, heads), inputs, [grad], f"{lengths} {dim}")
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 128])
+def test_head_dimensions(dim: int):
+    check((64, 4, 20), 2, dim, torch.float32, direct=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_public_function_in_half_precision(dtype: torch.dtype):
+    check((64, 24, 64, 8), 3, 80, dtype, direct=False)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=4).filter(any))
+def test_any_lengths(lengths: list[int]):
+    """Empty windows, single patches, and windows shorter than their program."""
+    check(tuple(lengths), 1, 16, torch.float32, direct=True)
+
+
+def test_opcheck():
+    qkv = torch.randn(9, 48, requires_grad=True)
+    offsets = torch.tensor([0, 5, 9], dtype=torch.int32)
+    positions = torch.zeros(9, 2, dtype=torch.int32)
+    arguments = (qkv, torch.randn(48), positions, offsets, 1, 1e4, 0.25, 5, torch.float32, True)
+    torch.library.opcheck(window_op, arguments)
+
+
+def test_it_keeps_its_inputs_only():
+    saved = []
+    qkv = torch.randn(9, 48, dtype=torch.bfloat16, requires_grad=True)
+    offsets, positions = torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        window_attention(qkv, None, positions, offsets, num_heads=1, max_window=5, backend="triton")
+    assert {t.data_ptr() for t in saved} == {qkv.data_ptr(), positions.data_ptr(), offsets.data_ptr()}
+
+
+def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
+    """Without validation wrong offsets give wrong numbers, but the kernels read and write no other memory."""
+    from fastvst_kernels import window_triton
+    from fastvst_kernels.mrope import inverse_frequencies
+
+    table = inverse_frequencies(16, 2, 1e4, torch.float32, torch.device("cpu"))
+    wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)
+    guarded = torch.full((13, 16), 7.0)
+    out = window_triton.forward(
+        torch.zeros(9, 48), None, torch.zeros(9, 2, dtype=torch.int32), table, wild, heads=1, scale=1.0, max_window=64,
+        numbers=(4, 1),
+    )  # fmt: skip
+    assert out.shape == (9, 16) and (guarded == 7.0).all() and out.isfinite().all()

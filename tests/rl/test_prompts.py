@@ -1,0 +1,93 @@
+"""The stream of questions: dealt to ranks, found again exactly, with a ledger of what cannot be asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvst.data import Ledger, MixtureConfig, Processor, Sample, SampleError, SourceConfig, open_mixture
+from fastvst.data.chat import THINK_SYSTEM
+from fastvst.rl.prompts import NoPrompts, PromptStream, make_prompt
+from rl_run import write_questions
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.preset("tiny", max_pixels=56 * 56, max_seq_len=160)
+
+
+def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epochs: int | None = None) -> PromptStream:
+    config = MixtureConfig(sources=(SourceConfig(str(path)),), shuffle_buffer=7, epochs=epochs)
+    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size)
+
+
+def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: Path, processor: Processor) -> None:
+    path = write_questions(tmp_path, 15)
+    whole = [p.number for _ in range(4) for p in stream(path, processor).take(5)][:5]
+    assert whole == [0, 1, 2, 3, 4]
+    one, first, second = (stream(path, processor, rank, size) for rank, size in ((0, 1), (0, 2), (1, 2)))
+    for count in (5, 3, 9):
+        everything = [p.sample.id for p in one.take(count)]
+        assert [p.sample.id for p in first.take(count)] == everything[::2]
+        assert [p.sample.id for p in second.take(count)] == everything[1::2]
+    state = json.loads(json.dumps(one.state_dict()))
+    following = [(p.number, p.sample.id) for p in one.take(20)]
+    again = stream(path, processor)
+    again.load_state_dict(state)
+    assert [(p.number, p.sample.id) for p in again.take(20)] == following
+
+
+def test_rows_that_cannot_be_asked_are_in_the_ledger(tmp_path: Path, processor: Processor) -> None:
+    path = write_questions(tmp_path, 4)
+    meta = json.dumps({"mode": ["relaxed_score"]})
+    bad = [
+        {"id": "long", "question": "word " * 500, "answer": "x", "meta_info": meta},
+        {"id": "mode", "question": "why", "answer": "x", "meta_info": json.dumps({"mode": ["bleu_score"]})},
+        {"id": "none", "question": "why"},
+        {"id": "token", "question": "why <|im_end|>", "answer": "x", "meta_info": meta},
+    ]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in bad))
+    asked = stream(path, processor, epochs=1)
+    found = asked.take(8)
+    assert len(found) == 4
+    assert asked.ledger.counts == {"too_long": 1, "reward_mode": 1, "no_answer": 1, "literal_special_token": 1}
+    assert "bleu" in asked.ledger.summary()
+    with pytest.raises(NoPrompts, match="data end after 4 questions"):
+        asked.take(1)
+    broken = next(p.sample for p in found if p.sample.parts("image"))
+    broken.parts("image")[0]["image"] = tmp_path / "gone.png"
+    assert len(asked.encode(found)) == 3 and asked.ledger.counts["missing_image"] == 1
+
+
+def test_kinds_choose_the_system_prompt_and_the_format(tmp_path: Path, processor: Processor) -> None:
+    rows = [
+        {"id": "t", "question": "why", "answer": "B", "meta_info": json.dumps({"mode": ["multi_choices_score"]})},
+        {"id": "b", "question": "boxes", "answer": "[]", "meta_info": json.dumps({"mode": ["bbox3d"]})},
+        {"id": "d", "question": "why", "answer": "B", "type": "qa"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    asked = stream(tmp_path / "rows.jsonl", processor, epochs=1)
+    found = {p.sample.id: (p, s) for p, s in asked.encode(asked.take(3))}
+    assert {i: (p.modes, p.thinking) for i, (p, _) in found.items()} == {
+        "t": (("multi_choices",), True), "b": (("bbox3d",), False), "d": (("answer",), False)
+    }  # fmt: skip
+    texts = {i: processor.decode(s.tokens.tolist(), skip_special=False) for i, (_, s) in found.items()}
+    assert [THINK_SYSTEM in texts[i] for i in "tbd"] == [True, False, False]
+    assert all(text.endswith("<|im_start|>assistant\n") for text in texts.values())
+
+
+def test_of_several_checked_turns_one_is_asked_with_the_true_ones_before_it() -> None:
+    turns = [{"type": "number", "value": value} for value in (1, 2, 3)]
+    messages = [{"role": r, "content": f"{r} {k}"} for k in range(3) for r in ("user", "assistant")]
+    sample = Sample.from_messages(messages, id="x", answer=turns[-1], metadata={"turn_answers": turns, "task": "size"})
+    found = [make_prompt(sample, turn=k) for k in range(4)]
+    assert [p.answer["value"] for p in found] == [1, 2, 3, 1] and [p.sample.id for p in found][:2] == ["x#0", "x#1"]
+    assert [len(p.sample.messages) for p in found] == [2, 4, 6, 2]
+    assert [p.question for p in found] == ["user 0", "user 1", "user 2", "user 0"]
+    assert found[0].task == "size" and found[0].modes == ("mra",)
+    row = found[1].row("2 m")
+    assert (row.id, row.question, row.answer, row.modes) == ("x#1", "user 1", turns[1], ("mra",))
+    with pytest.raises(SampleError, match="checkable"):
+        make_prompt(Sample.from_messages(messages, metadata={"turn_answers": turns[:1]}))

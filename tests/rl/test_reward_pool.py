@@ -1,0 +1,110 @@
+"""User rewards in processes: whatever they do, the run gets numbers, in time, with the reason."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from fastvst.rl.pool import RewardConfig, RewardError, RewardPool, Row
+
+FUNCTIONS = """
+import os, time
+
+def good(responses, rows):
+    print("user code may print")
+    return [{"accuracy": len(r) / 10, "reason": row["question"]} for r, row in zip(responses, rows)]
+
+def ugly(responses, rows):
+    what = responses[0]
+    if what == "raise":
+        raise ZeroDivisionError("by design")
+    if what == "hang":
+        time.sleep(60)
+    if what == "spin":
+        while True:
+            pass
+    if what == "fill":
+        return [len(bytearray(1 << 40))]
+    if what == "leak":
+        hoard = []
+        while True:
+            hoard.append(bytearray(1 << 26))
+    if what == "exit":
+        os._exit(3)
+    if what == "short":
+        return []
+    return [{"nan": float("nan"), "inf": 1e999, "text": "very good", "none": None}.get(r, 0.75) for r in responses]
+"""
+
+
+def rows(*responses: str) -> list[Row]:
+    return [Row("1", "test", "qa", "how many?", text, "3", ("relaxed",), False, {}) for text in responses]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("user") / "mine.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def test_built_in_rules_and_order(tmp_path: Path) -> None:
+    calls = [rows("3", "4"), rows(), *[rows(str(n)) for n in range(6)]]
+    with RewardPool(RewardConfig(workers=2)) as pool:
+        found = pool.score(calls)
+        again = pool.score(calls)
+    assert [[r.accuracy for r in call] for call in found] == [[1, 0], [], [0], [0], [0], [1], [0], [0]]
+    assert found == again and pool.failed == 0 and pool.scored == 16
+
+
+def test_a_function_sees_rows_and_returns_numbers_or_dicts(file: Path) -> None:
+    with RewardPool(RewardConfig(function=f"{file}:good")) as pool:
+        ((first, second),) = pool.score([rows("four", "")])
+    assert (first.accuracy, first.format, first.overall, first.reason) == (0.4, 1, 0.7, "how many?")
+    assert (second.accuracy, second.format) == (0, 0)
+
+
+def test_whatever_a_function_does_its_rows_get_zero_and_the_others_their_reward(file: Path) -> None:
+    bad = ["raise", "hang", "spin", "fill", "leak", "exit", "short", "nan", "inf", "text", "none"]
+    calls = [call for name in bad for call in (rows(name), rows("fine", "also fine"))]
+    config = RewardConfig(function=f"{file}:ugly", time_limit=3.0, memory_gib=1.0, max_failed=1.0, workers=2)
+    begin = time.monotonic()
+    with RewardPool(config) as pool:
+        found = pool.score(calls)
+        seconds = time.monotonic() - begin
+        processes = [worker.process for worker in pool._workers]
+    assert all([r.accuracy for r in call] == [0.75, 0.75] for call in found[1::2])
+    reasons = {name: call[0].reason for name, call in zip(bad, found[::2], strict=True)}
+    assert all(call[0].overall == 0 and call[0].reason.startswith("error") for call in found[::2]), reasons
+    for name, word in {"raise": "by design", "hang": "3 s", "spin": "3 s", "exit": "status 3", "nan": "nan"}.items():
+        assert word in reasons[name], reasons
+    assert "MemoryError" in reasons["fill"] and ("MemoryError" in reasons["leak"] or "ended" in reasons["leak"])
+    assert pool.failed == len(bad) and "by design" in pool.summary()
+    assert seconds < 60 and all(process.poll() is not None for process in processes)  # nothing is left running
+
+
+def test_too_many_failures_stop_the_run(file: Path) -> None:
+    with RewardPool(RewardConfig(function=f"{file}:ugly", max_failed=0.3)) as pool:
+        assert pool.score([rows(*["nan"] * 30)])[0][0].overall == 0  # too few to judge
+        with pytest.raises(RewardError, match=r"(?s)60 of 70.*30%.*reward.max_failed"):
+            pool.score([rows(*["nan"] * 30, *["fine"] * 10)])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("nowhere.py:f", "no file"), ("mine.py:nothing", "no function 'nothing'"), ("mine", "expected file.py:function")],
+)
+def test_a_function_that_cannot_be_found_is_an_error_at_the_start(file: Path, function: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        RewardPool(RewardConfig(function=function.replace("mine.py", str(file))))
+
+
+def test_ugly_text_survives_the_pipe() -> None:
+    texts = ["\x00\x1b[0m", "\ud800 half a character", "a\nb\r\n", "é" * 70_000, "<b>&amp;</b>"]
+    with RewardPool(RewardConfig()) as pool:
+        found = pool.score([[Row("1", "s", "qa", "q", t, t, ("relaxed",), False, {}) for t in texts]])
+    assert [r.accuracy for r in found[0]] == [1.0] * len(texts)
+    assert all(math.isfinite(r.overall) for r in found[0])

@@ -1,0 +1,119 @@
+"""`fastvst generate` and `fastvst chat` on an untrained tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvst.cli import main
+from fastvst.data.encode import Processor
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout import Engine, SamplingParams, command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    processor = Processor.preset("tiny", min_pixels=56 * 56, max_pixels=56 * 56)
+    Qwen25VL(ModelConfig.preset("tiny")).save_pretrained(path, processor=processor)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Engine:
+    return command.load(argparse.Namespace(model=str(folder), device="cpu"), memory=1 << 24, max_sequences=4)
+
+
+def write_rows(path: Path) -> list[str]:
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(path / "red.png")
+    lines = [
+        json.dumps({"id": "a", "prompt": "How many chairs?", "images": ["red.png"]}),
+        "{not json",
+        json.dumps({"id": "b", "messages": [{"role": "user", "content": "Hello"}]}),
+        json.dumps({"id": "gone", "prompt": "?", "images": ["no_such.png"]}),
+        json.dumps([1, 2]),
+        json.dumps({"id": "long", "prompt": "word " * 17_000}),
+        json.dumps({"id": "odd", "messages": [{"role": "robot", "content": "Hello"}]}),
+        json.dumps({"prompt": "without an id \u2028 but with a line separator"}),
+    ]
+    (path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def test_generate_goes_on_past_bad_rows_and_where_it_stopped(folder, tmp_path, capsys):
+    write_rows(tmp_path)
+    output = tmp_path / "out" / "out.jsonl"
+    words = ["generate", "--model", str(folder), "--input", str(tmp_path / "in.jsonl"), "--output", str(output)]
+    words += ["--max-tokens", "5", "--n", "2", "--temperature", "1", "--batch", "4"]
+    assert main(words) == 0
+    rows = {row["id"]: row for row in map(json.loads, output.read_text().split("\n")[:-1])}
+    assert set(rows) == {"a", "b", "gone", "long", "odd", "line-1", "line-4", "line-7"}
+    good = {name for name, row in rows.items() if "answers" in row}
+    assert good == {"a", "b", "line-7"} and all(len(rows[name]["answers"]) == 2 for name in good)
+    assert "missing_image" in rows["gone"]["error"] and "too_long" in rows["long"]["error"]
+    assert "expected an object" in rows["line-1"]["error"] and "robot" in rows["odd"]["error"]
+    assert "3 answered, 5 failed, 0 were there" in capsys.readouterr().err
+
+    kept = output.read_text().split("\n")[:3]
+    output.write_text("\n".join(kept) + '\n{"id": "b", "ans')
+    assert main(words) == 0
+    again = [json.loads(line) for line in output.read_text().split("\n")[:-1]]
+    assert "\n".join(json.dumps(r, ensure_ascii=False) for r in again[:3]) == "\n".join(kept)
+    assert {r["id"]: r for r in again} == rows and len(again) == len(rows)
+
+
+def test_a_missing_model_is_a_line(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text("")
+    words = ["generate", "--model", "nowhere", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "o")]
+    assert main(words) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "red.png")
+    said: list[str] = []
+    state, params = command.Chat(), SamplingParams(temperature=0, max_tokens=6)
+
+    def say(line: str) -> str:
+        said.clear()
+        command.converse(engine, state, line, params, tmp_path / "drawn", said.append)
+        return "".join(said)
+
+    assert "does not exist" in say("/image nowhere.png")
+    assert "next message" in say(f"/image {tmp_path / 'red.png'}")
+    first = say("What is red?")
+    assert state.messages[-1]["role"] == "assistant" and [p["type"] for p in state.messages[0]["content"]] == ["image", "text"]
+    (alone,) = engine.generate([command.Chat(state.messages[:1]).sample()], params)[0]
+    assert first.rstrip("\n") == alone.text, "what streams is what generate gives"
+    assert "on" in say("/think on") and state.sample().kind == "thought"
+    say("And now?")
+    assert len(state.messages) == 4
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    say(f"/image {tmp_path / 'bad.png'}")
+    assert "broken_image" in say("This?") and len(state.messages) == 4, "a bad picture does not stay"
+    say("/reset")
+    assert not state.messages and command.HELP in say("/what")
+
+    lines = iter(["hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", "--model", str(folder), "--max-tokens", "3"]) == 0
+    assert command.HELP in capsys.readouterr().out
+
+
+def test_boxes_are_drawn(tmp_path):
+    picture = Image.new("RGB", (200, 150))
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]}]
+    flat = '```json\n[{"bbox_2d": [20, 30, 90, 100], "label": "chair"}, {"bbox_2d": [1, 2]}, 7]\n```'
+    assert command.boxes_2d(flat) == [((20, 30, 90, 100), "chair")]
+    path = command.draw_boxes(messages, flat, tmp_path / "a" / "flat.png")
+    assert path is not None and Image.open(path).getpixel((20, 60)) == (0, 220, 0)
+    solid = '```json\n[{"bbox_3d": [0, 0, 3, 1, 1, 1, 0, 0, 0], "label": "box"}]\n```'
+    path = command.draw_boxes(messages, solid, tmp_path / "solid.png")
+    assert path is not None and (0, 220, 0) in {c for _, c in Image.open(path).getcolors(9999)}
+    assert command.draw_boxes(messages, "no boxes here [x", tmp_path / "none.png") is None
+    assert command.draw_boxes([], flat, tmp_path / "none.png") is None

@@ -1,0 +1,131 @@
+"""Drawing tokens: frequencies, cuts against transformers' own, log-probabilities, random numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fastvst.rollout import SamplingParams
+from fastvst.rollout.sampling import cut_, draw, make_rows, sample, uniform
+
+CPU = torch.device("cpu")
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def rows_of(*params: SamplingParams, vocabulary: int = 101):
+    return make_rows(params, list(range(len(params))), vocabulary, CPU)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 64, 101, 4096])
+def test_frequencies_are_the_probabilities(vocabulary):
+    torch.manual_seed(vocabulary)
+    logits, count = 2 * torch.randn(1, vocabulary), 40_000
+    logits[0, 1::7] = -torch.inf
+    u = uniform(torch.full((count,), 3), torch.arange(count))
+    tokens, _, _ = draw(logits.expand(count, -1).contiguous(), u)
+    p = logits[0].double().softmax(0)
+    found = torch.bincount(tokens, minlength=vocabulary)
+    possible = p > 0
+    assert not found[~possible].any()
+    chi2 = ((found - count * p)[possible] ** 2 / (count * p)[possible]).sum().item()
+    freedom = int(possible.sum()) - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 5
+
+
+def test_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).repeat(3, 1)
+    tokens, _, _ = draw(logits, torch.tensor([0.0, 1 - 2.0**-53, 0.2], dtype=torch.float64))
+    assert tokens.tolist() == [1, 2, 1]
+    wide = torch.full((1, 640), -torch.inf)
+    wide[0, 500] = 3.0
+    assert draw(wide, torch.tensor([1 - 2.0**-53], dtype=torch.float64))[0].item() == 500
+
+
+def test_random_numbers_are_uniform_and_their_own():
+    seeds = torch.arange(300)[:, None].expand(-1, 300).reshape(-1)
+    steps = torch.arange(300).repeat(300)
+    u = uniform(seeds, steps)
+    assert u.min() >= 0 and u.max() < 1 and u.unique().numel() == 90_000
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.std() - 12**-0.5) < 0.003
+    grid = u.view(300, 300)
+    for shifted in (grid[1:], grid[:, 1:]):  # neighbours in seed or step do not go together
+        same = grid[: shifted.shape[0], : shifted.shape[1]]
+        assert abs(torch.corrcoef(torch.stack([same.flatten(), shifted.flatten()]))[0, 1]) < 0.02
+    big = uniform(torch.tensor([-(2**63), 2**63 - 1]), torch.tensor([0, 2**40]))
+    assert ((big >= 0) & (big < 1)).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 30), st.floats(0.05, 1.0), st.floats(0.0, 0.9), st.floats(0.2, 3.0), st.integers(0, 999))
+def test_cuts_are_those_of_transformers(top_k, top_p, min_p, temperature, seed):
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 / temperature
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = logits.clone()
+    for warper in (
+        TopKLogitsWarper(top_k) if top_k else None,
+        TopPLogitsWarper(top_p) if top_p < 1 else None,
+        MinPLogitsWarper(min_p) if min_p else None,
+    ):
+        expected = expected if warper is None else warper(None, expected)
+    rows = rows_of(params, params, vocabulary=50)
+    if rows.cut is not None:
+        cut_(logits, rows)
+    different = (logits == -torch.inf) != (expected == -torch.inf)
+    # Cumulative sums round differently: only a token at the very border may differ.
+    assert different.sum() <= 1
+    assert torch.equal(logits[~different], expected[~different])
+
+
+def test_logprobs_of_scaled_and_cut_rows():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4, 101)
+    params = [
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=5),
+        SamplingParams(temperature=2.0, top_p=0.8, repetition_penalty=1.3),
+    ]
+    seen = torch.zeros(4, 101, dtype=torch.bool)
+    seen[3, :50] = True
+    forbidden = torch.tensor([90, 91])
+    tokens, own, raw = sample(logits.clone(), rows_of(*params), torch.arange(4), forbidden, seen)
+    wide = logits.double()
+    at = tokens[:, None]
+    torch.testing.assert_close(raw, wide.log_softmax(1).gather(1, at)[:, 0], rtol=1e-5, atol=1e-6)
+    masked = wide.clone()
+    masked[:, forbidden] = -torch.inf
+    assert tokens[1] == masked[1].argmax() and own[1] == raw[1]
+    scaled = (wide[0] / 0.5).log_softmax(0)[tokens[0]]  # placeholders keep their share
+    five = masked[2].topk(5)
+    assert tokens[2] in five.indices
+    cut = five.values.log_softmax(0)[five.indices == tokens[2]][0]
+    penalised = RepetitionPenaltyLogitsProcessor(1.3)(torch.arange(50)[None], masked[3:])
+    penalised[:, forbidden] = -torch.inf
+    last = TopPLogitsWarper(0.8)(None, penalised / 2.0)[0].log_softmax(0)[tokens[3]]
+    torch.testing.assert_close(own[[0, 2, 3]], torch.stack([scaled, cut, last]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside():
+    torch.manual_seed(1)
+    logits = torch.randn(6, 101)
+    params = [SamplingParams(), SamplingParams(temperature=0.3), SamplingParams(top_k=2)] * 2
+    steps = torch.arange(6)
+    together = sample(logits.clone(), rows_of(*params), steps, NONE)
+    for row, one in enumerate(params):
+        rows = make_rows([one], [row], 101, CPU)
+        alone = sample(logits[row : row + 1].clone(), rows, steps[row : row + 1], NONE)
+        assert alone[0][0] == together[0][row]
+        torch.testing.assert_close(alone[1][0], together[1][row], rtol=1e-6, atol=1e-7)
+
+
+def test_without_logprobs_none_come():
+    tokens, own, raw = sample(torch.randn(1, 101), rows_of(SamplingParams(logprobs=False)), torch.zeros(1).long(), NONE)
+    assert own is None and raw is None and tokens.shape == (1,)

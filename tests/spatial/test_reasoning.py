@@ -1,0 +1,264 @@
+"""Traces sentence by sentence against rays, vertices and poses; RL rows through the reader; the words of a trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvst.data import open_source
+from fastvst.data.sample import Sample
+from fastvst.evaluate.answers import score
+from fastvst.spatial.reasoning import claims, geometric
+from fastvst.spatial.reasoning.rl import difficulty_of, rl_row, write_rl_rows
+from fastvst.spatial.reasoning.teacher import FORBIDDEN
+from fastvst.spatial.rooms.render import Renderer
+from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
+from fastvst.spatial.tasks.angles import HOURS
+from scene_truth import COMPASS, GHOST, Truth, clockwise, homogeneous, off, reply
+
+
+def direct_rows(scene: Scene, tries: int) -> list[Sample]:
+    rng = np.random.default_rng([scene.metadata["room_seed"], 96])
+    rows = []
+    for attempt in range(tries):
+        for task in geometric.TRACES:
+            make = SINGLE[task] if task in SINGLE else PAIRS[task]
+            for k, target in enumerate(scene.stills() if task in SINGLE else scene.pairs):
+                rows.append(make(scene, target, rng, TaskConfig(easy=0.5), f"{k}-{attempt}"))
+    return [row for row in rows if row is not None]
+
+
+def sides(truth: Truth, view: int, i: int) -> float:
+    return float(truth.middle(view, i)[0])
+
+
+def median_depth(truth: Truth, view: int, i: int) -> float:
+    ids, depth = truth.look(view)
+    return float(np.median(depth[ids == i]))
+
+
+def bearing(truth: Truth, who) -> np.ndarray:
+    return truth.scene.views[who["camera"]].camera.position[:2] if isinstance(who, dict) else truth.place(who)
+
+
+def check_claim(truth: Truth, text: str, c: dict) -> bool:
+    """Whether a sentence is true, found without the annotation's sightings and boxes where that can be; False if this
+    kind of sentence says nothing about the scene."""
+    says, scene = c["says"], truth.scene
+    names = [scene.object(i).name for i in c.get("objects", [])]
+    assert all(name in text for name in names), (text, names)
+    if says in ("seen", "marked"):
+        assert all(truth.pixels(c["view"], i) >= 30 for i in c["objects"])
+    elif says == "both":
+        assert all(truth.pixels(v, i) >= 30 for v in c["views"] for i in c["objects"])
+    elif says == "side":
+        u = sides(truth, c["view"], c["objects"][0])
+        assert c["word"] == ("left" if u < 1 / 3 else "middle" if u < 2 / 3 else "right")
+        assert {"left": "left", "right": "right", "middle": "middle"}[c["word"]] in text
+    elif says == "range":
+        depth = median_depth(truth, c["view"], c["objects"][0])
+        low, high = {"near": (0, 1.7), "middle": (1.3, 3.2), "far": (2.8, 99)}[c["word"]]
+        assert low <= depth <= high
+    elif says == "left_of":
+        first, second = (sides(truth, c["view"], i) for i in c["objects"])
+        assert first < second - 0.05
+        flipped = "to the right of" in text  # "the b is to the right of the a"
+        assert (text.index(names[0]) < text.index(names[1])) != flipped or names[0] in names[1] or names[1] in names[0]
+    elif says == "nearer":
+        centres = [
+            (homogeneous(scene.views[c["view"]].camera) @ [*truth.place(i), truth.vertices(i)[:, 2].mean(), 1])[2]
+            for i in c["objects"]
+        ]
+        assert centres[0] < centres[1] and median_depth(truth, c["view"], c["objects"][0]) < median_depth(
+            truth, c["view"], c["objects"][1]
+        )
+    elif says == "on":
+        above, below = (truth.vertices(i)[:, 2] for i in c["objects"])
+        assert abs(above.min() - below.max()) < 0.05 or truth.room.items[c["objects"][0] - 1].on == c["objects"][1] - 1
+        assert truth.outline(c["objects"][1]).buffer(0.01).contains(truth.outline(c["objects"][0]).centroid)
+    elif says == "wall":
+        from shapely import Polygon
+
+        assert Polygon(truth.room.polygon).exterior.distance(truth.outline(c["objects"][0])) < 0.13
+    elif says == "gap":
+        gap = truth.gap(*c["objects"])
+        assert abs(gap - c["value"]) <= c["tolerance"] + 1e-3
+        assert float(re.search(r"(\d+(?:\.\d+)?) m", text)[1]) == c["value"]
+    elif says == "tall":
+        assert abs(100 * truth.extents(c["objects"][0])[2] - c["value"]) < 5.6 and f"{c['value']} cm" in text
+    elif says == "angle":
+        origin, anchor, target = (bearing(truth, c[k]) for k in ("origin", "anchor", "target"))
+        turned = clockwise(anchor - origin, target - origin)
+        assert off(turned if c["way"] == "clockwise" else -turned, c["value"]) < 4.0
+        assert f"{c['value']} degrees {c['way']}" in text or c["value"] == 0
+    elif says in ("look", "toward"):
+        poses = [np.linalg.inv(homogeneous(scene.views[v].camera)) for v in c.get("views", [c.get("view")])]
+        if says == "look":
+            turned = clockwise(poses[0][:2, 2], poses[1][:2, 2])
+        else:
+            turned = clockwise(poses[0][:2, 2], bearing(truth, c["target"]) - poses[0][:2, 3])
+        assert off(turned if c["way"] in ("clockwise", "right") else -turned, c["value"]) < 4.0
+        assert f"{c['value']} degrees" in text or c["value"] == 0
+        if c["value"]:
+            right = c["way"] in ("clockwise", "right")
+            assert re.search(r"\b(right|clockwise)\b" if right else r"\b(left|counterclockwise)\b", text)
+    elif says == "steps":
+        words, width = (COMPASS, 45) if c["given"] in COMPASS else (HOURS, 30)
+        sign = 1 if c["way"] == "clockwise" else -1
+        start = words.index(c["given"]) * width
+        assert words.index(c["result"]) * width == (start + sign * c["steps"] * width) % 360 and c["result"] in text
+    elif says in ("shift", "pan"):
+        between = homogeneous(scene.views[c["views"][0]].camera) @ np.linalg.inv(
+            homogeneous(scene.views[c["views"][1]].camera)
+        )
+        move = between[:3, 3] if says == "shift" else between[:3, 2]
+        signs = {
+            "left": -move[0],
+            "right": move[0],
+            "up": -move[1],
+            "down": move[1],
+            "forward": move[2],
+            "backward": -move[2],
+        }
+        assert all(signs[w] > 0.1 and w in text for w in c["words"])
+    elif says == "drift":
+        before, after = (truth.middle(v, c["objects"][0]) for v in c["views"])
+        axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[c["word"]]
+        assert sign * (after[axis] - before[axis]) > 0.015 and f"shifts {c['word']}" in text
+    elif says == "grew":
+        before, after = (truth.pixels(v, c["objects"][0]) for v in c["views"])
+        assert (after > before) == (c["word"] == "larger") and c["word"] in text
+    elif says == "depth":
+        depth = truth.cast(scene.views[c["view"]].camera, np.array([c["point"]]))[0][0]
+        assert abs(depth - c["value"]) < 0.06 and f"{c['value']} m" in text
+    elif says == "ranked":
+        assert c["values"] == sorted(c["values"])
+    else:
+        assert says in ("plan", "answer") and set(c) == {"says"}
+        return False
+    return True
+
+
+def check_trace(truth: Truth, direct: Sample, row: Sample) -> Counter:
+    text = reply(row)
+    match = re.fullmatch(r"<think>(.*)</think> (.+)", text, re.DOTALL)
+    assert match is not None and row.kind == row.metadata["task"] == f"thought_{direct.metadata['task']}"
+    body, answer = match[1], match[2]
+    assert 150 <= len(body.split()) <= 500 and not FORBIDDEN.search(body)
+    expected = reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
+    assert answer == expected and answer in body.split(". ")[-1] + body.split("\n")[-1]
+    assert (
+        score(answer, direct.answer) == 1.0 or answer.split(". ")[-1] == direct.answer["value"] or " point-" in answer
+    )
+    assert " ".join(s for s, _ in row.metadata["claims"]) == body.replace("\n", " ")  # no sentence without a claim
+    found: Counter = Counter()
+    for sentence, claim in row.metadata["claims"]:
+        try:
+            found[claim["says"]] += check_claim(truth, sentence, claim)
+        except AssertionError as error:
+            raise AssertionError(f"{row.id}: {sentence!r} {claim}") from error
+    json.dumps(row.metadata)
+    return found
+
+
+def check_scene(scene: Scene, tries: int) -> Counter:
+    truth, counts = Truth(scene), Counter()
+    rng = np.random.default_rng([scene.metadata["room_seed"], 95])
+    for direct in direct_rows(scene, tries):
+        row = geometric.compose(scene, direct, rng)
+        if row is not None:
+            counts += check_trace(truth, direct, row)
+            counts[row.metadata["task"]] += 1
+    return counts
+
+
+TASKS = {f"thought_{task}" for task in geometric.TRACES}
+
+
+def test_every_sentence_holds_in_a_few_rooms(walked: list[Scene]) -> None:
+    counts = sum((check_scene(scene, 2) for scene in walked[:3]), Counter())
+    assert set(counts) >= TASKS and min(counts[task] for task in TASKS) >= 4, counts
+    kinds = {"seen", "side", "range", "gap", "look", "angle", "steps", "nearer", "left_of", "both", "depth"}
+    assert min(counts[kind] for kind in kinds) >= 4, counts
+
+
+@pytest.mark.slow
+def test_every_sentence_holds_in_five_hundred_traces(renderer: Renderer) -> None:
+    counts: Counter = Counter()
+    for seed in range(6200, 6210):
+        counts += check_scene(shoot(seed, renderer, ShotConfig(views=2, overlap=1.0), WalkConfig(pairs=4)), 4)
+    assert sum(counts[task] for task in TASKS) >= 500 and min(counts[task] for task in TASKS) >= 50, counts
+    assert set(claims.CHECKS) - set(counts) <= {"plan", "answer", "unseen", "on"}, counts
+
+
+def test_a_false_sentence_does_not_go_out(walked: list[Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = walked[0]
+    direct = next(row for row in direct_rows(scene, 3) if row.metadata["task"] == "camera_camera")
+    moved = replace(
+        scene.views[direct.metadata["views"][0]].camera, rotation=np.array([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])
+    )
+    views = list(scene.views)
+    views[direct.metadata["views"][0]] = replace(views[direct.metadata["views"][0]], camera=moved)
+    with pytest.raises(RuntimeError, match="does not hold"):
+        for seed in range(20):
+            geometric.compose(replace(scene, views=tuple(views)), direct, np.random.default_rng(seed))
+    with pytest.raises(ValueError, match="no check for the claim"):
+        claims.holds(scene, {"says": "dreamt"})
+    other = SINGLE["measurement"](scene, scene.stills()[0], np.random.default_rng(0), TaskConfig(), "0")
+    with pytest.raises(ValueError, match="no reasoning for the task 'measurement'"):
+        geometric.compose(scene, other, np.random.default_rng(0))
+
+
+def test_traces_are_worded_in_many_ways(walked: list[Scene]) -> None:
+    direct = next(
+        r
+        for r in direct_rows(walked[0], 2)
+        if r.metadata["task"] == "object_object" or r.metadata["task"] == "distance"
+    )
+    made = [geometric.compose(walked[0], direct, np.random.default_rng(k)) for k in range(8)]
+    assert len({reply(row) for row in made if row is not None}) >= 6
+
+
+def test_rl_rows_come_back_through_the_reader(walked: list[Scene], tmp_path: Path) -> None:
+    scene = walked[0]
+    pairs = [(row, difficulty_of(scene, row)) for row in direct_rows(scene, 2)]
+    rows = [rl_row(row, 90, hard) for row, hard in pairs]
+    assert write_rl_rows(rows, tmp_path / "rl.parquet") == len(rows) > 8
+    for (direct, hard), sample in zip(pairs, open_source(tmp_path / "rl.parquet"), strict=True):
+        assert sample.kind == "thought" and len(sample.parts("image")) == len(direct.parts("image"))
+        meta = sample.metadata["meta_info"]
+        assert meta["difficulty"] == hard and set(hard) == {"margin", "occlusion", "objects", "clutter"}
+        assert 0 <= hard["margin"] <= 1 and 0 <= hard["occlusion"] <= 0.7 and hard["objects"] >= 1
+        assert sample.answer["value"] == reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
+        assert ("multi_choices_score" in meta["mode"]) == (direct.metadata["form"] == "choice")
+    depth = next(row for row, _ in pairs if row.metadata["task"] == "depth_comparison")
+    near, far = sorted(p[2] for p in depth.metadata["points"])[:2]
+    if len(depth.metadata["points"]) == 2:
+        assert difficulty_of(scene, depth)["margin"] == pytest.approx((far - near) / far, abs=1e-3)
+
+
+def test_rows_without_a_checkable_answer_are_refused(walked: list[Scene]) -> None:
+    caption = SINGLE["scene_caption"](walked[0], walked[0].stills()[0], np.random.default_rng(1), TaskConfig(), "0")
+    with pytest.raises(ValueError, match="no answer that a reward can check"):
+        rl_row(caption)
+    turns = replace(direct_rows(walked[0], 1)[0], messages=caption.messages * 2)
+    with pytest.raises(ValueError, match="4 messages"):
+        rl_row(turns)
+
+
+def test_box_rows_are_rewarded_as_boxes(walked: list[Scene]) -> None:
+    row = SINGLE["detection_3d"](walked[0], walked[0].stills()[0], np.random.default_rng(1), TaskConfig(), "0")
+    meta = json.loads(rl_row(row)["meta_info"])
+    assert (
+        meta["mode"] == ["bbox3d"] and meta["question_type"] == "bbox3d" and rl_row(row)["answer"].startswith("```json")
+    )
+    assert math.isfinite(difficulty_of(walked[0], row)["margin"]) and GHOST == 12
