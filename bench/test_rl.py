@@ -69,7 +69,8 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
     torch.manual_seed(0)
     config = ModelConfig.preset("tiny")
     processor = Processor.preset("tiny", max_pixels=1 << 20, max_seq_len=2048)
-    model, world = Qwen25VL(config).to(device), parallel.start(ParallelConfig(device=device.type, threads=1), environment={})
+    world = parallel.start(ParallelConfig(device=device.type, threads=1), environment={})
+    model = Qwen25VL(config).to(device)
     groups = sampled_groups(processor)
     budget = PROMPT + 64 + N * ANSWER
     ways = {

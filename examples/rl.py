@@ -98,20 +98,6 @@ class RoomsOptions:
 
 
 @dataclass(frozen=True)
-class BadSamples:
-    """When rows that cannot be asked stop the run; all of them are listed in <out>/ledger-*.jsonl.
-
-    Attributes:
-        max_fraction: stop above this share, once `min_samples` have been seen.
-        strict: stop at the first.
-    """
-
-    max_fraction: float = 0.05
-    min_samples: int = 200
-    strict: bool = False
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole run. The defaults are the rooms run on a small CPU.
 
@@ -121,6 +107,7 @@ class Config:
         seed: of sampling.
         resume: "auto", a checkpoint folder, or empty.
         dry_run: print what a step would cost, and end.
+        bad_samples: stop when a larger share of the rows cannot be asked; <out>/ledger-*.jsonl lists all of them.
     """
 
     out: str = "runs/rl"
@@ -128,6 +115,7 @@ class Config:
     seed: int = 0
     resume: str = ""
     dry_run: bool = False
+    bad_samples: float = 0.05
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
     processor: ProcessorConfig = ProcessorConfig(max_pixels=168 * 126, max_seq_len=1024, fov_base_width=200)
@@ -137,7 +125,6 @@ class Config:
     filter: FilterConfig = FilterConfig()
     update: policy.UpdateConfig = policy.UpdateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    bad_samples: BadSamples = BadSamples()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, vision_lr=1e-4, weight_decay=0.01)
     schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup=0.0)
     parallel: ParallelConfig = ParallelConfig()
@@ -340,8 +327,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     processor, model = build_processor(config), build_model(config, world)
     reference = None if config.update.kl == "none" else policy.frozen(build_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
-    bad = config.bad_samples
-    ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict)
+    ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     stream = PromptStream(open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size)
     first, recent, filtered = 0, guard.Recent(), FilterState()
     if resume_from is not None:

@@ -34,8 +34,6 @@ class SamplingConfig:
         top_p: below 1, only the most likely tokens are sampled; the trainer's logprobs stay those of all tokens.
         max_tokens: longest answer.
         memory: most that the engine's pages may take: bytes (an integer), or a share of the free memory (with a dot).
-        keep_weights: with sharded weights, keep the whole copy that the engine samples from between its phases (its
-            addresses stay, and with them captured graphs) instead of giving the memory back.
         numerics: "fast", or "bitwise": the sampler's logprobs are the trainer's to the last bit, at a cost.
     """
 
@@ -45,7 +43,6 @@ class SamplingConfig:
     top_p: float = 1.0
     max_tokens: int = 96
     memory: int | float = 0.25
-    keep_weights: bool = False
     numerics: Literal["fast", "bitwise"] = "fast"
 
     def params(self, answers: int, seed: int) -> SamplingParams:
@@ -75,7 +72,7 @@ class RankEngine:
         """Args:
         prompt_limit: tokens of the longest prompt.
         """
-        self.model, self.processor, self.keep, self.dtype = model, processor, config.keep_weights, world.dtype
+        self.model, self.processor, self.dtype = model, processor, world.dtype
         self.config = EngineConfig(config.pages_bytes(model.config, prompt_limit, world), numerics=config.numerics)
         self.prefill_seconds = self.decode_seconds = 0.0
         self._engine: Engine | None = None
@@ -84,14 +81,14 @@ class RankEngine:
         """`params.n` answers to each prompt. Raises RolloutError as `Engine.generate` does."""
         model = self.model
         if is_sharded(model):
-            model = gather(model, None if self._engine is None else self._engine.model, self.dtype)
+            model = gather(model, dtype=self.dtype)
         engine = self._engine = self._engine or Engine(model, self.processor, self.config)
         before = engine.stats.prefill_seconds, engine.stats.decode_seconds
         rollouts = engine.generate(list(prompts), params) if prompts else []
         self.prefill_seconds = engine.stats.prefill_seconds - before[0]
         self.decode_seconds = engine.stats.decode_seconds - before[1]
         engine.release()
-        if is_sharded(self.model) and not self.keep:
+        if is_sharded(self.model):  # the whole copy of the weights goes with it
             self._engine = None
         return rollouts
 

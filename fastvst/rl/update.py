@@ -45,8 +45,7 @@ class UpdateConfig:
         epochs: passes over the rollouts of one step.
         minibatches: optimizer steps in a pass. The very first of a step is on policy, so it needs no old logprobs.
         old_logprobs: of the later ones: the sampler's, or computed again by the trainer before the first one.
-        importance: level of truncated importance weights against the sampler, see `objectives.Importance`.
-        importance_cap: their upper bound.
+        importance: level of importance weights against the sampler, truncated at 2 (`objectives.Importance`).
         tokens_per_pack: largest pack of the update; at least the longest prompt and answer together.
         share_prompts: compute each prompt once for all of its answers; false repeats it, as other trainers do.
     """
@@ -63,7 +62,6 @@ class UpdateConfig:
     minibatches: int = 1
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
     importance: Literal["none", "token", "sequence", "geometric"] = "none"
-    importance_cap: float = 2.0
     tokens_per_pack: int = 2048
     share_prompts: bool = True
 
@@ -81,7 +79,7 @@ def make_objective(config: UpdateConfig, max_tokens: int) -> Objective:
     if config.objective == "dr_grpo":
         fields["max_length"] = max_tokens
     if config.importance != "none":
-        fields["importance"] = Importance(level=config.importance, high=config.importance_cap)
+        fields["importance"] = Importance(level=config.importance)
     return OBJECTIVES[config.objective](**fields)
 
 

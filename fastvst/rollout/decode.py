@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,53 @@ from fastvst.model.layers import Attend
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.request import Sequence
 from fastvst.rollout.sampling import Rows, make_rows
-from fastvst_kernels.decode_attention import DecodePlan, decode_attention, own_pieces, prefix_pieces
+from fastvst_kernels import decode_attention
+from fastvst_kernels.decode_attention import DecodePlan, own_pieces, prefix_pieces
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a decode step reads on the device; see `Batch` for the fields."""
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: Tensor
+    page_table: Tensor
+    prefix_pages: Tensor
+    prefix_lengths: Tensor
+    group_offsets: Tensor
+    max_group: int
+
+
+def forward_tables(model: Qwen25VL, pool: PagePool, tables: Tables, plan: DecodePlan | None = None) -> Tensor:
+    """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. No host waits for the device.
+
+    Args:
+        plan: CPU only, see `decode_attention`.
+    """
+    at, lengths = store_rows(pool, tables), tables.lengths + 1
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = pool.keys[layer], pool.values[layer]
+        keys.flatten(0, 1).index_copy_(0, at, k)
+        values.flatten(0, 1).index_copy_(0, at, v)
+        return decode_attention(
+            q, keys, values, tables.page_table, lengths, prefix_pages=tables.prefix_pages,
+            prefix_lengths=tables.prefix_lengths, group_offsets=tables.group_offsets, max_group=tables.max_group,
+            plan=plan,
+        )  # fmt: skip
+
+    return run_decoder(model, tables, attend)
+
+
+def run_decoder(model: Qwen25VL, tables: Tables, attend: Attend) -> Tensor:
+    return model.model(model.model.embed_tokens(tables.tokens), tables.positions.expand(3, -1), attend)
+
+
+def store_rows(pool: PagePool, tables: Tables) -> Tensor:
+    """(B,) rows of the flattened pages where this step's keys and values go."""
+    page = tables.page_table.gather(1, (tables.lengths // pool.page_size)[:, None]).squeeze(1)
+    return page * pool.page_size + tables.lengths % pool.page_size
 
 
 class Batch:
@@ -90,36 +137,19 @@ class Batch:
             self.page_table.copy_(torch.from_numpy(self.host_table))
         return True
 
-    def forward(self, model: Qwen25VL, attend: Attend) -> Tensor:
-        """(B, hidden) of the tokens that were drawn last, whose keys and values go into the pages."""
-        return model.model(model.model.embed_tokens(self.tokens), self.positions.expand(3, -1), attend)
+    def tables(self) -> Tables:
+        """The tensors of the next step."""
+        return Tables(
+            self.tokens, self.positions, self.lengths, self.page_table, self.prefix_pages, self.prefix_lengths,
+            self.group_offsets, self.max_group,
+        )  # fmt: skip
 
-    def attend(self) -> Attend:
-        """Attention of this step: stores keys and values at `lengths`, then attends to prompt and own pages."""
-        at, lengths = self.store_rows(), self.lengths + 1
-        plan = None
-        if self.device.type == "cpu":
-            own = own_pieces(self.host_table, self.host_lengths + 1, self.pool.page_size, self.dtype)
-            plan = DecodePlan(self.prefix, own)
-        pool = self.pool
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = pool.keys[layer], pool.values[layer]
-            keys.flatten(0, 1).index_copy_(0, at, k)
-            values.flatten(0, 1).index_copy_(0, at, v)
-            return decode_attention(
-                q, keys, values, self.page_table, lengths, prefix_pages=self.prefix_pages,
-                prefix_lengths=self.prefix_lengths, group_offsets=self.group_offsets, max_group=self.max_group,
-                plan=plan,
-            )  # fmt: skip
-
-        return attend
-
-    def store_rows(self) -> Tensor:
-        """(B,) rows of the flattened pages where this step's keys and values go."""
-        size = self.pool.page_size
-        page = self.page_table.gather(1, (self.lengths // size)[:, None]).squeeze(1)
-        return page * size + self.lengths % size
+    def plan(self) -> DecodePlan | None:
+        """The pieces of the next step's attention, on the CPU."""
+        if self.device.type != "cpu":
+            return None
+        own = own_pieces(self.host_table, self.host_lengths + 1, self.pool.page_size, self.dtype)
+        return DecodePlan(self.prefix, own)
 
     def advance(self, tokens: Tensor, own: Tensor | None, raw: Tensor | None) -> np.ndarray:
         """Take over what was drawn; the one place of a step where the host waits for the device.

@@ -23,6 +23,7 @@ from fastvst.data.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import Qwen25VL
 from fastvst.rollout.decode import Batch
+from fastvst.rollout.graphs import DecodeGraphs
 from fastvst.rollout.numerics import NUMERICS, Numerics
 from fastvst.rollout.pages import PagePool, memory_bytes, page_bytes
 from fastvst.rollout.prefill import VisionCache, embed, plan_chunks, run_chunks
@@ -48,6 +49,7 @@ class EngineConfig:
         max_sequences: answers that decode at the same time.
         prefill_tokens: prompt tokens of one step; longer prompts are computed in chunks.
         numerics: "fast", or "bitwise": log-probabilities equal the trainer's bit for bit (CPU), at a cost.
+        cuda_graphs: replay decode steps as CUDA graphs (on a GPU; see `graphs.py`).
     """
 
     memory: int | float = 0.25
@@ -55,6 +57,7 @@ class EngineConfig:
     max_sequences: int = 256
     prefill_tokens: int = 8192
     numerics: Literal["fast", "bitwise"] = "fast"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_sequences", "prefill_tokens"):
@@ -115,6 +118,7 @@ class Engine:
         self._pool: PagePool | None = None
         self._scheduler: Scheduler | None = None
         self._batch: Batch | None = None
+        self._graphs: DecodeGraphs | None = None
         self._vision = VisionCache()
         self._order = 0
 
@@ -247,7 +251,7 @@ class Engine:
         """Give the KV cache's memory back; the next call takes it again. Raises RolloutError while requests run."""
         if not self.idle:
             raise RolloutError("release() while requests are under way; finish or cancel them first")
-        self._pool = self._scheduler = self._batch = None
+        self._pool = self._scheduler = self._batch = self._graphs = None
 
     # How it works
 
@@ -263,6 +267,8 @@ class Engine:
                 self.model.config, budget // size - 1, config.page_size, dtype=weight.dtype, device=weight.device
             )
             self._scheduler = Scheduler(self._pool, config.max_sequences)
+            if config.cuda_graphs and weight.device.type == "cuda":
+                self._graphs = DecodeGraphs(self.model, self._pool)
             self._forbidden = torch.tensor(
                 [self.model.config.image_token_id, self.model.config.video_token_id], device=weight.device
             )
@@ -348,7 +354,10 @@ class Engine:
         """One token for every running answer."""
         scheduler, begin = self._ready(), time.perf_counter()
         batch = self._grown_batch()
-        hidden = self._numerics.forward(self.model, batch)
+        if self._graphs is not None:
+            hidden = self._graphs.forward(batch.tables())
+        else:
+            hidden = self._numerics.forward(self.model, batch)
         tokens, own, raw = self._draw(hidden, batch.rows, batch.steps, batch.seen)
         self._check_finite(batch.sequences, own)
         over = batch.advance(tokens, own, raw)
@@ -382,6 +391,8 @@ class Engine:
         if self._batch is None:
             pool, vocabulary = scheduler.pool, self.model.config.vocab_size
             self._batch = Batch(scheduler.running, pool, vocabulary, self._stops, pool.keys.dtype)
+            if self._graphs is not None:
+                self._graphs.check_addresses()
         return self._batch
 
     def _draw(self, hidden: Tensor, rows, steps: Tensor, seen: Tensor | None):

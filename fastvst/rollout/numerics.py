@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.bitwise import Tiles, attend_tiles, batch_invariant, make_tiles, model_logprobs
-from fastvst.rollout.decode import Batch
+from fastvst.rollout.decode import Batch, forward_tables, run_decoder, store_rows
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
 from fastvst.rollout.sampling import Rows
@@ -43,7 +43,7 @@ class Numerics:
 
 
 def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
-    return batch.forward(model, batch.attend())
+    return forward_tables(model, batch.pool, batch.tables(), batch.plan())
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
         keys = table[own // pool.page_size] * pool.page_size + own % pool.page_size
         shared = page_rows([Chunk(prompt, 0, prompt.length)], pool.page_size)
         parts.append((np.array([row]), place, np.concatenate([shared, keys])))
-    return batch.forward(model, _attend_tiles(pool, make_tiles(parts, len(batch)), batch.store_rows()))
+    tables = batch.tables()
+    return run_decoder(model, tables, _attend_tiles(pool, make_tiles(parts, len(batch)), store_rows(pool, tables)))
 
 
 def _attend_tiles(pool: PagePool, tiles: Tiles, rows: Tensor) -> Attend:

@@ -121,3 +121,72 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr().out
     assert "17 rows, 14 usable" in shown and str(folder / "out" / "index.html") in shown
     assert main(["data", "check", str(folder / "nowhere")]) == 2
+
+
+# Folder, rows' type and images of the published set (vst-spec 1.2).
+PUBLISHED = {
+    "mi_camera_motion": ("multi_image", 2), "mi_correspondence": ("correspondence", 2),
+    "mi_object_object_relation": ("multi_image", 2), "mi_scene_caption": ("caption-multi-view", 2),
+    "si_depth_comparison": ("depth", 1), "si_distance": ("distance", 1), "si_measurement": ("qa", 1),
+    "si_scene_caption": ("unknow", 1),
+}  # fmt: skip
+
+
+def test_the_published_folders_are_read_checked_packed_and_trained_on(tmp_path: Path) -> None:
+    import av
+    import numpy as np
+    import torch
+
+    from fastvst.data import open_source, pack
+    from fastvst.model import ModelConfig, Qwen25VL
+    from fastvst_kernels import linear_cross_entropy
+
+    for name, (kind, images) in PUBLISHED.items():
+        rows = [row(f"{name}-{k}", PAD * images + "which?", "B. left", images, kind) for k in range(2)]
+        for r in rows:
+            r["meta_info"] = json.dumps(
+                [{"resized_width": -1, "resized_height": -1, "width": 64, "height": 56}] * images
+            )
+        if kind == "qa":
+            rows[0]["conversations"] += [
+                {"from": "human", "value": "and its width?"},
+                {"from": "gpt", "value": "71 cm"},
+            ]
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "train-00000.parquet")
+    (tmp_path / "video").mkdir()
+    with av.open(str(tmp_path / "video" / "scene.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(0, 160, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": "3"}]
+    (tmp_path / "video" / "video.json").write_text(
+        json.dumps([{"id": "v", "video": "scene.mp4", "conversations": turns}])
+    )
+    llava = {
+        "id": "l",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}],
+    }
+    spar = {"id": "s", "image": ["a.png", "a.png"], "type": "obj_spatial_relation",
+            "conversations": [{"from": "human", "value": "<image>\n<image>\nq"}, {"from": "gpt", "value": "a"}]}  # fmt: skip
+    for name, content in (("llava", llava), ("spar", spar)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png())
+        (tmp_path / name / "rows.json").write_text(json.dumps([content]))
+    processor = Processor.preset("tiny", video_min_pixels=28 * 28, video_max_pixels=28 * 28)
+    encoded = []
+    for folder in sorted(p for p in tmp_path.iterdir()):
+        found = check_source(folder, processor)
+        assert found.usable == found.rows > 0 and not found.counts, found.table()
+        encoded += [processor.encode(sample) for sample in open_source(folder)]
+    assert len(encoded) == 16 + 3
+    batch = pack(encoded)
+    torch.manual_seed(0)
+    model = Qwen25VL(ModelConfig.preset("tiny"))
+    loss = model(batch, head=lambda h, w: linear_cross_entropy(h[batch.loss_rows], w, batch.targets))
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in model.parameters())

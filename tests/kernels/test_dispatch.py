@@ -26,6 +26,17 @@ def test_shipped_tables_hold_every_attention_shape(arch: int):
         assert tile.block_m in (16, 32, 64, 128) and tile.block_n in (16, 32, 64, 128)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shipped_tables_hold_every_tunable_kernel(arch: int):
+    from fastvst_kernels import tune
+
+    table = dispatch.read_table(dispatch.TABLES / f"sm_{arch}.json")
+    for kernel, tunable in tune.tunables().items():
+        assert set(table.configs[kernel]) == set(tunable.shapes), kernel
+        for shape, numbers in table.configs[kernel].items():
+            assert numbers in tunable.candidates(shape) or (tunable.optional and numbers == ()), (kernel, shape)
+
+
 def test_heads_are_two_powers_of_two():
     assert dispatch.pieces(80) == (64, 16) and dispatch.pieces(96) == (64, 32) and dispatch.pieces(128) == (128, 0)
     for width in range(16, 257, 16):

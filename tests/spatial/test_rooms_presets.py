@@ -194,3 +194,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert folder.parent == tmp_path and sum(map(len, rows_of(folder))) == 6
     assert main([*arguments, "--split", "heldout", "--preset", "all"]) == 0
     assert np.char.startswith(Path(capsys.readouterr().out.strip()).name, "rooms-heldout-6-")
+
+
+def test_every_task_is_asked_in_ten_ways_or_more() -> None:
+    from fastvst.spatial import tasks
+
+    banks = {
+        "grounding_3d": tasks.grounding_3d.PHRASES, "scene_caption": tasks.scene_caption.PHRASES,
+        "detection_multi": tasks.detection_multi.PHRASES, "change_caption": tasks.change_caption.PHRASES,
+        "object_object": tasks.object_object.OBJECTS + tasks.object_object.CAMERA,
+        "camera_camera": tasks.camera_camera.CLOCK + tasks.camera_camera.COMPASS_TURN + tasks.camera_camera.POSITION,
+        "video_measurement": tasks.video_measurement.LONGEST + tasks.video_measurement.HEIGHT,
+        "video_counting": tasks.video_counting.PHRASES, "video_caption": tasks.video_caption.PHRASES,
+        "video_order": tasks.video_order.ORDER + tasks.video_order.FIRST,
+        "video_object_object": tasks.video_object_object.DISTANCE + tasks.video_object_object.DIRECTION,
+        "video_route": tuple(a + b for a in tasks.video_route.START for b in tasks.video_route.FILL),
+        "video_other": tasks.video_other.ROOM + tasks.video_other.WAY + tasks.video_other.TURN + tasks.video_other.LAST,
+    }  # fmt: skip
+    assert set(banks) == set(VST_P) - set(FIRST_SIX)
+    assert all(10 <= len(set(bank)) for bank in banks.values())

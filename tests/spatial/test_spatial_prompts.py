@@ -57,3 +57,32 @@ def test_unchanged_without_decimals_and_when_already_converted() -> None:
     assert to_fov_prompt(integer, 730, 530) == (integer, (730, 530))
     once, size = to_fov_prompt(stored(), 730, 530)
     assert to_fov_prompt(once, *size) == (once, size)
+
+
+def test_two_images_are_unified_together() -> None:
+    """Through the loader: a camera line for each image, each picture resized to the one focal length."""
+    import numpy as np
+    from PIL import Image
+
+    from fastvst.data import Processor, Sample
+    from fastvst.spatial.camera import Camera
+    from fastvst.spatial.prompts import multi_detection_prompt, to_fov_prompts
+
+    cameras = [
+        Camera(w, h, f, f, w / 2, h / 2, np.eye(3), np.zeros(3)) for w, h, f in ((730, 530, 529.5), (640, 480, 532.0))
+    ]
+    prompt = multi_detection_prompt("Detect the 3D bounding boxes of bed", cameras)
+    assert "Image 1: image width=730" in prompt and "Image 2: image width=640" in prompt and "image 1 as the" in prompt
+    images = [{"type": "image", "image": Image.new("RGB", (c.width, c.height))} for c in cameras]
+    messages = [
+        {"role": "user", "content": [*images, {"type": "text", "text": prompt}]},
+        {"role": "assistant", "content": "x"},
+    ]
+    processor = Processor.preset("tiny")
+    encoded = processor.encode(Sample.from_messages(messages, kind="bbox_3d"))
+    assert encoded.notes == ("fov_unified",)
+    assert encoded.grid[:, 1:].tolist() == [[50, 68], [44, 60]]  # 959 x 696 -> 952 x 700, 837 x 628 -> 840 x 616
+    text, sizes = to_fov_prompts(prompt, [(730, 530), (640, 480)])
+    assert sizes == [(959, 696), (837, 628)] and "Image 2: Horizontal fov" in text and "Focal" not in text
+    assert text.split("\n")[1].startswith("Image 1: Horizontal fov, hfov=69.1")
+    assert to_fov_prompts(prompt, [(730, 530)]) == (prompt, [(730, 530)])  # a line too many: as it was

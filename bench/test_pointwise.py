@@ -1,0 +1,46 @@
+"""Norms, SwiGLU and M-RoPE: counted bytes, on the CPU beside plain code, on a GPU beside every peer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pointwise_cases import CPU_CASES, GPU_CASES, Case
+from timing import interleaved
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
+def test_counted(case: Case, record):
+    record(f"counted {case.name}", forward_gb=case.bytes_forward * 1e-9, backward_gb=case.bytes_backward * 1e-9)
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda c: c.name)
+def test_beside_plain_code_on_the_cpu(case: Case, record, device):
+    """Forward + backward in float32, in turns."""
+    if device.type != "cpu":
+        pytest.skip("this is the CPU's bench")
+    inputs, contenders = case.make(device, torch.float32)
+
+    def step(run):
+        def both() -> None:
+            out = run()
+            outs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad(outs, inputs, [torch.ones_like(x) for x in outs])
+
+        return both
+
+    best = interleaved({name: step(contenders[name]) for name in ("fastvst", "eager")}, rounds=9)
+    record(
+        case.name, fastvst_ms=best["fastvst"] * 1e3, eager_ms=best["eager"] * 1e3, ratio=best["eager"] / best["fastvst"]
+    )
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
+def test_beside_the_peers(case: Case, record, device):
+    if device.type != "cuda":
+        pytest.skip("the peers' kernels need a GPU: not measured")
+    from attention_gpu import ceilings
+    from pointwise_gpu import measure
+
+    for name, figures in measure(case, ceilings()["copy_tbps"]).items():
+        record(f"{case.name}: {name}", **figures)

@@ -1,0 +1,40 @@
+"""Rows a second out of the rooms, all in: furnish, draw, ask, encode, write; and how the memory grows."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+
+def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float, float, float]:
+    """Seconds for the second half of the rows (start-up left out), and MiB of this process at half and at the end."""
+    from fastvst.spatial.rooms.generate import make_rooms
+    from fastvst.spatial.rooms.presets import PRESETS
+
+    make_rooms(folder, samples // 2, 0, workers, PRESETS[preset], progress=None)
+    half, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
+    make_rooms(folder, samples // 2, 1, workers, PRESETS[preset], progress=None)
+    return time.perf_counter() - start, half, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize(
+    ("preset", "workers", "samples"), [("default", 2, 4000), ("vst_p", 2, 3000), ("cold_start", 2, 1000)]
+)
+def test_rooms(record: Callable[..., None], tmp_path: Path, preset: str, workers: int, samples: int) -> None:
+    # A process of its own: Mesa and Triton bring two LLVMs, which crash in one process.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seconds, half, end = pool.submit(produce, str(tmp_path), samples, workers, preset).result()
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.parquet"))
+    record(
+        f"{preset}, {workers} workers",
+        rows_per_s=samples / 2 / seconds,
+        kib_per_row=size / 1024 / samples,
+        mib_after_half=half,
+        mib_at_end=end,
+    )

@@ -1,0 +1,94 @@
+"""Window attention and the whole vision tower, forward + backward, beside transformers on the same pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvst.model import VisionConfig
+from fastvst.model.positions import vision_layout
+from fastvst.model.vision import VisionTower
+from pointwise_cases import CPU_WINDOWS
+from timing import interleaved
+
+
+def test_windows_beside_sdpa_by_window(record, device):
+    """2,000 patches of 16 heads of 80 in float32, the last window with 16 patches."""
+    if device.type != "cpu":
+        pytest.skip("bench/pointwise_gpu.py measures windows on a GPU")
+    inputs, contenders = CPU_WINDOWS.make(device, torch.float32)
+
+    def step(run):
+        return lambda: torch.autograd.grad(run().sum(), inputs)
+
+    best = interleaved({name: step(run) for name, run in contenders.items()}, rounds=5)
+    ours, theirs = best["fastvst"], best["SDPA by window"]
+    record(CPU_WINDOWS.name, fastvst_ms=ours * 1e3, sdpa_by_window_ms=theirs * 1e3, ratio=theirs / ours)
+
+
+def towers(device: torch.device, dtype: torch.dtype, depth: int, grids: list[list[int]]):
+    """(ours, transformers'): functions that run forward + backward of one tower with the same weights."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    full = [i for i in (7, 15, 23, 31) if i < depth] or [depth - 1]
+    theirs = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+        Qwen2_5_VLVisionConfig(
+            depth=depth, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048,
+            fullatt_block_indexes=full,
+        ),
+        attn_implementation="sdpa",
+    ).to(device, dtype)  # fmt: skip
+    ours = VisionTower(VisionConfig(depth=depth, out_hidden_size=2048, fullatt_block_indexes=tuple(full)))
+    state = {name: value for name, value in theirs.state_dict().items() if "inv_freq" not in name}
+    ours.to(device, dtype).load_state_dict(state)
+
+    layout = vision_layout(grids)
+    total = int(layout.image_lengths.sum())
+    patches = torch.randn(total, 1176, device=device, dtype=dtype)
+    order = torch.from_numpy(layout.window_order).to(device)
+    tower_order = patches.view(-1, 4, 1176)[order].reshape(total, 1176)
+
+    def offsets(lengths):
+        return torch.tensor([0, *lengths.tolist()], device=device).cumsum(0).to(torch.int32)
+
+    arguments = (torch.from_numpy(layout.positions).to(device), offsets(layout.window_lengths))
+    arguments = (*arguments, offsets(layout.image_lengths))
+    longest = {"max_window": int(layout.window_lengths.max()), "max_image": int(layout.image_lengths.max())}
+    grid = torch.tensor(grids, device=device)
+
+    def run_ours():
+        ours.zero_grad()
+        out = ours(tower_order, *arguments, **longest)
+        out.sum().backward()
+        return out
+
+    def run_theirs():
+        theirs.zero_grad()
+        out = theirs(patches, grid_thw=grid)
+        out = out if torch.is_tensor(out) else out.pooler_output
+        out.sum().backward()
+        return out
+
+    with torch.no_grad():
+        merged = ours(tower_order, *arguments, **longest)
+        found = theirs(patches, grid_thw=grid)
+        found = found if torch.is_tensor(found) else found.pooler_output
+    error = (merged - found[order]).abs().max() / found.abs().max()
+    assert error < (1e-3 if dtype == torch.float32 else 5e-2), f"the towers differ by {error:.2g}"
+    return run_ours, run_theirs
+
+
+def test_tower_beside_transformers(record, device):
+    """The 3b's tower; on the CPU 4 of its 32 blocks (3 windowed, 1 full) on 2 pictures, goal 1.3x."""
+    if device.type == "cpu":
+        depth, dtype, grids, goal = 4, torch.float32, [[1, 26, 18], [1, 12, 22]], 1.3
+    else:
+        depth, dtype, grids, goal = 32, torch.bfloat16, [[1, 64, 62]] * 16, 2.0
+    ours, theirs = towers(device, dtype, depth, grids)
+    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=5)
+    ratio = best["transformers"] / best["fastvst"]
+    record(
+        f"tower, {depth} blocks, {sum(t * h * w for t, h, w in grids)} patches", fastvst_s=best["fastvst"],
+        transformers_sdpa_s=best["transformers"], ratio=ratio, goal=goal,
+    )  # fmt: skip
