@@ -40,6 +40,7 @@ PARTS = (
     Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_gpu_attention.py"), 0.3),
     Part("bench-attention", "attention.json", ("bench/attention_gpu.py", *TIMED), 0.4),
     Part("bench-loss-head", "loss_head.json", ("bench/loss_head_gpu.py", *TIMED), 0.4),
+    Part("bench-pointwise", "pointwise.json", ("bench/pointwise_gpu.py", *TIMED), 0.2),
     Part("tune", "table.json", ("-m", "fastvst_kernels.tune", *TIMED), 0.5),
     Part("end-to-end", "end_to_end.json", ("bench/end_to_end_gpu.py", "--out", "{out}"), 1.0),
 )  # fmt: skip
@@ -73,7 +74,28 @@ def run_part(part: Part, out: Path, seconds: float) -> str:
 
 
 def summary(out: Path) -> list[str]:
-    """The short table: each case's TFLOP/s of ours and of the best peer, from what DIR holds."""
+    """The short table: each case's TFLOP/s or TB/s of ours and of the best peer, from what DIR holds."""
+    return [*attention_summary(out), *pointwise_summary(out)]
+
+
+def pointwise_summary(out: Path) -> list[str]:
+    path = out / "pointwise.json"
+    if not path.exists():
+        return ["pointwise: not measured"]
+    lines = []
+    for case, figures in json.loads(path.read_text())["cases"].items():
+        for way in ("forward", "backward"):
+            known = {name: f[f"{way}_tbps"] for name, f in figures.items() if f"{way}_tbps" in f}
+            peers = {name: value for name, value in known.items() if name != "fastvst"}
+            best = max(peers, key=peers.__getitem__, default=None)
+            beside = "no peer" if best is None else f"{best} {peers[best]:.2f}"
+            ours = known.get("fastvst", float("nan"))
+            share = figures.get("fastvst", {}).get(f"{way}_share", float("nan"))
+            lines.append(f"{case} {way}: fastvst {ours:.2f} TB/s ({share:.0%} of copy), {beside}")
+    return lines
+
+
+def attention_summary(out: Path) -> list[str]:
     path = out / "attention.json"
     if not path.exists():
         return ["attention: not measured"]

@@ -1,4 +1,4 @@
-"""The norm, activation, rotary and window problems that are measured: tensors, peers, bytes counted. Needs torch only."""
+"""The norm, activation, rotary and window problems that are measured: tensors, peers, bytes counted."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from fastvst.data import Processor, Sample
 from fastvst.data.batch import EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
+from rollout_gpu import ANSWER, CASES, PROMPT, Case, roofline
 
 PROMPTS, SAMPLES, TOKENS = 32, 8, 64  # the setting of the goal: at least 3x transformers' generate
 
@@ -56,6 +57,15 @@ def padded(config: ModelConfig, samples: list[EncodedSample]) -> dict[str, torch
         inputs["pixel_values"] = torch.cat([s.patches for s in samples])
         inputs["image_grid_thw"] = torch.cat([s.grid for s in samples]).long()
     return inputs
+
+
+def test_roofline(record):
+    """The decode roofline of the GPU bench: arithmetic, no clock. H200, 1,600 + 400 tokens, at the last token."""
+    for case in CASES:
+        record(f"roofline: {case.name}", tokens_per_s=roofline(case, PROMPT + ANSWER))
+    # The figures that are known for it, in thousands of tokens/s: (7B, 128 answers) alone and 8 to a prompt.
+    assert abs(roofline(Case("7b", 128, 1), 2000) / 21_300 - 1) < 0.01
+    assert abs(roofline(Case("7b", 128, 8), 2000) / 33_100 - 1) < 0.01
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command in ("chat", "generate"):
-            return (rollout_command.run_chat if arguments.command == "chat" else rollout_command.run_generate)(arguments)
+            return (rollout_command.run_chat if arguments.command == "chat" else rollout_command.run_generate)(
+                arguments
+            )
         if arguments.command == "data":
             return gallery.run(arguments)
         return _rooms(arguments) if arguments.command == "rooms" else _evaluate(arguments)

@@ -161,7 +161,7 @@ def _work(
     import torch
 
     from fastvst.data.encode import Processor
-    from fastvst.evaluate.run import answer
+    from fastvst.evaluate.run import answer, sampling_of
     from fastvst.model import Qwen25VL
 
     if not ids[rank]:
@@ -189,6 +189,7 @@ def _work(
         out / f"predictions-{rank}.jsonl",
         max_new_tokens=limit,
         batch_size=arguments.batch_size,
+        sampling=sampling_of(module),
         log=log,
     )
     rate = f"{speed.questions / speed.seconds:.2f} questions/s, {speed.tokens / speed.seconds:.0f} tokens/s"

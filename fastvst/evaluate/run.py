@@ -1,4 +1,4 @@
-"""Let a model answer a benchmark: rows to prompts to predictions on disk, in batches, going on where a run stopped."""
+"""Let a model answer a benchmark: rows to prompts to predictions on disk, batched, going on where a run stopped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from fastvst.data.video import load_frames, plan_video, total_pixel_budget
 from fastvst.evaluate import predictions
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.predictions import Prediction
-from fastvst.rollout.greedy import greedy
+from fastvst.rollout import Engine, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
     from fastvst.data.batch import EncodedSample
     from fastvst.model import Qwen25VL
+    from fastvst.rollout.request import Request
 
 Prompt = Callable[[Row], Sample]
 
@@ -38,6 +39,19 @@ class Speed:
     seconds: float
 
 
+# Sampling of the paper's runs (its evaluation configs); benchmarks that are not named here decode with top_k 1.
+SAMPLING = {
+    "vsi_bench": SamplingParams(temperature=0.1, top_p=0.001, repetition_penalty=1.05),
+    "sunrgbd_det": SamplingParams(temperature=0.2, top_p=0.95),
+}
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def sampling_of(benchmark: str) -> SamplingParams:
+    """The paper's sampling of a benchmark, by the (last part of the) name of its module."""
+    return SAMPLING.get(benchmark.rpartition(".")[2], GREEDY)
+
+
 def answer(
     model: Qwen25VL,
     processor: Processor,
@@ -47,18 +61,20 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    batch_tokens: int = 32768,
+    sampling: SamplingParams = GREEDY,
     log: Callable[[str], None] = lambda line: None,
 ) -> Speed:
-    """Answer `rows` greedily and append one line each to `path`; rows that `path` already answers are skipped.
+    """Answer `rows` and append one line each to `path`; rows that `path` already answers are skipped.
 
     A question that cannot be encoded, or that does not fit into memory even alone, gets a line with its reason and no
-    prediction. Questions about the same pictures or video are asked one after the other, and those are decoded once.
+    prediction. Questions about the same pictures or video are asked one after the other: those are decoded once, and go
+    through the vision tower once.
 
     Args:
         prompt: row to Sample (a benchmark's `prompt`).
-        batch_size, batch_tokens: limits of one batch; a longer prompt is a batch of its own.
-        log: gets a progress line after every batch.
+        batch_size: answers that decode at the same time.
+        sampling: how tokens are drawn; max_tokens is `max_new_tokens`.
+        log: gets a progress line whenever answers are complete.
     """
     predictions.drop_torn_line(path)
     done = {p.id for p in predictions.read(path)} if path.exists() else set()
@@ -66,14 +82,66 @@ def answer(
     begin, asked, tokens, failed = time.monotonic(), 0, 0, 0
     training = model.training
     model.eval()
-    for batch in _batches(processor, left, prompt, batch_size, batch_tokens):
-        made = _generate(model, processor, batch, max_new_tokens)
+    engine = Engine(model, processor, max_sequences=batch_size)
+    params = dataclasses.replace(sampling, max_tokens=max_new_tokens, logprobs=False)
+    for made in _answers(engine, _encoded(processor, left, prompt), params, batch_size):
         predictions.append(path, made)
         asked, tokens = asked + len(made), tokens + sum(p.tokens for p in made)
         failed += sum(bool(p.failed) for p in made)
         log(_progress(asked, len(left), tokens, failed, time.monotonic() - begin))
     model.train(training)
     return Speed(asked, tokens, failed, time.monotonic() - begin)
+
+
+def _answers(
+    engine: Engine, encoded: Iterator[tuple[Row, EncodedSample | str]], params: SamplingParams, batch_size: int
+) -> Iterator[list[Prediction]]:
+    """Predictions as they are complete; new questions enter as others end."""
+    live: list[tuple[Row, EncodedSample, Request]] = []
+    over = False
+    while live or not over:
+        ready: list[tuple[Row, EncodedSample]] = []
+        while not over and len(live) + len(ready) < 2 * batch_size:
+            row, sample = next(encoded, (None, ""))
+            if row is None:
+                over = True
+            elif isinstance(sample, str):
+                yield [Prediction(row.id, None, sample)]
+            else:
+                try:
+                    ready.append((row, engine.encode(sample, params)))
+                except RolloutError as error:
+                    yield [Prediction(row.id, None, f"out_of_memory: {error}")]
+        requests = engine.add_many([sample for _, sample in ready], [params] * len(ready))
+        live += [(row, sample, request) for (row, sample), request in zip(ready, requests, strict=True)]
+        try:
+            if not engine.step():
+                continue
+        except torch.OutOfMemoryError:
+            for *_, request in live:
+                engine.cancel(request)
+            yield [_alone(engine, row, sample, params) for row, sample, _ in live]
+            live = []
+            continue
+        finished = [_prediction(row, request) for row, _, request in live if request.done]
+        live = [item for item in live if not item[2].done]
+        if finished:
+            yield finished
+
+
+def _alone(engine: Engine, row: Row, sample: EncodedSample, params: SamplingParams) -> Prediction:
+    """A question asked by itself, after a batch with it in has run out of memory."""
+    try:
+        ((rollout,),) = engine.generate([sample], params)
+    except torch.OutOfMemoryError:
+        return Prediction(row.id, None, f"out_of_memory: {len(sample)} tokens, alone")
+    return Prediction(row.id, rollout.text, "", len(rollout.tokens))
+
+
+def _prediction(row: Row, request: Request) -> Prediction:
+    (rollout,) = request.rollouts
+    assert rollout is not None  # the request is done
+    return Prediction(row.id, rollout.text, "", len(rollout.tokens))
 
 
 def in_order_of_media(rows: Sequence[Row]) -> list[Row]:
@@ -89,31 +157,17 @@ def _media_key(row: Row) -> Any:
     return media or ("row", row.id)
 
 
-def _batches(
-    processor: Processor, rows: Sequence[Row], prompt: Prompt, size: int, tokens: int
-) -> Iterator[list[tuple[Row, EncodedSample | str]]]:
-    """Rows with their encoded prompt, or with the reason why there is none."""
-    batch: list[tuple[Row, EncodedSample | str]] = []
-    length = 0
+def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Iterator[tuple[Row, EncodedSample | str]]:
+    """Rows with their encoded prompt, or with the reason why there is none; neighbours share decoded pictures."""
     decoded: dict[Any, Any] = {}
     key: Any = None
     for row in rows:
         if _media_key(row) != key:
             decoded, key = {}, _media_key(row)
         try:
-            encoded: EncodedSample | str = processor.encode(
-                _with_decoded(prompt(row), decoded, processor), add_generation_prompt=True
-            )
+            yield row, processor.encode(_with_decoded(prompt(row), decoded, processor), add_generation_prompt=True)
         except SampleError as error:
-            encoded = f"{error.reason}: {error.detail}"
-        more = 0 if isinstance(encoded, str) else len(encoded.tokens)
-        if batch and (len(batch) == size or length + more > tokens):
-            yield batch
-            batch, length = [], 0
-        batch.append((row, encoded))
-        length += more
-    if batch:
-        yield batch
+            yield row, f"{error.reason}: {error.detail}"
 
 
 def _with_decoded(sample: Sample, decoded: dict[Any, Any], processor: Processor) -> Sample:
@@ -161,36 +215,6 @@ def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
     frames = [Image.fromarray(f.transpose(1, 2, 0)) for f in decoded]
     area = plan.size[0] * plan.size[1]  # as both limits, it keeps the frames at their size
     return {"video": frames, "fps": 2 / plan.seconds_per_grid, "min_pixels": area, "max_pixels": area}
-
-
-def _generate(
-    model: Qwen25VL, processor: Processor, batch: Sequence[tuple[Row, EncodedSample | str]], max_new_tokens: int
-) -> list[Prediction]:
-    """One prediction for each entry, in order."""
-    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
-    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
-    ready = [(row, encoded) for row, encoded in batch if not isinstance(encoded, str)]
-    made = {row.id: Prediction(row.id, None, encoded) for row, encoded in batch if isinstance(encoded, str)}
-    parts = [ready]
-    while parts:
-        part = parts.pop()
-        if not part:
-            continue
-        try:
-            samples = [encoded for _, encoded in part]
-            answers = greedy(
-                model, samples, max_new_tokens=max_new_tokens, stop_token_ids=stop, forbidden_token_ids=pads
-            )
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                length = len(part[0][1].tokens)
-                made[part[0][0].id] = Prediction(part[0][0].id, None, f"out_of_memory: {length} tokens, alone")
-            else:
-                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
-            continue
-        for (row, _), ids in zip(part, answers, strict=True):
-            made[row.id] = Prediction(row.id, processor.decode(ids), "", len(ids))
-    return [made[row.id] for row, _ in batch]
 
 
 def _progress(asked: int, total: int, tokens: int, failed: int, seconds: float) -> str:

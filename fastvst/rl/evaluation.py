@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from fastvst.data.ledger import Ledger, SampleError
+from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
-from fastvst.rl.prompts import Prompt
+from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import Asked
 from fastvst.train.metrics import rows_before
 from fastvst.train.parallel import World
@@ -32,6 +34,19 @@ class EvaluationConfig:
     every: int = 10
     questions: int = 200
     answers: int = 4
+
+
+def read_questions(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:
+    """The first `count` questions of a data set, numbered from 0; rows that cannot be asked go into the ledger."""
+    questions: list[Prompt] = []
+    for sample in open_source(path, ledger=ledger):
+        if len(questions) == count:
+            break
+        try:
+            questions.append(make_prompt(sample, turn=len(questions), number=len(questions)))
+        except SampleError as error:
+            ledger.record(error, where=str(path))
+    return questions
 
 
 def held_out(step: int, questions: Sequence[Prompt], asked: Sequence[Asked], world: World) -> dict[str, Any]:

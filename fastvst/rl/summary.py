@@ -88,6 +88,8 @@ def lines(row: dict[str, Any], total_steps: int) -> str:
         f"shared prompts save {row['token_saving']:.2f}x tokens  mem {row['memory_gib']:.1f} GiB  "
         f"left {duration(row['eta'])}"
     )
+    if row["split_groups"]:
+        third += f"  {row['split_groups']:.0f} groups did not fit into a pack"
     indent = " " * (len(head) + 2)
     text = f"{first}\n{indent}{second}\n{indent}{third}"
     return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text

@@ -1,10 +1,10 @@
 """Numerics that do not depend on what else is in a batch: trainer and sampler then agree bit for bit (CPU).
 
-Floating-point sums depend on their order, and matrix libraries choose the order by the shape of the whole product. Under
-`batch_invariant()` every product runs on tiles of `ROWS` rows and all causal attention on tiles of `ROWS` queries by
-`KEYS` keys, at places fixed by a token's position in its sequence. A token's hidden state is then the same whether it is
-computed in a pack, in a chunk of a prompt or alone in a decode step; what is left (norms, rotations, activations) works
-row by row anyway.
+Floating-point sums depend on their order, and matrix libraries choose the order by the shape of the whole product.
+Under `batch_invariant()` every product runs on tiles of `ROWS` rows and all causal attention on tiles of `ROWS` queries
+by `KEYS` keys, at places fixed by a token's position in its sequence. A token's hidden state is then the same whether
+it is computed in a pack, in a chunk of a prompt or alone in a decode step; what is left (norms, rotations, activations)
+works row by row anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS, KEYS = 16, 64  # 16 rows waste little in a decode step of a few answers; 6
 
 
 class batch_invariant(TorchDispatchMode):  # noqa: N801 - used as a context manager: `with batch_invariant():`
-    """Within it matrix products and causal packed attention on the CPU do not depend on the batch, forward and backward.
+    """Within it products and causal packed attention on the CPU do not depend on the batch, forward and backward.
 
     The trainer computes the log-probabilities it compares (or trains on) inside; `Engine(numerics="bitwise")` does so
     by itself. Costs several times the plain time: for checks and for hunting mismatches, not for production.
@@ -126,9 +126,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) ->
     total = torch.zeros_like(top)
     for block, rows in enumerate(tiles.keys):
         count = len(rows) * kv_heads
-        keys, values = (
-            x[rows.clamp(min=0)].transpose(1, 2).reshape(count, KEYS, width).contiguous() for x in (k, v)
-        )
+        keys, values = (x[rows.clamp(min=0)].transpose(1, 2).reshape(count, KEYS, width).contiguous() for x in (k, v))
         place = torch.arange(block * KEYS, (block + 1) * KEYS)
         seen = (place <= places[:count]) & (rows >= 0).repeat_interleave(kv_heads, 0)[:, None]
         scores = torch.bmm(queries[:count], keys.transpose(1, 2)) * scale

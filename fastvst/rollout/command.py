@@ -117,7 +117,9 @@ def generate_file(
                 nonlocal tokens
                 counts.answered += 1
                 tokens += sum(len(r.tokens) for r in rollouts)
-                answers = [{"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts]
+                answers = [
+                    {"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts
+                ]
                 write({"id": names[index], "answers": answers})
 
             engine.generate([encoded for _, encoded in ready], params, progress=keep)
@@ -233,7 +235,9 @@ def converse(
         _answer(engine, state, line, params, out, write)
 
 
-def _answer(engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]) -> None:
+def _answer(
+    engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]
+) -> None:
     before, media = list(state.messages), state.media
     content = [*media, {"type": "text", "text": line}]
     state.messages, state.media = [*before, {"role": "user", "content": content}], []

@@ -16,6 +16,7 @@ from fastvst.rollout.request import Sequence
 from fastvst.rollout.sampling import Rows, make_rows
 from fastvst_kernels import decode_attention
 from fastvst_kernels.decode_attention import DecodePlan, own_pieces, prefix_pieces
+from fastvst_kernels.decode_cpu import Piece
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Batch:
         self.prefix_lengths, self.group_offsets = self._tensor(prefix_lengths), self._tensor(self.host_offsets)
         self.rows: Rows = make_rows([s.params for s in rows], [s.seed for s in rows], vocabulary, self.device)
         self.seen = _seen(rows, vocabulary).to(self.device) if self.rows.penalty is not None else None
-        self.prefix = ()
+        self.prefix: tuple[Piece, ...] = ()
         if self.device.type == "cpu":
             self.prefix = prefix_pieces(shared, prefix_lengths, self.host_offsets, pool.page_size, dtype)
         self.history: list[tuple[np.ndarray, np.ndarray | None]] = []

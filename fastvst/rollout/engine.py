@@ -1,9 +1,10 @@
 """The rollout engine: answers from the trainer's own weights, in the trainer's process.
 
-    prompts ──> encode ──> pages (vision and prefill once for all n answers) ──> decode, all answers in one batch ──> Rollouts
+    prompts ──> encode ──> pages (vision and prefill once for n answers) ──> decode, all answers in a batch ──> Rollouts
 
-A step is either a packed row of prompt chunks or one token for every running answer; prompts go first, so that the batch
-is as large as it can be. See `scheduler.py` for who runs, `decode.py` for a step, `sampling.py` for how a token is drawn.
+A step is either a packed row of prompt chunks or one token for every running answer; prompts go first, so that the
+batch is as large as it can be. See `scheduler.py` for who runs, `decode.py` for a step, `sampling.py` for how a token
+is drawn.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Stats:
 
 
 class Engine:
-    """Generates on the parameters of `model`, whatever they are at the moment: nothing is copied or cached between calls.
+    """Generates on the parameters of `model` as they are at the moment: nothing is copied or cached between calls.
 
     Attributes:
         config: see EngineConfig. stats: see Stats.
@@ -212,8 +213,11 @@ class Engine:
 
     def add(self, prompt: Sample | EncodedSample, params: SamplingParams | None = None) -> Request:
         """Queue one prompt; `step()` until `request.done`. Raises as `generate`."""
-        params = params or SamplingParams()
-        return self._submit([prompt], [params], time.perf_counter())[0]
+        return self.add_many([prompt], [params or SamplingParams()])[0]
+
+    def add_many(self, prompts: Prompts, params: Sequence[SamplingParams]) -> list[Request]:
+        """Queue several prompts; equal pictures among them go through the vision tower once. Raises as `generate`."""
+        return self._submit(prompts, params, time.perf_counter())
 
     def step(self) -> bool:
         """Compute one step; returns whether any answer ended in it. Nothing to do is fine.
@@ -280,7 +284,9 @@ class Engine:
         if isinstance(prompt, EncodedSample):
             length = len(prompt)
         elif self.processor is None:
-            raise ValueError(f"{prompt.source}/{prompt.id} is a Sample, and an engine without processor takes EncodedSamples")
+            raise ValueError(
+                f"{prompt.source}/{prompt.id} is a Sample, and an engine without processor takes EncodedSamples"
+            )
         else:
             length = self.processor.measure(prompt, add_generation_prompt=True).tokens
         name = f"{prompt.source}/{prompt.id}"
@@ -333,7 +339,9 @@ class Engine:
         steps = torch.zeros(len(answers), dtype=torch.int64, device=device)
         tokens, own, raw = self._draw(hidden, rows, steps, seen)
         drawn, now = tokens.tolist(), time.perf_counter()
-        logprobs = [None] * len(drawn) if own is None or raw is None else list(zip(own.tolist(), raw.tolist(), strict=True))
+        logprobs = (
+            [None] * len(drawn) if own is None or raw is None else list(zip(own.tolist(), raw.tolist(), strict=True))
+        )
         self._check_finite(answers, own)
         self._flush()
         self._batch = None
@@ -352,7 +360,7 @@ class Engine:
 
     def _decode(self) -> bool:
         """One token for every running answer."""
-        scheduler, begin = self._ready(), time.perf_counter()
+        begin = time.perf_counter()
         batch = self._grown_batch()
         if self._graphs is not None:
             hidden = self._graphs.forward(batch.tables())
@@ -406,8 +414,8 @@ class Engine:
             return
         wrong = answers[int((~torch.isfinite(logprobs)).nonzero()[0])]
         raise RolloutError(
-            f"{wrong.prompt.name}: the logits after {len(wrong.tokens)} answer tokens are not finite; the weights (or the "
-            "prompt's pixels) hold NaN or infinity"
+            f"{wrong.prompt.name}: the logits after {len(wrong.tokens)} answer tokens are not finite; the weights "
+            "(or the prompt's pixels) hold NaN or infinity"
         )
 
     def _end_if(self, answer: Answer, over: bool) -> bool:
@@ -427,7 +435,9 @@ class Engine:
             self._vision.done(prompt.vision_key)
         text = ""
         if self.processor is not None:
-            text = cut_at_stop(self.processor.decode(visible_tokens(answer.tokens, self.stop_tokens)), answer.params.stop)
+            text = cut_at_stop(
+                self.processor.decode(visible_tokens(answer.tokens, self.stop_tokens)), answer.params.stop
+            )
         first = answer.first_token_time - request.begin if answer.tokens else 0.0
         request.rollouts[answer.index] = Rollout(
             answer.tokens, text, answer.logprobs, answer.raw_logprobs, reason, now - request.begin, first,

@@ -1,8 +1,9 @@
 """CUDA graphs of the decode step, by bucket of batch and table sizes. Not run yet: no GPU was at hand.
 
-A graph replays kernels on fixed addresses: the parameters' (optimizers write in place, so graphs survive their steps), the
-KV pages' and those of static input tables that `replay` fills. Rows beyond the batch are padding: prompts of their own
-without tokens, on page 0, which belongs to nobody. Drawing tokens stays outside: it depends on the sampling parameters.
+A graph replays kernels on fixed addresses: the parameters' (optimizers write in place, so graphs survive their steps),
+the KV pages' and those of static input tables that `replay` fills. Rows beyond the batch are padding: prompts of their
+own without tokens, on page 0, which belongs to nobody. Drawing tokens stays outside: it depends on the sampling
+parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fastvst.model import Qwen25VL
 from fastvst.rollout.decode import Tables, forward_tables
 from fastvst.rollout.pages import PagePool
 
-# Rows of a graph: doubling, then steps of 16 and 32, so that padding is at most a third of a small batch, 1/8 of a large.
+# Rows of a graph: doubling, then steps of 16 and 32, so that padding is at most a third of a small batch, 1/8 of a
+# large.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 STEP = 32
 
@@ -80,7 +82,7 @@ class DecodeGraphs:
         self._addresses: tuple[int, ...] = ()
 
     def check_addresses(self) -> None:
-        """Forget all graphs if a parameter has moved (weights assigned anew, for instance). Call it for each new batch."""
+        """Forget all graphs if a parameter has moved (weights assigned anew, say). Call it for each new batch."""
         now = tuple(p.data_ptr() for p in self.model.parameters())
         if now != self._addresses:
             self._graphs.clear()

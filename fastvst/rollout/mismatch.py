@@ -36,8 +36,8 @@ def mismatch(trainer: Tensor, sampler: Tensor) -> Mismatch:
         trainer, sampler: (N,) log-probabilities of the same tokens, which the sampler drew.
 
     Returns:
-        the figures; the KL is the mean of `r - 1 - log r`, r = p_trainer / p_sampler, which is unbiased for tokens drawn
-        by the sampler and never negative (Schulman, "Approximating KL divergence", 2020).
+        the figures; the KL is the mean of `r - 1 - log r`, r = p_trainer / p_sampler, which is unbiased for tokens that
+        the sampler drew and never negative (Schulman, "Approximating KL divergence", 2020).
 
     Raises:
         ValueError: other shapes, or no tokens.

@@ -1,7 +1,7 @@
 """The same `generate` on somebody else's server: vLLM, SGLang or anything else that speaks OpenAI's chat completions.
 
-For those who outgrow one node. Tokens come from the server (`return_tokens_as_token_ids`, which vLLM and SGLang know), so
-that training sees what was drawn and not what decoding and encoding again make of it.
+For those who outgrow one node. Tokens come from the server (`return_tokens_as_token_ids`, which vLLM and SGLang know),
+so that training sees what was drawn and not what decoding and encoding again make of it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class OpenAIEngine:
         except (KeyError, TypeError, AttributeError) as error:
             raise RolloutError(f"{name}: {self.config.base_url} sent {describe(answer)}, which is no answer") from error
         if len(rollouts) != params.n:
-            raise RolloutError(f"{name}: {self.config.base_url} sent {len(rollouts)} answers; {params.n} were asked for")
+            raise RolloutError(
+                f"{name}: {self.config.base_url} sent {len(rollouts)} answers; {params.n} were asked for"
+            )
         return rollouts
 
     def _body(self, prompt: Sample, params: SamplingParams) -> dict[str, Any]:
@@ -120,10 +122,10 @@ class OpenAIEngine:
             "top_p": params.top_p,
             "max_tokens": params.max_tokens,
             "seed": params.seed,
-            "stop": list(params.stop),
+            "stop": list(params.stop or ()),
             "logprobs": params.logprobs,
             # Beyond OpenAI's own; vLLM and SGLang know them. -1 is their "all tokens".
-            "top_k": params.top_k or -1,
+            "top_k": params.top_k if params.top_k > 0 else -1,
             "min_p": params.min_p,
             "repetition_penalty": params.repetition_penalty,
             "ignore_eos": params.ignore_eos,
@@ -188,8 +190,8 @@ class OpenAIEngine:
         found = self.processor.tokenizer.token_to_id(token) if self.processor is not None else None
         if found is None:
             raise RolloutError(
-                f"{name}: {self.config.base_url} names a token {describe(token)} instead of its id. Training needs ids: "
-                "use a server that knows return_tokens_as_token_ids (vLLM, SGLang), or logprobs=False"
+                f"{name}: {self.config.base_url} names a token {describe(token)} instead of its id. Training needs "
+                "ids: use a server that knows return_tokens_as_token_ids (vLLM, SGLang), or logprobs=False"
             )
         return found
 

@@ -41,6 +41,7 @@ class PagePool:
         shape = (config.num_hidden_layers, pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.page_size, self.pages, self.peak = page_size, pages, 0
+        self._highest = 0  # no page above it has ever been written
         self._users = [0] * (pages + 1)
         self._free = list(range(pages, 0, -1))
 
@@ -67,7 +68,7 @@ class PagePool:
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._users[page] = 1
-        self.peak = max(self.peak, self.used)
+        self.peak, self._highest = max(self.peak, self.used), max(self._highest, *taken, 0)
         return taken
 
     def retain(self, pages: Sequence[int]) -> None:
@@ -87,7 +88,7 @@ class PagePool:
                 self._free.append(page)
 
     def save(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Copies of the pages' keys and values on the host, each (layers, len(pages), page_size, KV heads, head_dim)."""
+        """Copies of the pages' keys and values on the host, each (layers, count, page_size, KV heads, head_dim)."""
         index = torch.tensor(pages, device=self.keys.device)
         return self.keys.index_select(1, index).cpu(), self.values.index_select(1, index).cpu()
 
@@ -99,8 +100,8 @@ class PagePool:
 
     def clear(self) -> None:
         """Zero all bytes: after an error pages may hold NaN, which a mask does not hide."""
-        self.keys.zero_()
-        self.values.zero_()
+        self.keys[:, : self._highest + 1] = 0
+        self.values[:, : self._highest + 1] = 0
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -113,7 +114,9 @@ def memory_bytes(memory: int | float, device: torch.device) -> int:
     """A budget in bytes from bytes (an int) or a share of the device's free memory (a float up to 1)."""
     if isinstance(memory, float):
         if not 0 < memory <= 1:
-            raise ValueError(f"memory is {memory}; expected bytes as an int, or a share of free memory above 0, up to 1")
+            raise ValueError(
+                f"memory is {memory}; expected bytes as an int, or a share of free memory above 0, up to 1"
+            )
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:

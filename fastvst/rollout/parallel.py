@@ -1,9 +1,9 @@
 """The engine on every rank of an FSDP2 model: parameters gathered once for a rollout phase, prompts shared out by work.
 
-Between phases each rank holds its shard only. For a phase every parameter is gathered once into a plain model (FSDP2's own
-unsharded buffers move with every all-gather, and decoding calls each layer thousands of times); afterwards it is given
-back. With `keep=True` the plain model stays and later phases copy into the same memory, so that its addresses, and with
-them captured CUDA graphs, survive optimizer steps.
+Between phases each rank holds its shard only. For a phase every parameter is gathered once into a plain model (FSDP2's
+own unsharded buffers move with every all-gather, and decoding calls each layer thousands of times); afterwards it is
+given back. With `keep=True` the plain model stays and later phases copy into the same memory, so that its addresses,
+and with them captured CUDA graphs, survive optimizer steps.
 """
 
 from __future__ import annotations

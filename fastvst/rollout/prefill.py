@@ -17,8 +17,7 @@ from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.request import Prompt
-from fastvst_kernels import packed_attention
-from fastvst_kernels import decode_attention
+from fastvst_kernels import decode_attention, packed_attention
 from fastvst_kernels.decode_cpu import merge
 
 
@@ -90,7 +89,8 @@ def embed(model: Qwen25VL, prompts: Sequence[Prompt], cache: VisionCache) -> Non
 
     Equal pictures go through the tower once; prompts under way at the same time share a call of it.
     """
-    fresh, later = [], []
+    fresh: list[Prompt] = []
+    later: list[Prompt] = []
     for prompt in prompts:
         key = prompt.vision_key
         known = key is not None and (key in cache.features or any(p.vision_key == key for p in fresh))
@@ -163,6 +163,8 @@ def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
     lengths = [c.end - c.begin for c in chunks]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     cu_seqlens = torch.from_numpy(offsets.astype(np.int32)).to(device)
+    # On a GPU the tile tables are made once for all layers, from the host's offsets.
+    plan = prepare(torch.from_numpy(offsets.astype(np.int32)), causal=True).to(device) if device.type == "cuda" else None
     later = [(i, c) for i, c in enumerate(chunks) if c.begin]
     contexts = [
         (
@@ -179,8 +181,10 @@ def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
         keys.flatten(0, 1).index_copy_(0, rows, k)
         values.flatten(0, 1).index_copy_(0, rows, v)
         if not contexts:
-            return packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths))
-        out, lse = packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), return_lse=True)
+            return packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), plan=plan)
+        out, lse = packed_attention(
+            q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), plan=plan, return_lse=True
+        )
         for part, pages, length, members in contexts:
             count = part.stop - part.start
             none = torch.zeros((count, 1), dtype=torch.int64, device=device)

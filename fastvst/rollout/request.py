@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -23,13 +24,13 @@ class SamplingParams:
     Attributes:
         n: answers for each prompt.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: only the k most likely tokens (0 = all); top_p: only the smallest set of most likely tokens whose
+        top_k: only the k most likely tokens (0 or -1 = all); top_p: only the smallest set of most likely tokens whose
             probabilities reach top_p (arXiv 1904.09751); min_p: only tokens at least min_p times as likely as the most
             likely one (arXiv 2407.01082). Applied in this order, after the temperature.
         max_tokens: an answer ends after that many.
         stop: an answer ends once its text holds one of these strings; `Rollout.text` ends before it.
         seed: with the prompt's tokens and the answer's index it fixes the random numbers of an answer, whatever else
-            is in the batch.
+            is in the batch; None takes another one for every request.
         logprobs: also compute log-probabilities (else the lists are empty).
         repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive and
             multiplied where negative (arXiv 1909.05858); 1 = off.
@@ -42,14 +43,14 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int = 512
-    stop: str | Many[str] = ()
-    seed: int = 0
+    stop: str | Many[str] | None = ()
+    seed: int | None = 0
     logprobs: bool = True
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         wrong = [
             text
@@ -57,7 +58,7 @@ class SamplingParams:
                 (self.n < 1, f"n is {self.n}; expected at least 1"),
                 (not 0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; expected 0 or more"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}; expected above 0, up to 1"),
-                (self.top_k < 0, f"top_k is {self.top_k}; expected 0 (off) or more"),
+                (self.top_k < -1, f"top_k is {self.top_k}; expected 0 or -1 (off) or more"),
                 (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}; expected 0 to 1"),
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}; expected at least 1"),
                 (not all(stop), "stop holds an empty string"),
@@ -198,7 +199,8 @@ def make_request(
     request.prompt.waiting = params.n
     request.rollouts = [None] * params.n
     # 64 bits of (seed, prompt, answer): the sampler mixes them, so neighbours need not differ by much.
-    base = (params.seed & 0xFFFFFFFF) << 32 | content
+    seed = secrets.randbits(32) if params.seed is None else params.seed
+    base = (seed & 0xFFFFFFFF) << 32 | content
     for index in range(params.n):
         seed = (base + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         request.sequences.append(

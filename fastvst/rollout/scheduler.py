@@ -1,8 +1,8 @@
 """Who computes next: admission, growth and preemption of answers under a fixed number of pages.
 
 First come, first served. Under pressure prompts without running answers leave first, then the answers that came last;
-what leaves is copied to the host and comes back bit for bit. The oldest answer can always go on, because `check` refuses
-what would not fit alone: so nothing ever fails half-way for lack of pages.
+what leaves is copied to the host and comes back bit for bit. The oldest answer can always go on, because `check`
+refuses what would not fit alone: so nothing ever fails half-way for lack of pages.
 """
 
 from __future__ import annotations

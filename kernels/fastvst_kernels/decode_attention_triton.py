@@ -1,9 +1,9 @@
 """Decode attention in Triton: split-KV partial softmax over pages, then one merge of all parts.
 
-A program of the first kernel holds a tile of query rows that read the same pages: for a shared prompt all answers of its
-group times the query heads of one KV head, for a row's own pages just those heads. So a prompt's keys are read once for
-a group, not once for each answer. Shapes and grids depend on B, G and the tables' widths only, never on lengths, so that
-a captured graph stays valid while the lengths grow.
+A program of the first kernel holds a tile of query rows that read the same pages: for a shared prompt all answers of
+its group times the query heads of one KV head, for a row's own pages just those heads. So a prompt's keys are read once
+for a group, not once for each answer. Shapes and grids depend on B, G and the tables' widths only, never on lengths, so
+that a captured graph stays valid while the lengths grow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_M = (16, 32, 64)  # query rows of a tile; 64 hold 8 answers of 8 heads
 def settings(queries: int, width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(query rows of a tile, keys of a step, warps, pipeline stages) for that many queries that share pages.
 
-    Chosen to compile without spills on sm_80, 90, 100 and 120 (64 rows in 4 warps or 3 stages spill); not timed on a GPU.
+    Chosen to compile without spills on sm_80, 90, 100 and 120 (64 rows in 4 warps or 3 stages spill); not timed.
     """
     if dtype == torch.float32:
         return BLOCK_M[0], 16, 8, 1
@@ -38,7 +38,7 @@ def decode_partial_kernel(
     GROUPS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, MASK_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (lists of pages * tiles, KV heads, splits). OUT (parts, B, Hq, D) and LSE (parts, B, Hq), base 2, float32."""
+    """Grid: (page lists * tiles, KV heads, splits). OUT (parts, B, Hq, D) and LSE (parts, B, Hq), base 2, float32."""
     item = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(1)

@@ -163,16 +163,13 @@ def test_the_published_folders_are_read_checked_packed_and_trained_on(tmp_path: 
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": "3"}]
-    (tmp_path / "video" / "video.json").write_text(
-        json.dumps([{"id": "v", "video": "scene.mp4", "conversations": turns}])
-    )
-    llava = {
-        "id": "l",
-        "image": "a.png",
-        "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}],
-    }
-    spar = {"id": "s", "image": ["a.png", "a.png"], "type": "obj_spatial_relation",
-            "conversations": [{"from": "human", "value": "<image>\n<image>\nq"}, {"from": "gpt", "value": "a"}]}  # fmt: skip
+    asked = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": "3"}]
+    videos = [{"id": "v", "video": "scene.mp4", "conversations": asked}]
+    (tmp_path / "video" / "video.json").write_text(json.dumps(videos))
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    llava = {"id": "l", "image": "a.png", "conversations": turns}
+    twice = [{"from": "human", "value": "<image>\n<image>\nq"}, turns[1]]
+    spar = {"id": "s", "image": ["a.png", "a.png"], "type": "obj_spatial_relation", "conversations": twice}
     for name, content in (("llava", llava), ("spar", spar)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(png())

@@ -74,6 +74,38 @@ def test_a_broken_picture_is_a_named_failure(
     assert [line.id for line in report.failed] == ["bad"] and report.overall.questions == 3
 
 
+def test_shared_pictures_go_through_the_tower_once_and_memory_may_run_out(
+    model: Qwen25VL, processor: Processor, tmp_path: Path
+) -> None:
+    picture = png(1)
+    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(picture,), options=OPTIONS) for i in range(5)]
+    calls: list[int] = []
+
+    def count(module, inputs) -> None:
+        calls.append(inputs[0].shape[0])
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("too much")
+
+    handle = model.visual.register_forward_pre_hook(count)
+    try:
+        run.answer(model, processor, asked, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=3)
+        assert len(calls) == 1
+        run.answer(model, processor, asked[:1], mmstar.prompt, tmp_path / "q.jsonl", max_new_tokens=3)
+        speed = run.answer(model, processor, asked, mmstar.prompt, tmp_path / "r.jsonl", max_new_tokens=3)
+    finally:
+        handle.remove()
+    assert len(calls) == 3 + 5, "after the batch each question is asked alone"
+    assert speed.questions == 5 and speed.failed == 0
+    first, again = (predictions.read(tmp_path / name) for name in ("p.jsonl", "r.jsonl"))
+    assert {p.id: p.prediction for p in first} == {p.id: p.prediction for p in again}
+
+
+def test_the_paper_s_sampling() -> None:
+    vsi = run.sampling_of("fastvst.evaluate.vsi_bench")
+    assert (vsi.temperature, vsi.top_p, vsi.repetition_penalty) == (0.1, 0.001, 1.05)
+    assert run.sampling_of("fastvst.evaluate.mmstar").temperature == 0
+
+
 def test_rows_about_the_same_picture_are_neighbours() -> None:
     one, two = png(1), png(2)
     made = [Row(str(i), "?", "A", "", images=(one if i % 2 else two,)) for i in range(4)] + [Row("t", "?", "A", "")]

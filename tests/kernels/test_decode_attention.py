@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_case import assert_close, make_case
-from fastvst_kernels import decode_attention
+from fastvst_kernels import decode_attention, decode_cpu
 from fastvst_kernels.decode_attention import DecodePlan, decode_attention_op, own_pieces, prefix_pieces
 
 GROUPS = [(40, [3, 17, 0]), (0, [5]), (7, [1, 1]), (130, [33] * 5)]
@@ -30,13 +30,27 @@ def test_groups(backend, dtype):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.lists(st.tuples(st.integers(0, 50), st.lists(st.integers(0, 40), min_size=1, max_size=5)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, 50), st.lists(st.integers(0, 40), min_size=1, max_size=5)), min_size=1, max_size=6
+    ),
     st.sampled_from([1, 4, 16]),
     st.integers(0, 99),
 )
 def test_any_lengths(groups, page_size, seed):
     case = make_case(groups, (4, 2), 16, torch.float32, page_size=page_size, seed=seed)
     assert_close(case, run(case))
+
+
+def test_long_lists_are_cut_into_pieces_of_similar_length(monkeypatch):
+    """Far more padding than work is avoided, and the pieces give what one gives."""
+    case = make_case([(n, [n, 2 * n]) for n in (3, 9, 40, 41, 130)], (4, 2), 16, torch.float32)
+    one = run(case)
+    monkeypatch.setattr(decode_cpu, "SMALL", 0)
+    made = own_pieces(case.page_table.numpy(), case.lengths.numpy(), 16, torch.float32)
+    assert len(made) > 3 and sorted(r for p in made for r in p.place.tolist()) == list(range(10))
+    assert sum(p.groups * p.length for p in made) < 1.35 * int(case.lengths.sum())
+    assert_close(case, run(case))
+    torch.testing.assert_close(run(case)[0], one[0])
 
 
 def test_a_plan_gives_the_same_bits_and_no_groups_are_one_empty_prompt():
@@ -49,9 +63,7 @@ def test_a_plan_gives_the_same_bits_and_no_groups_are_one_empty_prompt():
     for a, b in zip(run(case), run(case, plan=plan), strict=True):
         assert torch.equal(a, b)
     alone = make_case([(0, [3, 17, 60, 1])], (4, 4), 16, torch.float32)
-    found = decode_attention(
-        alone.q, alone.k_pages, alone.v_pages, alone.page_table, alone.lengths, return_lse=True
-    )
+    found = decode_attention(alone.q, alone.k_pages, alone.v_pages, alone.page_table, alone.lengths, return_lse=True)
     assert_close(alone, found)
 
 
@@ -61,9 +73,7 @@ def test_operator():
     torch.library.opcheck(decode_attention_op, (case.q, case.k_pages, case.v_pages, *tables, 2, 0.25, False))
 
     def step(q):
-        return decode_attention(
-            q, case.k_pages, case.v_pages, case.page_table, case.lengths, **case.options()
-        ).tanh()
+        return decode_attention(q, case.k_pages, case.v_pages, case.page_table, case.lengths, **case.options()).tanh()
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(case.q), step(case.q))
 

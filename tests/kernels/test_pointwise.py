@@ -9,9 +9,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb,
 )
 
-from fastvst_kernels import add_rms_norm, mrope, packed_linear, rms_norm, swiglu
+from fastvst_kernels import add_rms_norm, mrope, norm, packed_linear, rms_norm, swiglu
+from fastvst_kernels.backend import say_once
 from fastvst_kernels.norm import rms_norm_reference
-from fastvst_kernels.swiglu import swiglu_reference
+from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_op, swiglu_reference
 
 torch.manual_seed(0)
 double = {"dtype": torch.float64, "requires_grad": True}
@@ -152,3 +153,44 @@ def test_packed_linear_skips_what_is_frozen():
     weights = [torch.randn(3, 5), torch.randn(2, 5, requires_grad=True)]
     packed_linear(x, weights).sum().backward()
     assert weights[0].grad is None and weights[1].grad is not None and x.grad is None
+
+
+def test_operators_pass_opcheck():
+    x, r, w = torch.randn(3, 16, **double), torch.randn(3, 16, **double), torch.randn(16, **double)
+    check = torch.library.opcheck
+    check(norm.rms_norm_op, (x, r, w, 1e-6, False))
+    check(norm.rms_norm_op, (x, None, None, 1e-6, False))
+    check(swiglu_op, (x, None, False))
+    check(swiglu_op, (x, r, False))
+    qkv, bias, positions = torch.randn(3, 64, **double), torch.randn(64, **double), torch.zeros(3, 3, dtype=torch.int32)
+    rest = ([2, 3, 3], 1e4, torch.float64, None, False)
+    check(torch.ops.fastvst.rope.default, (qkv, bias, positions, 2, 1, *rest))
+    with torch.no_grad():
+        y, total, inverse = norm.rms_norm_op(x, r, w, 1e-6, False)
+        check(norm.rms_norm_backward_op, (y, y, total, w, inverse, True, True, False))
+        check(swiglu_backward_op, (x[:, :8], x, None, False))
+        q, k, v = torch.ops.fastvst.rope(qkv, bias, positions, 2, 1, *rest)
+        check(torch.ops.fastvst.rope_backward.default, (q, k, v, positions, *rest[:-1], True, False))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: rms_norm(torch.zeros(2, 4), torch.zeros(3), 1e-6), "weight has shape .3,. on cpu; expected .4,."),
+        (lambda: rms_norm(torch.zeros(2, 4, dtype=torch.int32), None, 1e-6), "x is torch.int32"),
+        (lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 5), None, 1e-6), "residual is torch.float32 .2, 5."),
+        (lambda: rms_norm(torch.zeros(2, 4), None, 1e-6, backend="triton"), "has no kernels for 'cpu' tensors"),
+        (lambda: swiglu(torch.zeros(2, 4), backend="fast"), "unknown backend 'fast' of swiglu"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_choice_of_auto_is_said_once(caplog):
+    say_once.cache_clear()
+    with caplog.at_level("INFO", logger="fastvst_kernels"):
+        for _ in range(3):
+            rms_norm(torch.zeros(2, 4), None, 1e-6)
+    assert [r.getMessage() for r in caplog.records] == ["rms_norm on cpu uses backend 'torch'"]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from fastvst_kernels import packed_attention, vision_rope, window_attention
+from fastvst_kernels.window import window_backward_op, window_op
 
 
 def formula(qkv, bias, positions, cu, heads, theta=10000.0):
@@ -64,6 +65,17 @@ def test_rotation_equals_transformers_bit_for_bit():
     raw = qkv.view(50, 3, 4, 32)
     want_q, want_k = apply_rotary_pos_emb_vision(raw[:, 0], raw[:, 1], cos, sin)
     assert torch.equal(q, want_q) and torch.equal(k, want_k) and torch.equal(v, raw[:, 2])
+
+
+def test_opcheck():
+    qkv, bias = (torch.randn(n, requires_grad=True, dtype=torch.float64) for n in ((9, 48), (48,)))
+    offsets, positions = torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    options = (1, 1e4, 0.25, 5, torch.float64)
+    torch.library.opcheck(window_op, (qkv, bias, positions, offsets, *options, False))
+    with torch.no_grad():
+        out, fused, logsums = window_op(qkv, bias, positions, offsets, *options, False)
+        arguments = (out, fused, None, out, logsums, positions, offsets, *options, True, False)
+        torch.library.opcheck(window_backward_op, arguments)
 
 
 def test_inputs_are_not_overwritten_and_bias_is_optional():

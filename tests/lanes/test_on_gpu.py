@@ -57,11 +57,14 @@ def test_parts_run_fail_run_out_of_time_and_are_left_out_when_done(on_gpu, tmp_p
 
 
 def test_the_table_names_ours_and_the_best_peer(on_gpu, tmp_path):
-    assert on_gpu.summary(tmp_path) == ["attention: not measured"]
+    assert on_gpu.summary(tmp_path) == ["attention: not measured", "pointwise: not measured"]
     figures = {"fastvst": {"forward_tflops": 500.0}, "a": {"forward_tflops": 400.0}, "b": {"not_measured": "no"}}
     (tmp_path / "attention.json").write_text(json.dumps({"cases": {"case": figures}}))
     lines = on_gpu.summary(tmp_path)
     assert lines[0] == "case forward_tflops: fastvst 500, a 400"
+    figures = {"fastvst": {"forward_tbps": 4.0, "forward_share": 0.95}, "goal": {"forward": 3.9}}
+    (tmp_path / "pointwise.json").write_text(json.dumps({"cases": {"norm": figures}}))
+    assert "norm forward: fastvst 4.00 TB/s (95% of copy), no peer" in on_gpu.summary(tmp_path)
 
 
 def test_the_counted_figures_of_groups():

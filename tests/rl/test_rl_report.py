@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvst.data import Sample
+from fastvst.data import Ledger, Sample
 from fastvst.report.rl import visible, write_report
-from fastvst.rl.evaluation import held_out, write_down
+from fastvst.rl.evaluation import held_out, read_questions, write_down
 from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import Asked, RolloutLog
 from fastvst.rl.rewards import Reward
@@ -85,6 +85,17 @@ def test_held_out_rewards_have_intervals_over_rooms_and_take_the_place_of_older_
     assert [json.loads(line)["step"] for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()] == [0, 10]
 
 
+def test_questions_that_cannot_be_read_are_in_the_ledger(tmp_path: Path) -> None:
+    rows: list[dict] = [{"id": str(i), "question": "why", "answer": "x"} for i in range(4)]
+    rows[1] = {"id": "1", "question": "why"}
+    rows[2] = {"id": "2"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    ledger = Ledger()
+    assert [(q.number, q.sample.id) for q in read_questions(tmp_path / "rows.jsonl", 9, ledger)] == [(0, "0"), (1, "3")]
+    assert ledger.counts == {"no_answer": 1, "bad_schema": 1}
+    assert len(read_questions(tmp_path / "rows.jsonl", 1, Ledger())) == 1
+
+
 def test_the_figures_of_a_step() -> None:
     groups = [asked(0, ["ab", "x" * 200], [1.0, 0.0]), asked(1, ["c", "d"], [0, 0], "too_hard")]
     groups[0].penalties = [0.0, -0.5]
@@ -102,9 +113,10 @@ def test_the_figures_of_a_step() -> None:
         "grad_norm": 1.0,
         "seconds": 4.0,
         "token_saving": 2.5,
+        "split_groups": 3.0,
         "memory_gib": 1.0,
     }
     text = lines(found | timing | more | {"eta": 60.0}, 10)
-    for part in ("reward 0.5000 (mra 0.500)", "groups 1/2", "max 200", "2.50x", "decode 1.0"):
+    for part in ("reward 0.5000 (mra 0.500)", "groups 1/2", "max 200", "2.50x", "decode 1.0", "3 groups did not fit"):
         assert part in text
     assert torch.get_num_threads() >= 1

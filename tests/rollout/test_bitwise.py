@@ -1,4 +1,4 @@
-"""The trainer's teacher-forced log-probabilities minus the sampler's: exactly 0.0 in bitwise mode, small in fast mode."""
+"""The trainer's log-probabilities minus the sampler's: exactly 0.0 in bitwise mode, small in fast mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import linear_logprobs, packed_attention
 from hf_parity import make_models, make_sample, small_config
 
-PARTS = [[("text", 5), ("image", 3, 4), ("text", 60)], [("text", 9)], [("text", 1), ("video", 2, 1, 2, 1.0), ("text", 2)]]
+PARTS = [
+    [("text", 5), ("image", 3, 4), ("text", 60)],
+    [("text", 9)],
+    [("text", 1), ("video", 2, 1, 2, 1.0), ("text", 2)],
+]
 
 
 @pytest.fixture(scope="module")

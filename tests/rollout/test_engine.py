@@ -97,7 +97,9 @@ def test_end_tokens_end_and_stay(models, samples, expected):
     stops = {expected[0][3], expected[2][0], expected[4][9]}
     made = engine(model)
     made.stop_tokens = stops
-    for rollouts, whole in zip(made.generate(samples, SamplingParams(temperature=0, max_tokens=COUNT)), expected, strict=True):
+    for rollouts, whole in zip(
+        made.generate(samples, SamplingParams(temperature=0, max_tokens=COUNT)), expected, strict=True
+    ):
         end = next((i for i, t in enumerate(whole) if t in stops), None)
         assert rollouts[0].tokens == (whole if end is None else whole[: end + 1])
         assert rollouts[0].finish_reason == ("length" if end is None else "stop")
@@ -177,7 +179,9 @@ def test_equal_pictures_go_through_the_tower_once(models, config):
 
 def test_what_cannot_fit_is_refused_before_anything_is_computed(models, samples):
     made = engine(models[0], memory=pages(models[0], 10))
-    with pytest.raises(RolloutError, match="memory/1: a prompt of 31 tokens and an answer of up to 14 need 12 pages of 4"):
+    with pytest.raises(
+        RolloutError, match="memory/1: a prompt of 31 tokens and an answer of up to 14 need 12 pages of 4"
+    ):
         made.generate(samples, GREEDY)
     assert made.stats.prefill_tokens == 0 and made.idle
     assert len(made.generate(samples[:1], GREEDY)[0][0].tokens) == COUNT

@@ -1,4 +1,4 @@
-"""What can be tested of CUDA graphs without a GPU: buckets, and that padded static tables give the same hidden states."""
+"""What can be tested of CUDA graphs without a GPU: buckets, and that padded tables give the same hidden states."""
 
 from __future__ import annotations
 

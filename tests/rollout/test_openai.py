@@ -100,7 +100,9 @@ def test_answers_in_order_with_tokens_and_logprobs(server: Server) -> None:
     ]
     assert sorted(seen) == list(range(7))
     body = server.bodies[0]
-    sent = {k: body[k] for k in ("model", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs")}
+    sent = {
+        k: body[k] for k in ("model", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs")
+    }
     assert sent == {
         "model": "m", "n": 2, "temperature": 0.7, "top_p": 1.0, "top_k": 5, "max_tokens": 9, "stop": ["END"], "seed": 3,
         "logprobs": True,

@@ -87,7 +87,10 @@ def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
     assert "does not exist" in say("/image nowhere.png")
     assert "next message" in say(f"/image {tmp_path / 'red.png'}")
     first = say("What is red?")
-    assert state.messages[-1]["role"] == "assistant" and [p["type"] for p in state.messages[0]["content"]] == ["image", "text"]
+    assert state.messages[-1]["role"] == "assistant" and [p["type"] for p in state.messages[0]["content"]] == [
+        "image",
+        "text",
+    ]
     (alone,) = engine.generate([command.Chat(state.messages[:1]).sample()], params)[0]
     assert first.rstrip("\n") == alone.text, "what streams is what generate gives"
     assert "on" in say("/think on") and state.sample().kind == "thought"

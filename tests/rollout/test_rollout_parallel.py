@@ -13,7 +13,12 @@ from fastvst.train import parallel
 from hf_parity import make_models, make_sample, small_config
 from ranks import run_ranks
 
-PARTS = [[("text", 7)], [("text", 3), ("image", 3, 5), ("text", 11)], [("text", 30)], [("text", 2), ("image", 2, 2), ("text", 1)]]
+PARTS = [
+    [("text", 7)],
+    [("text", 3), ("image", 3, 5), ("text", 11)],
+    [("text", 30)],
+    [("text", 2), ("image", 2, 2), ("text", 1)],
+]
 PARAMS = SamplingParams(n=2, max_tokens=6, ignore_eos=True, seed=1)
 CONFIG = EngineConfig(memory=1 << 20, page_size=4)
 
@@ -43,7 +48,9 @@ def _rank(env) -> dict:
         freed = ParallelEngine(model, config=CONFIG)
         freed.generate(prompts()[:1], PARAMS)
         try:
-            engine.generate([make_sample(small_config(), [("text", 0 if i == 3 else 5)], seed=i) for i in range(4)], PARAMS)
+            engine.generate(
+                [make_sample(small_config(), [("text", 0 if i == 3 else 5)], seed=i) for i in range(4)], PARAMS
+            )
             error = ""
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,18 @@ def test_pages_are_saved_bit_for_bit():
     assert torch.equal(p.keys[:, b], kept)
 
 
+def test_a_large_budget_costs_nothing_until_it_is_used():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    p = pool((1 << 31) // page_bytes(CONFIG, 4, torch.float32))
+    p.keys[:, p.allocate(3)] = torch.nan
+    p.clear()
+    assert not p.keys[:, :9].any()
+    assert p.bytes >= 1 << 31 and resident() - before < 1 << 29
+
+
 def test_budgets():
     assert page_bytes(CONFIG, 4, torch.float32) == 2 * 2 * 4 * 2 * 16 * 4
     assert memory_bytes(1000, torch.device("cpu")) == 1000
@@ -63,7 +77,9 @@ def test_budgets():
 
 def test_refusal_has_the_numbers():
     scheduler = Scheduler(pool(5), 4)
-    with pytest.raises(RolloutError, match=r"a/1: a prompt of 9 tokens and an answer of up to 9 need 6 pages of 4 tokens; "):
+    with pytest.raises(
+        RolloutError, match=r"a/1: a prompt of 9 tokens and an answer of up to 9 need 6 pages of 4 tokens; "
+    ):
         scheduler.check("a/1", 9, 9)
     scheduler.check("a/1", 9, 8)
 

@@ -1,4 +1,4 @@
-"""2,000 requests of random length, with pictures, cancellations and too few pages: every answer is the one made alone."""
+"""2,000 requests with pictures, cancellations and too few pages: every answer is the one made alone."""
 
 from __future__ import annotations
 

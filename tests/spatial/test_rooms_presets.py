@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -15,15 +16,17 @@ import pytest
 from PIL import Image
 
 from fastvst.cli import main
-from fastvst.data import Processor, open_source
+from fastvst.data import MixtureConfig, Processor, open_source
 from fastvst.evaluate.rooms import questions
+from fastvst.spatial.reasoning.geometric import TRACES
 from fastvst.spatial.rooms import command, generate
 from fastvst.spatial.rooms.generate import FIRST_SIX, RoomsConfig, apportion, make_rooms, room_rows, room_seed
-from fastvst.spatial.rooms.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX
+from fastvst.spatial.rooms.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
 from fastvst.spatial.rooms.render import Renderer
 from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS
 from fastvst.spatial.tasks.box_forms import BoxForm
+from fastvst.train.config import load_config
 
 SMALL = ShotConfig(width=160, height=120, views=1, overlap=1.0)
 SHORT = WalkConfig(frames=12)
@@ -212,4 +215,34 @@ def test_every_task_is_asked_in_ten_ways_or_more() -> None:
         "video_other": tasks.video_other.ROOM + tasks.video_other.WAY + tasks.video_other.TURN + tasks.video_other.LAST,
     }  # fmt: skip
     assert set(banks) == set(VST_P) - set(FIRST_SIX)
-    assert all(10 <= len(set(bank)) for bank in banks.values())
+    assert min(len(set(bank)) for bank in banks.values()) >= 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of a run's configuration that the mixture file is about."""
+
+    data: MixtureConfig = MixtureConfig(sources=())
+
+
+def test_the_mixture_file_has_the_published_proportions() -> None:
+    text = (Path(__file__).parents[2] / "examples" / "vst_p.toml").read_text()
+    sources = tomllib.loads(text)["data"]["sources"]
+    listed = ", ".join(f'{{path = "{s["path"]}", weight = {s["weight"]}}}' for s in sources)
+    weights = {s.path.split("/")[-1]: s.weight for s in load_config(Part, [f"data.sources=[{listed}]"]).data.sources}
+    task = {"si_depth_comparison": "depth_comparison", "si_distance": "distance", "si_scene_caption": "scene_caption",
+            "si_measurement": "measurement", "mi_correspondence": "correspondence", "mi_camera_motion": "camera_motion",
+            "mi_object_object_relation": "object_object", "mi_scene_caption": "change_caption"}  # fmt: skip
+    assert all(weights[folder] == VST_P[name] for folder, name in task.items())
+    assert weights["video"] == sum(VST_P[name] for name in WALKS)
+    assert VST_P_REST.shares is not None and weights["rooms_vst_p_rest"] == sum(VST_P_REST.shares.values())
+    assert sum(weights.values()) - weights["llava_onevision"] == 4165
+    assert set(VST_P_REST.shares) == set(VST_P) - set(task.values()) - set(WALKS)
+
+
+def test_the_page_of_tasks_shows_every_task() -> None:
+    """docs/tasks.html is written by docs/make_tasks.py; it must not fall behind the tasks."""
+    html = (Path(__file__).parents[2] / "docs" / "tasks.html").read_text()
+    for name, thousands in VST_P.items():
+        assert f"<b>{name}</b>" in html and f"{thousands} K rows" in html
+    assert all(f"<b>thought_{name}</b>" in html for name in TRACES) and len(html) < 2_000_000

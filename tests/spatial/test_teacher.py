@@ -172,3 +172,12 @@ def test_nobody_there(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_judge(text: str, reason: str | None) -> None:
     assert judge(text, row(0), TeacherConfig("u", "m"))[1] == reason
+
+
+def test_numbers_are_judged_within_their_tolerance() -> None:
+    from dataclasses import replace
+
+    answer = {"type": "number", "value": 70, "unit": "cm", "tolerance": 0.1}
+    tall = replace(row(0), answer=answer)
+    for said, reason in (("70 cm", None), ("76", None), ("78 cm", "wrong_answer"), ("tall", "wrong_answer")):
+        assert judge(f"{STORY}\nAnswer: {said}", tall, TeacherConfig("u", "m"))[1] == reason

@@ -115,4 +115,5 @@ def assert_close(case: DecodeCase, found: tuple[Tensor, Tensor]) -> None:
     expected = torch.nan_to_num(expected)  # rows without keys
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[case.q.dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    loose = 1e-5 if case.q.dtype in (torch.float32, torch.float64) else 1e-3
+    torch.testing.assert_close(lse, expected_lse, rtol=loose, atol=loose)

@@ -22,7 +22,8 @@ def write_scenes(scenes: Iterable[Scene], out_dir: str | Path, config: RoomsConf
     count = files = 0
     for scene in scenes:
         samples = scene_samples(scene, zlib.crc32(scene.name.encode()), config)
-        rows += [to_row(sample, config.quality) for sample in samples]
+        encoded: dict[int, bytes] = {}
+        rows += [to_row(sample, config.quality, encoded) for sample in samples]
         while len(rows) >= ROWS_PER_FILE:
             write_file(folder / f"{prefix}-{files:05d}.parquet", rows[:ROWS_PER_FILE])
             rows, count, files = rows[ROWS_PER_FILE:], count + ROWS_PER_FILE, files + 1

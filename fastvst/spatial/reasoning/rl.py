@@ -6,8 +6,9 @@ An RL row has id, images, question, thought, answer, answer_gt, data_source and 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.generate import IMAGE_PLACEHOLDER, encode
+from fastvst.spatial.rooms.generate import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
+from fastvst.spatial.rooms.render import open_renderer
 from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.rooms.shoot import shoot
 
 SCHEMA = pa.schema(
     [
@@ -133,3 +136,23 @@ def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
     pq.write_table(table, partial, compression="none", row_group_size=100)
     partial.replace(path)
     return table.num_rows
+
+
+def make_rl_rows(path: str | Path, samples: int, seed: int, config: RoomsConfig, *, split: str = "train") -> int:
+    """RL rows about rendered rooms in one parquet file: the rows of `config.rows` that have one question, pictures and
+    a checkable answer, with their difficulty; returns their number (`samples`).
+
+    VST-R's spatial RL rows are single image 2, camera motion 1, object-object 5, camera-camera 2 (thousands).
+    """
+    renderer = open_renderer(config.backend)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            room = room_seed(split, seed, number)
+            scene = shoot(room, renderer, config.shots, config.walk)
+            for sample in scene_samples(scene, room, config):
+                known = sample.answer is not None and sample.answer["type"] in MODES
+                if known and len(sample.messages) == 2 and not sample.parts("video"):
+                    yield rl_row(sample, config.quality, difficulty_of(scene, sample))
+
+    return write_rl_rows(itertools.islice(rows(), samples), path)

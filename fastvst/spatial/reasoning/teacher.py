@@ -25,7 +25,6 @@ from typing import Any
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate.answers import score
 from fastvst.spatial.bev import draw_bev, object_table
 from fastvst.spatial.rooms.scene import Scene
 
@@ -137,9 +136,7 @@ def judge(text: str, sample: Sample, config: TeacherConfig) -> tuple[str, str | 
     if not mark:
         return "", "no_answer"
     said, body = said.strip(), body.strip()
-    written = {"type": "text", "value": sample.messages[-1]["content"][0]["text"]}  # with the option's letter
-    right = score(said, written) == 1.0 or (sample.answer is not None and score(said, sample.answer) == 1.0)
-    if not right or "\n" in said:
+    if not agrees(said, sample):
         return "", "wrong_answer"
     if FORBIDDEN.search(body):
         return "", "forbidden"
@@ -148,6 +145,17 @@ def judge(text: str, sample: Sample, config: TeacherConfig) -> tuple[str, str | 
     if not config.min_words <= len(body.split()) <= config.max_words:
         return "", "length"
     return body, None
+
+
+def agrees(said: str, sample: Sample) -> bool:
+    """Whether a line says the row's answer: its text with or without the option's letter; of a number, one within the
+    answer's relative tolerance."""
+    answer = sample.answer or {}
+    if answer.get("type") == "number":
+        number = re.match(r"-?\d+(?:\.\d+)?", said)
+        return number is not None and abs(float(number[0]) - answer["value"]) <= answer["tolerance"] * answer["value"]
+    accepted = {str(answer.get("value")), sample.messages[-1]["content"][0]["text"].rsplit("So, the answer is ", 1)[-1]}
+    return said.lower().rstrip(".") in {text.lower().rstrip(".") for text in accepted}
 
 
 def ask_teacher(

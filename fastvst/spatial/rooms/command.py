@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-PRESETS = ("default", "all", "vst_p", "cold_start")  # rooms/presets.py, which takes a renderer's imports to read
+PRESETS = (
+    "default",
+    "all",
+    "vst_p",
+    "vst_p_rest",
+    "cold_start",
+)  # rooms/presets.py, which takes a renderer's imports to read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset", choices=PRESETS, default="default",
-        help="default: the six tasks of examples/sft.py; all: nineteen tasks; vst_p: VST-P's proportions; cold_start: "
-        "reasoned rows with a replay share",
+        help="default: the six tasks of examples/sft.py; all: nineteen tasks; vst_p: VST-P's proportions; vst_p_rest: "
+        "those of its tasks that are not public; cold_start: reasoned rows with a replay share",
     )  # fmt: skip
 
 

@@ -156,8 +156,12 @@ def _make(
     return (SINGLE[task] if task in SINGLE else PAIRS[task])(scene, target, rng, config, index)
 
 
-def to_row(sample: Sample, quality: int) -> dict[str, Any]:
-    """A row of SCHEMA. Image marks come before the text of the first user message, as VST stores them."""
+def to_row(sample: Sample, quality: int, encoded: dict[int, bytes] | None = None) -> dict[str, Any]:
+    """A row of SCHEMA. Image marks come before the text of the first user message, as VST stores them.
+
+    encoded: bytes of video frames that were met before, by id; for rows that share their frames.
+    """
+    known = {} if encoded is None else encoded
     images: list[dict[str, Any]] = []
     sizes: list[dict[str, int]] = []
     conversations = []
@@ -171,7 +175,10 @@ def to_row(sample: Sample, quality: int) -> dict[str, Any]:
                 sizes.append({**asked, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
             elif part["type"] == "video":
-                images += [{"bytes": encode(frame, quality), "path": None} for frame in part["video"]]
+                for frame in part["video"]:
+                    if id(frame) not in known:
+                        known[id(frame)] = encode(frame, quality)
+                    images.append({"bytes": known[id(frame)], "path": None})
                 text += VIDEO_PLACEHOLDER
             else:
                 text += part["text"]
@@ -358,7 +365,9 @@ def _renderer(backend: str) -> Renderer:
 
 def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
     """Finished rows of one room seed, with this process's renderer (kept between calls)."""
-    return [to_row(sample, config.quality) for sample in room_samples(seed, _renderer(config.backend), config)]
+    encoded: dict[int, bytes] = {}
+    samples = room_samples(seed, _renderer(config.backend), config)  # kept, so that no id is used twice
+    return [to_row(sample, config.quality, encoded) for sample in samples]
 
 
 def write_file(path: Path, rows: list[dict[str, Any]]) -> None:

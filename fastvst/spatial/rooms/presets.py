@@ -3,6 +3,8 @@ start."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from fastvst.spatial.rooms.generate import THOUGHT, RoomsConfig
 from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS
@@ -24,6 +26,14 @@ VST_P_MIX = RoomsConfig(
     shares={name: float(count) for name, count in VST_P.items()},
 )  # fmt: skip
 
+# Of these, what the published vst_500k lacks, for a mixture with it (examples/vst_p.toml).
+_NOT_PUBLIC = ("detection_3d", "grounding_3d", "detection_multi", "camera_camera")
+VST_P_REST = dataclasses.replace(
+    VST_P_MIX,
+    rows={name: VST_P_MIX.rows[name] for name in _NOT_PUBLIC},
+    shares={name: float(VST_P[name]) for name in _NOT_PUBLIC},
+)
+
 # The spatial half of VST-R's 106 K traces (single image 15, camera motion 6, object-object 15, camera-camera 6), with a
 # sixth of direct rows replayed so that the model keeps answering directly in the default mode (vst-spec section 7, 4).
 _REASONED = {"depth_comparison": 8, "distance": 7, "camera_motion": 6, "object_object": 15, "camera_camera": 6}
@@ -32,11 +42,18 @@ _REPLAY = {"depth_comparison": 2, "distance": 2, "measurement": 1, "corresponden
 COLD_START = RoomsConfig(
     shots=ShotConfig(overlap=1.0),
     rows={
-        **{f"{THOUGHT}{name}": 2.0 for name in _REASONED}, f"{THOUGHT}object_object": 6.0, f"{THOUGHT}depth_comparison": 3.0,
+        **{f"{THOUGHT}{name}": 2.0 for name in _REASONED},
+        f"{THOUGHT}object_object": 6.0, f"{THOUGHT}depth_comparison": 3.0,
         **dict.fromkeys(_REPLAY, 0.5),
     },
     walk=WalkConfig(pairs=4),
     shares={f"{THOUGHT}{name}": float(n) for name, n in _REASONED.items()} | {n: float(k) for n, k in _REPLAY.items()},
 )  # fmt: skip
 
-PRESETS = {"default": RoomsConfig(), "all": ALL_TASKS, "vst_p": VST_P_MIX, "cold_start": COLD_START}
+PRESETS = {
+    "default": RoomsConfig(),
+    "all": ALL_TASKS,
+    "vst_p": VST_P_MIX,
+    "vst_p_rest": VST_P_REST,
+    "cold_start": COLD_START,
+}

@@ -7,9 +7,11 @@ camera never saw, or saw as a few pixels, is left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastvst.data.sample import Sample
 from fastvst.spatial.rooms.scene import Scene
@@ -55,6 +57,12 @@ def unique(scene: Scene, config: TaskConfig) -> dict[str, int]:
     return {name: kind.ids[0] for name, kind in survey(scene, config).items() if len(kind.ids) == 1}
 
 
+@lru_cache(maxsize=2)
+def frames(scene: Scene) -> tuple[Image.Image, ...]:
+    """The pictures of the walk, shared by all rows about it (nothing is drawn on them)."""
+    return tuple(canvas(scene.views[k]) for k in scene.walk)
+
+
 def options(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[list[str], int]:
     """All option texts with the right one in a random place, and that place."""
     place = int(rng.integers(len(wrong) + 1))
@@ -77,7 +85,7 @@ def row(
     if answer is None:
         raise ValueError(f"{scene.name}: a row of {task} needs choices or a checkable answer")
     return sample(
-        scene, task=task, kind="video", index=index, images=[canvas(scene.views[k]) for k in scene.walk],
+        scene, task=task, kind="video", index=index, images=list(frames(scene)),
         turns=[("\n".join(lines), reply)], answer=answer,
         metadata={**metadata, "choice": choices is not None, "frames": list(scene.walk)}, fps=scene.fps,
     )  # fmt: skip

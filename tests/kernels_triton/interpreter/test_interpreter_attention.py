@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -46,9 +44,9 @@ def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int] = (64, 64), padde
 def test_every_tile_shape_that_tuning_may_choose(tile: tuple[int, int]):
     small = min(tile) < 32  # the interpreter's time goes with the number of steps
     pack = join(group(17, 5, 0, 9), Pack((1, 20))) if small else join(group(70, 5, 0, 66), Pack((1, 129)))
-    assert_as_good_as_plain(kernels(pack, causal=True, tile=tile), pack, (2, 1), 32, torch.float32, causal=True)
+    assert_as_good_as_plain(kernels(pack, causal=True, tile=tile), pack, (1, 1), 32, torch.float32, causal=True)
     pack = Pack((17, 0, 3)) if small else Pack((65, 0, 1, 128))
-    assert_as_good_as_plain(kernels(pack, causal=False, tile=tile), pack, (2, 1), 32, torch.float32, causal=False)
+    assert_as_good_as_plain(kernels(pack, causal=False, tile=tile), pack, (1, 1), 32, torch.float32, causal=False)
 
 
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 96, 112, 128, 208, 256])
@@ -89,7 +87,8 @@ def test_lengths(length: int):
     ids=lambda p: "-".join(map(str, p.lengths))[:40],
 )
 def test_group_shapes(pack: Pack):
-    assert_as_good_as_plain(kernels(pack, causal=True), pack, (2, 1), 16, torch.float32, causal=True)
+    heads = (1, 1) if len(pack.lengths) > 10 else (2, 1)  # the interpreter's time goes with the number of programs
+    assert_as_good_as_plain(kernels(pack, causal=True), pack, heads, 16, torch.float32, causal=True)
 
 
 LENGTH = st.integers(0, 70)
@@ -111,13 +110,13 @@ def test_the_gradient_of_the_logsumexp():
 
 def test_runs_are_bitwise_equal_and_every_value_is_written():
     torch.manual_seed(0)
-    qkv, dout = torch.randn(MIXED.tokens, 4, 80), torch.randn(MIXED.tokens, 2, 80)
+    qkv, dout = torch.randn(MIXED.tokens, 3, 80), torch.randn(MIXED.tokens, 1, 80)
     results = []
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
     try:
-        for _, padded in itertools.product(range(2), (False, True)):
+        for padded in (False, True, False):
             compute = kernels(MIXED, causal=True, padded=padded)
-            results.append(Results.of(compute, qkv, (2, 1), dout, None).values)
+            results.append(Results.of(compute, qkv, (1, 1), dout, None).values)
     finally:
         torch.use_deterministic_algorithms(False)
     for other in results:

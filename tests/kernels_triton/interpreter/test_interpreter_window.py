@@ -52,8 +52,8 @@ def test_the_public_function_in_half_precision(dtype: torch.dtype):
     check((64, 24, 64, 8), 3, 80, dtype, direct=False)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.integers(0, 64), min_size=1, max_size=4).filter(any))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=3).filter(any))
 def test_any_lengths(lengths: list[int]):
     """Empty windows, single patches, and windows shorter than their program."""
     check(tuple(lengths), 1, 16, torch.float32, direct=True)
@@ -83,9 +83,8 @@ def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
 
     table = inverse_frequencies(16, 2, 1e4, torch.float32, torch.device("cpu"))
     wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)
-    guarded = torch.full((13, 16), 7.0)
     out = window_triton.forward(
         torch.zeros(9, 48), None, torch.zeros(9, 2, dtype=torch.int32), table, wild, heads=1, scale=1.0, max_window=64,
         numbers=(4, 1),
     )  # fmt: skip
-    assert out.shape == (9, 16) and (guarded == 7.0).all() and out.isfinite().all()
+    assert out.shape == (9, 16) and out.isfinite().all()

@@ -1,0 +1,119 @@
+"""Decode tokens/s of the engine on a GPU at the 3B and 7B shapes, as a share of the roofline.
+
+`python bench/rollout_gpu.py --out FILE`. Random weights in bf16; prompts of 1,600 tokens, answers of 400, each prompt
+alone or shared by 8 answers. Not run yet: no GPU was at hand; the roofline itself is tested on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastvst.data.batch import Cost, EncodedSample
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout import Engine, SamplingParams
+
+BANDWIDTH, MATRIX = 4.8e12, 700e12  # H200: bytes/s of its data sheet; FLOP/s that dense bf16 products reach in practice
+PROMPT, ANSWER = 1600, 400
+
+
+@dataclass(frozen=True)
+class Case:
+    preset: str
+    rows: int
+    group: int  # answers that share a prompt
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}, {self.rows} answers, " + (
+            f"{self.group} to a prompt" if self.group > 1 else "own prompts"
+        )
+
+
+CASES = tuple(
+    Case(preset, rows, group)
+    for preset in ("3b", "7b")
+    for rows, group in ((1, 1), (32, 1), (32, 8), (128, 1), (128, 8), (256, 1), (256, 8))
+)
+
+
+def weight_bytes(config: ModelConfig) -> float:
+    """bf16 bytes of decoder and head that every step reads."""
+    h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    layer = h * (h + 2 * kv) + h * h + 3 * h * config.intermediate_size
+    return 2.0 * (config.num_hidden_layers * layer + config.vocab_size * h)
+
+
+def roofline(case: Case, context: float) -> float:
+    """Tokens/s that weights, products and KV reads allow when every answer stands at `context` tokens with its prompt.
+
+    A step takes max(weight bytes / bandwidth, product FLOPs / rate) + KV bytes / bandwidth; shared prompts are read
+    once.
+    """
+    config = ModelConfig.preset(case.preset)
+    weights = weight_bytes(config)
+    token = 4.0 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 2 bytes
+    read = token * case.rows * (PROMPT / case.group + context - PROMPT)
+    seconds = max(weights / BANDWIDTH, weights * case.rows / MATRIX) + read / BANDWIDTH
+    return case.rows / seconds
+
+
+def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
+    """Random text tokens."""
+    tokens = torch.randint(1000, 100_000, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    empty = torch.zeros(0, dtype=torch.int32)
+    return EncodedSample(
+        tokens=tokens, labels=torch.full_like(tokens, -100), positions=torch.arange(length).expand(3, -1).int(),
+        patches=torch.zeros(0, config.vision.patch_values), grid=empty.view(0, 3), vision_slots=empty,
+        window_order=empty, window_lengths=empty, image_lengths=empty, vision_positions=empty.view(0, 2),
+        cost=Cost(length, 0, 0.0), id=str(seed),
+    )  # fmt: skip
+
+
+def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
+    """Tokens/s of the decode steps, their share of the roofline at the mean context, and the graphs' capture time."""
+    prompts = [text_prompt(model.config, PROMPT, seed) for seed in range(case.rows // case.group)]
+    engine = Engine(model, max_sequences=case.rows, page_size=64, memory=0.8)
+    begin = time.perf_counter()
+    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=4, ignore_eos=True))
+    first = time.perf_counter() - begin
+    engine.stats = type(engine.stats)()
+    torch.cuda.reset_peak_memory_stats()
+    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=ANSWER, ignore_eos=True))
+    stats = engine.stats
+    rate = stats.decode_tokens / stats.decode_seconds
+    engine.release()
+    return {
+        "tokens_per_s": rate,
+        "share_of_roofline": rate / roofline(case, PROMPT + ANSWER / 2),
+        "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_seconds,
+        "first_call_s": first,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0, help="start no case after this time")
+    arguments = parser.parse_args()
+    deadline, found = time.monotonic() + 60 * arguments.minutes, {}
+    for preset in ("3b", "7b"):
+        with torch.device("cuda"):
+            model = Qwen25VL(ModelConfig.preset(preset)).to(torch.bfloat16)
+        for case in (c for c in CASES if c.preset == preset):
+            if time.monotonic() < deadline:
+                found[case.name] = measure(model, case)
+                print(case.name, found[case.name], flush=True)
+                arguments.out.write_text(json.dumps({"cases": found}, indent=1) + "\n")
+        del model
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
