@@ -41,6 +41,7 @@ PARTS = (
     Part("bench-attention", "attention.json", ("bench/attention_gpu.py", *TIMED), 0.4),
     Part("bench-loss-head", "loss_head.json", ("bench/loss_head_gpu.py", *TIMED), 0.4),
     Part("bench-pointwise", "pointwise.json", ("bench/pointwise_gpu.py", *TIMED), 0.2),
+    Part("bench-rollout", "rollout.json", ("bench/rollout_gpu.py", *TIMED), 0.3),
     Part("tune", "table.json", ("-m", "fastvst_kernels.tune", *TIMED), 0.5),
     Part("end-to-end", "end_to_end.json", ("bench/end_to_end_gpu.py", "--out", "{out}"), 1.0),
 )  # fmt: skip

@@ -94,7 +94,7 @@ def project_norm_linear(
 
 
 def _parameters(linears: Sequence[nn.Linear], bias: bool) -> tuple[list[Tensor], list[Tensor]]:
-    biases = [linear.bias for linear in linears if linear.bias is not None] if bias else []
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None] if bias else []
     return [linear.weight for linear in linears], biases
 
 

@@ -31,9 +31,9 @@ class EvaluationConfig:
     """
 
     path: str | None = None
-    every: int = 10
+    every: int = 20
     questions: int = 200
-    answers: int = 4
+    answers: int = 2
 
 
 def read_questions(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:

@@ -88,7 +88,7 @@ class Batch:
         self.host_steps = np.array([len(s.tokens) for s in rows], dtype=np.int64)
         self.limits = np.array([s.params.max_tokens for s in rows], dtype=np.int64)
         self.endless = np.array([s.params.ignore_eos for s in rows])
-        self.watched = [i for i, s in enumerate(rows) if s.params.stop or s.request.watched]
+        self.watched = [i for i, s in enumerate(rows) if s.params.stops or s.request.watched]
         self.capacity = np.array([len(s.pages) for s in rows], dtype=np.int64) * pool.page_size
         width = max(len(s.pages) for s in rows) + 8  # room to grow before the table has to be made anew
         self.host_table = np.zeros((len(rows), width), dtype=np.int64)

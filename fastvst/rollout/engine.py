@@ -191,8 +191,8 @@ class Engine:
                 self.step()
                 answer = request.sequences[0]
                 text = self.processor.decode(answer.tokens).rstrip("\ufffd")  # the rest of a character is on its way
-                hold = max((len(s) - 1 for s in params.stop), default=0)  # it may be the beginning of a stop string
-                text = cut_at_stop(text, params.stop)[: max(0, len(text) - hold)]
+                hold = max((len(s) - 1 for s in params.stops), default=0)  # it may be the beginning of a stop string
+                text = cut_at_stop(text, params.stops)[: max(0, len(text) - hold)]
                 if not request.done and len(text) > len(shown):
                     yield text[len(shown) :]
                     shown = text
@@ -420,7 +420,7 @@ class Engine:
 
     def _end_if(self, answer: Answer, over: bool) -> bool:
         """End an answer that is over or holds a stop string; returns whether it did."""
-        stopped = bool(answer.params.stop) and self.processor is not None and ends(answer, self.processor)
+        stopped = bool(answer.params.stops) and self.processor is not None and ends(answer, self.processor)
         if not over and not stopped:
             return False
         end_token = bool(self._stops[answer.tokens[-1]]) and not answer.params.ignore_eos
@@ -436,7 +436,7 @@ class Engine:
         text = ""
         if self.processor is not None:
             text = cut_at_stop(
-                self.processor.decode(visible_tokens(answer.tokens, self.stop_tokens)), answer.params.stop
+                self.processor.decode(visible_tokens(answer.tokens, self.stop_tokens)), answer.params.stops
             )
         first = answer.first_token_time - request.begin if answer.tokens else 0.0
         request.rollouts[answer.index] = Rollout(

@@ -122,7 +122,7 @@ class OpenAIEngine:
             "top_p": params.top_p,
             "max_tokens": params.max_tokens,
             "seed": params.seed,
-            "stop": list(params.stop or ()),
+            "stop": list(params.stops),
             "logprobs": params.logprobs,
             # Beyond OpenAI's own; vLLM and SGLang know them. -1 is their "all tokens".
             "top_k": params.top_k if params.top_k > 0 else -1,

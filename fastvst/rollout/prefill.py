@@ -17,7 +17,7 @@ from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.request import Prompt
-from fastvst_kernels import decode_attention, packed_attention
+from fastvst_kernels import decode_attention, packed_attention, prepare
 from fastvst_kernels.decode_cpu import merge
 
 
@@ -164,7 +164,9 @@ def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     cu_seqlens = torch.from_numpy(offsets.astype(np.int32)).to(device)
     # On a GPU the tile tables are made once for all layers, from the host's offsets.
-    plan = prepare(torch.from_numpy(offsets.astype(np.int32)), causal=True).to(device) if device.type == "cuda" else None
+    plan = (
+        prepare(torch.from_numpy(offsets.astype(np.int32)), causal=True).to(device) if device.type == "cuda" else None
+    )
     later = [(i, c) for i, c in enumerate(chunks) if c.begin]
     contexts = [
         (

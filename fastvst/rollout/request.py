@@ -50,8 +50,6 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
         wrong = [
             text
             for failed, text in (
@@ -61,13 +59,18 @@ class SamplingParams:
                 (self.top_k < -1, f"top_k is {self.top_k}; expected 0 or -1 (off) or more"),
                 (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}; expected 0 to 1"),
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}; expected at least 1"),
-                (not all(stop), "stop holds an empty string"),
+                (not all(self.stops), "stop holds an empty string"),
                 (self.repetition_penalty <= 0, f"repetition_penalty is {self.repetition_penalty}; expected above 0"),
             )
             if failed
         ]
         if wrong:
             raise ValueError("; ".join(wrong))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def filters(self) -> bool:

@@ -63,7 +63,9 @@ def make_rows(params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary
         greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
         inverse_temperature=column(inverse) if any(x != 1 for x in inverse) else None,
         cut=torch.tensor(cut).to(device) if cut else None,
-        top_k=column([min(p.top_k if p.top_k > 0 else vocabulary, vocabulary) for p in chosen], torch.int64) if cut else None,
+        top_k=column([min(p.top_k if p.top_k > 0 else vocabulary, vocabulary) for p in chosen], torch.int64)
+        if cut
+        else None,
         top_p=column([p.top_p for p in chosen]) if cut else None,
         min_p=column([p.min_p for p in chosen]) if cut else None,
         penalty=column(penalty) if any(x != 1 for x in penalty) else None,

@@ -20,9 +20,9 @@ def ends(answer: Answer, processor: Processor) -> bool:
     if not processor.decode([newest]):
         return False  # a special token
     answer.visible.append(newest)
-    longest = max(len(s.encode()) for s in answer.params.stop)
+    longest = max(len(s.encode()) for s in answer.params.stops)
     tail = processor.decode(answer.visible[-longest - 4 :])  # 4: the first character of the tail may be cut
-    return any(s in tail for s in answer.params.stop)
+    return any(s in tail for s in answer.params.stops)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 def packed_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The forward of `packed_linear` without autograd."""
     if torch.compiler.is_compiling():  # dynamo takes no slice as out=
-        given = biases or [None] * len(weights)
+        given: Sequence[Tensor | None] = biases or [None] * len(weights)
         return torch.cat([F.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=1)
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
     parts = out.split([w.shape[0] for w in weights], dim=1)

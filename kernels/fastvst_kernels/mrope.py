@@ -213,9 +213,9 @@ def rope_backward_op(
     if kernel:
         from fastvst_kernels import rope_triton
 
-        grads = [g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv)]
+        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
         return rope_triton.backward(
-            *grads, positions, inverse_frequencies(width, len(sections), theta, torch.float32, dq.device),
+            dq, dk, dv, positions, inverse_frequencies(width, len(sections), theta, torch.float32, dq.device),
             bias=bias, sections=(sections[0], sections[1]),
             numbers=config("rope_backward", shape_class(width, dq.dtype), dq.device),
         )  # fmt: skip

@@ -101,8 +101,10 @@ def rms_norm_backward_op(
         from fastvst_kernels import norm_triton
 
         numbers = config("rms_norm_backward", row_class(x.shape[-1], x.dtype), x.device)
-        dense = [None if g is None else g.contiguous().view(-1, x.shape[-1]) for g in (grad, grad_total)]
-        grad_x, grad_weight = norm_triton.backward(dense[0], dense[1], _rows(x), weight, inverse, numbers)
+        width = x.shape[-1]
+        dense = grad.contiguous().view(-1, width)
+        more = None if grad_total is None else grad_total.contiguous().view(-1, width)
+        grad_x, grad_weight = norm_triton.backward(dense, more, _rows(x), weight, inverse, numbers)
         if weight is None or not needs_weight:
             return grad_x.view(x.shape), inverse.new_empty(0)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype)

@@ -85,7 +85,7 @@ def window_op(
     qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, num_heads: int, theta: float,
     scale: float, max_window: int, rope_dtype: torch.dtype, kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P, heads * D) output; of the plain path also the rotated QKV (P, 3 heads, D) and the logsumexp (P, heads)."""
+    """(P, heads * D) output; of the plain path also the rotated QKV (P, 3 heads, D) and the logsumexp (P * heads,)."""
     if qkv.device.type == "cpu":  # here and not in the public function, which torch.compile traces
         offsets = check_offset_values("cu_windows", cu_windows, qkv.shape[0])
         longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
@@ -110,7 +110,7 @@ def _(qkv, bias, positions, cu_windows, num_heads, theta, scale, max_window, rop
     out = qkv.new_empty(patches, num_heads * width)
     if kernel:
         return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
-    logsums = qkv.new_empty(patches, num_heads, dtype=default_dtype(qkv))
+    logsums = qkv.new_empty(patches * num_heads, dtype=default_dtype(qkv))
     return out, qkv.new_empty(patches, 3 * num_heads, width), logsums
 
 

@@ -22,19 +22,21 @@ def forward(
     qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, heads: int, theta: float, scale: float,
     rope_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(P, heads * D) output, rotated QKV (P, 3 heads, D) and logsumexp (P, heads), which the backward wants."""
+    """(P, heads * D) output, rotated QKV (P, 3 heads, D) and logsumexp (P * heads, job by job), for the backward."""
     width = qkv.shape[1] // (3 * heads)
     fused = qkv.clone(memory_format=torch.contiguous_format) if bias is None else (qkv + bias).to(qkv.dtype)
     fused = fused.view(qkv.shape[0], 3 * heads, width)
     cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)
     rotate_(fused[:, : 2 * heads], cos, sin, rope_dtype)
     out = fused.new_empty(qkv.shape[0], heads, width)
-    logsums = fused.new_empty(qkv.shape[0], heads, dtype=default_dtype(qkv))
+    logsums = fused.new_empty(qkv.shape[0] * heads, dtype=default_dtype(qkv))
+    at = 0
     for job in _jobs(tuple(cu_windows.tolist())):
         q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)  # gathered as whole QKV rows, once
         piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
         out[job.queries] = piece.transpose(1, 2).flatten(0, 1)
-        logsums[job.queries] = lse.transpose(1, 2).reshape(-1, heads)
+        logsums[at : at + lse.numel()].view(lse.shape).copy_(lse)
+        at += lse.numel()
     return out.flatten(1), fused, logsums
 
 
@@ -45,11 +47,14 @@ def backward(
     """Gradients of the projection (P, 3 heads * D), in one buffer for q, k and v, and of its bias."""
     width = fused.shape[-1]
     grad, out, grad_fused = grad.view(-1, heads, width), out.view(-1, heads, width), torch.empty_like(fused)
+    at = 0
     for job in _jobs(tuple(cu_windows.tolist())):
         q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)
+        lse = logsums[at : at + q[:, :, :, 0].numel()].view(q.shape[:3])
+        at += lse.numel()
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count),
-            take(logsums, job.queries, job.count), 0.0, False, scale=scale,
+            take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count), lse, 0.0, False,
+            scale=scale,
         )  # fmt: skip
         grad_fused[job.queries] = torch.cat(grads, dim=1).transpose(1, 2).flatten(0, 1)
     cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)

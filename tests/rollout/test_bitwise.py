@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvst.data.batch import Cost, EncodedSample, pack
 from fastvst.rollout import Engine, SamplingParams
@@ -97,6 +98,35 @@ def test_a_gradient_flows_through_the_invariant_forward(model, config):
             linear_logprobs(model(batch)[batch.loss_rows], model.head_weight, batch.targets)[0].sum().backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    model.zero_grad()
+
+
+class Recorder(TorchDispatchMode):
+    """The products that reach torch: (operator, rows of the first factor)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
+            factor = args[1] if func.overloadpacket is torch.ops.aten.addmm else args[0]
+            self.products.append((str(func.overloadpacket), factor.shape[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_product_goes_through_tiles(model, config):
+    batch = pack([make_sample(config, PARTS[0], seed=3)])
+
+    def run() -> None:
+        linear_logprobs(model(batch)[batch.loss_rows], model.head_weight, batch.targets)[0].sum().backward()
+
+    with Recorder() as plain:
+        run()
+    assert len({rows for _, rows in plain.products}) > 3, "the recorder sees the products of a plain run"
+    with Recorder() as tiled, batch_invariant():
+        run()
+    assert set(tiled.products) == {("aten.mm", ROWS)}
     model.zero_grad()
 
 

@@ -118,6 +118,15 @@ def test_seeds_fix_an_answer_whatever_else_is_in_the_batch(models, samples):
     assert all(a.tokens != b.tokens for m, n in zip(together, other, strict=True) for a, b in zip(m, n, strict=True))
 
 
+def test_forms_of_parameters_that_mean_the_same(models, samples):
+    made = engine(models[0])
+    tokens = [
+        made.generate(samples[:1], SamplingParams(max_tokens=9, ignore_eos=True, **extra))[0][0].tokens
+        for extra in ({}, {"top_k": -1, "stop": None}, {"top_k": 10**9}, {"seed": None}, {"seed": None})
+    ]
+    assert tokens[0] == tokens[1] == tokens[2] and tokens[3] != tokens[4], "no seed: another one each time"
+
+
 def test_logprobs_are_those_of_the_full_forward(models, samples, config):
     """Teacher forcing by transformers: one forward over prompt and answer."""
     temperature = 0.7

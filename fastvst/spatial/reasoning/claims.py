@@ -91,7 +91,7 @@ def on_top(scene: Scene, a: int, b: int) -> bool:
 
 
 def at_wall(scene: Scene, a: int) -> bool:
-    """Whether an object's footprint comes within 12 cm of a wall."""
+    """Whether a side of an object's footprint lies along a wall: two of its corners within 10 cm of it."""
     if scene.polygon is None:
         return False
     for p, q in zip(scene.polygon, np.roll(scene.polygon, -1, axis=0), strict=True):
@@ -99,7 +99,7 @@ def at_wall(scene: Scene, a: int) -> bool:
         inward = np.array([-along[1], along[0]])
         corners = footprint(scene.object(a).box) - p
         t = corners @ along
-        if float((corners @ inward).min()) <= 0.12 and t.max() > 0 and t.min() < np.linalg.norm(q - p):
+        if float(np.sort(corners @ inward)[1]) <= 0.1 and t.max() > 0 and t.min() < np.linalg.norm(q - p):
             return True
     return False
 

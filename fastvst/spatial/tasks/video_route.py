@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from fastvst.data.sample import Sample
@@ -40,17 +42,23 @@ def turn_word(angle: float) -> str | None:
     return "turn back" if 150 <= angle <= 210 else None
 
 
+@lru_cache(maxsize=2)
+def obstacles(scene: Scene) -> tuple[tuple[int, np.ndarray], ...]:
+    """Number and outline on the floor of everything that one cannot walk over or under."""
+    found = []
+    for thing in scene.objects:
+        low, high = height_range(thing.box)
+        if high > STEP_OVER and low < DUCK:
+            found.append((thing.id, footprint(thing.box)))
+    return tuple(found)
+
+
 def walkable(scene: Scene, start: int, end: int) -> bool:
     """Whether the straight way between two things is free of everything else on the floor and crosses no wall."""
     a, b = spot(scene, start), spot(scene, end)
     if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_wall(a, b, scene.polygon)):
         return False
-    for thing in scene.objects:
-        low, high = height_range(thing.box)
-        blocks = thing.id not in (start, end) and high > STEP_OVER and low < DUCK
-        if blocks and meets(a, b, footprint(thing.box)):
-            return False
-    return True
+    return not any(meets(a, b, outline) for i, outline in obstacles(scene) if i not in (start, end))
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:

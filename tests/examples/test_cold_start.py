@@ -1,0 +1,50 @@
+"""The cold start end to end on a model of 0.4 M parameters, and what counts as the form; the published settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvst.train.config import load_config
+from small_run import ROOT, load_essay, write_model
+
+
+@pytest.mark.slow
+def test_rows_training_and_both_modes(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    arguments = ["--model", model, "--out", tmp_path / "run", "--folder", tmp_path, "--samples", 6, "--heldout", 4,
+                 "--steps", 2, "--workers", 0, "--max-new-tokens", 4]  # fmt: skip
+    command = [sys.executable, ROOT / "examples" / "cold_start.py", *arguments]
+    done = subprocess.run([str(a) for a in command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "run" / "cold_start.json").read_text())
+    assert 1 <= found["questions"] <= 4 and found["well_formed_when_thinking"] == 0.0  # four tokens are no trace
+    assert 0.0 <= found["direct_by_default"] <= 1.0 and len(found["example"]) == 2
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+
+
+def test_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    spec = importlib.util.spec_from_file_location("cold_start", ROOT / "examples" / "cold_start.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "cold_start", module)
+    spec.loader.exec_module(module)
+    for text, good in (("<think>a\nb</think> B. left", True), ("<think>a</think> ", False), ("B. left", False),
+                       ("<think>a B", False), ("<think></think> x", False), ("<think>a</think> b</think> c", False),
+                       ("so <think>a</think> b", False)):  # fmt: skip
+        assert bool(module.FORM.fullmatch(text)) == good, text
+
+
+def test_the_published_settings_are_valid_options() -> None:
+    config = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "cold_start.toml")])
+    assert (config.optimizer.lr, config.optimizer.vision_lr, config.schedule.warmup) == (1e-5, 1e-6, 0.03)
+    assert config.loader.accumulation * 8 * config.loader.tokens_per_pack == 1_048_576
+    assert config.steps * 1_048_576 == pytest.approx(1.2e9, rel=1e-3) and not config.processor.enable_fov
+    mixture = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "vst_p.toml")])
+    assert len(mixture.data.sources) == 11
