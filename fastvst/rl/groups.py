@@ -74,8 +74,9 @@ class PolicyPack:
 
     def to(self, device: torch.device | str) -> PolicyPack:
         """The same pack on a device."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PolicyPack(**{k: v.to(device) if isinstance(v, Tensor | PackedBatch) else v for k, v in values.items()})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | PackedBatch)}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True)
