@@ -401,8 +401,11 @@ def _start_worker(worker: int) -> None:
 
     Ctrl-C is the trainer's business. SIGTERM reaches all processes of a job at once; a worker that died of it would
     take the trainer down before it has saved, so workers live on for a while (the end of the trainer ends them).
+    A worker yields to the trainer where both want a core: packs wait in the queue, but every product of the trainer
+    waits for the slowest of its threads.
     """
     torch.set_num_threads(1)
+    os.nice(5)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_later)
 
