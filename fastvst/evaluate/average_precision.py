@@ -159,7 +159,9 @@ def resampled(category: Pool, times: np.ndarray, *, at_once: int = 25) -> np.nda
         precision = true / np.maximum(true + false, 1.0)
         precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
         precision = np.pad(precision, ((0, 0), (0, 0), (0, 1)))  # 0 where a recall is never reached
-        needed = np.broadcast_to(np.maximum(np.ceil(RECALLS * total - 1e-9), 1.0), (*true.shape[:2], len(RECALLS)))
+        needed = np.ceil(RECALLS * total - 1e-9)
+        needed += needed / total < RECALLS  # 7 / 10 < 0.7000000000000001, the 71st of RECALLS: as the loop above has it
+        needed = np.broadcast_to(np.maximum(needed, 1.0), (*true.shape[:2], len(RECALLS)))
         index = torch.searchsorted(torch.from_numpy(true), torch.from_numpy(np.ascontiguousarray(needed))).numpy()
         result[chosen] = np.take_along_axis(precision, index, axis=2).mean(2)
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastvst.evaluate import sunrgbd_det
@@ -182,6 +182,7 @@ def test_matching_is_greedy_and_one_to_one(seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
+@example(15)  # ten boxes count: 7 / 10 is below the 71st recall by one rounding
 def test_a_bootstrap_draw_is_the_average_precision_of_the_questions_drawn(seed: int) -> None:
     rng = np.random.default_rng(seed)
     made = [
