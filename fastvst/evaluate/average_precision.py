@@ -114,11 +114,21 @@ def pool(matches: Sequence[Matches]) -> Pool:
     )
 
 
-def inside(question: Question, depth: tuple[float, float]) -> bool:
-    """Whether everything of a question lies in the depth range, so that matching gives what it gives without one."""
+def match_range(questions: Sequence[Question], whole: Sequence[Matches], depth: tuple[float, float]) -> list[Matches]:
+    """`match` of every question in a depth range, from `whole`, the matches without a range: matching again only where
+    a question lies partly inside."""
     low, high = depth
-    far = np.concatenate([question.detection_depth, question.truth_depth])
-    return bool(((far >= low) & (far <= high)).all())
+    made = []
+    for question, found in zip(questions, whole, strict=True):
+        depths = [*question.detection_depth.tolist(), *question.truth_depth.tolist()]
+        nearest, farthest = min(depths, default=low), max(depths, default=low)
+        if nearest >= low and farthest <= high:
+            made.append(found)
+        elif farthest < low or nearest > high:
+            made.append(Matches(np.zeros_like(found.hit), np.ones_like(found.skipped), 0))
+        else:
+            made.append(match(question, depth))
+    return made
 
 
 def average_precision(category: Pool) -> np.ndarray | None:
@@ -146,10 +156,10 @@ def resampled(category: Pool, times: np.ndarray, *, at_once: int = 25) -> np.nda
     Each detection weighs as often as its question was drawn, and a draw's true and false positives are sums of weights.
     times: (B, Q), how often each question was drawn. at_once: draws per step; memory is about 25 x T x N x 40 bytes.
     """
-    weights = np.repeat(times, category.lengths, axis=1).astype(np.float64)  # (B, N)
+    weights = np.repeat(times, category.lengths, axis=1).astype(np.float32)  # (B, N); counts are exact up to 2^24
     positives = (times @ category.positives).astype(np.float64)
-    right = (category.hit & category.counted).astype(np.float64)
-    wrong = (~category.hit & category.counted).astype(np.float64)
+    right = (category.hit & category.counted).astype(np.float32)
+    wrong = (~category.hit & category.counted).astype(np.float32)
     result = np.full((len(times), len(right)), np.nan)
     drawn = np.nonzero(positives > 0)[0]
     for first in range(0, len(drawn), at_once):
@@ -162,6 +172,8 @@ def resampled(category: Pool, times: np.ndarray, *, at_once: int = 25) -> np.nda
         needed = np.ceil(RECALLS * total - 1e-9)
         needed += needed / total < RECALLS  # 7 / 10 < 0.7000000000000001, the 71st of RECALLS: as the loop above has it
         needed = np.broadcast_to(np.maximum(needed, 1.0), (*true.shape[:2], len(RECALLS)))
-        index = torch.searchsorted(torch.from_numpy(true), torch.from_numpy(np.ascontiguousarray(needed))).numpy()
-        result[chosen] = np.take_along_axis(precision, index, axis=2).mean(2)
+        index = torch.searchsorted(
+            torch.from_numpy(true), torch.from_numpy(np.ascontiguousarray(needed, dtype=np.float32))
+        ).numpy()
+        result[chosen] = np.take_along_axis(precision, index, axis=2).mean(2, dtype=np.float64)
     return result

@@ -21,8 +21,8 @@ from fastvst.evaluate.average_precision import (
     Matches,
     Question,
     average_precision,
-    inside,
     match,
+    match_range,
     pool,
     resampled,
 )
@@ -173,9 +173,7 @@ def score(
     for i, row in enumerate(rows):
         members.setdefault(row.category, []).append(i)
     matches = {"all": [match(q, DEPTHS["all"]) for q in questions]}
-    for label in ("near", "medium", "far"):
-        pairs = zip(questions, matches["all"], strict=True)
-        matches[label] = [m if inside(q, DEPTHS[label]) else match(q, DEPTHS[label]) for q, m in pairs]
+    matches |= {n: match_range(questions, matches["all"], DEPTHS[n]) for n in ("near", "medium", "far")}
     f1 = [_f1(m) for m in matches["all"]]
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
     pictures = [row.scene for row in rows]
