@@ -85,19 +85,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 
 def rooms(config: Config, split: str, samples: int) -> str:
-    """The folder of reasoned rows, made in a process of its own (Mesa and Triton bring two LLVMs)."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(make, config.folder, samples, config.workers, split).result()
-
-
-def make(folder: str | None, samples: int, workers: int, split: str) -> str:
-    from fastvst.spatial.rooms.generate import make_rooms
+    """The folder of reasoned rows, made or found."""
+    from fastvst.spatial.rooms.apart import make_rooms_apart
     from fastvst.spatial.rooms.presets import COLD_START
 
-    return str(make_rooms(folder, samples, 0, workers, COLD_START, split=split))
+    return make_rooms_apart(config.folder, samples, 0, config.workers, COLD_START, split=split)
 
 
 def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, Any]:

@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,25 +189,21 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
     """The mixture to ask from, and the rows of the evaluation."""
     if config.data.sources:
         return config.data, config.evaluation.path
+    from fastvst.spatial.rooms.apart import make_rooms_apart
+    from fastvst.spatial.rooms.generate import RoomsConfig
+
     rooms = config.rooms
+    kinds = RoomsConfig(rows={"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25})
+
+    def make(split: str, samples: int, seed: int) -> str:
+        return make_rooms_apart(rooms.folder, samples, seed, rooms.workers, kinds, split=split)
+
     train, test = (
-        world.once_per_node(f"rooms {split}", lambda split=split, n=n, s=s: render_rooms(rooms, split, n, s))
+        world.once_per_node(f"rooms {split}", lambda split=split, n=n, s=s: make(split, n, s))
         for split, n, s in (("train", rooms.samples, rooms.seed), ("heldout", config.evaluation.questions, 0))
     )
     source = SourceConfig(path=train, name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), config.evaluation.path or test
-
-
-def render_rooms(options: RoomsOptions, split: str, samples: int, seed: int) -> str:
-    """Make or find the rooms in a process of its own: Mesa and Triton bring two LLVMs, which crash in one process."""
-    from fastvst.spatial.rooms.generate import RoomsConfig, make_rooms
-
-    rows = {"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        job = pool.submit(
-            make_rooms, options.folder, samples, seed, options.workers, RoomsConfig(rows=rows), split=split
-        )
-        return str(job.result())
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

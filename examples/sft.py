@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -184,21 +182,15 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     """The mixture to train on; for the rooms also their folders (training, held-out)."""
     if config.data.sources:
         return config.data, None
+    from fastvst.spatial.rooms.apart import make_rooms_apart
+
+    r = config.rooms
     train, heldout = (
-        Path(world.once_per_node(split, lambda split=split, n=n: render_rooms(config.rooms, split, n)))
-        for split, n in (("train", config.rooms.samples), ("heldout", config.rooms.heldout))
+        Path(world.once_per_node(split, lambda s=split, n=n: make_rooms_apart(r.folder, n, r.seed, r.workers, split=s)))
+        for split, n in (("train", r.samples), ("heldout", r.heldout))
     )
     source = SourceConfig(path=str(train), name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), (train, heldout)
-
-
-def render_rooms(options: RoomsOptions, split: str, samples: int) -> str:
-    """Make or find the rooms in a process of its own: Mesa and Triton bring two LLVMs, which crash in one process."""
-    from fastvst.spatial.rooms.generate import make_rooms
-
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        job = pool.submit(make_rooms, options.folder, samples, options.seed, options.workers, split=split)
-        return str(job.result())
 
 
 # ----------------------------------------------------------------------------------------------------------- one step

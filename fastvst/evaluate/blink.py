@@ -97,9 +97,8 @@ def score(
     Raises:
         ValueError: an unknown `extraction`, or not one prediction for each row.
     """
-    if extraction not in EXTRACTIONS:
-        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
-    lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=EXTRACTIONS[extraction])
+    read = choice.pick(NAME, EXTRACTIONS, extraction)
+    lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)
     clusters = clusters_of(rows)
     tasks = sorted({row.category for row in rows})
     groups = [(1.0 / len(tasks), [i for i, row in enumerate(rows) if row.category == task]) for task in tasks]

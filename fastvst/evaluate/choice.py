@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvst.data.chat import THINK_SYSTEM
 from fastvst.data.sample import Sample
@@ -26,6 +26,7 @@ from fastvst.evaluate.report import (
 )
 from fastvst.evaluate.tsv import load_rows
 
+Way = TypeVar("Way")
 INSTRUCTION = "Please select the correct answer from the options above."
 INSTRUCTION_CHINESE = "请直接回答选项字母。"
 PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
@@ -160,6 +161,13 @@ def score(
         rows=lines,
         source=paper_source() if column else "not reported",
     )
+
+
+def pick(benchmark: str, extractions: Mapping[str, Way], name: str) -> Way:
+    """The named way of reading an answer. Raises ValueError for an unknown name."""
+    if name not in extractions:
+        raise ValueError(f"{benchmark}: extraction is {name!r}; expected one of {', '.join(extractions)}")
+    return extractions[name]
 
 
 def judge(

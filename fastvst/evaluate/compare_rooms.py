@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fastvst.evaluate.rooms import RoomResults
@@ -47,18 +45,13 @@ def checkpoints(given: list[str] | None) -> dict[str, Path]:
 
 
 def render(preset: str, samples: int, split: str) -> str:
-    """Make or find rooms in a process of its own: Mesa and Triton bring two LLVMs, which crash in one process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_render, preset, samples, split).result()
-
-
-def _render(preset: str, samples: int, split: str) -> str:
-    from fastvst.spatial.rooms.generate import make_rooms
+    """The folder of `samples` rows of a preset, made or found."""
+    from fastvst.spatial.rooms.apart import make_rooms_apart
     from fastvst.spatial.rooms.presets import PRESETS
 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    return str(make_rooms(None, samples, SEED, 2, PRESETS[preset], split=split))
+    return make_rooms_apart(None, samples, SEED, 2, PRESETS[preset], split=split)
 
 
 def table(results: Mapping[str, RoomResults]) -> str:

@@ -99,9 +99,7 @@ def score(
     Raises:
         ValueError: an unknown `extraction`, or not one prediction for each row.
     """
-    if extraction not in EXTRACTIONS:
-        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
-    read = EXTRACTIONS[extraction]
+    read = choice.pick(NAME, EXTRACTIONS, extraction)
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)
     clusters, values = clusters_of(rows), [line.score for line in lines]
     parts: dict[str, dict[str, list[int]]] = {}

@@ -90,9 +90,7 @@ def score(
     Raises:
         ValueError: an unknown `extraction`, or not one prediction for each row.
     """
-    if extraction not in EXTRACTIONS:
-        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
-    read = EXTRACTIONS[extraction]
+    read = choice.pick(NAME, EXTRACTIONS, extraction)
     return choice.score(
         rows,
         predictions,

@@ -184,9 +184,7 @@ def score(
     Raises:
         ValueError: an unknown `extraction`, or not one prediction for each row.
     """
-    if extraction not in EXTRACTIONS:
-        raise ValueError(f"{NAME}: extraction is {extraction!r}; expected one of {', '.join(EXTRACTIONS)}")
-    letter, number = EXTRACTIONS[extraction]
+    letter, number = choice.pick(NAME, EXTRACTIONS, extraction)
     texts, reasons = align(rows, predictions, failures)
     extracted, scores = [], []
     for row, text in zip(rows, texts, strict=True):
