@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import tempfile
 import traceback
@@ -44,7 +45,9 @@ def start_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
-            context.Process(target=_child, args=(function, environment(rank, size, folder), pipes[rank][1], arguments))
+            context.Process(
+                target=_child, args=(function, environment(rank, size, folder), pipes[rank][1], arguments, timeout)
+            )
             for rank in range(size)
         ]
         for process in processes:
@@ -57,12 +60,17 @@ def start_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
-                result = f"FAILED: rank {rank} did not end in {timeout} s"
+                where = (Path(folder) / f"stacks.{rank}").read_text(encoding="utf-8")
+                result = f"FAILED: rank {rank} did not end in {timeout} s; its stacks:\n{where}"
             ends.append((process.exitcode or 0, result))
     return ends
 
 
-def _child(function: Callable[..., Any], env: dict[str, str], pipe: Any, arguments: tuple[Any, ...]) -> None:
+def _child(
+    function: Callable[..., Any], env: dict[str, str], pipe: Any, arguments: tuple[Any, ...], timeout: float
+) -> None:
+    stacks = open(Path(env["INIT_FILE"]).parent / f"stacks.{env['RANK']}", "w", encoding="utf-8")  # noqa: SIM115
+    faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)  # a rank that hangs says where
     torch.set_num_threads(1)
     try:
         pipe.send(function(env, *arguments))
