@@ -66,7 +66,9 @@ def mrope_positions(
         step = float(next(seconds)) if (video and seconds is not None) else 1.0
         if video_rule == "grid":
             step = int(step)
-        times = np.floor(np.arange(t) * step * tokens_per_second).astype(np.int32) if video else np.arange(t)
+        times = np.arange(t)
+        if video:  # in float32 and in this order, as published: 3 * 1.4 * 25 is 105 there and 104.99... in float64
+            times = (times.astype(np.float32) * np.float32(step) * np.float32(tokens_per_second)).astype(np.int32)
         shape = (t, rows, columns)
         out[0, at : at + count] = start + np.broadcast_to(times[:, None, None], shape).reshape(-1)
         out[1, at : at + count] = start + np.broadcast_to(np.arange(rows)[None, :, None], shape).reshape(-1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
@@ -88,9 +88,13 @@ def hf():
 
 
 @settings(max_examples=40, deadline=None)
+@example([("text", 1), ("video", 4, 1, 1, 1.4), ("text", 2)], 25)
 @given(parts, st.sampled_from([1, 2, 25]))
 def test_extent_rule_is_the_published_one(parts, per_second):
-    """Text resumes at 1 + the largest coordinate so far (Qwen2.5-VL arXiv 2502.13923 §2.1.3; transformers 4.49)."""
+    """Text resumes at 1 + the largest coordinate so far (Qwen2.5-VL arXiv 2502.13923 §2.1.3; transformers 4.49).
+
+    Frames stand at `(torch.arange(t) * second_per_grid_t * tokens_per_second).long()`, as there.
+    """
     modality, shapes, seconds = lay_out(parts)
     got = mrope_positions(
         modality, shapes, second_per_grid_ts=seconds, tokens_per_second=per_second, video_rule="extent"
@@ -103,17 +107,15 @@ def test_extent_rule_is_the_published_one(parts, per_second):
             at += 1
             continue
         t, h, w = next(shape_of)
-        step = next(step_of) * per_second if modality[at] == VIDEO else 1
-        for frame in range(t):
+        frames = torch.arange(t)
+        if modality[at] == VIDEO:
+            frames = (frames * next(step_of) * per_second).long()
+        for frame in frames.tolist():
             for row in range(h // 2):
                 for column in range(w // 2):
-                    expected.append((start + int(frame * step), start + row, start + column))
+                    expected.append((start + frame, start + row, start + column))
         at = len(expected)
-    # products in another order may fall on the other side of a whole number
-    assert np.abs(got - np.asarray(expected).T).max() <= (0 if all(s in (0.0, 0.5, 1.0) for s in seconds) else 2)
-    exact = [s for s in seconds if (s * per_second * 8) % 1]
-    if not exact:
-        assert np.array_equal(got, np.asarray(expected).T)
+    assert np.array_equal(got, np.asarray(expected).T)
 
 
 def test_rules_agree_on_images_and_differ_on_long_videos():
