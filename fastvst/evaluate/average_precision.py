@@ -149,8 +149,8 @@ def match_ranges(questions: Sequence[Question]) -> dict[str, list[Matches]]:
         for i in np.nonzero(apart)[0]:
             found[i] = Matches(np.zeros_like(found[i].hit), np.ones_like(found[i].skipped), 0)
         again = np.nonzero(partly)[0].tolist()
-        for i, one in zip(again, match_all([questions[i] for i in again], (low, high)), strict=True):
-            found[i] = one
+        for k, one in zip(again, match_all([questions[i] for i in again], (low, high)), strict=True):
+            found[k] = one
         made[label] = found
     return made
 
