@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,12 +313,17 @@ def test_rl_rows_come_back_through_the_reader(walked: list[Scene], tmp_path: Pat
     rows = [rl_row(row, 90, hard) for row, hard in pairs]
     assert write_rl_rows(rows, tmp_path / "rl.parquet") == len(rows) > 8
     for (direct, hard), sample in zip(pairs, open_source(tmp_path / "rl.parquet"), strict=True):
-        assert sample.kind == "thought" and len(sample.parts("image")) == len(direct.parts("image"))
+        frames = sum(len(part["video"]) for part in direct.parts("video"))
+        assert sample.kind == "thought" and len(sample.parts("image")) == len(direct.parts("image")) + frames
         meta = sample.metadata["meta_info"]
         assert meta["difficulty"] == hard and set(hard) == {"margin", "occlusion", "objects", "clutter"}
         assert 0 <= hard["margin"] <= 1 and 0 <= hard["occlusion"] <= 0.7 and hard["objects"] >= 1
-        assert sample.answer["value"] == reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
-        assert ("multi_choices_score" in meta["mode"]) == (direct.metadata["form"] == "choice")
+        first = first_turn(direct)
+        assert sample.answer["value"] == reply(first).rsplit("So, the answer is ", 1)[-1].rstrip(".")
+        assert meta["answer"] == json.loads(json.dumps(first.answer))
+        assert ("multi_choices_score" in meta["mode"]) == bool(
+            direct.metadata.get("choice", direct.metadata["form"] == "choice")
+        )
     depth = next(row for row, _ in pairs if row.metadata["task"] == "depth_comparison")
     near, far = sorted(p[2] for p in depth.metadata["points"])[:2]
     if len(depth.metadata["points"]) == 2:
@@ -330,8 +335,41 @@ def test_rows_without_a_checkable_answer_are_refused(walked: list[Scene]) -> Non
     with pytest.raises(ValueError, match="no answer that a reward can check"):
         rl_row(caption)
     turns = replace(direct_rows(walked[0], 1)[0], messages=caption.messages * 2)
-    with pytest.raises(ValueError, match="4 messages"):
+    with pytest.raises(ValueError, match="4 messages and no answer to each"):
         rl_row(turns)
+
+
+def test_every_task_with_a_checkable_answer_has_rl_rows(tmp_path: Path, renderer: Renderer) -> None:
+    shots = ShotConfig(width=160, height=120, views=1, overlap=1.0)
+    tries = dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 2.0)
+    config = RoomsConfig(shots=shots, rows=tries, walk=WalkConfig(), quality=60)
+    make_rl_rows(tmp_path / "rl.parquet", 260, 5, config)
+    hard = defaultdict(list)
+    for row in open_source(tmp_path / "rl.parquet"):
+        meta = row.metadata["meta_info"]
+        hard[meta["task"]].append(meta["difficulty"])
+        assert row.answer["value"] and meta["answer"]["type"] in ("choice", "text", "number", "boxes")
+        assert row.kind == ("bbox_3d" if meta["mode"] == ["bbox3d"] else "thought")
+        assert len(row.parts("image")) == (20 if meta["task"].startswith("video_") else len(row.parts("image")) or 1)
+    captions = {"scene_caption", "change_caption", "video_caption"}
+    assert set(hard) == set(tries) - captions, set(tries) - captions - set(hard)
+    known = ("depth_comparison", "distance", "camera_motion", "object_object", "camera_camera", "video_object_object")
+    for task in known:
+        margins = {h["margin"] for h in hard[task]}
+        assert len(margins) > 1 and all(0 < m <= 1 for m in margins), (task, margins)
+
+
+def test_margins_by_hand(walked: list[Scene]) -> None:
+    scene, rng = walked[0], np.random.default_rng(4)
+    rows = [PAIRS["camera_motion"](scene, p, rng, TaskConfig(), "0") for p in scene.pairs for _ in range(3)]
+    for row in [row for row in rows if row is not None]:
+        found = difficulty_of(scene, row)["margin"]
+        views = [scene.views[k].camera for k in row.metadata["views"]]
+        between = homogeneous(views[0]) @ np.linalg.inv(homogeneous(views[1]))
+        if row.metadata["mode"] == "shift":
+            axes = sorted(np.abs(between[:3, 3]), reverse=True)
+            named = len(row.answer["value"].split(" and "))
+            assert found == pytest.approx(1 - axes[named] / axes[named - 1], abs=2e-3)
 
 
 def test_box_rows_are_rewarded_as_boxes(walked: list[Scene]) -> None:
