@@ -39,7 +39,8 @@ def direct_rows(scene: Scene, tries: int) -> list[Sample]:
                 rows += [WALKS[task](scene, rng, config, f"{k}-{index}") for k in range(2)]
                 continue
             make = SINGLE[task] if task in SINGLE else PAIRS[task]
-            for k, target in enumerate(scene.stills() if task in SINGLE else scene.pairs):
+            pairs = scene.pairs[:2] if task == "correspondence" else scene.pairs  # every pair has some: enough of them
+            for k, target in enumerate(scene.stills() if task in SINGLE else pairs):
                 rows.append(make(scene, target, rng, config, f"{k}-{index}"))
     return [row for row in rows if row is not None]
 
@@ -141,7 +142,8 @@ def check_claim(truth: Truth, text: str, c: dict) -> bool:
             name: [sum(truth.pixels(v, i) for i in truth.named(name)) for v in walk]
             for name in c.get("names", [c.get("name")])
         }
-        assert all(name in text for name in shown)
+        assert all(name in text for name in shown)  # and no armchair or office chair goes by the name of a chair
+        assert not [o.name for o in scene.objects for name in shown if o.name != name and o.name.endswith(name)]
         first = [next(k for k, n in enumerate(counts) if n >= GHOST) for counts in shown.values()]
         if says == "before":
             assert first == sorted(first) and len(set(first)) == len(first)
@@ -158,6 +160,7 @@ def check_claim(truth: Truth, text: str, c: dict) -> bool:
         assert ("another" in text or "one more" in text) == bool(c["others"])
         assert int(re.search(r"rame (\d+)", text)[1]) == scene.walk.index(c["view"]) + 1
     elif says == "count":
+        assert not [o.name for o in scene.objects if o.name != c["name"] and o.name.endswith(c["name"])]
         assert sorted(c["objects"]) == truth.named(c["name"]) and re.search(rf"\b{len(c['objects'])}\b", text)
     elif says == "nearest":
         gaps = {i: truth.gap(c["origin"], i) for i in c["others"]}

@@ -244,7 +244,9 @@ def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> l
     result = sample.answer["value"] if sample.answer is not None else ""
     fact = {"says": "steps", "given": given, "steps": count, "way": way, "result": result}
     if count == 0:
-        return [Statement(f"That is less than half a {unit}, so it stays {result}.", fact)]
+        return [
+            Statement(f"That is less than half {'an' if unit == 'hour' else 'a'} {unit}, so it stays {result}.", fact)
+        ]
     plural = "" if count == 1 else "s"
     return [
         Statement(f"Each {unit} covers {width} degrees.", {"says": "plan"}),
