@@ -18,7 +18,7 @@ from fastvst.report.gallery import STYLE, media
 from fastvst.spatial import draw
 from fastvst.spatial.bev import draw_bev
 from fastvst.spatial.boxes import parse_boxes
-from fastvst.spatial.reasoning import geometric
+from fastvst.spatial.reasoning import geometric, walks
 from fastvst.spatial.rooms.generate import RoomsConfig, scene_samples
 from fastvst.spatial.rooms.presets import ALL_TASKS
 from fastvst.spatial.rooms.render import open_renderer
@@ -28,6 +28,7 @@ from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS, TaskConfig
 
 SEEDS = range(40, 60)
 SHOTS = ShotConfig(width=448, height=336, views=2, overlap=1.0)
+PAIRS_BELOW = "<style>.pair{grid-template-columns:1fr}</style>"  # beside each other their labels are too small to read
 GROUPS = {"Single image": SINGLE, "Two images": PAIRS, "Video": WALKS}
 
 
@@ -59,7 +60,7 @@ def main() -> None:
         raise SystemExit(f"make_tasks.py: no example of {missing} in rooms {SEEDS}")
     sections = []
     for title, tasks in GROUPS.items():
-        style = STYLE if not sections else ""
+        style = STYLE + PAIRS_BELOW if not sections else ""
         body = "".join(cards[task] for task in tasks)
         sections.append((f"{title}: {len(tasks)} tasks", f'{style}<div class="grid">{body}</div>'))
     body = "".join(thoughts[task] for task in geometric.TRACES)
@@ -103,9 +104,17 @@ def _pictures(sample: Sample, pictures: list[Image.Image]) -> Sample:
 
 
 def thought_card(scene: Scene, sample: Sample) -> str:
-    views = list(sample.metadata.get("views", [sample.metadata.get("view")]))
-    pictures = [part["image"] for part in sample.parts("image")]
-    tags = [page.image_tag(p, "view", width=300, quality=80) for p in pictures]
+    if "frames" in sample.metadata:  # of a video the frames that the trace describes
+        keys = walks.key_frames(scene, sample)
+        views = [scene.walk[k] for k in keys]
+        pictures = [(sample.parts("video")[0]["video"][k], f"Frame {k + 1}") for k in keys]
+    else:
+        views = list(sample.metadata.get("views", [sample.metadata.get("view")]))
+        pictures = [(part["image"], "") for part in sample.parts("image")]
+    tags = [
+        page.image_tag(picture, "view", width=300, quality=80) + (f'<p class="task">{title}</p>' if title else "")
+        for picture, title in pictures
+    ]
     plan = page.image_tag(draw_bev(scene, views, 440), "plan", width=440, quality=90)
     question = "".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
     reply = sample.messages[-1]["content"][0]["text"]

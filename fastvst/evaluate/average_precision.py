@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 THRESHOLDS = np.linspace(0.05, 0.50, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -63,26 +62,46 @@ class Matches:
 
 def match(question: Question, depth: tuple[float, float]) -> Matches:
     """Greedy matching, all thresholds at once."""
+    return match_all([question], depth)[0]
+
+
+def match_all(questions: Sequence[Question], depth: tuple[float, float]) -> list[Matches]:
+    """`match` of every question; those with equally many detections and ground truths go through it together."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, question in enumerate(questions):
+        shapes.setdefault(question.iou[:MAX_DETECTIONS].shape, []).append(i)
+    made: list[Matches | None] = [None] * len(questions)
+    for chosen in shapes.values():
+        for i, found in zip(chosen, _match_alike([questions[i] for i in chosen], depth), strict=True):
+            made[i] = found
+    return [found for found in made if found is not None]
+
+
+def _match_alike(questions: Sequence[Question], depth: tuple[float, float]) -> list[Matches]:
+    """Questions of one shape. Arrays are (Q, T, D) and (Q, T, G)."""
     low, high = depth
-    ignored = question.ignored | (question.truth_depth < low) | (question.truth_depth > high)
-    iou, distance = question.iou[:MAX_DETECTIONS], question.detection_depth[:MAX_DETECTIONS]
+    iou = np.stack([q.iou[:MAX_DETECTIONS] for q in questions])
+    distance = np.stack([q.detection_depth[:MAX_DETECTIONS] for q in questions])
+    truth = np.stack([q.truth_depth for q in questions])
+    ignored = np.stack([q.ignored for q in questions]) | (truth < low) | (truth > high)
     outside = (distance < low) | (distance > high)
-    every, (detections, truths) = np.arange(len(THRESHOLDS)), iou.shape
-    hit = np.zeros((len(THRESHOLDS), detections), dtype=bool)
+    count, detections, truths = iou.shape
+    hit = np.zeros((count, len(THRESHOLDS), detections), dtype=bool)
     skipped = np.zeros_like(hit)
-    if ignored.all() and outside.all():  # nothing of this question lies in the range
-        return Matches(hit, ~skipped, 0)
-    free = np.ones((len(THRESHOLDS), truths), dtype=bool)
+    free = np.ones((count, len(THRESHOLDS), truths), dtype=bool)
     for d in range(detections if truths else 0):
-        fits = free & (iou[d] >= THRESHOLDS[:, None])
-        counted = fits & ~ignored
-        fits = np.where(counted.any(1, keepdims=True), counted, fits)  # ignored ones only where no other fits
-        values = np.where(fits, iou[d], -1.0)
-        best = truths - 1 - values[:, ::-1].argmax(1)  # the last of equals
-        hit[:, d] = fits.any(1)
-        skipped[:, d] = hit[:, d] & ignored[best]
-        free[every[hit[:, d]], best[hit[:, d]]] = False
-    return Matches(hit, skipped | (~hit & outside), int((~ignored).sum()))
+        overlap, bad = iou[:, None, d], ignored[:, None]
+        fits = free & (overlap >= THRESHOLDS[:, None])
+        counted = fits & ~bad
+        fits = np.where(counted.any(2, keepdims=True), counted, fits)  # ignored ones only where no other fits
+        best = truths - 1 - np.where(fits, overlap, -1.0)[..., ::-1].argmax(2)  # (Q, T), the last of equals
+        hit[..., d] = fits.any(2)
+        skipped[..., d] = hit[..., d] & np.take_along_axis(ignored, best, axis=1)
+        taken = np.nonzero(hit[..., d])
+        free[(*taken, best[taken])] = False
+    skipped |= ~hit & outside[:, None]
+    positives = (~ignored).sum(1).tolist()
+    return [Matches(*each) for each in zip(hit, skipped, positives, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -114,20 +133,25 @@ def pool(matches: Sequence[Matches]) -> Pool:
     )
 
 
-def match_range(questions: Sequence[Question], whole: Sequence[Matches], depth: tuple[float, float]) -> list[Matches]:
-    """`match` of every question in a depth range, from `whole`, the matches without a range: matching again only where
-    a question lies partly inside."""
-    low, high = depth
-    made = []
-    for question, found in zip(questions, whole, strict=True):
-        depths = [*question.detection_depth.tolist(), *question.truth_depth.tolist()]
-        nearest, farthest = min(depths, default=low), max(depths, default=low)
-        if nearest >= low and farthest <= high:
-            made.append(found)
-        elif farthest < low or nearest > high:
-            made.append(Matches(np.zeros_like(found.hit), np.ones_like(found.skipped), 0))
-        else:
-            made.append(match(question, depth))
+def match_ranges(questions: Sequence[Question]) -> dict[str, list[Matches]]:
+    """`match_all` in every range of DEPTHS, matching again only where a question lies partly inside. A range that holds
+    every question has the very list of "all"."""
+    depths = [[*q.detection_depth.tolist(), *q.truth_depth.tolist()] for q in questions]
+    spans = np.array([(min(d), max(d)) if d else (np.nan, np.nan) for d in depths]).reshape(-1, 2)
+    made = {"all": match_all(questions, DEPTHS["all"])}
+    for label, (low, high) in DEPTHS.items():
+        apart = (spans[:, 1] < low) | (spans[:, 0] > high)
+        partly = ~apart & ((spans[:, 0] < low) | (spans[:, 1] > high))
+        if label == "all" or not (apart | partly).any():
+            made[label] = made["all"]
+            continue
+        found = list(made["all"])
+        for i in np.nonzero(apart)[0]:
+            found[i] = Matches(np.zeros_like(found[i].hit), np.ones_like(found[i].skipped), 0)
+        again = np.nonzero(partly)[0].tolist()
+        for k, one in zip(again, match_all([questions[i] for i in again], (low, high)), strict=True):
+            found[k] = one
+        made[label] = found
     return made
 
 
@@ -150,30 +174,37 @@ def average_precision(category: Pool) -> np.ndarray | None:
     return table[:, np.maximum(needed, 1)].sum(1) / len(RECALLS)
 
 
-def resampled(category: Pool, times: np.ndarray, *, at_once: int = 25) -> np.ndarray:
+def resampled(category: Pool, times: np.ndarray) -> np.ndarray:
     """(B, T) average precision of B bootstrap draws; nan in a draw without ground truth that counts.
 
     Each detection weighs as often as its question was drawn, and a draw's true and false positives are sums of weights.
-    times: (B, Q), how often each question was drawn. at_once: draws per step; memory is about 25 x T x N x 40 bytes.
+    Only the columns of true positives are looked at: between two of them precision falls and recall stands still.
+    Memory is about B x N x 16 bytes.
+
+    times: (B, Q), how often each question was drawn.
     """
-    weights = np.repeat(times, category.lengths, axis=1).astype(np.float32)  # (B, N); counts are exact up to 2^24
-    positives = (times @ category.positives).astype(np.float64)
-    right = (category.hit & category.counted).astype(np.float32)
-    wrong = (~category.hit & category.counted).astype(np.float32)
-    result = np.full((len(times), len(right)), np.nan)
+    positives = times @ category.positives
     drawn = np.nonzero(positives > 0)[0]
-    for first in range(0, len(drawn), at_once):
-        chosen = drawn[first : first + at_once]
-        w, total = weights[chosen, None], positives[chosen, None, None]
-        true, false = np.cumsum(right * w, axis=2), np.cumsum(wrong * w, axis=2)  # (b, T, N)
-        precision = true / np.maximum(true + false, 1.0)
-        precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-        precision = np.pad(precision, ((0, 0), (0, 0), (0, 1)))  # 0 where a recall is never reached
-        needed = np.ceil(RECALLS * total - 1e-9)
-        needed += needed / total < RECALLS  # 7 / 10 < 0.7000000000000001, the 71st of RECALLS: as the loop above has it
-        needed = np.broadcast_to(np.maximum(needed, 1.0), (*true.shape[:2], len(RECALLS)))
-        index = torch.searchsorted(
-            torch.from_numpy(true), torch.from_numpy(np.ascontiguousarray(needed, dtype=np.float32))
-        ).numpy()
-        result[chosen] = np.take_along_axis(precision, index, axis=2).mean(2, dtype=np.float64)
+    weights = np.repeat(times[drawn], category.lengths, axis=1).astype(np.int32)  # (b, N)
+    reached = _recalls_reached(positives[drawn])
+    first = np.arange(len(drawn))[:, None] * reached.shape[1]  # where each draw's part of the flat table begins
+    result = np.full((len(times), len(category.hit)), np.nan)
+    total = np.zeros((0, 0), dtype=np.int32)
+    for t, (hit, counted) in enumerate(zip(category.hit, category.counted, strict=True)):
+        if t == 0 or (counted != category.counted[t - 1]).any():  # they differ only where ignored ground truth was hit
+            total = np.cumsum(np.where(counted, weights, 0), axis=1, dtype=np.int32)
+        columns = np.nonzero(hit & counted)[0]
+        true = np.cumsum(weights[:, columns], axis=1, dtype=np.int32)
+        precision = true.astype(np.float32) / np.maximum(total[:, columns], 1).astype(np.float32)
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        recalls = reached.ravel().take(true + first)
+        gained = np.diff(recalls, axis=1, prepend=np.float32(0.0))
+        result[drawn, t] = np.einsum("bn,bn->b", gained, precision, dtype=np.float64) / len(RECALLS)
     return result
+
+
+def _recalls_reached(positives: np.ndarray) -> np.ndarray:
+    """(b, 1 + most positives) float32: how many of RECALLS n true positives reach in each draw; n = 0 reaches none."""
+    counts = np.arange(positives.max(initial=0) + 1)
+    reached = np.searchsorted(RECALLS, counts / positives[:, None], side="right")
+    return np.where(counts > 0, reached, 0).astype(np.float32)

@@ -17,12 +17,10 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
 from fastvst.evaluate.average_precision import (
-    DEPTHS,
     Matches,
     Question,
     average_precision,
-    match,
-    match_range,
+    match_ranges,
     pool,
     resampled,
 )
@@ -135,14 +133,16 @@ def _ignored(rows: Sequence[Row], truth: Sequence[np.ndarray]) -> list[np.ndarra
 def overlaps(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
     """(D, G) exact IoU of every question. A predicted size counts by its absolute value; boxes with a face triangle of
     at most 1e-8 square metres have IoU 0."""
-    boxes, flat = [], []
-    for found in predicted:
-        x, y, z = sizes = np.abs(found[:, 3:6]).T
-        boxes.append(np.concatenate([found[:, :3], sizes.T, found[:, 6:]], axis=1))
-        flat.append(np.minimum(np.minimum(x * y, y * z), x * z) / 2 <= FACE_AREA)
-    ious = iou_3d_sets(list(zip(boxes, truth, strict=True)))
-    for iou, thin in zip(ious, flat, strict=True):
-        iou[thin] = 0.0
+    counts = [len(found) for found in predicted]
+    every = np.concatenate([np.zeros((0, 9)), *predicted])
+    x, y, z = every[:, 3:6].T
+    every = np.concatenate([every[:, :3], np.abs(every[:, 3:6]), every[:, 6:]], axis=1)
+    flat = np.minimum(np.minimum(np.abs(x * y), np.abs(y * z)), np.abs(x * z)) / 2 <= FACE_AREA
+    ends = np.cumsum(counts).tolist()
+    sets = [every[end - n : end] for n, end in zip(counts, ends, strict=True)]
+    ious = iou_3d_sets(list(zip(sets, truth, strict=True)))
+    for i in np.unique(np.searchsorted(ends, np.nonzero(flat)[0], side="right")):
+        ious[i][flat[ends[i] - counts[i] : ends[i]]] = 0.0
     return ious
 
 
@@ -172,14 +172,13 @@ def score(
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         members.setdefault(row.category, []).append(i)
-    matches = {"all": [match(q, DEPTHS["all"]) for q in questions]}
-    matches |= {n: match_range(questions, matches["all"], DEPTHS[n]) for n in ("near", "medium", "far")}
+    matches = match_ranges(questions)
     f1 = [_f1(m) for m in matches["all"]]
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
     pictures = [row.scene for row in rows]
     whole = _table(matches["all"], members, pictures)
     tables = {
-        label: whole if _same(found, matches["all"]) else _table(found, members, pictures)
+        label: whole if found is matches["all"] else _table(found, members, pictures)
         for label, found in matches.items()
     }
     if not whole:
@@ -207,11 +206,6 @@ def _f1(found: Matches) -> float:
     hits = int((found.hit[AT] & ~found.skipped[AT]).sum())
     total = int((~found.skipped[AT]).sum()) + found.positives
     return 2.0 * hits / total if total else 1.0
-
-
-def _same(a: Sequence[Matches], b: Sequence[Matches]) -> bool:
-    """Equal results, as of "near" and "all" where nothing is further than 10 m: not computed twice."""
-    return all(x.positives == y.positives and np.array_equal(x.skipped, y.skipped) for x, y in zip(a, b, strict=True))
 
 
 def _table(

@@ -110,6 +110,7 @@ def _chips(
     """White names on coloured plates, each at the free place nearest to its object; cameras first, then as given."""
     font = _font(max(9, size // 52) * SCALE)
     taken: list[tuple[float, float, float, float]] = []
+    plates = []  # drawn after all of the leading lines, which would cross them
     for name, (x, y), colour in sorted(chips, key=lambda chip: not chip[0].startswith("Cam-")):
         left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
         w, h = right - left + 8 * SCALE, bottom - top + 6 * SCALE
@@ -136,8 +137,10 @@ def _chips(
         cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         if math.hypot(cx - x, cy - y) > h:
             pen.line([(x, y), (cx, cy)], fill=colour, width=SCALE)
+        plates.append((name, box, colour, (box[0] + 4 * SCALE - left, box[1] + 3 * SCALE - top)))
+    for name, box, colour, corner in plates:
         pen.rounded_rectangle(box, radius=3 * SCALE, fill=(*colour, 255))
-        pen.text((box[0] + 4 * SCALE - left, box[1] + 3 * SCALE - top), name, font=font, fill=(255, 255, 255))
+        pen.text(corner, name, font=font, fill=(255, 255, 255))
 
 
 def object_table(scene: Scene, views: Sequence[int] = ()) -> str:

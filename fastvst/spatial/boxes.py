@@ -91,6 +91,14 @@ def _snap(axes_a: np.ndarray, axes_b: np.ndarray) -> np.ndarray:
     return np.where((sine.min(1) < 3e-9)[..., None], sign * partner, axes_b)
 
 
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """np.cross of (..., 3) arrays, in half of its time."""
+    (ax, ay, az), (bx, by, bz) = np.moveaxis(a, -1, 0), np.moveaxis(b, -1, 0)
+    result = np.empty_like(a)
+    result[..., 0], result[..., 1], result[..., 2] = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
+    return result
+
+
 _PAIRS = np.array([(i, j) for i in range(12) for j in range(i + 1, 12) if not (i // 6 == j // 6 and i % 3 == j % 3)])
 
 
@@ -108,12 +116,12 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     n, o = np.concatenate([na, nb], 1), np.concatenate([oa, ob], 1)  # (P, 12, 3), (P, 12)
     i, j = _PAIRS.T
     ni, nj, oi, oj = n[:, i], n[:, j], o[:, i], o[:, j]  # (P, 60, 3), (P, 60)
-    direction = np.cross(ni, nj)
+    direction = _cross(ni, nj)
     sine2 = np.einsum("pek,pek->pe", direction, direction)
     parallel = sine2 < 1e-20  # only equal planes are left here, see _snap
     sine2 = np.where(parallel, 1.0, sine2)
     sine = np.sqrt(sine2)
-    point = (oi[..., None] * np.cross(nj, direction) + oj[..., None] * np.cross(direction, ni)) / sine2[..., None]
+    point = (oi[..., None] * _cross(nj, direction) + oj[..., None] * _cross(direction, ni)) / sine2[..., None]
     direction = direction / sine[..., None]
 
     slope = direction @ n.transpose(0, 2, 1)  # (P, 60, 12)
@@ -155,11 +163,24 @@ def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.nd
     )
     gap2 = ((centre_a[rows] - centre_b[columns]) ** 2).sum(-1)
     near = np.nonzero((gap2 < (reach_a[rows] + reach_b[columns]) ** 2) & good_a[rows] & good_b[columns])[0]
+    near = near[~_separated(a, b, rows[near], columns[near])]
     result = np.zeros(len(rows))
     for first in range(0, len(near), 256):  # 256 pairs x 60 edges x 12 faces x 8 bytes = 1.5 MB an array: in cache
         chosen = near[first : first + 256]
         result[chosen] = _intersection_volumes(a[rows[chosen]], b[columns[chosen]])
     return result
+
+
+def _separated(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(P,) bool: a face of either box has the whole other box in front of it. A tenth of the work of a volume; leaves
+    only the few separate pairs that no face tells apart."""
+    turn_a, turn_b = rotations(a[:, 6:9])[rows], rotations(b[:, 6:9])[columns]
+    offset = b[columns, :3] - a[rows, :3]
+    half_a, half_b = a[rows, 3:6] / 2, b[columns, 3:6] / 2
+    cosine = np.abs(turn_a.transpose(0, 2, 1) @ turn_b)  # (P, axis of a, axis of b)
+    from_a = np.abs(np.einsum("pi,pij->pj", offset, turn_a)) - half_a - np.einsum("pij,pj->pi", cosine, half_b)
+    from_b = np.abs(np.einsum("pi,pij->pj", offset, turn_b)) - half_b - np.einsum("pij,pi->pj", cosine, half_a)
+    return (from_a > 0).any(1) | (from_b > 0).any(1)
 
 
 def iou_3d(a: Any, b: Any) -> np.ndarray:
@@ -185,17 +206,17 @@ def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
     pairs = [(_as_boxes(a), _as_boxes(b)) for a, b in sets]
     if not pairs:
         return []
-    rows, columns, first_a, first_b = [], [], 0, 0
-    for a, b in pairs:
-        i, j = np.indices((len(a), len(b)))
-        rows.append(i.ravel() + first_a)
-        columns.append(j.ravel() + first_b)
-        first_a, first_b = first_a + len(a), first_b + len(b)
+    counts_a, counts_b = (np.array([len(box) for box in side]) for side in zip(*pairs, strict=True))
+    sizes = counts_a * counts_b
+    ends = np.cumsum(sizes)
+    inside = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)  # number of the pair in its set, row by row
+    width = np.repeat(counts_b, sizes)
+    rows = inside // width + np.repeat(np.cumsum(counts_a) - counts_a, sizes)
+    columns = inside % width + np.repeat(np.cumsum(counts_b) - counts_b, sizes)
     every_a, every_b = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    iou = _pair_iou(every_a, every_b, np.concatenate(rows), np.concatenate(columns))
-    ends = np.cumsum([len(a) * len(b) for a, b in pairs])
-    parts = np.split(iou, ends[:-1])
-    return [part.reshape(len(a), len(b)) for part, (a, b) in zip(parts, pairs, strict=True)]
+    iou = _pair_iou(every_a, every_b, rows, columns)
+    shapes = zip(ends - sizes, ends, counts_a, counts_b, strict=True)
+    return [iou[first:end].reshape(shape) for first, end, *shape in shapes]
 
 
 def _pair_iou(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -292,7 +313,7 @@ def parse_boxes(text: str) -> tuple[np.ndarray, list[str]]:
             return empty, []
         for entry in entries:
             if isinstance(entry, dict) and _is_box(entry.get("bbox_3d")):
-                boxes.append([float(x) for x in entry["bbox_3d"]])
+                boxes.append(entry["bbox_3d"])
                 labels.append(str(entry.get("label", "")))
     else:
         for match in _TAG.finditer(text):
@@ -305,14 +326,18 @@ def parse_boxes(text: str) -> tuple[np.ndarray, list[str]]:
                 labels.append("")
     if not boxes:
         return empty, []
-    array = np.array(boxes)
+    array = np.array(boxes, dtype=np.float64)
     array[:, 6:9] *= 180
     return array, labels
+
+
+_NUMBERS = frozenset((int, float))  # what JSON and float() make; a bool is neither
 
 
 def _is_box(numbers: Any) -> bool:
     return (
         isinstance(numbers, list)
         and len(numbers) == 9
-        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6 for x in numbers)
+        and _NUMBERS.issuperset(map(type, numbers))
+        and all(-1e6 < x < 1e6 for x in numbers)
     )

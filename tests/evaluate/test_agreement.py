@@ -288,7 +288,7 @@ def test_detection_with_pycocotools(seed: int) -> None:
     truth, given, pairs = [], [], {}
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         found, category = sunrgbd_det.parse_boxes(text)[0], names.index(row.category) + 1
-        pairs[i + 1, category] = sunrgbd_det.overlaps(found, row.fields["boxes"])
+        pairs[i + 1, category] = sunrgbd_det.overlaps([found], [row.fields["boxes"]])[0]
         for box in row.fields["boxes"]:
             truth.append(
                 {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from fastvst.data import open_source
 from fastvst.data.sample import Sample
 from fastvst.evaluate.answers import score
+from fastvst.spatial.camera import Camera
 from fastvst.spatial.reasoning import claims, geometric
 from fastvst.spatial.reasoning.rl import difficulty_of, make_rl_rows, rl_row, write_rl_rows
 from fastvst.spatial.reasoning.teacher import FORBIDDEN
@@ -22,8 +23,9 @@ from fastvst.spatial.rooms.generate import RoomsConfig
 from fastvst.spatial.rooms.render import Renderer
 from fastvst.spatial.rooms.scene import Scene
 from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
+from fastvst.spatial.tasks import PAIRS, SINGLE, WALKS, TaskConfig
 from fastvst.spatial.tasks.angles import HOURS
+from fastvst.spatial.tasks.measurement import first_turn
 from scene_truth import COMPASS, GHOST, Truth, clockwise, homogeneous, off, reply
 
 
@@ -32,9 +34,14 @@ def direct_rows(scene: Scene, tries: int) -> list[Sample]:
     rows = []
     for attempt in range(tries):
         for task in geometric.TRACES:
+            config, index = TaskConfig(easy=0.5), f"{attempt}"
+            if task in WALKS:
+                rows += [WALKS[task](scene, rng, config, f"{k}-{index}") for k in range(2)]
+                continue
             make = SINGLE[task] if task in SINGLE else PAIRS[task]
-            for k, target in enumerate(scene.stills() if task in SINGLE else scene.pairs):
-                rows.append(make(scene, target, rng, TaskConfig(easy=0.5), f"{k}-{attempt}"))
+            pairs = scene.pairs[:2] if task == "correspondence" else scene.pairs  # every pair has some: enough of them
+            for k, target in enumerate(scene.stills() if task in SINGLE else pairs):
+                rows.append(make(scene, target, rng, config, f"{k}-{index}"))
     return [row for row in rows if row is not None]
 
 
@@ -49,6 +56,10 @@ def median_depth(truth: Truth, view: int, i: int) -> float:
 
 def bearing(truth: Truth, who) -> np.ndarray:
     return truth.scene.views[who["camera"]].camera.position[:2] if isinstance(who, dict) else truth.place(who)
+
+
+def pinhole(camera: Camera) -> np.ndarray:
+    return np.array([[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1]])
 
 
 def check_claim(truth: Truth, text: str, c: dict) -> bool:
@@ -96,6 +107,71 @@ def check_claim(truth: Truth, text: str, c: dict) -> bool:
         assert float(re.search(r"(\d+(?:\.\d+)?) m", text)[1]) == c["value"]
     elif says == "tall":
         assert abs(100 * truth.extents(c["objects"][0])[2] - c["value"]) < 5.6 and f"{c['value']} cm" in text
+    elif says == "size":
+        down, across, along = (truth.extents(c["objects"][0])[k] for k in (2, 0, 1))
+        size = {"height": down, "length": max(across, along), "width": min(across, along)}[c["what"]]
+        assert abs(100 * size - c["value"]) < 1.0 and f"{c['value']} cm" in text
+        assert re.search({"height": "height|bottom", "length": "longer|long", "width": "shorter|wide"}[c["what"]], text)
+    elif says == "taller":
+        high, low = (truth.extents(i)[2] for i in c["objects"])
+        assert high > low + 0.04
+        assert (text.index(names[0]) > text.index(names[1])) == ("lower" in text) or names[0] in names[1]
+    elif says == "scale":
+        camera, thing = scene.views[c["view"]].camera, scene.object(c["objects"][0])
+        point = next(s.point for s in scene.views[c["view"]].sightings if s.object_id == thing.id)
+        depth, seen = truth.cast(camera, np.array([point]))
+        rays = [np.linalg.inv(pinhole(camera)) @ [camera.cx, v, 1] for v in (0.0, camera.height / 10)]
+        span = 100 * float(depth[0]) * np.linalg.norm(rays[1] - rays[0])
+        assert seen[0] == thing.id and abs(span - c["value"]) < 0.8 and f"{c['value']} cm" in text
+    elif says == "spot":
+        assert truth.cast(scene.views[c["view"]].camera, np.array([c["point"]]))[1][0] == c["objects"][0]
+    elif says in ("same", "apart"):
+        spots = []
+        for view, (u, v) in zip(c["views"], c["points"], strict=True):
+            camera = scene.views[view].camera  # the spot of the picture that the pixel shows
+            depth, seen = truth.cast(camera, np.array([[math.floor(u) + 0.5, math.floor(v) + 0.5]]))
+            pose = np.linalg.inv(homogeneous(camera))
+            ray = np.linalg.inv(pinhole(camera)) @ [math.floor(u) + 0.5, math.floor(v) + 0.5, 1]
+            spots.append((pose @ [*(ray * depth[0]), 1])[:3])
+            assert seen[0] == c["objects"][0]
+        gap = float(np.linalg.norm(spots[0] - spots[1]))
+        assert gap < 0.05 if says == "same" else abs(gap - c["value"]) < 0.06 and f"{c['value']} m" in text
+    elif says in ("appears", "before"):
+        walk = scene.walk
+        shown = {
+            name: [sum(truth.pixels(v, i) for i in truth.named(name)) for v in walk]
+            for name in c.get("names", [c.get("name")])
+        }
+        assert all(name in text for name in shown)  # and no armchair or office chair goes by the name of a chair
+        assert not [o.name for o in scene.objects for name in shown if o.name != name and o.name.endswith(name)]
+        first = [next(k for k, n in enumerate(counts) if n >= GHOST) for counts in shown.values()]
+        if says == "before":
+            assert first == sorted(first) and len(set(first)) == len(first)
+            places = [text.index(f" {name}") for name in shown]
+            assert places == sorted(places)
+        else:
+            (counts,) = shown.values()
+            assert counts[c["sure"]] >= 30 and max([0, *counts[: c["first"]]]) < GHOST
+            numbers = [int(n) for n in re.findall(r"frame (\d+)", text)]
+            assert c["sure"] == 0 or c["sure"] + 1 in numbers
+            assert c["first"] == 0 or c["first"] + 1 in numbers or c["first"] in numbers
+    elif says == "another":
+        assert truth.pixels(c["view"], c["objects"][0]) >= 30 and c["objects"][0] not in c["others"]
+        assert ("another" in text or "one more" in text) == bool(c["others"])
+        assert int(re.search(r"rame (\d+)", text)[1]) == scene.walk.index(c["view"]) + 1
+    elif says == "count":
+        assert not [o.name for o in scene.objects if o.name != c["name"] and o.name.endswith(c["name"])]
+        assert sorted(c["objects"]) == truth.named(c["name"]) and re.search(rf"\b{len(c['objects'])}\b", text)
+    elif says == "nearest":
+        gaps = {i: truth.gap(c["origin"], i) for i in c["others"]}
+        assert min(gaps, key=gaps.get) == c["objects"][0]
+    elif says == "faces":
+        a, b, t = (truth.place(c[k]) for k in ("origin", "anchor", "target"))
+        z = complex(*(t - a)) / complex(*(b - a))  # 1 = ahead, 1j = left
+        words = {"left": z.imag > 0, "right": z.imag < 0, "front": z.real > 0, "back": z.real < 0}
+        assert all(words[word] for word in c["result"].split("-")) and f"the {c['result']}" in text.replace("my", "the")
+        turned = abs(math.degrees(np.angle(z)))
+        assert c["level"] != "medium" or (turned > 135) == (c["result"] == "back")
     elif says == "angle":
         origin, anchor, target = (bearing(truth, c[k]) for k in ("origin", "anchor", "target"))
         turned = clockwise(anchor - origin, target - origin)
@@ -155,10 +231,15 @@ def check_trace(truth: Truth, direct: Sample, row: Sample) -> Counter:
     assert match is not None and row.kind == row.metadata["task"] == f"thought_{direct.metadata['task']}"
     body, answer = match[1], match[2]
     assert 150 <= len(body.split()) <= 500 and not FORBIDDEN.search(body)
+    direct = first_turn(direct)
     expected = reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
     assert answer == expected and answer in body.split(". ")[-1] + body.split("\n")[-1]
     assert (
-        score(answer, direct.answer) == 1.0 or answer.split(". ")[-1] == direct.answer["value"] or " point-" in answer
+        score(answer, direct.answer) == 1.0
+        or direct.metadata.get("choice")
+        and direct.answer["value"].startswith(f"{answer}. ")
+        or answer.split(". ")[-1] == direct.answer["value"]
+        or " point-" in answer
     )
     assert " ".join(s for s, _ in row.metadata["claims"]) == body.replace("\n", " ")  # no sentence without a claim
     found: Counter = Counter()
@@ -214,8 +295,8 @@ def test_a_false_sentence_does_not_go_out(walked: list[Scene], monkeypatch: pyte
             geometric.compose(replace(scene, views=tuple(views)), direct, np.random.default_rng(seed))
     with pytest.raises(ValueError, match="no check for the claim"):
         claims.holds(scene, {"says": "dreamt"})
-    other = SINGLE["measurement"](scene, scene.stills()[0], np.random.default_rng(0), TaskConfig(), "0")
-    with pytest.raises(ValueError, match="no reasoning for the task 'measurement'"):
+    other = SINGLE["scene_caption"](scene, scene.stills()[0], np.random.default_rng(0), TaskConfig(), "0")
+    with pytest.raises(ValueError, match="no reasoning for the task 'scene_caption'"):
         geometric.compose(scene, other, np.random.default_rng(0))
 
 
@@ -235,12 +316,17 @@ def test_rl_rows_come_back_through_the_reader(walked: list[Scene], tmp_path: Pat
     rows = [rl_row(row, 90, hard) for row, hard in pairs]
     assert write_rl_rows(rows, tmp_path / "rl.parquet") == len(rows) > 8
     for (direct, hard), sample in zip(pairs, open_source(tmp_path / "rl.parquet"), strict=True):
-        assert sample.kind == "thought" and len(sample.parts("image")) == len(direct.parts("image"))
+        frames = sum(len(part["video"]) for part in direct.parts("video"))
+        assert sample.kind == "thought" and len(sample.parts("image")) == len(direct.parts("image")) + frames
         meta = sample.metadata["meta_info"]
         assert meta["difficulty"] == hard and set(hard) == {"margin", "occlusion", "objects", "clutter"}
         assert 0 <= hard["margin"] <= 1 and 0 <= hard["occlusion"] <= 0.7 and hard["objects"] >= 1
-        assert sample.answer["value"] == reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
-        assert ("multi_choices_score" in meta["mode"]) == (direct.metadata["form"] == "choice")
+        first = first_turn(direct)
+        assert sample.answer["value"] == reply(first).rsplit("So, the answer is ", 1)[-1].rstrip(".")
+        assert meta["answer"] == json.loads(json.dumps(first.answer))
+        assert ("multi_choices_score" in meta["mode"]) == bool(
+            direct.metadata.get("choice", direct.metadata["form"] == "choice")
+        )
     depth = next(row for row, _ in pairs if row.metadata["task"] == "depth_comparison")
     near, far = sorted(p[2] for p in depth.metadata["points"])[:2]
     if len(depth.metadata["points"]) == 2:
@@ -252,8 +338,41 @@ def test_rows_without_a_checkable_answer_are_refused(walked: list[Scene]) -> Non
     with pytest.raises(ValueError, match="no answer that a reward can check"):
         rl_row(caption)
     turns = replace(direct_rows(walked[0], 1)[0], messages=caption.messages * 2)
-    with pytest.raises(ValueError, match="4 messages"):
+    with pytest.raises(ValueError, match="4 messages and no answer to each"):
         rl_row(turns)
+
+
+def test_every_task_with_a_checkable_answer_has_rl_rows(tmp_path: Path, renderer: Renderer) -> None:
+    shots = ShotConfig(width=160, height=120, views=1, overlap=1.0)
+    tries = dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 2.0)
+    config = RoomsConfig(shots=shots, rows=tries, walk=WalkConfig(), quality=60)
+    make_rl_rows(tmp_path / "rl.parquet", 260, 5, config)
+    hard = defaultdict(list)
+    for row in open_source(tmp_path / "rl.parquet"):
+        meta = row.metadata["meta_info"]
+        hard[meta["task"]].append(meta["difficulty"])
+        assert row.answer["value"] and meta["answer"]["type"] in ("choice", "text", "number", "boxes")
+        assert row.kind == ("bbox_3d" if meta["mode"] == ["bbox3d"] else "thought")
+        assert len(row.parts("image")) == (20 if meta["task"].startswith("video_") else len(row.parts("image")) or 1)
+    captions = {"scene_caption", "change_caption", "video_caption"}
+    assert set(hard) == set(tries) - captions, set(tries) - captions - set(hard)
+    known = ("depth_comparison", "distance", "camera_motion", "object_object", "camera_camera", "video_object_object")
+    for task in known:
+        margins = {h["margin"] for h in hard[task]}
+        assert len(margins) > 1 and all(0 < m <= 1 for m in margins), (task, margins)
+
+
+def test_margins_by_hand(walked: list[Scene]) -> None:
+    scene, rng = walked[0], np.random.default_rng(4)
+    rows = [PAIRS["camera_motion"](scene, p, rng, TaskConfig(), "0") for p in scene.pairs for _ in range(3)]
+    for row in [row for row in rows if row is not None]:
+        found = difficulty_of(scene, row)["margin"]
+        views = [scene.views[k].camera for k in row.metadata["views"]]
+        between = homogeneous(views[0]) @ np.linalg.inv(homogeneous(views[1]))
+        if row.metadata["mode"] == "shift":
+            axes = sorted(np.abs(between[:3, 3]), reverse=True)
+            named = len(row.answer["value"].split(" and "))
+            assert found == pytest.approx(1 - axes[named] / axes[named - 1], abs=2e-3)
 
 
 def test_box_rows_are_rewarded_as_boxes(walked: list[Scene]) -> None:

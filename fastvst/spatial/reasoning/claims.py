@@ -14,11 +14,22 @@ from typing import Any
 import numpy as np
 
 from fastvst.spatial.boxes import box_distance
+from fastvst.spatial.camera import project, unproject
 from fastvst.spatial.floor import footprint, height_range, meets
 from fastvst.spatial.rooms.scene import Scene, Sighting
-from fastvst.spatial.tasks.angles import COMPASS, HOURS, clockwise, heading, spot
+from fastvst.spatial.tasks.angles import (
+    COMPASS,
+    HOURS,
+    clockwise,
+    heading,
+    left_right,
+    left_right_back,
+    quadrant,
+    spot,
+)
 from fastvst.spatial.tasks.camera_motion import relative, shift_words, turn_word
 from fastvst.spatial.tasks.common import TaskConfig
+from fastvst.spatial.tasks.measurement import measure
 
 CONFIG = TaskConfig()
 RANGES = ((0.0, 1.4, "near"), (1.6, 2.8, "middle"), (3.2, 99.0, "far"))  # metres of depth, with gaps between them
@@ -187,6 +198,76 @@ def _ranked(scene: Scene, c: Claim) -> bool:
     return all(a < b for a, b in zip(values, values[1:], strict=False)) and c["result"] in (0, len(values) - 1)
 
 
+def _scale(scene: Scene, c: Claim) -> bool:
+    camera, s = scene.views[c["view"]].camera, sighting(scene, c["view"], c["objects"][0])
+    return s is not None and abs(10 * s.depth * camera.height / camera.fy - c["value"]) <= 0.51
+
+
+def _spot(scene: Scene, c: Claim) -> bool:
+    ids, (u, v) = scene.views[c["view"]].ids, c["point"]
+    return ids is not None and int(ids[int(v), int(u)]) == c["objects"][0]
+
+
+def _world(scene: Scene, view: int, point: list[float]) -> np.ndarray:
+    """World point (3,) under a pixel."""
+    depth = scene.views[view].depth
+    assert depth is not None
+    return unproject(scene.views[view].camera, np.array(point), depth[int(point[1]), int(point[0])].astype(np.float64))
+
+
+def _same(scene: Scene, c: Claim) -> bool:
+    there, ahead = project(scene.views[c["views"][1]].camera, _world(scene, c["views"][0], c["points"][0]))
+    return float(ahead) > 0 and float(np.hypot(*(there - c["points"][1]))) < 0.01
+
+
+def _apart(scene: Scene, c: Claim) -> bool:
+    places = [_world(scene, v, p) for v, p in zip(c["views"], c["points"], strict=True)]
+    return abs(float(np.linalg.norm(places[0] - places[1])) - c["value"]) <= c["tolerance"]
+
+
+def class_frames(scene: Scene, name: str) -> tuple[int, int] | None:
+    """Frames of the walk, by number from 0, in which anything of a class shows at all, and is clear, for the first
+    time."""
+    ids = [thing.id for thing in scene.objects if thing.name == name]
+    shown = [k for k, v in enumerate(scene.walk) if any(sighting(scene, v, i) is not None for i in ids)]
+    sure = [k for k, v in enumerate(scene.walk) if any(clear(scene, v, i) for i in ids)]
+    return (shown[0], sure[0]) if sure else None
+
+
+def _appears(scene: Scene, c: Claim) -> bool:
+    return class_frames(scene, c["name"]) == (c["first"], c["sure"])
+
+
+def _before(scene: Scene, c: Claim) -> bool:
+    found = [class_frames(scene, name) for name in c["names"]]
+    return all(a is not None and b is not None and a[1] < b[0] for a, b in zip(found, found[1:], strict=False))
+
+
+def _nearest(scene: Scene, c: Claim) -> bool:
+    box, (i,) = scene.object(c["origin"]).box, c["objects"]
+    own = box_distance(box, scene.object(i).box)
+    return i in c["others"] and all(box_distance(box, scene.object(j).box) > own for j in c["others"] if j != i)
+
+
+def _another(scene: Scene, c: Claim) -> bool:
+    (i,) = c["objects"]
+    alike = all(scene.object(j).name == scene.object(i).name for j in c["others"])
+    return clear(scene, c["view"], i) and i not in c["others"] and alike
+
+
+def _count(scene: Scene, c: Claim) -> bool:
+    ids = {thing.id for thing in scene.objects if thing.name == c["name"]}
+    return set(c["objects"]) == ids and len(ids) == c["value"]
+
+
+SIDES: dict[str, Callable[[float], str | None]] = {"easy": left_right, "medium": left_right_back, "hard": quadrant}
+
+
+def _faces(scene: Scene, c: Claim) -> bool:
+    turned = turn_between(*(place_of(scene, c[key]) for key in ("origin", "anchor", "target")))
+    return SIDES[c["level"]](turned) == c["result"]
+
+
 CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
     "seen": _seen,
     "unseen": _unseen,
@@ -202,6 +283,18 @@ CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
         abs(box_distance(*(scene.object(i).box for i in c["objects"])) - c["value"]) <= c["tolerance"]
     ),
     "tall": lambda scene, c: abs(100 * scene.object(c["objects"][0]).height - c["value"]) <= 5.01,
+    "size": lambda scene, c: abs(100 * measure(scene.object(c["objects"][0]), c["what"]) - c["value"]) <= 0.51,
+    "taller": lambda scene, c: scene.object(c["objects"][0]).height - scene.object(c["objects"][1]).height >= 0.05,
+    "scale": _scale,
+    "spot": _spot,
+    "same": _same,
+    "apart": _apart,
+    "appears": _appears,
+    "before": _before,
+    "nearest": _nearest,
+    "another": _another,
+    "count": _count,
+    "faces": _faces,
     "angle": _angle,
     "look": _look,
     "toward": _toward,

@@ -7,6 +7,7 @@ import numpy as np
 from fastvst.spatial.boxes import box_distance
 from fastvst.spatial.reasoning import claims
 from fastvst.spatial.rooms.scene import Scene
+from fastvst.spatial.tasks.angles import clockwise, heading
 from fastvst.spatial.tasks.common import TaskConfig, article, choose, listed, nameable, pick, prose
 from fastvst.spatial.tasks.facts import Statement
 
@@ -49,9 +50,39 @@ BOTH = (
     "Common to the two images: {things}.",
 )
 
+LOOK = (
+    "From the first to the second image the viewing direction swings to the {way} by about {d} degrees.",
+    "The second camera looks about {d} degrees further to the {way} than the first.",
+)
+MERGE = (
+    "Now I join the two views into one layout of the room.",
+    "Next I put both views together.",
+    "With this in mind I merge the two pictures into a single room.",
+)
+RESTATE = (
+    "Now back to the question.",
+    "Let me restate the question with this layout.",
+    "Now I can answer what was asked.",
+)
+
 
 def capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def say(rng: np.random.Generator, bank: tuple[str, ...]) -> Statement:
+    """A sentence that says nothing about the scene."""
+    return Statement(pick(rng, bank), {"says": "plan"})
+
+
+def swing(scene: Scene, views: list[int], rng: np.random.Generator) -> list[Statement]:
+    """By how much the viewing direction differs between two views, where that is clear."""
+    turned = clockwise(*(heading(scene.views[v].camera) for v in views))
+    degrees, way = claims.about(turned)
+    if not 10 <= degrees <= 170:
+        return []
+    fact = {"says": "look", "views": views, "way": "right" if way == "clockwise" else "left", "value": degrees}
+    return [Statement(pick(rng, LOOK).format(way=fact["way"], d=degrees), fact)]
 
 
 def names_in(scene: Scene, view: int, config: TaskConfig) -> dict[int, str]:

@@ -14,12 +14,13 @@ from collections.abc import Callable
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.reasoning import claims
-from fastvst.spatial.reasoning.describe import capital, shared, view_sentences
+from fastvst.spatial.reasoning import claims, marks, walks
+from fastvst.spatial.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing, view_sentences
 from fastvst.spatial.rooms.scene import Scene
 from fastvst.spatial.tasks.angles import clockwise, heading
 from fastvst.spatial.tasks.common import TaskConfig, listed, pick, prose
 from fastvst.spatial.tasks.facts import Statement
+from fastvst.spatial.tasks.measurement import first_turn
 
 WORDS_LOW, WORDS_HIGH = 150, 500  # of the text between the tags
 CONFIG = TaskConfig()
@@ -37,20 +38,6 @@ PLAN = {
     "camera_camera": ("I need to relate the two cameras to each other, so I start with what each of them sees.",
                       "The question is about the cameras, and the objects in the pictures tell me how they stand."),
 }  # fmt: skip
-MERGE = (
-    "Now I join the two views into one layout of the room.",
-    "Next I put both views together.",
-    "With this in mind I merge the two pictures into a single room.",
-)
-RESTATE = (
-    "Now back to the question.",
-    "Let me restate the question with this layout.",
-    "Now I can answer what was asked.",
-)
-LOOK = (
-    "From the first to the second image the viewing direction swings to the {way} by about {d} degrees.",
-    "The second camera looks about {d} degrees further to the {way} than the first.",
-)
 RULE_TURN = "When a camera turns on the spot, everything in the picture slides the other way."
 RULE_SHIFT = (
     "When a camera shifts sideways or up and down, near things slide the other way more than far ones; when it moves "
@@ -61,7 +48,8 @@ MATCH = ("This matches option {answer}.", "That is option {answer}.", "Among the
 
 
 def compose(scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample | None:
-    """The reasoned version of a direct row of this scene: kind "thought_<task>", `<think>...</think> answer`.
+    """The reasoned version of a direct row of this scene: kind "thought_<task>", `<think>...</think> answer`. Of
+    several turns it is the first.
 
     None if the scene offers too little to say (fewer than 150 words).
 
@@ -72,15 +60,17 @@ def compose(scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample | 
     task = sample.metadata["task"]
     if task not in TRACES:
         raise ValueError(f"{sample.source}/{sample.id}: no reasoning for the task {task!r}; known: {sorted(TRACES)}")
+    sample = first_turn(sample)
+    sample = dataclasses.replace(sample, metadata=dict(sample.metadata))  # the traces add the titles that they use
     trace = TRACES[task](scene, sample, rng)
     if trace is None:
         return None
     opening, closing = trace
-    views = sample.metadata.get("views", [sample.metadata.get("view")])
     answer = str(sample.messages[-1]["content"][0]["text"]).split("So, the answer is ")[-1].rstrip(".")
-    ending = END if sample.answer is None or answer == str(sample.answer["value"]) else MATCH
+    plain = sample.answer is None or sample.answer["type"] == "number" or answer == str(sample.answer["value"])
+    ending = END if plain else MATCH
     closing.append(Statement(pick(rng, ending).format(answer=answer), {"says": "answer"}))
-    paragraphs = _with_descriptions(scene, sample, views, rng, opening, closing)
+    paragraphs = _with_descriptions(scene, sample, rng, opening, closing)
     if paragraphs is None:
         return None
     for statement in (s for paragraph in paragraphs for s in paragraph):
@@ -105,12 +95,18 @@ def words(paragraphs: list[list[Statement]]) -> int:
 
 
 def _with_descriptions(
-    scene: Scene, sample: Sample, views: list[int], rng: np.random.Generator, opening: list[Statement],
-    closing: list[Statement],
+    scene: Scene, sample: Sample, rng: np.random.Generator, opening: list[Statement], closing: list[Statement],
 ) -> list[list[Statement]] | None:  # fmt: skip
-    """Opening, one paragraph a view, closing. Descriptions are cut, evenly over the views, at a random length."""
-    titles = dict(zip(sample.metadata.get("objects", []), sample.metadata.get("titles", []), strict=False))
-    names = ["The image"] if len(views) == 1 else ["The first image", "The second image"]
+    """Opening, one paragraph a view (of a video: a key frame), closing. Descriptions are cut, evenly over the views, at
+    a random length."""
+    meta = sample.metadata
+    titles = dict(zip(meta.get("objects", []), meta.get("titles", []), strict=False))
+    if "frames" in meta:
+        keys = walks.key_frames(scene, sample)
+        views, names = [scene.walk[k] for k in keys], [f"Frame {k + 1}" for k in keys]
+    else:
+        views = meta.get("views", [meta.get("view")])
+        names = ["The image"] if len(views) == 1 else ["The first image", "The second image"]
     about = [view_sentences(scene, v, name, titles, rng, CONFIG) for v, name in zip(views, names, strict=True)]
     goal = int(rng.integers(WORDS_LOW + 20, 320))
     kept: list[list[Statement]] = [[] for _ in about]
@@ -124,10 +120,6 @@ def _with_descriptions(
 
 def _plan(task: str, rng: np.random.Generator) -> Statement:
     return Statement(pick(rng, PLAN[task]), {"says": "plan"})
-
-
-def _say(rng: np.random.Generator, bank: tuple[str, ...]) -> Statement:
-    return Statement(pick(rng, bank), {"says": "plan"})
 
 
 def _depth_comparison(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
@@ -209,7 +201,7 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     for i, title, mark in zip(meta["objects"], meta["titles"], meta["marks"], strict=True):
         fact = {"says": "marked", "view": views[mark[0]], "objects": [i]}
         opening.append(Statement(f"The {title} is marked in the {('first', 'second')[mark[0]]} image.", fact))
-    closing = [_say(rng, MERGE), *shared(scene, views, rng, CONFIG), *_swing(scene, views, rng)]
+    closing = [say(rng, MERGE), *shared(scene, views, rng, CONFIG), *swing(scene, views, rng)]
     by_camera = meta["anchor"] == "camera"
     origin = {"camera": views[meta["eye"]]} if by_camera else meta["objects"][2]
     here = f"the camera of image {meta['eye'] + 1}" if by_camera else f"the {meta['titles'][2]}"
@@ -218,7 +210,7 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
             closing += _ahead(scene, views[meta["eye"]], meta["objects"][k], meta["titles"][k], here)
     angle = claims.turn_between(*(claims.place_of(scene, i) for i in (origin, *meta["objects"][:2])))
     degrees, way = claims.about(angle)
-    closing.append(_say(rng, RESTATE))
+    closing.append(say(rng, RESTATE))
     fact = {"says": "angle", "origin": origin, "anchor": meta["objects"][0], "target": meta["objects"][1], "way": way,
             "value": degrees}  # fmt: skip
     first, second = meta["titles"][:2]
@@ -232,15 +224,6 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     closing.append(Statement(text, fact))
     closing += _steps(meta["given"], angle, 45, "compass word", sample)
     return opening, closing
-
-
-def _swing(scene: Scene, views: list[int], rng: np.random.Generator) -> list[Statement]:
-    turned = clockwise(*(heading(scene.views[v].camera) for v in views))
-    degrees, way = claims.about(turned)
-    if not 10 <= degrees <= 170:
-        return []
-    fact = {"says": "look", "views": views, "way": "right" if way == "clockwise" else "left", "value": degrees}
-    return [Statement(pick(rng, LOOK).format(way=fact["way"], d=degrees), fact)]
 
 
 def _ahead(scene: Scene, view: int, target: int, title: str, here: str) -> list[Statement]:
@@ -261,7 +244,9 @@ def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> l
     result = sample.answer["value"] if sample.answer is not None else ""
     fact = {"says": "steps", "given": given, "steps": count, "way": way, "result": result}
     if count == 0:
-        return [Statement(f"That is less than half a {unit}, so it stays {result}.", fact)]
+        return [
+            Statement(f"That is less than half {'an' if unit == 'hour' else 'a'} {unit}, so it stays {result}.", fact)
+        ]
     plural = "" if count == 1 else "s"
     return [
         Statement(f"Each {unit} covers {width} degrees.", {"says": "plan"}),
@@ -273,7 +258,7 @@ def _camera_camera(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     meta = sample.metadata
     views, asked = meta["views"], meta["asked"]
     base, target = views[1 - asked], views[asked]
-    closing = [_say(rng, MERGE), *shared(scene, views, rng, CONFIG), *_swing(scene, views, rng), _say(rng, RESTATE)]
+    closing = [say(rng, MERGE), *shared(scene, views, rng, CONFIG), *swing(scene, views, rng), say(rng, RESTATE)]
     camera = scene.views[base].camera
     if meta["mode"] == "position":
         here = f"the camera of image {2 - asked}"
@@ -301,4 +286,10 @@ TRACES: dict[str, Callable[[Scene, Sample, np.random.Generator], Made | None]] =
     "camera_motion": _camera_motion,
     "object_object": _object_object,
     "camera_camera": _camera_camera,
+    "measurement": marks.measurement,
+    "correspondence": marks.correspondence,
+    "video_measurement": walks.measurement,
+    "video_object_object": walks.object_object,
+    "video_counting": walks.counting,
+    "video_order": walks.order,
 }

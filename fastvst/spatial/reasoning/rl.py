@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from fastvst.data.sample import Sample
+from fastvst.spatial.reasoning import claims
 from fastvst.spatial.rooms.generate import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
 from fastvst.spatial.rooms.render import open_renderer
 from fastvst.spatial.rooms.scene import Scene
 from fastvst.spatial.rooms.shoot import shoot
+from fastvst.spatial.tasks.measurement import first_turn
 
 SCHEMA = pa.schema(
     [
@@ -44,29 +47,32 @@ MODES = {
 
 
 def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | None = None) -> dict[str, Any]:
-    """A row of SCHEMA of a single-turn image row.
+    """A row of SCHEMA. Of several turns it is the first; the frames of a video stand as pictures where the video was,
+    because VST's RL rows know pictures only.
 
     Args:
         quality: JPEG quality of the pictures, 0 for PNG.
         difficulty: see `difficulty_of`.
 
     Raises:
-        ValueError: a row without a checkable answer, with several turns, or about a video (VST-R has none).
+        ValueError: a row without a checkable answer, or several turns without an answer of each.
     """
+    sample = first_turn(sample)
     if sample.answer is None or sample.answer["type"] not in MODES:
         raise ValueError(f"{sample.source}/{sample.id}: no answer that a reward can check; got {sample.answer}")
-    if len(sample.messages) != 2 or sample.parts("video"):
-        raise ValueError(
-            f"{sample.source}/{sample.id}: {len(sample.messages)} messages; expected one question, no video"
-        )
     parts = sample.messages[0]["content"]
-    text = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
+    text = ""
+    images: list[Image.Image] = []
+    for part in parts:
+        here = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
+        images += here
+        text += IMAGE_PLACEHOLDER * len(here) + part.get("text", "")
     reply = "".join(part["text"] for part in sample.messages[1]["content"])
     thought, _, answer = reply.rpartition("</think>")
     answer = (
         answer.strip().rsplit("So, the answer is ", 1)[-1].rstrip(".") if sample.answer["type"] != "boxes" else answer
     )
-    choice = sample.metadata.get("form") == "choice"
+    choice = bool(sample.metadata.get("choice", sample.metadata.get("form") == "choice"))
     kind = "multi_choices" if choice else {"number": "number", "boxes": "bbox3d"}.get(sample.answer["type"], "open")
     modes = MODES[sample.answer["type"]] if choice or sample.answer["type"] != "choice" else ["vqa_score"]
     meta = {
@@ -78,7 +84,7 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
     }
     return {
         "id": sample.id,
-        "images": [{"bytes": encode(part["image"], quality), "path": None} for part in sample.parts("image")],
+        "images": [{"bytes": encode(image, quality), "path": None} for image in images],
         "question": text,
         "thought": thought.removeprefix("<think>").strip(),
         "answer": answer,
@@ -92,14 +98,14 @@ def difficulty_of(scene: Scene, sample: Sample) -> dict[str, float]:
     """How hard a direct row is.
 
     Returns:
-        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, or degrees to the border of
-        the
-            sector over half its width), 1 where the task knows no margin; occlusion: 1 - the smallest visibility of the
-            things asked about in the view that shows them best; objects: things to choose from or to find; clutter:
-            things seen in the pictures.
+        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, axes of a motion, or degrees
+            to the border of the sector over half its width), 1 where the task knows no margin; occlusion: 1 - the
+            smallest visibility of the things asked about in the view that shows them best; objects: things to choose
+            from or to find; clutter: things seen in the pictures.
     """
-    meta = sample.metadata
-    views = [scene.views[k] for k in meta.get("views", [meta["view"]] if "view" in meta else [])]
+    meta = first_turn(sample).metadata
+    shown = meta.get("views", meta.get("frames", [meta["view"]] if "view" in meta else []))
+    views = [scene.views[k] for k in shown]
     best: dict[int, float] = {}
     for view in views:
         for s in view.sightings:
@@ -107,24 +113,43 @@ def difficulty_of(scene: Scene, sample: Sample) -> dict[str, float]:
     asked = [best.get(i, 0.0) for i in meta.get("objects", [])]
     options = len((sample.answer or {}).get("candidates", [])) or len(meta.get("objects", [])) or 1
     return {
-        "margin": round(_margin(meta), 4),
+        "margin": round(_margin(scene, meta, sample.answer or {}), 4),
         "occlusion": round(1 - min(asked), 4) if asked else 0.0,
         "objects": float(options),
         "clutter": float(len(best)),
     }
 
 
-def _margin(meta: dict[str, Any]) -> float:
-    if "distances" in meta:
-        low, high = sorted(meta["distances"])
+def _margin(scene: Scene, meta: dict[str, Any], answer: dict[str, Any]) -> float:
+    if "distances" in meta or "gaps" in meta:
+        low, high = sorted(meta["distances"] if "distances" in meta else meta["gaps"])[:2]
         return (high - low) / high
     if "points" in meta:
         depths = np.sort([p[2] for p in meta["points"]])
         return float((np.diff(depths) / depths[1:]).min())
+    if "shift" in meta:  # camera motion: the weakest axis that is named against the strongest that is not
+        axes = np.sort(np.abs([meta["pan"], meta["tilt"]] if meta["mode"] == "turn" else meta["shift"]))[::-1]
+        named = len(str(answer["value"]).split(" and "))
+        return float(1 - axes[named] / axes[named - 1]) if named < len(axes) else 1.0
     if "angle" in meta:  # camera-camera: distance to the border of the hour or compass sector
-        width = 45 if meta.get("mode") == "compass" else 30
-        return 1 - abs((meta["angle"] + width / 2) % width - width / 2) / (width / 2)
+        return _from_border(meta["angle"], 45 if meta.get("mode") == "compass" else 30)
+    if "anchor" in meta:  # object-object: of the compass sector
+        origin = {"camera": meta["views"][meta["eye"]]} if meta["anchor"] == "camera" else meta["objects"][2]
+        return _from_border(_turn(scene, origin, *meta["objects"][:2]), 45)
+    if str(meta.get("form")).startswith("direction_"):
+        turned = _turn(scene, *meta["objects"])
+        borders = {"easy": (0, 180, 360), "medium": (0, 135, 225, 360), "hard": (0, 90, 180, 270, 360)}
+        return min(min(abs(turned - b) for b in borders[meta["form"].removeprefix("direction_")]) / 45, 1.0)
     return 1.0
+
+
+def _turn(scene: Scene, origin: Any, anchor: int, target: int) -> float:
+    return claims.turn_between(*(claims.place_of(scene, who) for who in (origin, anchor, target)))
+
+
+def _from_border(angle: float, width: float) -> float:
+    """Distance of an angle to the border of its sector, over half the sector's width; sectors are centred on 0."""
+    return 1 - abs((angle + width / 2) % width - width / 2) / (width / 2)
 
 
 def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
@@ -139,8 +164,8 @@ def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
 
 
 def make_rl_rows(path: str | Path, samples: int, seed: int, config: RoomsConfig, *, split: str = "train") -> int:
-    """RL rows about rendered rooms in one parquet file: the rows of `config.rows` that have one question, pictures and
-    a checkable answer, with their difficulty; returns their number (`samples`).
+    """RL rows about rendered rooms in one parquet file: those of `config.rows` that have an answer that a reward can
+    check (all tasks but the captions), with their difficulty; returns their number (`samples`).
 
     VST-R's spatial RL rows are single image 2, camera motion 1, object-object 5, camera-camera 2 (thousands).
     """
@@ -151,8 +176,7 @@ def make_rl_rows(path: str | Path, samples: int, seed: int, config: RoomsConfig,
             room = room_seed(split, seed, number)
             scene = shoot(room, renderer, config.shots, config.walk)
             for sample in scene_samples(scene, room, config):
-                known = sample.answer is not None and sample.answer["type"] in MODES
-                if known and len(sample.messages) == 2 and not sample.parts("video"):
+                if sample.answer is not None and sample.answer["type"] in MODES:
                     yield rl_row(sample, config.quality, difficulty_of(scene, sample))
 
     return write_rl_rows(itertools.islice(rows(), samples), path)

@@ -81,17 +81,14 @@ def make(
     first, second = scene.views[pair[0]], scene.views[pair[1]]
     if first.depth is None or second.depth is None:
         return None
-    width = second.camera.width
+    apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(canvas(second)))
     for point in visible_points(first, rng, 12):
         there = match(first, second, point, config)
         if there is None:
             continue
         spots = [there]
         for other in visible_points(second, rng, 60):
-            if all(
-                np.hypot(*(other - spot)) >= max(config.distractor * width, 4 * draw.radius_of(canvas(second)))
-                for spot in spots
-            ):
+            if all(np.hypot(*(other - spot)) >= apart for spot in spots):
                 spots.append(other)
             if len(spots) == 4:
                 break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from fastvst.data.sample import Sample
@@ -83,3 +85,19 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
             "what": what_asked, "turn_answers": answers,
         },
     )  # fmt: skip
+
+
+def first_turn(row: Sample) -> Sample:
+    """A row of several turns cut after its first answer; any other row as it is. The marks of the later things stay in
+    the picture.
+
+    Raises:
+        ValueError: several turns without an answer of each in the metadata.
+    """
+    if len(row.messages) == 2:
+        return row
+    meta = row.metadata
+    if "turn_answers" not in meta:
+        raise ValueError(f"{row.source}/{row.id}: {len(row.messages)} messages and no answer to each of them")
+    cut = {key: meta[key][:1] for key in ("objects", "what", "turn_answers")}
+    return dataclasses.replace(row, messages=row.messages[:2], answer=meta["turn_answers"][0], metadata={**meta, **cut})
