@@ -18,7 +18,7 @@ def run(case, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [2, 101, 4093])
-def test_against_the_formulas_of_others(dtype, vocabulary):
+def test_against_the_formula(dtype, vocabulary):
     case = make_case(40, vocabulary, dtype=dtype, mixed=True, filters=True, penalty=True)
     assert_drawn(case, run(case))
 

@@ -1,4 +1,7 @@
-"""Sampling by formulas of others: the hash in NumPy's uint32, transformers' processors, torch.log_softmax, float64."""
+"""Sampling by plain formulas in float64: the hash in NumPy's uint32, one row at a time, filters by definition.
+
+A GPU machine may have no transformers; tests/rollout/test_sampling.py compares the filters with transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,14 @@ def noise(seeds: Tensor, steps: Tensor, vocabulary: int) -> np.ndarray:
     return -np.log(-np.log1p(-v))
 
 
+def _filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The k likeliest, of these the fewest that hold top_p of the mass, of these all above min_p of the best."""
+    order = logits.argsort(descending=True)[:top_k]
+    mass = logits[order].softmax(0)
+    kept = [i for i in range(len(order)) if mass[:i].sum() < top_p and mass[i] >= min_p * mass[0]]
+    return torch.full_like(logits, -torch.inf).index_copy(0, order[kept], logits[order[kept]])
+
+
 @dataclass(frozen=True)
 class Expected:
     """Tokens, how far each lay above the second (noise included), and full log-probabilities (B, V) of both kinds."""
@@ -112,19 +117,13 @@ def expected(case: SamplingCase) -> Expected:
         if case.penalty is not None and case.seen is not None:
             marked = case.seen[i].clone()
             marked[forbidden] = False
-            own = RepetitionPenaltyLogitsProcessor(float(case.penalty[i]))(marked.nonzero().T, own[None])[0]
+            own[marked] *= torch.where(own[marked] > 0, 1 / case.penalty[i].double(), case.penalty[i].double())
         own = own / (heat or 1.0)
         possible = own.index_fill(0, forbidden, -torch.inf)
         share = logits if heat == 0 else own
         for row, k, p, m in case.filters:
             if row == i:
-                for warper in (
-                    TopKLogitsWarper(k) if k < len(own) else None,
-                    TopPLogitsWarper(p) if p < 1 else None,
-                    MinPLogitsWarper(m) if m else None,
-                ):
-                    possible = possible if warper is None else warper(None, possible[None])[0]
-                share = possible
+                share = possible = _filtered(possible, k, p, m)
         shares.append(share.log_softmax(0))
         scores.append(possible if heat == 0 else possible + gumbel[i])
     best = torch.stack(scores).topk(min(2, raw.shape[1]), dim=1)

@@ -1,4 +1,4 @@
-"""The sampling kernels in Triton's interpreter against float64 formulas of others, and against their own plain path."""
+"""The sampling kernels in Triton's interpreter against float64 formulas, and against their own plain path."""
 
 from __future__ import annotations
 
