@@ -1,14 +1,17 @@
 """Decode tokens/s of the engine on a GPU at the 3B and 7B shapes, as a share of the roofline.
 
 `python bench/rollout_gpu.py --out FILE`. Random weights in bf16; prompts of 1,600 tokens, answers of 400, each prompt
-alone or shared by 8 answers. Not run yet: no GPU was at hand; the roofline itself is tested on the CPU.
+alone or shared by 8 answers. Beside them the fused sampling operator and PyTorch's product, softmax and multinomial on
+the same head. Not run yet: no GPU was at hand; the roofline itself is tested on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 from fastvst.data.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
+from fastvst_kernels import sample_tokens
 
 BANDWIDTH, MATRIX = 4.8e12, 700e12  # H200: bytes/s of its data sheet; FLOP/s that dense bf16 products reach in practice
 PROMPT, ANSWER = 1600, 400
@@ -97,6 +101,41 @@ def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
     }
 
 
+def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
+    """Milliseconds of drawing `rows` tokens: the operator, with filters in every row, and plain PyTorch in bf16."""
+    hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    seeds, heat = torch.arange(rows, device=weight.device), torch.full((rows,), 0.7, device=weight.device)
+    filters = {"filtered": seeds, "top_k": torch.full_like(seeds, 50), "top_p": torch.full_like(heat, 0.9)}
+    filters["min_p"] = torch.zeros_like(heat)
+
+    def plain() -> torch.Tensor:
+        logprobs = torch.log_softmax(torch.mm(hidden, weight.t(), out_dtype=torch.float32) / 0.7, dim=1)
+        tokens = torch.multinomial(logprobs.exp(), 1)
+        return logprobs.gather(1, tokens)
+
+    runs = {
+        "fastvst": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=heat),
+        "fastvst_filtered": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=heat, **filters),
+        "torch": plain,
+    }
+    found = {f"{name}_ms": cuda_milliseconds(run) for name, run in runs.items()}
+    seconds = max(2.0 * weight.numel() / BANDWIDTH, 2.0 * rows * weight.numel() / MATRIX)
+    return found | {"share_of_roofline": 1e3 * seconds / found["fastvst_ms"]}
+
+
+def cuda_milliseconds(run: Callable[[], object], turns: int = 20) -> float:
+    """Median of `turns` runs after three."""
+    times = []
+    for _ in range(turns + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -106,6 +145,10 @@ def main() -> None:
     for preset in ("3b", "7b"):
         with torch.device("cuda"):
             model = Qwen25VL(ModelConfig.preset(preset)).to(torch.bfloat16)
+        for rows in (1, 32, 128, 256):
+            name = f"{preset}, drawing {rows} tokens"
+            found[name] = measure_sampling(model.head_weight.detach(), rows)
+            print(name, found[name], flush=True)
         for case in (c for c in CASES if c.preset == preset):
             if time.monotonic() < deadline:
                 found[case.name] = measure(model, case)

@@ -25,7 +25,7 @@ import torch
 from fastvst.data import Processor, Sample, open_source
 from fastvst.evaluate.answers import score
 from fastvst.model import Qwen25VL
-from fastvst.rollout.greedy import greedy
+from fastvst.rollout import Engine, SamplingParams
 from fastvst.train.config import ConfigError, load_config, usage
 
 FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
@@ -122,14 +122,8 @@ def right(text: str, sample: Sample) -> float:
 
 
 def answer(model: Qwen25VL, processor: Processor, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
-    stop = (processor.token_id("<|im_end|>"), processor.token_id("<|endoftext|>"))
-    pads = (processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>"))
-    texts: list[str] = []
-    for first in range(0, len(samples), 32):
-        encoded = [processor.encode(s, add_generation_prompt=True) for s in samples[first : first + 32]]
-        made = greedy(model, encoded, max_new_tokens=max_new_tokens, stop_token_ids=stop, forbidden_token_ids=pads)
-        texts += [processor.decode([t for t in tokens if t not in stop]) for tokens in made]
-    return texts
+    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens, logprobs=False)
+    return [rollouts[0].text for rollouts in Engine(model, processor).generate(samples, greedy)]
 
 
 if __name__ == "__main__":

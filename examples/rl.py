@@ -49,7 +49,7 @@ from fastvst.rl.groups import Group, Sharing
 from fastvst.rl.pool import RewardConfig, RewardError, RewardPool
 from fastvst.rl.prompts import NoPrompts, PromptStream
 from fastvst.rl.records import Asked, RolloutLog
-from fastvst.rl.sampling import RankEngine, SamplingConfig, answer
+from fastvst.rl.sampling import RankEngine, SamplingConfig, ServerEngine, answer, make_engine
 from fastvst.rl.summary import figures, lines
 from fastvst.rollout import RolloutError
 from fastvst.train import checkpoint, guard, parallel
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         print(f"{__doc__}\nOptions:\n{usage(Config)}")
         return
     config = load_config(Config, arguments)
-    arithmetic.check(config.update.tokens_per_pack, config.processor.max_seq_len, config.sampling.max_tokens)
+    arithmetic.check(config)
     world = parallel.start(config.parallel, environment=environment)
     with Watchdog(world), StopRequest() as stop:
         if config.model.path is None:
@@ -223,7 +223,7 @@ class Rollouts:
 def collect(
     config: Config,
     step: int,
-    engine: RankEngine,
+    engine: RankEngine | ServerEngine,
     stream: PromptStream,
     pool: RewardPool,
     state: FilterState,
@@ -332,7 +332,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         first, recent, filtered = state["step"], guard.Recent.from_json(state["guard"]), FilterState(**state["filter"])
         stream.load_state_dict(rank_state["stream"])
         say(world, f"resumed from {resume_from}")
-    engine = RankEngine(model, processor, config.sampling, config.processor.max_seq_len, world)
+    engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
     hf_dtype = parallel.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
     questions = read_questions(test_rows, config.evaluation.questions, ledger) if test_rows else []
 

@@ -15,13 +15,29 @@ from fastvst.train.config import ConfigError
 from fastvst.train.parallel import World
 
 
-def check(tokens_per_pack: int, longest_prompt: int, longest_answer: int) -> None:
-    """Raise ConfigError if the longest prompt with one answer would not fit into a pack."""
-    if tokens_per_pack < longest_prompt + longest_answer:
+def check(config: Any) -> None:
+    """Refuse settings of the essay that cannot work together.
+
+    Raises:
+        ConfigError: the longest prompt with one answer would not fit into a pack; a server without an address, or
+            without importance weights, whose samples would be taken for the trainer's own.
+    """
+    sampling, update, longest = config.sampling, config.update, config.processor.max_seq_len
+    if update.tokens_per_pack < longest + sampling.max_tokens:
         raise ConfigError(
-            f"update.tokens_per_pack is {tokens_per_pack}, but a prompt may have {longest_prompt} tokens "
-            f"(processor.max_seq_len) and an answer {longest_answer} (sampling.max_tokens): raise the first to "
-            f"{longest_prompt + longest_answer}, or lower one of the others"
+            f"update.tokens_per_pack is {update.tokens_per_pack}, but a prompt may have {longest} tokens "
+            f"(processor.max_seq_len) and an answer {sampling.max_tokens} (sampling.max_tokens): raise the first to "
+            f"{longest + sampling.max_tokens}, or lower one of the others"
+        )
+    if (sampling.engine == "openai") != bool(sampling.base_url):
+        raise ConfigError(
+            f"sampling.engine is {sampling.engine} and sampling.base_url is {sampling.base_url!r}: openai needs an "
+            "address such as http://localhost:8000/v1, and own has none"
+        )
+    if sampling.engine == "openai" and update.importance == "none":
+        raise ConfigError(
+            "sampling.engine is openai, whose weights are not the trainer's: set update.importance to token, sequence "
+            "or geometric, so that their truncated importance weights make up for it"
         )
 
 

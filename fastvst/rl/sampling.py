@@ -18,9 +18,12 @@ from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import Asked
 from fastvst.rl.rewards import overlong
 from fastvst.rollout import Engine, EngineConfig, Rollout, SamplingParams
+from fastvst.rollout.openai import connect
 from fastvst.rollout.pages import memory_bytes, page_bytes
 from fastvst.rollout.parallel import gather, is_sharded
 from fastvst.train.parallel import World
+
+Question = tuple[Prompt, EncodedSample]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class SamplingConfig:
         max_tokens: longest answer.
         memory: most that the engine's pages may take: bytes (an integer), or a share of the free memory (with a dot).
         numerics: "fast", or "bitwise": the sampler's logprobs are the trainer's to the last bit, at a cost.
+        engine: "own" samples from the weights in training; "openai" asks a server (vLLM, SGLang) at base_url. Nothing
+            sends it new weights, so update.importance must not be none.
+        base_url: of that server, up to and with "/v1".
+        served_model: the name under which it serves the model.
     """
 
     prompts: int = 16
@@ -44,6 +51,9 @@ class SamplingConfig:
     max_tokens: int = 96
     memory: int | float = 0.25
     numerics: Literal["fast", "bitwise"] = "fast"
+    engine: Literal["own", "openai"] = "own"
+    base_url: str = ""
+    served_model: str = ""
 
     def params(self, answers: int, seed: int) -> SamplingParams:
         """For the engine; any integer will do as seed."""
@@ -77,14 +87,14 @@ class RankEngine:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._engine: Engine | None = None
 
-    def generate(self, prompts: Sequence[EncodedSample], params: SamplingParams) -> list[list[Rollout]]:
-        """`params.n` answers to each prompt. Raises RolloutError as `Engine.generate` does."""
+    def generate(self, encoded: Sequence[Question], params: SamplingParams) -> list[list[Rollout]]:
+        """`params.n` answers to each question. Raises RolloutError as `Engine.generate` does."""
         model = self.model
         if is_sharded(model):
             model = gather(model, dtype=self.dtype)
         engine = self._engine = self._engine or Engine(model, self.processor, self.config)
         before = engine.stats.prefill_seconds, engine.stats.decode_seconds
-        rollouts = engine.generate(list(prompts), params) if prompts else []
+        rollouts = engine.generate([sample for _, sample in encoded], params) if encoded else []
         self.prefill_seconds = engine.stats.prefill_seconds - before[0]
         self.decode_seconds = engine.stats.decode_seconds - before[1]
         engine.release()
@@ -93,10 +103,38 @@ class RankEngine:
         return rollouts
 
 
+class ServerEngine:
+    """The same `generate` on an OpenAI-compatible server; every rank asks for its own prompts.
+
+    Attributes:
+        prefill_seconds, decode_seconds: of the last phase; a server tells only the whole, which is the second.
+    """
+
+    def __init__(self, config: SamplingConfig, processor: Processor) -> None:
+        self.engine = connect(config.base_url, processor, model=config.served_model)
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def generate(self, encoded: Sequence[Question], params: SamplingParams) -> list[list[Rollout]]:
+        """`params.n` answers to each question. Raises RolloutError as `OpenAIEngine.generate` does."""
+        begin = time.perf_counter()
+        rollouts = self.engine.generate([prompt.sample for prompt, _ in encoded], params)
+        self.decode_seconds = time.perf_counter() - begin
+        return rollouts
+
+
+def make_engine(
+    model: Qwen25VL, processor: Processor, config: SamplingConfig, prompt_limit: int, world: World
+) -> RankEngine | ServerEngine:
+    """The engine that the configuration names; arguments as of `RankEngine`."""
+    if config.engine == "openai":
+        return ServerEngine(config, processor)
+    return RankEngine(model, processor, config, prompt_limit, world)
+
+
 def answer(
-    encoded: Sequence[tuple[Prompt, EncodedSample]],
+    encoded: Sequence[Question],
     params: SamplingParams,
-    engine: RankEngine,
+    engine: RankEngine | ServerEngine,
     pool: RewardPool,
     *,
     overlong_buffer: int = 0,
@@ -108,7 +146,7 @@ def answer(
         and "decode", and of "reward".
     """
     begin = time.perf_counter()
-    rollouts = engine.generate([sample for _, sample in encoded], params)
+    rollouts = engine.generate(encoded, params)
     middle = time.perf_counter()
     rewards = pool.score(
         [[prompt.row(r.text) for r in row] for (prompt, _), row in zip(encoded, rollouts, strict=True)]

@@ -1,7 +1,6 @@
 """Generating answers from the trainer's own weights."""
 
 from fastvst.rollout.engine import Engine, EngineConfig
-from fastvst.rollout.greedy import greedy
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
-__all__ = ["Engine", "EngineConfig", "Rollout", "RolloutError", "SamplingParams", "greedy"]
+__all__ = ["Engine", "EngineConfig", "Rollout", "RolloutError", "SamplingParams"]

@@ -30,7 +30,7 @@ from fastvst.rollout.pages import PagePool, memory_bytes, page_bytes
 from fastvst.rollout.prefill import VisionCache, embed, plan_chunks, run_chunks
 from fastvst.rollout.request import Request, Rollout, RolloutError, SamplingParams, make_request
 from fastvst.rollout.request import Sequence as Answer
-from fastvst.rollout.sampling import make_rows, sample
+from fastvst.rollout.sampling import Rows, make_rows
 from fastvst.rollout.scheduler import Scheduler
 from fastvst.rollout.text import cut_at_stop, ends, visible_tokens
 
@@ -403,10 +403,8 @@ class Engine:
                 self._graphs.check_addresses()
         return self._batch
 
-    def _draw(self, hidden: Tensor, rows, steps: Tensor, seen: Tensor | None):
-        logits = self._numerics.logits(hidden, self.model.head_weight)
-        tokens, own, raw = sample(logits, rows, steps, self._forbidden, seen)
-        return self._numerics.logprobs(hidden, self.model.head_weight, rows, tokens, own, raw)
+    def _draw(self, hidden: Tensor, rows: Rows, steps: Tensor, seen: Tensor | None):
+        return self._numerics.draw(hidden, self.model.head_weight, rows, steps, self._forbidden, seen)
 
     def _check_finite(self, answers: Sequence[Answer], logprobs: Tensor | None) -> None:
         """Raise where a row's logits were not numbers: its weights have diverged."""

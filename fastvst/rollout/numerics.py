@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
@@ -18,9 +16,7 @@ from fastvst.rollout.bitwise import Tiles, attend_tiles, batch_invariant, make_t
 from fastvst.rollout.decode import Batch, forward_tables, run_decoder, store_rows
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
-from fastvst.rollout.sampling import Rows
-
-Found = tuple[Tensor, Tensor | None, Tensor | None]
+from fastvst.rollout.sampling import Found, Rows, next_tokens
 
 
 @dataclass(frozen=True)
@@ -31,32 +27,17 @@ class Numerics:
         context: a context manager around every computation.
         attend_chunks: attention of prompt chunks, see `run_chunks`.
         forward: (model, batch) -> (B, hidden) of one decode step.
-        logits: (hidden, head weight) -> (B, V) float32.
-        logprobs: (hidden, head weight, rows, tokens, own, raw) -> (tokens, own, raw).
+        draw: next tokens and log-probabilities, see `next_tokens`.
     """
 
     context: Callable[[], Any]
     attend_chunks: Any
     forward: Callable[[Qwen25VL, Batch], Tensor]
-    logits: Callable[[Tensor, Tensor], Tensor]
-    logprobs: Callable[[Tensor, Tensor, Rows, Tensor, Tensor | None, Tensor | None], Found]
+    draw: Callable[[Tensor, Tensor, Rows, Tensor, Tensor, Tensor | None], Found]
 
 
 def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
     return forward_tables(model, batch.pool, batch.tables(), batch.plan())
-
-
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(B, V) in float32 (float64 stays): half-precision products keep the accumulator's precision on a GPU."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        return F.linear(hidden, weight)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return F.linear(hidden.float(), weight.float())
-
-
-def _as_drawn(hidden: Tensor, weight: Tensor, rows: Rows, tokens: Tensor, own: Any, raw: Any) -> Found:
-    return tokens, own, raw
 
 
 def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> Attend:
@@ -93,14 +74,17 @@ def _attend_tiles(pool: PagePool, tiles: Tiles, rows: Tensor) -> Attend:
     return attend
 
 
-def _by_the_trainer(hidden: Tensor, weight: Tensor, rows: Rows, tokens: Tensor, own: Any, raw: Any) -> Found:
+def _bitwise_draw(
+    hidden: Tensor, weight: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None
+) -> Found:
     """Log-probabilities of temperature 1 by the trainer's operator, also as `own` where nothing is cut or scaled."""
+    tokens, own, raw = next_tokens(hidden, weight, rows, steps, forbidden, seen)
     if raw is None:
         return tokens, own, raw
     found = model_logprobs(hidden, weight, tokens).double()
     return tokens, found if rows.plain else own, found
 
 
-FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, head_logits, _as_drawn)
-BITWISE = Numerics(batch_invariant, _bitwise_chunks, _bitwise_forward, head_logits, _by_the_trainer)
+FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, next_tokens)
+BITWISE = Numerics(batch_invariant, _bitwise_chunks, _bitwise_forward, _bitwise_draw)
 NUMERICS = {"fast": FAST, "bitwise": BITWISE}

@@ -132,6 +132,9 @@ class OpenAIEngine:
             "return_tokens_as_token_ids": True,
             "include_stop_str_in_output": False,
         }
+        if self.processor is not None:  # pictures stand in prompts only; -100 is OpenAI's "never"
+            names = ("<|image_pad|>", "<|video_pad|>")
+            body["logit_bias"] = {str(self.processor.token_id(name)): -100 for name in names}
         return body
 
     def _messages(self, prompt: Sample) -> list[dict[str, Any]]:

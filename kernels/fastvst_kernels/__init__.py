@@ -12,6 +12,7 @@ from fastvst_kernels.linear_policy_loss import linear_policy_loss
 from fastvst_kernels.loss_head import VocabularyShard
 from fastvst_kernels.mrope import mrope, vision_rope
 from fastvst_kernels.norm import add_rms_norm, rms_norm
+from fastvst_kernels.sampling import sample_tokens
 from fastvst_kernels.swiglu import swiglu
 from fastvst_kernels.window import window_attention
 
@@ -29,6 +30,7 @@ __all__ = [
     "packed_linear",
     "prepare",
     "rms_norm",
+    "sample_tokens",
     "swiglu",
     "vision_rope",
     "window_attention",

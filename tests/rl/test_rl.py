@@ -276,6 +276,12 @@ def test_dry_run_says_what_a_step_costs(
 def test_options_that_cannot_work_are_refused(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="update.tokens_per_pack is 100"):
         rl.main(rl_arguments(tmp_path / "run", data, model, reward, "update.tokens_per_pack=100"))
+    server = ["sampling.engine=openai"]
+    with pytest.raises(ConfigError, match="sampling.engine is openai and sampling.base_url is ''"):
+        rl.main(rl_arguments(tmp_path / "run", data, model, reward, *server))
+    server += ["sampling.base_url=http://127.0.0.1:9/v1"]
+    with pytest.raises(ConfigError, match="set update.importance to token"):
+        rl.main(rl_arguments(tmp_path / "run", data, model, reward, *server))
     assert len(list(leaves(rl.Config()))) < 100
     stage = load_config(rl.Config, ["--config", str(ROOT / "examples" / "vst_rl.toml")])
     assert (stage.sampling.answers, stage.optimizer.lr, stage.update.minibatches) == (5, 1e-6, 2)

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,6 +103,17 @@ def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
     assert "broken_image" in say("This?") and len(state.messages) == 4, "a bad picture does not stay"
     say("/reset")
     assert not state.messages and command.HELP in say("/what")
+    with av.open(str(tmp_path / "moving.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for value in range(0, 160, 10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), value, dtype=np.uint8))))
+        container.mux(stream.encode(None))
+    assert "next message" in say(f"/video {tmp_path / 'moving.mp4'}")
+    seen = say("What moves?")
+    assert [p["type"] for p in state.messages[0]["content"]] == ["video", "text"]
+    (alone,) = engine.generate([command.Chat(state.messages[:1], think=True).sample()], params)[0]
+    assert seen.rstrip("\n") == alone.text
 
     lines = iter(["hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from fastvst.rollout import SamplingParams
-from fastvst.rollout.sampling import cut_, draw, make_rows, sample, uniform
+from fastvst.rollout.sampling import draw, make_rows, next_tokens, sample, sample_fused, uniform
+from fastvst_kernels.sampling import cut_
 
 CPU = torch.device("cpu")
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -77,7 +78,7 @@ def test_cuts_are_those_of_transformers(top_k, top_p, min_p, temperature, seed):
         expected = expected if warper is None else warper(None, expected)
     rows = rows_of(params, params, vocabulary=50)
     if rows.cut is not None:
-        cut_(logits, rows)
+        cut_(logits, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
     different = (logits == -torch.inf) != (expected == -torch.inf)
     # Cumulative sums round differently: only a token at the very border may differ.
     assert different.sum() <= 1
@@ -124,6 +125,32 @@ def test_a_row_does_not_depend_on_the_rows_beside():
         alone = sample(logits[row : row + 1].clone(), rows, steps[row : row + 1], NONE)
         assert alone[0][0] == together[0][row]
         torch.testing.assert_close(alone[1][0], together[1][row], rtol=1e-6, atol=1e-7)
+
+
+def test_the_fused_operator_draws_from_the_same_distributions():
+    """What a GPU runs, by its plain path: greedy tokens agree, and log-probabilities of whatever token came."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(101, 16, generator=g)
+    params = [
+        SamplingParams(), SamplingParams(temperature=0, repetition_penalty=1.5), SamplingParams(temperature=0.5),
+        SamplingParams(top_k=7, top_p=0.8), SamplingParams(min_p=0.05, repetition_penalty=1.2), SamplingParams(),
+    ]  # fmt: skip
+    seen, steps = torch.rand(6, 101, generator=g) < 0.4, torch.arange(6)
+    forbidden = torch.tensor([90, 91])
+    rows = rows_of(*params)
+    tokens, own, raw = sample_fused(hidden, weight, rows, steps, forbidden, seen)
+    plain = next_tokens(hidden, weight, rows, steps, forbidden, seen)
+    assert tokens[1] == plain[0][1]
+    matched = 0
+    for step in range(400):  # until the other way has drawn every one of these tokens
+        found = next_tokens(hidden, weight, rows, steps + step, forbidden, seen)
+        for row in (found[0] == tokens).nonzero()[:, 0].tolist():
+            matched |= 1 << row
+            torch.testing.assert_close(own[row].double(), found[1][row], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(raw[row].double(), found[2][row], rtol=1e-5, atol=1e-5)
+    assert matched == 0b111111
+    none = sample_fused(hidden[:1], weight, rows_of(SamplingParams(logprobs=False)), steps[:1], forbidden)
+    assert none[1] is None and none[2] is None
 
 
 def test_without_logprobs_none_come():

@@ -1,0 +1,65 @@
+"""The sampling kernels compiled for GPUs that are not there: no spills, fits, tensor cores, and nothing creeps up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from aot_report import clean, compare_and_write, compile_all
+from fastvst_kernels import sampling_triton
+from fastvst_kernels.aot import Compiled, compile_kernel
+
+ARCHS = (80, 90, 100, 120)
+UNALIGNED = ("rows", "row_tiles", "tiles", "vocabulary", "stride_seen")
+LONG, SHORT, FLOATS, BYTES = "*i64", "*i32", "*fp32", "*u8"
+TYPES = {
+    "SEEDS": LONG, "STEPS": LONG, "FORBIDDEN": LONG, "FILTERED": LONG, "TOP_K": LONG, "TOKENS": LONG, "SLOTS": SHORT,
+    "INDEX": SHORT, "TEMPERATURE": FLOATS, "FACTOR": FLOATS, "LOGITS": FLOATS, "PARTS": FLOATS, "OWN": FLOATS,
+    "RAW": FLOATS, "LSE": FLOATS, "TOP_P": FLOATS, "MIN_P": FLOATS, "SEEN": BYTES,
+}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_one(arch: int, kind: str, dtype: str, full: bool) -> Compiled:
+    """`full`: with temperature, penalty and filters; else without."""
+    block_m, block_n, block_k, warps, stages = sampling_triton.settings(DTYPES[dtype])
+    kernel = getattr(sampling_triton, f"{kind}_kernel")
+    values: dict[str, Any] = {"BANNED": 2, "TEMPERED": full, "PENALTY": full, "STORE": full, "MASK_WIDTH": False}
+    values |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK": sampling_triton.BLOCK}
+    values["P"] = triton.next_power_of_2(-(-152_064 // block_n))
+    constants = {name: value for name, value in values.items() if name in kernel.arg_names}
+    known = TYPES | {"HIDDEN": f"*{dtype}", "WEIGHT": f"*{dtype}"}
+    types = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    if kind != "tile":
+        warps, stages = {"merge": sampling_triton.MERGE_WARPS, "filter": sampling_triton.FILTER_WARPS}[kind], 3
+    return compile_kernel(kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages, unaligned=UNALIGNED)
+
+
+def _jobs():
+    for arch in ARCHS:
+        for full in (False, True):
+            for kind, dtype in (("tile", "bf16"), ("tile", "fp16"), ("tile", "fp32"), ("merge", "fp32")):
+                name = f"sm_{arch} {kind} {dtype} {'full' if full else 'plain'}"
+                yield name, {"arch": arch, "kind": kind, "dtype": dtype, "full": full}
+        yield f"sm_{arch} filter", {"arch": arch, "kind": "filter", "dtype": "fp32", "full": True}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    return compile_all(_jobs(), compile_one)
+
+
+def test_no_spills_fits_and_tensor_cores(compiled: dict[str, Compiled]) -> None:
+    wrong = []
+    for name, made in compiled.items():
+        matrix = " tile bf16" in name or " tile fp16" in name
+        wrong += clean(name, made, int(name.split()[0][3:]), matrix=matrix)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_registers_do_not_rise(compiled: dict[str, Compiled]) -> None:
+    risen = compare_and_write("sampling.json", compiled, triton.__version__)
+    assert not risen, "\n".join(risen)

@@ -1,0 +1,128 @@
+"""RL steps on answers of a real HTTP server, which speaks OpenAI's API and samples from a model of its own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastvst.data import Processor, Sample
+from fastvst.model import Qwen25VL
+from fastvst.rollout import Engine, RolloutError, SamplingParams
+from rl_run import REWARD, load_rl, rl_arguments, write_questions
+from small_run import write_model
+
+rl = load_rl()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with the engine; `shift` is added to the log-probabilities, as stale weights would shift them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        processor = Processor.from_pretrained(folder, max_pixels=56 * 56, max_seq_len=128)
+        self.engine = Engine(Qwen25VL.from_pretrained(folder), processor, memory=1 << 24)
+        self.lock, self.bodies, self.shift, self.status = threading.Lock(), [], 0.0, 200
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        def part(given: dict[str, Any]) -> dict[str, Any]:
+            if given["type"] == "text":
+                return given
+            data = given["image_url"]["url"].split(",")[1]
+            return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data)))}
+
+        messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
+        params = SamplingParams(
+            n=body["n"], temperature=body["temperature"], top_p=body["top_p"], max_tokens=body["max_tokens"],
+            seed=body["seed"],
+        )  # fmt: skip
+        with self.lock:
+            self.bodies.append(body)
+            (rollouts,) = self.engine.generate([Sample.from_messages(messages)], params)
+        choices = []
+        for index, r in enumerate(rollouts):
+            pairs = zip(r.tokens, r.logprobs, strict=True)
+            content = [{"token": f"token_id:{token}", "logprob": value + self.shift} for token, value in pairs]
+            choices.append(
+                {"index": index, "message": {"content": r.text}, "logprobs": {"content": content},
+                 "finish_reason": r.finish_reason}
+            )  # fmt: skip
+        return {"choices": choices}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = json.dumps(server.answer(body) if server.status == 200 else {"error": "no such model"}).encode()
+        self.send_response(server.status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "mine.py").write_text(REWARD)
+    return write_questions(folder / "data"), write_model(folder / "model"), folder / "mine.py"
+
+
+@pytest.fixture
+def server(parts: tuple[Path, Path, Path]) -> Iterator[Server]:
+    made = Server(parts[1])
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def run(server: Server, parts: tuple[Path, Path, Path], out: Path, *more: str) -> list[dict[str, Any]]:
+    words = ["sampling.engine=openai", f"sampling.base_url={server.url}", "sampling.served_model=mine"]
+    rl.main(rl_arguments(out, *parts, *words, "update.importance=token", *more))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_on_the_servers_answers(server: Server, parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    first, second = run(server, parts, tmp_path / "run", "steps=2")
+    sent = [p["type"] for b in server.bodies for m in b["messages"] for p in m["content"]]
+    assert "image_url" in sent and {b["model"] for b in server.bodies} == {"mine"} and server.bodies[0]["n"] == 4
+    assert len(server.bodies[0]["logit_bias"]) == 2
+    # The server's weights are those of step 0: its log-probabilities are the trainer's, pictures and template included.
+    assert first["sampler_gap_max"] < 1e-4 and first["grad_norm"] > 0 and first["answer_tokens"] > 0
+    assert second["sampler_gap_max"] > 1e-3, "nobody sends it the new weights, and the figure says so"
+    groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(groups[0]["answers"]) == 4 and any(a["text"] for g in groups for a in g["answers"])
+
+
+def test_importance_weights_are_those_of_the_server(
+    server: Server, parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    plain = run(server, parts, tmp_path / "plain", "steps=1", "optimizer.clip=1e9")
+    server.shift = 0.5  # the server claims exp(0.5) times the probability: every weight is exp(-0.5)
+    (shifted,) = run(server, parts, tmp_path / "shifted", "steps=1", "optimizer.clip=1e9")
+    ratio = shifted["grad_norm"] / plain[0]["grad_norm"]
+    assert abs(ratio - 0.60653) < 1e-3 and abs(shifted["sampler_gap"] - 0.5) < 1e-3
+
+
+def test_a_refusal_ends_the_run_and_names_the_question(
+    server: Server, parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    server.status = 404
+    with pytest.raises(RolloutError, match="small/.*chat/completions answers 404: .*no such model"):
+        run(server, parts, tmp_path / "run", "steps=1")
