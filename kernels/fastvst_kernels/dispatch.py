@@ -115,7 +115,7 @@ def table_for(gpu: str, arch: int) -> Table:
 def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     """The numbers of `kernel` for a shape class on `device`.
 
-    Without a GPU, where only Triton's interpreter can run a kernel, it is that of sm_90, which has every kernel.
+    Without a GPU, where only Triton's interpreter can run a kernel, it is that of sm_90.
 
     Raises:
         ValueError: the table has none.
@@ -127,11 +127,6 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     return numbers
 
 
-def has_config(kernel: str, shape: str, device: torch.device) -> bool:
-    """Whether `device` can run `kernel` at a shape class: some kernels spill on some architectures at any size."""
-    return bool(_table_of(device).configs.get(kernel, {}).get(shape))
-
-
 def _table_of(device: torch.device) -> Table:
     if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
@@ -141,4 +136,4 @@ def _table_of(device: torch.device) -> Table:
 
 # torch.compile takes the answer as a constant instead of tracing into files. It is what the decorator
 # torch.compiler.assume_constant_result sets, which would import torch._dynamo (and triton) with this package.
-config._dynamo_marked_constant = has_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+config._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -34,14 +34,12 @@ class Tunable:
         candidates: shape class -> the numbers to choose from, most promising first.
         compiled: (shape class, numbers, arch) -> every variant that must be clean, compiled.
         problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size.
-        optional: an architecture where no candidate is clean gets an empty entry, and the operator takes another way.
     """
 
     shapes: tuple[str, ...]
     candidates: Callable[[str], tuple[Numbers, ...]]
     compiled: Callable[[str, Numbers, int], Iterator[Compiled]]
     problem: Callable[[str, torch.device], Callable[[Numbers], object]]
-    optional: bool = False
 
 
 def _attention(kernel: str) -> Tunable:
@@ -63,7 +61,6 @@ def _pointwise(kernel: str) -> Tunable:
         candidates=lambda shape: pointwise_build.candidates(kernel, shape),
         compiled=lambda shape, numbers, arch: pointwise_build.compiled(kernel, shape, numbers, arch),
         problem=lambda shape, device: pointwise_build.problem(kernel, shape, device),
-        optional=pointwise_build.family(kernel) == "window",
     )
 
 
@@ -87,7 +84,7 @@ def choose(
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
 
     Raises:
-        RuntimeError: no candidate is clean, and the kernel is not optional.
+        RuntimeError: no candidate is clean.
     """
     run = None if device is None else tunable.problem(shape, device)
     best: tuple[Numbers, float] | None = None
@@ -102,8 +99,6 @@ def choose(
         say(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
         if best is None or seconds < best[1]:
             best = (numbers, seconds)
-    if best is None and tunable.optional:
-        return (), None
     if best is None:
         raise RuntimeError(f"no candidate of {kernel} at {shape} compiles for sm_{arch} without spills")
     return best

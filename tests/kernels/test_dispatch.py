@@ -34,7 +34,7 @@ def test_shipped_tables_hold_every_tunable_kernel(arch: int):
     for kernel, tunable in tune.tunables().items():
         assert set(table.configs[kernel]) == set(tunable.shapes), kernel
         for shape, numbers in table.configs[kernel].items():
-            assert numbers in tunable.candidates(shape) or (tunable.optional and numbers == ()), (kernel, shape)
+            assert numbers in tunable.candidates(shape), (kernel, shape)
 
 
 def test_heads_are_two_powers_of_two():
