@@ -2,7 +2,8 @@
 
 Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tune` makes a table
 for the GPU it runs on. A table is
-`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [M, N, warps, stages]}}}`.
+`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [numbers]}}}`; what the numbers are is each kernel's own,
+for attention those of `Tile`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ WIDTHS = (64, 80, 96, 128, 256)
 ROWS = (1280, 2048, 3584, 8192)
 
 
+# How an attention kernel comes by its operands: whole rows by pointers; the scores' operands by pointers in slices of
+# the head; keys and values of blocks that need no mask by tensor descriptors (TMA); the same with a persistent grid.
+POINTERS, SLICES, DESCRIPTORS, PERSISTENT = range(4)
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline."""
+    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline, how it loads."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    path: int = POINTERS
 
 
 @dataclass(frozen=True)

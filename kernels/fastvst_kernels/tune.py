@@ -31,13 +31,13 @@ class Tunable:
 
     Attributes:
         shapes: its shape classes.
-        candidates: shape class -> the numbers to choose from, most promising first.
+        candidates: (shape class, arch) -> the numbers to choose from, most promising first.
         compiled: (shape class, numbers, arch) -> every variant that must be clean, compiled.
         problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size.
     """
 
     shapes: tuple[str, ...]
-    candidates: Callable[[str], tuple[Numbers, ...]]
+    candidates: Callable[[str, int], tuple[Numbers, ...]]
     compiled: Callable[[str, Numbers, int], Iterator[Compiled]]
     problem: Callable[[str, torch.device], Callable[[Numbers], object]]
 
@@ -49,7 +49,7 @@ def _attention(kernel: str) -> Tunable:
 
     return Tunable(
         shapes=attention_build.SHAPES,
-        candidates=lambda shape: attention_build.candidates(kernel, shape),
+        candidates=lambda shape, arch: attention_build.candidates(kernel, shape, arch),
         compiled=compiled,
         problem=lambda shape, device: attention_build.problem(kernel, shape, device),
     )
@@ -58,7 +58,7 @@ def _attention(kernel: str) -> Tunable:
 def _pointwise(kernel: str) -> Tunable:
     return Tunable(
         shapes=pointwise_build.shapes(kernel),
-        candidates=lambda shape: pointwise_build.candidates(kernel, shape),
+        candidates=lambda shape, _arch: pointwise_build.candidates(kernel, shape),
         compiled=lambda shape, numbers, arch: pointwise_build.compiled(kernel, shape, numbers, arch),
         problem=lambda shape, device: pointwise_build.problem(kernel, shape, device),
     )
@@ -88,7 +88,7 @@ def choose(
     """
     run = None if device is None else tunable.problem(shape, device)
     best: tuple[Numbers, float] | None = None
-    for numbers in tunable.candidates(shape):
+    for numbers in tunable.candidates(shape, arch):
         if not is_clean(tunable, shape, numbers, arch):
             say(f"{kernel} {shape} {numbers}: spills or does not fit")
             continue

@@ -4,7 +4,7 @@ Bias and 2-D rotary embedding are applied to q and k as they are loaded. The hea
 the two sides of every rotated pair, so that turning them moves nothing between lanes: q k^T is the sum of two products.
 The backward computes the probabilities again and needs only what the forward was given.
 
-The halves come in steps of PAIRS pairs, each loaded where it is used: of a whole head only the scores stay in registers.
+The halves come in steps of PAIRS pairs, each loaded where it is used: only the scores stay in registers as a whole.
 Steps of 16 cover the halves of D = 80 with 48 lanes instead of 64; what the backward reads twice lies in L1. The steps
 are loops of the program, as the compiler mixes unrolled ones (backward on sm_80, 8 warps: 255 registers, not 226).
 """
@@ -27,7 +27,7 @@ def load_halves(base, bias, row, pair, limit, stride, HALF: tl.constexpr, HAS_BI
     """The two halves (rows, pairs) of one head, with its bias, as float32; rows from `limit` on are 0.
 
     The mask behind the bias is for the compiler: what comes from loads by elementwise steps alone it computes in the
-    layout of a matrix operand, on mma.sync once in every warp (forward on sm_80: 13488 instructions and 5 KB of spills).
+    layout of a matrix operand, for mma.sync once in every warp (forward on sm_80: 13488 instructions, 5 KB of spills).
     """
     mask = (row < limit)[:, None] & (pair < HALF)[None, :]
     at = row[:, None] * stride + pair[None, :]
@@ -160,9 +160,7 @@ def window_backward_kernel(
         for first in tl.range(0, HALF, PAIRS, num_stages=1):
             pair = first + tl.arange(0, PAIRS)
             cos, sin = window_angles(positions, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF)
-            a, b = turned_halves(
-                base + hidden, bias + hidden, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS
-            )
+            a, b = turned_halves(base + hidden, bias + hidden, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
             a, b = tl.dot(ds, a, input_precision="ieee"), tl.dot(ds, b, input_precision="ieee")
             left, right = a * cos + b * sin, b * cos - a * sin
             store_gradient(target, partial, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
