@@ -32,6 +32,7 @@ class Compiled:
         registers: of each thread; spill_bytes: of each thread's stack; shared_bytes: of each program.
         instructions: length of the machine code.
         tensor_core: how many matrix instructions it has, by kind (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05).
+        descriptor_loads: how many loads by tensor descriptors (TMA).
     """
 
     registers: int
@@ -40,6 +41,7 @@ class Compiled:
     shared_limit: int
     instructions: int
     tensor_core: Mapping[str, int]
+    descriptor_loads: int = 0
 
     @property
     def fits(self) -> bool:
@@ -103,6 +105,7 @@ def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int) -> Compiled:
         shared_limit=SHARED_LIMIT[arch],
         instructions=len(lines),
         tensor_core={kind: n for kind, n in counts.items() if n},
+        descriptor_loads=len(re.findall(r"\bUTMALDG\b", code)),
     )
 
 

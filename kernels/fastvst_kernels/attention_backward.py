@@ -12,31 +12,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.attention_forward import LOG2_E, key_range, load_rows, store_rows
-from fastvst_kernels.dispatch import Tile, pieces
+from fastvst_kernels.attention_forward import LOG2_E, key_range, load_rows, sliced_product, store_rows
+from fastvst_kernels.dispatch import SLICES, Tile, pieces
 
 
 @triton.jit
 def query_step(
-    dq0, dq1, q0, q1, do0, do1, lse, delta, k_base, v_base, start, length, rows, stride_kt, stride_vt, qk_scale, WIDTH,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
+    dq0, dq1, q0, q1, do0, do1, q_base, do_base, q_limit, lse, delta, k_base, v_base, start, length, rows,
+    stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
+    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SLICED: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """dQ += dS K of one block of keys, dS = P * (dO V^T - delta) (Dao et al., arXiv 2205.14135, algorithm 4)."""
     keys = tl.arange(0, BLOCK_N)
     columns0 = tl.arange(0, D0)
     k_block = k_base + start.to(tl.int64) * stride_kt
     v_block = v_base + start.to(tl.int64) * stride_vt
+    columns1 = D0 + tl.arange(0, 16 if D1 == 0 else D1)
     k0 = load_rows(k_block, keys, length, stride_kt, columns0, WIDTH, MASK, False)
-    v0 = load_rows(v_block, keys, length, stride_vt, columns0, WIDTH, MASK, False)
-    scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-    dp = tl.dot(do0, tl.trans(v0), input_precision="ieee")
     if D1 > 0:
-        columns1 = D0 + tl.arange(0, D1)
         k1 = load_rows(k_block, keys, length, stride_kt, columns1, WIDTH, MASK, MASK_COLUMNS)
-        v1 = load_rows(v_block, keys, length, stride_vt, columns1, WIDTH, MASK, MASK_COLUMNS)
-        scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
-        dp = tl.dot(do1, tl.trans(v1), dp, input_precision="ieee")
+    if SLICED:
+        row = tl.arange(0, BLOCK_M)
+        scores = sliced_product(
+            q_base, row, q_limit, stride_qt, k_block, keys, length, stride_kt, WIDTH, BLOCK_M, BLOCK_N
+        )
+        dp = sliced_product(do_base, row, q_limit, stride_ot, v_block, keys, length, stride_vt, WIDTH, BLOCK_M, BLOCK_N)
+    else:
+        v0 = load_rows(v_block, keys, length, stride_vt, columns0, WIDTH, MASK, False)
+        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        dp = tl.dot(do0, tl.trans(v0), input_precision="ieee")
+        if D1 > 0:
+            v1 = load_rows(v_block, keys, length, stride_vt, columns1, WIDTH, MASK, MASK_COLUMNS)
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            dp = tl.dot(do1, tl.trans(v1), dp, input_precision="ieee")
     p = tl.exp2(scores * qk_scale - lse[:, None])
     if MASK:
         seen = (keys < length)[None, :]
@@ -56,7 +65,7 @@ def attention_backward_queries_kernel(
     scale, qk_scale, num_tokens, heads, group, WIDTH,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
-    WITH_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WITH_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries; also writes delta = rowsum(dO * O) - dLSE, which the dK/dV kernel reads."""
     tile = tl.program_id(0) // heads
@@ -106,8 +115,9 @@ def attention_backward_queries_kernel(
         if SHARED:
             start = tl.where(i < prompt_full, prompt_first + i * BLOCK_N, start)
         dq0, dq1 = query_step(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k_base, v_base, start, BLOCK_N, rows, stride_kt, stride_vt,
-            qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_N, CAUSAL, False,
+            dq0, dq1, q0, q1, do0, do1, q_base, dout_base, limit_row, lse, delta, k_base, v_base, start, BLOCK_N, rows,
+            stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N,
+            CAUSAL, SLICED, False,
         )  # fmt: skip
     for i in tl.range(0, prompt_rest + own_rest, num_stages=1):
         start = first + (own_full + i - prompt_rest) * BLOCK_N
@@ -116,8 +126,9 @@ def attention_backward_queries_kernel(
             start = tl.where(i < prompt_rest, prompt_first + prompt_full * BLOCK_N, start)
             limit = tl.where(i < prompt_rest, prompt_last, last)
         dq0, dq1 = query_step(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k_base, v_base, start, limit - start, rows, stride_kt, stride_vt,
-            qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_N, CAUSAL, True,
+            dq0, dq1, q0, q1, do0, do1, q_base, dout_base, limit_row, lse, delta, k_base, v_base, start, limit - start,
+            rows, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N,
+            CAUSAL, SLICED, True,
         )  # fmt: skip
 
     dq_base = DQ + begin.to(tl.int64) * stride_ot + head * stride_oh
@@ -128,9 +139,10 @@ def attention_backward_queries_kernel(
 
 @triton.jit
 def key_step(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_base, do_base, lse_base, delta_base, start, last, keys, stride_qt, stride_ot,
-    qk_scale, WIDTH,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, k_base, v_base, k_limit, q_base, do_base, lse_base, delta_base, start, last,
+    keys, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
+    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SLICED: tl.constexpr,
 ):  # fmt: skip
     """dV += P^T dO and dK += dS^T Q of one block of queries; P and dS are held transposed, keys first."""
     row = tl.arange(0, BLOCK_M)
@@ -143,21 +155,32 @@ def key_step(
     delta = tl.load(delta_base + start + row, mask=row < length, other=0.0)
     q0 = load_rows(q_block, row, length, stride_qt, columns0, WIDTH, True, False)
     do0 = load_rows(do_block, row, length, stride_ot, columns0, WIDTH, True, False)
-    scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
     if D1 > 0:
         columns1 = D0 + tl.arange(0, D1)
         q1 = load_rows(q_block, row, length, stride_qt, columns1, WIDTH, True, MASK_COLUMNS)
         do1 = load_rows(do_block, row, length, stride_ot, columns1, WIDTH, True, MASK_COLUMNS)
-        scores = tl.dot(k1, tl.trans(q1), scores, input_precision="ieee")
+    key = tl.arange(0, BLOCK_N)
+    if SLICED:
+        scores = sliced_product(
+            k_base, key, k_limit, stride_kt, q_block, row, length, stride_qt, WIDTH, BLOCK_N, BLOCK_M
+        )
+    else:
+        scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+        if D1 > 0:
+            scores = tl.dot(k1, tl.trans(q1), scores, input_precision="ieee")
     p = tl.exp2(scores * qk_scale - lse[None, :])
     if CAUSAL:
         p = tl.where(keys[:, None] <= (start + row)[None, :], p, 0.0)
     half = p.to(do0.dtype)
     dv0 = tl.dot(half, do0, dv0, input_precision="ieee")
-    dp = tl.dot(v0, tl.trans(do0), input_precision="ieee")
     if D1 > 0:
         dv1 = tl.dot(half, do1, dv1, input_precision="ieee")
-        dp = tl.dot(v1, tl.trans(do1), dp, input_precision="ieee")
+    if SLICED:
+        dp = sliced_product(v_base, key, k_limit, stride_vt, do_block, row, length, stride_ot, WIDTH, BLOCK_N, BLOCK_M)
+    else:
+        dp = tl.dot(v0, tl.trans(do0), input_precision="ieee")
+        if D1 > 0:
+            dp = tl.dot(v1, tl.trans(do1), dp, input_precision="ieee")
     ds = (p * (dp - delta[None, :])).to(q0.dtype)
     dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
     if D1 > 0:
@@ -171,7 +194,7 @@ def attention_backward_keys_kernel(
     scale, qk_scale, num_tokens, kv_heads, group, WIDTH,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dt, stride_dh,
     D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys of one KV head, summed over its query heads and every query that sees it."""
     tile = tl.program_id(0) // kv_heads
@@ -209,8 +232,9 @@ def attention_backward_keys_kernel(
         # registers (sm_90, D = 128, 32x128 tiles: 255 and 32 bytes of spills instead of 252 and none).
         for i in tl.range(0, tl.cdiv(last - first, BLOCK_M)):
             dk0, dk1, dv0, dv1 = key_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_base, do_base, lse_base, delta_base, first + i * BLOCK_M, last,
-                begin + key, stride_qt, stride_ot, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, CAUSAL,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, k_base, v_base, end - begin, q_base, do_base, lse_base, delta_base,
+                first + i * BLOCK_M, last, begin + key, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
+                D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N, CAUSAL, SLICED,
             )  # fmt: skip
     dk_base = DK + begin.to(tl.int64) * stride_dt + kv_head * stride_dh
     dv_base = DV + begin.to(tl.int64) * stride_dt + kv_head * stride_dh
@@ -251,12 +275,13 @@ def backward(
         q, k, v, out, dout, lse, dout if dlse is None else dlse, delta, dq, query_tiles,
         scale, scale * LOG2_E, tokens, heads, heads // kv_heads, width, *strides,
         SHARED=shared, WITH_DLSE=dlse is not None, BLOCK_M=query_tile.block_m, BLOCK_N=query_tile.block_n,
+        SLICED=query_tile.path == SLICES,
         num_warps=query_tile.num_warps, num_stages=query_tile.num_stages, **common,
     )  # fmt: skip
     attention_backward_keys_kernel[(len(key_tiles) * kv_heads,)](
         q, k, v, dout, lse, delta, dk, dv, key_tiles,
         scale, scale * LOG2_E, tokens, kv_heads, heads // kv_heads, width, *strides, dk.stride(0), dk.stride(1),
-        BLOCK_M=key_tile.block_m, BLOCK_N=key_tile.block_n,
+        BLOCK_M=key_tile.block_m, BLOCK_N=key_tile.block_n, SLICED=key_tile.path == SLICES,
         num_warps=key_tile.num_warps, num_stages=key_tile.num_stages, **common,
     )  # fmt: skip
     return dq, dk, dv

@@ -9,7 +9,7 @@ import torch
 
 from fastvst_kernels import attention_backward, attention_forward
 from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.dispatch import WIDTHS, Tile, pieces
+from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile, pieces
 from fastvst_kernels.prepare import prepare
 
 KERNELS = {
@@ -21,9 +21,10 @@ SHAPES = tuple(f"{bits}x{width}" for bits in (16, 32) for width in WIDTHS)
 # Head dimensions that share a class but not its pieces: they must compile without spills with the same numbers.
 RELATIVES = {64: (48,), 80: (), 96: (), 128: (112,), 256: (192, 240)}
 
+Numbers = tuple[int, ...]
 # (queries, keys, warps, stages), the most promising first: large tiles and deep pipelines before small ones. Tuning may
 # pick any of them, so tests run all of their tile shapes.
-CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     "attention_forward": (
         (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2),
         (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1),
@@ -37,21 +38,37 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
         (32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 1),
     ),
 }  # fmt: skip
-# float32 products run on the ordinary cores at full precision, whose operands only small tiles and many warps hold in
-# registers (D = 256 on sm_90: 8 warps spill, 16 warps use 87 registers).
-FLOAT32_CANDIDATES = ((32, 32, 8, 1), (32, 32, 16, 1), (16, 16, 16, 1))
+# From sm_90 on there are tensor descriptors. They come last: without a measurement the tables hold the plain kernel.
+DESCRIPTOR_CANDIDATES: tuple[Numbers, ...] = (
+    (128, 128, 8, 2, DESCRIPTORS), (128, 64, 8, 3, DESCRIPTORS), (64, 64, 4, 3, DESCRIPTORS),
+    (64, 32, 4, 2, DESCRIPTORS), (128, 128, 8, 2, PERSISTENT), (128, 64, 8, 3, PERSISTENT),
+    (128, 64, 8, 2, PERSISTENT),
+)  # fmt: skip
+FIRST_WITH_DESCRIPTORS = 90
+# float32 products run on the ordinary cores at full precision; see `attention_forward.sliced_product`. Larger tiles
+# spill at some head dimensions (forward of D = 240 on sm_90, 32 x 32 tiles, 8 warps: 168 bytes).
+FLOAT32_CANDIDATES: tuple[Numbers, ...] = (
+    (16, 16, 8, 1, SLICES), (16, 16, 4, 1, SLICES), (32, 32, 8, 1, SLICES), (32, 32, 16, 1, SLICES),
+)  # fmt: skip
 
 
-def candidates(kernel: str, shape: str) -> tuple[tuple[int, int, int, int], ...]:
-    """What tuning chooses from for one kernel and shape class."""
-    return FLOAT32_CANDIDATES if shape.startswith("32x") else CANDIDATES[kernel]
+def candidates(kernel: str, shape: str, arch: int) -> tuple[Numbers, ...]:
+    """What tuning chooses from for one kernel and shape class on sm_`arch`."""
+    if shape.startswith("32x"):
+        return FLOAT32_CANDIDATES
+    described = kernel == "attention_forward" and arch >= FIRST_WITH_DESCRIPTORS
+    return CANDIDATES[kernel] + (DESCRIPTOR_CANDIDATES if described else ())
 
 
 def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool) -> dict[str, Any]:
     """Every `tl.constexpr` of one variant."""
     d0, d1 = pieces(width)
     values: dict[str, Any] = {"D0": d0, "D1": d1, "MASK_COLUMNS": d0 + d1 != width, "CAUSAL": causal}
-    values |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    values |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SLICED": tile.path == SLICES}
+    if kernel == "attention_forward":
+        described = tile.path in (DESCRIPTORS, PERSISTENT)
+        values |= {"DESCRIBED": described, "STAY": tile.path == PERSISTENT}
+        values |= {} if described else dict.fromkeys(("K0", "K1", "V0", "V1"))
     if kernel != "attention_backward_keys":
         values["SHARED"] = shared
     if kernel == "attention_backward_queries":
@@ -63,12 +80,15 @@ def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]
     """Argument types of one variant: pointers are in capitals."""
     known = {"LSE": "*fp32", "DLSE": "*fp32", "DELTA": "*fp32", "TILES": "*i32", "WIDTH": "i32"}
     known |= {"scale": "fp32", "qk_scale": "fp32"}
+    for piece, columns in (("0", constexprs["D0"]), ("1", constexprs["D1"] or constexprs["D0"])):
+        block = f"tensordesc<{dtype}[{constexprs['BLOCK_N']}, 1, {columns}]>"
+        known |= {f"K{piece}": block, f"V{piece}": block}
     names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
     return {n: known.get(n, f"*{dtype}" if n.isupper() else "i32") for n in names}
 
 
 def compile_variant(
-    kernel: str, width: int, numbers: tuple[int, ...], *, arch: int, dtype: str, causal: bool, shared: bool
+    kernel: str, width: int, numbers: Numbers, *, arch: int, dtype: str, causal: bool, shared: bool
 ) -> Compiled:
     """One attention kernel for one architecture without a GPU."""
     tile = Tile(*numbers)
@@ -80,7 +100,7 @@ def compile_variant(
         arch=arch,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        unaligned=("num_tokens", "heads", "kv_heads", "group"),
+        unaligned=("num_tokens", "tiles", "heads", "kv_heads", "group"),
     )
 
 
@@ -121,7 +141,7 @@ def problem(kernel: str, shape: str, device: torch.device) -> Any:
     out, lse = attention_forward.forward(q, k, v, plan.queries[32], tile=small, **common)
 
     # The two backward kernels are launched together; the one that is not tuned keeps a small tile.
-    def run(numbers: tuple[int, ...]) -> object:
+    def run(numbers: Numbers) -> object:
         tile = Tile(*numbers)
         queries = tile if kernel == "attention_backward_queries" else small
         keys = tile if kernel == "attention_backward_keys" else small

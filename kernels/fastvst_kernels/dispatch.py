@@ -2,7 +2,8 @@
 
 Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tune` makes a table
 for the GPU it runs on. A table is
-`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [M, N, warps, stages]}}}`.
+`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [numbers]}}}`; what the numbers are is each kernel's own,
+for attention those of `Tile`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ WIDTHS = (64, 80, 96, 128, 256)
 ROWS = (1280, 2048, 3584, 8192)
 
 
+# How an attention kernel comes by its operands: whole rows by pointers; the scores' operands by pointers in slices of
+# the head; keys and values of blocks that need no mask by tensor descriptors (TMA); the same with a persistent grid.
+POINTERS, SLICES, DESCRIPTORS, PERSISTENT = range(4)
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline."""
+    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline, how it loads."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    path: int = POINTERS
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def table_for(gpu: str, arch: int) -> Table:
 def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     """The numbers of `kernel` for a shape class on `device`.
 
-    Without a GPU, where only Triton's interpreter can run a kernel, it is that of sm_90, which has every kernel.
+    Without a GPU, where only Triton's interpreter can run a kernel, it is that of sm_90.
 
     Raises:
         ValueError: the table has none.
@@ -127,11 +134,6 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     return numbers
 
 
-def has_config(kernel: str, shape: str, device: torch.device) -> bool:
-    """Whether `device` can run `kernel` at a shape class: some kernels spill on some architectures at any size."""
-    return bool(_table_of(device).configs.get(kernel, {}).get(shape))
-
-
 def _table_of(device: torch.device) -> Table:
     if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
@@ -141,4 +143,4 @@ def _table_of(device: torch.device) -> Table:
 
 # torch.compile takes the answer as a constant instead of tracing into files. It is what the decorator
 # torch.compiler.assume_constant_result sets, which would import torch._dynamo (and triton) with this package.
-config._dynamo_marked_constant = has_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+config._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -38,8 +38,9 @@ CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     "swiglu_backward": ((4, 512, 4), (1, 1024, 4), (8, 512, 8)),
     "rope_forward": ((16, 4), (8, 4), (32, 8), (8, 8)),  # tokens of a program, warps
     "rope_backward": ((16, 4), (8, 4), (32, 8), (8, 8)),
-    "window_forward": ((4, 1), (8, 1), (16, 1)),  # warps, stages
-    "window_backward": ((8, 1), (4, 1), (16, 1)),
+    # Pairs of a step, warps, stages.
+    "window_forward": ((16, 4, 1), (32, 4, 1), (16, 8, 1), (64, 4, 1)),
+    "window_backward": ((16, 4, 1), (32, 4, 1), (16, 8, 1), (32, 8, 1), (64, 8, 1)),
 }
 
 
@@ -71,9 +72,9 @@ def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any]
         values = {"SECTION0": width // 4, "SECTION1": width // 4, "HAS_BIAS": True, "TOKENS": numbers[0]}
         values |= {"HALF": width // 2, "PAIRS": next_power(width // 2)}
         return values, {"num_warps": numbers[1], "num_stages": 3}
-    values = {"HAS_BIAS": True, "HALF": width // 2, "PAIRS": window_triton.pairs(width // 2)}
+    values = {"HAS_BIAS": True, "HALF": width // 2, "PAIRS": window_triton.pairs(width // 2, numbers[0])}
     values["ROWS"] = window_triton.LARGEST_WINDOW
-    return values, {"num_warps": numbers[0], "num_stages": numbers[1]}
+    return values, {"num_warps": numbers[1], "num_stages": numbers[2]}
 
 
 def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:

@@ -31,17 +31,15 @@ class Tunable:
 
     Attributes:
         shapes: its shape classes.
-        candidates: shape class -> the numbers to choose from, most promising first.
+        candidates: (shape class, arch) -> the numbers to choose from, most promising first.
         compiled: (shape class, numbers, arch) -> every variant that must be clean, compiled.
         problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size.
-        optional: an architecture where no candidate is clean gets an empty entry, and the operator takes another way.
     """
 
     shapes: tuple[str, ...]
-    candidates: Callable[[str], tuple[Numbers, ...]]
+    candidates: Callable[[str, int], tuple[Numbers, ...]]
     compiled: Callable[[str, Numbers, int], Iterator[Compiled]]
     problem: Callable[[str, torch.device], Callable[[Numbers], object]]
-    optional: bool = False
 
 
 def _attention(kernel: str) -> Tunable:
@@ -51,7 +49,7 @@ def _attention(kernel: str) -> Tunable:
 
     return Tunable(
         shapes=attention_build.SHAPES,
-        candidates=lambda shape: attention_build.candidates(kernel, shape),
+        candidates=lambda shape, arch: attention_build.candidates(kernel, shape, arch),
         compiled=compiled,
         problem=lambda shape, device: attention_build.problem(kernel, shape, device),
     )
@@ -60,10 +58,9 @@ def _attention(kernel: str) -> Tunable:
 def _pointwise(kernel: str) -> Tunable:
     return Tunable(
         shapes=pointwise_build.shapes(kernel),
-        candidates=lambda shape: pointwise_build.candidates(kernel, shape),
+        candidates=lambda shape, _arch: pointwise_build.candidates(kernel, shape),
         compiled=lambda shape, numbers, arch: pointwise_build.compiled(kernel, shape, numbers, arch),
         problem=lambda shape, device: pointwise_build.problem(kernel, shape, device),
-        optional=pointwise_build.family(kernel) == "window",
     )
 
 
@@ -87,11 +84,11 @@ def choose(
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
 
     Raises:
-        RuntimeError: no candidate is clean, and the kernel is not optional.
+        RuntimeError: no candidate is clean.
     """
     run = None if device is None else tunable.problem(shape, device)
     best: tuple[Numbers, float] | None = None
-    for numbers in tunable.candidates(shape):
+    for numbers in tunable.candidates(shape, arch):
         if not is_clean(tunable, shape, numbers, arch):
             say(f"{kernel} {shape} {numbers}: spills or does not fit")
             continue
@@ -102,8 +99,6 @@ def choose(
         say(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
         if best is None or seconds < best[1]:
             best = (numbers, seconds)
-    if best is None and tunable.optional:
-        return (), None
     if best is None:
         raise RuntimeError(f"no candidate of {kernel} at {shape} compiles for sm_{arch} without spills")
     return best

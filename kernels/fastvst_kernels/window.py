@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvst_kernels import window_cpu
 from fastvst_kernels.attention import packed_attention
 from fastvst_kernels.backend import say_once, uses_kernel
-from fastvst_kernels.dispatch import config, has_config, shape_class
+from fastvst_kernels.dispatch import config, shape_class
 from fastvst_kernels.mrope import check_vision_rope, default_dtype, inverse_frequencies, vision_rope
 from fastvst_kernels.validate import check_offset_values, check_offsets
 
@@ -43,10 +43,10 @@ def window_attention(
         scale: default `D ** -0.5`.
         max_window: patches in the largest window, as an int; needed on CUDA.
         rope_dtype: see `vision_rope`.
-        backend: "triton" (bf16 and fp16, windows of up to 64 patches, D up to 80, sm_90 and sm_100: one program for
-            each window and head, nothing but the inputs kept for the backward), "torch" (CPU: one call of the fused
-            CPU attention for all windows of one length), "reference", or "auto": Triton on CUDA, torch on the CPU.
-            What that can not take goes through `vision_rope` and `packed_attention`, which get the backend's name;
+        backend: "triton" (bf16 and fp16, windows of up to 64 patches, D up to 80: one program for each window and
+            head, nothing but the inputs kept for the backward), "torch" (CPU: one call of the fused CPU attention for
+            all windows of one length), "reference", or "auto": Triton on CUDA, torch on the CPU. What that can not
+            take goes through `vision_rope` and `packed_attention`, which get the backend's name;
             it is logged once.
         validate: also check offsets on CUDA, which waits for the device (always checked on the CPU).
 
@@ -65,7 +65,6 @@ def window_attention(
     if max_window is None and not on_host:
         raise ValueError("window_attention needs max_window (an int, from the loader) on a GPU")
     fits = (max_window or LARGEST_WINDOW) <= LARGEST_WINDOW and width <= LARGEST_WIDTH and qkv.itemsize == 2
-    fits = fits and has_config("window_backward", shape_class(width, qkv.dtype), qkv.device)
     kernel = backend in ("auto", "triton") and fits and uses_kernel("window_attention", qkv, backend)
     if kernel or (on_host and backend in ("auto", "torch")):
         dtype, longest = rope_dtype or default_dtype(qkv), max_window or LARGEST_WINDOW

@@ -1,8 +1,12 @@
 """Window attention in Triton: one program for a window of up to 64 patches and one head, all of it in registers.
 
-Bias and 2-D rotary embedding are applied to q and k as they are loaded. The head is held as its two halves, which are
+Bias and 2-D rotary embedding are applied to q and k as they are loaded. The head is taken as its two halves, which are
 the two sides of every rotated pair, so that turning them moves nothing between lanes: q k^T is the sum of two products.
 The backward computes the probabilities again and needs only what the forward was given.
+
+The halves come in steps of PAIRS pairs, each loaded where it is used: only the scores stay in registers as a whole.
+Steps of 16 cover the halves of D = 80 with 48 lanes instead of 64; what the backward reads twice lies in L1. The steps
+are loops of the program, as the compiler mixes unrolled ones (backward on sm_80, 8 warps: 255 registers, not 226).
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ LARGEST_WINDOW = 64
 
 @triton.jit
 def load_halves(base, bias, row, pair, limit, stride, HALF: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The two halves (rows, pairs) of one head, with its bias, as float32."""
+    """The two halves (rows, pairs) of one head, with its bias, as float32; rows from `limit` on are 0.
+
+    The mask behind the bias is for the compiler: what comes from loads by elementwise steps alone it computes in the
+    layout of a matrix operand, for mma.sync once in every warp (forward on sm_80: 13488 instructions, 5 KB of spills).
+    """
     mask = (row < limit)[:, None] & (pair < HALF)[None, :]
     at = row[:, None] * stride + pair[None, :]
     a = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
@@ -28,7 +36,8 @@ def load_halves(base, bias, row, pair, limit, stride, HALF: tl.constexpr, HAS_BI
     if HAS_BIAS:
         a += tl.load(bias + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
         b += tl.load(bias + HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
-    return a, b
+    inside = (row < limit)[:, None]
+    return tl.where(inside, a, 0.0), tl.where(inside, b, 0.0)
 
 
 @triton.jit
@@ -51,11 +60,28 @@ def window_angles(POSITIONS, FREQUENCIES, row, pair, limit, stride_patch, stride
 
 
 @triton.jit
-def probabilities(qa, qb, ka, kb, row, limit, scale):
+def turned_halves(base, bias, cos, sin, row, pair, limit, stride, HALF: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The two halves of q or k with bias and rotary embedding, of the type that is stored."""
+    a, b = load_halves(base, bias, row, pair, limit, stride, HALF, HAS_BIAS)
+    dtype = base.dtype.element_ty
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def probabilities(
+    q_base, k_base, q_bias, k_bias, positions, FREQUENCIES, row, limit, scale, stride_qkv, stride_patch, stride_axis,
+    HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """(queries, keys) softmax of the window, float32; rows past the end are harmless numbers."""
-    scores = tl.dot(qa, tl.trans(ka), input_precision="ieee")
-    scores = tl.dot(qb, tl.trans(kb), scores, input_precision="ieee") * (scale * 1.4426950408889634)
-    scores = tl.where((row < limit)[None, :], scores, float("-inf"))
+    scores = tl.zeros([ROWS, ROWS], tl.float32)
+    for first in tl.range(0, HALF, PAIRS, num_stages=1):
+        pair = first + tl.arange(0, PAIRS)
+        cos, sin = window_angles(positions, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF)
+        qa, qb = turned_halves(q_base, q_bias, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+        ka, kb = turned_halves(k_base, k_bias, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+        scores = tl.dot(qa, tl.trans(ka), scores, input_precision="ieee")
+        scores = tl.dot(qb, tl.trans(kb), scores, input_precision="ieee")
+    scores = tl.where((row < limit)[None, :], scores * (scale * 1.4426950408889634), float("-inf"))
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
 
@@ -71,21 +97,21 @@ def window_forward_kernel(
     begin = tl.minimum(tl.maximum(tl.load(WINDOWS + window), 0), patches).to(tl.int64)
     limit = tl.minimum(tl.minimum(tl.load(WINDOWS + window + 1), patches) - begin, ROWS).to(tl.int32)
     if limit > 0:
-        row, pair = tl.arange(0, ROWS), tl.arange(0, PAIRS)
-        base, bias, hidden = QKV + begin * stride_qkv + head * (2 * HALF), BIAS + head * (2 * HALF), heads * (2 * HALF)
-        cos, sin = window_angles(
-            POSITIONS + begin * stride_patch, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF
-        )
+        row, hidden = tl.arange(0, ROWS), heads * (2 * HALF)
+        base, bias = QKV + begin * stride_qkv + head * (2 * HALF), BIAS + head * (2 * HALF)
+        p = probabilities(
+            base, base + hidden, bias, bias + hidden, POSITIONS + begin * stride_patch, FREQUENCIES, row, limit, scale,
+            stride_qkv, stride_patch, stride_axis, HAS_BIAS, HALF, PAIRS, ROWS,
+        )  # fmt: skip
         dtype = QKV.dtype.element_ty
-        a, b = load_halves(base, bias, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        qa, qb = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-        a, b = load_halves(base + hidden, bias + hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        ka, kb = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-        p = probabilities(qa, qb, ka, kb, row, limit, scale).to(dtype)
-        a, b = load_halves(base + 2 * hidden, bias + 2 * hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        out_a = tl.dot(p, a.to(dtype), input_precision="ieee")
-        out_b = tl.dot(p, b.to(dtype), input_precision="ieee")
-        store_halves(OUT + begin * hidden + head * (2 * HALF), out_a, out_b, row, pair, limit, hidden, HALF)
+        p = p.to(dtype)
+        out = OUT + begin * hidden + head * (2 * HALF)
+        for first in tl.range(0, HALF, PAIRS, num_stages=1):
+            pair = first + tl.arange(0, PAIRS)
+            a, b = load_halves(base + 2 * hidden, bias + 2 * hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+            out_a = tl.dot(p, a.to(dtype), input_precision="ieee")
+            out_b = tl.dot(p, b.to(dtype), input_precision="ieee")
+            store_halves(out, out_a, out_b, row, pair, limit, hidden, HALF)
 
 
 @triton.jit
@@ -106,54 +132,53 @@ def window_backward_kernel(
     window, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     begin = tl.minimum(tl.maximum(tl.load(WINDOWS + window), 0), patches).to(tl.int64)
     limit = tl.minimum(tl.minimum(tl.load(WINDOWS + window + 1), patches) - begin, ROWS).to(tl.int32)
-    row, pair = tl.arange(0, ROWS), tl.arange(0, PAIRS)
-    hidden = heads * (2 * HALF)
+    row, hidden = tl.arange(0, ROWS), heads * (2 * HALF)
     partial = PARTIAL + window.to(tl.int64) * 3 * hidden + head * (2 * HALF)
     if limit > 0:
         base, bias = QKV + begin * stride_qkv + head * (2 * HALF), BIAS + head * (2 * HALF)
         target, stride = DQKV + begin * 3 * hidden + head * (2 * HALF), 3 * hidden
+        dout, positions = DOUT + begin * hidden + head * (2 * HALF), POSITIONS + begin * stride_patch
         dtype = QKV.dtype.element_ty
-        cos, sin = window_angles(
-            POSITIONS + begin * stride_patch, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF
-        )
-        a, b = load_halves(base, bias, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        qa, qb = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-        a, b = load_halves(base + hidden, bias + hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        ka, kb = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-        # Rows past the end have the gradient 0, so whatever their probabilities are, they add nothing.
-        da, db = load_halves(DOUT + begin * hidden + head * (2 * HALF), BIAS, row, pair, limit, hidden, HALF, False)
-        da, db = da.to(dtype), db.to(dtype)
-        a, b = load_halves(base + 2 * hidden, bias + 2 * hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        dp = tl.dot(da, tl.trans(a.to(dtype)), input_precision="ieee")
-        dp = tl.dot(db, tl.trans(b.to(dtype)), dp, input_precision="ieee")
-        p = probabilities(qa, qb, ka, kb, row, limit, scale)
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(dtype)
-        p = tl.trans(p.to(dtype))
-        a, b = tl.dot(p, da, input_precision="ieee"), tl.dot(p, db, input_precision="ieee")
-        store_gradient(target + 2 * hidden, partial + 2 * hidden, a, b, row, pair, limit, stride, HALF, HAS_BIAS)
-        # Made again, as holding them takes 32 of 255 registers (8 warps, sm_90: 48 bytes of spills).
-        cos, sin = window_angles(
-            POSITIONS + begin * stride_patch, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF
-        )
-        a = tl.dot(ds, ka, input_precision="ieee") * scale
-        b = tl.dot(ds, kb, input_precision="ieee") * scale
-        store_gradient(target, partial, a * cos + b * sin, b * cos - a * sin, row, pair, limit, stride, HALF, HAS_BIAS)
-        ds = tl.trans(ds)
-        a = tl.dot(ds, qa, input_precision="ieee") * scale
-        b = tl.dot(ds, qb, input_precision="ieee") * scale
-        store_gradient(
-            target + hidden, partial + hidden, a * cos + b * sin, b * cos - a * sin, row, pair, limit, stride, HALF,
-            HAS_BIAS,
+        p = probabilities(
+            base, base + hidden, bias, bias + hidden, positions, FREQUENCIES, row, limit, scale,
+            stride_qkv, stride_patch, stride_axis, HAS_BIAS, HALF, PAIRS, ROWS,
         )  # fmt: skip
+        half = tl.trans(p.to(dtype))
+        dp = tl.zeros([ROWS, ROWS], tl.float32)
+        for first in tl.range(0, HALF, PAIRS, num_stages=1):
+            pair = first + tl.arange(0, PAIRS)
+            # Rows past the end have the gradient 0, so whatever their probabilities are, they add nothing.
+            da, db = load_halves(dout, BIAS, row, pair, limit, hidden, HALF, False)
+            da, db = da.to(dtype), db.to(dtype)
+            a, b = load_halves(base + 2 * hidden, bias + 2 * hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+            dp = tl.dot(da, tl.trans(a.to(dtype)), dp, input_precision="ieee")
+            dp = tl.dot(db, tl.trans(b.to(dtype)), dp, input_precision="ieee")
+            a, b = tl.dot(half, da, input_precision="ieee"), tl.dot(half, db, input_precision="ieee")
+            store_gradient(target + 2 * hidden, partial + 2 * hidden, a, b, row, pair, limit, stride, HALF, HAS_BIAS)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(dtype)
+        turned = tl.trans(ds)
+        for first in tl.range(0, HALF, PAIRS, num_stages=1):
+            pair = first + tl.arange(0, PAIRS)
+            cos, sin = window_angles(positions, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF)
+            a, b = turned_halves(base + hidden, bias + hidden, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+            a, b = tl.dot(ds, a, input_precision="ieee"), tl.dot(ds, b, input_precision="ieee")
+            left, right = a * cos + b * sin, b * cos - a * sin
+            store_gradient(target, partial, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
+            a, b = turned_halves(base, bias, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+            a, b = tl.dot(turned, a, input_precision="ieee"), tl.dot(turned, b, input_precision="ieee")
+            left, right = a * cos + b * sin, b * cos - a * sin
+            store_gradient(target + hidden, partial + hidden, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
     else:
         zeros = tl.zeros([ROWS, PAIRS], tl.float32)
         for part in tl.static_range(3):
-            store_gradient(DQKV, partial + part * hidden, zeros, zeros, row, pair, 0, hidden, HALF, HAS_BIAS)
+            for first in tl.range(0, HALF, PAIRS, num_stages=1):
+                pair = first + tl.arange(0, PAIRS)
+                store_gradient(DQKV, partial + part * hidden, zeros, zeros, row, pair, 0, hidden, HALF, HAS_BIAS)
 
 
-def pairs(half: int) -> int:
-    """Lanes for half a head: a power of two, and at least the 16 that a product of 16-bit tiles needs."""
-    return max(16, next_power(half))
+def pairs(half: int, step: int) -> int:
+    """Lanes of a step over half a head: `step`, but no more than hold the half (16-bit products need 16)."""
+    return min(step, max(16, next_power(half)))
 
 
 def rows(max_window: int) -> int:
@@ -171,7 +196,7 @@ def forward(
         qkv: (P, 3 * heads * D), dense rows; positions: (P, 2) integers, any strides.
         frequencies: (D / 2,) float32, those of the rows, then those of the columns.
         windows: (W + 1,) int32 or int64 offsets; max_window: the longest, at most 64.
-        numbers: warps, stages.
+        numbers: pairs of a step, warps, stages.
 
     Returns:
         (P, heads * D).
@@ -179,11 +204,11 @@ def forward(
     width = qkv.shape[1] // (3 * heads)
     out = torch.empty((qkv.shape[0], heads * width), dtype=qkv.dtype, device=qkv.device)
     if len(windows) > 1 and qkv.shape[0]:
-        warps, stages = numbers
+        step, warps, stages = numbers
         window_forward_kernel[((len(windows) - 1) * heads,)](
             qkv, qkv if bias is None else bias, positions, frequencies, windows, out, scale, qkv.shape[0], heads,
             qkv.stride(0), positions.stride(0), positions.stride(1), HAS_BIAS=bias is not None,
-            HALF=width // 2, PAIRS=pairs(width // 2), ROWS=rows(max_window), num_warps=warps, num_stages=stages,
+            HALF=width // 2, PAIRS=pairs(width // 2, step), ROWS=rows(max_window), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -201,11 +226,11 @@ def backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((count if bias is not None else 0, qkv.shape[1]), dtype=torch.float32, device=qkv.device)
     if count and qkv.shape[0]:
-        warps, stages = numbers
+        step, warps, stages = numbers
         window_backward_kernel[(count * heads,)](
             dout, qkv, qkv if bias is None else bias, positions, frequencies, windows, dqkv, partial, scale,
             qkv.shape[0], heads, qkv.stride(0), positions.stride(0), positions.stride(1),
-            HAS_BIAS=bias is not None, HALF=width // 2, PAIRS=pairs(width // 2), ROWS=rows(max_window),
+            HAS_BIAS=bias is not None, HALF=width // 2, PAIRS=pairs(width // 2, step), ROWS=rows(max_window),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     else:

@@ -34,7 +34,7 @@ def test_shipped_tables_hold_every_tunable_kernel(arch: int):
     for kernel, tunable in tune.tunables().items():
         assert set(table.configs[kernel]) == set(tunable.shapes), kernel
         for shape, numbers in table.configs[kernel].items():
-            assert numbers in tunable.candidates(shape) or (tunable.optional and numbers == ()), (kernel, shape)
+            assert numbers in tunable.candidates(shape, arch), (kernel, shape)
 
 
 def test_heads_are_two_powers_of_two():
@@ -84,7 +84,9 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
         yield Compiled(100, 8 if numbers == (1,) else 0, 10, 100, 50, {})
 
     seconds = {(2,): 3.0, (3,): 2.0, (1,): 1.0}
-    tunable = tune.Tunable(("a", "b"), lambda shape: ((1,), (2,), (3,)), compiled, lambda shape, device: lambda n: n)
+    tunable = tune.Tunable(
+        ("a", "b"), lambda shape, arch: ((1,), (2,), (3,)), compiled, lambda shape, device: lambda n: n
+    )
     monkeypatch.setattr(tune, "tunables", lambda: {"kernel": tunable})
     monkeypatch.setattr(tune, "_time", lambda run: seconds[run()])
     path = tmp_path / "table.json"

@@ -6,26 +6,32 @@ import pytest
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.attention_build import KERNELS, compile_variant, variants
-from fastvst_kernels.dispatch import TABLES, read_table
+from fastvst_kernels.attention_build import KERNELS, SHAPES, compile_variant, variants
+from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, TABLES, read_table
 
-ARCHS = (80, 90, 100, 120)
-# The head dimensions that are tuned for; the tables' float32 and D = 256 rows and sm_89 are not compiled here.
-TUNED = ("16x64", "16x80", "16x96", "16x128")
+ARCHS = (80, 89, 90, 100, 120)
+# Where the full pattern is compiled too: the vision tower's heads, and those of the text.
+BOTH = ("16x80", "16x128")
 
 
 def _jobs():
     for arch in ARCHS:
         configs = read_table(TABLES / f"sm_{arch}.json").configs
         for kernel in KERNELS:
-            for shape in TUNED:
-                # The full pattern is the vision tower's; 64 and 96 differ from 80 and 128 in nothing that it touches.
+            for shape in SHAPES:
+                # Groups take the most registers: they stand for the other patterns, which the tables were chosen with.
                 for variant in variants(kernel, shape, thorough=False):
-                    if shape in ("16x64", "16x96") and not variant["shared"]:
+                    if not variant["shared"] and (shape not in BOTH or arch == 89):
                         continue
                     pattern = "groups" if variant["shared"] else "full"
                     name = f"sm_{arch} {kernel} {shape} {pattern}"
                     yield name, {"kernel": kernel, "numbers": configs[kernel][shape], "arch": arch, **variant}
+    # No table has them before they are measured; tuning may choose them.
+    for width in (80, 128):
+        for path, way in ((DESCRIPTORS, "descriptors"), (PERSISTENT, "persistent")):
+            name = f"sm_90 attention_forward 16x{width} {way}"
+            numbers, options = (128, 64, 8, 3, path), {"dtype": "bf16", "causal": True, "shared": True}
+            yield name, {"kernel": "attention_forward", "width": width, "numbers": numbers, "arch": 90, **options}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,13 @@ def test_no_spills_fits_and_tensor_cores(compiled):
         for line in clean(name, made, int(name.split()[0][3:]), matrix=" 16x" in name)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_descriptors_are_loaded_by_the_tma_unit(compiled):
+    loads = {name: made.descriptor_loads for name, made in compiled.items() if "sm_90 attention_forward" in name}
+    for name, count in loads.items():
+        assert (count > 0) == name.endswith(("descriptors", "persistent")), name
+    assert len([name for name in loads if name.endswith(("descriptors", "persistent"))]) == 4
 
 
 def test_registers_shared_memory_and_instructions_do_not_rise(compiled):

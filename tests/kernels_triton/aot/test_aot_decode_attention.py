@@ -10,7 +10,7 @@ from aot_report import clean, compare_and_write, compile_all
 from fastvst_kernels.aot import Compiled, compile_kernel
 from fastvst_kernels.decode_attention_triton import MOST_SPLITS, decode_merge_kernel, decode_partial_kernel, settings
 
-ARCHS = (80, 90, 100, 120)
+ARCHS = (80, 89, 90, 100, 120)
 UNALIGNED = ("rows", "heads", "repeat", "tiles", "first_part", "table_stride", "count", "places")
 
 

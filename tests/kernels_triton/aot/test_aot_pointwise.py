@@ -9,7 +9,7 @@ from aot_report import clean, compare_and_write, compile_all
 from fastvst_kernels.dispatch import TABLES, read_table
 from fastvst_kernels.pointwise_build import KERNELS, compile_variant, family
 
-ARCHS = (80, 90, 100, 120)
+ARCHS = (80, 89, 90, 100, 120)
 # The models' own widths: the tower's and the 7b's rows (the 3b's 2048 are one piece of them), the heads of both towers.
 TUNED = {"rms_norm": ("16x1280", "16x3584"), "swiglu": ("16",), "rope": ("16x80", "16x128")}
 TUNED["window"] = ("16x80",)
@@ -20,9 +20,8 @@ def _jobs():
         configs = read_table(TABLES / f"sm_{arch}.json").configs
         for kernel in KERNELS:
             for shape in TUNED[family(kernel)]:
-                if numbers := configs[kernel][shape]:  # the window kernels are for sm_90 and sm_100
-                    arguments = {"kernel": kernel, "shape": shape, "numbers": numbers, "arch": arch}
-                    yield f"sm_{arch} {kernel} {shape}", arguments
+                arguments = {"kernel": kernel, "shape": shape, "numbers": configs[kernel][shape], "arch": arch}
+                yield f"sm_{arch} {kernel} {shape}", arguments
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,6 @@ def test_no_spills_fits_and_tensor_cores(compiled):
         for line in clean(name, made, int(name.split()[0][3:]), matrix=" window" in name)
     ]
     assert not wrong, "\n".join(wrong)
-
-
-def test_the_hopper_and_blackwell_kernels_of_the_tower_are_there(compiled):
-    assert {n.split()[0] for n in compiled if "window" in n} == {"sm_90", "sm_100"}
 
 
 def test_registers_shared_memory_and_instructions_do_not_rise(compiled):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from attention_oracle import Pack, Results, assert_as_good_as_plain, group, join
-from fastvst_kernels import packed_attention
+from fastvst_kernels import attention_backward, attention_forward, packed_attention
+from fastvst_kernels.attention_build import KERNELS, candidates
+from fastvst_kernels.dispatch import Tile
 from fastvst_kernels.prepare import prepare
 
 MIXED = join(group(1600, 512, 3, 0, 200), Pack((1, 0, 65, 777)), group(0, 90, 33))
@@ -32,6 +34,51 @@ def test_groups_and_full_at_every_width(width: int, dtype: torch.dtype):
     assert_as_good_as_plain(compute(MIXED, True), MIXED, (7, 1), width, dtype, causal=True, **options)
     full = Pack((1000, 1, 0, 64, 333))
     assert_as_good_as_plain(compute(full, False), full, (4, 4), width, dtype, causal=False, **options)
+
+
+def with_tile(pack: Pack, causal: bool, kernel: str, chosen: Tile):
+    """compute(q, k, v) -> (out, lse) where one of the three kernels runs with a given configuration."""
+    plan = prepare(pack.offsets(), pack.groups(), causal=causal).to("cuda")
+    tiles = dict.fromkeys(KERNELS, Tile(32, 32, 8, 1)) | {kernel: chosen}
+    first, queries, keys = (tiles[name] for name in KERNELS)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.options = {"causal": causal, "shared": plan.shared, "scale": q.shape[-1] ** -0.5}
+            out, lse = attention_forward.forward(q, k, v, plan.queries[first.block_m], tile=first, **ctx.options)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out, lse.transpose(0, 1)
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            return attention_backward.backward(
+                dout.contiguous(), dlse.transpose(0, 1).contiguous(), *ctx.saved_tensors,
+                plan.queries[queries.block_m], plan.keys[keys.block_n], query_tile=queries, key_tile=keys,
+                **ctx.options,
+            )  # fmt: skip
+
+    return Attention.apply
+
+
+@pytest.mark.parametrize("shape", ["16x80", "16x128", "32x80", "32x128"])
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_every_configuration_that_tuning_may_choose(kernel: str, shape: str):
+    """Tensor descriptors and the persistent grid among them; what does not fit shared memory is left out."""
+    from triton.runtime.errors import OutOfResources
+
+    bits, width = map(int, shape.split("x"))
+    major, minor = torch.cuda.get_device_capability()
+    ran = []
+    for numbers in candidates(kernel, shape, 10 * major + minor):
+        run = with_tile(MIXED, True, kernel, Tile(*numbers))
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
+        try:
+            assert_as_good_as_plain(run, MIXED, (7, 1), width, dtype, causal=True, device="cuda")
+        except OutOfResources:
+            continue
+        ran.append(numbers)
+    assert ran
 
 
 @pytest.mark.parametrize("heads", [(28, 4), (16, 2), (16, 16)])

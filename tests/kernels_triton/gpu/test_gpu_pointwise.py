@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window_attention
-from fastvst_kernels.dispatch import has_config
+from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window, window_attention
 from fastvst_kernels.norm import rms_norm_reference
+from fastvst_kernels.pointwise_build import CANDIDATES
 from fastvst_kernels.swiglu import swiglu_reference
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope, windows, with_gradients
 
@@ -63,7 +63,7 @@ def test_rotary_embeddings_of_both_towers(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [(64,) * 9 + (48, 24, 4), (1, 0, 63, 64)])
 def test_windows(lengths: tuple[int, ...], dtype: torch.dtype):
-    """Where this GPU has no window kernel (and in float32) it is the rotary kernel and packed attention."""
+    """In float32 it is the rotary kernel and packed attention."""
     total = sum(lengths)
     positions = torch.randint(0, 90, (total, 2), device="cuda", dtype=torch.int32)
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
@@ -73,6 +73,12 @@ def test_windows(lengths: tuple[int, ...], dtype: torch.dtype):
         lambda x, b: windows(x, b, by, lengths, 16),
         data((total, 3840), (3840,), dtype=dtype), data((total, 1280), dtype=dtype),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers", sorted({*CANDIDATES["window_forward"], *CANDIDATES["window_backward"]}), ids=str)
+def test_every_configuration_of_the_windows_that_tuning_may_choose(monkeypatch, numbers: tuple[int, ...]):
+    monkeypatch.setattr(window, "config", lambda kernel, shape, device: numbers)
+    test_windows((64,) * 9 + (48, 24, 4), torch.bfloat16)
 
 
 def test_repeated_runs_are_bitwise_equal_and_write_every_value():
@@ -96,9 +102,3 @@ def test_repeated_runs_are_bitwise_equal_and_write_every_value():
                 assert not a.isnan().any() and torch.equal(a, b), index
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_hopper_has_its_window_kernel():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("this is about sm_90")
-    assert has_config("window_forward", "16x80", torch.device("cuda"))

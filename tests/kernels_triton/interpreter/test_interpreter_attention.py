@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 
 from attention_oracle import Pack, Results, assert_as_good_as_plain, formula, group, join
 from fastvst_kernels import attention_backward, attention_forward
-from fastvst_kernels.attention_build import CANDIDATES, FLOAT32_CANDIDATES
-from fastvst_kernels.dispatch import Tile
+from fastvst_kernels.attention_build import CANDIDATES, DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES
+from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, POINTERS, SLICES, Tile
 from fastvst_kernels.prepare import prepare
 
 MIXED = join(group(37, 5, 0, 30), Pack((1, 0, 65)), group(0, 9, 3))
-TILES = sorted({(m, n) for many in (*CANDIDATES.values(), FLOAT32_CANDIDATES) for m, n, _, _ in many}, reverse=True)
+ALL = (*CANDIDATES.values(), DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES)
+TILES = sorted({(m, n, path[0] if path else POINTERS) for many in ALL for m, n, _, _, *path in many}, reverse=True)
 
 
-def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int] = (64, 64), padded: bool = False):
+def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int, int] = (64, 64, POINTERS), padded: bool = False):
     """compute(q, k, v) -> (out, lse) of the Triton kernels, all three with one tile shape."""
     plan = prepare(pack.offsets(), pack.groups(), causal=causal, padded=padded)
-    numbers = Tile(*tile, 4, 1)
+    numbers = Tile(*tile[:2], 4, 1, tile[2])
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -40,8 +41,8 @@ def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int] = (64, 64), padde
     return Attention.apply
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
-def test_every_tile_shape_that_tuning_may_choose(tile: tuple[int, int]):
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]} path {t[2]}")
+def test_every_tile_shape_that_tuning_may_choose(tile: tuple[int, int, int]):
     small = min(tile) < 32  # the interpreter's time goes with the number of steps
     pack = join(group(17, 5, 0, 9), Pack((1, 20))) if small else join(group(70, 5, 0, 66), Pack((1, 129)))
     assert_as_good_as_plain(kernels(pack, causal=True, tile=tile), pack, (1, 1), 32, torch.float32, causal=True)
@@ -55,6 +56,27 @@ def test_head_dimensions(width: int):
     assert_as_good_as_plain(kernels(pack, causal=True), pack, (2, 1), width, torch.float32, causal=True)
     pack = Pack((65,))
     assert_as_good_as_plain(kernels(pack, causal=False), pack, (1, 1), width, torch.float32, causal=False)
+
+
+@pytest.mark.parametrize("path", [SLICES, DESCRIPTORS, PERSISTENT])
+@pytest.mark.parametrize("width", [48, 80, 112])
+def test_head_dimensions_of_the_other_ways_to_load(width: int, path: int):
+    """One piece and two, with and without columns to mask; more tiles than the persistent grid has programs."""
+    pack = join(group(40, 7, 20), Pack((0, 9)))
+    compute = kernels(pack, causal=True, tile=(32, 32, path), padded=True)
+    assert_as_good_as_plain(compute, pack, (1, 1), width, torch.float32, causal=True)
+
+
+def test_what_no_descriptor_can_point_at_is_read_by_pointers():
+    """Rows that begin at odd multiples of 4 bytes."""
+    torch.manual_seed(0)
+    wide = torch.randn(70, 3, 17)
+    q, k, v = wide[:, :, 1:].split(1, 1)
+    plan = prepare(torch.tensor([0, 70], dtype=torch.int32), causal=True)
+    options = {"causal": True, "shared": False, "scale": 0.25, "tile": Tile(32, 32, 4, 1, DESCRIPTORS)}
+    out, _ = attention_forward.forward(q, k, v, plan.queries[32], **options)
+    expected, _ = formula(q.double(), k.double(), v.double(), Pack((70,)), causal=True, scale=0.25)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

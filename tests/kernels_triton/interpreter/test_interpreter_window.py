@@ -12,13 +12,15 @@ from fastvst_kernels.pointwise_build import CANDIDATES
 from fastvst_kernels.window import window_op
 from pointwise_oracle import angles, assert_as_good_as_plain, windows
 
-SAME = {"window_forward": CANDIDATES["window_forward"][0], "window_backward": CANDIDATES["window_backward"][0]}
+# The interpreter knows no warps and stages: what candidates differ in for it is how many pairs a step takes.
+STEPS = sorted({step for kernel in ("window_forward", "window_backward") for step, _, _ in CANDIDATES[kernel]})
 
 
 @pytest.fixture(autouse=True)
-def table(monkeypatch):
-    """The interpreter knows no warps and stages: one configuration stands for all, at shapes that no table holds."""
-    monkeypatch.setattr(window, "config", lambda kernel, shape, device: SAME[kernel])
+def table(monkeypatch, request):
+    """One step for both kernels, the test's `step` or the smallest, also at shapes that no table holds."""
+    step = request.getfixturevalue("step") if "step" in request.fixturenames else STEPS[0]
+    monkeypatch.setattr(window, "config", lambda kernel, shape, device: (step, 4, 1))
 
 
 def check(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, *, direct: bool, seed: int = 0) -> None:
@@ -42,8 +44,9 @@ def check(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, *,
     assert_as_good_as_plain(ours, lambda x, b: windows(x, b, by, lengths, heads), inputs, [grad], f"{lengths} {dim}")
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 128])
-def test_head_dimensions(dim: int):
+def test_head_dimensions_and_every_step_that_tuning_may_choose(dim: int, step: int):
     check((64, 4, 20), 2, dim, torch.float32, direct=True)
 
 
@@ -85,6 +88,6 @@ def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
     wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)
     out = window_triton.forward(
         torch.zeros(9, 48), None, torch.zeros(9, 2, dtype=torch.int32), table, wild, heads=1, scale=1.0, max_window=64,
-        numbers=(4, 1),
+        numbers=(16, 4, 1),
     )  # fmt: skip
     assert out.shape == (9, 16) and out.isfinite().all()
