@@ -101,7 +101,8 @@ def _answers(
     over = False
     while live or not over:
         ready: list[tuple[Row, EncodedSample]] = []
-        while not over and len(live) + len(ready) < 2 * batch_size:
+        wanted = len(live) <= batch_size  # then many at once: equal pictures are found among what comes together
+        while wanted and not over and len(live) + len(ready) < 2 * batch_size:
             row, sample = next(encoded, (None, ""))
             if row is None:
                 over = True

@@ -431,6 +431,8 @@ class Engine:
         self._ready().finish(answer)
         if unseen and not prompt.active and not prompt.waiting:
             self._vision.done(prompt.vision_key)
+        if self.idle:
+            self._vision.forget()
         text = ""
         if self.processor is not None:
             text = cut_at_stop(

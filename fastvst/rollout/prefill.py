@@ -32,16 +32,23 @@ class Chunk:
 
 @dataclass
 class VisionCache:
-    """Merged vision tokens of pictures that several prompts of one call show; gone when the last of them has them.
+    """Merged vision tokens of pictures that several prompts show; gone when the last prompt known has them.
+
+    The set that was used last stays until another one takes its place or `forget`: questions about one video come one
+    after the other, though not in one call.
 
     Attributes:
         users: how many prompts still want each set of pictures.
         features: (N, hidden) in reading order.
+        shapes: the grids of the sets that have a key now.
+        recent: the set that was used last.
         runs: samples that went through the vision tower so far.
     """
 
     users: dict[bytes, int] = field(default_factory=dict)
     features: dict[bytes, Tensor] = field(default_factory=dict)
+    shapes: dict[bytes, tuple] = field(default_factory=dict)
+    recent: bytes | None = None
     runs: int = 0
 
     def expect(self, samples: Sequence[EncodedSample]) -> list[bytes | None]:
@@ -51,15 +58,17 @@ class VisionCache:
         for shape in shapes:
             sizes[shape] = sizes.get(shape, 0) + 1
         keys: list[bytes | None] = []
-        for sample, shape in zip(samples, shapes, strict=True):
+        known = set(self.shapes.values())
+        for number, (sample, shape) in enumerate(zip(samples, shapes, strict=True), start=1):
             key = None
-            if shape and sizes[shape] > 1:  # pictures of another size cannot be equal
+            # Pictures of another size cannot be equal; what the next call begins with may be equal to this one's end.
+            if shape and (sizes[shape] > 1 or shape in known or number == len(samples)):
                 # 1 GB/s: a 640 x 480 picture (8.2 MB of patches) takes 8 ms where the tower takes far more on a CPU.
                 key = hashlib.sha1(repr(shape).encode() + np.ascontiguousarray(sample.patches.numpy()).data).digest()
             keys.append(key)
         for key in keys:
             if key is not None:
-                self.users[key] = self.users.get(key, 0) + 1
+                self.users[key], self.shapes[key] = self.users.get(key, 0) + 1, shape
         return keys
 
     def done(self, key: bytes | None) -> None:
@@ -69,7 +78,16 @@ class VisionCache:
         self.users[key] -= 1
         if not self.users[key]:
             del self.users[key]
-            self.features.pop(key, None)
+        if self.recent != key:
+            self.forget()
+            self.recent = key
+
+    def forget(self) -> None:
+        """Drop the set that was used last, unless a prompt still wants it: the weights may change from here on."""
+        if self.recent is not None and self.recent not in self.users:
+            self.features.pop(self.recent, None)
+            self.shapes.pop(self.recent, None)
+        self.recent = None
 
 
 def plan_chunks(prompts: Sequence[Prompt], budget: int) -> list[Chunk]:
@@ -91,22 +109,25 @@ def embed(model: Qwen25VL, prompts: Sequence[Prompt], cache: VisionCache) -> Non
     """
     fresh: list[Prompt] = []
     later: list[Prompt] = []
+    features = dict(cache.features)  # held until this call ends, whatever the cache drops meanwhile
     for prompt in prompts:
         key = prompt.vision_key
-        known = key is not None and (key in cache.features or any(p.vision_key == key for p in fresh))
+        known = key is not None and (key in features or any(p.vision_key == key for p in fresh))
         (later if known else fresh).append(prompt)
     for prompt, rows in zip(fresh, _embed_packed(model, [p.sample for p in fresh]), strict=True):
         prompt.embedded = rows
         cache.runs += bool(len(prompt.sample.grid))
         key = prompt.vision_key
-        if key is not None and cache.users.get(key, 0) > 1:
-            cache.features[key] = rows[prompt.sample.vision_slots.long().to(rows.device)]
+        if key is not None:
+            features[key] = rows[prompt.sample.vision_slots.long().to(rows.device)]
+            if key in cache.users:
+                cache.features[key] = features[key]
         cache.done(key)
     for prompt in later:
         assert prompt.vision_key is not None
         rows = model.model.embed_tokens(prompt.sample.tokens.long().to(model.head_weight.device))
         slots = prompt.sample.vision_slots.long().to(rows.device)
-        prompt.embedded = rows.index_copy(0, slots, cache.features[prompt.vision_key])
+        prompt.embedded = rows.index_copy(0, slots, features[prompt.vision_key])
         cache.done(prompt.vision_key)
 
 

@@ -98,6 +98,21 @@ def test_shared_pictures_go_through_the_tower_once_and_memory_may_run_out(
     assert {p.id: p.prediction for p in first} == {p.id: p.prediction for p in again}
 
 
+def test_questions_of_one_picture_share_it_over_several_batches(
+    model: Qwen25VL, processor: Processor, tmp_path: Path
+) -> None:
+    pictures = [png(1), png(2), png(3)]
+    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(pictures[i % 3],), options=OPTIONS) for i in range(27)]
+    calls: list[int] = []
+    handle = model.visual.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[0]))
+    try:
+        run.answer(model, processor, asked, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=3, batch_size=2)
+    finally:
+        handle.remove()
+    one = len(processor.encode(mmstar.prompt(asked[0])).patches)
+    assert sum(calls) == 3 * one, "each picture once, though its nine questions come in several batches"
+
+
 def test_the_paper_s_sampling() -> None:
     vsi = run.sampling_of("fastvst.evaluate.vsi_bench")
     assert (vsi.temperature, vsi.top_p, vsi.repetition_penalty) == (0.1, 0.001, 1.05)
