@@ -153,9 +153,9 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server: Server, tmp_p
 
 def test_requests_keep_their_pace(server: Server, tmp_path: Path) -> None:
     rows = [(scene(), row(n)) for n in range(4)]
-    ask_teacher(rows, tmp_path / "t.jsonl", config(server, requests_per_minute=600, workers=4))
+    ask_teacher(rows, tmp_path / "t.jsonl", config(server, requests_per_minute=120, workers=4))
     times = sorted(server.times)
-    assert times[-1] - times[0] > 0.25  # three gaps of a tenth of a second
+    assert times[-1] - times[0] > 1.0  # three gaps of half a second, of which the first request may arrive late
 
 
 def test_nobody_there(tmp_path: Path) -> None:
