@@ -30,19 +30,20 @@ def query_step(
     v_block = v_base + start.to(tl.int64) * stride_vt
     columns1 = D0 + tl.arange(0, 16 if D1 == 0 else D1)
     k0 = load_rows(k_block, keys, length, stride_kt, columns0, WIDTH, MASK, False)
-    if D1 > 0:
-        k1 = load_rows(k_block, keys, length, stride_kt, columns1, WIDTH, MASK, MASK_COLUMNS)
     if SLICED:
         row = tl.arange(0, BLOCK_M)
         scores = sliced_product(
             q_base, row, q_limit, stride_qt, k_block, keys, length, stride_kt, WIDTH, BLOCK_M, BLOCK_N
         )
         dp = sliced_product(do_base, row, q_limit, stride_ot, v_block, keys, length, stride_vt, WIDTH, BLOCK_M, BLOCK_N)
+        if D1 > 0:
+            k1 = load_rows(k_block, keys, length, stride_kt, columns1, WIDTH, MASK, MASK_COLUMNS)
     else:
         v0 = load_rows(v_block, keys, length, stride_vt, columns0, WIDTH, MASK, False)
         scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         dp = tl.dot(do0, tl.trans(v0), input_precision="ieee")
         if D1 > 0:
+            k1 = load_rows(k_block, keys, length, stride_kt, columns1, WIDTH, MASK, MASK_COLUMNS)
             v1 = load_rows(v_block, keys, length, stride_vt, columns1, WIDTH, MASK, MASK_COLUMNS)
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
             dp = tl.dot(do1, tl.trans(v1), dp, input_precision="ieee")
