@@ -28,6 +28,7 @@ from fastvst.rollout.graphs import DecodeGraphs
 from fastvst.rollout.numerics import NUMERICS, Numerics
 from fastvst.rollout.pages import PagePool, memory_bytes, page_bytes
 from fastvst.rollout.prefill import VisionCache, embed, plan_chunks, run_chunks
+from fastvst.rollout.prefix import prefix_key
 from fastvst.rollout.request import Request, Rollout, RolloutError, SamplingParams, make_request
 from fastvst.rollout.request import Sequence as Answer
 from fastvst.rollout.sampling import Rows, make_rows
@@ -70,9 +71,13 @@ class EngineConfig:
 
 @dataclass
 class Stats:
-    """What the engine has done since it was made: tokens, seconds of each kind of step, runs of the vision tower."""
+    """What the engine has done since it was made: tokens, seconds of each kind of step, runs of the vision tower.
+
+    `shared_tokens` are prompt tokens that stood in the pages of another prompt and were not computed again.
+    """
 
     prefill_tokens: int = 0
+    shared_tokens: int = 0
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -307,6 +312,7 @@ class Engine:
         requests = []
         for item, p, key in zip(encoded, params, self._vision.expect(encoded), strict=True):
             requests.append(make_request(item, p, self._order, begin, vision_key=key))
+            requests[-1].prompt.prefix_key = prefix_key(item, key)
             self._order += 1
             self._ready().submit(requests[-1])
         return requests
@@ -320,6 +326,7 @@ class Engine:
             run_chunks(self.model, scheduler.pool, chunks, self._numerics.attend_chunks)
             scheduler.prefilling = [p for p in scheduler.prefilling if not p.ready]
             self.stats.prefill_tokens += sum(c.end - c.begin for c in chunks)
+            self.stats.shared_tokens = scheduler.shared_tokens
             self.stats.vision_runs = self._vision.runs
         ready = [a for a in scheduler.starting if a.prompt.ready]
         ended = self._first_tokens(ready) if ready else False
@@ -427,7 +434,7 @@ class Engine:
 
     def _end(self, answer: Answer, reason: str) -> None:
         request, prompt, now = answer.request, answer.prompt, time.perf_counter()
-        unseen = prompt.embedded is None and not prompt.computed
+        unseen = prompt.embedded is None and prompt.last_hidden is None
         self._ready().finish(answer)
         if unseen and not prompt.active and not prompt.waiting:
             self._vision.done(prompt.vision_key)

@@ -18,6 +18,7 @@ from fastvst.model.layers import Attend
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.request import Prompt
 from fastvst_kernels import decode_attention, packed_attention, prepare
+from fastvst_kernels.decode_attention import DecodePlan, prefix_pieces
 from fastvst_kernels.decode_cpu import merge
 
 
@@ -165,7 +166,7 @@ def run_chunks(model: Qwen25VL, pool: PagePool, chunks: Sequence[Chunk], attend_
         prompt, end = chunk.prompt, end + chunk.end - chunk.begin
         prompt.computed = chunk.end
         if prompt.ready:
-            prompt.last_hidden, prompt.embedded = hidden[end - 1].clone(), None
+            prompt.last_hidden, prompt.embedded, prompt.donor = hidden[end - 1].clone(), None, None
 
 
 def page_rows(chunks: Sequence[Chunk], page_size: int) -> np.ndarray:
@@ -188,34 +189,73 @@ def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
     plan = (
         prepare(torch.from_numpy(offsets.astype(np.int32)), causal=True).to(device) if device.type == "cuda" else None
     )
-    later = [(i, c) for i, c in enumerate(chunks) if c.begin]
-    contexts = [
-        (
-            slice(int(offsets[i]), int(offsets[i + 1])),
-            torch.tensor([c.prompt.pages[: pool.needed(c.begin)]], device=device),
-            torch.tensor([c.begin], device=device),
-            torch.tensor([0, lengths[i]], device=device),
-        )
-        for i, c in later
-    ]
+    context = _context(pool, chunks, offsets)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = pool.keys[layer], pool.values[layer]
         keys.flatten(0, 1).index_copy_(0, rows, k)
         values.flatten(0, 1).index_copy_(0, rows, v)
-        if not contexts:
+        if context is None:
             return packed_attention(q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), plan=plan)
         out, lse = packed_attention(
             q, k, v, cu_seqlens, causal=True, max_seqlen=max(lengths), plan=plan, return_lse=True
         )
-        for part, pages, length, members in contexts:
-            count = part.stop - part.start
-            none = torch.zeros((count, 1), dtype=torch.int64, device=device)
-            before, before_lse = decode_attention(
-                q[part].contiguous(), keys, values, none, none[:, 0], prefix_pages=pages, prefix_lengths=length,
-                group_offsets=members, max_group=count, return_lse=True,
-            )  # fmt: skip
-            out[part], _ = merge(before, before_lse, out[part], lse[part])
-        return out
+        before, before_lse = context.attend(q, keys, values)
+        merged, _ = merge(before, before_lse, out[context.queries], lse[context.queries])
+        return out.index_copy_(0, context.queries, merged)
 
     return attend
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in the pages before the chunks of a row: G lists of pages, each for one or more chunks.
+
+    Attributes:
+        queries: (R,) int64 rows of the chunks that do not begin their prompts, those of a list side by side.
+        none, zeros: (R, 1) and (R,) page table and lengths of rows without pages of their own.
+        pages: (G, P), lengths: (G,), offsets: (G + 1,) int64: the lists, their tokens and their rows of `queries`.
+        longest: rows of the longest list.
+        plan: the pieces of it, on the CPU.
+    """
+
+    queries: Tensor
+    none: Tensor
+    zeros: Tensor
+    pages: Tensor
+    lengths: Tensor
+    offsets: Tensor
+    longest: int
+    plan: DecodePlan | None
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, Hq, D) and (R, Hq): attention of `queries` to their lists, and its logsumexp."""
+        return decode_attention(
+            q.index_select(0, self.queries), keys, values, self.none, self.zeros, prefix_pages=self.pages,
+            prefix_lengths=self.lengths, group_offsets=self.offsets, max_group=self.longest, return_lse=True,
+            plan=self.plan,
+        )  # fmt: skip
+
+
+def _context(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray) -> Context | None:
+    """Chunks behind the same pages (a common beginning of several prompts) attend to them as one group."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, chunk in enumerate(chunks):
+        if chunk.begin:
+            groups.setdefault((chunk.begin, *chunk.prompt.pages[: pool.needed(chunk.begin)]), []).append(index)
+    if not groups:
+        return None
+    device, dtype = pool.keys.device, pool.keys.dtype
+    rows = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members]) for members in groups.values()]
+    pages = np.zeros((len(groups), max(map(len, groups)) - 1), dtype=np.int64)
+    for line, key in zip(pages, groups, strict=True):
+        line[: len(key) - 1] = key[1:]
+    lengths = np.array([key[0] for key in groups], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+    plan = None
+    if device.type == "cpu":
+        plan = DecodePlan(prefix_pieces(pages, lengths, starts, pool.page_size, dtype), ())
+    queries = torch.from_numpy(np.concatenate(rows)).to(device)
+    none = torch.zeros((len(queries), 1), dtype=torch.int64, device=device)
+    tables = (torch.from_numpy(x).to(device) for x in (pages, lengths, starts))
+    return Context(queries, none, none[:, 0], *tables, longest=max(map(len, rows)), plan=plan)

@@ -110,7 +110,9 @@ class Prompt:
 
     Attributes:
         sample: the encoded prompt.
-        computed: prompt tokens whose keys and values are in the pages.
+        prefix_key: equal for prompts that may begin alike (see `prefix.py`); None: nothing to share.
+        donor: the prompt whose pages hold the first `shared` tokens of this one, until this one has been computed.
+        computed: prompt tokens whose keys and values are in the pages, or will be when this prompt's turn comes.
         embedded: (length, hidden) input rows while it is being computed.
         last_hidden: (hidden,) of its last token once it is computed: every answer's first token is drawn from it.
         position: M-RoPE position of an answer's first token, on all three axes.
@@ -125,6 +127,9 @@ class Prompt:
     position: int
     hash: int
     vision_key: bytes | None = None
+    prefix_key: tuple | None = None
+    donor: Prompt | None = None
+    shared: int = 0
     computed: int = 0
     embedded: Tensor | None = None
     last_hidden: Tensor | None = None

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from fastvst.rollout.pages import OutOfPages, PagePool
+from fastvst.rollout.prefix import find_donor, forsake
 from fastvst.rollout.request import Prompt, Request, RolloutError, Sequence
 
 
@@ -24,7 +25,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.prefilling: list[Prompt] = []
         self._resident: list[Prompt] = []  # prompts with pages
-        self.preemptions = 0
+        self.preemptions = self.shared_tokens = 0
 
     @property
     def idle(self) -> bool:
@@ -57,7 +58,8 @@ class Scheduler:
             sequence = self.waiting[0]
             prompt = sequence.prompt
             own = pool.needed(sequence.stored + 1)
-            need = own + (0 if prompt.pages else pool.needed(prompt.length))
+            donor, shared = (None, 0) if prompt.pages else find_donor(prompt, self._resident, pool.page_size)
+            need = own + (0 if prompt.pages else pool.needed(prompt.length) - shared)
             # One free page for each running answer, so that the next step does not preempt what came in by this one.
             if not self._make_room(need + self.active, keep=prompt):
                 if self.active:
@@ -65,7 +67,7 @@ class Scheduler:
                 if not self._make_room(need, keep=prompt):
                     raise OutOfPages(f"{prompt.name}: {need} pages are not free although nothing runs")
             self.waiting.popleft()
-            self._enter(prompt)
+            self._enter(prompt, donor, shared)
             pool.retain(prompt.pages)
             sequence.pages = pool.allocate(own)
             if sequence.saved is not None:
@@ -119,11 +121,18 @@ class Scheduler:
         sequence.pages = []
         sequence.prompt.active -= 1
 
-    def _enter(self, prompt: Prompt) -> None:
-        """Give a prompt its pages, with their content if it has been computed before."""
+    def _enter(self, prompt: Prompt, donor: Prompt | None, shared: int) -> None:
+        """Give a prompt its pages, `shared` of them from `donor`, with their content if it has been computed before."""
         if prompt.pages:
             return
-        prompt.pages = self.pool.allocate(self.pool.needed(prompt.length))
+        pool = self.pool
+        if donor is not None:
+            pool.retain(donor.pages[:shared])
+            prompt.pages = donor.pages[:shared]
+            prompt.donor, prompt.shared = donor, shared * pool.page_size
+            prompt.computed = prompt.shared
+            self.shared_tokens += prompt.shared
+        prompt.pages = prompt.pages + pool.allocate(pool.needed(prompt.length) - shared)
         self._resident.append(prompt)
         if prompt.saved is not None:
             self.pool.restore(prompt.saved, prompt.pages)
@@ -136,6 +145,7 @@ class Scheduler:
             self.pool.release(prompt.pages)
             prompt.pages = []
             self._resident.remove(prompt)
+            forsake(prompt, self._resident)
             if prompt in self.prefilling:
                 self.prefilling.remove(prompt)
 
