@@ -325,7 +325,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     reference = None if config.update.kl == "none" else policy.frozen(build_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
-    stream = PromptStream(open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size)
+    answer_tokens = config.sampling.answers * config.sampling.max_tokens
+    stream = PromptStream(
+        open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size, answer_tokens=answer_tokens
+    )
     first, recent, filtered = 0, guard.Recent(), FilterState()
     if resume_from is not None:
         state, rank_state = checkpoint.load(resume_from, model, optimizer, world)

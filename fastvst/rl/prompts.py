@@ -14,6 +14,7 @@ from fastvst.data.mixture import Mixture
 from fastvst.data.sample import Sample
 from fastvst.rl.pool import Row
 from fastvst.rl.rewards import BOXES, normalise_modes
+from fastvst.rollout.parallel import share
 
 
 class NoPrompts(RuntimeError):
@@ -88,15 +89,29 @@ def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
 
 
 class PromptStream:
-    """Questions of a mixture, dealt to the ranks in turn.
+    """Questions of a mixture, dealt to the ranks by expected work.
 
     Every rank walks through the same stream and keeps its share, so that all agree on what comes next. Rows that cannot
     be asked (no answer, too long, an unknown reward mode) go into the ledger.
     """
 
-    def __init__(self, mixture: Mixture, processor: Processor, ledger: Ledger, *, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: Processor,
+        ledger: Ledger,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        answer_tokens: int = 0,
+    ) -> None:
+        """
+        Args:
+            answer_tokens: what the answers to one question may take together; a question's work is that and its own
+                tokens (a video's are a hundred times a text's, and every rank waits for the last).
+        """
         self.mixture, self.processor, self.ledger = mixture, processor, ledger
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.answer_tokens = rank, size, answer_tokens
         self.asked = self.drawn = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -106,19 +121,21 @@ class PromptStream:
             NoPrompts: the data end before the first of them, or 1,000 rows in a row cannot be used.
             TooManyBadSamples: the ledger's limit is passed.
         """
-        mine: list[Prompt] = []
+        taken: list[Prompt] = []
+        work: list[float] = []
         for index in range(count):
-            prompt = self._next()
-            if prompt is None:
+            found = self._next()
+            if found is None:
                 if index == 0:
                     raise NoPrompts(f"the data end after {self.asked} questions\n{self.ledger.summary()}")
                 break
-            if index % self.size == self.rank:
-                mine.append(prompt)
+            taken.append(found[0])
+            work.append(found[1] + self.answer_tokens)
         self.ledger.check()
-        return mine
+        return [taken[i] for i in share(work, self.size)[self.rank]]
 
-    def _next(self) -> Prompt | None:
+    def _next(self) -> tuple[Prompt, int] | None:
+        """The next question that can be asked, and its tokens."""
         for _ in range(1000):
             drawn = next(self.mixture, None)
             if drawn is None:
@@ -129,12 +146,12 @@ class PromptStream:
                 if isinstance(drawn.sample, SampleError):
                     raise drawn.sample
                 prompt = make_prompt(drawn.sample, self.drawn, self.asked)
-                self.processor.measure(prompt.sample, add_generation_prompt=True)
+                tokens = self.processor.measure(prompt.sample, add_generation_prompt=True).tokens
             except SampleError as error:
                 self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)
                 continue
             self.asked += 1
-            return prompt
+            return prompt, tokens
         raise NoPrompts(f"1,000 rows in a row cannot be used as questions\n{self.ledger.summary()}")
 
     def encode(self, prompts: Iterable[Prompt]) -> list[tuple[Prompt, EncodedSample]]:

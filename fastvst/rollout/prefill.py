@@ -257,5 +257,5 @@ def _context(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray) -> Co
         plan = DecodePlan(prefix_pieces(pages, lengths, starts, pool.page_size, dtype), ())
     queries = torch.from_numpy(np.concatenate(rows)).to(device)
     none = torch.zeros((len(queries), 1), dtype=torch.int64, device=device)
-    tables = (torch.from_numpy(x).to(device) for x in (pages, lengths, starts))
-    return Context(queries, none, none[:, 0], *tables, longest=max(map(len, rows)), plan=plan)
+    lists, tokens, at = (torch.from_numpy(x).to(device) for x in (pages, lengths, starts))
+    return Context(queries, none, none[:, 0], lists, tokens, at, max(map(len, rows)), plan)

@@ -1,7 +1,8 @@
 """Prompts that begin alike share the pages of what they have in common: questions about the same pictures.
 
-The first prompt computes the pages; the later ones begin behind them, in the same packed row if need be: keys and values
-of a layer are written before any of its attention runs. Whole pages only, so nobody ever writes into a page of others.
+The first prompt computes the pages; the later ones begin behind them, in the same packed row if need be: keys and
+values of a layer are written before any of its attention runs. Whole pages only, so that nobody writes into a page of
+others.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ def processor() -> Processor:
     return Processor.preset("tiny", max_pixels=56 * 56, max_seq_len=160)
 
 
-def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epochs: int | None = None) -> PromptStream:
+def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epochs: int | None = None, answers: int = 0):
     config = MixtureConfig(sources=(SourceConfig(str(path)),), shuffle_buffer=7, epochs=epochs)
-    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size)
+    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size, answer_tokens=answers)
 
 
 def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: Path, processor: Processor) -> None:
@@ -30,13 +30,34 @@ def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: P
     one, first, second = (stream(path, processor, rank, size) for rank, size in ((0, 1), (0, 2), (1, 2)))
     for count in (5, 3, 9):
         everything = [p.sample.id for p in one.take(count)]
-        assert [p.sample.id for p in first.take(count)] == everything[::2]
-        assert [p.sample.id for p in second.take(count)] == everything[1::2]
+        shares = [[p.sample.id for p in s.take(count)] for s in (first, second)]
+        assert sorted(shares[0] + shares[1]) == sorted(everything), "each question goes to one rank"
+        assert all(s == [i for i in everything if i in s] for s in shares), "in the order of the stream"
     state = json.loads(json.dumps(one.state_dict()))
     following = [(p.number, p.sample.id) for p in one.take(20)]
     again = stream(path, processor)
     again.load_state_dict(state)
     assert [(p.number, p.sample.id) for p in again.take(20)] == following
+
+
+def test_questions_are_dealt_by_their_expected_work(tmp_path: Path, processor: Processor) -> None:
+    """Every fourth question is long, so that dealing in turn would give all of them to one rank of two."""
+    words = ["word " * (120 if i % 4 == 0 else 2) for i in range(16)]
+    rows = [{"id": str(i), "question": q, "answer": "x", "type": "qa"} for i, q in enumerate(words)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def dealt(answers: int) -> list[list[int]]:
+        config = MixtureConfig(sources=(SourceConfig(str(tmp_path / "rows.jsonl")),), shuffle_buffer=1, epochs=1)
+        ranks = [
+            PromptStream(open_mixture(config), processor, Ledger(), rank=r, size=2, answer_tokens=answers)
+            for r in (0, 1)
+        ]
+        return [[len(s) for _, s in r.encode(r.take(16))] for r in ranks]
+
+    first, second = dealt(0)
+    assert abs(sum(first) - sum(second)) <= max(first) / 4 and sum(n > 100 for n in first) == 2
+    first, second = dealt(100_000)
+    assert len(first) == len(second) == 8, "long answers weigh the same for every question"
 
 
 def test_rows_that_cannot_be_asked_are_in_the_ledger(tmp_path: Path, processor: Processor) -> None:
