@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvst.data import Processor
-from fastvst.evaluate import mmstar, run
+from fastvst.data import Processor, open_source
+from fastvst.evaluate import mmstar, rooms, run
 from fastvst.evaluate.files import Row
 from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout import Engine
+from fastvst.spatial.rooms.apart import make_rooms_apart
+from fastvst.spatial.rooms.presets import ALL_TASKS
+from fastvst.spatial.tasks import PAIRS, SINGLE
 from test_rollout import padded, peer
 
 PICTURES, QUESTIONS, TOKENS, BATCH = 16, 8, 32, 32  # VSI-Bench asks 18 questions about each of its videos
+ROOM_ROWS = 96
 
 
 def make_rows() -> list[Row]:
@@ -74,4 +79,52 @@ def test_answers_beside_generate(record: Callable[..., None], tmp_path: Path) ->
         f"tiny, {PICTURES} pictures x {QUESTIONS} questions x {TOKENS} tokens",
         evaluate_tokens_per_s=tokens / best["evaluate"], transformers_tokens_per_s=tokens / best["generate"],
         ratio=best["generate"] / best["evaluate"], goal=3.0,
+    )  # fmt: skip
+
+
+def test_rooms_beside_generate(record: Callable[..., None], tmp_path: Path) -> None:
+    """The picture tasks of the rooms benchmark as they come: prompts of one and of two pictures, answers as long as the
+    true ones (a word, a list of boxes, a caption). Batches of `generate` wait for their longest answer."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Qwen25VL(ModelConfig.preset("tiny"))
+    processor = Processor.preset("tiny", max_pixels=168 * 126, max_seq_len=2048, fov_base_width=200)
+    theirs, engine = peer(model), Engine(model, processor, max_sequences=BATCH)
+    config = dataclasses.replace(ALL_TASKS, rows=dict.fromkeys([*SINGLE, *PAIRS], 1.0), walk=None)
+    folder = make_rooms_apart(str(tmp_path), ROOM_ROWS, 0, 2, config, split="heldout")
+    asked = [q.sample for q in rooms.questions(open_source(folder))][:ROOM_ROWS]
+    prompts = [dataclasses.replace(s, messages=s.messages[:-1]) for s in asked]
+    replies = [s.messages[-1]["content"][0]["text"] for s in asked]
+    lengths = [len(processor.tokenizer.encode(reply)) + 1 for reply in replies]
+    greedy = [dataclasses.replace(run.GREEDY, ignore_eos=True, max_tokens=n, logprobs=False) for n in lengths]
+
+    def ours() -> int:
+        return sum(len(found[0].tokens) for found in engine.generate(prompts, greedy))
+
+    @torch.inference_mode()
+    def generate() -> int:
+        count = 0
+        for first in range(0, len(prompts), BATCH):
+            part, wanted = prompts[first : first + BATCH], lengths[first : first + BATCH]
+            inputs = padded(model.config, [processor.encode(p, add_generation_prompt=True) for p in part])
+            out = theirs.generate(
+                **inputs, do_sample=False, max_new_tokens=max(wanted), min_new_tokens=max(wanted),
+                pad_token_id=model.config.pad_token_id,
+            )  # fmt: skip
+            made = out[:, inputs["input_ids"].shape[1] :].tolist()
+            count += sum(
+                len(row[:n]) for row, n in zip(made, wanted, strict=True) if processor.decode(row[:n]) is not None
+            )
+        return count
+
+    best: dict[str, float] = {}
+    for _ in range(2):
+        for name, function in {"evaluate": ours, "generate": generate}.items():
+            begin = time.perf_counter()
+            assert function() == sum(lengths)
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+    record(
+        f"tiny, {ROOM_ROWS} questions of the rooms benchmark, answers of {min(lengths)} to {max(lengths)} tokens",
+        mean_tokens=sum(lengths) / len(lengths), evaluate_tokens_per_s=sum(lengths) / best["evaluate"],
+        transformers_tokens_per_s=sum(lengths) / best["generate"], ratio=best["generate"] / best["evaluate"], goal=3.0,
     )  # fmt: skip

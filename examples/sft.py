@@ -57,7 +57,8 @@ class ModelOptions:
     """Which model.
 
     Attributes:
-        path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights.
+        path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights
+            (and the tiny one's trained vision tower, see `Qwen25VL.fresh`).
         preset: "tiny" (its tokenizer comes with this package); the published shapes need `path` for their tokenizer.
         recompute: what backward computes again instead of keeping: "light" = norms, activations, rope; "full" = blocks.
     """
@@ -162,7 +163,7 @@ def build_model(config: Config, world: World) -> Qwen25VL:
         source = Qwen25VL.from_pretrained(config.model.path, dtype=torch.float32)
     elif world.is_main:
         torch.manual_seed(config.seed)
-        source = Qwen25VL(model_config(config))
+        source = Qwen25VL.fresh(config.model.preset)
     with torch.device("meta"):
         skeleton = Qwen25VL(model_config(config))
     freeze(skeleton, config.optimizer.freeze)

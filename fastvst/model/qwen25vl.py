@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvst.model import checkpoint
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastvst.data.batch import PackedBatch
 
 Head = Callable[[Tensor, Tensor], Any]
+TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
 
 
 class Qwen25VL(nn.Module):
@@ -44,6 +46,19 @@ class Qwen25VL(nn.Module):
         self.recompute = "none"
         self.vision_on_every_rank = False
         self.init_weights()
+
+    @classmethod
+    def fresh(cls, preset: str) -> Qwen25VL:
+        """A preset with weights drawn from torch's generator.
+
+        The vision tower of "tiny" comes trained, for too small a tower learns to see far too slowly from questions and
+        answers alone; `fastvst.spatial.rooms.build_tower` made it, and says on what. `Qwen25VL(config)` draws all.
+        """
+        model = cls(ModelConfig.preset(preset))
+        if preset == "tiny":
+            stored = load_file(TINY_TOWER)
+            model.visual.load_state_dict({n.removeprefix("visual."): w for n, w in stored.items() if "visual." in n})
+        return model
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -46,7 +46,7 @@ ROWS_PER_FILE = 500
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<|image_pad|>", "<|video_pad|>"
 FIRST_SIX = ("camera_motion", "correspondence", "depth_comparison", "detection_3d", "distance", "measurement")
 THOUGHT = "thought_"  # + task: the row of that task, reasoned by its geometry
-SPLITS = {"train": 0, "heldout": 1 << 40}
+SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # "tower": see build_tower.py
 _SEED_BLOCK = 1 << 20  # rooms per seed; blocks of different seeds and splits never meet
 
 SCHEMA = pa.schema(
