@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 PRESETS = (
     "default",
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the six tasks of examples/sft.py; all: nineteen tasks; vst_p: VST-P's proportions; vst_p_rest: "
         "those of its tasks that are not public; cold_start: reasoned rows with a replay share",
     )  # fmt: skip
+    parser.add_argument(
+        "--videos", choices=["frames", "mp4"], default="frames",
+        help="a video's frames as pictures, or one file as in VST's own rows (lossy; needs the extra [video])",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,12 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
     from fastvst.spatial.rooms.generate import make_rooms  # a renderer is imported only where one is asked for
     from fastvst.spatial.rooms.presets import PRESETS as known
 
+    config = dataclasses.replace(known[arguments.preset], videos=None if arguments.videos == "frames" else "mp4")
     folder = make_rooms(
         arguments.out,
         arguments.samples,
         arguments.seed,
         arguments.workers,
-        known[arguments.preset],
+        config,
         split=arguments.split,
     )
     print(folder)

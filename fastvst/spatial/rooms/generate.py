@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,18 +72,20 @@ class RoomsConfig:
 
     A name in `rows` may be any of the nineteen tasks (see presets.py), or "thought_" and one of those that can be
     reasoned about. `walk` adds the video that the video tasks need. `shares`: of each task in every file, whatever the
-    tries yield; rows above the share are dropped. `boxes`: another form of the single-image 3D box rows."""
+    tries yield; rows above the share are dropped. `boxes`: another form of the single-image 3D box rows. `videos`:
+    "mp4" stores a video as one file, as VST's own rows do (PyAV encodes it: needs the extra [video], and is lossy);
+    None stores its frames as pictures."""
 
     shots: ShotConfig = field(default_factory=ShotConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
     rows: dict[str, float] = field(
         default_factory=lambda: {
-            "depth_comparison": 3,
-            "distance": 1.5,
-            "measurement": 2,
-            "detection_3d": 0.3,
-            "correspondence": 0.5,
-            "camera_motion": 0.7,
+            "depth_comparison": 4,
+            "distance": 2,
+            "measurement": 1.5,
+            "detection_3d": 0.15,
+            "correspondence": 0.8,
+            "camera_motion": 0.5,
         }
     )
     quality: int = 95
@@ -90,6 +93,11 @@ class RoomsConfig:
     walk: WalkConfig | None = None
     shares: dict[str, float] | None = None
     boxes: BoxForm | None = None
+    videos: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.videos not in (None, "mp4"):
+            raise ValueError(f"rooms: videos {self.videos!r}; expected None (frames) or 'mp4'")
 
 
 def room_seed(split: str, seed: int, number: int) -> int:
@@ -156,10 +164,13 @@ def _make(
     return (SINGLE[task] if task in SINGLE else PAIRS[task])(scene, target, rng, config, index)
 
 
-def to_row(sample: Sample, quality: int, encoded: dict[int, bytes] | None = None) -> dict[str, Any]:
+def to_row(
+    sample: Sample, quality: int, encoded: dict[int, bytes] | None = None, videos: str | None = None
+) -> dict[str, Any]:
     """A row of SCHEMA. Image marks come before the text of the first user message, as VST stores them.
 
-    encoded: bytes of video frames that were met before, by id; for rows that share their frames.
+    encoded: bytes of videos or their frames that were met before, by id; for rows that share them. videos: see
+    RoomsConfig.
     """
     known = {} if encoded is None else encoded
     images: list[dict[str, Any]] = []
@@ -175,7 +186,10 @@ def to_row(sample: Sample, quality: int, encoded: dict[int, bytes] | None = None
                 sizes.append({**asked, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
             elif part["type"] == "video":
-                for frame in part["video"]:
+                first = part["video"][0]
+                if videos == "mp4" and id(first) not in known:
+                    known[id(first)] = encode_video(part["video"], part.get("fps", 2.0))
+                for frame in [first] if videos == "mp4" else part["video"]:
                     if id(frame) not in known:
                         known[id(frame)] = encode(frame, quality)
                     images.append({"bytes": known[id(frame)], "path": None})
@@ -201,6 +215,27 @@ def encode(image: Image.Image, quality: int) -> bytes:
         image.save(buffer, format="JPEG", quality=quality, subsampling=0)
     else:
         image.save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def encode_video(frames: list[Image.Image], fps: float) -> bytes:
+    """H.264 in MP4, of good quality (crf 16); the same bytes for the same frames.
+
+    Raises:
+        RuntimeError: PyAV is not installed.
+    """
+    try:
+        import av  # an extra: only those who ask for files need it
+    except ImportError as error:
+        raise RuntimeError("rooms: videos 'mp4' needs PyAV: pip install 'fastvst[video]'") from error
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
+        stream.options = {"crf": "16", "threads": "1"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
     return buffer.getvalue()
 
 
@@ -367,7 +402,7 @@ def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
     """Finished rows of one room seed, with this process's renderer (kept between calls)."""
     encoded: dict[int, bytes] = {}
     samples = room_samples(seed, _renderer(config.backend), config)  # kept, so that no id is used twice
-    return [to_row(sample, config.quality, encoded) for sample in samples]
+    return [to_row(sample, config.quality, encoded, config.videos) for sample in samples]
 
 
 def write_file(path: Path, rows: list[dict[str, Any]]) -> None:

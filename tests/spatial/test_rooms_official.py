@@ -1,0 +1,106 @@
+"""Rows as VST's own loader takes them: the strict schema of the published parquet, streamed through `datasets`, and the
+recipe of docs/generating.md."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastvst.data import open_source
+from fastvst.spatial.rooms.apart import make_rooms_apart
+from fastvst.spatial.rooms.generate import RoomsConfig
+from fastvst.spatial.rooms.shoot import WalkConfig
+
+DOCS = Path(__file__).parents[2] / "docs" / "generating.md"
+ROWS = dict.fromkeys(
+    ("depth_comparison", "measurement", "correspondence", "detection_3d", "video_order", "video_route"), 1
+)
+
+
+def official(row: dict) -> tuple[list, list[bytes]]:
+    """A row as the published training code reads it (VST's data transform at VeOmni v0.1.3, written out from its
+    description): turns of human and gpt, one `<|image_pad|>` a picture or one `<|video_pad|>` a file, and sizes."""
+    assert list(row) == ["conversations", "id", "data_source", "images", "type", "meta_info", "answer"]
+    roles = [turn["from"] for turn in row["conversations"]]
+    assert roles == ["human", "gpt"] * (len(roles) // 2) and roles
+    sizes = json.loads(row["meta_info"])
+    media = [item["bytes"] for item in row["images"]]
+    pieces = []
+    for turn in row["conversations"]:
+        found = re.split(r"(<\|image_pad\|>|<\|video_pad\|>)", turn["value"])
+        pieces.append((turn["from"], [p for p in found if p]))
+    marks = [p for _, parts in pieces for p in parts if p.endswith("_pad|>")]
+    assert "<image>" not in json.dumps(row["conversations"])
+    if "<|video_pad|>" in marks:
+        assert marks == ["<|video_pad|>"] and len(media) == 1 and media[0][4:8] == b"ftyp", "one raw MP4 file"
+    else:
+        assert len(marks) == len(media) == len(sizes)
+        for data, size in zip(media, sizes, strict=True):
+            picture = Image.open(io.BytesIO(data))
+            assert picture.size == (size["width"], size["height"]) and min(picture.size) >= 28
+            assert {size["resized_width"], size["resized_height"]} == {-1} or size["resized_width"] > 0
+    return pieces, media
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = RoomsConfig(rows=ROWS, walk=WalkConfig(), videos="mp4")
+    return make_rooms_apart(tmp_path_factory.mktemp("rooms"), 60, 5, 2, config, split="train")
+
+
+def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
+    import datasets
+
+    files = sorted(str(p) for p in Path(folder).glob("*.parquet"))
+    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    ours = {s.id: s for s in open_source(folder)}
+    kinds = set()
+    for row in streamed:
+        pieces, media = official(row)
+        sample = ours.pop(row["id"])
+        assert [m["role"] for m in sample.messages] == [{"human": "user", "gpt": "assistant"}[r] for r, _ in pieces]
+        stored = [p[p["type"]] for m in sample.messages for p in m["content"] if p["type"] != "text"]
+        assert stored == media, "our loader hands on the same bytes"
+        kinds.add(row["type"])
+    assert not ours and {"video", "bbox_3d", "depth"} <= kinds
+
+
+def test_a_video_file_shows_the_frames(folder: str, tmp_path: Path) -> None:
+    """The same rows with frames stored as pictures; a file of them is decoded to nearly the same pixels."""
+    import av
+    import numpy as np
+
+    config = RoomsConfig(rows=ROWS, walk=WalkConfig())
+    frames = {s.id: s for s in open_source(make_rooms_apart(tmp_path, 60, 5, 2, config, split="train"))}
+    for sample in open_source(folder):
+        if sample.kind != "video":
+            continue
+        (stored,) = (p["video"] for m in sample.messages for p in m["content"] if p["type"] == "video")
+        (pictures,) = (p["video"] for m in frames[sample.id].messages for p in m["content"] if p["type"] == "video")
+        with av.open(io.BytesIO(stored)) as container:
+            decoded = [f.to_ndarray(format="rgb24").astype(int) for f in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 2
+        assert len(decoded) == len(pictures) == 20
+        for made, data in zip(decoded, pictures, strict=True):
+            assert np.abs(made - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)).mean() < 6
+        return
+    raise AssertionError("no video row")
+
+
+@pytest.mark.slow
+def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(from datasets import Dataset.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    (tmp_path / "recipe.py").write_text(code.group(1), encoding="utf-8")
+    done = subprocess.run([sys.executable, "recipe.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = list(open_source(tmp_path / "rooms.parquet"))
+    assert len(rows) > 40 and len({r.id for r in rows}) == len(rows)
+    assert {r.metadata["room_seed"] for r in rows} <= set(range(8))
