@@ -360,12 +360,14 @@ def report(tower: VisionTower, pictures: Pictures, directions: Directions) -> di
     }
 
 
-def train(shots: list[Shot], names: list[str], steps: int, batch: int, lr: float) -> tuple[VisionTower, Directions]:
-    """The tower after `steps` of `batch` pictures. The last 400 shots are kept for the report."""
+def train(
+    shots: list[Shot], names: list[str], steps: int, batch: int, lr: float, held: int = 400
+) -> tuple[VisionTower, Directions]:
+    """The tower after `steps` of `batch` pictures. The last `held` shots are kept for the report."""
     torch.manual_seed(0)
-    held, shots = shots[-400:], shots[:-400]
+    kept, shots = shots[-held:], shots[:-held]
     rng, processor = random.Random(9), tiny_processor()
-    test = together([example(s, rng, processor, names, None) for s in held])
+    test = together([example(s, rng, processor, names, None) for s in kept])
     tower = initial_tower(test)
     directions = Directions.draw(tower.config.out_hidden_size, len(names))
     matrices = [p for p in tower.parameters() if p.dim() > 1]
