@@ -1,7 +1,8 @@
 """Supervised fine-tuning of Qwen2.5-VL, from configuration to report. Read it from top to bottom, then change it.
 
 Without arguments it renders about 2,000 questions about furnished rooms (once; they are cached), trains the tiny model
-on them from scratch, asks about rooms that training never saw, and writes runs/sft/report/index.html.
+on them (a random decoder behind a vision tower that has seen other rooms), asks about rooms that training never saw,
+and writes runs/sft/report/index.html.
 
     torchrun examples/sft.py                                       # one process, GPU or CPU
     torchrun --nproc-per-node 8 examples/sft.py                    # one node, 8 GPUs: FSDP2
