@@ -54,7 +54,7 @@ def test_soak():
                 assert rollout.tokens == whole[: len(rollout.tokens)]
                 assert rollout.finish_reason == "cancelled" or len(rollout.tokens) == tokens
         live = [x for x in live if not x[2].done]
-        if sent == 500 and not peak:
+        if sent >= 500 and not peak:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert engine.idle and engine.used_pages == 0
     assert engine.stats.preemptions > 100 and cancelled > 20, "the test met what it is about"
