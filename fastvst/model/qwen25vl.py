@@ -57,7 +57,8 @@ class Qwen25VL(nn.Module):
         model = cls(ModelConfig.preset(preset))
         if preset == "tiny":
             stored = load_file(TINY_TOWER)
-            model.visual.load_state_dict({n.removeprefix("visual."): w for n, w in stored.items() if "visual." in n})
+            tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
+            model.visual.load_state_dict(tower)
         return model
 
     @torch.no_grad()

@@ -234,7 +234,7 @@ class Engine:
         if scheduler.starting or scheduler.running:
             with self._numerics.context(), torch.no_grad():
                 ended = self._prefill() if scheduler.starting else self._decode()
-            self.stats.preemptions = scheduler.preemptions
+            self.stats.preemptions, self.stats.shared_tokens = scheduler.preemptions, scheduler.shared_tokens
             self.stats.peak_pages = scheduler.pool.peak
             return ended
         return False
@@ -326,7 +326,6 @@ class Engine:
             run_chunks(self.model, scheduler.pool, chunks, self._numerics.attend_chunks)
             scheduler.prefilling = [p for p in scheduler.prefilling if not p.ready]
             self.stats.prefill_tokens += sum(c.end - c.begin for c in chunks)
-            self.stats.shared_tokens = scheduler.shared_tokens
             self.stats.vision_runs = self._vision.runs
         ready = [a for a in scheduler.starting if a.prompt.ready]
         ended = self._first_tokens(ready) if ready else False

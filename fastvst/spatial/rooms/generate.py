@@ -186,12 +186,12 @@ def to_row(
                 sizes.append({**asked, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
             elif part["type"] == "video":
-                first = part["video"][0]
-                if videos == "mp4" and id(first) not in known:
-                    known[id(first)] = encode_video(part["video"], part.get("fps", 2.0))
-                for frame in [first] if videos == "mp4" else part["video"]:
+                frames, one_file = part["video"], videos == "mp4"  # a file is known by its first frame
+                for frame in frames[:1] if one_file else frames:
                     if id(frame) not in known:
-                        known[id(frame)] = encode(frame, quality)
+                        known[id(frame)] = (
+                            encode_video(frames, part.get("fps", 2.0)) if one_file else encode(frame, quality)
+                        )
                     images.append({"bytes": known[id(frame)], "path": None})
                 text += VIDEO_PLACEHOLDER
             else:
