@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Qwen2.5-VL, from configuration to report. Read it from top to bottom, then change it.
 
-Without arguments it renders about 2,000 questions about furnished rooms (once; they are cached), trains the tiny model
+Without arguments it renders about 2,400 questions about furnished rooms (once; they are cached), trains the tiny model
 on them (a random decoder behind a vision tower that has seen other rooms), asks about rooms that training never saw,
 and writes runs/sft/report/index.html.
 
@@ -80,7 +80,7 @@ class RoomsOptions:
         folder: where they are kept; none = the per-user cache.
     """
 
-    samples: int = 2000
+    samples: int = 2400
     heldout: int = 600
     seed: int = 0
     workers: int = 2
