@@ -78,6 +78,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ],
         environment,
     )  # fmt: skip
+    if not (Path(config.out) / "hf").is_dir():
+        return None  # a signal stopped the training, which has said so
     found = measure(Path(config.out) / "hf", heldout, config.max_new_tokens)
     print(json.dumps(found, indent=1))
     (Path(config.out) / "cold_start.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -125,7 +125,7 @@ class Config:
     loader: LoaderConfig = LoaderConfig(tokens_per_pack=1024, num_workers=1, buffer_samples=64)
     rooms: RoomsOptions = RoomsOptions()
     bad_samples: BadSamples = BadSamples()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, vision_lr=1e-4, weight_decay=0.05, beta2=0.95)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, vision_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     schedule: ScheduleConfig = ScheduleConfig(warmup=0.05)
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=500)

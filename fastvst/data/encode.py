@@ -316,13 +316,14 @@ class Processor:
                     max_source_pixels=config.max_source_pixels,
                     time_limit=config.image_time_limit,
                 )
-                frames = [resize_planar(image, picture.size)]
+                frames = [resize_planar(image, picture.size, config.resize)]
             else:
                 frames = load_frames(
                     picture.part,
                     picture.video,
                     time_limit=config.video_time_limit,
                     max_source_pixels=config.max_source_pixels,
+                    resize=config.resize,
                 )
             patchify(frames, self.geometry, rows)
         return out

@@ -2,7 +2,8 @@
 
 Pixel values equal those of transformers' PIL image processor bit for bit (resizing tolerance 0): the resize is Pillow's
 bicubic in both, and `(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all
-256 inputs. EXIF orientation is not applied, as the Hugging Face image processor and VST do not apply it.
+256 inputs. `resize="torch"` trades that for speed (see resize_planar). EXIF orientation is not applied, as the Hugging
+Face image processor and VST do not apply it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
+RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 EXPLICIT_MIN_TOKENS, EXPLICIT_MAX_TOKENS = 4, 16384  # qwen-vl-utils' limits where a row gives the size itself
@@ -197,8 +201,17 @@ def _check_bomb(size: tuple[int, int], max_source_pixels: int) -> None:
         )
 
 
-def resize_planar(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic resize (Pillow, antialiased) of an RGB picture to `size` (width, height): (3, height, width) uint8."""
+def resize_planar(image: Image.Image, size: tuple[int, int], method: str = "pillow") -> np.ndarray:
+    """Bicubic, antialiased resize of an RGB picture to `size` (width, height): (3, height, width) uint8.
+
+    Args:
+        method: "pillow", as VST and qwen-vl-utils resize, or "torch", the operator behind torchvision's: three times
+            as fast, within 2 of 255 levels of Pillow's on smooth pictures (its weights have 16 bits instead of 22). At
+            edges from black to white both passes overshoot, and only Pillow always clips between them: up to 32.
+    """
+    if method == "torch" and image.size != size:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return interpolate(pixels, (size[1], size[0]), mode="bicubic", antialias=True)[0].contiguous().numpy()
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
     return np.stack([np.asarray(band) for band in resized.split()])
 

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fastvst.data.chat import JINJA_TEMPLATE, SUPERVISE
-from fastvst.data.images import CLIP_MEAN, CLIP_STD, PatchGeometry
+from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE, PatchGeometry
 from fastvst.data.video import VideoConfig
 from fastvst.model.config import ModelConfig
 
@@ -34,6 +34,7 @@ class ProcessorConfig:
 
     Attributes:
         min_pixels, max_pixels: bounds of a picture; a part's own "min_pixels"/"max_pixels" win.
+        resize: "pillow" (VST's own, bit for bit) or "torch" (three times as fast, mostly within 2 of 255 levels).
         image_mean, image_std: of the three channels on the 0..1 scale.
         max_seq_len: longer samples are refused, never truncated.
         supervise: "message" (VST: header, content and `<|im_end|>\n`) or "content" (content and `<|im_end|>`).
@@ -47,6 +48,7 @@ class ProcessorConfig:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
+    resize: str = "pillow"
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     max_seq_len: int = 16384
@@ -66,6 +68,8 @@ class ProcessorConfig:
     def __post_init__(self) -> None:
         if self.supervise not in SUPERVISE:
             raise ValueError(f"supervise is {self.supervise!r}; expected one of {SUPERVISE}")
+        if self.resize not in RESIZE:
+            raise ValueError(f"resize is {self.resize!r}; expected one of {RESIZE}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {self.min_pixels} and {self.max_pixels}")
         if not 0 < self.video_min_pixels <= self.video_max_pixels:

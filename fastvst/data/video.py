@@ -130,9 +130,11 @@ def explicit_size(part: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def load_frames(
-    part: dict[str, Any], plan: VideoPlan, *, time_limit: float, max_source_pixels: int
+    part: dict[str, Any], plan: VideoPlan, *, time_limit: float, max_source_pixels: int, resize: str = "pillow"
 ) -> list[np.ndarray]:
     """Decode the planned frames: (3, height, width) uint8 each, one for every entry of `plan.indices`.
+
+    `resize`: see `resize_planar`.
 
     Raises:
         MediaError: "broken_video" (undecodable, or more than 2 frames shorter than its header says; up to 2 missing
@@ -144,7 +146,7 @@ def load_frames(
     for index, picture in _pictures(source, wanted, deadline, max_source_pixels):
         last, latest = index, picture
         if index in wanted:
-            decoded[index] = resize_planar(picture(), plan.size)
+            decoded[index] = resize_planar(picture(), plan.size, resize)
         if time.monotonic() > deadline:
             raise MediaError("decode_timeout", f"decoding took over {time_limit} s, at frame {index} of {plan.total}")
         if index == plan.indices[-1]:
@@ -152,7 +154,7 @@ def load_frames(
     if latest is None or last < plan.indices[-1] - 2:
         raise MediaError("broken_video", f"it ends after {last + 1} frames; its header promises {plan.total}")
     for index in wanted - set(decoded):
-        decoded[index] = resize_planar(latest(), plan.size)
+        decoded[index] = resize_planar(latest(), plan.size, resize)
     return [decoded[index] for index in plan.indices]
 
 

@@ -22,8 +22,7 @@ class OptimizerConfig:
         vision_lr: peak rate of the vision tower.
         merger_lr: peak rate of the merger; none = the vision rate (VST counts the merger as vision).
         weight_decay: decoupled decay of matrices; norms and biases never decay.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
+        betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
         clip: largest global gradient norm; 0 = no clipping.
         freeze: parts that do not train, of "vision", "merger", "decoder".
@@ -33,8 +32,7 @@ class OptimizerConfig:
     vision_lr: float = 5e-6
     merger_lr: float | None = None
     weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 1.0
     freeze: tuple[str, ...] = ()
@@ -90,7 +88,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     ]
     if not groups:
         raise ValueError("no parameter of the model requires a gradient")
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

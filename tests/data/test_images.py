@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
+from fastvst.data import Processor, Sample
 from fastvst.data.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -60,6 +62,42 @@ def theirs(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np.nda
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
     out = processor(image, return_tensors="np")
     return out["pixel_values"], tuple(int(v) for v in out["image_grid_thw"][0][1:])
+
+
+@given(
+    width=st.integers(28, 500),
+    height=st.integers(28, 500),
+    columns=st.integers(1, 18),
+    rows=st.integers(1, 18),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_fast_resize_stays_within_two_levels_of_pillow(width, height, columns, rows, seed) -> None:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    for image, size, most in (
+        (smooth, (28 * columns, 28 * rows), 2),
+        (noise, (28 * columns, height), 1),  # one pass alone: nothing is clipped between two
+        (noise, (width, 28 * rows), 1),
+        (noise, (width, height), 0),
+    ):
+        exact, fast = (resize_planar(image, size, method).astype(int) for method in ("pillow", "torch"))
+        assert fast.shape == exact.shape == (3, size[1], size[0])
+        assert abs(fast - exact).max() <= most
+
+
+def test_the_resize_is_a_choice_of_the_processor() -> None:
+    image = picture(15, 10).resize((300, 200), Image.Resampling.BICUBIC)
+    message = {"role": "user", "content": [{"type": "image", "image": image}]}
+    sample = Sample.from_messages([message, {"role": "assistant", "content": "."}])
+    exact = Processor.preset("tiny").encode(sample).patches
+    fast = Processor.preset("tiny", resize="torch").encode(sample).patches
+    assert not torch.equal(exact, fast), "the option must reach the resize"
+    assert (exact - fast).abs().max() <= 2.01 / 255 / min(CLIP_STD)
+    with pytest.raises(ValueError, match="resize is 'cubic'"):
+        Processor.preset("tiny", resize="cubic")
 
 
 @given(

@@ -119,7 +119,7 @@ def test_data_without_a_usable_sample_is_an_error(tmp_path: Path) -> None:
 def test_the_recipe_file_is_valid_and_says_what_vst_says() -> None:
     config = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "vst.toml")])
     assert (config.optimizer.lr, config.optimizer.vision_lr, config.optimizer.merger_lr) == (5e-5, 5e-6, None)
-    assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.beta2) == (0.0, 1.0, 0.999)
+    assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.betas) == (0.0, 1.0, (0.9, 0.999))
     assert (config.schedule.kind, config.schedule.warmup, config.schedule.lr_min) == ("cosine", 0.1, 1e-7)
     assert config.loader.tokens_per_pack * config.loader.accumulation * 8 == 2_097_152
     assert config.processor.max_pixels == 4096 * 28 * 28 and config.processor.fov_base_width == 960
