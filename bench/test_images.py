@@ -1,4 +1,7 @@
-"""Pictures to patches, beside the Hugging Face image processor, one thread each, in the same run."""
+"""Pictures to patches, beside the Hugging Face image processor, one thread each, in the same run.
+
+Twice: with Pillow's resize, which gives the same bits as theirs, and with torch's (`resize="torch"`), which does not.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastvst.data.encode import Processor
+from fastvst.data.images import CLIP_STD
 from fastvst.data.sample import Sample
 from timing import interleaved
 
@@ -27,7 +31,8 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     torch.set_num_threads(1)
-    processor = Processor.preset("tiny", min_pixels=56 * 56, max_pixels=12_845_056)
+    limits = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}
+    processor, fast = Processor.preset("tiny", **limits), Processor.preset("tiny", **limits, resize="torch")
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 12_845_056})
     images = [photograph(width, height, seed) for seed in range(8)]
     samples = [
@@ -37,21 +42,15 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
         for i in images
     ]
 
-    def ours() -> list[torch.Tensor]:
-        return [processor.encode(s).patches for s in samples]
+    def ours(with_: Processor, these: list[Sample]) -> list[torch.Tensor]:
+        return [with_.encode(s).patches for s in these]
 
     def hugging_face() -> list[torch.Tensor]:
         return [theirs(images=i, return_tensors="pt")["pixel_values"] for i in images]
 
-    for a, b in zip(ours(), hugging_face(), strict=True):
+    for a, b, c in zip(ours(processor, samples), hugging_face(), ours(fast, samples), strict=True):
         assert torch.equal(a, b), "both must compute the same patches, or the comparison means nothing"
-    seconds = interleaved({"ours": ours, "hugging_face": hugging_face}, rounds=7)
-    record(
-        f"decoded {width}x{height} to patches",
-        ours_images_per_s=len(images) / seconds["ours"],
-        hugging_face_images_per_s=len(images) / seconds["hugging_face"],
-        ratio=seconds["hugging_face"] / seconds["ours"],
-    )
+        assert (a - c).abs().max() <= 2.01 / 255 / min(CLIP_STD), "the fast resize: at most 2 of 255 levels"
     buffers = []
     for image in images:
         buffer = io.BytesIO()
@@ -63,18 +62,25 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
         )
         for b in buffers
     ]
-    seconds = interleaved(
-        {
-            "ours": lambda: [processor.encode(s) for s in encoded],
-            "hugging_face": lambda: [
-                theirs(images=Image.open(io.BytesIO(b)).convert("RGB"), return_tensors="pt") for b in buffers
-            ],
-        },
-        rounds=5,
-    )
-    record(
-        f"JPEG {width}x{height} to patches",
-        ours_images_per_s=len(images) / seconds["ours"],
-        hugging_face_images_per_s=len(images) / seconds["hugging_face"],
-        ratio=seconds["hugging_face"] / seconds["ours"],
-    )
+
+    def hugging_face_jpeg() -> list[torch.Tensor]:
+        opened = [Image.open(io.BytesIO(b)).convert("RGB") for b in buffers]
+        return [theirs(images=i, return_tensors="pt")["pixel_values"] for i in opened]
+
+    for what, these, hf in (("decoded", samples, hugging_face), ("JPEG", encoded, hugging_face_jpeg)):
+        seconds = interleaved(
+            {
+                "same bits": lambda these=these: ours(processor, these),
+                "torch": lambda these=these: ours(fast, these),
+                "hugging_face": hf,
+            },
+            rounds=7,
+        )
+        record(
+            f"{what} {width}x{height} to patches",
+            ours_images_per_s=len(images) / seconds["same bits"],
+            ours_resize_torch_images_per_s=len(images) / seconds["torch"],
+            hugging_face_images_per_s=len(images) / seconds["hugging_face"],
+            ratio=seconds["hugging_face"] / seconds["same bits"],
+            ratio_resize_torch=seconds["hugging_face"] / seconds["torch"],
+        )
