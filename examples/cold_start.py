@@ -51,7 +51,7 @@ class Config:
     out: str = "runs/cold_start"
     samples: int = 2000
     heldout: int = 120
-    steps: int = 700
+    steps: int = 1000
     accumulation: int = 2
     lr: float = 1e-3
     workers: int = 2

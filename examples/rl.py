@@ -88,7 +88,7 @@ class RoomsOptions:
         folder: where they are kept; none = the per-user cache.
     """
 
-    samples: int = 600
+    samples: int = 1200
     seed: int = 1
     workers: int = 2
     folder: str | None = None
@@ -108,7 +108,7 @@ class Config:
     """
 
     out: str = "runs/rl"
-    steps: int = 80
+    steps: int = 120
     seed: int = 0
     resume: str = ""
     dry_run: bool = False
@@ -117,7 +117,7 @@ class Config:
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
     processor: ProcessorConfig = ProcessorConfig(max_pixels=168 * 126, max_seq_len=1024, fov_base_width=200)
     rooms: RoomsOptions = RoomsOptions()
-    sampling: SamplingConfig = SamplingConfig(prompts=24)
+    sampling: SamplingConfig = SamplingConfig(prompts=48)
     reward: RewardConfig = RewardConfig()
     # The tiny model's boxes are never right, but their form can be learnt: groups without a right answer are kept.
     # What it knows, it knows vaguely: a penalty on entropy makes it say the likely answer more often.
@@ -125,11 +125,11 @@ class Config:
     update: policy.UpdateConfig = policy.UpdateConfig(
         objective="grpo", clip_high=0.28, entropy_coef=-0.1, minibatches=2
     )
-    evaluation: EvaluationConfig = EvaluationConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, weight_decay=0.01, freeze=("vision", "merger"))
+    evaluation: EvaluationConfig = EvaluationConfig(every=30, questions=600)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, weight_decay=0.01, freeze=("vision", "merger"))
     schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup=0.0)
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=20, hf=False)
+    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=30, hf=False)
     guard: guard.GuardConfig = guard.GuardConfig(spike=50.0)
     log: LogConfig = LogConfig(every=1)
 

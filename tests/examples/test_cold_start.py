@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,17 +29,31 @@ def test_rows_training_and_both_modes(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
-def test_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cold_start(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     spec = importlib.util.spec_from_file_location("cold_start", ROOT / "examples" / "cold_start.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "cold_start", module)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_a_stopped_training_is_not_measured(
+    cold_start: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(cold_start, "rooms", lambda *_: "rows")
+    monkeypatch.setattr(cold_start.sft, "main", lambda *_: None)  # SIGTERM: it returns before it writes a model
+    assert cold_start.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")]) is None
+
+
+def test_the_form(cold_start: ModuleType) -> None:
     for text, good in (("<think>a\nb</think> B. left", True), ("<think>a</think> ", False), ("B. left", False),
                        ("<think>a B", False), ("<think></think> x", False), ("<think>a</think> b</think> c", False),
                        ("so <think>a</think> b", False)):  # fmt: skip
-        assert bool(module.FORM.fullmatch(text)) == good, text
+        assert bool(cold_start.FORM.fullmatch(text)) == good, text
 
 
 def test_the_published_settings_are_valid_options() -> None:
