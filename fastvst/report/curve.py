@@ -10,8 +10,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1060, 300, 56, 12, 14, 34
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label: str, smooth: int = 1) -> str:
-    """y over x, the raw values pale and a running mean over `smooth` points on top. Values that are not finite are
-    left out; a chart without a point says so instead of showing an empty frame.
+    """y over x, the raw values pale and a running mean over `smooth` points on top (1: the values alone).
+
+    Values that are not finite are left out; a chart without a point says so instead of showing an empty frame.
     """
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if not points:
@@ -45,9 +46,9 @@ def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label:
                 f'<text x="{sx(tick):.1f}" y="{HEIGHT - 18}" text-anchor="middle" font-size="12" '
                 f'fill="#57606a">{tick:g}</text>'
             )
-    parts.append(path(ys, "#a8c7fa", 1.0))
     if smooth > 1:
-        parts.append(path(_running_mean(ys, smooth), "#0b57d0", 2.0))
+        parts.append(path(ys, "#a8c7fa", 1.0))
+    parts.append(path(_running_mean(ys, smooth) if smooth > 1 else ys, "#0b57d0", 2.0))
     parts.append(
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 2}" text-anchor="middle" font-size="12" fill="#57606a">{escape(x_label)}'
         f'</text><text x="{LEFT}" y="{TOP - 3}" font-size="12" fill="#57606a">{escape(y_label)}</text></svg>'
