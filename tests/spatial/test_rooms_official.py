@@ -72,6 +72,25 @@ def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
     assert not ours and {"video", "bbox_3d", "depth"} <= kinds
 
 
+def test_the_published_code_makes_the_same_messages(folder: str) -> None:
+    """VST's own conversion (github.com/Yangr116/VST, vst/preprocess.py), where that repository is on the path."""
+    import datasets
+
+    theirs = pytest.importorskip("vst.preprocess", reason="VST's repository (and its VeOmni) is not on the path")
+    ours = {s.id: s for s in open_source(folder)}
+    files = sorted(str(p) for p in Path(folder).glob("*.parquet"))
+    for row in datasets.load_dataset("parquet", data_files=files, split="train", streaming=True):
+        row["images"] = theirs.load_vision_inputs(row)
+        messages = theirs.convert_llava2qwen(row, include_system=False)
+        assert [parts_of(m) for m in messages] == [parts_of(m) for m in ours[row["id"]].messages]
+
+
+def parts_of(message: dict) -> tuple[str, list[tuple[str, str]]]:
+    """Role, and type and stripped text of the parts that are not empty."""
+    parts = [(part["type"], part.get("text", "").strip()) for part in message["content"]]
+    return message["role"], [part for part in parts if part != ("text", "")]
+
+
 def test_a_video_file_shows_the_frames(folder: str, tmp_path: Path) -> None:
     """The same rows with frames stored as pictures; a file of them is decoded to nearly the same pixels."""
     import av
