@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_rooms_apart(tmp_path_factory.mktemp("rooms"), 60, 5, 2, config, split="train")
 
 
-def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
+def streamed(folder: str) -> Iterable[dict]:
+    """The rows as the published training code opens them."""
     import datasets
 
     files = sorted(str(p) for p in Path(folder).glob("*.parquet"))
-    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+
+def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
     ours = {s.id: s for s in open_source(folder)}
     kinds = set()
-    for row in streamed:
+    for row in streamed(folder):
         pieces, media = official(row)
         sample = ours.pop(row["id"])
         assert [m["role"] for m in sample.messages] == [{"human": "user", "gpt": "assistant"}[r] for r, _ in pieces]
@@ -74,12 +79,9 @@ def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
 
 def test_the_published_code_makes_the_same_messages(folder: str) -> None:
     """VST's own conversion (github.com/Yangr116/VST, vst/preprocess.py), where that repository is on the path."""
-    import datasets
-
     theirs = pytest.importorskip("vst.preprocess", reason="VST's repository (and its VeOmni) is not on the path")
     ours = {s.id: s for s in open_source(folder)}
-    files = sorted(str(p) for p in Path(folder).glob("*.parquet"))
-    for row in datasets.load_dataset("parquet", data_files=files, split="train", streaming=True):
+    for row in streamed(folder):
         row["images"] = theirs.load_vision_inputs(row)
         messages = theirs.convert_llava2qwen(row, include_system=False)
         assert [parts_of(m) for m in messages] == [parts_of(m) for m in ours[row["id"]].messages]

@@ -124,7 +124,7 @@ def _two_points(
     colours = choose(rng, tuple(draw.COLOURS), 2)
     for s, colour in zip(chosen, colours, strict=True):
         draw.dot(image, s.point, colour)
-    near = bool(rng.uniform() < 0.5) if near is None else near
+    near = rng.uniform() < 0.5 if near is None else near
     best = (min if near else max)((0, 1), key=lambda k: chosen[k].depth)
     named = [f"{c} point" for c in colours]
     order = rng.permutation(2)
