@@ -8,6 +8,8 @@ the same head. Not run yet: no GPU was at hand; the roofline itself is tested on
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import statistics
 import time
@@ -20,6 +22,8 @@ import torch
 from fastvst.data.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
+from fastvst.rollout.bitwise import batch_invariant
+from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import sample_tokens
 
 BANDWIDTH, MATRIX = 4.8e12, 700e12  # H200: bytes/s of its data sheet; FLOP/s that dense bf16 products reach in practice
@@ -68,8 +72,9 @@ def roofline(case: Case, context: float) -> float:
 
 
 def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
-    """Random text tokens."""
-    tokens = torch.randint(1000, 100_000, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    """Random text tokens, of the middle of the vocabulary: no special ones."""
+    low, high = config.vocab_size // 100, config.vocab_size * 2 // 3
+    tokens = torch.randint(low, high, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     empty = torch.zeros(0, dtype=torch.int32)
     return EncodedSample(
         tokens=tokens, labels=torch.full_like(tokens, -100), positions=torch.arange(length).expand(3, -1).int(),
@@ -99,6 +104,26 @@ def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
         "first_call_s": first,
         "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
     }
+
+
+def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, answer: int = 32) -> dict[str, float]:
+    """What equality to the last bit costs: decode tokens/s of both modes, and the largest difference to the trainer."""
+    from teacher import teacher_forced
+
+    prompts = [text_prompt(model.config, prompt, seed) for seed in range(rows // 8)]
+    params, found = SamplingParams(n=8, max_tokens=answer, ignore_eos=True), {}
+    for numerics in ("fast", "bitwise"):
+        engine = Engine(model, max_sequences=rows, page_size=64, memory=1 << 30, numerics=numerics)
+        engine.generate(prompts, dataclasses.replace(params, max_tokens=2))
+        engine.stats = type(engine.stats)()
+        rollouts = engine.generate(prompts, params)
+        found[f"{numerics}_tokens_per_s"] = engine.stats.decode_tokens / engine.stats.decode_seconds
+        engine.release()
+        sampled = torch.tensor([x for many in rollouts for r in many for x in r.logprobs], dtype=torch.float64)
+        with batch_invariant() if numerics == "bitwise" else contextlib.nullcontext(), torch.no_grad():
+            trained = teacher_forced(model, prompts, rollouts, shared=True)
+        found[f"{numerics}_largest_difference"] = mismatch(trained.cpu(), sampled).max
+    return found
 
 
 def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
@@ -149,6 +174,9 @@ def main() -> None:
             name = f"{preset}, drawing {rows} tokens"
             found[name] = measure_sampling(model.head_weight.detach(), rows)
             print(name, found[name], flush=True)
+        name = f"{preset}, bitwise, 32 answers, 8 to a prompt"
+        found[name] = measure_bitwise(model)
+        print(name, found[name], flush=True)
         for case in (c for c in CASES if c.preset == preset):
             if time.monotonic() < deadline:
                 found[case.name] = measure(model, case)

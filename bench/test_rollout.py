@@ -15,7 +15,7 @@ from fastvst.data import Processor, Sample
 from fastvst.data.batch import EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from rollout_gpu import ANSWER, CASES, PROMPT, Case, roofline
+from rollout_gpu import ANSWER, CASES, PROMPT, Case, measure_bitwise, roofline
 
 PROMPTS, SAMPLES, TOKENS = 32, 8, 64  # the setting of the goal: at least 3x transformers' generate
 
@@ -152,3 +152,12 @@ def test_beside_continuous_batching(tiny, record):
         continuous_batching_tokens_per_s=tokens / best["continuous batching"],
         ratio=best["continuous batching"] / best["engine"], goal=3.0,
     )  # fmt: skip
+
+
+def test_cost_of_equal_bits(record, device):
+    """Decode tokens/s of both numerics on the tiny model, and how far each is from the trainer's log-probabilities."""
+    if device.type != "cpu":
+        pytest.skip("bench/rollout_gpu.py measures this on a GPU")
+    figures = measure_bitwise(Qwen25VL(ModelConfig.preset("tiny")), prompt=400)
+    assert figures["bitwise_largest_difference"] == 0.0
+    record("bitwise, 4 prompts of 400 x 8 answers of 32", **figures)

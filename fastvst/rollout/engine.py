@@ -50,8 +50,8 @@ class EngineConfig:
         page_size: tokens of a page.
         max_sequences: answers that decode at the same time.
         prefill_tokens: prompt tokens of one step; longer prompts are computed in chunks.
-        numerics: "fast", or "bitwise": log-probabilities equal the trainer's bit for bit (CPU), at a cost.
-        cuda_graphs: replay decode steps as CUDA graphs (on a GPU; see `graphs.py`).
+        numerics: "fast", or "bitwise": log-probabilities equal the trainer's bit for bit, at a cost.
+        cuda_graphs: replay decode steps as CUDA graphs (on a GPU, in fast numerics; see `graphs.py`).
     """
 
     memory: int | float = 0.25
@@ -114,8 +114,6 @@ class Engine:
             raise ValueError(f"unknown engine options {unknown}; expected some of {sorted(known)}")
         self.model, self.processor = model, processor
         self.config: EngineConfig = dataclasses.replace(config or EngineConfig(), **options)  # type: ignore[arg-type]
-        if self.config.numerics == "bitwise" and model.head_weight.device.type != "cpu":
-            raise ValueError("numerics 'bitwise' computes on the CPU; this model is on a GPU: use 'fast'")
         self.stats = Stats()
         self.stop_tokens = set(model.config.eos_token_ids)
         if processor is not None:
@@ -276,7 +274,7 @@ class Engine:
                 self.model.config, budget // size - 1, config.page_size, dtype=weight.dtype, device=weight.device
             )
             self._scheduler = Scheduler(self._pool, config.max_sequences)
-            if config.cuda_graphs and weight.device.type == "cuda":
+            if config.cuda_graphs and self._numerics.graphs and weight.device.type == "cuda":
                 self._graphs = DecodeGraphs(self.model, self._pool)
             self._forbidden = torch.tensor(
                 [self.model.config.image_token_id, self.model.config.video_token_id], device=weight.device

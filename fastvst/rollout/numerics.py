@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.bitwise import Tiles, attend_tiles, batch_invariant, make_tiles, model_logprobs
+from fastvst.rollout.bitwise import batch_invariant, model_logprobs
 from fastvst.rollout.decode import Batch, forward_tables, run_decoder, store_rows
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
 from fastvst.rollout.sampling import Found, Rows, next_tokens
+from fastvst_kernels.invariant import AttentionTiles, invariant_attention, make_tiles
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Numerics:
         attend_chunks: attention of prompt chunks, see `run_chunks`.
         forward: (model, batch) -> (B, hidden) of one decode step.
         draw: next tokens and log-probabilities, see `next_tokens`.
+        graphs: whether decode steps may be replayed as CUDA graphs of `forward_tables`.
     """
 
     context: Callable[[], Any]
     attend_chunks: Any
     forward: Callable[[Qwen25VL, Batch], Tensor]
     draw: Callable[[Tensor, Tensor, Rows, Tensor, Tensor, Tensor | None], Found]
+    graphs: bool
 
 
 def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
@@ -48,7 +51,7 @@ def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
         keys = page_rows([Chunk(chunk.prompt, 0, chunk.end)], pool.page_size)
         parts.append((np.arange(begin, begin + count), chunk.begin, keys))
         begin += count
-    return _attend_tiles(pool, make_tiles(parts, begin), rows)
+    return _attend_tiles(pool, make_tiles(parts), rows)
 
 
 def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
@@ -61,15 +64,17 @@ def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
         shared = page_rows([Chunk(prompt, 0, prompt.length)], pool.page_size)
         parts.append((np.array([row]), place, np.concatenate([shared, keys])))
     tables = batch.tables()
-    return run_decoder(model, tables, _attend_tiles(pool, make_tiles(parts, len(batch)), store_rows(pool, tables)))
+    return run_decoder(model, tables, _attend_tiles(pool, make_tiles(parts), store_rows(pool, tables)))
 
 
-def _attend_tiles(pool: PagePool, tiles: Tiles, rows: Tensor) -> Attend:
+def _attend_tiles(pool: PagePool, tiles: AttentionTiles, rows: Tensor) -> Attend:
+    tiles = tiles.to(pool.keys.device)
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
         keys.index_copy_(0, rows, k)
         values.index_copy_(0, rows, v)
-        return attend_tiles(q, keys, values, tiles, q.shape[-1] ** -0.5)[0]
+        return invariant_attention(q, keys, values, tiles, q.shape[-1] ** -0.5)[0]
 
     return attend
 
@@ -85,6 +90,6 @@ def _bitwise_draw(
     return tokens, found if rows.plain else own, found
 
 
-FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, next_tokens)
-BITWISE = Numerics(batch_invariant, _bitwise_chunks, _bitwise_forward, _bitwise_draw)
+FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, next_tokens, graphs=True)
+BITWISE = Numerics(batch_invariant, _bitwise_chunks, _bitwise_forward, _bitwise_draw, graphs=False)
 NUMERICS = {"fast": FAST, "bitwise": BITWISE}
