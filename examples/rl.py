@@ -381,7 +381,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             filtered = rollouts.filtered
             log.write(step, rollouts.asked)
             started = time.perf_counter()
-            found, sharing, recent = improve(config, model, reference, optimizer, rollouts.groups, recent, step, world)
+            with config.sampling.rules():
+                found, sharing, recent = improve(
+                    config, model, reference, optimizer, rollouts.groups, recent, step, world
+                )
             seconds = {**rollouts.seconds, "update": time.perf_counter() - started, "step": time.perf_counter() - begin}
             row = {"step": step, "lr": optimizer.param_groups[-1]["lr"], **figures(rollouts.asked, world), **found}
             row |= arithmetic.rates(row, sharing, seconds, rollouts, config, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import Asked
 from fastvst.rl.rewards import overlong
 from fastvst.rollout import Engine, EngineConfig, Rollout, SamplingParams
+from fastvst.rollout.numerics import NUMERICS
 from fastvst.rollout.openai import connect
 from fastvst.rollout.pages import memory_bytes, page_bytes
 from fastvst.rollout.parallel import gather, is_sharded
@@ -37,7 +39,8 @@ class SamplingConfig:
         top_p: below 1, only the most likely tokens are sampled; the trainer's logprobs stay those of all tokens.
         max_tokens: longest answer.
         memory: most that the engine's pages may take: bytes (an integer), or a share of the free memory (with a dot).
-        numerics: "fast", or "bitwise": the sampler's logprobs are the trainer's to the last bit, at a cost.
+        numerics: "fast", or "bitwise": sampler and trainer compute alike, so that their logprobs are the same to the
+            last bit (at top_p 1), at several times the cost.
         engine: "own" samples from the weights in training; "openai" asks a server (vLLM, SGLang) at base_url. Nothing
             sends it new weights, so update.importance must not be none.
         base_url: of that server, up to and with "/v1".
@@ -60,6 +63,10 @@ class SamplingConfig:
         return SamplingParams(
             n=answers, temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed % 2**31
         )
+
+    def rules(self) -> AbstractContextManager[object]:
+        """What the trainer computes under, so that its numbers are the sampler's: nothing, or `batch_invariant`."""
+        return NUMERICS[self.numerics].context()
 
     def pages_bytes(self, model: ModelConfig, longest_prompt: int, world: World) -> int:
         """Bytes of pages that a rank needs for all answers of a step at once, but at most `memory`."""

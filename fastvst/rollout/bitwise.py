@@ -70,9 +70,9 @@ def packed(
     return out, lse.transpose(0, 1).contiguous()
 
 
-def model_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+def model_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """(B,) log-probabilities of tokens by the trainer's own operator."""
-    return linear_logprobs(hidden, weight, tokens)[0]
+    return linear_logprobs(hidden, weight, tokens, temperature=temperature)[0]
 
 
 assert attention_op is not None  # the operator must be registered before a dispatch mode can look for it

@@ -82,12 +82,16 @@ def _attend_tiles(pool: PagePool, tiles: AttentionTiles, rows: Tensor) -> Attend
 def _bitwise_draw(
     hidden: Tensor, weight: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None
 ) -> Found:
-    """Log-probabilities of temperature 1 by the trainer's operator, also as `own` where nothing is cut or scaled."""
+    """Log-probabilities by the trainer's operator; `own` too, where rows share one temperature and nothing is cut."""
     tokens, own, raw = next_tokens(hidden, weight, rows, steps, forbidden, seen)
-    if raw is None:
+    if own is None or raw is None:
         return tokens, own, raw
-    found = model_logprobs(hidden, weight, tokens).double()
-    return tokens, found if rows.plain else own, found
+    raw = model_logprobs(hidden, weight, tokens, 1.0).double()
+    if rows.plain:
+        return tokens, raw, raw
+    if rows.cut is None and rows.penalty is None and rows.common_temperature:
+        own = model_logprobs(hidden, weight, tokens, rows.common_temperature).double()
+    return tokens, own, raw
 
 
 FAST = Numerics(contextlib.nullcontext, chunk_attention, fast_forward, next_tokens, graphs=True)

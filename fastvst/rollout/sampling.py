@@ -31,6 +31,7 @@ class Rows:
         greedy: (B,) bool. temperature: (B,) float32, 0 in greedy rows; scaled: some are neither 0 nor 1.
         cut: (c,) int64 rows with top_k, top_p or min_p, and (c,) of each; penalty: (B,) float32.
         all_greedy: no row draws at random. logprobs: some row wants log-probabilities.
+        common_temperature: of all rows, 0 where they differ.
     """
 
     seeds: Tensor
@@ -44,6 +45,7 @@ class Rows:
     penalty: Tensor | None
     all_greedy: bool
     logprobs: bool
+    common_temperature: float
 
     @property
     def plain(self) -> bool:
@@ -76,6 +78,7 @@ def make_rows(params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary
         penalty=column(penalty) if any(x != 1 for x in penalty) else None,
         all_greedy=all(greedy),
         logprobs=any(p.logprobs for p in params),
+        common_temperature=temperature[0] if len(set(temperature)) == 1 else 0.0,
     )
 
 

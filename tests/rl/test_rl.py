@@ -82,6 +82,16 @@ def test_a_run_writes_everything_down(whole: Path, model: Path) -> None:
     assert not torch.equal(before.head_weight, after.head_weight)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_in_bitwise_numerics_sampler_and_trainer_agree_exactly(
+    model: Path, data: Path, reward: Path, tmp_path: Path, temperature: float
+) -> None:
+    options = ["steps=2", "sampling.numerics=bitwise", f"sampling.temperature={temperature}"]
+    rl.main(rl_arguments(tmp_path / "run", data, model, reward, *options))
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 2 and all(r["sampler_gap_max"] == r["kl_sampler_k3"] == 0.0 for r in rows), rows
+
+
 @pytest.mark.slow
 def test_a_run_earns_more(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
