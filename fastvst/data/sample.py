@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 Part = dict[str, Any]
 Message = dict[str, Any]  # {"role": str, "content": list[Part]}
 
@@ -116,6 +114,8 @@ def _short(part: Any) -> str:
 
 
 def _media_to_json(media: Any) -> Any:
+    from PIL import Image  # here: the engine and the kernels' benches also run where there is no Pillow
+
     if isinstance(media, (list, tuple)):
         return [_media_to_json(m) for m in media]
     if isinstance(media, Image.Image):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,3 +80,37 @@ def test_the_counted_figures_of_groups():
     assert case.pairs() == 2 * (6 + 9 + 4) and case.prompts == (-1, 0, 0, -1, 3, 3)
     assert case.repeated().lengths == (5, 4, 5, 4)
     assert case.flops()[0] == 4 * 2 * 16 * case.pairs()
+
+
+BARE = """
+import importlib.util, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"PIL", "transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "scipy"}:
+            raise ModuleNotFoundError(f"{name} is not on this machine")
+
+sys.meta_path.insert(0, Absent())
+for number, path in enumerate(sys.argv[1:]):
+    spec = importlib.util.spec_from_file_location(f"part{number}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+import fastvst.rollout.bitwise, fastvst_kernels.tune, teacher
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.rollout import Engine, SamplingParams
+from rollout_gpu import text_prompt
+model = Qwen25VL(ModelConfig.preset("tiny"))
+assert len(Engine(model, memory=1 << 24).generate([text_prompt(model.config, 5, 0)], SamplingParams(max_tokens=2))) == 1
+"""
+
+
+def test_every_part_loads_on_a_machine_with_torch_and_little_else(on_gpu):
+    root = BENCH.parent
+    scripts = [root / word for part in on_gpu.PARTS for word in part.command if word.endswith(".py")]
+    scripts = [path for path in scripts if path.is_file()] + sorted((root / on_gpu.LANE).glob("test_*.py"))
+    paths = os.pathsep.join(map(str, (root, root / "kernels", BENCH, root / "tests" / "support")))
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *dict.fromkeys(map(str, scripts))], env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -39,17 +39,14 @@ def test_splits_and_bitwise_repeats(splits):
 
 
 def test_graphs_give_the_eager_tokens_and_survive_new_weights():
-    from fastvst.data.encode import Processor
-    from fastvst.data.sample import Sample
     from fastvst.model import ModelConfig, Qwen25VL
     from fastvst.rollout import Engine, SamplingParams
+    from rollout_gpu import text_prompt
 
     torch.manual_seed(0)
     model = Qwen25VL(ModelConfig.preset("tiny")).cuda()
-    processor = Processor.preset("tiny")
-    samples = [Sample.from_messages([{"role": "user", "content": "word " * (3 + 20 * i)}], id=str(i)) for i in range(5)]
-    graphs = Engine(model, processor, memory=1 << 28)
-    eager = Engine(model, processor, memory=1 << 28, cuda_graphs=False)
+    samples = [text_prompt(model.config, 3 + 20 * i, seed=i) for i in range(5)]
+    graphs, eager = Engine(model, memory=1 << 28), Engine(model, memory=1 << 28, cuda_graphs=False)
     params = SamplingParams(n=3, max_tokens=20, temperature=0)
     for _ in range(2):
         found = [[[r.tokens for r in m] for m in e.generate(samples, params)] for e in (graphs, eager)]
