@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,16 @@ from fastvst_kernels.decode_cpu import Piece
 
 @dataclass(frozen=True)
 class Tables:
-    """What a decode step reads on the device; see `Batch` for the fields."""
+    """What a decode step of B rows and G prompts reads on the device; all tensors are int64.
 
+    Attributes:
+        tokens: (B,) drawn last and fed next; positions: (B,) its M-RoPE position on all axes.
+        lengths: (B,) tokens in each row's own pages; page_table: (B, W) those pages.
+        prefix_pages: (G, P), prefix_lengths: (G,) pages and tokens of the prompts.
+        group_offsets: (G + 1,) rows of each prompt; max_group: the most that one has.
+    """
+
+    max_group: int
     tokens: Tensor
     positions: Tensor
     lengths: Tensor
@@ -30,7 +38,6 @@ class Tables:
     prefix_pages: Tensor
     prefix_lengths: Tensor
     group_offsets: Tensor
-    max_group: int
 
 
 def forward_tables(model: Qwen25VL, pool: PagePool, tables: Tables, plan: DecodePlan | None = None) -> Tensor:
@@ -67,12 +74,10 @@ def store_rows(pool: PagePool, tables: Tables) -> Tensor:
 class Batch:
     """The running answers of one stretch of steps, sorted so that answers to one prompt are neighbours.
 
-    B rows, G prompts. The host keeps NumPy copies of what it needs to plan; on the CPU they are the tensors' memory.
+    The host keeps NumPy copies of what it needs to plan; on the CPU its page table is the tensor's memory.
 
     Attributes:
-        tokens: (B,) int64, drawn last and fed next; positions: (B,) int64, its M-RoPE position on all axes.
-        lengths: (B,) int64 tokens in each row's own pages; steps: (B,) int64 tokens drawn so far.
-        page_table: (B, W) int64; prefix_pages: (G, P) int64; prefix_lengths: (G,) int64; group_offsets: (G + 1,) int64.
+        tables: of the next step. steps: (B,) int64 tokens drawn so far.
         seen: (B, V) bool tokens of prompt and answer, only with a repetition penalty.
         history: what each step since the last `flush` drew: tokens (B,) and log-probabilities (2, B) or None.
     """
@@ -97,19 +102,17 @@ class Batch:
         starts = [i for i, s in enumerate(rows) if i == 0 or s.prompt is not rows[i - 1].prompt]
         prompts = [rows[i].prompt for i in starts]
         self.host_offsets = np.array([*starts, len(rows)], dtype=np.int64)
-        self.max_group = int(np.diff(self.host_offsets).max())
         shared = np.zeros((len(prompts), max(len(p.pages) for p in prompts)), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             shared[row, : len(prompt.pages)] = prompt.pages
         prefix_lengths = np.array([p.length for p in prompts], dtype=np.int64)
         first = np.array([s.prompt.position for s in rows], dtype=np.int64)
-        self.tokens = self._tensor(np.array([s.tokens[-1] for s in rows], dtype=np.int64))
-        self.positions = self._tensor(first + self.host_lengths)
-        self.lengths, self.steps = self._tensor(self.host_lengths), self._tensor(self.host_steps)
-        self.page_table, self.prefix_pages = self._tensor(self.host_table), self._tensor(shared)
-        self.prefix_lengths, self.group_offsets = self._tensor(prefix_lengths), self._tensor(self.host_offsets)
+        last = np.array([s.tokens[-1] for s in rows], dtype=np.int64)
+        columns = (last, first + self.host_lengths, self.host_lengths, self.host_table, shared, prefix_lengths)
+        tensors = [torch.from_numpy(x).to(self.device) for x in (*columns, self.host_offsets, self.host_steps)]
+        self.tables, self.steps = Tables(int(np.diff(self.host_offsets).max()), *tensors[:-1]), tensors[-1]
         self.rows: Rows = make_rows([s.params for s in rows], [s.seed for s in rows], vocabulary, self.device)
-        self.seen = _seen(rows, vocabulary).to(self.device) if self.rows.penalty is not None else None
+        self.seen = seen_tokens(rows, vocabulary).to(self.device) if self.rows.penalty is not None else None
         self.prefix: tuple[Piece, ...] = ()
         if self.device.type == "cpu":
             self.prefix = prefix_pieces(shared, prefix_lengths, self.host_offsets, pool.page_size, dtype)
@@ -117,9 +120,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sequences)
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
 
     def full(self) -> list[Sequence]:
         """Rows whose next token needs another page."""
@@ -135,15 +135,8 @@ class Batch:
             self.host_table[row, count - 1] = sequence.pages[-1]
             self.capacity[row] = count * self.pool.page_size
         if self.device.type != "cpu":
-            self.page_table.copy_(torch.from_numpy(self.host_table))
+            self.tables.page_table.copy_(torch.from_numpy(self.host_table))
         return True
-
-    def tables(self) -> Tables:
-        """The tensors of the next step."""
-        return Tables(
-            self.tokens, self.positions, self.lengths, self.page_table, self.prefix_pages, self.prefix_lengths,
-            self.group_offsets, self.max_group,
-        )  # fmt: skip
 
     def plan(self) -> DecodePlan | None:
         """The pieces of the next step's attention, on the CPU."""
@@ -163,8 +156,9 @@ class Batch:
         self.history.append((drawn, logprobs))
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        self.tokens = tokens
-        self.positions, self.lengths, self.steps = self.positions + 1, self.lengths + 1, self.steps + 1
+        now = self.tables
+        self.tables = replace(now, tokens=tokens, positions=now.positions + 1, lengths=now.lengths + 1)
+        self.steps = self.steps + 1
         self.host_lengths, self.host_steps = self.host_lengths + 1, self.host_steps + 1
         return (self.stops[drawn] & ~self.endless) | (self.host_steps >= self.limits)
 
@@ -186,7 +180,8 @@ class Batch:
         self.history = []
 
 
-def _seen(rows: Many[Sequence], vocabulary: int) -> Tensor:
+def seen_tokens(rows: Many[Sequence], vocabulary: int) -> Tensor:
+    """(B, vocabulary) bool: what prompt and answer hold."""
     seen = torch.zeros((len(rows), vocabulary), dtype=torch.bool)
     for row, sequence in enumerate(rows):
         seen[row, sequence.prompt.sample.tokens.long()] = True

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvst.data.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import Qwen25VL
-from fastvst.rollout.decode import Batch
+from fastvst.rollout.decode import Batch, seen_tokens
 from fastvst.rollout.graphs import DecodeGraphs
 from fastvst.rollout.numerics import NUMERICS, Numerics
 from fastvst.rollout.pages import PagePool, memory_bytes, page_bytes
@@ -337,9 +337,7 @@ class Engine:
         rows = make_rows([a.params for a in answers], [a.seed for a in answers], self.model.config.vocab_size, device)
         seen = None
         if rows.penalty is not None:
-            seen = torch.zeros((len(answers), self.model.config.vocab_size), dtype=torch.bool, device=device)
-            for row, answer in enumerate(answers):
-                seen[row, answer.prompt.sample.tokens.long().to(device)] = True
+            seen = seen_tokens(answers, self.model.config.vocab_size).to(device)
         steps = torch.zeros(len(answers), dtype=torch.int64, device=device)
         tokens, own, raw = self._draw(hidden, rows, steps, seen)
         drawn, now = tokens.tolist(), time.perf_counter()
@@ -367,7 +365,7 @@ class Engine:
         begin = time.perf_counter()
         batch = self._grown_batch()
         if self._graphs is not None:
-            hidden = self._graphs.forward(batch.tables())
+            hidden = self._graphs.forward(batch.tables)
         else:
             hidden = self._numerics.forward(self.model, batch)
         tokens, own, raw = self._draw(hidden, batch.rows, batch.steps, batch.seen)

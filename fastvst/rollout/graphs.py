@@ -48,7 +48,7 @@ def empty_tables(key: Key, device: torch.device) -> Tables:
 
     offsets = torch.arange(rows + 1, device=device)
     tables = (zeros(rows), zeros(rows), zeros(rows), zeros(rows, own), zeros(rows, prompt), zeros(rows), offsets)
-    return Tables(*tables, max_group=group)
+    return Tables(group, *tables)
 
 
 def fill(static: Tables, tables: Tables) -> None:

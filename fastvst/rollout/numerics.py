@@ -40,7 +40,7 @@ class Numerics:
 
 
 def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
-    return forward_tables(model, batch.pool, batch.tables(), batch.plan())
+    return forward_tables(model, batch.pool, batch.tables, batch.plan())
 
 
 def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> Attend:
@@ -63,7 +63,7 @@ def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
         keys = table[own // pool.page_size] * pool.page_size + own % pool.page_size
         shared = page_rows([Chunk(prompt, 0, prompt.length)], pool.page_size)
         parts.append((np.array([row]), place, np.concatenate([shared, keys])))
-    tables = batch.tables()
+    tables = batch.tables
     return run_decoder(model, tables, _attend_tiles(pool, make_tiles(parts), store_rows(pool, tables)))
 
 

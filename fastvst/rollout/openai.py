@@ -26,7 +26,7 @@ from fastvst.data.chat import system_prompt
 from fastvst.data.encode import unify_fov_messages
 from fastvst.data.images import load_rgb
 from fastvst.data.sample import Message, Part, Sample
-from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, describe
+from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
     from fastvst.data.encode import Processor
@@ -106,7 +106,7 @@ class OpenAIEngine:
             choices = sorted(answer["choices"], key=lambda c: c.get("index", 0))
             rollouts = [self._rollout(name, choice, params, seconds) for choice in choices]
         except (KeyError, TypeError, AttributeError) as error:
-            raise RolloutError(f"{name}: {self.config.base_url} sent {describe(answer)}, which is no answer") from error
+            raise RolloutError(f"{name}: {self.config.base_url} sent {_short(answer)}, which is no answer") from error
         if len(rollouts) != params.n:
             raise RolloutError(
                 f"{name}: {self.config.base_url} sent {len(rollouts)} answers; {params.n} were asked for"
@@ -193,7 +193,7 @@ class OpenAIEngine:
         found = self.processor.tokenizer.token_to_id(token) if self.processor is not None else None
         if found is None:
             raise RolloutError(
-                f"{name}: {self.config.base_url} names a token {describe(token)} instead of its id. Training needs "
+                f"{name}: {self.config.base_url} names a token {_short(token)} instead of its id. Training needs "
                 "ids: use a server that knows return_tokens_as_token_ids (vLLM, SGLang), or logprobs=False"
             )
         return found
@@ -228,3 +228,9 @@ def connect(base_url: str, processor: Processor | None = None, **options: Any) -
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown server options {unknown}; expected some of {sorted(known)}")
     return OpenAIEngine(ServerConfig(base_url, **options), processor)
+
+
+def _short(value: Any) -> str:
+    """A short form of any value for error messages."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,6 @@ import secrets
 import zlib
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -125,7 +124,6 @@ class Prompt:
     sample: EncodedSample
     order: int
     position: int
-    hash: int
     vision_key: bytes | None = None
     prefix_key: tuple | None = None
     donor: Prompt | None = None
@@ -203,7 +201,7 @@ def make_request(
     """A request that nothing has been computed of."""
     content = zlib.crc32(sample.tokens.numpy().tobytes())
     position = int(sample.positions.max()) + 1
-    request = Request(Prompt(sample, order, position, content, vision_key), params, begin)
+    request = Request(Prompt(sample, order, position, vision_key), params, begin)
     request.prompt.waiting = params.n
     request.rollouts = [None] * params.n
     # 64 bits of (seed, prompt, answer): the sampler mixes them, so neighbours need not differ by much.
@@ -215,9 +213,3 @@ def make_request(
             Sequence(request.prompt, request, index, seed - (1 << 64) if seed >> 63 else seed)  # as a signed int64
         )
     return request
-
-
-def describe(value: Any) -> str:
-    """A short form of any value for error messages."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

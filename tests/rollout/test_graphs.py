@@ -27,7 +27,7 @@ def test_padded_tables_give_the_same_hidden_states():
     for _ in range(9):
         engine.step()
     batch = engine._grown_batch()
-    tables = batch.tables()
+    tables = batch.tables
     key = key_of(tables)
     assert key[0] == 8 > len(batch) and key[3] == 4
     static = empty_tables(key, torch.device("cpu"))

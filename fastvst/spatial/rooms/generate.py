@@ -16,7 +16,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -289,12 +288,6 @@ def make_rooms(
             (partial / "rooms.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
             partial.rename(target)
     return target
-
-
-def remove_rooms(path: Path) -> None:
-    """Delete a folder that `make_rooms` returned, and its lock."""
-    shutil.rmtree(path)
-    (path.parent / f".{path.name}.lock").unlink(missing_ok=True)
 
 
 def _fill(

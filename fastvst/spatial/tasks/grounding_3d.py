@@ -33,12 +33,6 @@ PHRASES = (
 )
 
 
-def side_word(a: Sighting, b: Sighting, view: View) -> str | None:
-    """ "left" or "right": on which side of b's dot a's dot is in the picture, if by a tenth of its width or more."""
-    gap = a.point[0] - b.point[0]
-    return None if abs(gap) < 0.1 * view.camera.width else "left" if gap < 0 else "right"
-
-
 def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig) -> list[tuple[str, dict]]:
     """Texts that fit exactly one visible object, with what makes each true: the only one of its class; the leftmost or
     rightmost, nearest or farthest of its class; or the one of its class nearest to something unique."""
