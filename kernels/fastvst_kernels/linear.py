@@ -61,7 +61,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.has_bias = bool(biases)
+        ctx.has_bias = len(biases) > 0  # torch 2.11 cannot trace bool() of a tuple
         return packed_linear_forward(x, weights, biases)
 
     @staticmethod

@@ -24,8 +24,14 @@ def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
 
 
 def dense_ids(sequence_ids: Tensor) -> Tensor:
-    """(M,) int64 in 0..M-1 that name the same sequences as any integers (M,). Synchronises on CUDA."""
-    return torch.unique(sequence_ids, return_inverse=True)[1]
+    """(M,) int64 in 0..M-1 that name the same sequences as any integers (M,), in their order.
+
+    As `torch.unique(..., return_inverse=True)`, which waits for the device to learn how many they are.
+    """
+    ordered, order = sequence_ids.sort()
+    begins = torch.ones_like(order)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(order).scatter_(0, order, begins.cumsum(0) - 1)
 
 
 class _SequenceSum(torch.autograd.Function):
