@@ -206,8 +206,9 @@ def resize_planar(image: Image.Image, size: tuple[int, int], method: str = "pill
 
     Args:
         method: "pillow", as VST and qwen-vl-utils resize, or "torch", the operator behind torchvision's: three times
-            as fast, within 2 of 255 levels of Pillow's on smooth pictures (its weights have 16 bits instead of 22). At
-            edges from black to white both passes overshoot, and only Pillow always clips between them: up to 32.
+            as fast, within 2 of 255 levels of Pillow's on smooth pictures that no pass clips (its weights have 16 bits
+            instead of 22). At edges from black to white both passes overshoot, and only Pillow always clips between
+            them: up to 32.
     """
     if method == "torch" and image.size != size:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
