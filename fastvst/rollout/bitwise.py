@@ -8,6 +8,7 @@ anyway, with one configuration for all sizes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvst_kernels import linear_logprobs
 from fastvst_kernels.attention_op import attention_op
-from fastvst_kernels.invariant import invariant_attention, invariant_mm, make_tiles
+from fastvst_kernels.invariant import AttentionTiles, invariant_attention, invariant_mm, make_tiles
 
 aten = torch.ops.aten
 
@@ -59,20 +59,21 @@ def packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, groups: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What `fastvst::packed_attention` returns for causal=True: output (T, Hq, D) and logsumexp (Hq, T)."""
-    offsets = cu_seqlens.tolist()
-    prompts = [-1] * (len(offsets) - 1) if groups is None else groups.tolist()
-    parts = []
-    for index, prompt in enumerate(prompts):
-        own = np.arange(offsets[index], offsets[index + 1])
-        before = np.arange(offsets[prompt], offsets[prompt + 1]) if prompt >= 0 else own[:0]
-        parts.append((own, len(before), np.concatenate([before, own])))
-    out, lse = invariant_attention(q, k, v, make_tiles(parts).to(q.device), scale)
+    prompts = None if groups is None else tuple(groups.tolist())
+    tiles = _tiles(tuple(cu_seqlens.tolist()), prompts, q.device)
+    out, lse = invariant_attention(q, k, v, tiles, scale)
     return out, lse.transpose(0, 1).contiguous()
 
 
-def model_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """(B,) log-probabilities of tokens by the trainer's own operator."""
-    return linear_logprobs(hidden, weight, tokens, temperature=temperature)[0]
+@functools.lru_cache(maxsize=4)
+def _tiles(offsets: tuple[int, ...], prompts: tuple[int, ...] | None, device: torch.device) -> AttentionTiles:
+    """The tiles of a pack; all its layers ask for the same ones."""
+    parts = []
+    for index, prompt in enumerate(prompts or [-1] * (len(offsets) - 1)):
+        own = np.arange(offsets[index], offsets[index + 1])
+        before = np.arange(offsets[prompt], offsets[prompt + 1]) if prompt >= 0 else own[:0]
+        parts.append((own, len(before), np.concatenate([before, own])))
+    return make_tiles(parts).to(device)
 
 
 assert attention_op is not None  # the operator must be registered before a dispatch mode can look for it

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.bitwise import batch_invariant, model_logprobs
+from fastvst.rollout.bitwise import batch_invariant
 from fastvst.rollout.decode import Batch, forward_tables, run_decoder, store_rows
 from fastvst.rollout.pages import PagePool
 from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
 from fastvst.rollout.sampling import Found, Rows, next_tokens
+from fastvst_kernels import linear_logprobs
 from fastvst_kernels.invariant import AttentionTiles, invariant_attention, make_tiles
 
 
@@ -86,11 +87,11 @@ def _bitwise_draw(
     tokens, own, raw = next_tokens(hidden, weight, rows, steps, forbidden, seen)
     if own is None or raw is None:
         return tokens, own, raw
-    raw = model_logprobs(hidden, weight, tokens, 1.0).double()
+    raw = linear_logprobs(hidden, weight, tokens)[0].double()
     if rows.plain:
         return tokens, raw, raw
     if rows.cut is None and rows.penalty is None and rows.common_temperature:
-        own = model_logprobs(hidden, weight, tokens, rows.common_temperature).double()
+        own = linear_logprobs(hidden, weight, tokens, temperature=rows.common_temperature)[0].double()
     return tokens, own, raw
 
 

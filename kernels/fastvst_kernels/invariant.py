@@ -134,7 +134,7 @@ def invariant_attention(
     """Online softmax over blocks of KEYS keys, the same for every row whatever is beside it.
 
     Args:
-        q: (R, Hq, D); k, v: (N, Hkv, D), Hq a multiple of Hkv, D up to 256; last stride 1 on a GPU.
+        q: (R, Hq, D); k, v: (N, Hkv, D), Hq a multiple of Hkv, D up to 256.
         tiles: of all rows of q, on q's device.
         backend: as in `invariant_mm`.
 
