@@ -56,6 +56,7 @@ def compile_kernel(
     arch: int,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
     unaligned: Sequence[str] = (),
 ) -> Compiled:
     """Compile `kernel` for sm_`arch` and inspect the result.
@@ -64,6 +65,7 @@ def compile_kernel(
         kernel: a `triton.jit` function.
         types: the type of every argument that is no constant: "*bf16", "i32", "fp32", ...
         constants: the value of every `tl.constexpr`.
+        maxnreg: registers that a thread may have, as at the launch.
         unaligned: arguments not known to be multiples of 16; all other pointers and integers are, as at a launch with
             ordinary shapes (without it loads are not vectorised).
 
@@ -80,7 +82,7 @@ def compile_kernel(
         constexprs={(index[name],): value for name, value in constants.items()},
         attrs={(index[name],): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch)
 

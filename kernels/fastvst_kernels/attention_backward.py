@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvst_kernels.attention_forward import LOG2_E, key_range, load_rows, sliced_product, store_rows
-from fastvst_kernels.dispatch import SLICES, Tile, pieces
+from fastvst_kernels.dispatch import SLICES, Tile, most_registers, pieces
 
 
 @triton.jit
@@ -277,12 +277,14 @@ def backward(
         scale, scale * LOG2_E, tokens, heads, heads // kv_heads, width, *strides,
         SHARED=shared, WITH_DLSE=dlse is not None, BLOCK_M=query_tile.block_m, BLOCK_N=query_tile.block_n,
         SLICED=query_tile.path == SLICES,
-        num_warps=query_tile.num_warps, num_stages=query_tile.num_stages, **common,
+        num_warps=query_tile.num_warps, num_stages=query_tile.num_stages,
+        maxnreg=most_registers(query_tile.num_warps, q.dtype), **common,
     )  # fmt: skip
     attention_backward_keys_kernel[(len(key_tiles) * kv_heads,)](
         q, k, v, dout, lse, delta, dk, dv, key_tiles,
         scale, scale * LOG2_E, tokens, kv_heads, heads // kv_heads, width, *strides, dk.stride(0), dk.stride(1),
         BLOCK_M=key_tile.block_m, BLOCK_N=key_tile.block_n, SLICED=key_tile.path == SLICES,
-        num_warps=key_tile.num_warps, num_stages=key_tile.num_stages, **common,
+        num_warps=key_tile.num_warps, num_stages=key_tile.num_stages,
+        maxnreg=most_registers(key_tile.num_warps, q.dtype), **common,
     )  # fmt: skip
     return dq, dk, dv

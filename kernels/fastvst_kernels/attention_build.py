@@ -9,7 +9,7 @@ import torch
 
 from fastvst_kernels import attention_backward, attention_forward
 from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile, pieces
+from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile, most_registers, pieces
 from fastvst_kernels.prepare import prepare
 
 KERNELS = {
@@ -102,6 +102,7 @@ def compile_variant(
         arch=arch,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=most_registers(tile.num_warps, torch.float32 if dtype == "fp32" else torch.bfloat16),
         unaligned=("num_tokens", "tiles", "heads", "kv_heads", "group"),
     )
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, Tile, pieces
+from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, Tile, most_registers, pieces
 
 LOG2_E = 1.4426950408889634
 
@@ -261,7 +261,7 @@ def forward(
         D0=d0, D1=d1, MASK_COLUMNS=d0 + d1 != width, CAUSAL=causal, SHARED=shared,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         SLICED=tile.path == SLICES, DESCRIBED=described, STAY=tile.path == PERSISTENT,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=most_registers(tile.num_warps, q.dtype),
     )  # fmt: skip
     return out, lse
 

@@ -52,6 +52,15 @@ class Table:
     configs: Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
+def most_registers(num_warps: int, dtype: torch.dtype) -> int | None:
+    """`maxnreg` of an attention kernel: what a thread gets of 65,536 registers when one program fills a multiprocessor.
+
+    Only for float32. Left alone, ptxas aims at more resident programs and spills what the loops do not use: 16 bytes at
+    80 registers (D = 128, sm_100, triton 3.7). In 16 bits it would only cost programs (122 become 172 registers).
+    """
+    return min(255, 65536 // (32 * num_warps) // 8 * 8) if dtype == torch.float32 else None
+
+
 def next_power(size: int) -> int:
     """The least power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvst_kernels.dispatch import most_registers
 from fastvst_kernels.invariant import KEYS, ROWS, AttentionTiles
 
 LOG2_E = 1.4426950408889634
@@ -20,7 +21,7 @@ def mm_settings(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
 def attention_settings(width: int, dtype: torch.dtype) -> tuple[int, int]:
     """(warps, stages) for heads of `width`. Chosen to compile without spills on sm_80 to sm_120; not timed."""
     if dtype == torch.float32:
-        return (8, 1) if width <= 64 else (16, 2) if width <= 128 else (16, 1)
+        return (8, 1) if width <= 64 else (16, 1)
     return (4, 2) if width <= 128 else (8, 2)
 
 
@@ -115,5 +116,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: flo
         scale * LOG2_E, heads, heads // k.shape[1], width,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         D=max(16, triton.next_power_of_2(width)), ROWS=ROWS, KEYS=KEYS, num_warps=warps, num_stages=stages,
+        maxnreg=most_registers(warps, q.dtype),
     )  # fmt: skip
     return out, lse

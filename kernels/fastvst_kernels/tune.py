@@ -2,7 +2,9 @@
 
 Each kernel runs with every candidate on tensors of real size; the fastest that compiles without spills is kept. The
 table is written after each shape class, so it may be interrupted and goes on where it was. `--compile-only ARCH` needs
-no GPU: it takes the first candidate that compiles cleanly, as was done for the shipped `sm_XX.json`.
+no GPU: it takes the first candidate that compiles cleanly, as was done for the shipped `sm_XX.json`. With `--recheck`
+what a table holds is compiled again and moves down the candidates where it is not clean: run with one version of triton
+after the other until nothing moves, it gives a table that is clean with all of them.
 """
 
 from __future__ import annotations
@@ -79,16 +81,27 @@ def is_clean(tunable: Tunable, shape: str, numbers: Numbers, arch: int) -> bool:
 
 
 def choose(
-    kernel: str, tunable: Tunable, shape: str, arch: int, device: torch.device | None, say: Callable[[str], None]
+    kernel: str,
+    tunable: Tunable,
+    shape: str,
+    arch: int,
+    device: torch.device | None,
+    say: Callable[[str], None],
+    *,
+    start: Numbers | None = None,
 ) -> tuple[Numbers, float | None]:
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
+
+    Args:
+        start: the candidate to begin with, None or one that is no candidate for the most promising.
 
     Raises:
         RuntimeError: no candidate is clean.
     """
     run = None if device is None else tunable.problem(shape, device)
     best: tuple[Numbers, float] | None = None
-    for numbers in tunable.candidates(shape, arch):
+    candidates = tunable.candidates(shape, arch)
+    for numbers in candidates[candidates.index(start) if start in candidates else 0 :]:
         if not is_clean(tunable, shape, numbers, arch):
             say(f"{kernel} {shape} {numbers}: spills or does not fit")
             continue
@@ -112,20 +125,33 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def tune(
-    path: Path, gpu: str, arch: int, device: torch.device | None, only: str, deadline: float, say: Callable[[str], None]
+    path: Path,
+    gpu: str,
+    arch: int,
+    device: torch.device | None,
+    only: str,
+    deadline: float,
+    say: Callable[[str], None],
+    *,
+    recheck: bool = False,
 ) -> bool:
-    """Fill the table at `path`; what it already holds is kept. Returns False if the deadline came first."""
+    """Fill the table at `path`. Returns False if the deadline came first.
+
+    Args:
+        recheck: go through what the table already holds too, from the candidate that it names on; else that is kept.
+    """
     table: dict[str, Any] = {"gpu": gpu, "arch": arch, "measured": device is not None, "configs": {}}
     if path.exists():
         table = json.loads(path.read_text())
     for kernel, tunable in tunables().items():
         for shape in tunable.shapes:
             done = table["configs"].setdefault(kernel, {})
-            if shape in done or only not in f"{kernel}:{shape}":
+            if (shape in done and not recheck) or only not in f"{kernel}:{shape}":
                 continue
             if time.monotonic() > deadline:
                 return False
-            numbers, seconds = choose(kernel, tunable, shape, arch, device, say)
+            start = tuple(done[shape]) if shape in done else None
+            numbers, seconds = choose(kernel, tunable, shape, arch, device, say, start=start)
             done[shape] = list(numbers)
             write_table(path, table)
             measured = "" if seconds is None else f", {seconds * 1e3:.3f} ms"
@@ -153,7 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only kernel:shape names that contain this, e.g. forward:16x128")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop before a shape class after this time")
     parser.add_argument("--compile-only", type=int, metavar="ARCH", help="no GPU: first clean candidate for sm_ARCH")
+    parser.add_argument("--recheck", action="store_true", help="with --compile-only: replace what is not clean here")
     arguments = parser.parse_args(argv)
+    if arguments.recheck and not arguments.compile_only:
+        parser.error("--recheck needs --compile-only: it chooses without timing")
     if arguments.compile_only:
         arch, device, gpu = arguments.compile_only, None, f"sm_{arguments.compile_only}"
         path = arguments.out or TABLES / f"{gpu}.json"
@@ -167,7 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
-        complete = tune(path, gpu, arch, device, arguments.only, deadline, lambda line: print(line, flush=True))
+        complete = tune(
+            path, gpu, arch, device, arguments.only, deadline, lambda line: print(line, flush=True),
+            recheck=arguments.recheck,
+        )  # fmt: skip
     except KeyboardInterrupt:
         print(f"interrupted; {path} holds what is known, and the same command goes on from there", file=sys.stderr)
         return 130

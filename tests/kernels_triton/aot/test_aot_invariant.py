@@ -8,6 +8,7 @@ import triton
 
 from aot_report import clean, compare_and_write, compile_all
 from fastvst_kernels.aot import Compiled, compile_kernel
+from fastvst_kernels.dispatch import most_registers
 from fastvst_kernels.invariant import KEYS, ROWS
 from fastvst_kernels.invariant_triton import (
     attention_settings,
@@ -39,7 +40,7 @@ def compile_attention(arch: int, dtype: str, width: int) -> Compiled:
     types = {n: known.get(n, "i32") for n in invariant_attention_kernel.arg_names if n not in constants}
     return compile_kernel(
         invariant_attention_kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages,
-        unaligned=("heads", "repeat"),
+        maxnreg=most_registers(warps, DTYPES[dtype]), unaligned=("heads", "repeat"),
     )  # fmt: skip
 
 
