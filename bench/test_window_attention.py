@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastvst.model import VisionConfig
+from fastvst.model import ModelConfig, VisionConfig
 from fastvst.model.positions import vision_layout
 from fastvst.model.vision import VisionTower
 from pointwise_cases import CPU_WINDOWS
@@ -28,20 +28,26 @@ def test_windows_beside_sdpa_by_window(record, device):
     record(CPU_WINDOWS.name, fastvst_ms=ours * 1e3, sdpa_by_window_ms=theirs * 1e3, ratio=theirs / ours)
 
 
-def towers(device: torch.device, dtype: torch.dtype, depth: int, grids: list[list[int]]):
+def published(depth: int) -> VisionConfig:
+    """The 3b's tower, of which the first `depth` blocks."""
+    full = tuple(i for i in (7, 15, 23, 31) if i < depth) or (depth - 1,)
+    return VisionConfig(depth=depth, out_hidden_size=2048, fullatt_block_indexes=full)
+
+
+def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids: list[list[int]]):
     """(ours, transformers'): functions that run forward + backward of one tower with the same weights."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    full = [i for i in (7, 15, 23, 31) if i < depth] or [depth - 1]
     theirs = Qwen2_5_VisionTransformerPretrainedModel._from_config(
         Qwen2_5_VLVisionConfig(
-            depth=depth, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048,
-            fullatt_block_indexes=full,
+            depth=config.depth, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_heads=config.num_heads, out_hidden_size=config.out_hidden_size,
+            fullatt_block_indexes=list(config.fullatt_block_indexes),
         ),
         attn_implementation="sdpa",
     ).to(device, dtype)  # fmt: skip
-    ours = VisionTower(VisionConfig(depth=depth, out_hidden_size=2048, fullatt_block_indexes=tuple(full)))
+    ours = VisionTower(config)
     state = {name: value for name, value in theirs.state_dict().items() if "inv_freq" not in name}
     ours.to(device, dtype).load_state_dict(state)
 
@@ -81,17 +87,43 @@ def towers(device: torch.device, dtype: torch.dtype, depth: int, grids: list[lis
     return run_ours, run_theirs
 
 
-def test_tower_beside_transformers(record, device):
-    """The 3b's tower; on the CPU 4 of its 32 blocks (3 windowed, 1 full) on one picture, goal 1.3x."""
-    if device.type == "cpu":
-        depth, dtype, grids, goal = 4, torch.float32, [[1, 22, 18]], 1.3
-    else:
-        depth, dtype, grids, goal = 32, torch.bfloat16, [[1, 64, 62]] * 16, 2.0
-    ours, theirs = towers(device, dtype, depth, grids)
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=4, clock=clock)
-    ratio = best["transformers"] / best["fastvst"]
+TINY = ModelConfig.preset("tiny").vision
+ROOM = [1, 8, 12]  # patches of a picture of rooms as examples/sft.py reads it, 168 x 112 pixels
+
+
+@pytest.mark.parametrize(
+    "name, config, grids",
+    [
+        ("3b, 4 blocks, one picture of 396 patches", published(4), [[1, 22, 18]]),
+        ("3b, 4 blocks, 8 pictures of 96 patches", published(4), [ROOM] * 8),
+        ("tiny, one picture of 96 patches", TINY, [ROOM]),
+        ("tiny, 16 pictures of 96 patches", TINY, [ROOM] * 16),
+        ("tiny, 4 pictures of 1,024 patches", TINY, [[1, 32, 32]] * 4),
+    ],
+)
+def test_tower_beside_transformers_on_cpu(record, device, name, config, grids):
+    """4 of the 3b's 32 blocks (3 windowed, 1 full), and the tower that examples/sft.py trains; goal 1.3x.
+
+    The 3b's blocks are 93 % matrix products here, the same ones in both, so there is little to win beside them.
+    """
+    if device.type != "cpu":
+        pytest.skip("test_tower_beside_transformers measures the whole tower on a GPU")
+    ours, theirs = towers(device, torch.float32, config, grids)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=4 if config is not TINY else 20, clock=clock)
     record(
-        f"tower, {depth} blocks, {sum(t * h * w for t, h, w in grids)} patches", fastvst_s=best["fastvst"],
-        transformers_sdpa_s=best["transformers"], ratio=ratio, goal=goal,
+        f"tower of the {name}", fastvst_s=best["fastvst"], transformers_sdpa_s=best["transformers"],
+        ratio=best["transformers"] / best["fastvst"], goal=1.3,
+    )  # fmt: skip
+
+
+def test_tower_beside_transformers(record, device):
+    """The 3b's tower on 16 pictures of 992 merged tokens, goal 2x."""
+    if device.type == "cpu":
+        pytest.skip("test_tower_beside_transformers_on_cpu measures smaller towers")
+    ours, theirs = towers(device, torch.bfloat16, published(32), [[1, 64, 62]] * 16)
+    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=4, clock=time.perf_counter)
+    record(
+        "tower of the 3b, 63,488 patches", fastvst_s=best["fastvst"], transformers_sdpa_s=best["transformers"],
+        ratio=best["transformers"] / best["fastvst"], goal=2.0,
     )  # fmt: skip

@@ -20,7 +20,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvst_kernels import add_rms_norm, packed_linear, rms_norm, swiglu
-from fastvst_kernels.linear import column_sum, packed_linear_backward, packed_linear_forward
+from fastvst_kernels.linear import (
+    biases_backward,
+    column_sum,
+    linears_backward,
+    packed_linear_forward,
+    parallel_linear,
+    parallel_linear_forward,
+)
 from fastvst_kernels.norm import rms_norm_backward, rms_norm_forward
 from fastvst_kernels.swiglu import swiglu_backward
 
@@ -50,14 +57,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, attended: Tensor, projection: nn.Linear, residual: Tensor, norm: Norm, *, light: bool) -> Tensor:
         """`s = projection(attended) + residual; return s + mlp(norm(s))`, for (T, heads * D) and (T, size)."""
-        gate_up, total = project_norm_linear(
+        (gate, up), total = project_norm_linear(
             attended, projection, residual, norm, (self.gate_proj, self.up_proj), light=light
         )
         down = self.down_proj
         if light:
-            return total + _SwigluLinear.apply(gate_up, down.weight, down.bias)
-        biases = [] if down.bias is None else [down.bias]
-        return total + packed_linear(swiglu(gate_up), [down.weight], biases)
+            return total + _SwigluLinear.apply(gate, up, down.weight, down.bias)
+        return total + packed_linear(swiglu(gate, up), *_parameters([down], True))
 
 
 def norm_linear(x: Tensor, norm: Norm, linears: Sequence[nn.Linear], *, bias: bool = True, light: bool) -> Tensor:
@@ -74,23 +80,24 @@ def norm_linear(x: Tensor, norm: Norm, linears: Sequence[nn.Linear], *, bias: bo
 
 def project_norm_linear(
     x: Tensor, projection: nn.Linear, residual: Tensor, norm: Norm, linears: Sequence[nn.Linear], *, light: bool
-) -> tuple[Tensor, Tensor]:
-    """`s = projection(x) + residual`: the projections of norm(s) in one buffer, and s.
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`s = projection(x) + residual`: each projection of norm(s), and s.
 
     Args:
         x: (T, J); residual: (T, K).
 
     Returns:
-        (T, sum of the widths of linears) and (T, K).
+        (T, width) for each of linears, and (T, K).
     """
     weights, biases = _parameters(linears, True)
     if light:
-        return _ProjectNormLinear.apply(
+        *projections, total = _ProjectNormLinear.apply(
             x, residual, projection.weight, projection.bias, norm.weight, norm.eps, len(weights), *weights, *biases
         )
+        return tuple(projections), total
     projected = packed_linear(x, *_parameters([projection], True))
     y, total = _add_norm(projected, residual, norm.weight, norm.eps)
-    return packed_linear(y, weights, biases), total
+    return parallel_linear(y, weights, biases), total
 
 
 def _parameters(linears: Sequence[nn.Linear], bias: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -129,15 +136,16 @@ class _NormLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, norm_weight: Tensor, eps: float, count: int, *parameters: Tensor):
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps, ctx.biases = eps, len(biases)
+        ctx.eps = eps
         return packed_linear_forward(_norm(x, norm_weight, eps), weights, biases)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, norm_weight, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        grads = grad.contiguous().split([w.shape[0] for w in weights], dim=1)
         grad_x, grad_scale, rest = _norm_linear_backward(
-            grad.contiguous(), x, norm_weight, ctx.eps, weights, ctx.biases, needs[0], needs[1], needs[4:]
+            grads, x, norm_weight, ctx.eps, weights, needs[0], needs[1], needs[4:]
         )
         return grad_x, grad_scale, None, None, *rest
 
@@ -150,27 +158,28 @@ class _ProjectNormLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         y, total = _add_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
         ctx.save_for_backward(x, residual, weight, bias, norm_weight, *weights)
-        ctx.eps, ctx.biases = eps, len(biases)
-        return packed_linear_forward(y, weights, biases), total
+        ctx.eps = eps
+        return *parallel_linear_forward(y, weights, biases), total
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_total: Tensor):
+    def backward(ctx, *grads: Tensor):
+        *grads, grad_total = grads
         x, residual, weight, bias, norm_weight, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         total = F.linear(x, weight, bias).add_(residual)
         through, grad_scale, rest = _norm_linear_backward(
-            grad.contiguous(), total, norm_weight, ctx.eps, weights, ctx.biases, any(needs[:4]), needs[4], needs[7:]
+            grads, total, norm_weight, ctx.eps, weights, any(needs[:4]), needs[4], needs[7:]
         )
         if through is None:
             return None, None, None, None, grad_scale, None, None, *rest
         through = grad_total + through
-        grad_x, (grad_weight,) = packed_linear_backward(through, x, [weight], needs[0], needs[2:3])
+        grad_x, (grad_weight,) = linears_backward([through], x, [weight], needs[0], needs[2:3])
         grad_bias = column_sum(through) if needs[3] else None
         return grad_x, through if needs[1] else None, grad_weight, grad_bias, grad_scale, None, None, *rest
 
 
 def _norm_linear_backward(
-    grad: Tensor, x: Tensor, norm_weight: Tensor, eps: float, weights: Sequence[Tensor], biases: int, needs_x: bool,
+    grads: Sequence[Tensor], x: Tensor, norm_weight: Tensor, eps: float, weights: Sequence[Tensor], needs_x: bool,
     needs_scale: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Gradients of x, of the norm's weight, and of the projections' weights and biases, of which `needs` speaks."""
@@ -180,7 +189,7 @@ def _norm_linear_backward(
     count = len(weights)
     through_norm = needs_x or needs_scale
     normed = norm_weight * y.double() if double else y
-    grad_y, grads = packed_linear_backward(grad, normed, weights, through_norm, needs[:count])
+    grad_y, grad_weights = linears_backward(grads, normed, weights, through_norm, needs[:count])
     grad_x = grad_scale = None
     if grad_y is not None and double:
         grad_scale = (grad_y * y.double()).sum(0) if needs_scale else None
@@ -188,30 +197,25 @@ def _norm_linear_backward(
         grad_x = None if grad_x is None else grad_x.double()
     elif grad_y is not None:
         grad_x, grad_scale = rms_norm_backward(grad_y, x, norm_weight, inverse, needs_x, needs_scale)
-    if biases:
-        sums = column_sum(grad).split([w.shape[0] for w in weights])
-        grads += [part if need else None for part, need in zip(sums, needs[count:], strict=True)]
-    return grad_x, grad_scale, grads
+    return grad_x, grad_scale, grad_weights + biases_backward(grads, needs[count:])
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """`linear(swiglu(gate_up))` that keeps only gate_up."""
+    """`linear(swiglu(gate, up))` that keeps only gate and up."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, weight: Tensor, bias: Tensor | None):
-        ctx.save_for_backward(gate_up, weight)
-        ctx.has_bias = bias is not None
-        return F.linear(swiglu(gate_up), weight, bias)
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(swiglu(gate, up), weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        gate_up, weight = ctx.saved_tensors
+        gate, up, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_y, (grad_weight,) = packed_linear_backward(
-            grad, swiglu(gate_up), [weight], ctx.needs_input_grad[0], ctx.needs_input_grad[1:2]
-        )
-        grad_gate_up = None if grad_y is None else swiglu_backward(grad_y, gate_up)
-        return grad_gate_up, grad_weight, column_sum(grad) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        grad_y, (grad_weight,) = linears_backward([grad], swiglu(gate, up), [weight], any(needs[:2]), needs[2:3])
+        through = (None, None) if grad_y is None else swiglu_backward(grad_y, gate, up)
+        return *through, grad_weight, column_sum(grad) if needs[3] else None
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, heads, head_dim)

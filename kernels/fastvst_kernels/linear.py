@@ -1,4 +1,4 @@
-"""Several projections of one input written into one buffer, as the fused operators want them."""
+"""Several projections of one input: into one buffer, as the fused operators want them, or into one each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+LINE = 64  # bytes of a cache line
 
 
 def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
@@ -18,12 +20,30 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     Returns:
         (T, sum N_i). Saves x. A frozen weight or input skips its product in backward.
     """
-    return _PackedLinear.apply(x, len(weights), *weights, *(biases or ()))
+    return _Linears.apply(x, True, len(weights), *weights, *(biases or ()))
+
+
+def parallel_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """`packed_linear` with a result for each weight, (T, N_i), whose rows are `aligned_mm`'s."""
+    return _Linears.apply(x, False, len(weights), *weights, *(biases or ()))
+
+
+def aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias`, (M, K) by (K, N), with rows that start at whole cache lines.
+
+    The vision tower's MLP is 3,420 wide. On rows of so many floats one after the other MKL reaches 60 GFLOP/s, on rows
+    that are 3,424 apart 85 (one core of an AMD EPYC, M = 396, K = 1280). GPUs want rows at multiples of 16 bytes.
+    """
+    if torch.compiler.is_compiling():  # dynamo takes no slice as out=
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    step = LINE // a.element_size()
+    out = a.new_empty(a.shape[0], -(-b.shape[1] // step) * step)[:, : b.shape[1]]
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def packed_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The forward of `packed_linear` without autograd."""
-    if torch.compiler.is_compiling():  # dynamo takes no slice as out=
+    if torch.compiler.is_compiling():  # as in aligned_mm
         given: Sequence[Tensor | None] = biases or [None] * len(weights)
         return torch.cat([F.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=1)
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
@@ -36,17 +56,30 @@ def packed_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence
     return out
 
 
-def packed_linear_backward(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], needs_x: bool, needs_weights: Sequence[bool]
+def parallel_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The forward of `parallel_linear` without autograd."""
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    return tuple(aligned_mm(x, weight.t(), bias) for weight, bias in zip(weights, given, strict=True))
+
+
+def linears_backward(
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], needs_x: bool, needs_weights: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of every weight, from grad (T, sum N_i)."""
-    grads = grad.split([w.shape[0] for w in weights], dim=1)
+    """Gradients of x and of every weight, from those of every projection, (T, N_i)."""
     grad_x = None
     if needs_x:
-        grad_x = grads[0] @ weights[0]
+        grad_x = aligned_mm(grads[0], weights[0])
         for part, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x.addmm_(part, weight)
-    return grad_x, [g.t() @ x if need else None for g, need in zip(grads, needs_weights, strict=True)]
+    # Parameters want dense gradients: the copy of 3,420 columns costs less than half of what aligned rows save.
+    return grad_x, [
+        aligned_mm(g.t(), x).contiguous() if need else None for g, need in zip(grads, needs_weights, strict=True)
+    ]
+
+
+def biases_backward(grads: Sequence[Tensor], needs_biases: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the biases of projections from theirs; none where there are no biases."""
+    return [column_sum(grad) if need else None for grad, need in zip(grads, needs_biases, strict=False)]
 
 
 def column_sum(x: Tensor) -> Tensor:
@@ -56,24 +89,20 @@ def column_sum(x: Tensor) -> Tensor:
     return x.sum(0)
 
 
-class _PackedLinear(torch.autograd.Function):
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, count: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, packed: bool, count: int, *parameters: Tensor):
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
-        ctx.has_bias = len(biases) > 0  # torch 2.11 cannot trace bool() of a tuple
-        return packed_linear_forward(x, weights, biases)
+        ctx.packed = packed
+        return (packed_linear_forward if packed else parallel_linear_forward)(x, weights, biases)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
         x, *weights = ctx.saved_tensors
         count = len(weights)
-        grad = grad.contiguous()
-        grad_x, grad_weights = packed_linear_backward(
-            grad, x, weights, ctx.needs_input_grad[0], ctx.needs_input_grad[2 : 2 + count]
-        )
-        grad_biases: list[Tensor | None] = []
-        if ctx.has_bias:
-            sums = column_sum(grad).split([w.shape[0] for w in weights])
-            grad_biases = [s if need else None for s, need in zip(sums, ctx.needs_input_grad[2 + count :], strict=True)]
-        return grad_x, None, *grad_weights, *grad_biases
+        if ctx.packed:
+            grads = grads[0].contiguous().split([w.shape[0] for w in weights], dim=1)
+        needs = ctx.needs_input_grad
+        grad_x, grad_weights = linears_backward(grads, x, weights, needs[0], needs[3 : 3 + count])
+        return grad_x, None, None, *grad_weights, *biases_backward(grads, needs[3 + count :])

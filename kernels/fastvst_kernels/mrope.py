@@ -16,6 +16,8 @@ from fastvst_kernels.backend import uses_kernel
 from fastvst_kernels.dispatch import config, shape_class
 from fastvst_kernels.linear import column_sum
 
+ROTATED_AT_ONCE = 1 << 18  # values: 1 MiB of float32
+
 
 def mrope(
     qkv: Tensor,
@@ -151,7 +153,15 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor
     """Rotate (T, heads, D) in place by (T, D / 2) angles, computing in `compute`.
 
     Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
+    On the CPU some tokens at a time: what is between stays in the caches, and fresh memory costs as much as arithmetic.
     """
+    tokens = max(1, ROTATED_AT_ONCE // max(1, x.shape[1] * x.shape[2]) if x.device.type == "cpu" else len(x))
+    for part in zip(x.split(tokens), cos.split(tokens), sin.split(tokens), strict=True):
+        _rotate_tokens_(*part, compute)
+    return x
+
+
+def _rotate_tokens_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> None:
     wide, cos, sin = (t.to(compute) for t in (x, cos, sin))
     a, b = wide.chunk(2, dim=-1)
     other = torch.empty(wide.shape, dtype=compute, device=x.device)
@@ -160,7 +170,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor
     torch.mul(b, -sin, out=left)
     torch.mul(a, sin, out=right)
     wide.mul_(torch.cat([cos, cos], dim=-1)[:, None]).add_(other)
-    return x if wide is x else x.copy_(wide)
+    if wide is not x:
+        x.copy_(wide)
 
 
 def compute_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,17 @@ def take(x: Tensor, rows: Rows, count: int) -> Tensor:
     """(T, H, ...) -> (count, H, L, ...): the rows of a job, heads first, as batched attention wants them."""
     piece = x[rows] if isinstance(rows, slice) else x.index_select(0, rows.to(x.device))
     return piece.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def put(x: Tensor, rows: Rows, pieces: Sequence[Tensor]) -> None:
+    """Write (count, H_i, L, ...) pieces side by side into the rows of a job of x (T, sum H_i, ...): undoes `take`."""
+    parts = [piece.transpose(1, 2) for piece in pieces]
+    if not isinstance(rows, slice):
+        x[rows.to(x.device)] = torch.cat(parts, dim=2).flatten(0, 1)
+        return
+    places = x[rows].unflatten(0, parts[0].shape[:2]).split([part.shape[2] for part in parts], dim=2)
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
 
 
 def rows_of(rows: Rows, device: torch.device) -> Tensor:

@@ -36,9 +36,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     return swiglu_op(gate, up, uses_kernel("swiglu", gate, backend))
 
 
-def swiglu_backward(grad: Tensor, fused: Tensor) -> Tensor:
-    """Gradient of the fused projection of `swiglu(fused)`, for operators that compute it again in their backward."""
-    return swiglu_backward_op(grad, fused, None, uses_kernel("swiglu", fused, "auto"))[0]
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up of `swiglu(gate, up)`, for operators that compute it again in their backward."""
+    return swiglu_backward_op(grad, gate, up, uses_kernel("swiglu", gate, "auto"))
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -68,7 +68,6 @@ def _(gate, up, kernel):
 @torch.library.custom_op("fastvst::swiglu_backward", mutates_args=())
 def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up; of the fused projection and nothing where up is None."""
-    grad = grad.contiguous()
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
     if kernel:
@@ -76,7 +75,9 @@ def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bo
 
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
         inputs, outputs = _halves(gate, up), _halves(grad_gate, None if up is None else grad_up)
-        swiglu_triton.backward(grad.view(-1, grad.shape[-1]), *inputs, *outputs, numbers)
+        flat = grad.reshape(-1, grad.shape[-1])
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        swiglu_triton.backward(flat, *inputs, *outputs, numbers)
         return grad_gate, grad_up
     if up is None:
         first, second = gate.chunk(2, dim=-1)

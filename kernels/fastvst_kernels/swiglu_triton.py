@@ -29,10 +29,10 @@ def swiglu_forward_kernel(GATE, UP, OUT, rows, width, stride, ROWS: tl.constexpr
 
 @triton.jit
 def swiglu_backward_kernel(
-    DOUT, GATE, UP, DGATE, DUP, rows, width, stride, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    DOUT, GATE, UP, DGATE, DUP, rows, width, stride_dout, stride, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Both gradients; silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
-    inputs, outputs, mask = tile_offsets(stride, width, rows, width, ROWS, BLOCK)
+    inputs, outputs, mask = tile_offsets(stride, stride_dout, rows, width, ROWS, BLOCK)
     _, gradients, _ = tile_offsets(stride, stride_d, rows, width, ROWS, BLOCK)
     gate = tl.load(GATE + inputs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + inputs, mask=mask, other=0.0).to(tl.float32)
@@ -58,12 +58,12 @@ def forward(gate: Tensor, up: Tensor, numbers: tuple[int, ...]) -> Tensor:
 
 
 def backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, numbers: tuple[int, ...]) -> None:
-    """Write the gradients into dgate and dup (N, I), whose rows are equally far apart; dout is contiguous."""
+    """Write the gradients into dgate and dup (N, I), whose rows are equally far apart; dout has dense rows."""
     rows, width = gate.shape
     block_rows, block, warps = numbers
     if dout.numel():
         grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
         swiglu_backward_kernel[grid](
-            dout, gate, up, dgate, dup, rows, width, gate.stride(0), dgate.stride(0),
+            dout, gate, up, dgate, dup, rows, width, dout.stride(0), gate.stride(0), dgate.stride(0),
             ROWS=block_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip

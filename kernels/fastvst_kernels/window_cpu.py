@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvst_kernels.linear import column_sum
 from fastvst_kernels.mrope import angle_table, default_dtype, rotate_
-from fastvst_kernels.segments import Job, plan, take
+from fastvst_kernels.segments import Job, plan, put, take
 
 
 @functools.lru_cache(maxsize=4)
@@ -34,7 +34,7 @@ def forward(
     for job in _jobs(tuple(cu_windows.tolist())):
         q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)  # gathered as whole QKV rows, once
         piece, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        out[job.queries] = piece.transpose(1, 2).flatten(0, 1)
+        put(out, job.queries, [piece])
         logsums[at : at + lse.numel()].view(lse.shape).copy_(lse)
         at += lse.numel()
     return out.flatten(1), fused, logsums
@@ -56,7 +56,7 @@ def backward(
             take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count), lse, 0.0, False,
             scale=scale,
         )  # fmt: skip
-        grad_fused[job.queries] = torch.cat(grads, dim=1).transpose(1, 2).flatten(0, 1)
+        put(grad_fused, job.queries, grads)
     cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)
     rotate_(grad_fused[:, : 2 * heads], cos, -sin, rope_dtype)
     grad_qkv = grad_fused.flatten(1)

@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from fastvst_kernels import add_rms_norm, mrope, norm, packed_linear, rms_norm, swiglu
 from fastvst_kernels.backend import say_once
+from fastvst_kernels.linear import LINE, aligned_mm, parallel_linear
 from fastvst_kernels.norm import rms_norm_reference
 from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_op, swiglu_reference
 
@@ -148,11 +149,42 @@ def test_packed_linear(bias):
     )  # fmt: skip
 
 
-def test_packed_linear_skips_what_is_frozen():
+@pytest.mark.parametrize("bias", [False, True])
+def test_parallel_linear(bias):
+    x = torch.randn(6, 5, **double)
+    weights = [torch.randn(n, 5, **double) for n in (3, 1)]
+    biases = [torch.randn(n, **double) for n in (3, 1)] if bias else []
+    same_with_gradients(
+        lambda x, *p: parallel_linear(x, p[:2], p[2:]),
+        lambda x, *p: tuple(x @ w.T + (p[2 + i] if bias else 0) for i, w in enumerate(p[:2])),
+        x, *weights, *biases,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("linear", [packed_linear, parallel_linear])
+def test_projections_skip_what_is_frozen(linear):
     x = torch.randn(6, 5)
     weights = [torch.randn(3, 5), torch.randn(2, 5, requires_grad=True)]
-    packed_linear(x, weights).sum().backward()
+    out = linear(x, weights)
+    (out if torch.is_tensor(out) else out[1]).sum().backward()
     assert weights[0].grad is None and weights[1].grad is not None and x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_aligned_products_start_at_cache_lines(dtype):
+    a, b = torch.randn(7, 20).to(dtype), torch.randn(20, 3420).to(dtype)
+    found = aligned_mm(a, b)
+    torch.testing.assert_close(found, a @ b)
+    assert found.shape == (7, 3420) and found.data_ptr() % LINE == 0
+    assert found.stride(0) * found.element_size() % LINE == 0 and found.stride(0) < 3420 + LINE
+    assert aligned_mm(a, b[:, :64]).is_contiguous()
+
+
+def test_gradients_of_parameters_are_dense():
+    """Autograd copies a gradient that is not, and optimizers and FSDP2 expect it."""
+    x, weights = torch.randn(6, 35), [torch.randn(3, 35, requires_grad=True) for _ in range(2)]
+    sum(out.sum() for out in parallel_linear(x, weights)).backward()
+    assert all(w.grad.is_contiguous() for w in weights)
 
 
 def test_operators_pass_opcheck():

@@ -8,7 +8,7 @@ import torch
 from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window, window_attention
 from fastvst_kernels.norm import rms_norm_reference
 from fastvst_kernels.pointwise_build import CANDIDATES
-from fastvst_kernels.swiglu import swiglu_reference
+from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_reference
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope, windows, with_gradients
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -40,6 +40,13 @@ def test_swiglu(width: int, dtype: torch.dtype):
     assert_as_good_as_plain(
         lambda x: swiglu(x, backend="triton"), lambda x: swiglu_reference(*x.chunk(2, -1)), [x], [g]
     )
+    # As the model calls it: two tensors and a gradient whose rows may have gaps.
+    gaps = torch.empty(300, width + 28, device=x.device, dtype=dtype)[:, :width].copy_(g)
+    gate, up = (torch.empty_like(gaps).copy_(half) for half in x.chunk(2, -1))
+    for found, expected in zip(
+        swiglu_backward_op(gaps, gate, up, True), swiglu_backward_op(g, x, None, True)[0].chunk(2, -1), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

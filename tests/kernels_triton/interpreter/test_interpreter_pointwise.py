@@ -11,7 +11,7 @@ import torch
 from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope
 from fastvst_kernels.norm import rms_norm_op, rms_norm_reference
 from fastvst_kernels.pointwise_build import CANDIDATES
-from fastvst_kernels.swiglu import swiglu_op, swiglu_reference
+from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_op, swiglu_reference
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
 ROPE, SWIGLU, NORM = ("fastvst_kernels." + name for name in ("mrope", "swiglu", "norm"))
@@ -84,6 +84,16 @@ def test_swiglu(monkeypatch, numbers, dtype):
         fused: Callable = lambda x: swiglu(x, backend="triton")  # noqa: E731
         formula: Callable = lambda x: swiglu_reference(*x.chunk(2, -1))  # noqa: E731
         assert_as_good_as_plain(fused, formula, [torch.cat(inputs, 1)], grads)
+
+
+def test_swiglu_of_rows_with_gaps():
+    """As `aligned_mm` leaves them, the gradient in another layout than gate and up."""
+    gate, up = (torch.randn(9, 32)[:, :20] for _ in range(2))
+    dout = torch.randn(9, 24)[:, :20]
+    dense = [x.contiguous() for x in (gate, up, dout)]
+    assert torch.equal(swiglu(gate, up, backend="triton"), swiglu(*dense[:2], backend="triton"))
+    found, expected = swiglu_backward_op(dout, gate, up, True), swiglu_backward_op(dense[2], *dense[:2], True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def check_mrope(sizes: tuple[int, int, int], dim: int, sections: tuple[int, ...], dtype: torch.dtype) -> None:
