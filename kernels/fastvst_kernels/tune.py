@@ -93,7 +93,7 @@ def choose(
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
 
     Args:
-        start: the candidate to begin with, None or one that is no candidate for the most promising.
+        start: the candidate to begin with (behind the last comes the first); None, or what is no candidate: the first.
 
     Raises:
         RuntimeError: no candidate is clean.
@@ -101,7 +101,8 @@ def choose(
     run = None if device is None else tunable.problem(shape, device)
     best: tuple[Numbers, float] | None = None
     candidates = tunable.candidates(shape, arch)
-    for numbers in candidates[candidates.index(start) if start in candidates else 0 :]:
+    first = candidates.index(start) if start in candidates else 0
+    for numbers in candidates[first:] + candidates[:first]:
         if not is_clean(tunable, shape, numbers, arch):
             say(f"{kernel} {shape} {numbers}: spills or does not fit")
             continue

@@ -96,3 +96,23 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
     assert dispatch.read_table(path).configs == {"kernel": {"a": (9,), "b": (3,)}}
     assert any("(1,): spills" in line for line in said)
     assert not tune.tune(tmp_path / "late.json", "g", 90, torch.device("cpu"), "", 0.0, said.append)
+
+
+def test_rechecking_moves_what_is_not_clean_to_the_next_candidate(tmp_path, monkeypatch):
+    from fastvst_kernels import tune
+    from fastvst_kernels.aot import Compiled
+
+    def compiled(shape, numbers, arch):
+        yield Compiled(100, 8 if numbers in ((2,), (4,)) else 0, 10, 100, 50, {})
+
+    candidates = ((1,), (2,), (3,), (4,))
+    tunable = tune.Tunable(tuple("abcde"), lambda shape, arch: candidates, compiled, lambda shape, device: int)
+    monkeypatch.setattr(tune, "tunables", lambda: {"kernel": tunable})
+    path = tmp_path / "table.json"
+    held = {"a": [1], "b": [2], "c": [3], "d": [4], "e": [9]}
+    tune.write_table(path, {"gpu": "sm_90", "arch": 90, "measured": False, "configs": {"kernel": held}})
+    assert tune.main(["--compile-only", "90", "--out", str(path), "--recheck"]) == 0
+    expected = {"a": (1,), "b": (3,), "c": (3,), "d": (1,), "e": (1,)}
+    assert dispatch.read_table(path).configs == {"kernel": expected}
+    with pytest.raises(SystemExit):
+        tune.main(["--recheck"])
