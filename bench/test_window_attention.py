@@ -110,7 +110,7 @@ def test_tower_beside_transformers_on_cpu(record, device, name, config, grids):
         pytest.skip("test_tower_beside_transformers measures the whole tower on a GPU")
     ours, theirs = towers(device, torch.float32, config, grids)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=4 if config is not TINY else 20, clock=clock)
+    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=20 if config is TINY else 8, clock=clock)
     record(
         f"tower of the {name}", fastvst_s=best["fastvst"], transformers_sdpa_s=best["transformers"],
         ratio=best["transformers"] / best["fastvst"], goal=1.3,

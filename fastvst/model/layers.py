@@ -162,8 +162,8 @@ class _ProjectNormLinear(torch.autograd.Function):
         return *parallel_linear_forward(y, weights, biases), total
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        *grads, grad_total = grads
+    def backward(ctx, *incoming: Tensor):
+        *grads, grad_total = incoming
         x, residual, weight, bias, norm_weight, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         total = F.linear(x, weight, bias).add_(residual)
