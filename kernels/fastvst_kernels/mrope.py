@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import config, shape_class
+from fastvst_kernels.dispatch import config, rows_at_once, shape_class
 from fastvst_kernels.linear import column_sum
-
-ROTATED_AT_ONCE = 1 << 18  # values: 1 MiB of float32
 
 
 def mrope(
@@ -153,9 +151,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor
     """Rotate (T, heads, D) in place by (T, D / 2) angles, computing in `compute`.
 
     Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
-    On the CPU some tokens at a time: what is between stays in the caches, and fresh memory costs as much as arithmetic.
     """
-    tokens = max(1, ROTATED_AT_ONCE // max(1, x.shape[1] * x.shape[2]) if x.device.type == "cpu" else len(x))
+    tokens = rows_at_once(x)
     for part in zip(x.split(tokens), cos.split(tokens), sin.split(tokens), strict=True):
         _rotate_tokens_(*part, compute)
     return x

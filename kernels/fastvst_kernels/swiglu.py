@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import bits_class, config
+from fastvst_kernels.dispatch import bits_class, config, rows_at_once
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -57,7 +57,11 @@ def swiglu_op(gate: Tensor, up: Tensor | None, kernel: bool) -> Tensor:
         return out.view(*gate.shape[:-1], first.shape[-1])
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).contiguous()
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    rows = rows_at_once(gate)
+    for part in zip(gate.split(rows), up.split(rows), out.split(rows), strict=True):
+        torch.ops.aten.silu.out(part[0], out=part[2]).mul_(part[1])
+    return out
 
 
 @swiglu_op.register_fake
@@ -93,8 +97,10 @@ def _(grad, gate, up, kernel):
 
 
 def _backward_plain(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    torch.mul(F.silu(gate), grad, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    rows = rows_at_once(gate)
+    for d, g, u, dg, du in zip(*(x.split(rows) for x in (grad, gate, up, grad_gate, grad_up)), strict=True):
+        torch.mul(F.silu(g), d, out=du)
+        torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

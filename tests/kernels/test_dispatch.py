@@ -116,3 +116,10 @@ def test_rechecking_moves_what_is_not_clean_to_the_next_candidate(tmp_path, monk
     assert dispatch.read_table(path).configs == {"kernel": expected}
     with pytest.raises(SystemExit):
         tune.main(["--recheck"])
+
+
+def test_rows_at_once_bound_what_lies_between_two_steps():
+    for shape in ((5000, 3, 80), (7, 10), (1, 1 << 20), (0, 4), (3,)):
+        rows = dispatch.rows_at_once(torch.empty(shape, device="cpu"))
+        assert rows >= 1 and (rows == 1 or rows * torch.Size(shape[1:]).numel() <= 1 << 18)
+    assert dispatch.rows_at_once(torch.empty(9000, 9000, device="meta")) == 9000

@@ -1,5 +1,7 @@
 """Norms, SwiGLU, M-RoPE and packed_linear against float64 formulas and against transformers' own functions."""
 
+import sys
+
 import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -9,7 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb,
 )
 
-from fastvst_kernels import add_rms_norm, mrope, norm, packed_linear, rms_norm, swiglu
+from fastvst_kernels import add_rms_norm, mrope, norm, packed_linear, rms_norm, swiglu, vision_rope
 from fastvst_kernels.backend import say_once
 from fastvst_kernels.linear import LINE, aligned_mm, parallel_linear
 from fastvst_kernels.norm import rms_norm_reference
@@ -226,3 +228,18 @@ def test_the_choice_of_auto_is_said_once(caplog):
         for _ in range(3):
             rms_norm(torch.zeros(2, 4), None, 1e-6)
     assert [r.getMessage() for r in caplog.records] == ["rms_norm on cpu uses backend 'torch'"]
+
+
+def test_rows_in_pieces_have_the_bits_of_all_rows(monkeypatch):
+    qkv, bias, positions = torch.randn(11, 96), torch.randn(96), torch.randint(0, 99, (2, 11))
+    gate, up, grad = torch.randn(11, 20), torch.randn(11, 20), torch.randn(11, 20)
+
+    def run():
+        with torch.no_grad():
+            rotated = vision_rope(qkv, bias, positions.t(), num_heads=2)
+            return [*rotated, swiglu(gate, up), *swiglu_backward_op(grad, gate, up, False)]
+
+    whole = run()
+    for module in ("swiglu", "mrope"):
+        monkeypatch.setattr(sys.modules[f"fastvst_kernels.{module}"], "rows_at_once", lambda x: 4)
+    assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
