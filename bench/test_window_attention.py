@@ -87,6 +87,13 @@ def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids
     return run_ours, run_theirs
 
 
+def compare(record, name: str, pair, *, goal: float, rounds: int, clock) -> None:
+    """Time what `towers` gives and record it."""
+    best = interleaved(dict(zip(("fastvst", "transformers"), pair, strict=True)), rounds=rounds, clock=clock)
+    ours, theirs = best["fastvst"], best["transformers"]
+    record(name, fastvst_s=ours, transformers_sdpa_s=theirs, ratio=theirs / ours, goal=goal)
+
+
 TINY = ModelConfig.preset("tiny").vision
 ROOM = [1, 8, 12]  # patches of a picture of rooms as examples/sft.py reads it, 168 x 112 pixels
 
@@ -108,22 +115,14 @@ def test_tower_beside_transformers_on_cpu(record, device, name, config, grids):
     """
     if device.type != "cpu":
         pytest.skip("test_tower_beside_transformers measures the whole tower on a GPU")
-    ours, theirs = towers(device, torch.float32, config, grids)
+    pair = towers(device, torch.float32, config, grids)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=20 if config is TINY else 8, clock=clock)
-    record(
-        f"tower of the {name}", fastvst_s=best["fastvst"], transformers_sdpa_s=best["transformers"],
-        ratio=best["transformers"] / best["fastvst"], goal=1.3,
-    )  # fmt: skip
+    compare(record, f"tower of the {name}", pair, goal=1.3, rounds=20 if config is TINY else 8, clock=clock)
 
 
 def test_tower_beside_transformers(record, device):
     """The 3b's tower on 16 pictures of 992 merged tokens, goal 2x."""
     if device.type == "cpu":
         pytest.skip("test_tower_beside_transformers_on_cpu measures smaller towers")
-    ours, theirs = towers(device, torch.bfloat16, published(32), [[1, 64, 62]] * 16)
-    best = interleaved({"fastvst": ours, "transformers": theirs}, rounds=4, clock=time.perf_counter)
-    record(
-        "tower of the 3b, 63,488 patches", fastvst_s=best["fastvst"], transformers_sdpa_s=best["transformers"],
-        ratio=best["transformers"] / best["fastvst"], goal=2.0,
-    )  # fmt: skip
+    pair = towers(device, torch.bfloat16, published(32), [[1, 64, 62]] * 16)
+    compare(record, "tower of the 3b, 63,488 patches", pair, goal=2.0, rounds=4, clock=time.perf_counter)

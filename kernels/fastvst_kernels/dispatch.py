@@ -70,6 +70,12 @@ def rows_at_once(x: torch.Tensor) -> int:
     return max(1, (1 << 18) // max(1, x.shape[1:].numel()) if x.device.type == "cpu" else len(x))
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, H) of x (..., H) with a dense last dimension, as kernels read it; a copy only where the strides demand it."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
 def next_power(size: int) -> int:
     """The least power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()

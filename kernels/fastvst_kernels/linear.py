@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LINE = 64  # bytes of a cache line
 
@@ -37,22 +36,22 @@ def aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():  # dynamo takes no slice as out=
         return a @ b if bias is None else torch.addmm(bias, a, b)
     step = LINE // a.element_size()
-    out = a.new_empty(a.shape[0], -(-b.shape[1] // step) * step)[:, : b.shape[1]]
+    return _mm_into(a.new_empty(a.shape[0], -(-b.shape[1] // step) * step)[:, : b.shape[1]], a, b, bias)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def packed_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The forward of `packed_linear` without autograd."""
     if torch.compiler.is_compiling():  # as in aligned_mm
-        given: Sequence[Tensor | None] = biases or [None] * len(weights)
-        return torch.cat([F.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=1)
-    out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
-    parts = out.split([w.shape[0] for w in weights], dim=1)
-    for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if biases:
-            torch.addmm(biases[index], x, weight.t(), out=part)
-        else:
-            torch.mm(x, weight.t(), out=part)
+        return torch.cat(parallel_linear_forward(x, weights, biases), dim=1)
+    widths = [w.shape[0] for w in weights]
+    out = x.new_empty(x.shape[0], sum(widths))
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    for part, weight, bias in zip(out.split(widths, dim=1), weights, given, strict=True):
+        _mm_into(part, x, weight.t(), bias)
     return out
 
 

@@ -147,7 +147,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor:
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> None:
     """Rotate (T, heads, D) in place by (T, D / 2) angles, computing in `compute`.
 
     Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
@@ -155,7 +155,6 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor
     tokens = rows_at_once(x)
     for part in zip(x.split(tokens), cos.split(tokens), sin.split(tokens), strict=True):
         _rotate_tokens_(*part, compute)
-    return x
 
 
 def _rotate_tokens_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import config, row_class
+from fastvst_kernels.dispatch import config, dense_rows, row_class
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
@@ -72,8 +72,8 @@ def rms_norm_op(
         from fastvst_kernels import norm_triton
 
         numbers = config("rms_norm_forward", row_class(x.shape[-1], x.dtype), x.device)
-        flat = None if residual is None else _rows(residual)
-        y, total, inverse = norm_triton.forward(_rows(x), flat, weight, eps, numbers)
+        flat = None if residual is None else dense_rows(residual)
+        y, total, inverse = norm_triton.forward(dense_rows(x), flat, weight, eps, numbers)
         return y.view(x.shape), x.new_empty(0) if residual is None else total.view(x.shape), inverse
     total = x if residual is None else (x + residual).contiguous()
     wide = total if total.dtype == torch.float64 else total.float()
@@ -104,7 +104,7 @@ def rms_norm_backward_op(
         width = x.shape[-1]
         dense = grad.contiguous().view(-1, width)
         more = None if grad_total is None else grad_total.contiguous().view(-1, width)
-        grad_x, grad_weight = norm_triton.backward(dense, more, _rows(x), weight, inverse, numbers)
+        grad_x, grad_weight = norm_triton.backward(dense, more, dense_rows(x), weight, inverse, numbers)
         if weight is None or not needs_weight:
             return grad_x.view(x.shape), inverse.new_empty(0)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype)
@@ -163,12 +163,6 @@ rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 def _slope(dot: Tensor, inverse: Tensor, size: int) -> Tensor:
     """d y / d x through the mean square, for each row; doubling is exact, so it is done on the small tensor."""
     return 2 * ((-0.5 * dot * inverse.pow(3)) / size)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, H) with a dense last dimension, without a copy where the strides allow it."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import bits_class, config, rows_at_once
+from fastvst_kernels.dispatch import bits_class, config, dense_rows, rows_at_once
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -79,9 +79,7 @@ def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bo
 
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
         inputs, outputs = _halves(gate, up), _halves(grad_gate, None if up is None else grad_up)
-        flat = grad.reshape(-1, grad.shape[-1])
-        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        swiglu_triton.backward(flat, *inputs, *outputs, numbers)
+        swiglu_triton.backward(dense_rows(grad), *inputs, *outputs, numbers)
         return grad_gate, grad_up
     if up is None:
         first, second = gate.chunk(2, dim=-1)
@@ -120,8 +118,7 @@ swiglu_op.register_autograd(_backward, setup_context=_setup_context)
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """gate and up as (N, I) views whose dense rows lie equally far apart; copies where strides do not allow it."""
     if up is None:
-        flat = gate.reshape(-1, gate.shape[-1])
-        first, second = (flat if flat.stride(-1) == 1 else flat.contiguous()).chunk(2, dim=-1)
+        first, second = dense_rows(gate).chunk(2, dim=-1)
         return first, second
     first, second = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     if first.stride() != second.stride() or first.stride(-1) != 1:

@@ -88,12 +88,12 @@ def choose(
     device: torch.device | None,
     say: Callable[[str], None],
     *,
-    start: Numbers | None = None,
+    start: Numbers = (),
 ) -> tuple[Numbers, float | None]:
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
 
     Args:
-        start: the candidate to begin with (behind the last comes the first); None, or what is no candidate: the first.
+        start: the candidate to begin with (behind the last comes the first); what is no candidate: the first.
 
     Raises:
         RuntimeError: no candidate is clean.
@@ -151,8 +151,8 @@ def tune(
                 continue
             if time.monotonic() > deadline:
                 return False
-            start = tuple(done[shape]) if shape in done else None
-            numbers, seconds = choose(kernel, tunable, shape, arch, device, say, start=start)
+            held = tuple(done.get(shape, ()))
+            numbers, seconds = choose(kernel, tunable, shape, arch, device, say, start=held)
             done[shape] = list(numbers)
             write_table(path, table)
             measured = "" if seconds is None else f", {seconds * 1e3:.3f} ms"
