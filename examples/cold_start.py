@@ -22,11 +22,11 @@ from typing import Any
 import sft
 import torch
 
+from fastvst.config import ConfigError, load_config, usage
 from fastvst.data import Processor, Sample, open_source
 from fastvst.evaluate.answers import score
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.train.config import ConfigError, load_config, usage
 
 FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
 
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 def rooms(config: Config, split: str, samples: int) -> str:
     """The folder of reasoned rows, made or found."""
-    from fastvst.spatial.rooms.apart import make_rooms_apart
-    from fastvst.spatial.rooms.presets import COLD_START
+    from fastvst.generate.apart import make_rooms_apart
+    from fastvst.generate.presets import COLD_START
 
     return make_rooms_apart(config.folder, samples, 0, config.workers, COLD_START, split=split)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvst_kernels import packed_attention
-from fastvst_kernels.prepare import AttentionPlan, prepare
+from fastvst_kernels.attention.plan import AttentionPlan, prepare
 
 
 class Block(nn.Module):

@@ -34,31 +34,31 @@ from typing import Any, Literal
 
 import torch
 
+from fastvst.config import ConfigError, load_config, render, save_json, to_dict, usage
 from fastvst.data import Ledger, MixtureConfig, Processor, ProcessorConfig, SourceConfig
 from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.mixture import open_mixture
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model import checkpoint as hf
-from fastvst.report.rl import write_report
+from fastvst.model import weights as hf
 from fastvst.rl import dry_run as arithmetic
-from fastvst.rl import update as policy
+from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
-from fastvst.rl.evaluation import EvaluationConfig, held_out, read_questions, write_down
 from fastvst.rl.filtering import FilterConfig, FilterState, verdict
-from fastvst.rl.groups import Group, Sharing
-from fastvst.rl.pool import RewardConfig, RewardError, RewardPool
+from fastvst.rl.heldout import EvaluationConfig, held_out, read_questions, write_down
+from fastvst.rl.packing import Group, Sharing
+from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts, PromptStream
 from fastvst.rl.records import Asked, RolloutLog
-from fastvst.rl.sampling import RankEngine, SamplingConfig, ServerEngine, answer, make_engine
+from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
+from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine, answer, make_engine
 from fastvst.rl.summary import figures, lines
 from fastvst.rollout import RolloutError
-from fastvst.train import checkpoint, guard, parallel
-from fastvst.train.config import ConfigError, load_config, render, save_json, to_dict, usage
+from fastvst.train import checkpoint, distributed, guard
+from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
-from fastvst.train.parallel import ParallelConfig, World
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
-from fastvst.train.stopping import StopRequest
+from fastvst.train.stop_signal import StopRequest
 from fastvst.train.watchdog import Watchdog
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         return
     config = load_config(Config, arguments)
     arithmetic.check(config)
-    world = parallel.start(config.parallel, environment=environment)
+    world = distributed.start(config.parallel, environment=environment)
     with Watchdog(world), StopRequest() as stop:
         if config.model.path is None:
             path = world.once_per_node("start model", supervised_model)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             dry_run(config, world)
         else:
             run(config, world, stop)
-        parallel.stop(world)
+        distributed.stop(world)
 
 
 # --------------------------------------------------------------------------------------------------- model and data
@@ -175,7 +175,7 @@ def build_model(config: Config, world: World) -> Qwen25VL:
     with torch.device("meta"):
         skeleton = Qwen25VL(ModelConfig.from_pretrained(config.model.path))
     freeze(skeleton, config.optimizer.freeze)
-    model = parallel.place(source, skeleton, world, reshard=config.parallel.reshard)
+    model = distributed.place(source, skeleton, world, reshard=config.parallel.reshard)
     model.recompute = config.model.recompute
     return model
 
@@ -189,8 +189,8 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
     """The mixture to ask from, and the rows of the evaluation."""
     if config.data.sources:
         return config.data, config.evaluation.path
-    from fastvst.spatial.rooms.apart import make_rooms_apart
-    from fastvst.spatial.rooms.generate import RoomsConfig
+    from fastvst.generate.apart import make_rooms_apart
+    from fastvst.generate.rooms import RoomsConfig
 
     rooms = config.rooms
     kinds = RoomsConfig(rows={"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25})
@@ -336,7 +336,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         stream.load_state_dict(rank_state["stream"])
         say(world, f"resumed from {resume_from}")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
-    hf_dtype = parallel.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
+    hf_dtype = distributed.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
     questions = read_questions(test_rows, config.evaluation.questions, ledger) if test_rows else []
 
     def write_hf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -422,7 +422,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (
         ConfigError,
-        parallel.ParallelError,
+        distributed.ParallelError,
         checkpoint.CheckpointError,
         guard.GuardError,
         TooManyBadSamples,

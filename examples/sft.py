@@ -32,21 +32,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
+from fastvst.config import ConfigError, load_config, render, save_json, to_dict, usage
+from fastvst.data import (
+    Ledger,
+    LoaderConfig,
+    MixtureConfig,
+    PackedBatch,
+    Processor,
+    ProcessorConfig,
+    SourceConfig,
+)
 from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.loader import make_loader
 from fastvst.data.mixture import open_mixture
 from fastvst.evaluate import rooms as rooms_benchmark
+from fastvst.evaluate.training_page import write_report
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model import checkpoint as hf
-from fastvst.report import write_report
-from fastvst.train import budget, checkpoint, guard, parallel
-from fastvst.train.config import ConfigError, load_config, render, save_json, to_dict, usage
+from fastvst.model import weights as hf
+from fastvst.train import budget, checkpoint, distributed, guard
+from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
-from fastvst.train.parallel import ParallelConfig, World
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
-from fastvst.train.stopping import StopRequest
+from fastvst.train.stop_signal import StopRequest
 from fastvst.train.watchdog import Watchdog
 from fastvst_kernels import linear_cross_entropy
 
@@ -138,7 +146,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         print(f"{__doc__}\nOptions:\n{usage(Config)}")
         return
     config = load_config(Config, arguments)
-    world = parallel.start(config.parallel, environment=environment)
+    world = distributed.start(config.parallel, environment=environment)
     with Watchdog(world), StopRequest() as stop:
         if world.is_main:
             print(render(config), world.describe(), sep="\n", flush=True)
@@ -146,7 +154,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             dry_run(config, world)
         else:
             run(config, world, stop)
-        parallel.stop(world)
+        distributed.stop(world)
 
 
 # --------------------------------------------------------------------------------------------------- model and data
@@ -168,7 +176,7 @@ def build_model(config: Config, world: World) -> Qwen25VL:
     with torch.device("meta"):
         skeleton = Qwen25VL(model_config(config))
     freeze(skeleton, config.optimizer.freeze)
-    model = parallel.place(source, skeleton, world, reshard=config.parallel.reshard)
+    model = distributed.place(source, skeleton, world, reshard=config.parallel.reshard)
     model.recompute = config.model.recompute
     return model
 
@@ -184,7 +192,7 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     """The mixture to train on; for the rooms also their folders (training, held-out)."""
     if config.data.sources:
         return config.data, None
-    from fastvst.spatial.rooms.apart import make_rooms_apart
+    from fastvst.generate.apart import make_rooms_apart
 
     r = config.rooms
     train, heldout = (
@@ -280,7 +288,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
     )
     say(world, *loader.notes)
-    hf_dtype = parallel.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
+    hf_dtype = distributed.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
 
     def write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
         hf.save(path, model.config, tensors, processor=processor)
@@ -386,7 +394,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (
         ConfigError,
-        parallel.ParallelError,
+        distributed.ParallelError,
         checkpoint.CheckpointError,
         guard.GuardError,
         TooManyBadSamples,

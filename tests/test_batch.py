@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_data import FakeProcessor, fake_row
-from fastvst.data.batch import IGNORE, EncodedSample, PackedBatch, pack
+from fastvst.batch import IGNORE, EncodedSample, PackedBatch, pack
 from fastvst.data.sources.rows import to_sample
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda s: f"{s[0]}x{s[1]}")

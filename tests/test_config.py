@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvst.train import config as cfg
-from fastvst.train.config import ConfigError, load_config
+from fastvst import config as cfg
+from fastvst.config import ConfigError, load_config
 
 
 @dataclass(frozen=True)

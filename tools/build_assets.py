@@ -3,8 +3,8 @@
 The input is `BlendSwap-CC-0.sh3f` from the Debian package `sweethome3d-furniture` (1.8):
 
     apt-get download sweethome3d-furniture && dpkg -x sweethome3d-furniture_*.deb unpacked
-    python -m fastvst.spatial.rooms.build_assets \
-        unpacked/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f fastvst/spatial/rooms/assets
+    python tools/build_assets.py \
+        unpacked/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f fastvst/scenes/rooms/assets
 
 An .sh3f file is a zip of Wavefront OBJ models (y up, front towards +z) and one .properties catalogue with names, metric
 sizes in centimetres, the height of the surface that carries other things, and the makers. Meshes become at most 3,000

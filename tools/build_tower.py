@@ -1,6 +1,6 @@
 """Train the tiny model's vision tower on rendered rooms, once; the result stays in the package.
 
-    python -m fastvst.spatial.rooms.build_tower --out fastvst/model/tiny_tower.safetensors    # half an hour on 2 cores
+    python tools/build_tower.py --out fastvst/model/tiny_tower.safetensors    # half an hour on 2 cores
 
 VST starts from a vision tower that has seen billions of pictures. From random weights a tower of two blocks learns
 nothing in the ten minutes of questions and answers that the first command takes (a question gives it one bit: after
@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst.data import EncodedSample, Processor, Sample, pack
+from fastvst.generate.rooms import _renderer, _start_worker, encode, room_seed
 from fastvst.model import ModelConfig
 from fastvst.model.vision import VisionTower
+from fastvst.scenes.rooms.shoot import ShotConfig, shoot
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import to_camera_frame
-from fastvst.spatial.rooms.generate import _renderer, _start_worker, encode, room_seed
-from fastvst.spatial.rooms.shoot import ShotConfig, shoot
 
 COLOURS = list(draw.COLOURS)
 CELLS = 8  # samples of depth and instance per token and side

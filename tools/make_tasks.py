@@ -1,6 +1,6 @@
 """Write docs/tasks.html: one real example of every task with its drawing, question, answer; traces with the plan.
 
-python docs/make_tasks.py            # the same page every time, for one renderer backend
+python tools/make_tasks.py            # the same page every time, for one renderer backend
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastvst import html
+from fastvst.data.gallery import STYLE, media
 from fastvst.data.sample import Sample
-from fastvst.report import page
-from fastvst.report.gallery import STYLE, media
+from fastvst.generate.presets import ALL_TASKS
+from fastvst.generate.rooms import RoomsConfig, scene_samples
+from fastvst.reasoning import geometric, walks
+from fastvst.reasoning.bev import draw_bev
+from fastvst.scenes.rooms.render import open_renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.scenes.scene import Scene
 from fastvst.spatial import draw
-from fastvst.spatial.bev import draw_bev
 from fastvst.spatial.boxes import parse_boxes
-from fastvst.spatial.reasoning import geometric, walks
-from fastvst.spatial.rooms.generate import RoomsConfig, scene_samples
-from fastvst.spatial.rooms.presets import ALL_TASKS
-from fastvst.spatial.rooms.render import open_renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS, TaskConfig
+from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS, TaskConfig
 
 SEEDS = range(40, 60)
 SHOTS = ShotConfig(width=448, height=336, views=2, overlap=1.0)
@@ -66,7 +66,7 @@ def main() -> None:
     body = "".join(thoughts[task] for task in geometric.TRACES)
     sections.append(("Reasoned rows: what the geometry says, and the plan of the room", body))
     lead = "One rendered example of each of the nineteen tasks, as a training row holds it. Green: the answer."
-    page.write(target, page.page("fastvst: the spatial tasks", lead, sections))
+    html.write(target, html.page("fastvst: the spatial tasks", lead, sections))
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
@@ -112,10 +112,10 @@ def thought_card(scene: Scene, sample: Sample) -> str:
         views = list(sample.metadata.get("views", [sample.metadata.get("view")]))
         pictures = [(part["image"], "") for part in sample.parts("image")]
     tags = [
-        page.image_tag(picture, "view", width=300, quality=80) + (f'<p class="task">{title}</p>' if title else "")
+        html.image_tag(picture, "view", width=300, quality=80) + (f'<p class="task">{title}</p>' if title else "")
         for picture, title in pictures
     ]
-    plan = page.image_tag(draw_bev(scene, views, 440), "plan", width=440, quality=90)
+    plan = html.image_tag(draw_bev(scene, views, 440), "plan", width=440, quality=90)
     question = "".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
     reply = sample.messages[-1]["content"][0]["text"]
     style = "display:grid;grid-template-columns:300px 1fr;gap:1rem;margin-bottom:1rem"

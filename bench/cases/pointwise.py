@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst_kernels import add_rms_norm, mrope, packed_attention, rms_norm, swiglu, vision_rope, window_attention
-from fastvst_kernels.mrope import angle_table, rotate_reference
+from fastvst_kernels.rope.op import angle_table, rotate_reference
 
 Call = Callable[[], Any]
 

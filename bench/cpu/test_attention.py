@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import CASES, CPU_GROUPS, Case
+from bench.cases.attention import CASES, CPU_GROUPS, Case
+from bench.timing import interleaved
 from fastvst_kernels import packed_attention
-from timing import interleaved
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -51,7 +51,7 @@ def test_groups_against_repeated_prompts(benchmark, record, device):
 def test_beside_the_peers(case: Case, record, device):
     if device.type != "cuda":
         pytest.skip("the peers' kernels need a GPU: not measured")
-    from attention_gpu import group_ratio, measure
+    from bench.gpu.attention import group_ratio, measure
 
     found = measure(case) if case.prompts is None else {"fastvst": group_ratio(case)["groups"]}
     for name, figures in found.items():

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.timing import interleaved
 from fastvst.model import ModelConfig, Qwen25VL
-from timing import interleaved
 
 
 def test_checkpoint(record: Callable[..., None], tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.cases.transformers_peer import padded, peer
 from fastvst.data import Processor, open_source
 from fastvst.evaluate import mmstar, rooms, run
 from fastvst.evaluate.files import Row
+from fastvst.generate.apart import make_rooms_apart
+from fastvst.generate.presets import ALL_TASKS
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine
-from fastvst.spatial.rooms.apart import make_rooms_apart
-from fastvst.spatial.rooms.presets import ALL_TASKS
-from fastvst.spatial.tasks import PAIRS, SINGLE
-from test_rollout import padded, peer
+from fastvst.tasks import PAIRS, SINGLE
 
 PICTURES, QUESTIONS, TOKENS, BATCH = 16, 8, 32, 32  # VSI-Bench asks 18 questions about each of its videos
 ROOM_ROWS = 96

@@ -8,22 +8,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastvst.data.encode import Processor
+from bench.cases.images import photograph
+from bench.timing import interleaved
 from fastvst.data.images import CLIP_STD
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from timing import interleaved
-
-
-def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise: compresses and resizes like a picture, unlike white noise."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("width, height", [(640, 480), (1024, 768)])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.memory import peak_extra_bytes
+from bench.timing import interleaved
 from fastvst_kernels import linear_cross_entropy
-from memory import peak_extra_bytes
-from timing import interleaved
 
 ROWS, VOCABULARY = 4096, 8192
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvst_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
+from bench.memory import peak_extra_bytes
+from bench.timing import interleaved
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastvst_kernels.objectives import DAPO, GRPO, GSPO, Objective
-from memory import peak_extra_bytes
-from timing import interleaved
 
 OBJECTIVES: dict[str, Objective] = {
     "DAPO": DAPO(),

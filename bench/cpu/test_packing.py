@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastvst.data.batch import Cost
+from fastvst.batch import Cost
 from fastvst.data.packing import Packer, PackingConfig, PackingReport
 from fastvst.model import ModelConfig
 from fastvst.model.flops import sample_flops

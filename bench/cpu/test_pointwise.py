@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pointwise_cases import CPU_CASES, GPU_CASES, Case
-from timing import interleaved
+from bench.cases.pointwise import CPU_CASES, GPU_CASES, Case
+from bench.timing import interleaved
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
@@ -39,8 +39,8 @@ def test_beside_plain_code_on_the_cpu(case: Case, record, device):
 def test_beside_the_peers(case: Case, record, device):
     if device.type != "cuda":
         pytest.skip("the peers' kernels need a GPU: not measured")
-    from attention_gpu import ceilings
-    from pointwise_gpu import measure
+    from bench.gpu.attention import ceilings
+    from bench.gpu.pointwise import measure
 
     for name, figures in measure(case, ceilings()["copy_tbps"]).items():
         record(f"{case.name}: {name}", **figures)

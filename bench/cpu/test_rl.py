@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.timing import interleaved
 from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rl.advantages import advantages
-from fastvst.rl.groups import Answer, Group
-from fastvst.rl.update import UpdateConfig, make_objective, minibatches, policy_head
+from fastvst.rl.packing import Answer, Group
+from fastvst.rl.policy_update import UpdateConfig, make_objective, minibatches, policy_head
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.train import parallel
-from fastvst.train.parallel import ParallelConfig, World
-from timing import interleaved
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig, World
 
 # Prompt 1,600 and answers 128 x 8, divided by four; 300 of the prompt's 400 tokens are one picture.
 PROMPT, ANSWER, N, GROUPS = 400, 32, 8, 2
@@ -70,7 +70,7 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
     torch.manual_seed(0)
     config = ModelConfig.preset("tiny")
     processor = Processor.preset("tiny", max_pixels=1 << 20, max_seq_len=2048)
-    world = parallel.start(ParallelConfig(device=device.type, threads=1), environment={})
+    world = distributed.start(ParallelConfig(device=device.type, threads=1), environment={})
     model = Qwen25VL(config).to(device)
     groups = sampled_groups(processor)
     budget = PROMPT + 64 + N * ANSWER
@@ -158,7 +158,7 @@ def test_a_grpo_step_beside_trl(record: Callable[..., None], device: torch.devic
     processor = Processor.preset("tiny", max_seq_len=2048)
     Qwen25VL(config).save_pretrained(tmp_path / "model", processor=processor)
     samples = [question(processor, number, picture=False) for number in range(GROUPS)]
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     steps = {
         "ours": our_step(tmp_path / "model", samples, world),
         "trl": trl_step(tmp_path / "model", samples, tmp_path),

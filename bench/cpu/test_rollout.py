@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -11,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.cases.transformers_peer import padded, peer
+from bench.gpu.rollout import ANSWER, CASES, PROMPT, Case, measure_bitwise, roofline
+from fastvst.batch import EncodedSample
 from fastvst.data import Processor, Sample
-from fastvst.data.batch import EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from rollout_gpu import ANSWER, CASES, PROMPT, Case, measure_bitwise, roofline
 
 PROMPTS, SAMPLES, TOKENS = 32, 8, 64  # the setting of the goal: at least 3x transformers' generate
 
@@ -30,33 +30,6 @@ def make_prompts(processor: Processor, count: int, *, picture: bool) -> list[Enc
         sample = Sample.from_messages([{"role": "user", "content": parts}], id=str(index))
         encoded.append(processor.encode(sample, add_generation_prompt=True))
     return encoded
-
-
-def peer(model: Qwen25VL) -> Any:
-    """transformers' model with the same weights."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    from hf_parity import hf_name
-
-    made = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(model.config.to_json()))).float()
-    made.load_state_dict({hf_name(n): p for n, p in model.state_dict().items()}, strict=False)
-    made.tie_weights()
-    return made.eval()
-
-
-def padded(config: ModelConfig, samples: list[EncodedSample]) -> dict[str, torch.Tensor]:
-    """The arguments of a batched `generate`: prompts padded on the left."""
-    longest = max(map(len, samples))
-    ids = torch.full((len(samples), longest), config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(samples):
-        ids[row, longest - len(sample) :] = sample.tokens.long()
-        mask[row, longest - len(sample) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == config.image_token_id).int()}
-    if any(len(s.patches) for s in samples):
-        inputs["pixel_values"] = torch.cat([s.patches for s in samples])
-        inputs["image_grid_thw"] = torch.cat([s.grid for s in samples]).long()
-    return inputs
 
 
 def test_roofline(record):
@@ -157,7 +130,7 @@ def test_beside_continuous_batching(tiny, record):
 def test_cost_of_equal_bits(record, device):
     """Decode tokens/s of both numerics on the tiny model, and how far each is from the trainer's log-probabilities."""
     if device.type != "cpu":
-        pytest.skip("bench/rollout_gpu.py measures this on a GPU")
+        pytest.skip("bench/gpu/rollout.py measures this on a GPU")
     figures = measure_bitwise(Qwen25VL(ModelConfig.preset("tiny")), prompt=400)
     assert figures["bitwise_largest_difference"] == 0.0
     record("bitwise, 4 prompts of 400 x 8 answers of 32", **figures)

@@ -14,8 +14,8 @@ import pytest
 
 def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float, float, float]:
     """Seconds for the second half of the rows (start-up left out), and MiB of this process at half and at the end."""
-    from fastvst.spatial.rooms.generate import make_rooms
-    from fastvst.spatial.rooms.presets import PRESETS
+    from fastvst.generate.presets import PRESETS
+    from fastvst.generate.rooms import make_rooms
 
     make_rooms(folder, samples // 2, 0, workers, PRESETS[preset], progress=None)
     half, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastvst.data.batch import pack
-from fastvst.data.encode import Processor
+from bench.cases.images import photograph
+from fastvst.batch import pack
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst_kernels import linear_cross_entropy
-from test_images import photograph
 
 ROWS, BATCH, PACK_TOKENS, LEARNING_RATE = 96, 16, 4096, 1e-3
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 224 * 168}

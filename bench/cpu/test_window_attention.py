@@ -7,17 +7,17 @@ import time
 import pytest
 import torch
 
+from bench.cases.pointwise import CPU_WINDOWS
+from bench.timing import interleaved
 from fastvst.model import ModelConfig, VisionConfig
 from fastvst.model.positions import vision_layout
 from fastvst.model.vision import VisionTower
-from pointwise_cases import CPU_WINDOWS
-from timing import interleaved
 
 
 def test_windows_beside_sdpa_by_window(record, device):
     """2,000 patches of 16 heads of 80 in float32, the last window with 16 patches."""
     if device.type != "cpu":
-        pytest.skip("bench/pointwise_gpu.py measures windows on a GPU")
+        pytest.skip("bench/gpu/pointwise.py measures windows on a GPU")
     inputs, contenders = CPU_WINDOWS.make(device, torch.float32)
 
     def step(run):

@@ -1,4 +1,4 @@
-"""Attention on a GPU beside its peers: `python bench/attention_gpu.py --out FILE.json`. Needs torch and triton only.
+"""Attention on a GPU beside its peers: `python -m bench.gpu.attention --out FILE.json`. Needs torch and triton only.
 
 Every contender of a case runs in one process, on the same tensors. A figure is written as soon as it is known.
 """
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_cases import CASES, Case
+from bench.cases.attention import CASES, Case
 from fastvst_kernels import packed_attention
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels.attention.plan import prepare
 
 Contender = Callable[[], Tensor]
 
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench/attention_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        print("bench/gpu/attention.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * arguments.minutes
     result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}

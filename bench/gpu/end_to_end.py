@@ -1,4 +1,4 @@
-"""Training speed of the whole model on a GPU, random weights, one pack: `python bench/end_to_end_gpu.py --out FILE`.
+"""Training speed of the whole model on a GPU, random weights, one pack: `python -m bench.gpu.end_to_end --out FILE`.
 
 Forward and backward of Qwen2.5-VL 3B in bf16 on a synthetic pack of pictures and text; model FLOPs count the vision
 tower and the attention pairs, and the share is of 989 TFLOP/s (H100/H200 dense bf16).
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attention_gpu import machine, milliseconds
-from fastvst.data.batch import Cost, EncodedSample, PackedBatch, pack
+from bench.gpu.attention import machine, milliseconds
+from fastvst.batch import Cost, EncodedSample, PackedBatch, pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import sample_flops
 from fastvst.model.positions import IMAGE, TEXT, mrope_positions, vision_layout
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recompute", default="light")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench/end_to_end_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        print("bench/gpu/end_to_end.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     config = ModelConfig.preset(arguments.preset)
     with torch.device("cuda"):

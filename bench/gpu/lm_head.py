@@ -1,4 +1,4 @@
-"""The loss head on a GPU beside its peers: `python bench/loss_head_gpu.py --out FILE.json`. Needs torch and triton.
+"""The loss head on a GPU beside its peers: `python -m bench.gpu.lm_head --out FILE.json`. Needs torch and triton.
 
 One step is loss, gradient of hidden and gradient of weight in bfloat16: 6 M H V floating-point operations at the least,
 which is what the TFLOP/s divide, whatever a contender really computes. Peers that are not installed say so.
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_gpu import ceilings, machine, milliseconds
+from bench.gpu.attention import ceilings, machine, milliseconds
 from fastvst_kernels import linear_cross_entropy, linear_policy_loss
-from fastvst_kernels.linear_policy_loss import linear_policy_loss_reference
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, Objective
 
 SHAPES = {"7b": (3584, 152_064), "3b": (2048, 151_936)}  # hidden size, vocabulary
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench/loss_head_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        print("bench/gpu/lm_head.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * arguments.minutes
     result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}

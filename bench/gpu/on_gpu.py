@@ -1,4 +1,4 @@
-"""Everything worth knowing about a new GPU in one command: `python bench/on_gpu.py --minutes 9 --out DIR`.
+"""Everything worth knowing about a new GPU in one command: `python bench/gpu/on_gpu.py --minutes 9 --out DIR`.
 
 In order of value: correctness of every kernel, the kernel benches, tuning, end-to-end figures. Each part is a process
 of its own and writes into DIR as it goes, so that whatever time allows is there. It runs from a plain checkout with
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NO_TESTS = 5  # pytest's exit status where it collects nothing
 ENOUGH = 20.0  # seconds under which no part is started
 
@@ -34,16 +34,16 @@ class Part:
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={out}")
 TIMED = ("--out", "{out}", "--minutes", "{minutes}")
-LANE = "tests/kernels_triton/gpu"
+LANE = "tests/kernels/gpu"
 PARTS = (
-    Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_gpu_attention.py"), 0.4),
-    Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_gpu_attention.py"), 0.3),
-    Part("bench-attention", "attention.json", ("bench/attention_gpu.py", *TIMED), 0.4),
-    Part("bench-loss-head", "loss_head.json", ("bench/loss_head_gpu.py", *TIMED), 0.4),
-    Part("bench-pointwise", "pointwise.json", ("bench/pointwise_gpu.py", *TIMED), 0.2),
-    Part("bench-rollout", "rollout.json", ("bench/rollout_gpu.py", *TIMED), 0.3),
-    Part("tune", "table.json", ("-m", "fastvst_kernels.tune", *TIMED), 0.5),
-    Part("end-to-end", "end_to_end.json", ("bench/end_to_end_gpu.py", "--out", "{out}"), 1.0),
+    Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_attention.py"), 0.4),
+    Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_attention.py"), 0.3),
+    Part("bench-attention", "attention.json", ("bench/gpu/attention.py", *TIMED), 0.4),
+    Part("bench-loss-head", "loss_head.json", ("bench/gpu/lm_head.py", *TIMED), 0.4),
+    Part("bench-pointwise", "pointwise.json", ("bench/gpu/pointwise.py", *TIMED), 0.2),
+    Part("bench-rollout", "rollout.json", ("bench/gpu/rollout.py", *TIMED), 0.3),
+    Part("tune", "table.json", ("-m", "fastvst_kernels.tuning", *TIMED), 0.5),
+    Part("end-to-end", "end_to_end.json", ("bench/gpu/end_to_end.py", "--out", "{out}"), 1.0),
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("bench/on_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        print("bench/gpu/on_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, M-RoPE and windows on a GPU beside their peers: `python bench/pointwise_gpu.py --out FILE.json`.
+"""Norms, SwiGLU, M-RoPE and windows on a GPU beside their peers: `python -m bench.gpu.pointwise --out FILE.json`.
 
 Every contender of a case runs in one process, on the same tensors. A figure is written as soon as it is known.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from attention_gpu import ceilings, machine, milliseconds
-from pointwise_cases import GPU_CASES, Case
+from bench.cases.pointwise import GPU_CASES, Case
+from bench.gpu.attention import ceilings, machine, milliseconds
 
 
 def measure(case: Case, copy_tbps: float) -> dict[str, dict[str, Any]]:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench/pointwise_gpu.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        print("bench/gpu/pointwise.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * arguments.minutes
     result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}

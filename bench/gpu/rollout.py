@@ -1,6 +1,6 @@
 """Decode tokens/s of the engine on a GPU at the 3B and 7B shapes, as a share of the roofline.
 
-`python bench/rollout_gpu.py --out FILE`. Random weights in bf16; prompts of 1,600 tokens, answers of 400, each prompt
+`python -m bench.gpu.rollout --out FILE`. Random weights in bf16; prompts of 1,600 tokens, answers of 400, each prompt
 alone or shared by 8 answers. Beside them the fused sampling operator and PyTorch's product, softmax and multinomial on
 the same head. Not run yet: no GPU was at hand; the roofline itself is tested on the CPU.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fastvst.data.batch import Cost, EncodedSample
+from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.rollout.bitwise import batch_invariant
+from fastvst.rollout.batch_invariant import batch_invariant
 from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import sample_tokens
 

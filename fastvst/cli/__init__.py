@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastvst.evaluate import command, compare_rooms
-from fastvst.report import gallery
-from fastvst.rollout import command as rollout_command
-from fastvst.spatial.rooms import command as rooms_command
+from fastvst.cli import compare_rooms
+from fastvst.cli import evaluate as command
+from fastvst.cli import generate as rollout_command
+from fastvst.cli import rooms as rooms_command
+from fastvst.data import gallery
 
 
 def main(argv: Sequence[str] | None = None) -> int:

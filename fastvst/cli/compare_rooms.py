@@ -46,8 +46,8 @@ def checkpoints(given: list[str] | None) -> dict[str, Path]:
 
 def render(preset: str, samples: int, split: str) -> str:
     """The folder of `samples` rows of a preset, made or found."""
-    from fastvst.spatial.rooms.apart import make_rooms_apart
-    from fastvst.spatial.rooms.presets import PRESETS
+    from fastvst.generate.apart import make_rooms_apart
+    from fastvst.generate.presets import PRESETS
 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
     """
     from fastvst.data import Processor
     from fastvst.evaluate import rooms
+    from fastvst.evaluate.comparison_page import write_comparison
     from fastvst.model import Qwen25VL
-    from fastvst.report.comparison import write_comparison
 
     models = checkpoints(arguments.model)
     if (arguments.data is None) != (arguments.train_data is None):

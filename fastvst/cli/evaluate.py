@@ -160,7 +160,7 @@ def _work(
     """One device: load the model, answer its share. Rows are read again in a new process, not sent to it."""
     import torch
 
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
     from fastvst.evaluate.run import answer, sampling_of
     from fastvst.model import Qwen25VL
 

@@ -51,7 +51,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> Engine:
     """The engine on a model directory: float32 on the CPU, bfloat16 on a GPU."""
     import torch
 
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
     from fastvst.model import Qwen25VL
     from fastvst.rollout.engine import Engine
 

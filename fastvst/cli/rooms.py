@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Make the rows (or find them made) and print the folder."""
-    from fastvst.spatial.rooms.generate import make_rooms  # a renderer is imported only where one is asked for
-    from fastvst.spatial.rooms.presets import PRESETS as known
+    from fastvst.generate.presets import PRESETS as known
+    from fastvst.generate.rooms import make_rooms  # a renderer is imported only where one is asked for
 
     config = dataclasses.replace(known[arguments.preset], videos=None if arguments.videos == "frames" else "mp4")
     folder = make_rooms(

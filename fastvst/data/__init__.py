@@ -10,40 +10,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvst.data.batch import IGNORE, Cost, EncodedSample, PackedBatch, pack
-    from fastvst.data.encode import Processor
+    from fastvst.batch import IGNORE, Cost, EncodedSample, PackedBatch, pack
     from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
     from fastvst.data.loader import Loader, LoaderConfig, make_loader
     from fastvst.data.mixture import Mixture, MixtureConfig, SourceConfig, iterate_once, open_mixture
     from fastvst.data.packing import PackingConfig, PackingReport
-    from fastvst.data.processor_files import ProcessorConfig
+    from fastvst.data.processor import Processor
+    from fastvst.data.processor_config import ProcessorConfig
     from fastvst.data.sample import Sample
     from fastvst.data.sources import Source, open_source
 
 _HOME = {
-    "IGNORE": "batch",
-    "Cost": "batch",
-    "EncodedSample": "batch",
-    "PackedBatch": "batch",
-    "pack": "batch",
-    "Processor": "encode",
-    "Ledger": "ledger",
-    "SampleError": "ledger",
-    "TooManyBadSamples": "ledger",
-    "Loader": "loader",
-    "LoaderConfig": "loader",
-    "make_loader": "loader",
-    "Mixture": "mixture",
-    "MixtureConfig": "mixture",
-    "SourceConfig": "mixture",
-    "iterate_once": "mixture",
-    "open_mixture": "mixture",
-    "PackingConfig": "packing",
-    "PackingReport": "packing",
-    "ProcessorConfig": "processor_files",
-    "Sample": "sample",
-    "Source": "sources",
-    "open_source": "sources",
+    "IGNORE": "fastvst.batch",
+    "Cost": "fastvst.batch",
+    "EncodedSample": "fastvst.batch",
+    "PackedBatch": "fastvst.batch",
+    "pack": "fastvst.batch",
+    "Processor": "fastvst.data.processor",
+    "Ledger": "fastvst.data.ledger",
+    "SampleError": "fastvst.data.ledger",
+    "TooManyBadSamples": "fastvst.data.ledger",
+    "Loader": "fastvst.data.loader",
+    "LoaderConfig": "fastvst.data.loader",
+    "make_loader": "fastvst.data.loader",
+    "Mixture": "fastvst.data.mixture",
+    "MixtureConfig": "fastvst.data.mixture",
+    "SourceConfig": "fastvst.data.mixture",
+    "iterate_once": "fastvst.data.mixture",
+    "open_mixture": "fastvst.data.mixture",
+    "PackingConfig": "fastvst.data.packing",
+    "PackingReport": "fastvst.data.packing",
+    "ProcessorConfig": "fastvst.data.processor_config",
+    "Sample": "fastvst.data.sample",
+    "Source": "fastvst.data.sources",
+    "open_source": "fastvst.data.sources",
 }
 
 __all__ = [
@@ -76,4 +76,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fastvst.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastvst.data.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.encode import Processor
 from fastvst.data.images import MediaError, image_size
 from fastvst.data.ledger import SampleError
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.data.sources import open_source
 from fastvst.data.sources.rows import PADS, TAGS

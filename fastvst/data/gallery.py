@@ -10,13 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastvst.data.batch import IGNORE
+from fastvst import html
+from fastvst.batch import IGNORE
 from fastvst.data.check import CheckReport, check_source
-from fastvst.data.encode import Processor
 from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from fastvst.report import page
 
 STYLE = (
     "<style>.tokens{font:12px/1.7 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}"
@@ -29,7 +29,7 @@ FRAMES = 8  # shown of a video
 def write_gallery(report: CheckReport, processor: Processor, folder: str | Path) -> Path:
     """`folder`/index.html with the report and its examples, and `folder`/check.json; returns the page."""
     target = Path(folder) / "index.html"
-    page.write(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
+    html.write(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
     sections = [("Report", f"{STYLE}<pre>{escape(report.table())}</pre>")]
     for kind, samples in sorted(report.examples.items()):
         cards = "".join(card(sample, processor) for sample in samples)
@@ -37,10 +37,10 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
     if report.problems:
         rows = [(p.reason, p.id, p.where, p.detail) for p in report.problems[:500]]
         sections.append(
-            (f"Problems ({sum(report.counts.values())})", page.table(("reason", "id", "row", "detail"), rows))
+            (f"Problems ({sum(report.counts.values())})", html.table(("reason", "id", "row", "detail"), rows))
         )
     lead = f"{report.usable} of {report.rows} rows usable"
-    page.write(target, page.page(f"Data check: {report.path}", lead, sections))
+    html.write(target, html.page(f"Data check: {report.path}", lead, sections))
     return target
 
 
@@ -81,7 +81,7 @@ def _tag(source: Image.Image | bytes | str, max_source_pixels: int, width: int) 
         picture = load_rgb(source, max_source_pixels=max_source_pixels, time_limit=10.0)
     except MediaError as error:
         return f"<p>{escape(error.reason)}: {escape(error.detail)}</p>"
-    return page.image_tag(picture, "picture", width=width, quality=80)
+    return html.image_tag(picture, "picture", width=width, quality=80)
 
 
 def tokens(sample: Sample, processor: Processor) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fastvst.data.batch import IGNORE, Cost, EncodedSample, PackedBatch, pack
+from fastvst.batch import IGNORE, Cost, EncodedSample, PackedBatch, pack
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.packing import PackingConfig, PackingReport

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.batch import Cost
+from fastvst.batch import Cost
 
 BULK_SAMPLES = 4  # room for the refinement: this many average samples of every pack ...
 BULK_ROOM = (0.03, 0.2)  # ... within these shares of the budget

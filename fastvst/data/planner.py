@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fastvst.data.batch import Cost, EncodedSample
+from fastvst.batch import Cost, EncodedSample
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig

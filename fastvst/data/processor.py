@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from fastvst.data.batch import IGNORE, Cost, EncodedSample
+from fastvst.batch import IGNORE, Cost, EncodedSample
 from fastvst.data.chat import check_literals, render, system_prompt
 from fastvst.data.images import (
     MediaError,
@@ -24,7 +24,7 @@ from fastvst.data.images import (
     target_size,
 )
 from fastvst.data.ledger import SampleError
-from fastvst.data.processor_files import ProcessorConfig, make_config, read_preprocessor, write_files
+from fastvst.data.processor_config import ProcessorConfig, make_config, read_preprocessor, write_files
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
 from fastvst.data.video import (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastvst.spatial.boxes import iou_3d, parse_boxes
-from fastvst.spatial.tasks.facts import score_facts
+from fastvst.tasks.facts import score_facts
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 LETTER = re.compile(r"^\s*[`(]*([A-F])(?![A-Za-z])")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
+from fastvst import html
 from fastvst.evaluate.rooms import RoomResults, TaskScore
-from fastvst.report import page
 
 COLOURS = ("#0b57d0", "#1a7f37", "#bf8700", "#8250df", "#cf222e", "#57606a")
 LEFT, WIDTH, BAR, GAP, TOP = 170, 1060, 15, 16, 46
@@ -16,7 +16,7 @@ LEFT, WIDTH, BAR, GAP, TOP = 170, 1060, 15, 16, 46
 def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
     """Write `out/index.html` (one static file) and `out/rooms.svg`; return the page."""
     picture = bars(results)
-    page.write(out / "rooms.svg", picture)
+    html.write(out / "rooms.svg", picture)
     note = (
         "<p>Bars: accuracy on rooms that training never saw; lines: 95 % intervals, bootstrapped over rooms. Grey: the "
         "upper end of the interval of the best constant answer. Dotted: a random answer.</p>"
@@ -27,12 +27,12 @@ def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
         first = row[0]
         cells = [t.model for t in row]
         rows.append((first.task.replace("_", " "), *cells, first.majority, first.random, first.questions))
-    table = page.table(
+    table = html.table(
         ("task", *(f"{n}, % [95 %]" for n in names), "majority answer", "random answer", "questions"), rows
     )
     target = out / "index.html"
     sections = [("By task", picture + note), ("Figures", table)]
-    page.write(target, page.page("fastvst: rooms", f"{', '.join(names)} on the same held-out questions", sections))
+    html.write(target, html.page("fastvst: rooms", f"{', '.join(names)} on the same held-out questions", sections))
     return target
 
 

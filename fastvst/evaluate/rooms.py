@@ -113,7 +113,7 @@ def evaluate(
     """Answer every question under `path` greedily and score it.
 
     Args:
-        path: held-out rows with checkable answers (VST parquet as `fastvst.spatial.rooms.generate` writes it).
+        path: held-out rows with checkable answers (VST parquet as `fastvst.generate.rooms` writes it).
         train_path: the training rows; the majority and random baselines are made from them, never from held-out ones.
         batch_size: questions decoded together.
         examples: how many questions to keep for the report, spread over the tasks.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from fastvst.data.encode import Processor
 from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Part, Sample
 from fastvst.data.video import load_frames, plan_video, total_pixel_budget
 from fastvst.evaluate import predictions
@@ -22,7 +22,7 @@ from fastvst.evaluate.predictions import Prediction
 from fastvst.rollout import Engine, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
-    from fastvst.data.batch import EncodedSample
+    from fastvst.batch import EncodedSample
     from fastvst.model import Qwen25VL
     from fastvst.rollout.request import Request
 

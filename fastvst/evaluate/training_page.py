@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from fastvst import html
+from fastvst.curve import line_chart
 from fastvst.data.images import load_rgb
 from fastvst.evaluate.rooms import Example, Question, RoomResults
-from fastvst.report import page
-from fastvst.report.curve import line_chart
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
@@ -45,11 +45,11 @@ def write_report(
             ("Accuracy on rooms that training never saw", _score_table(results)),
             ("Held-out samples", '<div class="grid">' + "".join(_card(e) for e in results.examples) + "</div>"),
         ]
-        page.write(out / "results.json", json.dumps(results.to_json(), indent=1))
+        html.write(out / "results.json", json.dumps(results.to_json(), indent=1))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
     lead = f"{len(rows)} logged steps" + (f", final loss {losses[-1]:.3f}" if losses else "")
     target = out / "index.html"
-    page.write(target, page.page("fastvst: supervised fine-tuning", lead, sections))
+    html.write(target, html.page("fastvst: supervised fine-tuning", lead, sections))
     return target
 
 
@@ -65,7 +65,7 @@ def _score_table(results: RoomResults) -> str:
         "model's mean lies above the upper end of the majority interval. 3D detection is scored by F1 at oriented IoU "
         "0.15, numbers by a relative tolerance, everything else by equality.</p>"
     )
-    return page.table(header, rows, good=[t.above_majority for t in results.tasks]) + note
+    return html.table(header, rows, good=[t.above_majority for t in results.tasks]) + note
 
 
 def _card(example: Example) -> str:
@@ -75,7 +75,7 @@ def _card(example: Example) -> str:
     truth = " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
     if question.answer["type"] == "boxes":
         pictures = [_with_boxes(pictures[0], question, example.prediction)] + pictures[1:]
-    tags = [page.image_tag(p, question.task) for p in pictures]
+    tags = [html.image_tag(p, question.task) for p in pictures]
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"
     short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]

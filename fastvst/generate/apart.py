@@ -6,7 +6,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from fastvst.spatial.rooms.generate import RoomsConfig, make_rooms
+from fastvst.generate.rooms import RoomsConfig, make_rooms
 
 
 def make_rooms_apart(

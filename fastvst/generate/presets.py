@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastvst.spatial.rooms.generate import THOUGHT, RoomsConfig
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig
-from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS
+from fastvst.generate.rooms import THOUGHT, RoomsConfig
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
+from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 
 # Every task, once for each still, pair or video.
 ALL_TASKS = RoomsConfig(rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig())

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.reasoning import claims
-from fastvst.spatial.rooms.generate import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
-from fastvst.spatial.rooms.render import open_renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import shoot
-from fastvst.spatial.tasks.measurement import first_turn
+from fastvst.generate.rooms import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
+from fastvst.reasoning import claims
+from fastvst.scenes.rooms.render import open_renderer
+from fastvst.scenes.rooms.shoot import shoot
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.measurement import first_turn
 
 SCHEMA = pa.schema(
     [

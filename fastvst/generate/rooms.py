@@ -34,12 +34,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.reasoning import geometric
-from fastvst.spatial.rooms.render import Renderer, open_renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
-from fastvst.spatial.tasks.box_forms import BoxForm
+from fastvst.reasoning import geometric
+from fastvst.scenes.rooms.render import Renderer, open_renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.scenes.scene import Scene
+from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
+from fastvst.tasks.box_forms import BoxForm
 
 GENERATOR_VERSION = 6  # raise it when the same seed gives other rows: caches are keyed by it
 ROWS_PER_FILE = 500

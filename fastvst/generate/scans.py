@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastvst.spatial.rooms.generate import ROWS_PER_FILE, RoomsConfig, scene_samples, to_row, write_file
-from fastvst.spatial.rooms.scene import Scene
+from fastvst.generate.rooms import ROWS_PER_FILE, RoomsConfig, scene_samples, to_row, write_file
+from fastvst.scenes.scene import Scene
 
 
 def write_scenes(scenes: Iterable[Scene], out_dir: str | Path, config: RoomsConfig, *, prefix: str = "scenes") -> int:

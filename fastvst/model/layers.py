@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvst_kernels import add_rms_norm, packed_linear, rms_norm, swiglu
+from fastvst_kernels.activation.op import swiglu_backward
 from fastvst_kernels.linear import (
     biases_backward,
     column_sum,
@@ -28,8 +29,7 @@ from fastvst_kernels.linear import (
     parallel_linear,
     parallel_linear_forward,
 )
-from fastvst_kernels.norm import rms_norm_backward, rms_norm_forward
-from fastvst_kernels.swiglu import swiglu_backward
+from fastvst_kernels.norm.op import rms_norm_backward, rms_norm_forward
 
 POLICIES = ("none", "light", "full")
 

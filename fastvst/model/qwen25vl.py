@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastvst.model import checkpoint
+from fastvst.model import weights
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.layers import Attend, Norm
@@ -18,7 +18,7 @@ from fastvst.model.vision import PatchKernel, VisionTower
 from fastvst_kernels import packed_attention
 
 if TYPE_CHECKING:
-    from fastvst.data.batch import PackedBatch
+    from fastvst.batch import PackedBatch
 
 Head = Callable[[Tensor, Tensor], Any]
 TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
@@ -52,7 +52,7 @@ class Qwen25VL(nn.Module):
         """A preset with weights drawn from torch's generator.
 
         The vision tower of "tiny" comes trained, for too small a tower learns to see far too slowly from questions and
-        answers alone; `fastvst.spatial.rooms.build_tower` made it, and says on what. `Qwen25VL(config)` draws all.
+        answers alone; `tools.build_tower` made it, and says on what. `Qwen25VL(config)` draws all.
         """
         model = cls(ModelConfig.preset(preset))
         if preset == "tiny":
@@ -148,9 +148,9 @@ class Qwen25VL(nn.Module):
 
         Raises:
             FileNotFoundError: no such directory, config or weights.
-            fastvst.model.checkpoint.WeightsError: missing, unexpected, wrong-shaped or truncated tensors, all named.
+            fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped or truncated tensors, all named.
         """
-        return checkpoint.load(cls, Path(directory), dtype, torch.device(device))
+        return weights.load(cls, Path(directory), dtype, torch.device(device))
 
     def save_pretrained(
         self, directory: str | Path, processor: Any = None, *, max_shard_bytes: int = 5_000_000_000
@@ -163,7 +163,7 @@ class Qwen25VL(nn.Module):
         The directory is written beside and renamed into place: on an error the old one is intact.
         """
         state = self.state_dict()
-        checkpoint.save(Path(directory), self.config, state, processor=processor, max_shard_bytes=max_shard_bytes)
+        weights.save(Path(directory), self.config, state, processor=processor, max_shard_bytes=max_shard_bytes)
 
 
 def attend_packed(batch: PackedBatch) -> Attend:

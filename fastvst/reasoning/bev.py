@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import area, footprint
-from fastvst.spatial.rooms.scene import Scene
 
 SCALE = 3  # drawn three times as large and shrunk: smooth edges
 CAMERAS = ((214, 39, 40), (44, 140, 44), (31, 90, 180), (150, 75, 0))  # Cam-1 red, Cam-2 green, as published

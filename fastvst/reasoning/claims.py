@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from fastvst.scenes.scene import Scene, Sighting
 from fastvst.spatial.boxes import box_distance
 from fastvst.spatial.camera import project, unproject
 from fastvst.spatial.floor import footprint, height_range, meets
-from fastvst.spatial.rooms.scene import Scene, Sighting
-from fastvst.spatial.tasks.angles import (
+from fastvst.tasks.angles import (
     COMPASS,
     HOURS,
     clockwise,
@@ -27,9 +27,9 @@ from fastvst.spatial.tasks.angles import (
     quadrant,
     spot,
 )
-from fastvst.spatial.tasks.camera_motion import relative, shift_words, turn_word
-from fastvst.spatial.tasks.common import TaskConfig
-from fastvst.spatial.tasks.measurement import measure
+from fastvst.tasks.camera_motion import relative, shift_words, turn_word
+from fastvst.tasks.common import TaskConfig
+from fastvst.tasks.measurement import measure
 
 CONFIG = TaskConfig()
 RANGES = ((0.0, 1.4, "near"), (1.6, 2.8, "middle"), (3.2, 99.0, "far"))  # metres of depth, with gaps between them

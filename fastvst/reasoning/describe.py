@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastvst.reasoning import claims
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import box_distance
-from fastvst.spatial.reasoning import claims
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import clockwise, heading
-from fastvst.spatial.tasks.common import TaskConfig, article, choose, listed, nameable, pick, prose
-from fastvst.spatial.tasks.facts import Statement
+from fastvst.tasks.angles import clockwise, heading
+from fastvst.tasks.common import TaskConfig, article, choose, listed, nameable, pick, prose
+from fastvst.tasks.facts import Statement
 
 SEEN = (
     "{where} shows {things}.",

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.reasoning import claims, marks, walks
-from fastvst.spatial.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing, view_sentences
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import clockwise, heading
-from fastvst.spatial.tasks.common import TaskConfig, listed, pick, prose
-from fastvst.spatial.tasks.facts import Statement
-from fastvst.spatial.tasks.measurement import first_turn
+from fastvst.reasoning import claims, marks, walks
+from fastvst.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing, view_sentences
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.angles import clockwise, heading
+from fastvst.tasks.common import TaskConfig, listed, pick, prose
+from fastvst.tasks.facts import Statement
+from fastvst.tasks.measurement import first_turn
 
 WORDS_LOW, WORDS_HIGH = 150, 500  # of the text between the tags
 CONFIG = TaskConfig()

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.reasoning import claims
+from fastvst.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import unproject
-from fastvst.spatial.reasoning import claims
-from fastvst.spatial.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, article, choose, nameable, pick, prose
-from fastvst.spatial.tasks.facts import Statement
-from fastvst.spatial.tasks.measurement import measure
+from fastvst.tasks.common import TaskConfig, article, choose, nameable, pick, prose
+from fastvst.tasks.facts import Statement
+from fastvst.tasks.measurement import measure
 
 CONFIG = TaskConfig()
 PLAN_SIZE = (

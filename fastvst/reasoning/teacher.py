@@ -25,8 +25,8 @@ from typing import Any
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.bev import draw_bev, object_table
-from fastvst.spatial.rooms.scene import Scene
+from fastvst.reasoning.bev import draw_bev, object_table
+from fastvst.scenes.scene import Scene
 
 PROMPT = """You write the reasoning of somebody who looks at {pictures} of a room and answers a question about it.
 You are also given, for your eyes only, a plan of the room from above and a table of its objects; in the plan camera 1

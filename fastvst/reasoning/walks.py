@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.reasoning import claims, marks
+from fastvst.reasoning.describe import RESTATE, say
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import box_distance
-from fastvst.spatial.reasoning import claims, marks
-from fastvst.spatial.reasoning.describe import RESTATE, say
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import article, choose, listed, pick, prose
-from fastvst.spatial.tasks.facts import Statement
+from fastvst.tasks.common import article, choose, listed, pick, prose
+from fastvst.tasks.facts import Statement
 
 KEYS = 3  # most key frames that are described
 Made = tuple[list[Statement], list[Statement]]

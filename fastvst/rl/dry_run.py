@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from fastvst.config import ConfigError
 from fastvst.model import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops
-from fastvst.rl.groups import Sharing
+from fastvst.rl.packing import Sharing
 from fastvst.rl.prompts import PromptStream
 from fastvst.train.budget import GIB, estimate_memory
-from fastvst.train.config import ConfigError
-from fastvst.train.parallel import World
+from fastvst.train.distributed import World
 
 
 def check(config: Any) -> None:

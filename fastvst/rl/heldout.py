@@ -15,8 +15,8 @@ from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
 from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import Asked
+from fastvst.train.distributed import World
 from fastvst.train.metrics import rows_before
-from fastvst.train.parallel import World
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst.data.batch import EncodedSample, PackedBatch, answer_sample, pack, pack_groups
+from fastvst.batch import EncodedSample, PackedBatch, answer_sample, pack, pack_groups
 from fastvst.data.loader import empty_sample
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastvst.report import page
-from fastvst.report.curve import line_chart
-from fastvst.report.sft import read_metrics
+from fastvst import html
+from fastvst.curve import line_chart
+from fastvst.evaluate.training_page import read_metrics
 
 CURVES = (
     ("Reward of the sampled answers", "reward", "reward"),
@@ -43,7 +43,7 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
     lead = f"{len(rows)} steps, {sum(int(r.get('answers', 0)) for r in rows):,} answers"
     target = out / "report" / "index.html"
-    page.write(target, page.page("fastvst: reinforcement learning", lead, sections))
+    html.write(target, html.page("fastvst: reinforcement learning", lead, sections))
     return target
 
 
@@ -65,7 +65,7 @@ def _held_out(rows: Sequence[dict[str, Any]]) -> str:
         "over rooms. The answers are sampled as in training; the reward is 0.5 accuracy + 0.5 format.</p>"
     )
     header = ("task", f"step {first['step']} [95 %]", f"step {last['step']} [95 %]", "questions")
-    return chart + page.table(header, body) + note
+    return chart + html.table(header, body) + note
 
 
 def _interval(row: dict[str, Any]) -> str:

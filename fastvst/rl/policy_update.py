@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvst.rl.advantages import Kind
-from fastvst.rl.groups import Group, PolicyPack, Sharing, make_pack, plan
-from fastvst.train.parallel import World
+from fastvst.rl.packing import Group, PolicyPack, Sharing, make_pack, plan
+from fastvst.train.distributed import World
 from fastvst_kernels import linear_logprobs, linear_policy_loss
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 

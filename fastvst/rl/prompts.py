@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastvst.data.batch import EncodedSample
-from fastvst.data.encode import Processor
+from fastvst.batch import EncodedSample
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from fastvst.rl.pool import Row
-from fastvst.rl.rewards import BOXES, normalise_modes
-from fastvst.rollout.parallel import share
+from fastvst.rl.rewards.pool import Row
+from fastvst.rl.rewards.verifiable import BOXES, normalise_modes
+from fastvst.rollout.fsdp_engine import share
 
 
 class NoPrompts(RuntimeError):

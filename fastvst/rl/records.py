@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvst.data.images import load_rgb
 from fastvst.rl.prompts import Prompt
-from fastvst.rl.rewards import Reward
+from fastvst.rl.rewards.verifiable import Reward
 from fastvst.train.metrics import rows_before
 
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit

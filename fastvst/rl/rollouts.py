@@ -10,20 +10,20 @@ from typing import Literal
 
 import torch
 
-from fastvst.data.batch import EncodedSample
-from fastvst.data.encode import Processor
+from fastvst.batch import EncodedSample
+from fastvst.data.processor import Processor
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rl.groups import Answer, Group
-from fastvst.rl.pool import RewardPool
+from fastvst.rl.packing import Answer, Group
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import Asked
-from fastvst.rl.rewards import overlong
+from fastvst.rl.rewards.pool import RewardPool
+from fastvst.rl.rewards.verifiable import overlong
 from fastvst.rollout import Engine, EngineConfig, Rollout, SamplingParams
+from fastvst.rollout.fsdp_engine import gather, is_sharded
+from fastvst.rollout.kv_cache import memory_bytes, page_bytes
 from fastvst.rollout.numerics import NUMERICS
-from fastvst.rollout.openai import connect
-from fastvst.rollout.pages import memory_bytes, page_bytes
-from fastvst.rollout.parallel import gather, is_sharded
-from fastvst.train.parallel import World
+from fastvst.rollout.openai_client import connect
+from fastvst.train.distributed import World
 
 Question = tuple[Prompt, EncodedSample]
 

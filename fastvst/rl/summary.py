@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fastvst.rl.records import Asked
-from fastvst.rl.rewards import BOXES, MODES
+from fastvst.rl.rewards.verifiable import BOXES, MODES
+from fastvst.train.distributed import World
 from fastvst.train.metrics import duration
-from fastvst.train.parallel import World
 
 NAMES = (*MODES, BOXES)
 

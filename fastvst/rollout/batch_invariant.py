@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvst_kernels.attention_op import attention_op
-from fastvst_kernels.invariant import AttentionTiles, invariant_attention, invariant_mm, make_tiles
+from fastvst_kernels.attention.op import attention_op
+from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, invariant_mm, make_tiles
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvst.model import Qwen25VL
 from fastvst.rollout.decode import Tables, forward_tables
-from fastvst.rollout.pages import PagePool
+from fastvst.rollout.kv_cache import PagePool
 
 # Rows of a graph: doubling, then steps of 16 and 32, so that padding is at most a third of a small batch, 1/8 of a
 # large.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.pages import PagePool
+from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Sequence
-from fastvst.rollout.sampling import Rows, make_rows
+from fastvst.rollout.sampler import Rows, make_rows
 from fastvst_kernels import decode_attention
-from fastvst_kernels.decode_attention import DecodePlan, own_pieces, prefix_pieces
-from fastvst_kernels.decode_cpu import Piece
+from fastvst_kernels.decode.cpu import Piece
+from fastvst_kernels.decode.op import DecodePlan, own_pieces, prefix_pieces
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst.data.batch import EncodedSample
+from fastvst.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import Qwen25VL
+from fastvst.rollout.cuda_graphs import DecodeGraphs
 from fastvst.rollout.decode import Batch, seen_tokens
-from fastvst.rollout.graphs import DecodeGraphs
+from fastvst.rollout.kv_cache import PagePool, memory_bytes, page_bytes
 from fastvst.rollout.numerics import NUMERICS, Numerics
-from fastvst.rollout.pages import PagePool, memory_bytes, page_bytes
 from fastvst.rollout.prefill import VisionCache, embed, plan_chunks, run_chunks
 from fastvst.rollout.prefix import prefix_key
 from fastvst.rollout.request import Request, Rollout, RolloutError, SamplingParams, make_request
 from fastvst.rollout.request import Sequence as Answer
-from fastvst.rollout.sampling import Rows, make_rows
+from fastvst.rollout.sampler import Rows, make_rows
 from fastvst.rollout.scheduler import Scheduler
-from fastvst.rollout.text import cut_at_stop, ends, visible_tokens
+from fastvst.rollout.stop_strings import cut_at_stop, ends, visible_tokens
 
 if TYPE_CHECKING:
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
 
 Prompts = Sequence["Sample | EncodedSample"]
 

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fastvst.data.batch import EncodedSample
+from fastvst.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import Qwen25VL
 from fastvst.rollout.engine import Engine, EngineConfig
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PhaseMemory:
 
 
 def is_sharded(model: Qwen25VL) -> bool:
-    """Whether the parameters are DTensors, as `fastvst.train.parallel.place` leaves them with a mesh."""
+    """Whether the parameters are DTensors, as `fastvst.train.distributed.place` leaves them with a mesh."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.bitwise import batch_invariant
+from fastvst.rollout.batch_invariant import batch_invariant
 from fastvst.rollout.decode import Batch, forward_tables, run_decoder, store_rows
-from fastvst.rollout.pages import PagePool
+from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.prefill import Chunk, chunk_attention, page_rows
-from fastvst.rollout.sampling import Found, Rows, next_tokens
+from fastvst.rollout.sampler import Found, Rows, next_tokens
 from fastvst_kernels import linear_logprobs
-from fastvst_kernels.invariant import AttentionTiles, invariant_attention, make_tiles
+from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, make_tiles
 
 
 @dataclass(frozen=True)

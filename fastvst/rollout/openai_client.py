@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from fastvst.data.chat import system_prompt
-from fastvst.data.encode import unify_fov_messages
 from fastvst.data.images import load_rgb
+from fastvst.data.processor import unify_fov_messages
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as OpenAI's own client: the server may answer the next time
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst.data.batch import EncodedSample, pack
+from fastvst.batch import EncodedSample, pack
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.pages import PagePool
+from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Prompt
 from fastvst_kernels import decode_attention, packed_attention, prepare
-from fastvst_kernels.decode_attention import DecodePlan, prefix_pieces
-from fastvst_kernels.decode_cpu import merge
+from fastvst_kernels.decode.cpu import merge
+from fastvst_kernels.decode.op import DecodePlan, prefix_pieces
 
 
 @dataclass(frozen=True)

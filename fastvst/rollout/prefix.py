@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastvst.data.batch import EncodedSample
+from fastvst.batch import EncodedSample
 from fastvst.rollout.request import Prompt
 
 FIRST = 16  # texts that differ in these tokens are not compared any further

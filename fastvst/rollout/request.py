@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fastvst.data.batch import EncodedSample
+from fastvst.batch import EncodedSample
 
 
 class RolloutError(RuntimeError):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastvst.rollout.request import SamplingParams
 from fastvst_kernels import sample_tokens
-from fastvst_kernels.sampling import cut_, head_logits
+from fastvst_kernels.sampling.op import cut_, head_logits
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # tokens, and log-probabilities of two kinds
 BLOCK = 64  # entries of the lower level of the sum

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from fastvst.rollout.pages import OutOfPages, PagePool
+from fastvst.rollout.kv_cache import OutOfPages, PagePool
 from fastvst.rollout.prefix import find_donor, forsake
 from fastvst.rollout.request import Prompt, Request, RolloutError, Sequence
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastvst.data.encode import Processor
+    from fastvst.data.processor import Processor
     from fastvst.rollout.request import Sequence as Answer
 
 

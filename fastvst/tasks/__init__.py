@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from fastvst.spatial.tasks import (
+from fastvst.tasks import (
     camera_camera,
     camera_motion,
     change_caption,
@@ -28,7 +28,7 @@ from fastvst.spatial.tasks import (
     video_other,
     video_route,
 )
-from fastvst.spatial.tasks.common import TaskConfig
+from fastvst.tasks.common import TaskConfig
 
 SINGLE = {
     "depth_comparison": depth_comparison.make,

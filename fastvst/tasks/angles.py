@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.scene import Scene
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 HOURS = tuple(f"{hour} o'clock" for hour in (12, *range(1, 12)))

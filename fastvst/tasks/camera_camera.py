@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
-from fastvst.spatial.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sample
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
+from fastvst.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sample
 
 TASK, KIND = "camera_camera", "multi_image"
 MIN_TURN = 20.0  # degrees between the two viewing directions; with less the question is about nothing

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, canvas, choose, mcq, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choose, mcq, pick, sample
 
 TASK, KIND = "camera_motion", "multi_image"
 WORDS = (("left", "right"), ("up", "down"), ("backward", "forward"))  # camera axes X, Y, Z: negative, positive

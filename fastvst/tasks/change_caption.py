@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene, View
-from fastvst.spatial.tasks.camera_motion import relative
-from fastvst.spatial.tasks.common import TaskConfig, article, canvas, choose, listed, nameable, pick, prose, sample
-from fastvst.spatial.tasks.facts import Statement, answer_of
-from fastvst.spatial.tasks.scene_caption import third
+from fastvst.scenes.scene import Scene, View
+from fastvst.tasks.camera_motion import relative
+from fastvst.tasks.common import TaskConfig, article, canvas, choose, listed, nameable, pick, prose, sample
+from fastvst.tasks.facts import Statement, answer_of
+from fastvst.tasks.scene_caption import third
 
 TASK, KIND = "change_caption", "caption-multi-view"
 

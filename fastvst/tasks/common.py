@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene, Sighting, View
+from fastvst.scenes.scene import Scene, Sighting, View
 
 LETTERS = "ABCDEF"
 SOURCE = "rooms"

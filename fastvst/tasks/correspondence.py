@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, View
 from fastvst.spatial import draw
 from fastvst.spatial.camera import project, unproject
-from fastvst.spatial.rooms.scene import Scene, View
-from fastvst.spatial.tasks.common import LETTERS, TaskConfig, canvas, pick, sample
+from fastvst.tasks.common import LETTERS, TaskConfig, canvas, pick, sample
 
 TASK, KIND = "correspondence", "correspondence"
 RIM = 0.07  # share of the image side kept free of points

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
-from fastvst.spatial.rooms.scene import Scene, Sighting, View
-from fastvst.spatial.tasks.common import LETTERS, TaskConfig, apart, canvas, choose, nameable, pick, sample, usable
+from fastvst.tasks.common import LETTERS, TaskConfig, apart, canvas, choose, nameable, pick, sample, usable
 
 TASK, KIND = "depth_comparison", "depth"
 

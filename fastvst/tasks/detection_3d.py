@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.spatial.rooms.scene import Scene, View
-from fastvst.spatial.tasks.common import TaskConfig, canvas, choose, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample
 
 TASK, KIND = "detection_3d", "bbox_3d"
 MAX_BOXES = 30

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import multi_detection_prompt
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, canvas, choose, pick, sample
-from fastvst.spatial.tasks.detection_3d import MATCH_IOU, MAX_BOXES
+from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample
+from fastvst.tasks.detection_3d import MATCH_IOU, MAX_BOXES
 
 TASK, KIND = "detection_multi", "bbox_3d"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import box_distance
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, canvas, choose, pick, sample, titled, usable
+from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample, titled, usable
 
 TASK, KIND = "distance", "distance"
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import box_distance, format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.spatial.rooms.scene import Scene, Sighting, View
-from fastvst.spatial.tasks.common import TaskConfig, apart, canvas, nameable, pick, sample, usable
-from fastvst.spatial.tasks.detection_3d import MATCH_IOU
+from fastvst.tasks.common import TaskConfig, apart, canvas, nameable, pick, sample, usable
+from fastvst.tasks.detection_3d import MATCH_IOU
 
 TASK, KIND = "grounding_3d", "bbox_3d"
 

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, SceneObject
 from fastvst.spatial import draw
-from fastvst.spatial.rooms.scene import Scene, SceneObject
-from fastvst.spatial.tasks.common import TaskConfig, apart, canvas, choose, pick, sample, usable
+from fastvst.tasks.common import TaskConfig, apart, canvas, choose, pick, sample, usable
 
 TASK, KIND = "measurement", "qa"
 TOLERANCE = 0.1  # relative; an answer within it counts as right

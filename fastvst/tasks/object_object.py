@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, Sighting
 from fastvst.spatial import draw
-from fastvst.spatial.rooms.scene import Scene, Sighting
-from fastvst.spatial.tasks.angles import COMPASS, clear_direction, clockwise, sector, spot
-from fastvst.spatial.tasks.common import TaskConfig, apart, canvas, choose, distractors, mcq, pick, sample, usable
+from fastvst.tasks.angles import COMPASS, clear_direction, clockwise, sector, spot
+from fastvst.tasks.common import TaskConfig, apart, canvas, choose, distractors, mcq, pick, sample, usable
 
 TASK, KIND = "object_object", "multi_image"
 

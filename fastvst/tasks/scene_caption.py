@@ -5,11 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import box_distance
-from fastvst.spatial.rooms.scene import Scene, Sighting, View
-from fastvst.spatial.tasks.common import TaskConfig, apart, article, canvas, choose, listed, pick, prose, sample, usable
-from fastvst.spatial.tasks.facts import Statement, answer_of
+from fastvst.tasks.common import (
+    TaskConfig,
+    apart,
+    article,
+    canvas,
+    choose,
+    listed,
+    pick,
+    prose,
+    sample,
+    usable,
+)
+from fastvst.tasks.facts import Statement, answer_of
 
 TASK, KIND = "scene_caption", "caption"
 

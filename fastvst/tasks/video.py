@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import LETTERS, TaskConfig, canvas, sample
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.common import LETTERS, TaskConfig, canvas, sample
 
 BEFORE = "These are frames of a video."
 AFTER_CHOICE = "Answer with the option's letter from the given choices directly."

@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import area
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, article, listed, pick
-from fastvst.spatial.tasks.facts import Statement, answer_of
-from fastvst.spatial.tasks.video import Kind, row, survey
-from fastvst.spatial.tasks.video_order import chain
-from fastvst.spatial.tasks.video_other import total_turn, travelled
+from fastvst.tasks.common import TaskConfig, article, listed, pick
+from fastvst.tasks.facts import Statement, answer_of
+from fastvst.tasks.video import Kind, row, survey
+from fastvst.tasks.video_order import chain
+from fastvst.tasks.video_other import total_turn, travelled
 
 TASK = "video_caption"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, choose, pick
-from fastvst.spatial.tasks.video import options, row, survey
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.video import options, row, survey
 
 TASK = "video_counting"
 

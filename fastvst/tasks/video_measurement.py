@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, pick
-from fastvst.spatial.tasks.measurement import TOLERANCE, measure
-from fastvst.spatial.tasks.video import row, unique
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.common import TaskConfig, pick
+from fastvst.tasks.measurement import TOLERANCE, measure
+from fastvst.tasks.video import row, unique
 
 TASK = "video_measurement"
 

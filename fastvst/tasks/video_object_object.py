@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import box_distance
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import clear_direction, clockwise, left_right, left_right_back, quadrant, spot
-from fastvst.spatial.tasks.common import TaskConfig, choose, pick
-from fastvst.spatial.tasks.video import options, row, unique
+from fastvst.tasks.angles import clear_direction, clockwise, left_right, left_right_back, quadrant, spot
+from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.video import options, row, unique
 
 TASK = "video_object_object"
 LEAST = 0.2  # metres

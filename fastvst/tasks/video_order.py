@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.common import TaskConfig, choose, pick
-from fastvst.spatial.tasks.video import Kind, options, row, survey
+from fastvst.scenes.scene import Scene
+from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.video import Kind, options, row, survey
 
 TASK = "video_order"
 SECONDS = 1.0  # between the last moment of doubt about one class and the first sight of the next (VLM-3R's rule)

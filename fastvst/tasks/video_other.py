@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import area
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import clockwise, heading
-from fastvst.spatial.tasks.common import TaskConfig, choose, nameable, pick
-from fastvst.spatial.tasks.depth_comparison import separated
-from fastvst.spatial.tasks.video import options, row
+from fastvst.tasks.angles import clockwise, heading
+from fastvst.tasks.common import TaskConfig, choose, nameable, pick
+from fastvst.tasks.depth_comparison import separated
+from fastvst.tasks.video import options, row
 
 TASK = "video_other"
 

@@ -7,11 +7,11 @@ from functools import lru_cache
 import numpy as np
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import crosses_wall, footprint, height_range, meets
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks.angles import clockwise, spot
-from fastvst.spatial.tasks.common import TaskConfig, choose, pick
-from fastvst.spatial.tasks.video import options, row, unique
+from fastvst.tasks.angles import clockwise, spot
+from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.video import options, row, unique
 
 TASK = "video_route"
 TURNS = ("turn left", "turn right", "turn back")

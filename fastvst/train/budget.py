@@ -18,9 +18,9 @@ from fastvst.data import Mixture, PackedBatch, PackingReport, pack
 from fastvst.data.loader import LoaderConfig, make_planner
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import pack_flops
-from fastvst.model.saved import decoder_bytes_per_token, vision_bytes_per_patch
+from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
+from fastvst.train.distributed import World
 from fastvst.train.optimizer import part_of
-from fastvst.train.parallel import World
 
 PARTS = ("vision", "merger", "decoder", "embeddings and head")
 GIB = 2**30

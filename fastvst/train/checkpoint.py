@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from fastvst.train.parallel import World
+from fastvst.train.distributed import World
 
 MARKER = "COMPLETE"
 WriteHF = Callable[[Path, dict[str, Tensor]], None]
@@ -133,7 +133,7 @@ def save(
 def save_hf(target: Path, model: nn.Module, world: World, write_hf: WriteHF, dtype: torch.dtype) -> Path:
     """Gather the model and let rank 0 write it as the Hugging Face directory `target`; every rank calls it.
 
-    `write_hf` must leave an older directory intact when it fails (`fastvst.model.checkpoint.save` does). Raises
+    `write_hf` must leave an older directory intact when it fails (`fastvst.model.weights.save` does). Raises
     CheckpointError like `save`.
     """
     full = gather(model, world, dtype)

@@ -19,7 +19,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from fastvst.train.parallel import World
+from fastvst.train.distributed import World
 
 EXIT_STATUS = 17  # of a rank that ends because another one died
 _SETTLE = 5.0  # seconds that a broken collective waits for the news of who died

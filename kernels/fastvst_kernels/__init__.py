@@ -3,18 +3,18 @@
 Needs torch (and triton for the GPU kernels), and knows nothing of any model or trainer.
 """
 
-from fastvst_kernels.attention import AttentionPlan, attention_reference, packed_attention, prepare
-from fastvst_kernels.decode_attention import decode_attention
+from fastvst_kernels.activation.op import swiglu
+from fastvst_kernels.attention.api import AttentionPlan, attention_reference, packed_attention, prepare
+from fastvst_kernels.decode.op import decode_attention
 from fastvst_kernels.linear import packed_linear
-from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
-from fastvst_kernels.linear_logprobs import linear_logprobs
-from fastvst_kernels.linear_policy_loss import linear_policy_loss
-from fastvst_kernels.loss_head import VocabularyShard
-from fastvst_kernels.mrope import mrope, vision_rope
-from fastvst_kernels.norm import add_rms_norm, rms_norm
-from fastvst_kernels.sampling import sample_tokens
-from fastvst_kernels.swiglu import swiglu
-from fastvst_kernels.window import window_attention
+from fastvst_kernels.lm_head.chunked import VocabularyShard
+from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
+from fastvst_kernels.lm_head.logprobs import linear_logprobs
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
+from fastvst_kernels.norm.op import add_rms_norm, rms_norm
+from fastvst_kernels.rope.op import mrope, vision_rope
+from fastvst_kernels.sampling.op import sample_tokens
+from fastvst_kernels.window.op import window_attention
 
 __all__ = [
     "VocabularyShard",

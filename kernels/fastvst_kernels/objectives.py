@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastvst_kernels.sequence import dense_ids, sequence_mean, sequence_sum
+from fastvst_kernels.shared.sequence_sums import dense_ids, sequence_mean, sequence_sum
 
 LOG_LIMIT = 20.0  # log-ratios are bounded to +-20 before exp (verl's bound): exp(1e4) would make 0 * inf of a KL term
 KL_ESTIMATORS = ("none", "k1", "k2", "k3")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastvst.cli import compare_rooms
 from fastvst.data import Processor, Sample
-from fastvst.evaluate import compare_rooms, rooms
+from fastvst.evaluate import rooms
+from fastvst.evaluate.comparison_page import write_comparison
 from fastvst.evaluate.rooms import RoomResults, TaskScore
 from fastvst.evaluate.statistics import Interval
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.report.comparison import write_comparison
 
 
 def results(mean: float) -> RoomResults:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastvst.cli import generate as command
 from fastvst.cli import main
-from fastvst.data.encode import Processor
+from fastvst.data.processor import Processor
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rollout import Engine, SamplingParams, command
+from fastvst.rollout import Engine, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 from fastvst.cli import main
 from fastvst.data import Processor
 from fastvst.data.check import check_source
-from fastvst.report.gallery import tokens, write_gallery
+from fastvst.data.gallery import tokens, write_gallery
 
 TINY = Processor.preset("tiny", max_seq_len=2048)
 

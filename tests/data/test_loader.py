@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
-from fastvst.data.encode import Processor
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.loader import LoaderConfig, make_loader
 from fastvst.data.mixture import MixtureConfig, SourceConfig
+from fastvst.data.processor import Processor
 
 
 def mixture(*paths, **options) -> MixtureConfig:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvst.data.batch import Cost
+from fastvst.batch import Cost
 from fastvst.data.packing import Packer, PackingConfig, PackingReport, imbalance, plan_step
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops

@@ -18,11 +18,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fastvst.data.batch import pack
+from fastvst.batch import pack
 from fastvst.data.chat import THINK_SYSTEM
-from fastvst.data.encode import Processor
 from fastvst.data.ledger import SampleError
-from fastvst.data.processor_files import ProcessorConfig
+from fastvst.data.processor import Processor
+from fastvst.data.processor_config import ProcessorConfig
 from fastvst.data.sample import Sample
 from fastvst.data.tokenizer import from_ranks, read_ranks
 from fastvst.model.config import ModelConfig

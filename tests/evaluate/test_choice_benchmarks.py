@@ -11,7 +11,18 @@ import pytest
 
 import ugly
 from benchmark_files import base64_png, mcq, png, write_parquet, write_tsv
-from fastvst.evaluate import ai2d, blink, choice, cv_bench, mmbench, mmmu, mmstar, ocrbench, realworldqa, srbench_3d
+from fastvst.evaluate import (
+    ai2d,
+    blink,
+    choice,
+    cv_bench,
+    mmbench,
+    mmmu,
+    mmstar,
+    ocrbench,
+    realworldqa,
+    srbench_3d,
+)
 
 OPTIONS = ugly.OPTIONS
 

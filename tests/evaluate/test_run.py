@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmark_files import mcq, png, write_jsonl, write_tsv
-from fastvst.data.encode import Processor
-from fastvst.evaluate import command, mmstar, predictions, run, vsi_bench
+from fastvst.cli import evaluate as command
+from fastvst.data.processor import Processor
+from fastvst.evaluate import mmstar, predictions, run, vsi_bench
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.predictions import Prediction
 from fastvst.model import ModelConfig, Qwen25VL

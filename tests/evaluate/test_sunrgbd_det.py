@@ -11,7 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastvst.evaluate import sunrgbd_det
-from fastvst.evaluate.average_precision import DEPTHS, THRESHOLDS, Question, average_precision, match, pool, resampled
+from fastvst.evaluate.average_precision import (
+    DEPTHS,
+    THRESHOLDS,
+    Question,
+    average_precision,
+    match,
+    pool,
+    resampled,
+)
 from fastvst.evaluate.files import Row
 from fastvst.spatial.boxes import format_boxes, iou_3d
 

@@ -4,10 +4,10 @@ import re
 import pytest
 from PIL import Image
 
+from fastvst.curve import line_chart
 from fastvst.data.sample import Sample
 from fastvst.evaluate.rooms import Question, summarise
-from fastvst.report import write_report
-from fastvst.report.curve import line_chart
+from fastvst.evaluate.training_page import write_report
 
 BOX = {"bbox_3d": [0.0, 0.0, 3.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "label": "chair"}
 

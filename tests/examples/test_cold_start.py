@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from fastvst.train.config import load_config
+from fastvst.config import load_config
 from small_run import ROOT, load_essay, write_model
 
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from fastvst.data import open_source
-from fastvst.spatial.rooms.apart import make_rooms_apart
-from fastvst.spatial.rooms.generate import RoomsConfig
-from fastvst.spatial.rooms.shoot import WalkConfig
+from fastvst.generate.apart import make_rooms_apart
+from fastvst.generate.rooms import RoomsConfig
+from fastvst.scenes.rooms.shoot import WalkConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "generating.md"
 ROWS = dict.fromkeys(

@@ -16,17 +16,18 @@ import pytest
 from PIL import Image
 
 from fastvst.cli import main
+from fastvst.cli import rooms as command
+from fastvst.config import load_config
 from fastvst.data import MixtureConfig, Processor, open_source
 from fastvst.evaluate.rooms import questions
-from fastvst.spatial.reasoning.geometric import TRACES
-from fastvst.spatial.rooms import command, generate
-from fastvst.spatial.rooms.generate import FIRST_SIX, RoomsConfig, apportion, make_rooms, room_rows, room_seed
-from fastvst.spatial.rooms.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig
-from fastvst.spatial.tasks import PAIRS, SINGLE, VST_P, WALKS
-from fastvst.spatial.tasks.box_forms import BoxForm
-from fastvst.train.config import load_config
+from fastvst.generate import rooms as generate
+from fastvst.generate.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
+from fastvst.generate.rooms import FIRST_SIX, RoomsConfig, apportion, make_rooms, room_rows, room_seed
+from fastvst.reasoning.geometric import TRACES
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
+from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
+from fastvst.tasks.box_forms import BoxForm
 
 SMALL = ShotConfig(width=160, height=120, views=1, overlap=1.0)
 SHORT = WalkConfig(frames=12)
@@ -200,7 +201,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
 
 
 def test_every_task_is_asked_in_ten_ways_or_more() -> None:
-    from fastvst.spatial import tasks
+    from fastvst import tasks
 
     banks = {
         "grounding_3d": tasks.grounding_3d.PHRASES, "scene_caption": tasks.scene_caption.PHRASES,
@@ -241,7 +242,7 @@ def test_the_mixture_file_has_the_published_proportions() -> None:
 
 
 def test_the_page_of_tasks_shows_every_task() -> None:
-    """docs/tasks.html is written by docs/make_tasks.py; it must not fall behind the tasks."""
+    """docs/tasks.html is written by tools/make_tasks.py; it must not fall behind the tasks."""
     html = (Path(__file__).parents[2] / "docs" / "tasks.html").read_text()
     for name, thousands in VST_P.items():
         assert f"<b>{name}</b>" in html and f"{thousands} K rows" in html

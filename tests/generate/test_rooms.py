@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fastvst.spatial.rooms import generate
-from fastvst.spatial.rooms.generate import RoomsConfig, cache_root, make_rooms, room_rows, room_seed
-from fastvst.spatial.rooms.shoot import ShotConfig
+from fastvst.generate import rooms as generate
+from fastvst.generate.rooms import RoomsConfig, cache_root, make_rooms, room_rows, room_seed
+from fastvst.scenes.rooms.shoot import ShotConfig
 
 SMALL = RoomsConfig(shots=ShotConfig(width=160, height=120, views=1))
 

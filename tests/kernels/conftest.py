@@ -1,7 +1,7 @@
 """Three lanes that need a process of their own: `interpreter` (TRITON_INTERPRET=1), `aot` (without it), `gpu`.
 
-The plain `pytest` does not collect them; `tests/lanes` starts the first two, `bench/on_gpu.py` the third. By hand:
-`TRITON_INTERPRET=1 pytest tests/kernels_triton/interpreter`, `pytest tests/kernels_triton/aot`.
+The plain `pytest` does not collect them; `tests/lanes` starts the first two, `bench/gpu/on_gpu.py` the third. By hand:
+`TRITON_INTERPRET=1 pytest tests/kernels/interpreter`, `pytest tests/kernels/aot`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _run(lane: str, **variables: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels_triton/{lane}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{lane}"]
     # Triton reads TRITON_INTERPRET when it is first imported, so one process can not do both lanes.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", **variables}

@@ -1,4 +1,4 @@
-"""bench/on_gpu.py without a GPU: it says so; its parts run, are timed out, are kept and left out when done."""
+"""bench/gpu/on_gpu.py without a GPU: it says so; its parts run, are timed out, are kept and left out when done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 @pytest.fixture(scope="module")
 def on_gpu():
-    spec = importlib.util.spec_from_file_location("on_gpu_script", BENCH / "on_gpu.py")
+    spec = importlib.util.spec_from_file_location("on_gpu_script", BENCH / "gpu" / "on_gpu.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -72,7 +72,7 @@ def test_the_table_names_ours_and_the_best_peer(on_gpu, tmp_path):
 def test_the_counted_figures_of_groups():
     sys.path.insert(0, str(BENCH))
     try:
-        from attention_cases import Case, grouped
+        from bench.cases.attention import Case, grouped
     finally:
         sys.path.remove(str(BENCH))
     case = Case("g", heads=2, kv_heads=1, width=16, causal=True, **grouped(2, 3, (2, 1)))
@@ -95,10 +95,10 @@ for number, path in enumerate(sys.argv[1:]):
     spec = importlib.util.spec_from_file_location(f"part{number}", path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-import fastvst.rollout.bitwise, fastvst_kernels.tune, teacher
+import fastvst.rollout.batch_invariant, fastvst_kernels.tuning.tune, teacher
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from rollout_gpu import text_prompt
+from bench.gpu.rollout import text_prompt
 model = Qwen25VL(ModelConfig.preset("tiny"))
 assert len(Engine(model, memory=1 << 24).generate([text_prompt(model.config, 5, 0)], SamplingParams(max_tokens=2))) == 1
 """

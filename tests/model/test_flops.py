@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvst.data.batch import pack
+from fastvst.batch import pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import TRAINING, decoder_flops, pack_flops, sample_flops, vision_flops
 from fastvst_kernels import linear_cross_entropy

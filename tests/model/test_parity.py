@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastvst.data.batch import pack
+from fastvst.batch import pack
 from fastvst_kernels import linear_cross_entropy
 from hf_parity import hf_forward, hf_name, make_models, make_sample, relative, small_config
 

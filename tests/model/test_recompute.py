@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastvst.data.batch import pack
+from fastvst.batch import pack
 from fastvst.model import ModelConfig
-from fastvst.model.saved import decoder_bytes_per_token, vision_bytes_per_patch
+from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
 from fastvst_kernels import linear_cross_entropy
 from hf_parity import make_models, make_sample, small_config
 

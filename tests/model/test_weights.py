@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from fastvst.batch import pack
 from fastvst.data import Processor
-from fastvst.data.batch import pack
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model.checkpoint import WeightsError
+from fastvst.model.weights import WeightsError
 from hf_parity import hf_name, make_models, make_sample, small_config
 
 INDEX = "model.safetensors.index.json"

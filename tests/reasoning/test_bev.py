@@ -7,10 +7,11 @@ import pytest
 from scipy.spatial import ConvexHull
 from shapely import LineString, Point, Polygon
 
-from fastvst.spatial import bev, floor
+from fastvst.reasoning import bev
+from fastvst.scenes.scene import Scene, SceneObject, View
+from fastvst.spatial import floor
 from fastvst.spatial.boxes import corners
 from fastvst.spatial.camera import Camera, look, place
-from fastvst.spatial.rooms.scene import Scene, SceneObject, View
 
 
 def scene(yaw: float, boxes: list[tuple[float, ...]], names: list[str] | None = None) -> Scene:

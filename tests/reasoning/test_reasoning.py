@@ -15,17 +15,17 @@ import pytest
 from fastvst.data import open_source
 from fastvst.data.sample import Sample
 from fastvst.evaluate.answers import score
+from fastvst.generate.rl_rows import difficulty_of, make_rl_rows, rl_row, write_rl_rows
+from fastvst.generate.rooms import RoomsConfig
+from fastvst.reasoning import claims, geometric
+from fastvst.reasoning.teacher import FORBIDDEN
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.reasoning import claims, geometric
-from fastvst.spatial.reasoning.rl import difficulty_of, make_rl_rows, rl_row, write_rl_rows
-from fastvst.spatial.reasoning.teacher import FORBIDDEN
-from fastvst.spatial.rooms.generate import RoomsConfig
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, WALKS, TaskConfig
-from fastvst.spatial.tasks.angles import HOURS
-from fastvst.spatial.tasks.measurement import first_turn
+from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig
+from fastvst.tasks.angles import HOURS
+from fastvst.tasks.measurement import first_turn
 from scene_truth import COMPASS, GHOST, Truth, clockwise, homogeneous, off, reply
 
 

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from fastvst.data import Sample
+from fastvst.reasoning.teacher import TeacherConfig, TeacherError, ask_teacher, judge
+from fastvst.scenes.scene import Scene, SceneObject, View
 from fastvst.spatial.camera import Camera, look
-from fastvst.spatial.reasoning.teacher import TeacherConfig, TeacherError, ask_teacher, judge
-from fastvst.spatial.rooms.scene import Scene, SceneObject, View
 
 STORY = "In the first picture I see a bed and beside it a lamp. " * 12
 

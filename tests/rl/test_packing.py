@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from fastvst.data import Processor, Sample, pack
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rl.groups import Answer, Group, make_pack, plan
-from fastvst.rl.update import UpdateConfig, add_up, make_objective, minibatches, policy_head
-from fastvst.train import parallel
-from fastvst.train.parallel import ParallelConfig
+from fastvst.rl.packing import Answer, Group, make_pack, plan
+from fastvst.rl.policy_update import UpdateConfig, add_up, make_objective, minibatches, policy_head
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig
 from fastvst_kernels import linear_policy_loss
 from ranks import run_ranks
 from small_run import small_config, write_model
@@ -169,7 +169,7 @@ def test_shared_prompts_give_the_loss_and_every_gradient_of_repeated_ones(proces
     torch.manual_seed(0)
     model = Qwen25VL(small_config())
     model.vision_on_every_rank = True
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     groups = make_groups(processor, 6)
     config = UPDATES[name]
     (batch,), sharing = minibatches(groups, config, make_objective(config, 12), model.config, world)
@@ -186,21 +186,21 @@ def test_shared_prompts_give_the_loss_and_every_gradient_of_repeated_ones(proces
 
 
 def _on_a_rank(env: dict[str, str], folder: str, groups: list[Group], config: UpdateConfig) -> Any:
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     source = Qwen25VL.from_pretrained(folder) if world.is_main else None
     with torch.device("meta"):
         skeleton = Qwen25VL(ModelConfig.from_pretrained(folder))
-    model = parallel.place(source, skeleton, world)
+    model = distributed.place(source, skeleton, world)
     mine = groups[:4] if world.rank == 0 else groups[4:]  # not the same number, and rank 1 has fewer packs
     result = update_of(model, mine, config, world)
-    parallel.stop(world)
+    distributed.stop(world)
     return result
 
 
 @pytest.mark.slow
 def test_two_ranks_with_sharded_weights_give_the_same_update(processor: Processor, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     groups, config = make_groups(processor, 6), UPDATES["dapo"]
     one = Qwen25VL.from_pretrained(folder)
     one.vision_on_every_rank = True
@@ -216,7 +216,7 @@ def test_the_first_update_is_the_advantage_weighted_negative_log_likelihood(proc
     """And it is divided by all answer tokens, also by those of groups that were left out for having no advantage."""
     torch.manual_seed(0)
     model = Qwen25VL(small_config())
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     groups = make_groups(processor, 3)
     flat = Group(groups[1].prompt, tuple(dataclasses.replace(a, advantage=0.0) for a in groups[1].answers))
     groups[1] = flat

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from fastvst.data import Ledger, Sample
-from fastvst.report.rl import visible, write_report
-from fastvst.rl.evaluation import held_out, read_questions, write_down
+from fastvst.rl.heldout import held_out, read_questions, write_down
+from fastvst.rl.page import visible, write_report
 from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import Asked, RolloutLog
-from fastvst.rl.rewards import Reward
+from fastvst.rl.rewards.verifiable import Reward
 from fastvst.rl.summary import figures, lines
-from fastvst.train import parallel
-from fastvst.train.parallel import ParallelConfig
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig
 
 UGLY = ["<script>alert(1)</script>", "\x00\x1b[31m\x7f", "half \ud83d a character", "", "x" * 50_000]
-WORLD = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+WORLD = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
 
 
 def question(number: int = 0, room: int = 0, task: str = "size") -> Prompt:

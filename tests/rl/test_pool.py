@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvst.rl.pool import RewardConfig, RewardError, RewardPool, Row
+from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool, Row
 
 FUNCTIONS = """
 import os, time

@@ -14,9 +14,9 @@ from scipy.optimize import linear_sum_assignment
 
 from fastvst.evaluate.vsi_bench import mean_relative_accuracy
 from fastvst.rl import rewards
-from fastvst.rl.matching import assign
-from fastvst.rl.rewards import levenshtein, overlong, score
-from fastvst.rl.vqa import normalise
+from fastvst.rl.rewards.matching import assign
+from fastvst.rl.rewards.verifiable import levenshtein, overlong, score
+from fastvst.rl.rewards.vqa import normalise
 from fastvst.spatial.boxes import format_boxes, iou_3d
 
 THINK = "<think>the chair is left of the lamp</think> "
@@ -254,5 +254,7 @@ def test_assignments_are_scipys(rows: int, columns: int, seed: int) -> None:
 def test_rewards_are_light_to_import() -> None:
     import subprocess
 
-    code = "import sys, fastvst.rl.worker; print([m for m in ('torch', 'scipy', 'pyarrow') if m in sys.modules])"
+    code = (
+        "import sys, fastvst.rl.rewards.worker; print([m for m in ('torch', 'scipy', 'pyarrow') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

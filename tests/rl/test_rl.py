@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvst.config import ConfigError, leaves, load_config
 from fastvst.model import Qwen25VL
-from fastvst.rl.pool import RewardError
+from fastvst.rl.rewards.pool import RewardError
 from fastvst.train.checkpoint import complete
-from fastvst.train.config import ConfigError, leaves, load_config
 from fastvst.train.guard import GuardError
 from ranks import run_ranks
 from rl_run import REWARD, load_rl, rl_arguments, rl_curve, run_rl, write_questions

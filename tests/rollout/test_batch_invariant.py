@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvst.data.batch import pack
+from fastvst.batch import pack
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.rollout.bitwise import batch_invariant
+from fastvst.rollout.batch_invariant import batch_invariant
 from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import linear_logprobs, packed_attention
 from hf_parity import make_models, make_sample, small_config

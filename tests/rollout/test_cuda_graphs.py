@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from fastvst.rollout import Engine, SamplingParams
+from fastvst.rollout.cuda_graphs import bucket, empty_tables, fill, key_of
 from fastvst.rollout.decode import forward_tables
-from fastvst.rollout.graphs import bucket, empty_tables, fill, key_of
 from hf_parity import make_models, make_sample, small_config
 
 

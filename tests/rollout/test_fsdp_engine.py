@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Engine, EngineConfig, SamplingParams
-from fastvst.rollout.parallel import ParallelEngine, gather, share
-from fastvst.train import parallel
+from fastvst.rollout.fsdp_engine import ParallelEngine, gather, share
+from fastvst.train import distributed
 from hf_parity import make_models, make_sample, small_config
 from ranks import run_ranks
 
@@ -32,11 +32,11 @@ def prompts():
 
 
 def _rank(env) -> dict:
-    world = parallel.start(parallel.ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(distributed.ParallelConfig(device="cpu", threads=1), environment=env)
     try:
         with torch.device("meta"):
             skeleton = Qwen25VL(small_config())
-        model = parallel.place(whole_model() if world.is_main else None, skeleton, world)
+        model = distributed.place(whole_model() if world.is_main else None, skeleton, world)
         engine = ParallelEngine(model, config=CONFIG, keep=True)
         first = [[r.tokens for r in many] for many in engine.generate(prompts(), PARAMS)]
         address = engine._engine.model.head_weight.data_ptr()
@@ -65,7 +65,7 @@ def _rank(env) -> dict:
             "sum": float(sum(v.double().sum() for v in sharded.values())),
         }
     finally:
-        parallel.stop(world)
+        distributed.stop(world)
 
 
 def test_two_ranks_give_the_answers_of_one():

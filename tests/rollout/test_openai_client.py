@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastvst.data.sample import Sample
 from fastvst.rollout import RolloutError, SamplingParams
-from fastvst.rollout.openai import connect
+from fastvst.rollout.openai_client import connect
 
 RED = Image.new("RGB", (30, 20), (255, 0, 0))
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from fastvst.data.batch import EncodedSample
+from fastvst.batch import EncodedSample
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.rollout.pages import page_bytes
+from fastvst.rollout.kv_cache import page_bytes
 from hf_parity import make_models, make_sample, small_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)

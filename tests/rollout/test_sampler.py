@@ -14,8 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from fastvst.rollout import SamplingParams
-from fastvst.rollout.sampling import draw, make_rows, next_tokens, sample, sample_fused, uniform
-from fastvst_kernels.sampling import cut_
+from fastvst.rollout.sampler import draw, make_rows, next_tokens, sample, sample_fused, uniform
+from fastvst_kernels.sampling.op import cut_
 
 CPU = torch.device("cpu")
 NONE = torch.zeros(0, dtype=torch.int64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvst.rollout import RolloutError, SamplingParams
-from fastvst.rollout.pages import OutOfPages, PagePool, memory_bytes, page_bytes
+from fastvst.rollout.kv_cache import OutOfPages, PagePool, memory_bytes, page_bytes
 from fastvst.rollout.request import make_request
 from fastvst.rollout.scheduler import Scheduler
 from hf_parity import make_sample, small_config

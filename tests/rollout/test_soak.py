@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.rollout.pages import page_bytes
+from fastvst.rollout.kv_cache import page_bytes
 from hf_parity import make_models, make_sample, small_config
 
 LONGEST = 24

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst.data.encode import Processor
+from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
-from fastvst.rollout.text import cut_at_stop, visible_tokens
+from fastvst.rollout.stop_strings import cut_at_stop, visible_tokens
 
 VOCABULARY, BITS = 4096, 12
 CODES = (torch.arange(VOCABULARY)[:, None] >> torch.arange(BITS) & 1) * 2.0 - 1  # a token is most like itself

@@ -13,14 +13,14 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from fastvst.data import open_source
-from fastvst.spatial.adapters.omni3d import read_omni3d
-from fastvst.spatial.adapters.posed import read_posed
-from fastvst.spatial.adapters.write import write_scenes
+from fastvst.generate.presets import ALL_TASKS
+from fastvst.generate.rooms import RoomsConfig
+from fastvst.generate.scans import write_scenes
+from fastvst.scenes.adapters.omni3d import read_omni3d
+from fastvst.scenes.adapters.posed import read_posed
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import corners, iou_3d, parse_boxes
-from fastvst.spatial.rooms.generate import RoomsConfig
-from fastvst.spatial.rooms.presets import ALL_TASKS
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.tasks import PAIRS, SINGLE, WALKS
+from fastvst.tasks import PAIRS, SINGLE, WALKS
 from scene_truth import Truth
 
 

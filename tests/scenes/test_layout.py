@@ -9,12 +9,12 @@ import pytest
 import shapely
 from shapely.geometry import MultiPoint, Point, Polygon
 
+from fastvst.scenes.rooms.assets import PACK, load_pack
+from fastvst.scenes.rooms.cameras import motion, second, still
+from fastvst.scenes.rooms.geometry import build_geometry
+from fastvst.scenes.rooms.layout import Item, Prism, Room, collide, inside, notch_of
+from fastvst.scenes.rooms.recipes import KINDS, furnish
 from fastvst.spatial.boxes import corners, intersection_volume
-from fastvst.spatial.rooms.assets import PACK, load_pack
-from fastvst.spatial.rooms.cameras import motion, second, still
-from fastvst.spatial.rooms.geometry import build_geometry
-from fastvst.spatial.rooms.layout import Item, Prism, Room, collide, inside, notch_of
-from fastvst.spatial.rooms.recipes import KINDS, furnish
 
 
 def outline(item: Item) -> Polygon:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastvst.scenes.rooms.cameras import still
+from fastvst.scenes.rooms.geometry import build_geometry
+from fastvst.scenes.rooms.recipes import furnish
+from fastvst.scenes.rooms.render import Renderer, open_renderer, render
+from fastvst.scenes.rooms.shoot import ShotConfig, shoot
+from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import corners, rotations
 from fastvst.spatial.camera import project, unproject
-from fastvst.spatial.rooms.cameras import still
-from fastvst.spatial.rooms.geometry import build_geometry
-from fastvst.spatial.rooms.recipes import furnish
-from fastvst.spatial.rooms.render import Renderer, open_renderer, render
-from fastvst.spatial.rooms.scene import Scene, View
-from fastvst.spatial.rooms.shoot import ShotConfig, shoot
 
 
 def check_view(scene: Scene, view: View, slack: float) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def test_visibility_is_the_uncovered_share(renderer: Renderer) -> None:
         assert camera is not None
         renderer.load(geometry)
         _, depth, ids = renderer.draw(camera)
-        from fastvst.spatial.rooms.scene import observe
+        from fastvst.scenes.scene import observe
 
         together = {s.object_id: s for s in observe(camera, depth, ids, geometry.surface)}
         for object_id in list(together)[:5]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastvst.data.batch import IGNORE, Cost, EncodedSample
+from fastvst.batch import IGNORE, Cost, EncodedSample
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
 from fastvst.model.positions import IMAGE, mrope_positions, vision_layout

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from fastvst.data.batch import Cost, EncodedSample
+from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL, VisionConfig
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
 

@@ -1,4 +1,4 @@
-"""Checks of `fastvst_kernels.invariant` for every lane: float64 truths, and one row beside many or alone."""
+"""Checks of `fastvst_kernels.invariant.op` for every lane: float64 truths, and one row beside many or alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst_kernels.invariant import AttentionTiles, invariant_attention, invariant_mm, make_tiles
+from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, invariant_mm, make_tiles
 
 
 def assert_invariant_mm(

@@ -25,7 +25,7 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "fastvst_kernels",
-    "fastvst.train.parallel",
+    "fastvst.train.distributed",
 ]
 
 

@@ -1,6 +1,6 @@
 """Sampling by plain formulas in float64: the hash in NumPy's uint32, one row at a time, filters by definition.
 
-A GPU machine may have no transformers; tests/rollout/test_sampling.py compares the filters with transformers' own.
+A GPU machine may have no transformers; tests/rollout/test_sampler.py compares the filters with transformers' own.
 """
 
 from __future__ import annotations

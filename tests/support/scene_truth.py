@@ -14,10 +14,10 @@ from scipy.spatial.transform import Rotation
 from shapely import MultiPoint, Polygon
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.rooms.geometry import build_geometry
+from fastvst.scenes.rooms.recipes import furnish
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.geometry import build_geometry
-from fastvst.spatial.rooms.recipes import furnish
-from fastvst.spatial.rooms.scene import Scene
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 MIN_PIXELS, GHOST = 60, 12

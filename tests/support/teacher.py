@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvst.data.batch import EncodedSample, answer_sample, pack_groups
+from fastvst.batch import EncodedSample, answer_sample, pack_groups
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Rollout
 from fastvst_kernels import linear_logprobs

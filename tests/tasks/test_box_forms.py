@@ -13,7 +13,7 @@ from fastvst.data import Processor, Sample
 from fastvst.spatial.boxes import angles, format_boxes, rotations
 from fastvst.spatial.camera import unify_fov
 from fastvst.spatial.prompts import detection_prompt, read_camera
-from fastvst.spatial.tasks.box_forms import BoxForm, apply, from_quaternion, quaternion, read
+from fastvst.tasks.box_forms import BoxForm, apply, from_quaternion, quaternion, read
 
 BOXES = np.array(
     [[0.34, -0.2, 2.5, 0.6, 1.1, 0.4, 12.0, -150.0, 4.0], [-0.8, 0.5, 3.7, 2.0, 0.5, 1.4, -20.0, 88.0, -3.0]]

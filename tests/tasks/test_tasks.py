@@ -17,16 +17,16 @@ from scipy.spatial.transform import Rotation
 from scipy.stats import chisquare
 
 from fastvst.data.sample import Sample
+from fastvst.scenes.rooms.geometry import Geometry, build_geometry
+from fastvst.scenes.rooms.recipes import furnish
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, shoot
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import iou_3d, parse_boxes
 from fastvst.spatial.camera import Camera
 from fastvst.spatial.draw import COLOURS
 from fastvst.spatial.prompts import to_fov_prompt
-from fastvst.spatial.rooms.geometry import Geometry, build_geometry
-from fastvst.spatial.rooms.recipes import furnish
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, shoot
-from fastvst.spatial.tasks import (
+from fastvst.tasks import (
     PAIRS,
     SINGLE,
     TaskConfig,
@@ -35,7 +35,7 @@ from fastvst.spatial.tasks import (
     depth_comparison,
     measurement,
 )
-from fastvst.spatial.tasks.common import mcq
+from fastvst.tasks.common import mcq
 
 CONFIG, HARD = TaskConfig(), TaskConfig(easy=0.4)
 ROOMS, ROWS = 20, 26  # of the slow test: rooms, and rows of a task in each
@@ -401,7 +401,7 @@ def test_a_hidden_point_has_no_match(scenes: list[Scene]) -> None:
 
 
 def test_measurement_is_of_the_named_side() -> None:
-    from fastvst.spatial.rooms.scene import SceneObject
+    from fastvst.scenes.scene import SceneObject
 
     thing = SceneObject(1, "table", (0, 0, 0, 0.6, 0.75, 1.4, -90, 0, 10))
     values = {what: measurement.measure(thing, what) for what in ("height", "length", "width", "greatest")}
@@ -409,7 +409,7 @@ def test_measurement_is_of_the_named_side() -> None:
 
 
 def test_phrase_banks_are_large_enough() -> None:
-    from fastvst.spatial.tasks import detection_3d, distance
+    from fastvst.tasks import detection_3d, distance
 
     banks = {
         "depth": depth_comparison.TWO_POINTS + depth_comparison.TWO_OBJECTS + depth_comparison.ONE_OF_MANY

@@ -15,11 +15,11 @@ from shapely import LineString, Polygon
 from fastvst.data.sample import Sample
 from fastvst.evaluate import vsi_bench
 from fastvst.evaluate.answers import score
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import WALKS, TaskConfig, video
-from fastvst.spatial.tasks.video_route import turn_word
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.scenes.scene import Scene
+from fastvst.tasks import WALKS, TaskConfig, video
+from fastvst.tasks.video_route import turn_word
 from scene_truth import GHOST, MIN_PIXELS, Truth, clockwise, homogeneous, off, question, reply
 
 

@@ -14,15 +14,15 @@ from scipy.stats import chisquare
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate.answers import score
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
+from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import COLOURS
 from fastvst.spatial.prompts import to_fov_prompts
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene
-from fastvst.spatial.rooms.shoot import ShotConfig, WalkConfig, shoot
-from fastvst.spatial.tasks import PAIRS, SINGLE, TaskConfig
-from fastvst.spatial.tasks.angles import HOURS, left_right, left_right_back, quadrant, sector
-from fastvst.spatial.tasks.facts import score_facts
+from fastvst.tasks import PAIRS, SINGLE, TaskConfig
+from fastvst.tasks.angles import HOURS, left_right, left_right_back, quadrant, sector
+from fastvst.tasks.facts import score_facts
 from scene_truth import COMPASS, GHOST, MIN_PIXELS, Truth, clockwise, homogeneous, off, question, reply
 
 TASKS = ("grounding_3d", "scene_caption", "detection_multi", "object_object", "camera_camera", "change_caption")

@@ -14,7 +14,7 @@ from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.qwen25vl import TINY_TOWER
 from fastvst.model.vision import VisionTower
 from fastvst.spatial import draw
-from fastvst.spatial.rooms import build_tower as bt
+from tools import build_tower as bt
 
 NEVER_TRAINED = range(900_000, 900_008)  # the shipped tower has seen rooms 0 to 1,199 of its split
 

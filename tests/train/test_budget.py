@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvst.config import load_config
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, SourceConfig, open_mixture, open_source, pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.train import budget
-from fastvst.train.config import load_config
 from fastvst_kernels import linear_cross_entropy
 from small_run import ROOT, load_essay, small_config, write_data
 

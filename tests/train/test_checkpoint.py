@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastvst.train import checkpoint, parallel
+from fastvst.train import checkpoint, distributed
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
+from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
-from fastvst.train.parallel import ParallelConfig, World
 from ranks import run_ranks
 from toy import ToyModel, toy_batch
 
-ALONE = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+ALONE = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
 
 
 def _write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -36,7 +36,7 @@ def _beside(path: Path, tensors: dict[str, Tensor]) -> Path:
 def _make(world: World, frozen: tuple[str, ...] = ()) -> tuple[ToyModel, torch.optim.AdamW]:
     model = ToyModel()
     freeze(model, frozen)
-    parallel.shard(model, world)
+    distributed.shard(model, world)
     return model, make_optimizer(model, OptimizerConfig(lr=1e-2, vision_lr=1e-2, freeze=frozen))
 
 
@@ -80,7 +80,7 @@ def test_resume_is_bit_exact_in_one_process(tmp_path: Path) -> None:
 
 
 def _first_half(env: dict[str, str], folder: Path) -> tuple[list[float], dict[str, Any]]:
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
     _steps(model, optimizer, world, 0, 5)
     _save(folder, 5, model, optimizer, world, write_hf=_write_hf)
@@ -89,7 +89,7 @@ def _first_half(env: dict[str, str], folder: Path) -> tuple[list[float], dict[st
 
 
 def _second_half(env: dict[str, str], folder: Path) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
     _, rank_state = checkpoint.load(folder / "step-000005", model, optimizer, world)
     full = {name: tensor.numpy().copy() for name, tensor in checkpoint.gather(model, world, torch.float32).items()}
@@ -170,7 +170,7 @@ def test_only_the_newest_are_kept_and_nothing_is_left_beside(tmp_path: Path) -> 
 
 
 def _full_disk(env: dict[str, str], folder: Path, limit: int) -> str:
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
     _save(folder, 1, model, optimizer, world, write_hf=_write_hf)
     _steps(model, optimizer, world, 0, 2)

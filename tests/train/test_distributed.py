@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastvst.train import parallel
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig, ParallelError
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
-from fastvst.train.parallel import ParallelConfig, ParallelError
 from ranks import run_ranks
 from toy import ToyModel, toy_batch
 
@@ -17,11 +17,11 @@ CPU = ParallelConfig(device="cpu", threads=1)
 
 
 def test_one_process_needs_no_group() -> None:
-    world = parallel.start(CPU, environment={})
+    world = distributed.start(CPU, environment={})
     assert (world.rank, world.size, world.mesh, world.store) == (0, 1, None, None) and world.is_main
     assert world.dtype == torch.float32
     model = ToyModel()
-    parallel.shard(model, world)
+    distributed.shard(model, world)
     assert not any(isinstance(p, DTensor) for p in model.parameters())
     assert "1 process" in world.describe() and "float32" in world.describe()
 
@@ -31,15 +31,15 @@ def test_threads_are_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     for config in (ParallelConfig(device="cpu"), CPU):
-        parallel.start(config, environment={})
+        distributed.start(config, environment={})
     assert chosen == [8, 1]
 
 
 def _train(env: dict[str, str], steps: int, packs: int, config: ParallelConfig) -> list[float]:
     """`packs` batches in every step, spread over the ranks; the loss is a mean over the global batch."""
-    world = parallel.start(config, environment=env)
+    world = distributed.start(config, environment=env)
     model = ToyModel()
-    parallel.shard(model, world)
+    distributed.shard(model, world)
     optimizer = make_optimizer(model, OptimizerConfig(lr=1e-2, vision_lr=1e-2))
     curve = []
     for step in range(steps):
@@ -53,7 +53,7 @@ def _train(env: dict[str, str], steps: int, packs: int, config: ParallelConfig) 
         optimizer.step()
         optimizer.zero_grad()
         curve.append(world.sum(total).item())
-    parallel.stop(world)
+    distributed.stop(world)
     return curve
 
 
@@ -67,16 +67,16 @@ def test_ranks_and_accumulation_give_the_same_curve(size: int, replicas: int) ->
 
 
 def _bf16(env: dict[str, str]) -> tuple[str, str, str, float]:
-    world = parallel.start(ParallelConfig(device="cpu", dtype="bfloat16", threads=1), environment=env)
+    world = distributed.start(ParallelConfig(device="cpu", dtype="bfloat16", threads=1), environment=env)
     model = ToyModel()
-    parallel.shard(model, world)
+    distributed.shard(model, world)
     tokens, pixels, targets = toy_batch(0)
     logits = model(tokens, pixels.to(torch.bfloat16))
     nn.functional.cross_entropy(logits.float(), targets).backward()
     weight = model.model.layers[0].weight
     assert weight.grad is not None
     norm = weight.grad.full_tensor().norm().item()
-    parallel.stop(world)
+    distributed.stop(world)
     return str(logits.dtype), str(weight.dtype), str(weight.grad.dtype), norm
 
 
@@ -97,15 +97,15 @@ def test_a_gpu_that_is_absent_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ParallelError, match=r"finds no GPU. Pass --parallel.device cpu"):
-        parallel.start(ParallelConfig(device="cuda"), environment={})
+        distributed.start(ParallelConfig(device="cuda"), environment={})
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel.pick_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert distributed.pick_device("auto", 1, 2) == torch.device("cuda", 1)
     with pytest.raises(ParallelError, match=r"3 processes.*2 GPU\(s\); pass --nproc-per-node 2"):
-        parallel.pick_device("auto", 2, 3)
+        distributed.pick_device("auto", 2, 3)
 
 
 def test_a_taken_port_is_named() -> None:
@@ -113,17 +113,17 @@ def test_a_taken_port_is_named() -> None:
         port = server.getsockname()[1]
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with pytest.raises(ParallelError, match=rf"port {port} on 127.0.0.1 is taken.*--master-port"):
-            parallel.start(CPU, environment=env)
+            distributed.start(CPU, environment=env)
 
 
 def test_a_start_without_launcher_is_explained() -> None:
     with pytest.raises(ParallelError, match="MASTER_ADDR and MASTER_PORT is not set; start the run with torchrun"):
-        parallel.start(CPU, environment={"RANK": "0", "WORLD_SIZE": "2"})
+        distributed.start(CPU, environment={"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def _bad_replicas(env: dict[str, str]) -> str:
     try:
-        parallel.start(ParallelConfig(device="cpu", threads=1, replicas=3), environment=env)
+        distributed.start(ParallelConfig(device="cpu", threads=1, replicas=3), environment=env)
     except ParallelError as error:
         return str(error)
     return "nothing"
@@ -134,11 +134,11 @@ def test_replicas_must_divide_the_ranks() -> None:
 
 
 def _placed(env: dict[str, str]) -> dict[str, float]:
-    world = parallel.start(CPU, environment=env)
+    world = distributed.start(CPU, environment=env)
     with torch.device("meta"):
         skeleton = ToyModel()
     skeleton.model.norm.weight.requires_grad_(False)
-    model = parallel.place(ToyModel(seed=3) if world.is_main else None, skeleton, world)
+    model = distributed.place(ToyModel(seed=3) if world.is_main else None, skeleton, world)
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     return {name: tensor.double().sum().item() for name, tensor in whole.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvst.train import parallel
+from fastvst.train import distributed
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer, part_of
 from ranks import run_ranks
 from toy import ToyModel, toy_batch
@@ -87,9 +87,9 @@ def test_clipping_equals_torch(limit: float) -> None:
 
 
 def _sharded_norm(env: dict[str, str], limit: float) -> tuple[float, float]:
-    world = parallel.start(parallel.ParallelConfig(device="cpu", threads=1), environment=env)
+    world = distributed.start(distributed.ParallelConfig(device="cpu", threads=1), environment=env)
     model = ToyModel()
-    parallel.shard(model, world)
+    distributed.shard(model, world)
     tokens, pixels, targets = toy_batch(world.rank)
     (nn.functional.cross_entropy(model(tokens, pixels), targets) / world.size).backward()
     before = clip_gradients(model.parameters(), limit).item()

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastvst.config import ConfigError, leaves, usage
 from fastvst.data import Processor, SourceConfig, TooManyBadSamples, open_source, pack
 from fastvst.model import Qwen25VL
-from fastvst.train import parallel
+from fastvst.train import distributed
 from fastvst.train.checkpoint import CheckpointError, complete
-from fastvst.train.config import ConfigError, leaves, usage
+from fastvst.train.distributed import ParallelConfig
 from fastvst.train.guard import GuardError
-from fastvst.train.parallel import ParallelConfig
 from fastvst.train.watchdog import EXIT_STATUS
 from ranks import run_ranks, start_ranks
 from small_run import arguments, curve, load_essay, rows_of, run_essay, write_data, write_model
@@ -70,7 +70,7 @@ def _packs(model: Path, data: Path, groups: list[int]) -> list[Any]:
 def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed(
     model: Path, data: Path, groups: list[int]
 ) -> None:
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     net = Qwen25VL.from_pretrained(model, dtype=torch.float64)
     (everything,) = _packs(model, data, [6])
     logits = net.logits(everything)[everything.loss_rows]
@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
 
 def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of device values show as `item` or `tolist`; the one of eight numbers is allowed."""
-    world = parallel.start(ParallelConfig(device="cpu", threads=1), environment={})
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     net, reads, tolist = Qwen25VL.from_pretrained(model), [], torch.Tensor.tolist
     packs = _packs(model, data, [2, 2])
 

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from fastvst.train import parallel
-from fastvst.train.parallel import ParallelConfig
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig
 from fastvst.train.watchdog import EXIT_STATUS, Watchdog
 from ranks import run_ranks, start_ranks
 
@@ -21,7 +21,7 @@ CPU = ParallelConfig(device="cpu", threads=1, timeout=300)
 def _run(env: dict[str, str], victim: int, how: str, log: str) -> str:
     rank = int(env["RANK"])
     sys.stderr = open(f"{log}.{rank}", "w", encoding="utf-8")  # noqa: SIM115 - open as long as this rank lives
-    world = parallel.start(CPU, environment=env)
+    world = distributed.start(CPU, environment=env)
     with Watchdog(world):
         if how == "with_a_fork_alive" and rank == victim and os.fork() == 0:
             for descriptor in range(3, 256):  # pytest waits for the end of a pipe that this fork must not hold
@@ -39,7 +39,7 @@ def _run(env: dict[str, str], victim: int, how: str, log: str) -> str:
                     os.kill(os.getpid(), signal.SIGKILL)
             if how == "asleep" and step == 1:
                 time.sleep(200)  # busy with something that is no collective
-        parallel.stop(world)
+        distributed.stop(world)
     return "finished"
 
 
@@ -80,5 +80,5 @@ def test_a_normal_end_is_silent(tmp_path: object) -> None:
 
 
 def test_one_process_has_nothing_to_watch() -> None:
-    with Watchdog(parallel.start(CPU, environment={})):
+    with Watchdog(distributed.start(CPU, environment={})):
         pass

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.rl.matching import assign
+from fastvst.rl.rewards.matching import assign
 from fastvst.spatial.boxes import iou_3d, parse_boxes
 
 HIT_IOU = 0.25  # a matched pair is a hit from here on (VST's RL stage)
 
 
 def score_boxes(text: str, answer: Any) -> tuple[float, float, str]:
-    """(accuracy, format, reason) of an answer text; `answer` as in `fastvst.rl.rewards.score`.
+    """(accuracy, format, reason) of an answer text; `answer` as in `fastvst.rl.rewards.verifiable.score`.
 
     Format: the fenced block is JSON, a list with at least one entry, and every entry has `label` and nine numbers in
     `bbox_3d`. No boxes on either side is accuracy 0, as in VST.

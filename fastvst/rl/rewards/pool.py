@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from fastvst.rl.rewards import FORMAT_WEIGHT, Reward
+from fastvst.rl.rewards.verifiable import FORMAT_WEIGHT, Reward
 
 _START_SECONDS = 120.0  # until a worker answers; user files may import large packages
 _ENOUGH = 64  # rows before the share of failed ones counts
@@ -89,7 +89,7 @@ class RewardPool:
         self.failed = self.scored = 0
         self.reasons: dict[str, int] = {}
         settings = {"function": config.function, "memory_gib": config.memory_gib, "format_weight": config.format_weight}
-        self._command = [sys.executable, "-m", "fastvst.rl.worker", json.dumps(settings)]
+        self._command = [sys.executable, "-m", "fastvst.rl.rewards.worker", json.dumps(settings)]
         self._workers = [self._start() for _ in range(max(1, config.workers))]
         try:
             for worker in self._workers:

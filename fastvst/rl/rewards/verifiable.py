@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fastvst.evaluate import answers
-from fastvst.rl.box_reward import score_boxes
-from fastvst.rl.vqa import soft_accuracy
+from fastvst.rl.rewards.boxes import score_boxes
+from fastvst.rl.rewards.vqa import soft_accuracy
 
 FORMAT_WEIGHT = 0.5  # VST
 RELAXED = 0.05  # ChartQA, arXiv 2203.10244

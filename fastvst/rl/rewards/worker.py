@@ -1,8 +1,8 @@
-"""A reward process: one line of JSON in, one line of JSON out; started by `fastvst.rl.pool`, never imported by it.
+"""A reward process: one line of JSON in, one line of JSON out; `rewards/pool.py` starts it.
 
-    python -m fastvst.rl.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2, "format_weight": 0.5}'
+    python -m fastvst.rl.rewards.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2, "format_weight": 0.5}'
 
-A request is a list of rows (`fastvst.rl.pool.Row`), a reply {"rewards": [[accuracy, format, overall, reason], ...]}.
+A request is a list of rows (`pool.Row`), a reply {"rewards": [[accuracy, format, overall, reason], ...]}.
 Whatever user code prints goes to standard error. The process dies with its parent.
 """
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.scene import Scene, SceneObject, Sighting, View
 from fastvst.spatial.boxes import angles
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.scene import Scene, SceneObject, Sighting, View
 
 logger = logging.getLogger(__name__)
 

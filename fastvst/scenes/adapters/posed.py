@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.scene import Scene, SceneObject, View, observe, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
-from fastvst.spatial.rooms.scene import Scene, SceneObject, View, observe, wide_pairs
 
 POINTS = 256  # surface points of an object, for its visibility
 
@@ -73,7 +73,7 @@ def read_posed(
 
 def _need(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected the layout described in fastvst.spatial.adapters.posed")
+        raise FileNotFoundError(f"{path} is missing; expected the layout described in fastvst.scenes.adapters.posed")
     return path
 
 

@@ -1,0 +1,1 @@
+"""Furnished rooms: layout, meshes, cameras and renderers."""

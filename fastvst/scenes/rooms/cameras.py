@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
+from fastvst.scenes.rooms.layout import Prism, Room, inside, prism_of
 from fastvst.spatial.camera import Camera, look, place, project
-from fastvst.spatial.rooms.layout import Prism, Room, inside, prism_of
 
 MARGIN = 0.3  # metres between a camera and anything that reaches up to it, or a wall
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvst.spatial.rooms.assets import TEXTURE_SIZE, Mesh, load_pack
-from fastvst.spatial.rooms.layout import Room, notch_of
-from fastvst.spatial.rooms.parts import hue, wood
+from fastvst.scenes.rooms.assets import TEXTURE_SIZE, Mesh, load_pack
+from fastvst.scenes.rooms.layout import Room, notch_of
+from fastvst.scenes.rooms.parts import hue, wood
 
 SURFACE_POINTS = 256  # per object, for visibility
 

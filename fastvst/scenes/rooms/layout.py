@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvst.spatial.rooms.parts import Piece
+from fastvst.scenes.rooms.parts import Piece
 
 WALL_GAP = 0.02  # metres between a wall and what stands against it; skirting boards are thinner
 HANG_GAP = 0.004  # what hangs on the wall, just enough against z-fighting

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvst.spatial.rooms.assets import Block, Mesh, Model, boxes_mesh, join, lathe_mesh
+from fastvst.scenes.rooms.assets import Block, Mesh, Model, boxes_mesh, join, lathe_mesh
 
 
 @dataclass(frozen=True, eq=False)

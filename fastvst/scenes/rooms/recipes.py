@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastvst.spatial.rooms import parts
-from fastvst.spatial.rooms.assets import load_pack
-from fastvst.spatial.rooms.layout import HANG_GAP, Builder, Room, outline_room
-from fastvst.spatial.rooms.parts import Piece
+from fastvst.scenes.rooms import parts
+from fastvst.scenes.rooms.assets import load_pack
+from fastvst.scenes.rooms.layout import HANG_GAP, Builder, Room, outline_room
+from fastvst.scenes.rooms.parts import Piece
 
 SMALL = ("coffee cup", "cup", "glass", "bottle", "plant", "bread", "milk carton", "headphones", "calendar", "handbag")
 FLOOR_THINGS = (

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fastvst.scenes.rooms.geometry import Geometry
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.geometry import Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def open_renderer(backend: str = "auto") -> Renderer:
     problem = None
     if backend in ("auto", "gl"):
         try:
-            from fastvst.spatial.rooms.render_gl import GLRenderer
+            from fastvst.scenes.rooms.render_gl import GLRenderer
 
             renderer = GLRenderer()
             logger.info("rooms: drawing with OpenGL (%s)", renderer.device)
@@ -57,7 +57,7 @@ def open_renderer(backend: str = "auto") -> Renderer:
                 ) from error
             problem = error
     try:
-        from fastvst.spatial.rooms.render_embree import EmbreeRenderer
+        from fastvst.scenes.rooms.render_embree import EmbreeRenderer
     except ImportError as error:
         raise RuntimeError(f"no renderer: {error}; pip install 'fastvst[rooms]' (OpenGL: {problem})") from error
     if problem is not None:

@@ -7,9 +7,9 @@ import numpy as np
 from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 
+from fastvst.scenes.rooms.geometry import Geometry
+from fastvst.scenes.rooms.render import FAR, NEAR
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.geometry import Geometry
-from fastvst.spatial.rooms.render import FAR, NEAR
 
 
 class EmbreeRenderer:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import moderngl
 import numpy as np
 
+from fastvst.scenes.rooms.geometry import Geometry
+from fastvst.scenes.rooms.render import FAR, NEAR
 from fastvst.spatial.camera import Camera
-from fastvst.spatial.rooms.geometry import Geometry
-from fastvst.spatial.rooms.render import FAR, NEAR
 
 SHADOW_SIZE = 768
 SHADOW_REACH = 3.0  # the shadow map covers directions up to this tangent from straight down (71 degrees)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastvst.scenes.rooms.cameras import motion, second, still, walk
+from fastvst.scenes.rooms.geometry import Geometry, build_geometry
+from fastvst.scenes.rooms.layout import Room
+from fastvst.scenes.rooms.recipes import furnish
+from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.scene import Scene, SceneObject, View, observe, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
-from fastvst.spatial.rooms.cameras import motion, second, still, walk
-from fastvst.spatial.rooms.geometry import Geometry, build_geometry
-from fastvst.spatial.rooms.layout import Room
-from fastvst.spatial.rooms.recipes import furnish
-from fastvst.spatial.rooms.render import Renderer
-from fastvst.spatial.rooms.scene import Scene, SceneObject, View, observe, wide_pairs
 
 
 @dataclass(frozen=True)

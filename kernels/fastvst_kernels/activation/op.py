@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import bits_class, config, dense_rows, rows_at_once
+from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.tile_tables import bits_class, config, dense_rows, rows_at_once
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -18,7 +18,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     Args:
         gate, up: (..., I) of one dtype, views are fine. Without `up`, gate is the fused (..., 2 I) projection
             [gate | up], whose gradient is then written into one buffer.
-        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
         (..., I) contiguous. Backward saves gate and up, not the activation.
@@ -50,7 +50,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_op(gate: Tensor, up: Tensor | None, kernel: bool) -> Tensor:
     """silu(gate) * up, or of the two halves of gate; `kernel`: by Triton."""
     if kernel:
-        from fastvst_kernels import swiglu_triton
+        from fastvst_kernels.activation import kernels as swiglu_triton
 
         first, second = _halves(gate, up)
         out = swiglu_triton.forward(first, second, config("swiglu_forward", bits_class(gate.dtype), gate.device))
@@ -75,7 +75,7 @@ def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bo
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
     if kernel:
-        from fastvst_kernels import swiglu_triton
+        from fastvst_kernels.activation import kernels as swiglu_triton
 
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
         inputs, outputs = _halves(gate, up), _halves(grad_gate, None if up is None else grad_up)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvst_kernels.attention_cpu import attention_reference
-from fastvst_kernels.attention_op import attention_op, tile
-from fastvst_kernels.backend import HAS_TRITON, interpreted, say_once
-from fastvst_kernels.prepare import AttentionPlan, prepare
-from fastvst_kernels.segments import plan as host_plan
-from fastvst_kernels.segments import rows_of, take
-from fastvst_kernels.validate import check_attention_inputs, check_attention_values
+from fastvst_kernels.attention.cpu import attention_reference
+from fastvst_kernels.attention.op import attention_op, tile
+from fastvst_kernels.attention.plan import AttentionPlan, prepare
+from fastvst_kernels.attention.segments import plan as host_plan
+from fastvst_kernels.attention.segments import rows_of, take
+from fastvst_kernels.shared.backend import HAS_TRITON, interpreted, say_once
+from fastvst_kernels.shared.checks import check_attention_inputs, check_attention_values
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.attention_forward import LOG2_E, key_range, load_rows, sliced_product, store_rows
-from fastvst_kernels.dispatch import SLICES, Tile, most_registers, pieces
+from fastvst_kernels.attention.forward import LOG2_E, key_range, load_rows, sliced_product, store_rows
+from fastvst_kernels.shared.tile_tables import SLICES, Tile, most_registers, pieces
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvst_kernels.segments import Job, plan, rows_of, take
+from fastvst_kernels.attention.segments import Job, plan, rows_of, take
 
 
 def attention_reference(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, Tile, most_registers, pieces
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, SLICES, Tile, most_registers, pieces
 
 LOG2_E = 1.4426950408889634
 

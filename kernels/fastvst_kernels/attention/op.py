@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels import attention_cpu
-from fastvst_kernels.dispatch import Tile, config, shape_class
-from fastvst_kernels.validate import check_attention_values
+from fastvst_kernels.attention import cpu as attention_cpu
+from fastvst_kernels.shared.checks import check_attention_values
+from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
 
 
 def tile(kernel: str, q: Tensor) -> Tile:
@@ -118,7 +118,7 @@ def _host(groups: Tensor | None) -> list[int] | None:
 
 # Triton is imported when a kernel is launched: the package also imports where there is no Triton.
 def _triton_forward(q, k, v, groups, tiles, causal, scale):
-    from fastvst_kernels import attention_forward
+    from fastvst_kernels.attention import forward as attention_forward
 
     return attention_forward.forward(
         q, k, v, tiles, causal=causal, shared=groups is not None, scale=scale, tile=tile("attention_forward", q)
@@ -126,7 +126,7 @@ def _triton_forward(q, k, v, groups, tiles, causal, scale):
 
 
 def _triton_backward(dout, dlse, q, k, v, out, lse, groups, query_tiles, key_tiles, causal, scale):
-    from fastvst_kernels import attention_backward
+    from fastvst_kernels.attention import backward as attention_backward
 
     return attention_backward.backward(
         dout, dlse, q, k, v, out, lse, query_tiles, key_tiles, causal=causal, shared=groups is not None, scale=scale,

@@ -103,7 +103,7 @@ def _piece(
 
 
 def decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> tuple[Tensor, Tensor]:
-    """(B, Hq, D) output and (B, Hq) logsumexp; arguments as in `fastvst_kernels.decode_attention`."""
+    """(B, Hq, D) output and (B, Hq) logsumexp; arguments as in `fastvst_kernels.decode.op`."""
     own = _attend_all(q, k_pages, v_pages, plan.own, scale)
     prefix = _attend_all(q, k_pages, v_pages, plan.prefix, scale)
     if own is None or prefix is None:

@@ -136,7 +136,7 @@ def decode(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, prefix_pages: Tensor,
     prefix_lengths: Tensor, group_offsets: Tensor, max_group: int, scale: float, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch both kernels; arguments as in `fastvst_kernels.decode_attention`.
+    """Launch both kernels; arguments as in `fastvst_kernels.decode.op`.
 
     Args:
         splits: of each list of pages; default by the number of multiprocessors.

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst_kernels import decode_cpu
-from fastvst_kernels.backend import HAS_TRITON, interpreted
-from fastvst_kernels.decode_cpu import DecodePlan, Piece
-from fastvst_kernels.validate import FLOATS
+from fastvst_kernels.decode import cpu as decode_cpu
+from fastvst_kernels.decode.cpu import DecodePlan, Piece
+from fastvst_kernels.shared.backend import HAS_TRITON, interpreted
+from fastvst_kernels.shared.checks import FLOATS
 
 __all__ = ["DecodePlan", "decode_attention", "own_pieces", "prefix_pieces"]
 
@@ -155,7 +155,8 @@ def _(
 
 
 def _triton(q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale):
-    from fastvst_kernels import decode_attention_triton  # the package also imports where there is no Triton
+    # the package also imports where there is no Triton
+    from fastvst_kernels.decode import kernels as decode_attention_triton
 
     return decode_attention_triton.decode(
         q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale

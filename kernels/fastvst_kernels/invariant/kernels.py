@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.dispatch import most_registers
-from fastvst_kernels.invariant import KEYS, ROWS, AttentionTiles
+from fastvst_kernels.invariant.op import KEYS, ROWS, AttentionTiles
+from fastvst_kernels.shared.tile_tables import most_registers
 
 LOG2_E = 1.4426950408889634
 
@@ -46,7 +46,7 @@ def invariant_mm_kernel(
 
 
 def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Launch the product; arguments as in `fastvst_kernels.invariant.invariant_mm`."""
+    """Launch the product; arguments as in `fastvst_kernels.invariant.op.invariant_mm`."""
     (rows, width), columns = a.shape, b.shape[1]
     out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
@@ -103,7 +103,7 @@ def invariant_attention_kernel(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: float) -> tuple[Tensor, Tensor]:
-    """Launch the attention; arguments as in `fastvst_kernels.invariant.invariant_attention`."""
+    """Launch the attention; arguments as in `fastvst_kernels.invariant.op.invariant_attention`."""
     rows, heads, width = q.shape
     out = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)

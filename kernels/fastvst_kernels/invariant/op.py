@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst_kernels.backend import uses_kernel
+from fastvst_kernels.shared.backend import uses_kernel
 
 __all__ = ["KEYS", "ROWS", "AttentionTiles", "invariant_attention", "invariant_mm", "make_tiles"]
 
@@ -45,7 +45,8 @@ def invariant_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, *, 
 def invariant_mm_op(a: Tensor, b: Tensor, out_dtype: torch.dtype, kernel: bool) -> Tensor:
     """As `invariant_mm`, with the backend chosen."""
     if kernel:
-        from fastvst_kernels import invariant_triton  # the package also imports where there is no Triton
+        # the package also imports where there is no Triton
+        from fastvst_kernels.invariant import kernels as invariant_triton
 
         return invariant_triton.mm(a, b, out_dtype)
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -145,7 +146,7 @@ def invariant_attention(
         ValueError: a backend that cannot run.
     """
     if uses_kernel("invariant_attention", q, backend):
-        from fastvst_kernels import invariant_triton
+        from fastvst_kernels.invariant import kernels as invariant_triton
 
         return invariant_triton.attention(q, k, v, tiles, scale)
     return _attention(q, k, v, tiles, scale)

@@ -205,7 +205,7 @@ def chunk_statistics(head: Head, part: slice, buffer: Tensor, *, as_exp: bool = 
     targets = local_targets(head, part)
     write_logits(rows, head, buffer)
     if uses_kernel(buffer):
-        from fastvst_kernels.loss_head_triton import partial_statistics
+        from fastvst_kernels.lm_head.kernels import partial_statistics
 
         partial = partial_statistics(buffer, targets, head.scale)
         shift = torch.zeros_like(partial[0])
@@ -248,7 +248,7 @@ def chunk_backward(
     if rows.shape[0] == 0:
         return 0
     if uses_kernel(buffer):
-        from fastvst_kernels.loss_head_triton import row_gradient_
+        from fastvst_kernels.lm_head.kernels import row_gradient_
 
         d = row_gradient_(buffer, targets, found.offset, found.entropy, coefficients, head.scale, head.operand.dtype)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvst_kernels.loss_head import (
+from fastvst_kernels.lm_head.chunked import (
     IGNORE,
     Coefficients,
     Computed,

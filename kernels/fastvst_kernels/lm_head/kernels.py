@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.loss_head import Coefficients
+from fastvst_kernels.lm_head.chunked import Coefficients
 
 BLOCK = 2048  # logits a program step; 8 warps hold 8 of them in each thread
 NUM_WARPS = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvst_kernels.loss_head import (
+from fastvst_kernels.lm_head.chunked import (
     IGNORE,
     Coefficients,
     Head,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.loss_head import (
+from fastvst_kernels.lm_head.chunked import (
     IGNORE,
     Coefficients,
     Computed,
@@ -28,7 +28,7 @@ from fastvst_kernels.loss_head import (
     wide_dtype,
 )
 from fastvst_kernels.objectives import Objective, kl_estimate
-from fastvst_kernels.sequence import dense_ids, sequence_sum
+from fastvst_kernels.shared.sequence_sums import dense_ids, sequence_sum
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import config, dense_rows, row_class
+from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.tile_tables import config, dense_rows, row_class
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
     Args:
         x: (..., H) of any floating dtype; computed in float32, or in float64 if x is float64.
         weight: (H,) or None for no scale.
-        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
         (..., H) of x's dtype. Backward needs x and one number for each row; nothing else is saved.
@@ -69,7 +69,7 @@ def rms_norm_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(norm of x (+ residual), x + residual or nothing, 1 / rms of each row); `kernel`: by Triton."""
     if kernel:
-        from fastvst_kernels import norm_triton
+        from fastvst_kernels.norm import kernels as norm_triton
 
         numbers = config("rms_norm_forward", row_class(x.shape[-1], x.dtype), x.device)
         flat = None if residual is None else dense_rows(residual)
@@ -98,7 +98,7 @@ def rms_norm_backward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of what was normed (+ grad_total) and of the weight; empty where they are not needed."""
     if kernel:
-        from fastvst_kernels import norm_triton
+        from fastvst_kernels.norm import kernels as norm_triton
 
         numbers = config("rms_norm_backward", row_class(x.shape[-1], x.dtype), x.device)
         width = x.shape[-1]

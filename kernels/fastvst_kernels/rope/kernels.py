@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.dispatch import next_power
+from fastvst_kernels.shared.tile_tables import next_power
 
 
 @triton.jit

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.dispatch import config, rows_at_once, shape_class
 from fastvst_kernels.linear import column_sum
+from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.tile_tables import config, rows_at_once, shape_class
 
 
 def mrope(
@@ -38,7 +38,7 @@ def mrope(
         positions: (3, T) integers.
         sections: how many of the head_dim / 2 frequencies turn with t, h and w; in order of falling frequency.
         rope_dtype: of angles, cosines and sines; default float32 (float64 if qkv is float64).
-        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
         q (T, num_heads, head_dim), k and v (T, num_kv_heads, head_dim), contiguous, of qkv's dtype.
@@ -75,7 +75,7 @@ def vision_rope(
             pairs (i, i + D / 2).
         rope_dtype: of angles *and* of the rotation; default float32 (float64 if qkv is float64). transformers
             rotates in float32 whatever the model's dtype.
-        backend: "triton", "torch" or "auto", see `fastvst_kernels.backend.uses_kernel`.
+        backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
         q, k, v: (P, num_heads, D), contiguous.
@@ -183,7 +183,7 @@ def rope_op(
     """q, k, v of a fused projection: + bias, split, q and k rotated by (axes, T) positions; `kernel`: by Triton."""
     width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     if kernel:
-        from fastvst_kernels import rope_triton
+        from fastvst_kernels.rope import kernels as rope_triton
 
         return rope_triton.forward(
             qkv if qkv.stride(-1) == 1 else qkv.contiguous(), bias, positions,
@@ -218,7 +218,7 @@ def rope_backward_op(
     """Gradients of the fused projection and of its bias (of at least float32; empty if not `bias`)."""
     (tokens, heads, width), kv_heads = dq.shape, dk.shape[1]
     if kernel:
-        from fastvst_kernels import rope_triton
+        from fastvst_kernels.rope import kernels as rope_triton
 
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
         return rope_triton.backward(

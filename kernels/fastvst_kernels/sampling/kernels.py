@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.sampling import SMALL as SERIES
+from fastvst_kernels.sampling.op import SMALL as SERIES
 
 GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B9)
 OTHER: tl.constexpr = tl.constexpr(0x85EBCA6B)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvst_kernels.backend import uses_kernel
-from fastvst_kernels.validate import FLOATS
+from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.checks import FLOATS
 
 __all__ = ["cut_", "gumbel", "head_logits", "sample_tokens", "sample_tokens_op", "sample_tokens_reference"]
 
@@ -85,7 +85,8 @@ def sample_tokens_op(
     """As `sample_tokens`, with the backend chosen."""
     arguments = (hidden, weight, seeds, steps, temperature, forbidden, penalty, seen, filtered, top_k, top_p, min_p)
     if kernel:
-        from fastvst_kernels import sampling_triton  # the package also imports where there is no Triton
+        # the package also imports where there is no Triton
+        from fastvst_kernels.sampling import kernels as sampling_triton
 
         return sampling_triton.sample(*arguments)
     return sample_tokens_reference(*arguments)

@@ -1,7 +1,7 @@
 """Which tile configuration a kernel runs with: a look-up in JSON tables, by GPU name, else by nearest architecture.
 
-Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tune` makes a table
-for the GPU it runs on. A table is
+Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tuning` makes a
+table for the GPU it runs on. A table is
 `{"gpu", "arch", "measured", "configs": {kernel: {shape class: [numbers]}}}`; what the numbers are is each kernel's own,
 for attention those of `Tile`.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 logger = logging.getLogger("fastvst_kernels")
-TABLES = Path(__file__).parent / "tables"
+TABLES = Path(__file__).parents[1] / "tables"
 # Classes of head dimension: a head runs with the configuration of the first class that holds it.
 WIDTHS = (64, 80, 96, 128, 256)
 # Classes of row width (RMSNorm): the vision tower's, the 3b's, the 7b's, and anything wider.

@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels import attention_backward, attention_forward
-from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile, most_registers, pieces
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels.attention import backward as attention_backward
+from fastvst_kernels.attention import forward as attention_forward
+from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels.shared.tile_tables import (
+    DESCRIPTORS,
+    PERSISTENT,
+    SLICES,
+    WIDTHS,
+    Tile,
+    most_registers,
+    pieces,
+)
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 KERNELS = {
     "attention_forward": attention_forward.attention_forward_kernel,

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels import norm_triton, rope_triton, swiglu_triton, window_triton
-from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.dispatch import ROWS, WIDTHS, next_power
-from fastvst_kernels.mrope import inverse_frequencies
+from fastvst_kernels.activation import kernels as swiglu_triton
+from fastvst_kernels.norm import kernels as norm_triton
+from fastvst_kernels.rope import kernels as rope_triton
+from fastvst_kernels.rope.op import inverse_frequencies
+from fastvst_kernels.shared.tile_tables import ROWS, WIDTHS, next_power
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
+from fastvst_kernels.window import kernels as window_triton
 
 Numbers = tuple[int, ...]
 KERNELS = {

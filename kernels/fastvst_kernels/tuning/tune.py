@@ -1,4 +1,4 @@
-"""Make the table of configurations of a GPU: `python -m fastvst_kernels.tune`.
+"""Make the table of configurations of a GPU: `python -m fastvst_kernels.tuning`.
 
 Each kernel runs with every candidate on tensors of real size; the fastest that compiles without spills is kept. The
 table is written after each shape class, so it may be interrupted and goes on where it was. `--compile-only ARCH` needs
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels import attention_build, pointwise_build
-from fastvst_kernels.aot import Compiled
-from fastvst_kernels.dispatch import TABLES, gpu_slug
+from fastvst_kernels.shared.tile_tables import TABLES, gpu_slug
+from fastvst_kernels.tuning import attention as attention_build
+from fastvst_kernels.tuning import pointwise as pointwise_build
+from fastvst_kernels.tuning.aot import Compiled
 
 Numbers = tuple[int, ...]
 
@@ -175,7 +176,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastvst_kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastvst_kernels.tuning", description=__doc__)
     parser.add_argument("--out", type=Path, help="the table to write; default: the package's table of this GPU")
     parser.add_argument("--only", default="", help="only kernel:shape names that contain this, e.g. forward:16x128")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop before a shape class after this time")
@@ -206,7 +207,3 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{path}" + ("" if complete else ": time is over; the same command goes on"))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+from fastvst_kernels.attention.segments import Job, plan, put, take
 from fastvst_kernels.linear import column_sum
-from fastvst_kernels.mrope import angle_table, default_dtype, rotate_
-from fastvst_kernels.segments import Job, plan, put, take
+from fastvst_kernels.rope.op import angle_table, default_dtype, rotate_
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.dispatch import next_power
-from fastvst_kernels.rope_triton import cosine_sine
+from fastvst_kernels.rope.kernels import cosine_sine
+from fastvst_kernels.shared.tile_tables import next_power
 
 LARGEST_WINDOW = 64
 

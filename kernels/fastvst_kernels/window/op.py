@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels import window_cpu
-from fastvst_kernels.attention import packed_attention
-from fastvst_kernels.backend import say_once, uses_kernel
-from fastvst_kernels.dispatch import config, shape_class
-from fastvst_kernels.mrope import check_vision_rope, default_dtype, inverse_frequencies, vision_rope
-from fastvst_kernels.validate import check_offset_values, check_offsets
+from fastvst_kernels.attention.api import packed_attention
+from fastvst_kernels.rope.op import check_vision_rope, default_dtype, inverse_frequencies, vision_rope
+from fastvst_kernels.shared.backend import say_once, uses_kernel
+from fastvst_kernels.shared.checks import check_offset_values, check_offsets
+from fastvst_kernels.shared.tile_tables import config, shape_class
+from fastvst_kernels.window import cpu as window_cpu
 
 # What a program of the kernel holds without spilling: patches of a window, channels of a head, 16-bit values.
 LARGEST_WINDOW = 64
@@ -92,7 +92,7 @@ def window_op(
             raise ValueError(f"a window has {longest} patches, max_window says {max_window}")
     width = qkv.shape[1] // (3 * num_heads)
     if kernel:
-        from fastvst_kernels import window_triton
+        from fastvst_kernels.window import kernels as window_triton
 
         out = window_triton.forward(
             _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device), cu_windows,
@@ -123,7 +123,7 @@ def window_backward_op(
     grad = grad.contiguous()
     width = grad.shape[1] // num_heads
     if kernel:
-        from fastvst_kernels import window_triton
+        from fastvst_kernels.window import kernels as window_triton
 
         grad_qkv, grad_bias = window_triton.backward(
             grad, _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device),

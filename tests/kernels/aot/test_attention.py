@@ -6,8 +6,8 @@ import pytest
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.attention_build import KERNELS, SHAPES, compile_variant, variants
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, TABLES, read_table
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, TABLES, read_table
+from fastvst_kernels.tuning.attention import KERNELS, SHAPES, compile_variant, variants
 
 ARCHS = (80, 89, 90, 100, 120)
 # Where the full pattern is compiled too: the vision tower's heads, and those of the text.

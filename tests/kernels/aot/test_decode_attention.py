@@ -7,8 +7,8 @@ import torch
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.decode_attention_triton import MOST_SPLITS, decode_merge_kernel, decode_partial_kernel, settings
+from fastvst_kernels.decode.kernels import MOST_SPLITS, decode_merge_kernel, decode_partial_kernel, settings
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 ARCHS = (80, 89, 90, 100, 120)
 UNALIGNED = ("rows", "heads", "repeat", "tiles", "first_part", "table_stride", "count", "places")

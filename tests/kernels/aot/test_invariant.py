@@ -7,15 +7,15 @@ import torch
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.dispatch import most_registers
-from fastvst_kernels.invariant import KEYS, ROWS
-from fastvst_kernels.invariant_triton import (
+from fastvst_kernels.invariant.kernels import (
     attention_settings,
     invariant_attention_kernel,
     invariant_mm_kernel,
     mm_settings,
 )
+from fastvst_kernels.invariant.op import KEYS, ROWS
+from fastvst_kernels.shared.tile_tables import most_registers
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

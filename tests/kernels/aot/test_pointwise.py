@@ -6,8 +6,8 @@ import pytest
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.dispatch import TABLES, read_table
-from fastvst_kernels.pointwise_build import KERNELS, compile_variant, family
+from fastvst_kernels.shared.tile_tables import TABLES, read_table
+from fastvst_kernels.tuning.pointwise import KERNELS, compile_variant, family
 
 ARCHS = (80, 89, 90, 100, 120)
 # The models' own widths: the tower's and the 7b's rows (the 3b's 2048 are one piece of them), the heads of both towers.

@@ -9,8 +9,8 @@ import torch
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels import sampling_triton
-from fastvst_kernels.aot import Compiled, compile_kernel
+from fastvst_kernels.sampling import kernels as sampling_triton
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 ARCHS = (80, 90, 100, 120)
 UNALIGNED = ("rows", "row_tiles", "tiles", "vocabulary", "stride_seen")

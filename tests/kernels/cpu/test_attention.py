@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvst_kernels import packed_attention
-from fastvst_kernels.backend import say_once
+from fastvst_kernels.shared.backend import say_once
 
 heads = st.sampled_from([(1, 1), (4, 2), (7, 1), (6, 3)])
 

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_oracle import Pack, group, join
 from fastvst_kernels import packed_attention
-from fastvst_kernels.attention_op import attention_backward_op, attention_op
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels.attention.op import attention_backward_op, attention_op
+from fastvst_kernels.attention.plan import prepare
 
 PACK = join(group(9, 4, 0, 5), Pack((6,)))
 OFFSETS, GROUPS = PACK.offsets(), PACK.groups()
@@ -88,7 +88,7 @@ def test_the_package_imports_neither_triton_nor_transformers():
     code = (
         "import torch, sys, time; begin = time.perf_counter(); import fastvst_kernels;"
         "print(time.perf_counter() - begin);"
-        "assert 'transformers' not in sys.modules and 'fastvst_kernels.attention_forward' not in sys.modules"
+        "assert 'transformers' not in sys.modules and 'fastvst_kernels.attention.forward' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_case import assert_close, make_case
-from fastvst_kernels import decode_attention, decode_cpu
-from fastvst_kernels.decode_attention import DecodePlan, decode_attention_op, own_pieces, prefix_pieces
+from fastvst_kernels import decode_attention
+from fastvst_kernels.decode import cpu as decode_cpu
+from fastvst_kernels.decode.op import DecodePlan, decode_attention_op, own_pieces, prefix_pieces
 
 GROUPS = [(40, [3, 17, 0]), (0, [5]), (7, [1, 1]), (130, [33] * 5)]
 

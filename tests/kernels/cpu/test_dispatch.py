@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvst_kernels import dispatch
+from fastvst_kernels.shared import tile_tables as dispatch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ARCHS = (80, 89, 90, 100, 120)
 
 
@@ -28,7 +28,7 @@ def test_shipped_tables_hold_every_attention_shape(arch: int):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_tables_hold_every_tunable_kernel(arch: int):
-    from fastvst_kernels import tune
+    from fastvst_kernels.tuning import tune
 
     table = dispatch.read_table(dispatch.TABLES / f"sm_{arch}.json")
     for kernel, tunable in tune.tunables().items():
@@ -70,15 +70,15 @@ def test_a_tuned_table_goes_before_the_architectures(tmp_path, monkeypatch):
 def test_tuning_without_a_gpu_says_what_is_missing(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    from fastvst_kernels import tune
+    from fastvst_kernels.tuning import tune
 
     assert tune.main([]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, monkeypatch):
-    from fastvst_kernels import tune
-    from fastvst_kernels.aot import Compiled
+    from fastvst_kernels.tuning import tune
+    from fastvst_kernels.tuning.aot import Compiled
 
     def compiled(shape, numbers, arch):
         yield Compiled(100, 8 if numbers == (1,) else 0, 10, 100, 50, {})
@@ -99,8 +99,8 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
 
 
 def test_rechecking_moves_what_is_not_clean_to_the_next_candidate(tmp_path, monkeypatch):
-    from fastvst_kernels import tune
-    from fastvst_kernels.aot import Compiled
+    from fastvst_kernels.tuning import tune
+    from fastvst_kernels.tuning.aot import Compiled
 
     def compiled(shape, numbers, arch):
         yield Compiled(100, 8 if numbers in ((2,), (4,)) else 0, 10, 100, 50, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels.invariant import ROWS, invariant_attention, invariant_mm, invariant_mm_op, make_tiles
+from fastvst_kernels.invariant.op import ROWS, invariant_attention, invariant_mm, invariant_mm_op, make_tiles
 from invariant_case import assert_attention, assert_invariant_attention, assert_invariant_mm, make_case
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs
-from fastvst_kernels.linear_cross_entropy import linear_cross_entropy_reference
-from fastvst_kernels.linear_logprobs import linear_logprobs_reference
+from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
+from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
 
 
 def make(rows, size=12, vocabulary=29, ignored=0.3, dtype=torch.float64, seed=0):

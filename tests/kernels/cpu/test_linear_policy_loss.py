@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
-from fastvst_kernels.linear_logprobs import linear_logprobs
-from fastvst_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
-from fastvst_kernels.loss_head import VocabularyShard
+from fastvst_kernels.lm_head.chunked import VocabularyShard
+from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
+from fastvst_kernels.lm_head.logprobs import linear_logprobs
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 from ranks import run_ranks
 

@@ -1,11 +1,11 @@
-"""The contenders that bench/loss_head_gpu.py times compute the same gradients; here on the CPU, at a small size."""
+"""The contenders that bench/gpu/lm_head.py times compute the same gradients; here on the CPU, at a small size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from loss_head_gpu import OBJECTIVES, inputs, policy, supervised
+from bench.gpu.lm_head import OBJECTIVES, inputs, policy, supervised
 
 PLAIN = ("fastvst", "torch, logits kept", "torch, chunks of 512 recomputed")
 

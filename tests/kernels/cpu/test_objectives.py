@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvst_kernels.linear_policy_loss import linear_policy_loss
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
 from fastvst_kernels.objectives import (
     CISPO,
     DAPO,

@@ -11,11 +11,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb,
 )
 
-from fastvst_kernels import add_rms_norm, mrope, norm, packed_linear, rms_norm, swiglu, vision_rope
-from fastvst_kernels.backend import say_once
+from fastvst_kernels import add_rms_norm, mrope, packed_linear, rms_norm, swiglu, vision_rope
+from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_op, swiglu_reference
 from fastvst_kernels.linear import LINE, aligned_mm, parallel_linear
-from fastvst_kernels.norm import rms_norm_reference
-from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_op, swiglu_reference
+from fastvst_kernels.norm import op as norm
+from fastvst_kernels.norm.op import rms_norm_reference
+from fastvst_kernels.shared.backend import say_once
 
 torch.manual_seed(0)
 double = {"dtype": torch.float64, "requires_grad": True}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvst_kernels import sample_tokens
-from fastvst_kernels.sampling import gumbel, sample_tokens_op
+from fastvst_kernels.sampling.op import gumbel, sample_tokens_op
 from sampling_oracle import assert_drawn, expected, make_case, noise
 
 

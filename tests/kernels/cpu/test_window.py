@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from fastvst_kernels import packed_attention, vision_rope, window_attention
-from fastvst_kernels.window import window_backward_op, window_op
+from fastvst_kernels.window.op import window_backward_op, window_op
 
 
 def formula(qkv, bias, positions, cu, heads, theta=10000.0):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from attention_oracle import Pack, Results, assert_as_good_as_plain, group, join
-from fastvst_kernels import attention_backward, attention_forward, packed_attention
-from fastvst_kernels.attention_build import KERNELS, candidates
-from fastvst_kernels.dispatch import Tile
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels import packed_attention
+from fastvst_kernels.attention import backward as attention_backward
+from fastvst_kernels.attention import forward as attention_forward
+from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels.shared.tile_tables import Tile
+from fastvst_kernels.tuning.attention import KERNELS, candidates
 
 MIXED = join(group(1600, 512, 3, 0, 200), Pack((1, 0, 65, 777)), group(0, 90, 33))
 

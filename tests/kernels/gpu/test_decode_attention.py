@@ -7,7 +7,7 @@ import torch
 
 from decode_case import assert_close, make_case
 from fastvst_kernels import decode_attention
-from fastvst_kernels.decode_attention_triton import decode
+from fastvst_kernels.decode.kernels import decode
 
 SHARED = [(1600, [400] * 8), (70, [3, 33, 1]), (0, [5, 900]), (333, [64] * 17)]
 
@@ -39,9 +39,9 @@ def test_splits_and_bitwise_repeats(splits):
 
 
 def test_graphs_give_the_eager_tokens_and_survive_new_weights():
+    from bench.gpu.rollout import text_prompt
     from fastvst.model import ModelConfig, Qwen25VL
     from fastvst.rollout import Engine, SamplingParams
-    from rollout_gpu import text_prompt
 
     torch.manual_seed(0)
     model = Qwen25VL(ModelConfig.preset("tiny")).cuda()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels.invariant import invariant_attention
+from fastvst_kernels.invariant.op import invariant_attention
 from invariant_case import assert_attention, assert_invariant_attention, assert_invariant_mm, make_case
 
 
@@ -29,7 +29,7 @@ def test_the_engine_and_the_trainer_agree_to_the_last_bit(shared, dtype):
     pytest.importorskip("transformers")  # hf_parity makes the samples
     from fastvst.model import Qwen25VL
     from fastvst.rollout import Engine, SamplingParams
-    from fastvst.rollout.bitwise import batch_invariant
+    from fastvst.rollout.batch_invariant import batch_invariant
     from fastvst.rollout.mismatch import mismatch
     from hf_parity import make_sample, small_config
     from teacher import teacher_forced

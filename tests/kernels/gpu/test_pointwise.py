@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window, window_attention
-from fastvst_kernels.norm import rms_norm_reference
-from fastvst_kernels.pointwise_build import CANDIDATES
-from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_reference
+from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window_attention
+from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_reference
+from fastvst_kernels.norm.op import rms_norm_reference
+from fastvst_kernels.tuning.pointwise import CANDIDATES
+from fastvst_kernels.window import op as window
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope, windows, with_gradients
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -60,9 +60,9 @@ def test_frequencies_are_the_probabilities(filtered):
 
 def test_the_engine_draws_the_same_tokens_in_any_company():
     """In bitwise numerics; else the products' rounding depends on the batch, and now and then a token with it."""
+    from bench.gpu.rollout import text_prompt
     from fastvst.model import ModelConfig, Qwen25VL
     from fastvst.rollout import Engine, SamplingParams
-    from rollout_gpu import text_prompt
 
     torch.manual_seed(0)
     model = Qwen25VL(ModelConfig.preset("tiny")).cuda()

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastvst_kernels.dispatch import TABLES  # noqa: F401 - the package must import in this mode
+from fastvst_kernels.shared.tile_tables import TABLES  # noqa: F401 - the package must import in this mode
 
 torch.set_num_threads(1)
 

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_oracle import Pack, Results, assert_as_good_as_plain, formula, group, join
-from fastvst_kernels import attention_backward, attention_forward
-from fastvst_kernels.attention_build import CANDIDATES, DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES
-from fastvst_kernels.dispatch import DESCRIPTORS, PERSISTENT, POINTERS, SLICES, Tile
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels.attention import backward as attention_backward
+from fastvst_kernels.attention import forward as attention_forward
+from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, POINTERS, SLICES, Tile
+from fastvst_kernels.tuning.attention import CANDIDATES, DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES
 
 MIXED = join(group(37, 5, 0, 30), Pack((1, 0, 65)), group(0, 9, 3))
 ALL = (*CANDIDATES.values(), DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES)

@@ -7,8 +7,8 @@ import torch
 
 from decode_case import assert_close, make_case
 from fastvst_kernels import decode_attention
-from fastvst_kernels.decode_attention import decode_attention_op
-from fastvst_kernels.decode_attention_triton import choose_splits, decode
+from fastvst_kernels.decode.kernels import choose_splits, decode
+from fastvst_kernels.decode.op import decode_attention_op
 
 
 def run(case, splits=None):

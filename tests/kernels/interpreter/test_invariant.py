@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels.invariant import invariant_attention, invariant_mm
+from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
 from invariant_case import assert_attention, assert_invariant_attention, assert_invariant_mm, make_case
 
 # Tiles hold rows without a query, whose softmax is never stored.

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_oracle import Pack, assert_as_good_as_plain, group, join
 from fastvst_kernels import packed_attention
-from fastvst_kernels.attention_op import attention_op, tile
-from fastvst_kernels.prepare import prepare
+from fastvst_kernels.attention.op import attention_op, tile
+from fastvst_kernels.attention.plan import prepare
 
 PACK = join(group(20, 5, 0, 9), Pack((7,)))
 OFFSETS, GROUPS = PACK.offsets(), PACK.groups()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope
-from fastvst_kernels.norm import rms_norm_op, rms_norm_reference
-from fastvst_kernels.pointwise_build import CANDIDATES
-from fastvst_kernels.swiglu import swiglu_backward_op, swiglu_op, swiglu_reference
+from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_op, swiglu_reference
+from fastvst_kernels.norm.op import rms_norm_op, rms_norm_reference
+from fastvst_kernels.tuning.pointwise import CANDIDATES
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
 ROPE, SWIGLU, NORM = ("fastvst_kernels." + name for name in ("mrope", "swiglu", "norm"))

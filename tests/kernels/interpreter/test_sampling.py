@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvst_kernels import sample_tokens, sampling_triton
-from fastvst_kernels.sampling import gumbel, sample_tokens_op
-from fastvst_kernels.sampling_triton import settings
+from fastvst_kernels import sample_tokens
+from fastvst_kernels.sampling import kernels as sampling_triton
+from fastvst_kernels.sampling.kernels import settings
+from fastvst_kernels.sampling.op import gumbel, sample_tokens_op
 from sampling_oracle import assert_drawn, make_case, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # masked lanes

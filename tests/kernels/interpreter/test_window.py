@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastvst_kernels import window, window_attention
-from fastvst_kernels.pointwise_build import CANDIDATES
-from fastvst_kernels.window import window_op
+from fastvst_kernels import window_attention
+from fastvst_kernels.tuning.pointwise import CANDIDATES
+from fastvst_kernels.window import op as window
+from fastvst_kernels.window.op import window_op
 from pointwise_oracle import angles, assert_as_good_as_plain, windows
 
 # The interpreter knows no warps and stages: what candidates differ in for it is how many pairs a step takes.
@@ -81,8 +82,8 @@ def test_it_keeps_its_inputs_only():
 
 def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
     """Without validation wrong offsets give wrong numbers, but the kernels read and write no other memory."""
-    from fastvst_kernels import window_triton
-    from fastvst_kernels.mrope import inverse_frequencies
+    from fastvst_kernels.rope.op import inverse_frequencies
+    from fastvst_kernels.window import kernels as window_triton
 
     table = inverse_frequencies(16, 2, 1e4, torch.float32, torch.device("cpu"))
     wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)

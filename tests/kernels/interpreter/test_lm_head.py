@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvst_kernels import loss_head
-from fastvst_kernels.linear_cross_entropy import linear_cross_entropy
-from fastvst_kernels.linear_logprobs import linear_logprobs
-from fastvst_kernels.linear_policy_loss import linear_policy_loss
-from fastvst_kernels.loss_head import Coefficients, combine, partial_statistics_, row_gradient_plain_
-from fastvst_kernels.loss_head_triton import BLOCK, partial_statistics, row_gradient_
+from fastvst_kernels.lm_head import chunked as loss_head
+from fastvst_kernels.lm_head.chunked import Coefficients, combine, partial_statistics_, row_gradient_plain_
+from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
+from fastvst_kernels.lm_head.kernels import BLOCK, partial_statistics, row_gradient_
+from fastvst_kernels.lm_head.logprobs import linear_logprobs
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in lanes that are masked

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
-from fastvst_kernels.linear_cross_entropy import linear_cross_entropy_reference
-from fastvst_kernels.linear_logprobs import linear_logprobs_reference
-from fastvst_kernels.linear_policy_loss import linear_policy_loss_reference
+from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
+from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Objective, Reinforce
 
 OBJECTIVES: tuple[Objective, ...] = (

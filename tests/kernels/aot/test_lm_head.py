@@ -8,8 +8,8 @@ import pytest
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.aot import Compiled, compile_kernel
-from fastvst_kernels.loss_head_triton import BLOCK, NUM_WARPS, partial_statistics_kernel, row_gradient_kernel
+from fastvst_kernels.lm_head.kernels import BLOCK, NUM_WARPS, partial_statistics_kernel, row_gradient_kernel
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 
 def compile_one(arch: int, out: str | None) -> Compiled:

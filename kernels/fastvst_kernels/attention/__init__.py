@@ -1,0 +1,1 @@
+"""Packed attention over one row of sequences, with shared-prompt groups."""

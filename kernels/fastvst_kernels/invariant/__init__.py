@@ -1,0 +1,1 @@
+"""Matrix products and attention whose results do not depend on the batch."""

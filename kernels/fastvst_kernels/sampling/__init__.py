@@ -1,0 +1,1 @@
+"""Next-token sampling from hidden states."""

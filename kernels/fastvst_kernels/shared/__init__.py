@@ -1,0 +1,1 @@
+"""What all operators share: backend choice, argument checks, tile tables."""

@@ -1,0 +1,1 @@
+"""Compile and time tile candidates; write the tile tables."""

@@ -1,0 +1,1 @@
+"""Attention inside the windows of the vision tower."""
