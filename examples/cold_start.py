@@ -66,18 +66,27 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     config = load_config(Config, arguments)
     if not (Path(config.model) / "config.json").is_file():
         raise ConfigError(f"no checkpoint in {config.model}; run examples/sft.py first, or give --model DIR")
-    train, heldout = rooms(config, "train", config.samples), rooms(config, "heldout", config.heldout)
+    train = rooms(config, "train", config.samples)
+    heldout = rooms(config, "heldout", config.heldout)
     sft.main(
         [
-            f"out={config.out}", f"steps={config.steps}", f"model.path={config.model}",
+            f"out={config.out}",
+            f"steps={config.steps}",
+            f"model.path={config.model}",
             f'data.sources=[{{path = "{train}", name = "cold_start"}}]',
-            "processor.max_pixels=21168", "processor.max_seq_len=1024", "processor.fov_base_width=200",
-            "loader.tokens_per_pack=1024", f"loader.accumulation={config.accumulation}",
-            f"optimizer.lr={config.lr}", f"optimizer.vision_lr={config.lr / 10}",  # published: a tenth
-            "optimizer.weight_decay=0.0", "schedule.warmup=0.03", "checkpoint.every=0",
+            "processor.max_pixels=21168",
+            "processor.max_seq_len=1024",
+            "processor.fov_base_width=200",
+            "loader.tokens_per_pack=1024",
+            f"loader.accumulation={config.accumulation}",
+            f"optimizer.lr={config.lr}",
+            f"optimizer.vision_lr={config.lr / 10}",  # published: a tenth
+            "optimizer.weight_decay=0.0",
+            "schedule.warmup=0.03",
+            "checkpoint.every=0",
         ],
         environment,
-    )  # fmt: skip
+    )
     if not (Path(config.out) / "hf").is_dir():
         return None  # a signal stopped the training, which has said so
     found = measure(Path(config.out) / "hf", heldout, config.max_new_tokens)

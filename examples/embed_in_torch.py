@@ -23,11 +23,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = width // heads
+        self.norm1 = nn.RMSNorm(width)
+        self.norm2 = nn.RMSNorm(width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim)
         self.out = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, groups: Tensor | None = None, plan: AttentionPlan | None = None
@@ -42,7 +46,8 @@ class Block(nn.Module):
 def shared_and_repeated(prompt: Tensor, answers: list[Tensor], blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
     """The answers' rows of the last layer, (sum of answer lengths, width), computed in the two layouts."""
     lengths = torch.tensor([0, len(prompt), *map(len, answers)])
-    offsets, groups = lengths.cumsum(0).int(), torch.tensor([-1, *[0] * len(answers)], dtype=torch.int32)
+    offsets = lengths.cumsum(0).int()
+    groups = torch.tensor([-1, *[0] * len(answers)], dtype=torch.int32)
     plan = prepare(offsets, groups, causal=True)
     x = torch.cat([prompt, *answers])
     for block in blocks:

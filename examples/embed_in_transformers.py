@@ -58,7 +58,9 @@ def fastvst_attention(
         raise ValueError(f"attn_implementation='fastvst' got {', '.join(found)}")
     # The vision tower calls once for each window or picture, and the text's offsets are not for it.
     if not causal or cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q, groups = torch.tensor([0, tokens], device=query.device), tokens, None
+        cu_seq_lens_q = torch.tensor([0, tokens], device=query.device)
+        max_length_q = tokens
+        groups = None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D): views, nothing is copied
     out = packed_attention(
         q, k, v, cu_seq_lens_q.int(), causal=causal, scale=scaling, groups=groups, max_seqlen=max_length_q

@@ -19,7 +19,8 @@ def bare_loop(steps: int = 60, seed: int = 0) -> list[float]:
     """A next-token model of a repeating text, its output tied to its embedding; returns the losses."""
     torch.manual_seed(seed)
     text = torch.tensor(list(b"the small house stands behind the large house. " * 8))
-    embedding, mixer = nn.Embedding(256, 48), nn.GRU(48, 48, batch_first=True)
+    embedding = nn.Embedding(256, 48)
+    mixer = nn.GRU(48, 48, batch_first=True)
     optimizer = torch.optim.AdamW([*embedding.parameters(), *mixer.parameters()], lr=1e-2)
     losses = []
     for _ in range(steps):

@@ -233,7 +233,8 @@ def collect(
     asked: list[Asked] = []
     kept: list[tuple[Asked, Group]] = []
     seconds: dict[str, float] = {}
-    prompt_tokens, missing = 0, config.sampling.prompts
+    prompt_tokens = 0
+    missing = config.sampling.prompts
     for attempt in range(max(1, config.filter.tries)):
         params = config.sampling.params(config.sampling.answers, config.seed * 1_000_003 + step * 1_009 + attempt)
         encoded = stream.encode(stream.take(missing))
@@ -247,7 +248,8 @@ def collect(
         asked += [one for one, _ in found]
         counts = [len(found), *(sum(o.verdict == v for o, _ in found) for v in ("too_easy", "too_hard", "keep"))]
         drawn, easy, hard, good = world.sum(torch.tensor(counts).to(world.device)).tolist()
-        state, missing = state.add(drawn, easy, hard), missing - good
+        state = state.add(drawn, easy, hard)
+        missing = missing - good
         if missing <= 0:
             break
     rewards = torch.tensor([one.totals for one, _ in kept], dtype=torch.float64).view(-1, config.sampling.answers)
@@ -265,13 +267,20 @@ def collect(
 
 
 def improve(
-    config: Config, model: Qwen25VL, reference: Qwen25VL | None, optimizer: torch.optim.Optimizer, groups: list[Group],
-    recent: guard.Recent, step: int, world: World,
-) -> tuple[dict[str, Any], Sharing, guard.Recent]:  # fmt: skip
+    config: Config,
+    model: Qwen25VL,
+    reference: Qwen25VL | None,
+    optimizer: torch.optim.Optimizer,
+    groups: list[Group],
+    recent: guard.Recent,
+    step: int,
+    world: World,
+) -> tuple[dict[str, Any], Sharing, guard.Recent]:
     """All optimizer steps on one batch of rollouts; the figures are means over them. Every rank calls it."""
     objective = policy.make_objective(config.update, config.sampling.max_tokens)
     batches, sharing = policy.minibatches(groups, config.update, objective, model.config, world)
-    temperature, frozen = config.sampling.temperature, {"vision", "merger"} <= set(config.optimizer.freeze)
+    temperature = config.sampling.temperature
+    frozen = {"vision", "merger"} <= set(config.optimizer.freeze)
     # Whatever needs the weights that sampled, or the frozen tower, is computed before the first of them changes.
     batches = [
         policy.complete(
@@ -285,7 +294,8 @@ def improve(
             if not batch.packs:
                 continue  # on all ranks alike: nobody has a group with an advantage
             first = epoch == 0 and index == 0
-            losses, stats = [], []
+            losses = []
+            stats = []
             for pack in batch.packs:
                 loss, found = model(
                     pack.batch, head=policy.policy_head(pack, objective, temperature, first=first), vision=pack.vision
@@ -315,13 +325,15 @@ def improve(
 
 
 def run(config: Config, world: World, stop: StopRequest) -> None:
-    out, settings = Path(config.out), to_dict(config)
+    out = Path(config.out)
+    settings = to_dict(config)
     resume_from = checkpoint.resolve(config.resume, out / "checkpoints")
     if world.is_main and not config.resume:
         checkpoint.set_aside(out)
     world.barrier()
     mixture, test_rows = find_data(config, world)
-    processor, model = build_processor(config), build_model(config, world)
+    processor = build_processor(config)
+    model = build_model(config, world)
     reference = None if config.update.kl == "none" else policy.frozen(build_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
@@ -329,10 +341,14 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     stream = PromptStream(
         open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size, answer_tokens=answer_tokens
     )
-    first, recent, filtered = 0, guard.Recent(), FilterState()
+    first = 0
+    recent = guard.Recent()
+    filtered = FilterState()
     if resume_from is not None:
         state, rank_state = checkpoint.load(resume_from, model, optimizer, world)
-        first, recent, filtered = state["step"], guard.Recent.from_json(state["guard"]), FilterState(**state["filter"])
+        first = state["step"]
+        recent = guard.Recent.from_json(state["guard"])
+        filtered = FilterState(**state["filter"])
         stream.load_state_dict(rank_state["stream"])
         say(world, f"resumed from {resume_from}")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
@@ -344,14 +360,18 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
 
     def save(step: int) -> None:
         path = checkpoint.save(
-            out / "checkpoints", step, model, optimizer, world,
+            out / "checkpoints",
+            step,
+            model,
+            optimizer,
+            world,
             state={"guard": recent.to_json(), "filter": filtered.to_json()},
             rank_state={"stream": stream.state_dict()},
             config=settings,
             write_hf=write_hf if config.checkpoint.hf else None,
             hf_dtype=hf_dtype,
             keep=config.checkpoint.keep,
-        )  # fmt: skip
+        )
         say(world, f"saved {path}")
 
     def evaluate(step: int) -> None:
@@ -368,7 +388,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     with metrics, RolloutLog(out, rank=world.rank, first_step=first) as log, RewardPool(config.reward) as pool:
         if world.is_main:
             save_json(config, out / "config.json")
-        step, stopped = first, False
+        step = first
+        stopped = False
         while step < config.steps and not stopped:
             evaluate(step)
             begin = time.perf_counter()

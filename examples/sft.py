@@ -231,7 +231,8 @@ def accumulate(
         (totals, loss of each of this rank's packs (on the device), their shares of the target weight).
     """
     weights = [float(p.target_weights.sum()) for p in packs]  # the packs are still in host memory
-    images, tokens = sum(p.num_images for p in packs), sum(p.num_tokens for p in packs)
+    images = sum(p.num_images for p in packs)
+    tokens = sum(p.num_tokens for p in packs)
     counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), stop]
     totals = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device))
     normaliser = totals[0].float().clamp(min=1e-9)
@@ -263,18 +264,24 @@ def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tens
 
 
 def run(config: Config, world: World, stop: StopRequest) -> None:
-    out, settings = Path(config.out), to_dict(config)
+    out = Path(config.out)
+    settings = to_dict(config)
     resume_from = checkpoint.resolve(config.resume, out / "checkpoints")
     if world.is_main and not config.resume:
         checkpoint.set_aside(out)
     world.barrier()
     mixture, rooms = find_data(config, world)
-    processor, model = build_processor(config), build_model(config, world)
+    processor = build_processor(config)
+    model = build_model(config, world)
     optimizer = make_optimizer(model, config.optimizer)
-    first, recent, data_state = 0, guard.Recent(), None
+    first = 0
+    recent = guard.Recent()
+    data_state = None
     if resume_from is not None:
         state, rank_state = checkpoint.load(resume_from, model, optimizer, world)
-        first, recent, data_state = state["step"], guard.Recent.from_json(state["guard"]), rank_state["loader"]
+        first = state["step"]
+        recent = guard.Recent.from_json(state["guard"])
+        data_state = rank_state["loader"]
         say(world, f"resumed from {resume_from}")
 
     bad = config.bad_samples
@@ -314,7 +321,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             save_json(config, out / "config.json")
         model.train()
         batches: Iterator[PackedBatch] = iter(loader)
-        begin, step, stopped = time.perf_counter(), first, False
+        begin = time.perf_counter()
+        step = first
+        stopped = False
         while step < config.steps and not stopped:
             waited = time.perf_counter()
             packs = list(itertools.islice(batches, config.loader.accumulation))
@@ -329,7 +338,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             if reason is None:
                 optimizer.step()
             else:  # on all ranks alike: the verdict rests on reduced numbers only
-                values, ids = [loss.item() for loss in losses], [p.sample_ids for p in packs]
+                values = [loss.item() for loss in losses]
+                ids = [p.sample_ids for p in packs]
                 row = guard.report(world.rank, step, reason, values, shares, ids)
                 guard.write_down(config.guard, recent, out, row)
             optimizer.zero_grad()
@@ -349,7 +359,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                     **({"skipped": reason} if reason else {}),
                 }
             )
-            step, stopped = step + 1, totals.stop
+            step = step + 1
+            stopped = totals.stop
             if stopped or (config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.steps):
                 save(step)
             begin = time.perf_counter()
@@ -365,7 +376,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
 
 def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Path, Path] | None) -> None:
     """Ask the written model about rooms that training never saw, and write the report."""
-    out, results = Path(config.out), None
+    out = Path(config.out)
+    results = None
     if rooms is not None:
         train, heldout = rooms
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
@@ -379,8 +391,11 @@ def dry_run(config: Config, world: World) -> None:
     mixture, _ = find_data(config, world)
     if not world.is_main:
         return
-    processor, policy, frozen = build_processor(config), config.model.recompute, config.optimizer.freeze
-    data, loader = open_mixture(mixture), config.loader
+    processor = build_processor(config)
+    policy = config.model.recompute
+    frozen = config.optimizer.freeze
+    data = open_mixture(mixture)
+    loader = config.loader
     print(budget.dry_run(model_config(config), processor, data, loader, world, recompute=policy, frozen=frozen))
 
 

@@ -188,7 +188,8 @@ def _unwrap(annotation: Any) -> tuple[Any, bool]:
 
 def _type_name(annotation: Any) -> str:
     inner, optional = _unwrap(annotation)
-    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    origin = typing.get_origin(inner)
+    args = typing.get_args(inner)
     if origin is Literal:
         text = " | ".join(repr(a) for a in args)
     elif origin is not None:
@@ -218,12 +219,14 @@ def _parse(annotation: Any, raw: str) -> Any:
 def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')} is a section of options; got {_came(values)}")
-    known, hints = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}, _hints(cls)
+    known = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
+    hints = _hints(cls)
     changes: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             raise _unknown(cls, prefix + key, prefix)
-        where, annotation = prefix + key, hints[key]
+        where = prefix + key
+        annotation = hints[key]
         if dataclasses.is_dataclass(annotation):
             changes[key] = _build(typing.cast(type, annotation), value, getattr(default, key), where + ".")
         else:
@@ -236,7 +239,8 @@ def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> 
 
 def _convert(annotation: Any, value: Any, where: str) -> Any:
     inner, optional = _unwrap(annotation)
-    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    origin = typing.get_origin(inner)
+    args = typing.get_args(inner)
     if value is None and (optional or inner in (Any, type(None))):
         return None
     if inner is Any:
@@ -277,7 +281,8 @@ def _item(annotation: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a table of {annotation.__name__} options; got {_came(value)}")  # type: ignore[union-attr]
     cls = typing.cast(type, annotation)
-    known, hints = {f.name: f for f in dataclasses.fields(cls)}, _hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    hints = _hints(cls)
     for key in value:
         if key not in known:
             raise _unknown(cls, f"{where}.{key}", f"{where}.")
@@ -309,7 +314,8 @@ def _attribute_help(cls: type[Any], name: str) -> str:
     found: list[str] = []
     start = 0
     for line in (cls.__doc__ or "").splitlines():
-        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        stripped = line.strip()
+        indent = len(line) - len(line.lstrip())
         if found and (not stripped or indent <= start):
             break
         if found:

@@ -6,7 +6,12 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1060, 300, 56, 12, 14, 34
+WIDTH = 1060
+HEIGHT = 300
+LEFT = 56
+RIGHT = 12
+TOP = 14
+BOTTOM = 34
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label: str, smooth: int = 1) -> str:
@@ -17,10 +22,13 @@ def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label:
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if not points:
         return f"<p>No values of {escape(y_label)} were logged.</p>"
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    xs = [p[0] for p in points]
+    ys = [p[1] for p in points]
+    x_low = min(xs)
+    x_high = max(xs) if max(xs) > min(xs) else min(xs) + 1
     y_ticks = _ticks(min(ys), max(ys))
-    y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    y_low = min(y_ticks[0], min(ys))
+    y_high = max(y_ticks[-1], max(ys))
     y_high += 1.0 if y_high == y_low else 0.0  # a single value on a tick
 
     def sx(value: float) -> float:
@@ -58,7 +66,8 @@ def line_chart(x: Sequence[float], y: Sequence[float], *, x_label: str, y_label:
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values (fewer at the start)."""
-    out, total = [], 0.0
+    out = []
+    total = 0.0
     for index, value in enumerate(values):
         total += value
         if index >= window:

@@ -36,7 +36,10 @@ def test_a_pack_is_its_samples_side_by_side(specs) -> None:
     batch = pack(samples)
     batch.validate()
     offsets = batch.cu_seqlens.tolist()
-    targets, vision, windows, frames = [], 0, 0, 0
+    targets = []
+    vision = 0
+    windows = 0
+    frames = 0
     for index, sample in enumerate(samples):
         begin, end = offsets[index : index + 2]
         assert torch.equal(batch.tokens[begin:end], sample.tokens.long())
@@ -55,7 +58,8 @@ def test_a_pack_is_its_samples_side_by_side(specs) -> None:
         assert batch.cu_windows[windows : windows + len(sample.window_lengths) + 1].diff().tolist() == (
             sample.window_lengths.tolist()
         )
-        vision, windows = vision + len(sample.vision_slots), windows + len(sample.window_lengths)
+        vision = vision + len(sample.vision_slots)
+        windows = windows + len(sample.window_lengths)
         frames += len(sample.image_lengths)
     assert list(zip(batch.loss_rows.tolist(), batch.targets.tolist())) == targets
     assert batch.target_weights.tolist() == [1.0] * len(targets)
@@ -68,7 +72,10 @@ def test_a_pack_is_its_samples_side_by_side(specs) -> None:
 
 
 def test_answers_of_a_shared_prompt_begin_after_its_last_row() -> None:
-    prompt, first, second, alone = text(4, []), text(3, [0, 1, 2]), text(2, [0, 1]), text(3, [0, 2])
+    prompt = text(4, [])
+    first = text(3, [0, 1, 2])
+    second = text(2, [0, 1])
+    alone = text(3, [0, 2])
     weights = [torch.full((len(s),), w) for s, w in ((prompt, 9.0), (first, 0.5), (second, 2.0), (alone, 1.0))]
     batch = pack([prompt, first, second, alone], groups=[-1, 0, 0, -1], loss_weights=weights)
     batch.validate()
@@ -82,8 +89,12 @@ def test_nothing_to_pack_and_impossible_groups_are_errors() -> None:
     with pytest.raises(ValueError, match="at least one encoded sample"):
         pack([])
     samples = [text(3, [1]) for _ in range(3)]
-    for groups, message in (([0, -1, -1], "before its answers"), ([-1, 0, 1], "itself an answer"),
-                            ([-1, -1, 0], "without gaps"), ([-1, 0], "expected .3")):  # fmt: skip
+    for groups, message in (
+        ([0, -1, -1], "before its answers"),
+        ([-1, 0, 1], "itself an answer"),
+        ([-1, -1, 0], "without gaps"),
+        ([-1, 0], "expected .3"),
+    ):
         with pytest.raises(ValueError, match=message):
             pack(samples, groups=groups)
 

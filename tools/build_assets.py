@@ -29,34 +29,117 @@ TEXTURE_SIZE = 128
 
 # Catalogue id -> class name as benchmarks and people call it. What is not here is not packed (trucks, fences, ...).
 CLASSES = {
-    "armchair": "office chair", "bed1": "bed", "bed2": "bed", "bedWithTexture": "bed", "bed3": "bed",
-    "babyRockingBed": "crib", "bedsideTable2": "night stand", "bookcase": "bookshelf", "shelves": "shelves",
-    "verticalShelves": "shelves", "cupboard": "cabinet", "wardrobeWithSlidingDoors": "wardrobe",
-    "televisionCabinet": "tv stand", "led_tv": "television", "desklamp": "lamp", "JapaneseLantern": "lamp",
-    "wallLight": "wall light", "doubleOven": "oven", "oven": "oven", "kitchenaid": "mixer",
-    "coffeeBrewer": "coffee machine", "L_shaped_sofa": "sofa", "sofa": "sofa", "couch": "sofa", "couch2": "sofa",
-    "sofa2": "sofa", "winchesterSofa": "sofa", "armchair2": "armchair", "modernArmchair": "armchair",
-    "winchesterArmchair": "armchair", "oakChair": "chair", "plasticChair": "chair", "sillaBlanca": "chair",
-    "chair": "chair", "antiqueChair": "chair", "chairWithCushion": "chair", "chair2": "chair", "osakaChair": "chair",
-    "designChair": "chair", "thonet": "chair", "silla2": "stool", "stool": "stool", "stool2": "stool",
-    "pianoBench": "bench", "bench": "bench", "oakTable": "table", "tableWithTablecloth": "table", "table": "table",
-    "poolTable": "pool table", "table_football": "football table", "pianoAQueue": "piano", "desk": "desk",
-    "lbDesk": "desk", "radiator1": "radiator", "radiator2": "radiator", "radiator": "radiator",
-    "radiator3": "radiator", "speaker2": "speaker", "speaker3": "speaker", "tableFan": "fan", "riggedFan": "fan",
-    "teddyBear": "teddy bear", "tetrapak": "milk carton", "yogurtBottle": "bottle", "mamadeira": "baby bottle",
-    "caffe_final": "coffee cup", "plasticCup": "cup", "beerGlass": "glass", "bread": "bread", "deer": "deer figure",
-    "toiletsUnit": "toilet", "bidet": "bidet", "washbasin": "sink", "modernVanity": "sink",
-    "showerStall": "shower stall", "towel3": "towel rack", "urinal": "urinal", "potty": "potty",
-    "dustbin": "trash can", "whiteBoard": "whiteboard", "ammoBox": "chest", "box": "box", "crate": "crate",
-    "barrel": "barrel", "electricGuitar": "guitar", "littlePlant": "plant", "augalas": "plant",
-    "decorativePlant": "plant", "orchids": "plant", "plant": "plant", "cactus": "plant", "basketball": "ball",
-    "umbrellaFolded": "umbrella", "kalender": "calendar", "fireExtinguisher": "fire extinguisher",
-    "caballito": "rocking horse", "cuckooClock": "clock", "briefcase": "briefcase", "handbag": "handbag",
-    "refrigerator": "refrigerator", "largeFridge": "refrigerator", "drawersCabinet": "cabinet",
-    "lowerCabinet": "cabinet", "highCabinet": "cabinet", "upperCabinet": "wall cabinet",
-    "glassDoorCabinet": "wall cabinet", "sinkCabinet": "kitchen sink", "rangeHood": "range hood",
-    "headphones": "headphones", "knifeStandSwap": "knife stand",
-}  # fmt: skip
+    "armchair": "office chair",
+    "bed1": "bed",
+    "bed2": "bed",
+    "bedWithTexture": "bed",
+    "bed3": "bed",
+    "babyRockingBed": "crib",
+    "bedsideTable2": "night stand",
+    "bookcase": "bookshelf",
+    "shelves": "shelves",
+    "verticalShelves": "shelves",
+    "cupboard": "cabinet",
+    "wardrobeWithSlidingDoors": "wardrobe",
+    "televisionCabinet": "tv stand",
+    "led_tv": "television",
+    "desklamp": "lamp",
+    "JapaneseLantern": "lamp",
+    "wallLight": "wall light",
+    "doubleOven": "oven",
+    "oven": "oven",
+    "kitchenaid": "mixer",
+    "coffeeBrewer": "coffee machine",
+    "L_shaped_sofa": "sofa",
+    "sofa": "sofa",
+    "couch": "sofa",
+    "couch2": "sofa",
+    "sofa2": "sofa",
+    "winchesterSofa": "sofa",
+    "armchair2": "armchair",
+    "modernArmchair": "armchair",
+    "winchesterArmchair": "armchair",
+    "oakChair": "chair",
+    "plasticChair": "chair",
+    "sillaBlanca": "chair",
+    "chair": "chair",
+    "antiqueChair": "chair",
+    "chairWithCushion": "chair",
+    "chair2": "chair",
+    "osakaChair": "chair",
+    "designChair": "chair",
+    "thonet": "chair",
+    "silla2": "stool",
+    "stool": "stool",
+    "stool2": "stool",
+    "pianoBench": "bench",
+    "bench": "bench",
+    "oakTable": "table",
+    "tableWithTablecloth": "table",
+    "table": "table",
+    "poolTable": "pool table",
+    "table_football": "football table",
+    "pianoAQueue": "piano",
+    "desk": "desk",
+    "lbDesk": "desk",
+    "radiator1": "radiator",
+    "radiator2": "radiator",
+    "radiator": "radiator",
+    "radiator3": "radiator",
+    "speaker2": "speaker",
+    "speaker3": "speaker",
+    "tableFan": "fan",
+    "riggedFan": "fan",
+    "teddyBear": "teddy bear",
+    "tetrapak": "milk carton",
+    "yogurtBottle": "bottle",
+    "mamadeira": "baby bottle",
+    "caffe_final": "coffee cup",
+    "plasticCup": "cup",
+    "beerGlass": "glass",
+    "bread": "bread",
+    "deer": "deer figure",
+    "toiletsUnit": "toilet",
+    "bidet": "bidet",
+    "washbasin": "sink",
+    "modernVanity": "sink",
+    "showerStall": "shower stall",
+    "towel3": "towel rack",
+    "urinal": "urinal",
+    "potty": "potty",
+    "dustbin": "trash can",
+    "whiteBoard": "whiteboard",
+    "ammoBox": "chest",
+    "box": "box",
+    "crate": "crate",
+    "barrel": "barrel",
+    "electricGuitar": "guitar",
+    "littlePlant": "plant",
+    "augalas": "plant",
+    "decorativePlant": "plant",
+    "orchids": "plant",
+    "plant": "plant",
+    "cactus": "plant",
+    "basketball": "ball",
+    "umbrellaFolded": "umbrella",
+    "kalender": "calendar",
+    "fireExtinguisher": "fire extinguisher",
+    "caballito": "rocking horse",
+    "cuckooClock": "clock",
+    "briefcase": "briefcase",
+    "handbag": "handbag",
+    "refrigerator": "refrigerator",
+    "largeFridge": "refrigerator",
+    "drawersCabinet": "cabinet",
+    "lowerCabinet": "cabinet",
+    "highCabinet": "cabinet",
+    "upperCabinet": "wall cabinet",
+    "glassDoorCabinet": "wall cabinet",
+    "sinkCabinet": "kitchen sink",
+    "rangeHood": "range hood",
+    "headphones": "headphones",
+    "knifeStandSwap": "knife stand",
+}
 
 
 def read_catalogue(text: str) -> list[dict[str, str]]:
@@ -89,7 +172,10 @@ def read_materials(text: str, folder: str) -> dict[str, dict[str, Any]]:
 def read_obj(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
     """Triangulated OBJ: positions (V, 3), uv (T, 2), corners (F, 3, 2) of position and uv index, material index (F,),
     material names, and MTL file names. Polygons become fans; missing uv index the zero uv appended at the end."""
-    positions, uvs, corners, face_material = [], [], [], []
+    positions = []
+    uvs = []
+    corners = []
+    face_material = []
     names: list[str] = []
     libraries: list[str] = []
     material = -1
@@ -155,7 +241,8 @@ def decimate(points: np.ndarray, size: np.ndarray, corners: np.ndarray, limit: i
 
     if len(corners) <= limit:
         return points, np.ones(len(corners), dtype=bool)
-    low, high = 1e-4, float(size.max()) / 4
+    low = 1e-4
+    high = float(size.max()) / 4
     for _ in range(14):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if cluster(middle)[1].sum() > limit else (low, middle)
@@ -189,17 +276,21 @@ def convert(
     used = np.unique(corners[..., 0])
     # OBJ (x right, y up, z to the front) -> asset (x right, y to the back, z up)
     points = points[:, [0, 2, 1]] * np.array([1.0, -1.0, 1.0])
-    low, high = points[used].min(0), points[used].max(0)
+    low = points[used].min(0)
+    high = points[used].max(0)
     points = (points - low) / np.maximum(high - low, 1e-9)
     size = np.array([float(entry[k]) / 100 for k in ("width", "depth", "height")])
     points, alive = decimate(points, size, corners[..., 0], MAX_TRIANGLES)
-    corners, face_material = corners[alive], face_material[alive]
+    corners = corners[alive]
+    face_material = face_material[alive]
     kept = points[np.unique(corners[..., 0])]
-    low, high = kept.min(0), kept.max(0)
+    low = kept.min(0)
+    high = kept.max(0)
     points = np.clip((points - low) / np.maximum(high - low, 1e-9), 0, 1)
 
     files = set(archive.namelist())
-    rgb, layer = [], []
+    rgb = []
+    layer = []
     for name in [*names, ""]:
         material = materials.get(name, {"rgb": (0.8, 0.8, 0.8), "texture": None})
         texture = material["texture"] if material["texture"] in files else None  # some point to the maker's own disk
@@ -243,7 +334,9 @@ def build(source: Path, folder: Path) -> Path:
     """
     textures: dict[str, int] = {}
     blobs: list[bytes] = []
-    models, rows, credits = [], [], []
+    models = []
+    rows = []
+    credits = []
     with zipfile.ZipFile(source) as archive:
         entries = read_catalogue(archive.read("PluginFurnitureCatalog.properties").decode("latin-1"))
         for entry in entries:

@@ -50,7 +50,8 @@ SIZES = (None, None, None, (168, 112), (196, 140), (140, 112), (224, 168))
 SHARPNESS = 6.0  # classes are told apart by components of about 1
 # How long the components are in the end. A decoder that has to find two marks among 24 tokens finds loud ones sooner:
 # on depth questions it names colours after 100 steps instead of 400.
-LOUD, QUIET = 4.0, 0.5
+LOUD = 4.0
+QUIET = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,16 @@ def shots_of(number: int) -> list[Shot]:
         points = np.array([[*s.point, s.depth, *s.box_2d] for s in view.sightings], dtype=np.float32).reshape(-1, 7)
         png = encode(Image.fromarray(view.image), 0)
         names = tuple(o.name for o in scene.objects)
-        depth, ids = view.depth.astype(np.float16), view.ids.astype(np.int16)
+        depth = view.depth.astype(np.float16)
+        ids = view.ids.astype(np.int16)
         made.append(Shot(png, depth, ids, names, np.asarray(boxes, dtype=np.float32), points))
     return made
 
 
 def take_shots(numbers: Sequence[int], workers: int) -> list[Shot]:
     """The views of these rooms (about 7 a room, 0.3 MB each), rendered by `workers` processes."""
-    shots, begin = [], time.monotonic()
+    shots = []
+    begin = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         for done, found in enumerate(pool.map(shots_of, numbers, chunksize=4), start=1):
@@ -152,8 +155,10 @@ def truth_of(shot: Shot, marks: Sequence[Mark], grid: tuple[int, int], names: li
     values[:, 2] = quarter[:, 1::2].mean(1) - quarter[:, ::2].mean(1)
     values[:, 3] = (quarter[:, 0] - quarter[:, 1] - quarter[:, 2] + quarter[:, 3]) / 2
     row, column = np.divmod(np.arange(rows * columns), columns)
-    values[:, 4], values[:, 5] = (row + 0.5) / rows * 2 - 1, (column + 0.5) / columns * 2 - 1
-    name, colour = np.zeros(rows * columns, dtype=np.int64), np.zeros(rows * columns, dtype=np.int64)
+    values[:, 4] = (row + 0.5) / rows * 2 - 1
+    values[:, 5] = (column + 0.5) / columns * 2 - 1
+    name = np.zeros(rows * columns, dtype=np.int64)
+    colour = np.zeros(rows * columns, dtype=np.int64)
     ids = shot.ids[v][:, u].reshape(rows, CELLS, columns, CELLS).transpose(0, 2, 1, 3).reshape(-1, CELLS**2)
     for token, seen in enumerate(ids):
         counts = np.bincount(np.maximum(seen, 0), minlength=2)[1:]
@@ -168,7 +173,8 @@ def truth_of(shot: Shot, marks: Sequence[Mark], grid: tuple[int, int], names: li
         token = int(mark.v / height * rows) * columns + int(mark.u / width * columns)
         colour[token] = 1 + mark.colour
         values[token, 12] = log_depth(mark.depth)
-        values[token, 13], values[token, 14] = mark.v / height * 2 - 1, mark.u / width * 2 - 1
+        values[token, 13] = mark.v / height * 2 - 1
+        values[token, 14] = mark.u / width * 2 - 1
     return Truth(torch.from_numpy(colour), torch.from_numpy(name), torch.from_numpy(values))
 
 
@@ -195,7 +201,8 @@ def _draw_points(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mar
         if len(shot.points) and rng.random() < 0.7:
             u, v = (float(x) for x in shot.points[rng.randrange(len(shot.points)), :2])
         else:
-            u, v = rng.uniform(6, image.width - 6), rng.uniform(6, image.height - 6)
+            u = rng.uniform(6, image.width - 6)
+            v = rng.uniform(6, image.height - 6)
         if all(math.hypot(u - a, v - b) > 24 for a, b in at):
             at.append((u, v))
     apart = rng.random() < 0.85
@@ -212,7 +219,8 @@ def _draw_boxes(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark
     colours = rng.sample(range(len(COLOURS)), 3)
     for index in rng.sample(range(len(shot.points)), len(shot.points)):
         depth, x1, y1, x2, y2 = (float(x) for x in shot.points[index, 2:])
-        u, v = (x1 + x2) / 2, (y1 + y2) / 2
+        u = (x1 + x2) / 2
+        v = (y1 + y2) / 2
         clear = all(math.hypot(u - m.u, v - m.v) > 24 for m in marks)
         if clear and min(x2 - x1, y2 - y1) > 12 and len(marks) < 3:
             marks.append(Mark(u, v, depth, colours[len(marks)]))
@@ -235,9 +243,13 @@ class Pictures:
     def see(self, tower: VisionTower) -> Tensor:
         """(N, hidden) merged tokens."""
         return tower(
-            self.patches, self.positions, self.cu_windows, self.cu_images, max_window=self.max_window,
+            self.patches,
+            self.positions,
+            self.cu_windows,
+            self.cu_images,
+            max_window=self.max_window,
             max_image=self.max_image,
-        )  # fmt: skip
+        )
 
 
 def together(examples: Sequence[tuple[EncodedSample, Truth]]) -> Pictures:
@@ -250,20 +262,29 @@ def together(examples: Sequence[tuple[EncodedSample, Truth]]) -> Pictures:
         torch.cat([getattr(truth, field) for _, truth in examples])[order] for field in ("colour", "name", "values")
     )
     return Pictures(
-        batch.patches, batch.vision_positions, batch.cu_windows, batch.cu_images, batch.max_window, batch.max_image,
+        batch.patches,
+        batch.vision_positions,
+        batch.cu_windows,
+        batch.cu_images,
+        batch.max_window,
+        batch.max_image,
         Truth(colour, name, values),
-    )  # fmt: skip
+    )
 
 
 class Stream(torch.utils.data.IterableDataset):
     """Endless batches of random shots with random marks; a loader's worker draws them."""
 
     def __init__(self, shots: list[Shot], names: list[str], size: int, seed: int) -> None:
-        self.shots, self.names, self.size, self.seed = shots, names, size, seed
+        self.shots = shots
+        self.names = names
+        self.size = size
+        self.seed = seed
 
     def __iter__(self) -> Iterator[Pictures]:
         torch.set_num_threads(1)
-        rng, processor = random.Random(self.seed), tiny_processor()
+        rng = random.Random(self.seed)
+        processor = tiny_processor()
         while True:
             chosen = [self.shots[rng.randrange(len(self.shots))] for _ in range(self.size)]
             yield together([example(s, rng, processor, self.names, rng.choice(SIZES)) for s in chosen])
@@ -315,9 +336,11 @@ def initial_tower(pictures: Pictures) -> VisionTower:
             if name.endswith(("down_proj.weight", "attn.proj.weight")):
                 parameter.mul_(0.3)
         tower.merger.get_parameter("mlp.2.weight").mul_(0.1)
-        patches, kernel = pictures.patches.double(), tower.patch_embed.proj.weight
+        patches = pictures.patches.double()
+        kernel = tower.patch_embed.proj.weight
         spread, axes = torch.linalg.eigh(patches.T @ patches / len(patches))
-        spread, axes = spread.flip(0)[: len(kernel)], axes.flip(1)[:, : len(kernel)]
+        spread = spread.flip(0)[: len(kernel)]
+        axes = axes.flip(1)[:, : len(kernel)]
         kernel.copy_((axes / (spread + spread[-1]).sqrt()).T.reshape(kernel.shape))
     return tower
 
@@ -343,11 +366,15 @@ def louden(tower: VisionTower, directions: Directions) -> tuple[VisionTower, Dir
 def report(tower: VisionTower, pictures: Pictures, directions: Directions) -> dict[str, float]:
     """What the tower sees: share of marks whose colour, and of things whose name is right; errors in log depth of
     tokens and of marked points; share of neighbouring marked points put into the right order of depth."""
-    truth, seen = pictures.truth, pictures.see(tower)
-    values, marked, things = seen @ directions.values.T, truth.colour > 0, truth.name > 0
+    truth = pictures.truth
+    seen = pictures.see(tower)
+    values = seen @ directions.values.T
+    marked = truth.colour > 0
+    things = truth.name > 0
     colour = (seen @ directions.colour.T).argmax(1) == truth.colour
     name = (seen @ directions.name.T).argmax(1) == truth.name
-    found, right = values[marked, 12], truth.values[marked, 12]
+    found = values[marked, 12]
+    right = truth.values[marked, 12]
     clear = (right[1:] - right[:-1]).abs() > 0.4
     order = ((found[1:] > found[:-1]) == (right[1:] > right[:-1]))[clear]
     return {
@@ -365,8 +392,10 @@ def train(
 ) -> tuple[VisionTower, Directions]:
     """The tower after `steps` of `batch` pictures. The last `held` shots are kept for the report."""
     torch.manual_seed(0)
-    kept, shots = shots[-held:], shots[:-held]
-    rng, processor = random.Random(9), tiny_processor()
+    kept = shots[-held:]
+    shots = shots[:-held]
+    rng = random.Random(9)
+    processor = tiny_processor()
     test = together([example(s, rng, processor, names, None) for s in kept])
     tower = initial_tower(test)
     directions = Directions.draw(tower.config.out_hidden_size, len(names))
@@ -379,7 +408,8 @@ def train(
         fused=True,
     )
     loader = torch.utils.data.DataLoader(Stream(shots, names, batch, 1), batch_size=None, num_workers=1)
-    begin, mean = time.monotonic(), 0.0
+    begin = time.monotonic()
+    mean = 0.0
     for step, pictures in zip(range(1, steps + 1), loader, strict=False):
         share = min(1.0, step / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:

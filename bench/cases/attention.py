@@ -58,7 +58,8 @@ class Case:
 
     def bytes(self, itemsize: int = 2) -> tuple[float, float]:
         """Least bytes moved: q, k, v read and out written; backward also reads out and its gradient, writes three."""
-        q, kv = self.tokens * self.heads * self.width, 2 * self.tokens * self.kv_heads * self.width
+        q = self.tokens * self.heads * self.width
+        kv = 2 * self.tokens * self.kv_heads * self.width
         lse = 4 * self.tokens * self.heads
         return itemsize * (2 * q + kv) + lse, itemsize * (4 * q + 2 * kv) + lse
 

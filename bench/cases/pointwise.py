@@ -103,7 +103,8 @@ def swiglu_case(rows: int, width: int) -> Case:
 
 
 def mrope_case(tokens: int, heads: int, kv_heads: int) -> Case:
-    dim, sections = 128, (16, 24, 24)
+    dim = 128
+    sections = (16, 24, 24)
     count = heads + 2 * kv_heads
 
     def make(device, dtype):

@@ -13,20 +13,27 @@ from fastvst_kernels import packed_attention
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_counted(case: Case, record):
     """Operations and least bytes of every case, and what groups save: no clock is involved."""
-    (forward, backward), (read, written) = case.flops(), case.bytes()
+    (forward, backward) = case.flops()
+    (read, written) = case.bytes()
     more = {}
     if case.prompts is not None:
         again = case.repeated()
         more = {"tokens_ratio": again.tokens / case.tokens, "flops_ratio": again.flops()[0] / forward}
     record(
-        f"counted {case.name}", forward_tflop=forward * 1e-12, backward_tflop=backward * 1e-12, forward_gb=read * 1e-9,
-        backward_gb=written * 1e-9, forward_flop_per_byte=forward / read, **more,
-    )  # fmt: skip
+        f"counted {case.name}",
+        forward_tflop=forward * 1e-12,
+        backward_tflop=backward * 1e-12,
+        forward_gb=read * 1e-9,
+        backward_gb=written * 1e-9,
+        forward_flop_per_byte=forward / read,
+        **more,
+    )
 
 
 def _step(case: Case, device: torch.device):
     q, k, v = case.tensors(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    offsets, groups = case.offsets(device), case.groups(device)
+    offsets = case.offsets(device)
+    groups = case.groups(device)
     weight = torch.randn(case.tokens, case.heads, case.width, device=device, dtype=q.dtype)
 
     def run() -> None:
@@ -39,7 +46,8 @@ def _step(case: Case, device: torch.device):
 def test_groups_against_repeated_prompts(benchmark, record, device):
     """Forward + backward of attention alone, the same answers in the two layouts, in turns."""
     case = CPU_GROUPS if device.type == "cpu" else CASES[-1]
-    ours, theirs = _step(case, device), _step(case.repeated(), device)
+    ours = _step(case, device)
+    theirs = _step(case.repeated(), device)
     best = interleaved({"groups": ours, "repeated": theirs}, rounds=7)
     benchmark.extra_info["ratio"] = ratio = best["repeated"] / best["groups"]
     benchmark.pedantic(ours, rounds=3, iterations=1, warmup_rounds=1)

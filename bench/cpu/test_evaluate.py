@@ -81,7 +81,8 @@ def test_exact_iou(record: Callable[..., None]) -> None:
 
 def test_score_5000_detection_questions(record: Callable[..., None]) -> None:
     rng = np.random.default_rng(0)
-    asked, texts = [], []
+    asked = []
+    texts = []
     for i in range(5000):
         count = int(rng.integers(1, 4))
         boxes = np.concatenate(

@@ -22,7 +22,10 @@ from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine
 from fastvst.tasks import PAIRS, SINGLE
 
-PICTURES, QUESTIONS, TOKENS, BATCH = 16, 8, 32, 32  # VSI-Bench asks 18 questions about each of its videos
+PICTURES = 16
+QUESTIONS = 8
+TOKENS = 32
+BATCH = 32  # VSI-Bench asks 18 questions about each of its videos
 ROOM_ROWS = 96
 
 
@@ -32,7 +35,8 @@ def make_rows() -> list[Row]:
     for number in range(PICTURES):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (224, 280, 3), dtype=np.uint8)).save(buffer, format="PNG")
-        picture, options = buffer.getvalue(), {"A": "left", "B": "right", "C": "front", "D": "back"}
+        picture = buffer.getvalue()
+        options = {"A": "left", "B": "right", "C": "front", "D": "back"}
         for k in range(QUESTIONS):
             text = f"Question {k}: on which side of the table is the chair?"
             rows.append(Row(f"{number}-{k}", text, "A", "near", images=(picture,), options=options))
@@ -59,8 +63,11 @@ def test_answers_beside_generate(record: Callable[..., None], tmp_path: Path) ->
     """From rows to texts in both, decoding of pictures included; every answer has all its tokens. Alternating turns."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model, processor, rows = Qwen25VL(ModelConfig.preset("tiny")), Processor.preset("tiny"), make_rows()
-    theirs, greedy = peer(model), dataclasses.replace(run.GREEDY, ignore_eos=True)
+    model = Qwen25VL(ModelConfig.preset("tiny"))
+    processor = Processor.preset("tiny")
+    rows = make_rows()
+    theirs = peer(model)
+    greedy = dataclasses.replace(run.GREEDY, ignore_eos=True)
     files = iter(tmp_path / f"{k}.jsonl" for k in range(9))
 
     def ours() -> int:
@@ -77,9 +84,12 @@ def test_answers_beside_generate(record: Callable[..., None], tmp_path: Path) ->
             ]
             inputs = padded(model.config, samples)
             out = theirs.generate(
-                **inputs, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS,
+                **inputs,
+                do_sample=False,
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
                 pad_token_id=model.config.pad_token_id,
-            )  # fmt: skip
+            )
             made = out[:, inputs["input_ids"].shape[1] :]
             count += sum(len(processor.decode(row.tolist())) >= 0 for row in made) * made.shape[1]
         return count
@@ -95,7 +105,8 @@ def test_rooms_beside_generate(record: Callable[..., None], tmp_path: Path) -> N
     torch.set_num_threads(1)
     model = Qwen25VL(ModelConfig.preset("tiny"))
     processor = Processor.preset("tiny", max_pixels=168 * 126, max_seq_len=2048, fov_base_width=200)
-    theirs, engine = peer(model), Engine(model, processor, max_sequences=BATCH)
+    theirs = peer(model)
+    engine = Engine(model, processor, max_sequences=BATCH)
     config = dataclasses.replace(ALL_TASKS, rows=dict.fromkeys([*SINGLE, *PAIRS], 1.0), walk=None)
     folder = make_rooms_apart(str(tmp_path), ROOM_ROWS, 0, 2, config, split="heldout")
     asked = [q.sample for q in rooms.questions(open_source(folder))][:ROOM_ROWS]
@@ -111,12 +122,16 @@ def test_rooms_beside_generate(record: Callable[..., None], tmp_path: Path) -> N
     def generate() -> int:
         count = 0
         for first in range(0, len(prompts), BATCH):
-            part, wanted = prompts[first : first + BATCH], lengths[first : first + BATCH]
+            part = prompts[first : first + BATCH]
+            wanted = lengths[first : first + BATCH]
             inputs = padded(model.config, [processor.encode(p, add_generation_prompt=True) for p in part])
             out = theirs.generate(
-                **inputs, do_sample=False, max_new_tokens=max(wanted), min_new_tokens=max(wanted),
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max(wanted),
+                min_new_tokens=max(wanted),
                 pad_token_id=model.config.pad_token_id,
-            )  # fmt: skip
+            )
             made = out[:, inputs["input_ids"].shape[1] :].tolist()
             count += sum(
                 len(row[:n]) for row, n in zip(made, wanted, strict=True) if processor.decode(row[:n]) is not None

@@ -25,7 +25,8 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
 
     torch.set_num_threads(1)
     limits = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}
-    processor, fast = Processor.preset("tiny", **limits), Processor.preset("tiny", **limits, resize="torch")
+    processor = Processor.preset("tiny", **limits)
+    fast = Processor.preset("tiny", **limits, resize="torch")
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 12_845_056})
     images = [photograph(width, height, seed) for seed in range(8)]
     samples = [

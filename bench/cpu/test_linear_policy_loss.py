@@ -31,9 +31,15 @@ def inputs(rows: int, vocabulary: int, width: int, zero: float = 0.0) -> dict[st
     targets = torch.randint(vocabulary, (rows,), generator=g)
     weights = torch.full((rows,), 1 / rows)
     return {
-        "hidden": hidden, "weight": weight, "targets": targets, "advantages": advantages, "old_logprobs": near[0],
-        "ref_logprobs": near[1], "row_weights": weights, "sequence_ids": ids,
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "advantages": advantages,
+        "old_logprobs": near[0],
+        "ref_logprobs": near[1],
+        "row_weights": weights,
+        "sequence_ids": ids,
+    }
 
 
 def fused(objective: Objective, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -49,8 +55,11 @@ def logits_kept(objective: Objective, given: dict[str, Tensor]) -> tuple[Tensor,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the goal of this one is the CPU's")
 def test_cpu(record: Callable[..., None], name: str, zero: float) -> None:
     torch.set_num_threads(1)
-    rows, vocabulary, width = 4096, 8192, 256
-    objective, given = OBJECTIVES[name], inputs(rows, vocabulary, width, zero)
+    rows = 4096
+    vocabulary = 8192
+    width = 256
+    objective = OBJECTIVES[name]
+    given = inputs(rows, vocabulary, width, zero)
     runs = {"fused": fused, "logits_kept": logits_kept}
     made = [run(objective, given) for run in runs.values()]
     for a, b in zip(*made, strict=True):

@@ -15,7 +15,8 @@ from fastvst.model.flops import sample_flops
 
 def long_tail(count: int, seed: int = 0) -> list[Cost]:
     """Text of 50 to 2,000 tokens, no to eight pictures of 64 to 4,096 merged tokens, few of them large."""
-    rng, config = np.random.default_rng(seed), ModelConfig.preset("3b")
+    rng = np.random.default_rng(seed)
+    config = ModelConfig.preset("3b")
     costs = []
     for _ in range(count):
         text = int(np.exp(rng.uniform(np.log(50), np.log(2000))))
@@ -32,7 +33,8 @@ def long_tail(count: int, seed: int = 0) -> list[Cost]:
 def test_planner(record: Callable[..., None]) -> None:
     ranks = 8
     costs = [c for c in long_tail(40_000) if c.tokens <= 16384]
-    packer, report = Packer(PackingConfig(tokens_per_pack=16384), ranks), PackingReport()
+    packer = Packer(PackingConfig(tokens_per_pack=16384), ranks)
+    report = PackingReport()
     begin = time.perf_counter()
     for index, cost in enumerate(costs):
         packer.add(index, cost)

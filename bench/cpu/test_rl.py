@@ -22,7 +22,10 @@ from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig, World
 
 # Prompt 1,600 and answers 128 x 8, divided by four; 300 of the prompt's 400 tokens are one picture.
-PROMPT, ANSWER, N, GROUPS = 400, 32, 8, 2
+PROMPT = 400
+ANSWER = 32
+N = 8
+GROUPS = 2
 ROUNDS = 2
 WORDS = ("near", "far", "left", "right", "chair", "table", "lamp", "blue")
 
@@ -95,7 +98,8 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
 
 
 def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], None]:
-    model, processor = Qwen25VL.from_pretrained(folder), Processor.from_pretrained(folder)
+    model = Qwen25VL.from_pretrained(folder)
+    processor = Processor.from_pretrained(folder)
     engine = Engine(model, processor, memory=1 << 28)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     config = UpdateConfig(objective="dapo", dual_clip=None, tokens_per_pack=2048)
@@ -122,7 +126,8 @@ def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], 
 
 def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], object]:
     """TRL's trainer with its own generation (transformers' generate), one optimizer step at a time."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -130,11 +135,22 @@ def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], obj
     tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
     rows = [{"prompt": [{"role": "user", "content": s.parts("text")[0]["text"]}]} for s in samples]
     arguments = trl.GRPOConfig(
-        output_dir=str(out), per_device_train_batch_size=len(samples) * N, num_generations=N, max_steps=1,
-        max_completion_length=ANSWER, learning_rate=1e-6, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused",
+        output_dir=str(out),
+        per_device_train_batch_size=len(samples) * N,
+        num_generations=N,
+        max_steps=1,
+        max_completion_length=ANSWER,
+        learning_rate=1e-6,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        disable_tqdm=True,
+        optim="adamw_torch_fused",
         generation_kwargs={"min_new_tokens": ANSWER},
-    )  # fmt: skip
+    )
 
     def reward(completions: list[Any], **more: Any) -> list[float]:
         return [float(completion[0]["content"].count("e")) for completion in completions]
@@ -142,11 +158,14 @@ def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], obj
     # A trainer for each round, made beforehand: only `train` is timed.
     trainers = [
         trl.GRPOTrainer(
-            model=model, reward_funcs=reward, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+            model=model,
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
         )
         for _ in range(1 + ROUNDS)
-    ]  # fmt: skip
+    ]
     return lambda: trainers.pop().train()
 
 

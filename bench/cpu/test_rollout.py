@@ -17,7 +17,9 @@ from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 
-PROMPTS, SAMPLES, TOKENS = 32, 8, 64  # the setting of the goal: at least 3x transformers' generate
+PROMPTS = 32
+SAMPLES = 8
+TOKENS = 64  # the setting of the goal: at least 3x transformers' generate
 
 
 def make_prompts(processor: Processor, count: int, *, picture: bool) -> list[EncodedSample]:
@@ -51,7 +53,8 @@ def tiny():
 def test_beside_generate(tiny, record):
     """Alternating turns in one process; best of each. Every answer has all its tokens, so both do the same work."""
     model, processor = tiny
-    theirs, samples = peer(model), make_prompts(processor, PROMPTS, picture=True)
+    theirs = peer(model)
+    samples = make_prompts(processor, PROMPTS, picture=True)
     engine = Engine(model, processor, memory=1 << 28)
     params = SamplingParams(n=SAMPLES, max_tokens=TOKENS, ignore_eos=True)
     inputs = padded(model.config, samples)
@@ -62,9 +65,14 @@ def test_beside_generate(tiny, record):
     @torch.inference_mode()
     def generate() -> int:
         out = theirs.generate(
-            **inputs, do_sample=True, top_k=0, num_return_sequences=SAMPLES, max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS, pad_token_id=model.config.pad_token_id,
-        )  # fmt: skip
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=SAMPLES,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            pad_token_id=model.config.pad_token_id,
+        )
         return out[:, inputs["input_ids"].shape[1] :].numel()
 
     best: dict[str, float] = {}
@@ -77,11 +85,14 @@ def test_beside_generate(tiny, record):
     stats = engine.stats
     record(
         f"tiny, {PROMPTS} prompts with a picture x {SAMPLES} answers x {TOKENS} tokens",
-        engine_tokens_per_s=tokens / best["engine"], transformers_tokens_per_s=tokens / best["generate"],
-        ratio=best["generate"] / best["engine"], goal=3.0, prompt_tokens=sum(map(len, samples)),
+        engine_tokens_per_s=tokens / best["engine"],
+        transformers_tokens_per_s=tokens / best["generate"],
+        ratio=best["generate"] / best["engine"],
+        goal=3.0,
+        prompt_tokens=sum(map(len, samples)),
         prefill_share=stats.prefill_seconds / (stats.prefill_seconds + stats.decode_seconds),
         kv_pages_peak_mb=stats.peak_pages * engine.config.page_size * 2048e-6,
-    )  # fmt: skip
+    )
 
 
 def test_beside_continuous_batching(tiny, record):
@@ -95,7 +106,8 @@ def test_beside_continuous_batching(tiny, record):
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     model, processor = tiny
-    theirs, samples = peer(model), make_prompts(processor, PROMPTS, picture=False)
+    theirs = peer(model)
+    samples = make_prompts(processor, PROMPTS, picture=False)
     theirs.set_attn_implementation("paged|sdpa")
     config = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=True, eos_token_id=-1, pad_token_id=model.config.pad_token_id
@@ -113,7 +125,8 @@ def test_beside_continuous_batching(tiny, record):
         found = theirs.generate_batch(inputs, generation_config=config, continuous_batching_config=cache)
         return sum(len(o.generated_tokens) for o in found.values())
 
-    tokens, best = PROMPTS * SAMPLES * TOKENS, {}
+    tokens = PROMPTS * SAMPLES * TOKENS
+    best = {}
     for _ in range(2):
         for name, run in {"engine": ours, "continuous batching": batching}.items():
             begin = time.perf_counter()
@@ -123,8 +136,9 @@ def test_beside_continuous_batching(tiny, record):
         f"tiny, {PROMPTS} text prompts x {SAMPLES} answers x {TOKENS} tokens",
         engine_tokens_per_s=tokens / best["engine"],
         continuous_batching_tokens_per_s=tokens / best["continuous batching"],
-        ratio=best["continuous batching"] / best["engine"], goal=3.0,
-    )  # fmt: skip
+        ratio=best["continuous batching"] / best["engine"],
+        goal=3.0,
+    )
 
 
 def test_cost_of_equal_bits(record, device):

@@ -18,7 +18,8 @@ def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float
     from fastvst.generate.rooms import make_rooms
 
     make_rooms(folder, samples // 2, 0, workers, PRESETS[preset], progress=None)
-    half, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter()
+    half = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
     make_rooms(folder, samples // 2, 1, workers, PRESETS[preset], progress=None)
     return time.perf_counter() - start, half, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -24,7 +24,10 @@ from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst_kernels import linear_cross_entropy
 
-ROWS, BATCH, PACK_TOKENS, LEARNING_RATE = 96, 16, 4096, 1e-3
+ROWS = 96
+BATCH = 16
+PACK_TOKENS = 4096
+LEARNING_RATE = 1e-3
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 224 * 168}
 
 
@@ -39,9 +42,11 @@ def rows(count: int) -> list[Sample]:
         text = " ".join(rng.choice(words, int(np.exp(rng.uniform(np.log(20), np.log(300))))))
         answer = " ".join(rng.choice(words, int(rng.integers(2, 40))))
         content = [*pictures, {"type": "text", "text": text}]
-        made.append(Sample.from_messages(
-            [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], id=str(index)
-        ))  # fmt: skip
+        made.append(
+            Sample.from_messages(
+                [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], id=str(index)
+            )
+        )
     return made
 
 
@@ -50,7 +55,10 @@ def ours(directory: Path, samples: list[Sample], device: torch.device) -> tuple[
     model = Qwen25VL.from_pretrained(directory, device=device)
     processor = Processor.from_pretrained(directory, **PIXELS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    begin, first, waiting, held = time.perf_counter(), None, [], 0
+    begin = time.perf_counter()
+    first = None
+    waiting = []
+    held = 0
 
     def step() -> None:
         nonlocal first
@@ -69,7 +77,8 @@ def ours(directory: Path, samples: list[Sample], device: torch.device) -> tuple[
         encoded = processor.encode(sample)
         if held + len(encoded) > PACK_TOKENS:
             step()
-            waiting, held = [], 0
+            waiting = []
+            held = 0
         waiting.append(encoded)
         held += len(encoded)
     step()
@@ -90,7 +99,10 @@ def trainer(directory: Path, samples: list[Sample], device: torch.device, out: P
     pad, picture = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|image_pad|>"])
 
     def collate(batch: list[Sample]) -> dict[str, torch.Tensor]:
-        ids, labels, pixels, grids = [], [], [], []
+        ids = []
+        labels = []
+        pixels = []
+        grids = []
         for sample in batch:
             encoded = [images(images=p["image"], return_tensors="pt") for p in sample.parts("image")]
             texts = [m["content"][-1]["text"] for m in sample.messages]
@@ -120,10 +132,19 @@ def trainer(directory: Path, samples: list[Sample], device: torch.device, out: P
         }
 
     arguments: dict[str, Any] = dict(  # noqa: C408
-        output_dir=str(out), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LEARNING_RATE,
-        report_to=[], save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True,
-        optim="adamw_torch_fused", use_cpu=device.type == "cpu", train_sampling_strategy="sequential",
-    )  # fmt: skip
+        output_dir=str(out),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        optim="adamw_torch_fused",
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="sequential",
+    )
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
     run = Trainer(
         model=model,

@@ -24,7 +24,8 @@ def test_windows_beside_sdpa_by_window(record, device):
         return lambda: torch.autograd.grad(run().sum(), inputs)
 
     best = interleaved({name: step(run) for name, run in contenders.items()}, rounds=5)
-    ours, theirs = best["fastvst"], best["SDPA by window"]
+    ours = best["fastvst"]
+    theirs = best["SDPA by window"]
     record(CPU_WINDOWS.name, fastvst_ms=ours * 1e3, sdpa_by_window_ms=theirs * 1e3, ratio=theirs / ours)
 
 
@@ -41,12 +42,15 @@ def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids
 
     theirs = Qwen2_5_VisionTransformerPretrainedModel._from_config(
         Qwen2_5_VLVisionConfig(
-            depth=config.depth, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_heads=config.num_heads, out_hidden_size=config.out_hidden_size,
+            depth=config.depth,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_heads,
+            out_hidden_size=config.out_hidden_size,
             fullatt_block_indexes=list(config.fullatt_block_indexes),
         ),
         attn_implementation="sdpa",
-    ).to(device, dtype)  # fmt: skip
+    ).to(device, dtype)
     ours = VisionTower(config)
     state = {name: value for name, value in theirs.state_dict().items() if "inv_freq" not in name}
     ours.to(device, dtype).load_state_dict(state)
@@ -90,7 +94,8 @@ def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids
 def compare(record, name: str, pair, *, goal: float, rounds: int, clock) -> None:
     """Time what `towers` gives and record it."""
     best = interleaved(dict(zip(("fastvst", "transformers"), pair, strict=True)), rounds=rounds, clock=clock)
-    ours, theirs = best["fastvst"], best["transformers"]
+    ours = best["fastvst"]
+    theirs = best["transformers"]
     record(name, fastvst_s=ours, transformers_sdpa_s=theirs, ratio=theirs / ours, goal=goal)
 
 

@@ -31,7 +31,8 @@ def milliseconds(run: Callable[[], object], rounds: int = 20) -> float:
         run()
     times = []
     for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
         end.record()
@@ -68,7 +69,8 @@ def machine() -> dict[str, str]:
 
 def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
     """Ours and every peer that is installed, on one case without groups; each returns (T, Hq, D) or its like."""
-    offsets, longest = case.offsets("cuda"), max(case.lengths)
+    offsets = case.offsets("cuda")
+    longest = max(case.lengths)
     plan = prepare(case.offsets("cpu"), case.groups("cpu"), causal=case.causal).to("cuda")
     groups = case.groups("cuda")
     found: dict[str, Contender] = {

@@ -26,7 +26,8 @@ PEAK = 989e12
 
 def sample(config: ModelConfig, grid: tuple[int, int, int], text: int, generator: torch.Generator) -> EncodedSample:
     """One picture of `grid` patches followed by `text` supervised tokens."""
-    patches, merged = grid[1] * grid[2], grid[1] * grid[2] // 4
+    patches = grid[1] * grid[2]
+    merged = grid[1] * grid[2] // 4
     tokens = torch.cat(
         [torch.full((merged,), config.image_token_id), torch.randint(0, 1000, (text,), generator=generator)]
     )
@@ -34,13 +35,18 @@ def sample(config: ModelConfig, grid: tuple[int, int, int], text: int, generator
     modality = np.array([IMAGE] * merged + [TEXT] * text)
     layout = vision_layout([grid])
     return EncodedSample(
-        tokens=tokens.int(), labels=labels.int(), positions=torch.from_numpy(mrope_positions(modality, [grid])),
-        patches=torch.randn(patches, 1176, generator=generator), grid=torch.tensor([grid], dtype=torch.int32),
-        vision_slots=torch.arange(merged, dtype=torch.int32), window_order=torch.from_numpy(layout.window_order),
-        window_lengths=torch.from_numpy(layout.window_lengths), image_lengths=torch.from_numpy(layout.image_lengths),
+        tokens=tokens.int(),
+        labels=labels.int(),
+        positions=torch.from_numpy(mrope_positions(modality, [grid])),
+        patches=torch.randn(patches, 1176, generator=generator),
+        grid=torch.tensor([grid], dtype=torch.int32),
+        vision_slots=torch.arange(merged, dtype=torch.int32),
+        window_order=torch.from_numpy(layout.window_order),
+        window_lengths=torch.from_numpy(layout.window_lengths),
+        image_lengths=torch.from_numpy(layout.image_lengths),
         vision_positions=torch.from_numpy(layout.positions),
         cost=Cost(len(tokens), patches, sample_flops(config, len(tokens), [grid], text)),
-    )  # fmt: skip
+    )
 
 
 def synthetic(config: ModelConfig, tokens: int) -> PackedBatch:
@@ -75,11 +81,18 @@ def main(argv: list[str] | None = None) -> int:
     torch.cuda.reset_peak_memory_stats()
     seconds = milliseconds(step, rounds=5) * 1e-3
     found = {
-        "preset": arguments.preset, "tokens": host.num_tokens, "patches": host.num_patches, "step_s": seconds,
-        "tokens_per_s": host.num_tokens / seconds, "tflops": host.flops / seconds * 1e-12,
-        "share_of_989": host.flops / seconds / PEAK, "peak_gb": torch.cuda.max_memory_allocated() * 1e-9,
-        "recompute": arguments.recompute, "machine": machine(), "complete": True,
-    }  # fmt: skip
+        "preset": arguments.preset,
+        "tokens": host.num_tokens,
+        "patches": host.num_patches,
+        "step_s": seconds,
+        "tokens_per_s": host.num_tokens / seconds,
+        "tflops": host.flops / seconds * 1e-12,
+        "share_of_989": host.flops / seconds / PEAK,
+        "peak_gb": torch.cuda.max_memory_allocated() * 1e-9,
+        "recompute": arguments.recompute,
+        "machine": machine(),
+        "complete": True,
+    }
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0

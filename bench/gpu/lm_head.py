@@ -26,9 +26,12 @@ from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, Objective
 SHAPES = {"7b": (3584, 152_064), "3b": (2048, 151_936)}  # hidden size, vocabulary
 ROWS = (4096, 16_384, 65_536)
 OBJECTIVES: dict[str, Objective] = {
-    "DAPO": DAPO(), "GRPO k3": GRPO(kl="k3", kl_coef=0.01), "GRPO entropy": GRPO(entropy_coef=0.01),
-    "GSPO": GSPO(clip_low=0.2, clip_high=0.2), "CISPO": CISPO(clip_high=0.28),
-}  # fmt: skip
+    "DAPO": DAPO(),
+    "GRPO k3": GRPO(kl="k3", kl_coef=0.01),
+    "GRPO entropy": GRPO(entropy_coef=0.01),
+    "GSPO": GSPO(clip_low=0.2, clip_high=0.2),
+    "CISPO": CISPO(clip_high=0.28),
+}
 Step = Callable[[], object]
 
 
@@ -41,12 +44,15 @@ def inputs(
     weight = (torch.randn(words, width, **like) / width**0.5).requires_grad_()
     ids = torch.arange(rows, device=device) // 512
     return {
-        "hidden": hidden, "weight": weight, "targets": torch.randint(words, (rows,), device=device),
-        "advantages": torch.randn(rows // 512 + 1, device=device)[ids], "sequence_ids": ids,
+        "hidden": hidden,
+        "weight": weight,
+        "targets": torch.randint(words, (rows,), device=device),
+        "advantages": torch.randn(rows // 512 + 1, device=device)[ids],
+        "sequence_ids": ids,
         "old_logprobs": torch.full((rows,), -12.4, device=device) + 0.05 * torch.randn(rows, device=device),
         "ref_logprobs": torch.full((rows,), -12.4, device=device),
         "row_weights": torch.full((rows,), 1 / rows, device=device),
-    }  # fmt: skip
+    }
 
 
 def step_of(loss: Callable[[], Tensor], given: dict[str, Tensor]) -> Step:
@@ -55,7 +61,8 @@ def step_of(loss: Callable[[], Tensor], given: dict[str, Tensor]) -> Step:
 
 def three_products(given: dict[str, Tensor]) -> Step:
     """The ceiling: the three products alone, 2,048 rows at a time, the weight's gradient summed in float32."""
-    hidden, weight = given["hidden"].detach(), given["weight"].detach()
+    hidden = given["hidden"].detach()
+    weight = given["weight"].detach()
     total = torch.zeros_like(weight, dtype=torch.float32)
     logits = torch.empty(2048, weight.shape[0], device="cuda", dtype=torch.float32)
     d = torch.randn(2048, weight.shape[0], device="cuda", dtype=torch.bfloat16)
@@ -71,7 +78,9 @@ def three_products(given: dict[str, Tensor]) -> Step:
 
 def supervised(given: dict[str, Tensor]) -> dict[str, Callable[[], Step]]:
     """Contenders of cross entropy, each made only when its turn comes."""
-    hidden, weight, targets = given["hidden"], given["weight"], given["targets"]
+    hidden = given["hidden"]
+    weight = given["weight"]
+    targets = given["targets"]
 
     def kept(h: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy((h @ w.t()).float(), targets)
@@ -105,9 +114,10 @@ def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable
             some = dict(zip(rows, part, strict=True)) | {"weight": given["weight"]}
             some["sequence_ids"] = torch.zeros_like(some["sequence_ids"])
             losses.append(
-                checkpoint(lambda some=some: linear_policy_loss_reference(objective=objective, **some),
-                           use_reentrant=False)
-            )  # fmt: skip
+                checkpoint(
+                    lambda some=some: linear_policy_loss_reference(objective=objective, **some), use_reentrant=False
+                )
+            )
         return torch.stack(losses).sum()
 
     def liger() -> Step:
@@ -122,11 +132,16 @@ def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable
         mask = torch.ones(batch, 512, device="cuda", dtype=torch.int32)
         return step_of(
             lambda: peer(
-                rows("hidden"), given["weight"], rows("targets"), mask, rows("advantages")[:, 0],
-                ref_per_token_logps=rows("ref_logprobs"), old_per_token_logps=rows("old_logprobs"),
+                rows("hidden"),
+                given["weight"],
+                rows("targets"),
+                mask,
+                rows("advantages")[:, 0],
+                ref_per_token_logps=rows("ref_logprobs"),
+                old_per_token_logps=rows("old_logprobs"),
             )[0],
             given,
-        )  # fmt: skip
+        )
 
     found: dict[str, Callable[[], Step]] = {
         "fastvst": lambda: step_of(lambda: linear_policy_loss(objective=objective, **given)[0], given),

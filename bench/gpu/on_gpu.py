@@ -44,7 +44,7 @@ PARTS = (
     Part("bench-rollout", "rollout.json", ("bench/gpu/rollout.py", *TIMED), 0.3),
     Part("tune", "table.json", ("-m", "fastvst_kernels.tuning", *TIMED), 0.5),
     Part("end-to-end", "end_to_end.json", ("bench/gpu/end_to_end.py", "--out", "{out}"), 1.0),
-)  # fmt: skip
+)
 
 
 def is_done(part: Part, out: Path) -> bool:

@@ -27,7 +27,8 @@ from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import sample_tokens
 
 BANDWIDTH, MATRIX = 4.8e12, 700e12  # H200: bytes/s of its data sheet; FLOP/s that dense bf16 products reach in practice
-PROMPT, ANSWER = 1600, 400
+PROMPT = 1600
+ANSWER = 400
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ CASES = tuple(
 
 def weight_bytes(config: ModelConfig) -> float:
     """bf16 bytes of decoder and head that every step reads."""
-    h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    h = config.hidden_size
+    kv = config.num_key_value_heads * config.head_dim
     layer = h * (h + 2 * kv) + h * h + 3 * h * config.intermediate_size
     return 2.0 * (config.num_hidden_layers * layer + config.vocab_size * h)
 
@@ -73,15 +75,24 @@ def roofline(case: Case, context: float) -> float:
 
 def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
     """Random text tokens, of the middle of the vocabulary: no special ones."""
-    low, high = config.vocab_size // 100, config.vocab_size * 2 // 3
+    low = config.vocab_size // 100
+    high = config.vocab_size * 2 // 3
     tokens = torch.randint(low, high, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     empty = torch.zeros(0, dtype=torch.int32)
     return EncodedSample(
-        tokens=tokens, labels=torch.full_like(tokens, -100), positions=torch.arange(length).expand(3, -1).int(),
-        patches=torch.zeros(0, config.vision.patch_values), grid=empty.view(0, 3), vision_slots=empty,
-        window_order=empty, window_lengths=empty, image_lengths=empty, vision_positions=empty.view(0, 2),
-        cost=Cost(length, 0, 0.0), id=str(seed),
-    )  # fmt: skip
+        tokens=tokens,
+        labels=torch.full_like(tokens, -100),
+        positions=torch.arange(length).expand(3, -1).int(),
+        patches=torch.zeros(0, config.vision.patch_values),
+        grid=empty.view(0, 3),
+        vision_slots=empty,
+        window_order=empty,
+        window_lengths=empty,
+        image_lengths=empty,
+        vision_positions=empty.view(0, 2),
+        cost=Cost(length, 0, 0.0),
+        id=str(seed),
+    )
 
 
 def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
@@ -111,7 +122,8 @@ def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, answe
     from teacher import teacher_forced
 
     prompts = [text_prompt(model.config, prompt, seed) for seed in range(rows // 8)]
-    params, found = SamplingParams(n=8, max_tokens=answer, ignore_eos=True), {}
+    params = SamplingParams(n=8, max_tokens=answer, ignore_eos=True)
+    found = {}
     for numerics in ("fast", "bitwise"):
         engine = Engine(model, max_sequences=rows, page_size=64, memory=1 << 30, numerics=numerics)
         engine.generate(prompts, dataclasses.replace(params, max_tokens=2))
@@ -129,7 +141,8 @@ def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, answe
 def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
     """Milliseconds of drawing `rows` tokens: the operator, with filters in every row, and plain PyTorch in bf16."""
     hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    seeds, heat = torch.arange(rows, device=weight.device), torch.full((rows,), 0.7, device=weight.device)
+    seeds = torch.arange(rows, device=weight.device)
+    heat = torch.full((rows,), 0.7, device=weight.device)
     filters = {"filtered": seeds, "top_k": torch.full_like(seeds, 50), "top_p": torch.full_like(heat, 0.9)}
     filters["min_p"] = torch.zeros_like(heat)
 
@@ -166,7 +179,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0, help="start no case after this time")
     arguments = parser.parse_args()
-    deadline, found = time.monotonic() + 60 * arguments.minutes, {}
+    deadline = time.monotonic() + 60 * arguments.minutes
+    found = {}
     for preset in ("3b", "7b"):
         with torch.device("cuda"):
             model = Qwen25VL(ModelConfig.preset(preset)).to(torch.bfloat16)

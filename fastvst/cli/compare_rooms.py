@@ -10,7 +10,9 @@ from pathlib import Path
 from fastvst.evaluate.rooms import RoomResults
 
 STAGES = {"SFT": "runs/sft/hf", "cold start": "runs/cold_start/hf", "RL": "runs/rl/hf"}  # where the examples write
-QUESTIONS, TRAINING, SEED = 600, 2000, 0  # rows, as examples/sft.py makes them: its rooms are found, not made again
+QUESTIONS = 600
+TRAINING = 2000
+SEED = 0  # rows, as examples/sft.py makes them: its rooms are found, not made again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +90,8 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
         raise ValueError("evaluate rooms needs both --data and --train-data, or neither (then rooms are rendered)")
     data = arguments.data or render(arguments.preset, QUESTIONS, "heldout")
     training = arguments.train_data or render(arguments.preset, TRAINING, "train")
-    device, results = arguments.devices[0], {}
+    device = arguments.devices[0]
+    results = {}
     for name, directory in models.items():
         model = Qwen25VL.from_pretrained(directory, device=device)
         processor = Processor.from_pretrained(directory)

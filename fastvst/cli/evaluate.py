@@ -42,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms")
     parser.add_argument("--data", help="the published file, or the folder that holds the published files")
     parser.add_argument(
-        "--model", nargs="+", help="a Hugging Face directory, as training writes it (not with score); rooms: several, "
-        "each DIR or NAME=DIR, to compare"
-    )  # fmt: skip
+        "--model",
+        nargs="+",
+        help="a Hugging Face directory, as training writes it (not with score); rooms: several, "
+        "each DIR or NAME=DIR, to compare",
+    )
     parser.add_argument(
         "--out", help="folder for predictions, results and the page of errors; a stopped run goes on there"
     )
@@ -70,7 +72,8 @@ def run(arguments: argparse.Namespace) -> Report:
         ValueError, FileNotFoundError: wrong arguments, or files that are missing or not what they should be.
     """
     words = [word.lower().replace("-", "_") for word in arguments.benchmark]
-    scoring, name = words[0] == "score", words[-1]
+    scoring = words[0] == "score"
+    name = words[-1]
     if len(words) != 1 + scoring or name not in BENCHMARKS:
         raise ValueError(
             f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}"

@@ -18,7 +18,8 @@ from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 if TYPE_CHECKING:
     from fastvst.rollout.engine import Engine
 
-BASE_WIDTH, BASE_HFOV = 960, 69.16  # the unified camera of VST §1.6, taken where the prompt names no camera
+BASE_WIDTH = 960
+BASE_HFOV = 69.16  # the unified camera of VST §1.6, taken where the prompt names no camera
 HELP = "/image PATH  /video PATH  /think on|off  /reset  /quit; a line ends a message"
 
 
@@ -63,11 +64,15 @@ def load(arguments: argparse.Namespace, **options: Any) -> Engine:
 def run_generate(arguments: argparse.Namespace) -> int:
     """Answer every row of the input that the output does not hold; returns the exit status."""
     params = SamplingParams(
-        n=arguments.n, temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens,
+        n=arguments.n,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
         seed=arguments.seed,
-    )  # fmt: skip
+    )
     engine = load(arguments, max_sequences=arguments.batch)
-    source, output = Path(arguments.input), Path(arguments.output)
+    source = Path(arguments.input)
+    output = Path(arguments.output)
     counts = generate_file(engine, source, output, params, log=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"{output}: {counts.answered} answered, {counts.failed} failed, {counts.skipped} were there", file=sys.stderr)
     return 0
@@ -96,7 +101,9 @@ def generate_file(
     done = {json.loads(line)["id"] for line in _lines(output)} if output.exists() else set()
     total = sum(1 for _ in _lines(source))
     output.parent.mkdir(parents=True, exist_ok=True)
-    counts, begin, tokens = Counts(), time.monotonic(), 0
+    counts = Counts()
+    begin = time.monotonic()
+    tokens = 0
     window = max(1, engine.config.max_sequences // params.n)
     with open(output, "a", encoding="utf-8") as file:
 
@@ -196,7 +203,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
     params = SamplingParams(
         temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens, seed=arguments.seed
     )
-    engine, state = load(arguments), Chat(think=arguments.think)
+    engine = load(arguments)
+    state = Chat(think=arguments.think)
     print(HELP)
     while True:
         try:
@@ -227,7 +235,8 @@ def converse(
         state.think = rest.strip() != "off"
         write(f"thinking is {'on' if state.think else 'off'}\n")
     elif word == "/reset":
-        state.messages, state.media = [], []
+        state.messages = []
+        state.media = []
         write("forgotten\n")
     elif word.startswith("/"):
         write(HELP + "\n")
@@ -238,9 +247,11 @@ def converse(
 def _answer(
     engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]
 ) -> None:
-    before, media = list(state.messages), state.media
+    before = list(state.messages)
+    media = state.media
     content = [*media, {"type": "text", "text": line}]
-    state.messages, state.media = [*before, {"role": "user", "content": content}], []
+    state.messages = [*before, {"role": "user", "content": content}]
+    state.media = []
     pieces: list[str] = []
     try:
         for piece in engine.stream(state.sample(), params):
@@ -250,7 +261,8 @@ def _answer(
         write(" ...")  # what has been said stays said
     except (ValueError, RolloutError, OSError) as error:
         write(f"{error}\n")
-        state.messages, state.media = before, []  # a picture that cannot be read must not stand in every later turn
+        state.messages = before
+        state.media = []  # a picture that cannot be read must not stand in every later turn
         return
     write("\n")
     answer = "".join(pieces)
@@ -291,7 +303,8 @@ def draw_boxes(messages: Sequence[Message], answer: str, path: Path) -> Path | N
 
 def boxes_2d(answer: str) -> list[tuple[tuple[float, float, float, float], str]]:
     """Entries {"bbox_2d": [x1, y1, x2, y2], "label"} of a JSON list in the answer, as Qwen2.5-VL writes them."""
-    begin, end = answer.find("["), answer.rfind("]")
+    begin = answer.find("[")
+    end = answer.rfind("]")
     try:
         entries = json.loads(answer[begin : end + 1]) if 0 <= begin < end else []
     except (ValueError, RecursionError):

@@ -26,14 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=["train", "heldout"], default="train", help="rooms of one are never in the other"
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, default="default",
+        "--preset",
+        choices=PRESETS,
+        default="default",
         help="default: the six tasks of examples/sft.py; all: nineteen tasks; vst_p: VST-P's proportions; vst_p_rest: "
         "those of its tasks that are not public; cold_start: reasoned rows with a replay share",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--videos", choices=["frames", "mp4"], default="frames",
+        "--videos",
+        choices=["frames", "mp4"],
+        default="frames",
         help="a video's frames as pictures, or one file as in VST's own rows (lossy; needs the extra [video])",
-    )  # fmt: skip
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -110,7 +110,8 @@ def _content(message: Message) -> list[tuple[str, str]]:
     """(kind, text) of a message's parts: neighbouring texts joined, the whole stripped at both ends."""
     parts: list[tuple[str, str]] = []
     for part in message["content"]:
-        kind, text = part["type"], part["text"] if part["type"] == "text" else ""
+        kind = part["type"]
+        text = part["text"] if part["type"] == "text" else ""
         if kind == "text" and parts and parts[-1][0] == "text":
             parts[-1] = ("text", parts[-1][1] + text)
         else:

@@ -147,9 +147,14 @@ class CheckReport:
 
 
 def check_source(
-    path: str | Path, processor: Processor, *, format: str = "auto", image_folder: str | Path | None = None,
-    limit: int | None = None, examples: int = 3,
-) -> CheckReport:  # fmt: skip
+    path: str | Path,
+    processor: Processor,
+    *,
+    format: str = "auto",
+    image_folder: str | Path | None = None,
+    limit: int | None = None,
+    examples: int = 3,
+) -> CheckReport:
     """Go through a data set once. Pictures are measured by their headers, not decoded.
 
     Args:

@@ -91,7 +91,8 @@ def tokens(sample: Sample, processor: Processor) -> str:
     except SampleError as error:
         return f"{escape(error.reason)}: {escape(error.detail)}"
     pads = {processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>")}
-    ids, labels = encoded.tokens.tolist(), encoded.labels.tolist()
+    ids = encoded.tokens.tolist()
+    labels = encoded.labels.tolist()
     kinds = ["vision" if t in pads else "loss" if label != IGNORE else "" for t, label in zip(ids, labels, strict=True)]
     parts: list[str] = []
     for start, end in _runs(kinds):

@@ -19,7 +19,10 @@ class SampleError(ValueError):
 
     def __init__(self, reason: str, source: str, id: str, detail: str) -> None:
         super().__init__(f"{source}/{id}: {reason}: {detail}")
-        self.reason, self.source, self.id, self.detail = reason, source, id, detail
+        self.reason = reason
+        self.source = source
+        self.id = id
+        self.detail = detail
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str]]:
         return (SampleError, (self.reason, self.source, self.id, self.detail))  # crosses worker processes
@@ -116,9 +119,12 @@ class Ledger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved state; the file is cut to its length then, so that replayed samples stand there once."""
-        self.seen, self.weight = int(state["seen"]), float(state["weight"])
-        self.counts, self.examples = dict(state["counts"]), dict(state["examples"])
-        self._written, self._bytes = set(), -1
+        self.seen = int(state["seen"])
+        self.weight = float(state["weight"])
+        self.counts = dict(state["counts"])
+        self.examples = dict(state["examples"])
+        self._written = set()
+        self._bytes = -1
         if self.path is None or not Path(self.path).exists():
             return
         with open(self.path, "r+b") as file:

@@ -90,8 +90,13 @@ class _Packs(IterableDataset):
         state: dict[str, Any] | None,
         slots: Tensor,
     ) -> None:
-        self.mixture, self.processor, self.config = mixture, processor, config
-        self.rank, self.world_size, self.state, self.slots = rank, world_size, state, slots
+        self.mixture = mixture
+        self.processor = processor
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.state = state
+        self.slots = slots
 
     def __iter__(self) -> Iterator[_Delivery]:
         info = get_worker_info()
@@ -152,7 +157,8 @@ def steps(planner: Planner, state: dict[str, Any] | None, world_size: int) -> It
     """
     now = planner.packs_per_step
     if state is not None and state["planner"] is not None:
-        saved, used = state["planner"]["packs_per_step"], state["used"]
+        saved = state["planner"]["packs_per_step"]
+        used = state["used"]
         if used < saved and (saved != now or used % world_size):
             raise ValueError(
                 f"the data state was saved after {used} of a step's {saved} packs and cannot go on with {world_size} "
@@ -211,8 +217,11 @@ class Loader:
     ) -> None:
         if not 0 <= rank < world_size or config.accumulation < 1:
             raise ValueError(f"rank {rank} of {world_size} with accumulation {config.accumulation} is impossible")
-        self.mixture, self.processor, self.config = mixture, processor, config
-        self.rank, self.world_size = rank, world_size
+        self.mixture = mixture
+        self.processor = processor
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
         self.ledger = ledger if ledger is not None else Ledger()
         self.report = PackingReport()
         self.notes = [source.describe() for source in mixture.sources]

@@ -99,9 +99,12 @@ class _Cursor:
             if sample is not None:
                 self.row += 1
                 return Drawn(Ref(self.index, self._order[self.block], self.row - 1), sample)
-            self._rows, self.row, self.block = None, 0, self.block + 1
+            self._rows = None
+            self.row = 0
+            self.block = self.block + 1
             if self.block == len(self.source.blocks):
-                self.block, self.epoch = 0, self.epoch + 1
+                self.block = 0
+                self.epoch = self.epoch + 1
         return None
 
 
@@ -115,7 +118,8 @@ class Mixture(Iterator[Drawn]):
         Raises:
             ValueError: no sources, or weights that are not all given, or not positive.
         """
-        self.config, self.sources = config, list(sources)
+        self.config = config
+        self.sources = list(sources)
         self._weights = _weights(config.sources, self.sources)
         self._cursors = [_Cursor(s, i, config.seed, config.shuffle_buffer > 0) for i, s in enumerate(self.sources)]
         self._alive = [True] * len(self.sources)
@@ -195,7 +199,10 @@ class Mixture(Iterator[Drawn]):
             "uinteger": int(generator["uinteger"]),
         }
         for cursor, (epoch, block, row) in zip(self._cursors, state["places"], strict=True):
-            cursor.epoch, cursor.block, cursor.row, cursor._rows = epoch, block, row, None
+            cursor.epoch = epoch
+            cursor.block = block
+            cursor.row = row
+            cursor._rows = None
         self._alive = list(state["alive"])
         self._buffer = self.read([Ref(*ref) for ref in state["buffer"]])
 

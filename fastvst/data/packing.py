@@ -122,7 +122,8 @@ def plan_step(costs: np.ndarray, packs: int, budget: int) -> list[list[int]]:
     bulk = packs * (1 - float(np.clip(BULK_SAMPLES * unit[:, 0].mean(), *BULK_ROOM)))
     last = unit[:, 0].sum() <= bulk or len(unit) <= packs
     limit = len(unit) if last else max(packs, int(np.searchsorted(np.cumsum(unit[:, 0]), bulk)))
-    load, owner = np.zeros((packs, 3)), np.full(len(unit), -1)
+    load = np.zeros((packs, 3))
+    owner = np.full(len(unit), -1)
     heaviest = np.argsort(-unit[packs:limit].max(axis=1), kind="stable") + packs
     for index in [*range(min(packs, limit)), *heaviest.tolist()]:
         after = load + unit[index]
@@ -202,7 +203,8 @@ class PackingReport:
     def add(self, loads: np.ndarray, samples: int, budget: int) -> None:
         """Count one step: loads (packs, 3) of tokens, patches, FLOPs, as `Packer.plan` returns them."""
         tokens, patches, _ = loads.sum(axis=0)
-        patch_imbalance, flop_imbalance = imbalance(loads[:, 1]), imbalance(loads[:, 2])
+        patch_imbalance = imbalance(loads[:, 1])
+        flop_imbalance = imbalance(loads[:, 2])
         self.steps, self.packs, self.samples = self.steps + 1, self.packs + len(loads), self.samples + samples
         self.tokens, self.patches = self.tokens + int(tokens), self.patches + int(patches)
         self.capacity += len(loads) * budget

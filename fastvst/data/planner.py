@@ -114,7 +114,8 @@ class Planner:
                 if useless >= (max(ALL_BAD_LIMIT, len(self.mixture)) if self._usable else ALL_BAD_LIMIT):
                     return Step([], NO_LOADS, bad, seen, before, hopeless=True)
                 continue
-            useless, self._usable = 0, True
+            useless = 0
+            self._usable = True
             self._packer.add(outcome, outcome.cost)
         if not len(self._packer):
             return Step([], NO_LOADS, bad, seen, before, hopeless=not self._usable) if bad else None

@@ -233,7 +233,8 @@ class Processor:
             supervise=self.config.supervise,
             add_generation_prompt=add_generation_prompt,
         )
-        merge, used = self.model_config.vision.spatial_merge_size**2, iter(pictures)
+        merge = self.model_config.vision.spatial_merge_size**2
+        used = iter(pictures)
         tokens: list[int] = []
         runs: list[tuple[int, int]] = []  # supervised stretches; never the first token, a system message leads
         for segment in segments:
@@ -267,7 +268,9 @@ class Processor:
 
     def _measure_pictures(self, messages: list[Message]) -> list[_Picture]:
         """Size and grid of every picture and video in reading order, from headers."""
-        config, factor, patch = self.config, self.geometry.factor, self.geometry.patch_size
+        config = self.config
+        factor = self.geometry.factor
+        patch = self.geometry.patch_size
         parts = [part for message in messages for part in message["content"] if part["type"] in ("image", "video")]
         budget = total_pixel_budget(config.max_seq_len, factor)
         images = sum(part["type"] == "image" for part in parts)
@@ -297,7 +300,8 @@ class Processor:
                     factor=factor,
                     max_source_pixels=config.max_source_pixels,
                 )
-                size, steps = video.size, len(video.indices) // self.geometry.temporal_patch_size
+                size = video.size
+                steps = len(video.indices) // self.geometry.temporal_patch_size
             pictures.append(_Picture(part, size, (steps, size[1] // patch, size[0] // patch), video))
         return pictures
 
@@ -373,7 +377,8 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
                 part["text"] = text
                 for (m, p), (width, height) in zip(images, new_sizes, strict=True):
                     picture = changed[m]["content"][p]
-                    picture["resized_width"], picture["resized_height"] = width, height
+                    picture["resized_width"] = width
+                    picture["resized_height"] = height
                 return changed, "fov_unified"
     if len(images) != 1:
         return messages, f"fov_unchanged:{len(images)}_images"

@@ -58,7 +58,8 @@ class Sample:
         """
         clean: list[Message] = []
         for index, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
+            role = message.get("role")
+            content = message.get("content")
             if role not in ROLES:
                 raise ValueError(f"{source}/{id}: message {index} has role {role!r}; expected one of {ROLES}")
             if isinstance(content, str):

@@ -70,10 +70,12 @@ REQUIRED_TOKENS = (
 def byte_symbols() -> list[str]:
     """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols, fresh = {b: chr(b) for b in printable}, 256
+    symbols = {b: chr(b) for b in printable}
+    fresh = 256
     for byte in range(256):
         if byte not in symbols:
-            symbols[byte], fresh = chr(fresh), fresh + 1
+            symbols[byte] = chr(fresh)
+            fresh = fresh + 1
     return [symbols[b] for b in range(256)]
 
 
@@ -163,7 +165,8 @@ def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
         ValueError: a token that no merge of two earlier tokens makes.
     """
     symbols = byte_symbols()
-    vocab, merges = {}, []
+    vocab = {}
+    merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         text = "".join([symbols[b] for b in token])
         vocab[text] = rank
@@ -177,11 +180,13 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     """The two parts that remain of `token` when only merges of a lower rank are allowed."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        best, at = rank, -1
+        best = rank
+        at = -1
         for i in range(len(parts) - 1):
             candidate = ranks.get(parts[i] + parts[i + 1], rank)
             if candidate < best:
-                best, at = candidate, i
+                best = candidate
+                at = i
         if at < 0:
             break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -213,7 +218,8 @@ def corpus() -> Iterator[str]:
         a, b = rng.sample(things, 2)
         c, d = rng.sample(colors, 2)
         s, t = rng.sample(sides, 2)
-        n, x = rng.randint(1, 9), rng.uniform(-4, 4)
+        n = rng.randint(1, 9)
+        x = rng.uniform(-4, 4)
         box = ",".join(f"{rng.uniform(-3, 5):.2f}" for _ in range(9))
         corners = ", ".join(str(rng.randint(0, 959)) for _ in range(4))
         letter = rng.choice("ABCD")
@@ -265,9 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     convert.add_argument("--out", type=Path, required=True, help="directory for tokenizer.json")
     arguments = parser.parse_args(argv)
     if arguments.command == "build":
-        tokenizer, path = train(), arguments.out
+        tokenizer = train()
+        path = arguments.out
     else:
-        tokenizer, path = from_ranks(read_ranks(arguments.ranks)), arguments.out / "tokenizer.json"
+        tokenizer = from_ranks(read_ranks(arguments.ranks))
+        path = arguments.out / "tokenizer.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path), pretty=False)
     print(f"{path}: {tokenizer.get_vocab_size()} tokens, {path.stat().st_size / 1e3:.0f} KB")

@@ -123,7 +123,8 @@ def plan_video(
 
 def explicit_size(part: dict[str, Any]) -> tuple[int, int] | None:
     """(width, height) that the row asks for; VST writes -1 for "unchanged"."""
-    width, height = part.get("resized_width"), part.get("resized_height")
+    width = part.get("resized_width")
+    height = part.get("resized_height")
     if width is None or height is None or width < 1 or height < 1:
         return None
     return int(width), int(height)
@@ -140,11 +141,15 @@ def load_frames(
         MediaError: "broken_video" (undecodable, or more than 2 frames shorter than its header says; up to 2 missing
             frames at the end are replaced by the last one there is), "decode_timeout", or what `load_rgb` raises.
     """
-    source, deadline = part["video"], time.monotonic() + time_limit
-    wanted, decoded = set(plan.indices), {}
-    last, latest = -1, None
+    source = part["video"]
+    deadline = time.monotonic() + time_limit
+    wanted = set(plan.indices)
+    decoded = {}
+    last = -1
+    latest = None
     for index, picture in _pictures(source, wanted, deadline, max_source_pixels):
-        last, latest = index, picture
+        last = index
+        latest = picture
         if index in wanted:
             decoded[index] = resize_planar(picture(), plan.size, resize)
         if time.monotonic() > deadline:
@@ -171,8 +176,10 @@ def _measure_list(frames: Any, rate: float, max_source_pixels: int) -> tuple[int
 def _measure_file(source: Any, max_source_pixels: int) -> tuple[int, Fraction, tuple[int, int]]:
     with _open_video(source) as container:
         stream = container.streams.video[0]
-        width, height = stream.codec_context.width, stream.codec_context.height
-        rate, total = stream.average_rate or stream.guessed_rate, stream.frames
+        width = stream.codec_context.width
+        height = stream.codec_context.height
+        rate = stream.average_rate or stream.guessed_rate
+        total = stream.frames
         if not total:  # a container without a frame count: count packets, still without decoding
             total = sum(1 for packet in container.demux(stream) if packet.size)
     if not total or not rate or not width or not height:
@@ -209,9 +216,11 @@ def _open_video(source: Any) -> Iterator[Any]:
         path = Path(source)
         if not path.is_file():
             raise MediaError("missing_video", f"no such file: {path}")
-        empty, handle = path.stat().st_size == 0, str(path)
+        empty = path.stat().st_size == 0
+        handle = str(path)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        empty, handle = len(source) == 0, io.BytesIO(bytes(source))
+        empty = len(source) == 0
+        handle = io.BytesIO(bytes(source))
     else:
         raise MediaError("bad_video_type", f"got {type(source).__name__}; expected a path, bytes or a list of pictures")
     if empty:

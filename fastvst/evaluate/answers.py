@@ -52,7 +52,8 @@ def normalise(text: str) -> str:
 def _same_text(response: str, value: str) -> bool:
     if normalise(response) == normalise(value):
         return True
-    expected, given = LETTER.match(value), LETTER.match(response)
+    expected = LETTER.match(value)
+    given = LETTER.match(response)
     return expected is not None and given is not None and expected.group(1) == given.group(1)
 
 
@@ -60,7 +61,8 @@ def _same_number(response: str, answer: dict[str, Any]) -> bool:
     match = NUMBER.search(response.replace(",", ""))
     if match is None:
         return False
-    given, unit = float(match.group()), answer.get("unit")
+    given = float(match.group())
+    unit = answer.get("unit")
     written = re.match(r"\s*([a-z]+)", response.replace(",", "")[match.end() :].lower())
     if written and unit in METRES and written.group(1) in METRES:
         given *= METRES[written.group(1)] / METRES[unit]

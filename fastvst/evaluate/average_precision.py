@@ -90,7 +90,8 @@ def _match_alike(questions: Sequence[Question], depth: tuple[float, float]) -> l
     skipped = np.zeros_like(hit)
     free = np.ones((count, len(THRESHOLDS), truths), dtype=bool)
     for d in range(detections if truths else 0):
-        overlap, bad = iou[:, None, d], ignored[:, None]
+        overlap = iou[:, None, d]
+        bad = ignored[:, None]
         fits = free & (overlap >= THRESHOLDS[:, None])
         counted = fits & ~bad
         fits = np.where(counted.any(2, keepdims=True), counted, fits)  # ignored ones only where no other fits

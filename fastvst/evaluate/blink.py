@@ -66,7 +66,8 @@ def stated_letter(text: str, letters: str) -> str:
     """lmms-eval's reading: a first line that is only a letter, "answer is X" (the last), "(X)" (the last), a leading
     letter. `letters` are the row's options."""
     text = text.strip()
-    first, options = text.split("\n", 1)[0].strip(), f"([{re.escape(letters)}])"
+    first = text.split("\n", 1)[0].strip()
+    options = f"([{re.escape(letters)}])"
     terse = re.match(rf"^\(?{options}\)?[.\s:,)]*$", first, re.IGNORECASE) if len(first) <= 4 else None
     if terse:
         return terse[1].upper()

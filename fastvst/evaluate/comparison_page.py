@@ -10,7 +10,11 @@ from fastvst import html
 from fastvst.evaluate.rooms import RoomResults, TaskScore
 
 COLOURS = ("#0b57d0", "#1a7f37", "#bf8700", "#8250df", "#cf222e", "#57606a")
-LEFT, WIDTH, BAR, GAP, TOP = 170, 1060, 15, 16, 46
+LEFT = 170
+WIDTH = 1060
+BAR = 15
+GAP = 16
+TOP = 46
 
 
 def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
@@ -38,7 +42,8 @@ def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
 
 def bars(results: Mapping[str, RoomResults]) -> str:
     """The picture as one SVG element."""
-    names, rows = list(results), list(zip(*(r.tasks for r in results.values()), strict=True))
+    names = list(results)
+    rows = list(zip(*(r.tasks for r in results.values()), strict=True))
     block = len(names) * BAR + GAP
     height = TOP + len(rows) * block + 26
 
@@ -67,7 +72,8 @@ def bars(results: Mapping[str, RoomResults]) -> str:
 
 
 def _task(row: tuple[TaskScore, ...], top: float, x: Callable[[float], float]) -> str:
-    first, tall = row[0], len(row) * BAR
+    first = row[0]
+    tall = len(row) * BAR
     label = escape(first.task.replace("_", " "))
     limit = x(first.majority.high) - LEFT
     parts = [
@@ -75,7 +81,8 @@ def _task(row: tuple[TaskScore, ...], top: float, x: Callable[[float], float]) -
         f'<text x="{LEFT - 8}" y="{top + tall / 2 + 5}" text-anchor="end">{label}</text>',
     ]
     for number, task in enumerate(row):
-        y, value = top + number * BAR, task.model
+        y = top + number * BAR
+        value = task.model
         parts.append(
             f'<rect x="{LEFT}" y="{y + 1}" width="{max(x(value.mean) - LEFT, 1):.1f}" height="{BAR - 2}" '
             f'fill="{COLOURS[number % len(COLOURS)]}"/><line x1="{x(value.low):.1f}" x2="{x(value.high):.1f}" '

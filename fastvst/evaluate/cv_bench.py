@@ -101,11 +101,13 @@ def score(
     """
     read = choice.pick(NAME, EXTRACTIONS, extraction)
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)
-    clusters, values = clusters_of(rows), [line.score for line in lines]
+    clusters = clusters_of(rows)
+    values = [line.score for line in lines]
     parts: dict[str, dict[str, list[int]]] = {}
     for i, row in enumerate(rows):
         parts.setdefault(row.fields["type"], {}).setdefault(row.fields["source"], []).append(i)
-    groups, others = [], []
+    groups = []
+    others = []
     for part in sorted(parts):
         # Only 2D averages its sources first; 3D is one source as published, and the plain mean in any case.
         split = list(parts[part].values()) if part == "2D" else [[i for g in parts[part].values() for i in g]]

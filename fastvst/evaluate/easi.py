@@ -10,7 +10,8 @@ import ast
 import re
 
 INVISIBLE = re.compile(r"[\u200b\u200c\u200d\ufeff]")
-TAIL_CHARACTERS, TAIL_LINES = 800, 6
+TAIL_CHARACTERS = 800
+TAIL_LINES = 6
 THINK_END = re.compile(r"</\s*think\s*>", re.IGNORECASE)
 THINK_START = re.compile(r"<\s*think\s*>", re.IGNORECASE)
 

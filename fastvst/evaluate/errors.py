@@ -15,7 +15,9 @@ from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
 from fastvst.html import image_tag, page, table, write
 
-PICTURES, WIDTH, CHARACTERS = 4, 360, 1500  # of one card: pictures, their width in pixels, characters of its texts
+PICTURES = 4
+WIDTH = 360
+CHARACTERS = 1500  # of one card: pictures, their width in pixels, characters of its texts
 FRAMES = VideoConfig(min_frames=PICTURES, max_frames=PICTURES, max_pixels=WIDTH * WIDTH, min_pixels=28 * 28)
 
 

@@ -34,9 +34,13 @@ _IN_TAG = [
 ]
 _ANYWHERE = [
     re.compile(p)
-    for p in (r"(?:^|\n)(?:Answer: )?([A-E])(?:\.|$|\s)",
-              r"[\*\"]([A-E])[\*\"]", r"\bAnswer:?\s*([A-E])\b", r"answer is ([A-E])")
-]  # fmt: skip
+    for p in (
+        r"(?:^|\n)(?:Answer: )?([A-E])(?:\.|$|\s)",
+        r"[\*\"]([A-E])[\*\"]",
+        r"\bAnswer:?\s*([A-E])\b",
+        r"answer is ([A-E])",
+    )
+]
 
 
 def load(path: str | Path) -> list[Row]:

@@ -54,14 +54,16 @@ def score(
     """Accuracy on the validation split (on all rows where the file has none), each split beside it."""
     lines = choice.judge([closed(row) for row in rows], predictions, thinking=thinking, failures=failures)
     lines = tuple(dataclasses.replace(line, answer=row.answer) for line, row in zip(lines, rows, strict=True))
-    clusters, splits = clusters_of(rows), [row.fields.get("split", "") for row in rows]
+    clusters = clusters_of(rows)
+    splits = [row.fields.get("split", "") for row in rows]
     names = sorted(set(splits))
     main = [i for i, s in enumerate(splits) if s == HEADLINE] or list(range(len(rows)))
     others = []
     for name in names:
         part = [i for i, s in enumerate(splits) if s == name]
         others.append(mean_score(f"split {name}", [lines[i] for i in part], [clusters[i] for i in part]))
-    chosen, drawn = [lines[i] for i in main], [clusters[i] for i in main]
+    chosen = [lines[i] for i in main]
+    drawn = [clusters[i] for i in main]
     return Report(
         benchmark=NAME,
         protocol="accuracy on the validation split; letter by VLMEvalKit's rules (no language model), open questions "

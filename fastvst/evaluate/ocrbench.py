@@ -90,7 +90,8 @@ def score(
     texts, reasons = align(rows, predictions, failures)
     final = [choice.final_answer(text, thinking) for text in texts]
     hits = [is_right(text, accepted(row), row.category) for text, row in zip(final, rows, strict=True)]
-    lines, clusters = scored(rows, texts, final, hits, reasons), clusters_of(rows)
+    lines = scored(rows, texts, final, hits, reasons)
+    clusters = clusters_of(rows)
     part = [i for i, line in enumerate(lines) if line.category in RECOGNITION]
     others = [mean_score("Text Recognition", [lines[i] for i in part], [clusters[i] for i in part])] if part else []
     return Report(

@@ -182,12 +182,14 @@ def grouped_mean(
     values = np.asarray(scores, dtype=np.float64)
     names, inverse = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     weights = np.array([weight for weight, _ in groups], dtype=np.float64)
-    sums, counts = np.zeros((len(names), len(groups))), np.zeros((len(names), len(groups)))
+    sums = np.zeros((len(names), len(groups)))
+    counts = np.zeros((len(names), len(groups)))
     for g, (_, indices) in enumerate(groups):
         chosen = np.asarray(indices, dtype=np.int64)
         sums[:, g] = np.bincount(inverse[chosen], weights=values[chosen], minlength=len(names))
         counts[:, g] = np.bincount(inverse[chosen], minlength=len(names))
-    rng, means = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    means = []
     for begin in range(0, draws, 200):  # 200 x 5,000 questions x 8 bytes = 8 MB
         size = min(200, draws - begin)
         picks = rng.integers(0, len(names), size=(size, len(names))) + np.arange(size)[:, None] * len(names)

@@ -94,7 +94,8 @@ def questions(samples: Iterable[Sample]) -> list[Question]:
         for number, (end, answer) in enumerate(zip(ends, turns, strict=True)):
             row = dataclasses.replace(sample, id=f"{sample.id}#{number}", messages=sample.messages[: end + 1])
             text = " ".join(p["text"] for p in sample.messages[end - 1]["content"] if p["type"] == "text")
-            task, room = sample.metadata.get("task", sample.kind), str(sample.metadata.get("room_seed", sample.id))
+            task = sample.metadata.get("task", sample.kind)
+            room = str(sample.metadata.get("room_seed", sample.id))
             found.append(Question(row, task, room, text, answer))
     return found
 

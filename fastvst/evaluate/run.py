@@ -79,14 +79,18 @@ def answer(
     predictions.drop_torn_line(path)
     done = {p.id for p in predictions.read(path)} if path.exists() else set()
     left = in_order_of_media([row for row in rows if row.id not in done])
-    begin, asked, tokens, failed = time.monotonic(), 0, 0, 0
+    begin = time.monotonic()
+    asked = 0
+    tokens = 0
+    failed = 0
     training = model.training
     model.eval()
     engine = Engine(model, processor, max_sequences=batch_size)
     params = dataclasses.replace(sampling, max_tokens=max_new_tokens, logprobs=False)
     for made in _answers(engine, _encoded(processor, left, prompt), params, batch_size):
         predictions.append(path, made)
-        asked, tokens = asked + len(made), tokens + sum(p.tokens for p in made)
+        asked = asked + len(made)
+        tokens = tokens + sum(p.tokens for p in made)
         failed += sum(bool(p.failed) for p in made)
         log(_progress(asked, len(left), tokens, failed, time.monotonic() - begin))
     model.train(training)
@@ -164,7 +168,8 @@ def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Itera
     key: Any = None
     for row in rows:
         if _media_key(row) != key:
-            decoded, key = {}, _media_key(row)
+            decoded = {}
+            key = _media_key(row)
         try:
             yield row, processor.encode(_with_decoded(prompt(row), decoded, processor), add_generation_prompt=True)
         except SampleError as error:
@@ -204,7 +209,8 @@ def _decode_part(part: Part, decoded: dict[Any, Any], processor: Processor) -> P
 
 def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
     """The frames that the processor would take, as a list of pictures of their final size, with their own rate."""
-    config, factor = processor.config, processor.geometry.factor
+    config = processor.config
+    factor = processor.geometry.factor
     plan = plan_video(
         part,
         config.video,

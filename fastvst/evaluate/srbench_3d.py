@@ -24,7 +24,8 @@ DOWNLOAD = (
 FILES = ("3DSRBench.tsv", "3dsrbench_v1_vlmevalkit_circular.tsv", "3dsrbench_v1_vlmevalkit.tsv")
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
-QUESTION, FLIP = 8, "-flip"
+QUESTION = 8
+FLIP = "-flip"
 # Setting -> the key that copies of one question share (lengths as VLMEvalKit cuts them).
 KEYS: dict[str, Callable[[str], str]] = {
     "flip": lambda qid: qid.replace(FLIP, ""),

@@ -36,7 +36,8 @@ DOWNLOAD = (
     "rayruiyang/vst_3d_grounding_benchmark into one folder, put the pictures below it at the paths that the files "
     "name, and pass that folder as the data path."
 )
-TRUTH, PROMPTS = ("*metaqa*.json", "annotations/*metaqa*.json"), ("*prompt*.json", "annotations/*prompt*.json")
+TRUTH = ("*metaqa*.json", "annotations/*metaqa*.json")
+PROMPTS = ("*prompt*.json", "annotations/*prompt*.json")
 FIELDS = ("uid", "image_path", "width", "height", "category", "camera_intrinsics", "answer")
 MAX_NEW_TOKENS = 1024
 PROCESSOR = {"enable_fov": True, "fov_base_width": 960.0}
@@ -72,7 +73,8 @@ def load(path: str | Path) -> list[Row]:
                 f"{truth}, uid {uid}: the prompt file has no such uid; the two files are of different versions"
             )
         intrinsics = {k: float(cell["camera_intrinsics"][k]) for k in ("fx", "fy", "cx", "cy")}
-        width, height = int(cell["width"]), int(cell["height"])
+        width = int(cell["width"])
+        height = int(cell["height"])
         question = f"Detect the 3D bounding boxes of {cell['category']}"
         text = prompts[uid] if prompts is not None else detection_prompt(question, width, height, **intrinsics)
         rows.append(
@@ -164,7 +166,8 @@ def score(
         for r, t in zip(rows, texts, strict=True)
     ]
     truth = [row.fields["boxes"] for row in rows]
-    ious, ignored = overlaps(boxes, truth), _ignored(rows, truth)
+    ious = overlaps(boxes, truth)
+    ignored = _ignored(rows, truth)
     questions = [
         Question(iou, found[:, 2], real[:, 2], skip)
         for iou, found, real, skip in zip(ious, boxes, truth, ignored, strict=True)

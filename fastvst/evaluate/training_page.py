@@ -17,7 +17,8 @@ from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
-TRUTH, GUESS = (26, 127, 55), (207, 34, 46)  # green, red
+TRUTH = (26, 127, 55)
+GUESS = (207, 34, 46)  # green, red
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -36,7 +37,8 @@ def write_report(
 ) -> Path:
     """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page."""
     rows = [r for r in read_metrics(metrics_path) if "loss" in r]
-    steps, losses = [float(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
+    steps = [float(r["step"]) for r in rows]
+    losses = [float(r["loss"]) for r in rows]
     smooth = max(1, len(rows) // 40)
     sections = [("Training loss", line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
     out = Path(out_dir)

@@ -82,11 +82,13 @@ def load_rows(path: Path, required: Sequence[str], download: str, *, category: s
 def _images(
     cell: dict[str, str], cells: dict[str, str], decoded: dict[str, tuple[bytes | Path, ...]], path: Path
 ) -> tuple[bytes | Path, ...]:
-    text, owner = cell.get("image", ""), cell["index"]
+    text = cell.get("image", "")
+    owner = cell["index"]
     if not text:
         return tuple(path.parent / p for p in _as_list(cell.get("image_path", "")))
     if len(text) <= REFERENCE:
-        owner, text = text, cells.get(text, "")
+        owner = text
+        text = cells.get(text, "")
         if len(text) <= REFERENCE:
             raise ValueError(f"{path}, row {cell['index']}: its image is row {owner!r}, which holds no picture")
     if owner not in decoded:

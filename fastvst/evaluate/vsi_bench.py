@@ -140,7 +140,8 @@ def first_number(text: str) -> float | None:
     """The first number anywhere, in digits or in English words ("twenty-one", "three hundred and two")."""
     lowered = text.strip().lower()
     digits = _DIGITS.search(lowered)
-    start, run = -1, []
+    start = -1
+    run = []
     for match in re.finditer(r"[a-z]+", lowered):
         word = match[0]
         if word in _VALUES:
@@ -155,7 +156,8 @@ def first_number(text: str) -> float | None:
     total = current = 0
     for value in run:
         if value == 1000:
-            total, current = total + max(current, 1) * 1000, 0
+            total = total + max(current, 1) * 1000
+            current = 0
         elif value == 100:
             current = max(current, 1) * 100
         else:
@@ -186,7 +188,8 @@ def score(
     """
     letter, number = choice.pick(NAME, EXTRACTIONS, extraction)
     texts, reasons = align(rows, predictions, failures)
-    extracted, scores = [], []
+    extracted = []
+    scores = []
     for row, text in zip(rows, texts, strict=True):
         final = choice.final_answer(text, thinking)
         if row.category in CHOICES:
@@ -196,10 +199,12 @@ def score(
             value = number(final)
             extracted.append("" if value is None else str(value))
             scores.append(mean_relative_accuracy(value, float(row.answer)))
-    lines, clusters = scored(rows, texts, extracted, scores, reasons), clusters_of(rows)
+    lines = scored(rows, texts, extracted, scores, reasons)
+    clusters = clusters_of(rows)
     values = [line.score for line in lines]
     members = {kind: [i for i, row in enumerate(rows) if row.category == kind] for kind in CHOICES + NUMBERS}
-    every, categories = [], []
+    every = []
+    categories = []
     for name, (kinds, column) in CATEGORIES.items():
         present = [members[kind] for kind in kinds if members[kind]]
         if present:

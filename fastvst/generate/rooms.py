@@ -43,7 +43,8 @@ from fastvst.tasks.box_forms import BoxForm
 
 GENERATOR_VERSION = 6  # raise it when the same seed gives other rows: caches are keyed by it
 ROWS_PER_FILE = 500
-IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<|image_pad|>", "<|video_pad|>"
+IMAGE_PLACEHOLDER = "<|image_pad|>"
+VIDEO_PLACEHOLDER = "<|video_pad|>"
 FIRST_SIX = ("camera_motion", "correspondence", "depth_comparison", "detection_3d", "distance", "measurement")
 THOUGHT = "thought_"  # + task: the row of that task, reasoned by its geometry
 SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # "tower": see build_tower.py
@@ -186,7 +187,8 @@ def to_row(
                 sizes.append({**asked, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
             elif part["type"] == "video":
-                frames, one_file = part["video"], videos == "mp4"  # a file is known by its first frame
+                frames = part["video"]
+                one_file = videos == "mp4"  # a file is known by its first frame
                 for frame in frames[:1] if one_file else frames:
                     if id(frame) not in known:
                         known[id(frame)] = (
@@ -231,7 +233,9 @@ def encode_video(frames: list[Image.Image], fps: float) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
+        stream.width = frames[0].width
+        stream.height = frames[0].height
+        stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "16", "threads": "1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
@@ -246,9 +250,15 @@ def cache_root() -> Path:
 
 
 def make_rooms(
-    out_dir: str | Path | None, samples: int, seed: int, workers: int, config: RoomsConfig | None = None,
-    *, split: str = "train", progress: TextIO | None = sys.stderr,
-) -> Path:  # fmt: skip
+    out_dir: str | Path | None,
+    samples: int,
+    seed: int,
+    workers: int,
+    config: RoomsConfig | None = None,
+    *,
+    split: str = "train",
+    progress: TextIO | None = sys.stderr,
+) -> Path:
     """Make `samples` rows, or find them made; returns the folder of parquet files.
 
     out_dir: parent folder; None is the per-user cache. The folder's name carries a hash of everything that decides its
@@ -303,9 +313,11 @@ def _fill(
     plan = None if config.shares is None else apportion(config.shares, samples)
     wanted = _file_plan(plan, done)
     rows: list[dict[str, Any]] = []
-    empty, most_empty = 0, 50 if plan is None else 500  # the rarest task of a mixture may need many rooms
+    empty = 0
+    most_empty = 50 if plan is None else 500  # the rarest task of a mixture may need many rooms
     for number, room_rows in _rooms(split, seed, state["room"], workers, config):
-        skip, before = state["skip"] if number == state["room"] else 0, done + len(rows)
+        skip = state["skip"] if number == state["room"] else 0
+        before = done + len(rows)
         for position in range(skip, len(room_rows)):
             if done + len(rows) == samples:
                 break
@@ -320,7 +332,8 @@ def _fill(
                 done += len(rows)
                 state = {"files": state["files"] + 1, "room": number, "skip": position + 1}
                 _replace(state_file, json.dumps(state))
-                rows, wanted = [], _file_plan(plan, done)
+                rows = []
+                wanted = _file_plan(plan, done)
         empty = empty + 1 if before == done + len(rows) else 0
         report.show(done + len(rows))
         if done == samples:
@@ -341,7 +354,8 @@ def apportion(shares: dict[str, float], samples: int) -> list[str]:
     Raises:
         ValueError: no positive share, or a negative one.
     """
-    names, weights = list(shares), np.array(list(shares.values()), dtype=np.float64)
+    names = list(shares)
+    weights = np.array(list(shares.values()), dtype=np.float64)
     if not len(weights) or (weights < 0).any() or weights.sum() <= 0:
         raise ValueError(f"rooms: shares {shares}; expected non-negative numbers, one of them positive")
     weights, made = weights / weights.sum(), np.zeros(len(weights))
@@ -417,7 +431,9 @@ class _Progress:
     """A line with count, rate and remaining time: rewritten in place on a terminal, else printed every ten seconds."""
 
     def __init__(self, stream: TextIO | None, total: int, name: str):
-        self.stream, self.total, self.name = stream, total, name
+        self.stream = stream
+        self.total = total
+        self.name = name
         self.start = self.last = time.monotonic()
         self.first: int | None = None
 

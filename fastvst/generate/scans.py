@@ -26,7 +26,9 @@ def write_scenes(scenes: Iterable[Scene], out_dir: str | Path, config: RoomsConf
         rows += [to_row(sample, config.quality, encoded) for sample in samples]
         while len(rows) >= ROWS_PER_FILE:
             write_file(folder / f"{prefix}-{files:05d}.parquet", rows[:ROWS_PER_FILE])
-            rows, count, files = rows[ROWS_PER_FILE:], count + ROWS_PER_FILE, files + 1
+            rows = rows[ROWS_PER_FILE:]
+            count = count + ROWS_PER_FILE
+            files = files + 1
     if rows:
         write_file(folder / f"{prefix}-{files:05d}.parquet", rows)
     return count + len(rows)

@@ -246,7 +246,8 @@ def _published(vocab: int, hidden: int, intermediate: int, layers: int, heads: i
 
 
 def _tiny() -> ModelConfig:
-    vocab, special = 4096, 4096 - 22  # Qwen's 22 special tokens end the vocabulary, in its order
+    vocab = 4096
+    special = 4096 - 22  # Qwen's 22 special tokens end the vocabulary, in its order
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=192,

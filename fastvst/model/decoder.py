@@ -17,7 +17,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        size, head_dim = config.hidden_size, config.head_dim
+        size = config.hidden_size
+        head_dim = config.head_dim
         self.q_proj = nn.Linear(size, config.num_attention_heads * head_dim)
         self.k_proj = nn.Linear(size, config.num_key_value_heads * head_dim)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * head_dim)

@@ -24,7 +24,8 @@ def vision_flops(config: ModelConfig, frame_lengths: Iterable[int], window_lengt
     """
     v = config.vision
     frames, windows = (np.asarray(list(x), dtype=np.float64) for x in (frame_lengths, window_lengths))
-    patches, merged = frames.sum(), v.hidden_size * v.spatial_merge_size**2
+    patches = frames.sum()
+    merged = v.hidden_size * v.spatial_merge_size**2
     block = 2 * v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
     full = len(set(v.fullatt_block_indexes))
     attention = 4 * v.hidden_size * (full * (frames**2).sum() + (v.depth - full) * (windows**2).sum())

@@ -134,7 +134,8 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, eps: float, count: int, *parameters: Tensor):
-        weights, biases = parameters[:count], parameters[count:]
+        weights = parameters[:count]
+        biases = parameters[count:]
         ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps = eps
         return packed_linear_forward(_norm(x, norm_weight, eps), weights, biases)
@@ -155,7 +156,8 @@ class _ProjectNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, norm_weight, eps: float, count: int, *parameters: Tensor):
-        weights, biases = parameters[:count], parameters[count:]
+        weights = parameters[:count]
+        biases = parameters[count:]
         y, total = _add_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
         ctx.save_for_backward(x, residual, weight, bias, norm_weight, *weights)
         ctx.eps = eps
@@ -179,9 +181,15 @@ class _ProjectNormLinear(torch.autograd.Function):
 
 
 def _norm_linear_backward(
-    grads: Sequence[Tensor], x: Tensor, norm_weight: Tensor, eps: float, weights: Sequence[Tensor], needs_x: bool,
-    needs_scale: bool, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    needs_x: bool,
+    needs_scale: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x, of the norm's weight, and of the projections' weights and biases, of which `needs` speaks."""
     double = x.dtype == torch.float64  # see _norm
     narrow, scale = (x.float(), None) if double else (x, norm_weight)

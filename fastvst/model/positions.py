@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+TEXT = 0
+IMAGE = 1
+VIDEO = 2
 
 
 def mrope_positions(
@@ -47,18 +49,23 @@ def mrope_positions(
     if video_rule not in ("extent", "grid"):
         raise ValueError(f"video_rule is {video_rule!r}; expected 'extent' or 'grid'")
     modality = np.asarray(modality)
-    length, out = len(modality), np.empty((3, len(modality)), dtype=np.int32)
+    length = len(modality)
+    out = np.empty((3, len(modality)), dtype=np.int32)
     seconds = iter(second_per_grid_ts) if second_per_grid_ts is not None else None
     is_text = modality == TEXT
-    at, start, used = 0, 0, 0
+    at = 0
+    start = 0
+    used = 0
     for t, h, w in grids:
         vision = np.flatnonzero(~is_text[at:])
         if len(vision) == 0:
             break
         text = int(vision[0])
         out[:, at : at + text] = np.arange(start, start + text, dtype=np.int32)
-        at, start = at + text, start + text
-        rows, columns = h // merge_size, w // merge_size
+        at = at + text
+        start = start + text
+        rows = h // merge_size
+        columns = w // merge_size
         count = t * rows * columns
         video = modality[at] == VIDEO
         if at + count > length or (modality[at : at + count] != modality[at]).any():
@@ -76,7 +83,9 @@ def mrope_positions(
         extent = max(rows, columns)
         if video_rule == "extent" or not video:
             extent = max(extent, int(times[-1]) + 1)
-        at, start, used = at + count, start + extent, used + 1
+        at = at + count
+        start = start + extent
+        used = used + 1
     if used != len(grids) or not is_text[at:].all():
         expected = [int(t * (h // merge_size) * (w // merge_size)) for t, h, w in grids]
         raise ValueError(
@@ -124,7 +133,8 @@ def vision_layout(
     positions: list[np.ndarray] = []
     base = 0
     for t, h, w in grids:
-        rows, columns = h // merge_size, w // merge_size
+        rows = h // merge_size
+        columns = w // merge_size
         row, column = (a.reshape(-1) for a in np.indices((rows, columns)))
         window = (row // side) * -(-columns // side) + column // side
         order = np.argsort(window, kind="stable")  # raster order inside a window

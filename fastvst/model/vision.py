@@ -53,13 +53,16 @@ class VisionBlock(nn.Module):
         self.norm2 = Norm(config.hidden_size, NORM_EPS)
         self.attn = VisionAttention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
-        self.num_heads, self.windowed = config.num_heads, windowed
+        self.num_heads = config.num_heads
+        self.windowed = windowed
 
     def forward(self, x: Tensor, positions: Tensor, offsets: Tensor, longest: int, *, light: bool) -> Tensor:
         """(P, hidden) -> (P, hidden); `offsets` of windows or frames, the longest of them as an int."""
         qkv = norm_linear(x, self.norm1, [self.attn.qkv], bias=False, light=light)
         # transformers rotates in float32 whatever the model's dtype (apply_rotary_pos_emb_vision).
-        bias, heads, rope = self.attn.qkv.bias, self.num_heads, torch.float32
+        bias = self.attn.qkv.bias
+        heads = self.num_heads
+        rope = torch.float32
         if self.windowed:
             attended = window_attention(
                 qkv, bias, positions, offsets, num_heads=heads, max_window=longest, rope_dtype=rope

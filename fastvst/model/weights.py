@@ -21,7 +21,8 @@ from fastvst.model.config import ModelConfig
 if TYPE_CHECKING:
     from fastvst.model.qwen25vl import Qwen25VL
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # transformers 5.x calls its modules otherwise in memory than in files.
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 # Buffers that old versions saved; they follow from the config.
@@ -146,14 +147,16 @@ def _plan(
 ) -> tuple[dict[Path, list[tuple[str, str | None]]], list[str]]:
     """For every file its (stored name, parameter name or None for the tied head), and every problem in words."""
     found: dict[Path, list[tuple[str, str | None]]] = {}
-    problems, seen = [], set()
+    problems = []
+    seen = set()
     for path in files:
         header, problem = read_header(path)
         if problem:
             problems.append(problem)
         found[path] = []
         for stored, tensor in header.items():
-            name, shape = published_name(stored), tuple(tensor["shape"])
+            name = published_name(stored)
+            shape = tuple(tensor["shape"])
             if tied and name == "lm_head.weight":
                 found[path].append((stored, None))
             elif name in seen:

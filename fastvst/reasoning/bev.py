@@ -50,7 +50,8 @@ def draw_bev(scene: Scene, views: Sequence[int] = (), size: int = 640) -> Image.
     every = np.concatenate(
         [plan for _, plan in plans] + [c[None] for c in cameras] + ([] if outline is None else [outline])
     )
-    low, high = every.min(0), every.max(0)
+    low = every.min(0)
+    high = every.max(0)
     margin = 0.09 * size
     unit = (size - 2 * margin) / max(float((high - low).max()), 0.5)
     middle = (low + high) / 2
@@ -70,7 +71,8 @@ def draw_bev(scene: Scene, views: Sequence[int] = (), size: int = 640) -> Image.
         pen.line([*page(plan), *page(plan)[:2]], fill=hues[name], width=2 * SCALE)
     chips = [(name, page(plan.mean(0))[0], hues[name]) for name, plan in plans]
     for k, (view, place) in enumerate(zip(views, cameras, strict=True)):
-        colour, at = CAMERAS[k % len(CAMERAS)], page(place)[0]
+        colour = CAMERAS[k % len(CAMERAS)]
+        at = page(place)[0]
         ahead = turn @ scene.views[view].camera.rotation[2, :2]
         tip = _arrow(pen, at, ahead / max(float(np.linalg.norm(ahead)), 1e-9), 0.05 * size * SCALE, colour)
         chips.append((f"Cam-{k + 1}", (at[0], at[1] + (14 if tip[1] <= at[1] else -14) * SCALE), colour))
@@ -88,7 +90,8 @@ def _arrow(
 ) -> tuple[float, float]:
     """A camera: a triangle that points along `ahead` (page axes, y up) and an arrow; returns the arrow's tip."""
     x, y = at
-    dx, dy = float(ahead[0]), -float(ahead[1])
+    dx = float(ahead[0])
+    dy = -float(ahead[1])
     side = (-dy, dx)
     body = 0.45 * length
     corners = [
@@ -113,11 +116,13 @@ def _chips(
     plates = []  # drawn after all of the leading lines, which would cross them
     for name, (x, y), colour in sorted(chips, key=lambda chip: not chip[0].startswith("Cam-")):
         left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
-        w, h = right - left + 8 * SCALE, bottom - top + 6 * SCALE
+        w = right - left + 8 * SCALE
+        h = bottom - top + 6 * SCALE
         spots = [(0.0, 0.0)] + [
-            (r * h * math.cos(a), r * h * math.sin(a)) for r in (0.6, 1.1, 1.7, 2.3, 3.0, 4.0, 5.0)
+            (r * h * math.cos(a), r * h * math.sin(a))
+            for r in (0.6, 1.1, 1.7, 2.3, 3.0, 4.0, 5.0)
             for a in (np.pi / 2, -np.pi / 2, 0.0, np.pi, np.pi / 4, -np.pi / 4, 3 * np.pi / 4, -3 * np.pi / 4)
-        ]  # fmt: skip
+        ]
         best = None
         for dx, dy in spots:
             cx = min(max(x + dx, w / 2 + SCALE), size * SCALE - w / 2 - SCALE)
@@ -134,7 +139,8 @@ def _chips(
         assert best is not None
         box = best[1]
         taken.append(box)
-        cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        cx = (box[0] + box[2]) / 2
+        cy = (box[1] + box[3]) / 2
         if math.hypot(cx - x, cy - y) > h:
             pen.line([(x, y), (cx, cy)], fill=colour, width=SCALE)
         plates.append((name, box, colour, (box[0] + 4 * SCALE - left, box[1] + 3 * SCALE - top)))

@@ -80,13 +80,15 @@ def range_of(scene: Scene, view: int, object_id: int) -> str | None:
 
 def left_of(scene: Scene, view: int, a: int, b: int) -> bool:
     """Whether a is left of b in the picture by 8 % of its width, by the dots and by the 2D boxes."""
-    first, second = across(scene, view, a), across(scene, view, b)
+    first = across(scene, view, a)
+    second = across(scene, view, b)
     return first is not None and second is not None and all(q - p >= 0.08 for p, q in zip(first, second, strict=True))
 
 
 def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
     """Whether a is nearer than b to a view's camera, by the dots and by the centres, by the margins of the tasks."""
-    first, second = sighting(scene, view, a), sighting(scene, view, b)
+    first = sighting(scene, view, a)
+    second = sighting(scene, view, b)
     if first is None or second is None:
         return False
     centres = scene.boxes_in_view(scene.views[view], [a, b])[:, 2]
@@ -96,7 +98,8 @@ def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
 
 def on_top(scene: Scene, a: int, b: int) -> bool:
     """Whether a stands on b: its underside within 4 cm of b's top, its centre over b's footprint."""
-    top, bottom = height_range(scene.object(b).box)[1], height_range(scene.object(a).box)[0]
+    top = height_range(scene.object(b).box)[1]
+    bottom = height_range(scene.object(a).box)[0]
     here = spot(scene, a)
     return abs(bottom - top) <= 0.04 and meets(here, here + 1e-9, footprint(scene.object(b).box))
 
@@ -199,12 +202,14 @@ def _ranked(scene: Scene, c: Claim) -> bool:
 
 
 def _scale(scene: Scene, c: Claim) -> bool:
-    camera, s = scene.views[c["view"]].camera, sighting(scene, c["view"], c["objects"][0])
+    camera = scene.views[c["view"]].camera
+    s = sighting(scene, c["view"], c["objects"][0])
     return s is not None and abs(10 * s.depth * camera.height / camera.fy - c["value"]) <= 0.51
 
 
 def _spot(scene: Scene, c: Claim) -> bool:
-    ids, (u, v) = scene.views[c["view"]].ids, c["point"]
+    ids = scene.views[c["view"]].ids
+    (u, v) = c["point"]
     return ids is not None and int(ids[int(v), int(u)]) == c["objects"][0]
 
 
@@ -244,7 +249,8 @@ def _before(scene: Scene, c: Claim) -> bool:
 
 
 def _nearest(scene: Scene, c: Claim) -> bool:
-    box, (i,) = scene.object(c["origin"]).box, c["objects"]
+    box = scene.object(c["origin"]).box
+    (i,) = c["objects"]
     own = box_distance(box, scene.object(i).box)
     return i in c["others"] and all(box_distance(box, scene.object(j).box) > own for j in c["others"] if j != i)
 

@@ -118,7 +118,8 @@ def _single(
     found = []
     for i in ids:
         base = {"view": view, "objects": [i]}
-        side, far = claims.side_of(scene, view, i), claims.range_of(scene, view, i)
+        side = claims.side_of(scene, view, i)
+        far = claims.range_of(scene, view, i)
         if side is not None:
             found.append(Statement(pick(rng, SIDE[side]).format(a=known[i]), {"says": "side", "word": side, **base}))
         if far is not None and rng.uniform() < 0.7:
@@ -139,7 +140,8 @@ def _double(
     for k, a in enumerate(ids):
         for b in ids[:k]:
             for one, two in ((a, b), (b, a)):
-                names, base = {"a": known[one], "b": known[two]}, {"view": view, "objects": [one, two]}
+                names = {"a": known[one], "b": known[two]}
+                base = {"view": view, "objects": [one, two]}
                 if claims.on_top(scene, one, two):
                     found.append(Statement(pick(rng, ON).format(**names), {"says": "on", **base}))
                 elif claims.left_of(scene, view, one, two) and rng.uniform() < 0.4:

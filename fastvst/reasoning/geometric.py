@@ -22,22 +22,33 @@ from fastvst.tasks.common import TaskConfig, listed, pick, prose
 from fastvst.tasks.facts import Statement
 from fastvst.tasks.measurement import first_turn
 
-WORDS_LOW, WORDS_HIGH = 150, 500  # of the text between the tags
+WORDS_LOW = 150
+WORDS_HIGH = 500  # of the text between the tags
 CONFIG = TaskConfig()
 Made = tuple[list[Statement], list[Statement]]  # sentences before and after the descriptions
 
 PLAN = {
-    "depth_comparison": ("First I clarify the task: I have to compare how far marked points are from the camera.",
-                         "The question is about depth, so I look at each marked point in turn."),
-    "distance": ("The task is to find which candidate has the smaller gap to the reference object.",
-                 "I need to compare distances between objects in the room, not distances from the camera."),
-    "camera_motion": ("The task is to work out how the camera changed between the two frames.",
-                      "I compare the two pictures to tell what the camera did from the first to the second."),
-    "object_object": ("The task asks for a direction on the floor, so I first need the layout of the two views.",
-                      "I have to bring the two views together before I can name a direction."),
-    "camera_camera": ("I need to relate the two cameras to each other, so I start with what each of them sees.",
-                      "The question is about the cameras, and the objects in the pictures tell me how they stand."),
-}  # fmt: skip
+    "depth_comparison": (
+        "First I clarify the task: I have to compare how far marked points are from the camera.",
+        "The question is about depth, so I look at each marked point in turn.",
+    ),
+    "distance": (
+        "The task is to find which candidate has the smaller gap to the reference object.",
+        "I need to compare distances between objects in the room, not distances from the camera.",
+    ),
+    "camera_motion": (
+        "The task is to work out how the camera changed between the two frames.",
+        "I compare the two pictures to tell what the camera did from the first to the second.",
+    ),
+    "object_object": (
+        "The task asks for a direction on the floor, so I first need the layout of the two views.",
+        "I have to bring the two views together before I can name a direction.",
+    ),
+    "camera_camera": (
+        "I need to relate the two cameras to each other, so I start with what each of them sees.",
+        "The question is about the cameras, and the objects in the pictures tell me how they stand.",
+    ),
+}
 RULE_TURN = "When a camera turns on the spot, everything in the picture slides the other way."
 RULE_SHIFT = (
     "When a camera shifts sideways or up and down, near things slide the other way more than far ones; when it moves "
@@ -95,15 +106,20 @@ def words(paragraphs: list[list[Statement]]) -> int:
 
 
 def _with_descriptions(
-    scene: Scene, sample: Sample, rng: np.random.Generator, opening: list[Statement], closing: list[Statement],
-) -> list[list[Statement]] | None:  # fmt: skip
+    scene: Scene,
+    sample: Sample,
+    rng: np.random.Generator,
+    opening: list[Statement],
+    closing: list[Statement],
+) -> list[list[Statement]] | None:
     """Opening, one paragraph a view (of a video: a key frame), closing. Descriptions are cut, evenly over the views, at
     a random length."""
     meta = sample.metadata
     titles = dict(zip(meta.get("objects", []), meta.get("titles", []), strict=False))
     if "frames" in meta:
         keys = walks.key_frames(scene, sample)
-        views, names = [scene.walk[k] for k in keys], [f"Frame {k + 1}" for k in keys]
+        views = [scene.walk[k] for k in keys]
+        names = [f"Frame {k + 1}" for k in keys]
     else:
         views = meta.get("views", [meta.get("view")])
         names = ["The image"] if len(views) == 1 else ["The first image", "The second image"]
@@ -211,8 +227,14 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     angle = claims.turn_between(*(claims.place_of(scene, i) for i in (origin, *meta["objects"][:2])))
     degrees, way = claims.about(angle)
     closing.append(say(rng, RESTATE))
-    fact = {"says": "angle", "origin": origin, "anchor": meta["objects"][0], "target": meta["objects"][1], "way": way,
-            "value": degrees}  # fmt: skip
+    fact = {
+        "says": "angle",
+        "origin": origin,
+        "anchor": meta["objects"][0],
+        "target": meta["objects"][1],
+        "way": way,
+        "value": degrees,
+    }
     first, second = meta["titles"][:2]
     text = f"Standing at {here}, I turn from the direction of the {first} to that of the {second}"
     text = f"{text} by about {degrees} degrees"
@@ -238,9 +260,11 @@ def _ahead(scene: Scene, view: int, target: int, title: str, here: str) -> list[
 
 def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> list[Statement]:
     """From the given word to the answer by whole sectors."""
-    count, way = round(angle / width), "clockwise"
+    count = round(angle / width)
+    way = "clockwise"
     if count * width > 180:
-        count, way = 360 // width - count, "counterclockwise"
+        count = 360 // width - count
+        way = "counterclockwise"
     result = sample.answer["value"] if sample.answer is not None else ""
     fact = {"says": "steps", "given": given, "steps": count, "way": way, "result": result}
     if count == 0:
@@ -256,8 +280,10 @@ def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> l
 
 def _camera_camera(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
     meta = sample.metadata
-    views, asked = meta["views"], meta["asked"]
-    base, target = views[1 - asked], views[asked]
+    views = meta["views"]
+    asked = meta["asked"]
+    base = views[1 - asked]
+    target = views[asked]
     closing = [say(rng, MERGE), *shared(scene, views, rng, CONFIG), *swing(scene, views, rng), say(rng, RESTATE)]
     camera = scene.views[base].camera
     if meta["mode"] == "position":

@@ -73,7 +73,8 @@ def scale(scene: Scene, view: int, thing: int, title: str, rng: np.random.Genera
     s = claims.sighting(scene, view, thing)
     if s is None:
         return []
-    depth, camera = round(s.depth, 1), scene.views[view].camera
+    depth = round(s.depth, 1)
+    camera = scene.views[view].camera
     fact = {"says": "depth", "view": view, "point": list(s.point), "depth": s.depth, "value": depth}
     found = [Statement(pick(rng, DEPTH).format(a=title, d=depth), fact)]
     span = round(10 * s.depth * camera.height / camera.fy)
@@ -92,7 +93,8 @@ def scale(scene: Scene, view: int, thing: int, title: str, rng: np.random.Genera
 def measurement(scene: Scene, sample: Sample, rng: np.random.Generator) -> tuple[list[Statement], list[Statement]]:
     """Trace of the first question of a measurement row."""
     meta = sample.metadata
-    (thing,), (what,) = meta["objects"], meta["what"]
+    (thing,) = meta["objects"]
+    (what,) = meta["what"]
     mark = re.search(r"(\w+) point-1", sample.messages[0]["content"][-1]["text"])
     title = prose(scene.object(thing).name) + (f" ({mark[1]} point-1)" if mark else "")
     meta["titles"] = [title]
@@ -108,7 +110,8 @@ def correspondence(
     first, second = (scene.views[v] for v in meta["views"])
     if sample.answer is None or first.depth is None or first.ids is None or second.depth is None or second.ids is None:
         return None
-    thing, here = int(first.ids[int(meta["point"][1]), int(meta["point"][0])]), meta["point"]
+    thing = int(first.ids[int(meta["point"][1]), int(meta["point"][0])])
+    here = meta["point"]
     noun = prose(scene.object(thing).name)
     fact: dict[str, Any] = {"says": "spot", "view": meta["views"][0], "point": here, "objects": [thing]}
     closing = [say(rng, MERGE), *shared(scene, meta["views"], rng, CONFIG), *swing(scene, meta["views"], rng)]
@@ -127,8 +130,14 @@ def correspondence(
             gap = round(float(np.linalg.norm(there - world)), 1)
             if gap < 0.1:
                 return None  # nobody would tell these two apart by a distance
-            fact = {"says": "apart", "views": meta["views"], "points": [here, spot], "objects": [thing], "value": gap,
-                    "tolerance": 0.0501}  # fmt: skip
+            fact = {
+                "says": "apart",
+                "views": meta["views"],
+                "points": [here, spot],
+                "objects": [thing],
+                "value": gap,
+                "tolerance": 0.0501,
+            }
             closing.append(Statement(capital(pick(rng, APART).format(p=label, n=noun, d=gap)), fact))
         else:
             name = prose(scene.object(other).name)

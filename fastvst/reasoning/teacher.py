@@ -118,7 +118,8 @@ class _Pace:
 
     def __init__(self, per_minute: float):
         self.gap = 60.0 / per_minute if per_minute > 0 else 0.0
-        self.lock, self.next = threading.Lock(), 0.0
+        self.lock = threading.Lock()
+        self.next = 0.0
 
     def wait(self) -> None:
         with self.lock:
@@ -135,7 +136,8 @@ def judge(text: str, sample: Sample, config: TeacherConfig) -> tuple[str, str | 
     body, mark, said = text.strip().rpartition("Answer:")
     if not mark:
         return "", "no_answer"
-    said, body = said.strip(), body.strip()
+    said = said.strip()
+    body = body.strip()
     if not agrees(said, sample):
         return "", "wrong_answer"
     if FORBIDDEN.search(body):
@@ -172,7 +174,9 @@ def ask_teacher(
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {row["id"]: row for row in _read(path)}
-    bill, pace, lock = Bill(), _Pace(config.requests_per_minute), threading.Lock()
+    bill = Bill()
+    pace = _Pace(config.requests_per_minute)
+    lock = threading.Lock()
     made: list[Sample] = []
 
     def work(scene: Scene, sample: Sample) -> Sample | None:
@@ -189,7 +193,8 @@ def ask_teacher(
                 if reason is not None:
                     bill.rejected[reason] = bill.rejected.get(reason, 0) + 1
                 if last:
-                    bill.kept, bill.given_up = bill.kept + (reason is None), bill.given_up + (reason is not None)
+                    bill.kept = bill.kept + (reason is None)
+                    bill.given_up = bill.given_up + (reason is not None)
                     with open(path, "a", encoding="utf-8") as file:
                         row = {"id": sample.id, "trace": trace, "reason": reason, "usage": usage}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -227,7 +232,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier run; a torn last line (it was killed while writing) is cut off."""
     if not path.exists():
         return []
-    rows, good = [], 0
+    rows = []
+    good = 0
     data = path.read_bytes()
     for line in data.splitlines(keepends=True):
         try:

@@ -20,15 +20,23 @@ from fastvst.tasks.facts import Statement
 KEYS = 3  # most key frames that are described
 Made = tuple[list[Statement], list[Statement]]
 PLAN = {
-    "size": ("A size is asked for, so I look for the frame that shows the object best.",
-             "To estimate a dimension I need the object's distance and the things beside it."),
-    "relation": ("I have to know where things stand in the room, so I collect what the frames show of them.",
-                 "The question is about the layout of the room, which I put together from several frames."),
-    "count": ("I go through the frames and count each thing once, even if it shows again later.",
-              "The task is to count, so I follow the video and note every new one."),
-    "order": ("The task is about time: I note for each thing when it comes into view for the first time.",
-              "I go through the frames in order and watch for the first appearance of each of the things named."),
-}  # fmt: skip
+    "size": (
+        "A size is asked for, so I look for the frame that shows the object best.",
+        "To estimate a dimension I need the object's distance and the things beside it.",
+    ),
+    "relation": (
+        "I have to know where things stand in the room, so I collect what the frames show of them.",
+        "The question is about the layout of the room, which I put together from several frames.",
+    ),
+    "count": (
+        "I go through the frames and count each thing once, even if it shows again later.",
+        "The task is to count, so I follow the video and note every new one.",
+    ),
+    "order": (
+        "The task is about time: I note for each thing when it comes into view for the first time.",
+        "I go through the frames in order and watch for the first appearance of each of the things named.",
+    ),
+}
 GAP = (
     "Between the nearest surfaces of the {a} and the {b} there is a gap of roughly {d:.1f} m.",
     "From the {a} to the {b} I estimate {d:.1f} m at the closest.",
@@ -99,7 +107,8 @@ def _titles(scene: Scene, sample: Sample) -> list[str]:
 
 
 def measurement(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
-    (thing,), (title,) = sample.metadata["objects"], _titles(scene, sample)
+    (thing,) = sample.metadata["objects"]
+    (title,) = _titles(scene, sample)
     view = scene.walk[best_frame(scene, thing)]
     closing = [*marks.scale(scene, view, thing, title, rng), say(rng, RESTATE)]
     return [say(rng, PLAN["size"])], [*closing, *marks.sizes(scene, thing, sample.metadata["form"], title, rng)]
@@ -107,7 +116,8 @@ def measurement(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
 
 def object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
     """Distance of two things, the nearest of several, or the side of one for somebody who faces another."""
-    meta, names = sample.metadata, _titles(scene, sample)
+    meta = sample.metadata
+    names = _titles(scene, sample)
     closing = [say(rng, RESTATE)]
     if not meta["form"].startswith("direction"):
         for other, name in zip(meta["objects"][1:], names[1:], strict=True):
@@ -117,8 +127,12 @@ def object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Mad
             closing.append(Statement(pick(rng, GAP).format(a=names[0], b=name, d=gap), fact))
         if meta["form"] == "closest":
             nearest = int(np.argmin(meta["gaps"]))
-            fact = {"says": "nearest", "origin": meta["objects"][0], "others": meta["objects"][1:],
-                    "objects": [meta["objects"][1 + nearest]]}  # fmt: skip
+            fact = {
+                "says": "nearest",
+                "origin": meta["objects"][0],
+                "others": meta["objects"][1:],
+                "objects": [meta["objects"][1 + nearest]],
+            }
             closing.append(Statement(pick(rng, SMALLEST).format(a=names[1 + nearest]), fact))
         return [say(rng, PLAN["relation"])], closing
     level = meta["form"].removeprefix("direction_")
@@ -142,8 +156,11 @@ def counting(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made | N
     counted: list[int] = []
     for i in sorted(meta["objects"], key=lambda i: clear_frame(scene, i)):
         frame = clear_frame(scene, i)
-        text = pick(rng, MORE).format(k=frame + 1, a=name) if counted else pick(rng, ONE).format(
-            k=frame + 1, a=article(meta["name"]))  # fmt: skip
+        text = (
+            pick(rng, MORE).format(k=frame + 1, a=name)
+            if counted
+            else pick(rng, ONE).format(k=frame + 1, a=article(meta["name"]))
+        )
         fact: dict[str, Any] = {"says": "another", "view": scene.walk[frame], "objects": [i], "others": list(counted)}
         closing.append(Statement(text, fact))
         counted.append(i)

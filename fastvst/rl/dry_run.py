@@ -22,7 +22,9 @@ def check(config: Any) -> None:
         ConfigError: the longest prompt with one answer would not fit into a pack; a server without an address, or
             without importance weights, whose samples would be taken for the trainer's own.
     """
-    sampling, update, longest = config.sampling, config.update, config.processor.max_seq_len
+    sampling = config.sampling
+    update = config.update
+    longest = config.processor.max_seq_len
     if update.tokens_per_pack < longest + sampling.max_tokens:
         raise ConfigError(
             f"update.tokens_per_pack is {update.tokens_per_pack}, but a prompt may have {longest} tokens "
@@ -49,7 +51,7 @@ def rates(
     Keys: seconds and <part>_seconds; tokens and update_tokens_per_s (tokens of the packs); prompt_tokens and
     prefill_tokens_per_s; decode_tokens_per_s (answer tokens); token_saving (how many times fewer
     tokens the packs have than with every prompt repeated), split_groups, images, fill.
-    """  # fmt: skip
+    """
     images = sum(g.prompt.grid.shape[0] for g in rollouts.groups)
     counts = [sharing.shared, sharing.repeated, sharing.split, rollouts.prompt_tokens, images, sharing.packs]
     flat = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device)).tolist()
@@ -77,14 +79,17 @@ def describe(config: Any, stream: PromptStream, world: World, *, questions: int 
         stream: of one rank of one, so that it deals every question.
     """
     model = ModelConfig.from_pretrained(config.model.path)
-    sampling, update = config.sampling, config.update
+    sampling = config.sampling
+    update = config.update
     prompts = stream.take(questions)
     costs = [stream.processor.measure(p.sample, add_generation_prompt=True) for p in prompts]
     tokens = sum(c.tokens for c in costs) / len(costs)
     patches = sum(c.patches for c in costs) / len(costs)
     longest = max(c.tokens for c in costs)
-    n, limit = sampling.answers, sampling.max_tokens
-    shared, repeated = tokens + n * limit, n * (tokens + limit)
+    n = sampling.answers
+    limit = sampling.max_tokens
+    shared = tokens + n * limit
+    repeated = n * (tokens + limit)
     prompt_flops = sum(c.flops for c in costs) / len(costs)
     answer = TRAINING * (decoder_flops(model, [limit], [int(tokens)]) + head_flops(model, limit))
     groups = sampling.prompts / world.size

@@ -34,7 +34,8 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     sections = []
     if held:
         sections.append(("Reward on questions that training never saw", _held_out(held)))
-    steps, smooth = [float(r["step"]) for r in rows], max(1, len(rows) // 20)
+    steps = [float(r["step"]) for r in rows]
+    smooth = max(1, len(rows) // 20)
     for title, key, unit in CURVES:
         values = [float(r.get(key, math.nan)) for r in rows]
         sections.append((title, line_chart(steps, values, x_label="step", y_label=unit, smooth=smooth)))
@@ -51,12 +52,14 @@ def _held_out(rows: Sequence[dict[str, Any]]) -> str:
     chart = line_chart(
         [float(r["step"]) for r in rows], [float(r["reward"]) for r in rows], x_label="step", y_label="reward"
     )
-    first, last = rows[0], rows[-1]
+    first = rows[0]
+    last = rows[-1]
     tasks = sorted(first["tasks"])
     body = [("all", _interval(first), _interval(last), first["questions"])]
     for task in tasks:
         if task in last["tasks"]:
-            before, after = first["tasks"][task], last["tasks"][task]
+            before = first["tasks"][task]
+            after = last["tasks"][task]
             body.append((task.replace("_", " "), _interval(before), _interval(after), before["questions"]))
     above = last["reward"] > first["high"]
     verdict = "above" if above else "not above"
@@ -84,7 +87,8 @@ def _rollouts(groups: Sequence[dict[str, Any]], out: Path) -> str:
 def _card(group: dict[str, Any], out: Path) -> str:
     media = "".join(_picture(out / name) for name in group["pictures"])
     answers = "".join(_answer(a) for a in group["answers"])
-    question, truth = visible(str(group["question"])), visible(str(group["answer"]))
+    question = visible(str(group["question"]))
+    truth = visible(str(group["answer"]))
     return (
         f'<div class="card">{media}<p class="task">step {int(group["step"])} · {escape(str(group["task"]))} · '
         f"{escape(str(group['source']))}/{escape(str(group['id']))} · {escape(', '.join(group['modes']))}</p>"

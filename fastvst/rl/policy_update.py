@@ -118,7 +118,8 @@ def minibatches(
     counts = torch.zeros(len(parts), 2 + world.size, dtype=torch.float64)
     for k, part in enumerate(parts):
         answers = [a for g in part for a in g.answers if a.tokens.shape[0]]
-        counts[k, 0], counts[k, 1] = sum(a.tokens.shape[0] for a in answers), len(answers)
+        counts[k, 0] = sum(a.tokens.shape[0] for a in answers)
+        counts[k, 1] = len(answers)
         counts[k, 2 + world.rank] = len(planned[k])
     result = []
     for packs, (tokens, answers, *lengths) in zip(planned, world.sum(counts.to(world.device)).tolist(), strict=True):
@@ -224,7 +225,8 @@ def add_up(stats: Sequence[dict[str, Tensor]], world: World, **scalars: Tensor) 
     peaks[world.rank] = torch.stack([torch.stack([s[n].double() for s in stats]).amax() for n in largest])
     summed = world.sum(torch.cat([counts, means, peaks.flatten()]))
     flat = torch.cat([torch.stack([s.double().view(()) for s in scalars.values()]), summed]).tolist()
-    found, flat = dict(zip(scalars, flat, strict=False)), flat[len(scalars) :]
+    found = dict(zip(scalars, flat, strict=False))
+    flat = flat[len(scalars) :]
     found |= {"rows_computed": flat[0], "rows_total": flat[1]}
     found |= {name: value / max(flat[0], 1.0) for name, value in zip(names, flat[2:], strict=False)}
     tail = flat[2 + len(names) :]

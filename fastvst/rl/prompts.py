@@ -72,7 +72,8 @@ def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
         ends = [i for i, m in enumerate(sample.messages) if m["role"] == "assistant"]
         if len(ends) != len(turns):
             raise fail("bad_schema", f"{len(ends)} assistant turns but {len(turns)} checkable answers")
-        answer, end = turns[turn % len(turns)], ends[turn % len(turns)]
+        answer = turns[turn % len(turns)]
+        end = ends[turn % len(turns)]
         sample = dataclasses.replace(
             sample, id=f"{sample.id}#{turn % len(turns)}", messages=sample.messages[: end + 1], answer=answer
         )
@@ -110,8 +111,12 @@ class PromptStream:
             answer_tokens: what the answers to one question may take together; a question's work is that and its own
                 tokens (a video's are a hundred times a text's, and every rank waits for the last).
         """
-        self.mixture, self.processor, self.ledger = mixture, processor, ledger
-        self.rank, self.size, self.answer_tokens = rank, size, answer_tokens
+        self.mixture = mixture
+        self.processor = processor
+        self.ledger = ledger
+        self.rank = rank
+        self.size = size
+        self.answer_tokens = answer_tokens
         self.asked = self.drawn = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -176,5 +181,6 @@ class PromptStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly after the last question that was taken before `state_dict`."""
         self.mixture.load_state_dict(state["mixture"])
-        self.asked, self.drawn = state["asked"], state["drawn"]
+        self.asked = state["asked"]
+        self.drawn = state["drawn"]
         self.ledger.load_state_dict(state["ledger"])

@@ -88,7 +88,8 @@ class RolloutLog:
 
 
 def _row(step: int, one: Asked, pictures: list[str]) -> dict[str, Any]:
-    prompt, advantages = one.prompt, one.advantages or [0.0] * len(one.texts)
+    prompt = one.prompt
+    advantages = one.advantages or [0.0] * len(one.texts)
     return {
         "step": step,
         "number": prompt.number,

@@ -89,7 +89,9 @@ class RankEngine:
         """Args:
         prompt_limit: tokens of the longest prompt.
         """
-        self.model, self.processor, self.dtype = model, processor, world.dtype
+        self.model = model
+        self.processor = processor
+        self.dtype = world.dtype
         self.config = EngineConfig(config.pages_bytes(model.config, prompt_limit, world), numerics=config.numerics)
         self.prefill_seconds = self.decode_seconds = 0.0
         self._engine: Engine | None = None

@@ -42,7 +42,8 @@ def figures(asked: Sequence[Asked], world: World) -> dict[str, Any]:
     longest[world.rank] = max((length for a in asked for length in a.lengths), default=0)
     flat = world.sum(torch.tensor([*sums, *by_mode, *longest], dtype=torch.float64).to(world.device)).tolist()
     questions, kept, easy, hard, answers, reward, accuracy, shape, overlong, unscored, tokens, clipped = flat[:12]
-    modes, longest = flat[12 : 12 + 2 * len(NAMES)], flat[12 + 2 * len(NAMES) :]
+    modes = flat[12 : 12 + 2 * len(NAMES)]
+    longest = flat[12 + 2 * len(NAMES) :]
     many = max(answers, 1.0)
     return {
         "questions": questions,

@@ -53,18 +53,21 @@ def empty_tables(key: Key, device: torch.device) -> Tables:
 
 def fill(static: Tables, tables: Tables) -> None:
     """Write a step's tables into the static ones, in place; the rest becomes padding."""
-    rows, groups = tables.tokens.shape[0], tables.prefix_lengths.shape[0]
+    rows = tables.tokens.shape[0]
+    groups = tables.prefix_lengths.shape[0]
     for name in ("tokens", "positions", "lengths"):
         into = getattr(static, name)
         into[:rows].copy_(getattr(tables, name))
         into[rows:].zero_()
     for name, count in (("page_table", rows), ("prefix_pages", groups)):
-        into, values = getattr(static, name), getattr(tables, name)
+        into = getattr(static, name)
+        values = getattr(tables, name)
         into.zero_()
         into[:count, : values.shape[1]].copy_(values)
     static.prefix_lengths.zero_()
     static.prefix_lengths[:groups].copy_(tables.prefix_lengths)
-    offsets, total = static.group_offsets, static.tokens.shape[0]
+    offsets = static.group_offsets
+    total = static.tokens.shape[0]
     offsets[: groups + 1].copy_(tables.group_offsets)
     # One group for each padding row, then empty ones.
     padding = torch.arange(rows + 1, rows + 1 + offsets.shape[0] - groups - 1, device=offsets.device)
@@ -75,7 +78,8 @@ class DecodeGraphs:
     """Graphs of one model over one page pool, captured when a bucket is met first; they share one memory pool."""
 
     def __init__(self, model: Qwen25VL, pool: PagePool) -> None:
-        self.model, self.pool = model, pool
+        self.model = model
+        self.pool = pool
         self.captures = 0
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Tables, Tensor]] = {}

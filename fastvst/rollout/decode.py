@@ -46,17 +46,26 @@ def forward_tables(model: Qwen25VL, pool: PagePool, tables: Tables, plan: Decode
     Args:
         plan: CPU only, see `decode_attention`.
     """
-    at, lengths = store_rows(pool, tables), tables.lengths + 1
+    at = store_rows(pool, tables)
+    lengths = tables.lengths + 1
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = pool.keys[layer], pool.values[layer]
+        keys = pool.keys[layer]
+        values = pool.values[layer]
         keys.flatten(0, 1).index_copy_(0, at, k)
         values.flatten(0, 1).index_copy_(0, at, v)
         return decode_attention(
-            q, keys, values, tables.page_table, lengths, prefix_pages=tables.prefix_pages,
-            prefix_lengths=tables.prefix_lengths, group_offsets=tables.group_offsets, max_group=tables.max_group,
+            q,
+            keys,
+            values,
+            tables.page_table,
+            lengths,
+            prefix_pages=tables.prefix_pages,
+            prefix_lengths=tables.prefix_lengths,
+            group_offsets=tables.group_offsets,
+            max_group=tables.max_group,
             plan=plan,
-        )  # fmt: skip
+        )
 
     return run_decoder(model, tables, attend)
 
@@ -86,7 +95,10 @@ class Batch:
         self, sequences: Many[Sequence], pool: PagePool, vocabulary: int, stops: np.ndarray, dtype: torch.dtype
     ) -> None:
         self.sequences = sorted(sequences, key=lambda s: (s.prompt.order, s.index))
-        self.pool, self.vocabulary, self.stops, self.dtype = pool, vocabulary, stops, dtype
+        self.pool = pool
+        self.vocabulary = vocabulary
+        self.stops = stops
+        self.dtype = dtype
         self.device = pool.keys.device
         rows = self.sequences
         self.host_lengths = np.array([s.stored for s in rows], dtype=np.int64)
@@ -110,7 +122,8 @@ class Batch:
         last = np.array([s.tokens[-1] for s in rows], dtype=np.int64)
         columns = (last, first + self.host_lengths, self.host_lengths, self.host_table, shared, prefix_lengths)
         tensors = [torch.from_numpy(x).to(self.device) for x in (*columns, self.host_offsets, self.host_steps)]
-        self.tables, self.steps = Tables(int(np.diff(self.host_offsets).max()), *tensors[:-1]), tensors[-1]
+        self.tables = Tables(int(np.diff(self.host_offsets).max()), *tensors[:-1])
+        self.steps = tensors[-1]
         self.rows: Rows = make_rows([s.params for s in rows], [s.seed for s in rows], vocabulary, self.device)
         self.seen = seen_tokens(rows, vocabulary).to(self.device) if self.rows.penalty is not None else None
         self.prefix: tuple[Piece, ...] = ()
@@ -129,7 +142,8 @@ class Batch:
         """Write the new pages of `sequences` into the table; False if it has become too narrow."""
         places = {id(s): i for i, s in enumerate(self.sequences)}
         for sequence in sequences:
-            row, count = places[id(sequence)], len(sequence.pages)
+            row = places[id(sequence)]
+            count = len(sequence.pages)
             if count > self.host_table.shape[1]:
                 return False
             self.host_table[row, count - 1] = sequence.pages[-1]
@@ -159,7 +173,8 @@ class Batch:
         now = self.tables
         self.tables = replace(now, tokens=tokens, positions=now.positions + 1, lengths=now.lengths + 1)
         self.steps = self.steps + 1
-        self.host_lengths, self.host_steps = self.host_lengths + 1, self.host_steps + 1
+        self.host_lengths = self.host_lengths + 1
+        self.host_steps = self.host_steps + 1
         return (self.stops[drawn] & ~self.endless) | (self.host_steps >= self.limits)
 
     def flush(self) -> None:

@@ -112,7 +112,8 @@ class Engine:
         known = {f.name for f in dataclasses.fields(EngineConfig)}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown engine options {unknown}; expected some of {sorted(known)}")
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor = processor
         self.config: EngineConfig = dataclasses.replace(config or EngineConfig(), **options)  # type: ignore[arg-type]
         self.stats = Stats()
         self.stop_tokens = set(model.config.eos_token_ids)
@@ -188,7 +189,8 @@ class Engine:
             raise ValueError("stream() needs a processor, which turns tokens into text")
         params = dataclasses.replace(params or SamplingParams(), n=1)
         request = self.add(prompt, params)
-        request.watched, shown = True, ""
+        request.watched = True
+        shown = ""
         try:
             while not request.done:
                 self.step()
@@ -232,7 +234,8 @@ class Engine:
         if scheduler.starting or scheduler.running:
             with self._numerics.context(), torch.no_grad():
                 ended = self._prefill() if scheduler.starting else self._decode()
-            self.stats.preemptions, self.stats.shared_tokens = scheduler.preemptions, scheduler.shared_tokens
+            self.stats.preemptions = scheduler.preemptions
+            self.stats.shared_tokens = scheduler.shared_tokens
             self.stats.peak_pages = scheduler.pool.peak
             return ended
         return False
@@ -265,7 +268,8 @@ class Engine:
     def _ready(self) -> Scheduler:
         """The scheduler, with the KV cache allocated."""
         if self._scheduler is None:
-            weight, config = self.model.head_weight, self.config
+            weight = self.model.head_weight
+            config = self.config
             size = page_bytes(self.model.config, config.page_size, weight.dtype)
             budget = memory_bytes(config.memory, weight.device)
             if budget < 2 * size:
@@ -299,7 +303,8 @@ class Engine:
 
     def _window(self, left: deque[int], each: Sequence[SamplingParams]) -> list[int]:
         """The next prompts to encode: about as many answers as decode at the same time."""
-        window, answers = [], 0
+        window = []
+        answers = 0
         while left and answers < self.config.max_sequences:
             window.append(left.popleft())
             answers += each[window[-1]].n
@@ -317,7 +322,8 @@ class Engine:
 
     def _prefill(self) -> bool:
         """One packed row of prompt chunks; the first tokens of the answers whose prompts are complete with it."""
-        scheduler, begin = self._ready(), time.perf_counter()
+        scheduler = self._ready()
+        begin = time.perf_counter()
         chunks = plan_chunks(scheduler.prefilling, self.config.prefill_tokens)
         if chunks:
             embed(self.model, [c.prompt for c in chunks if c.prompt.embedded is None], self._vision)
@@ -340,7 +346,8 @@ class Engine:
             seen = seen_tokens(answers, self.model.config.vocab_size).to(device)
         steps = torch.zeros(len(answers), dtype=torch.int64, device=device)
         tokens, own, raw = self._draw(hidden, rows, steps, seen)
-        drawn, now = tokens.tolist(), time.perf_counter()
+        drawn = tokens.tolist()
+        now = time.perf_counter()
         logprobs = (
             [None] * len(drawn) if own is None or raw is None else list(zip(own.tolist(), raw.tolist(), strict=True))
         )
@@ -399,7 +406,8 @@ class Engine:
                 self._flush()
                 self._batch = None
         if self._batch is None:
-            pool, vocabulary = scheduler.pool, self.model.config.vocab_size
+            pool = scheduler.pool
+            vocabulary = self.model.config.vocab_size
             self._batch = Batch(scheduler.running, pool, vocabulary, self._stops, pool.keys.dtype)
             if self._graphs is not None:
                 self._graphs.check_addresses()
@@ -428,7 +436,9 @@ class Engine:
         return True
 
     def _end(self, answer: Answer, reason: str) -> None:
-        request, prompt, now = answer.request, answer.prompt, time.perf_counter()
+        request = answer.request
+        prompt = answer.prompt
+        now = time.perf_counter()
         unseen = prompt.embedded is None and prompt.last_hidden is None
         self._ready().finish(answer)
         if unseen and not prompt.active and not prompt.waiting:
@@ -442,9 +452,15 @@ class Engine:
             )
         first = answer.first_token_time - request.begin if answer.tokens else 0.0
         request.rollouts[answer.index] = Rollout(
-            answer.tokens, text, answer.logprobs, answer.raw_logprobs, reason, now - request.begin, first,
+            answer.tokens,
+            text,
+            answer.logprobs,
+            answer.raw_logprobs,
+            reason,
+            now - request.begin,
+            first,
             answer.preemptions,
-        )  # fmt: skip
+        )
         if self._batch is not None and answer in self._batch.sequences:
             self._batch = None
 

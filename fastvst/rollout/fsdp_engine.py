@@ -101,8 +101,11 @@ class ParallelEngine:
         Args:
             dtype: of the gathered parameters, if the model is sharded. keep: see the module's text.
         """
-        self.model, self.processor, self.config = model, processor, config or EngineConfig()
-        self.dtype, self.keep = dtype, keep
+        self.model = model
+        self.processor = processor
+        self.config = config or EngineConfig()
+        self.dtype = dtype
+        self.keep = keep
         self.memory = PhaseMemory(0, 0, 0)
         self._engine: Engine | None = None
 

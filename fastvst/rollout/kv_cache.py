@@ -40,7 +40,9 @@ class PagePool:
     ) -> None:
         shape = (config.num_hidden_layers, pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
-        self.page_size, self.pages, self.peak = page_size, pages, 0
+        self.page_size = page_size
+        self.pages = pages
+        self.peak = 0
         self._highest = 0  # no page above it has ever been written
         self._users = [0] * (pages + 1)
         self._free = list(range(pages, 0, -1))

@@ -46,7 +46,8 @@ def fast_forward(model: Qwen25VL, batch: Batch) -> Tensor:
 
 def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> Attend:
     """Attention of prompt chunks in the trainer's tiles, over the pages."""
-    parts, begin = [], 0
+    parts = []
+    begin = 0
     for chunk in chunks:
         count = chunk.end - chunk.begin
         keys = page_rows([Chunk(chunk.prompt, 0, chunk.end)], pool.page_size)
@@ -56,9 +57,11 @@ def _bitwise_chunks(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
 
 
 def _bitwise_forward(model: Qwen25VL, batch: Batch) -> Tensor:
-    pool, parts = batch.pool, []
+    pool = batch.pool
+    parts = []
     for row, answer in enumerate(batch.sequences):
-        prompt, place = answer.prompt, answer.prompt.length + int(batch.host_lengths[row])
+        prompt = answer.prompt
+        place = answer.prompt.length + int(batch.host_lengths[row])
         own = np.arange(place - prompt.length + 1)
         table = batch.host_table[row]
         keys = table[own // pool.page_size] * pool.page_size + own % pool.page_size
@@ -72,7 +75,8 @@ def _attend_tiles(pool: PagePool, tiles: AttentionTiles, rows: Tensor) -> Attend
     tiles = tiles.to(pool.keys.device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
+        keys = pool.keys[layer].flatten(0, 1)
+        values = pool.values[layer].flatten(0, 1)
         keys.index_copy_(0, rows, k)
         values.index_copy_(0, rows, v)
         return invariant_attention(q, keys, values, tiles, q.shape[-1] ** -0.5)[0]

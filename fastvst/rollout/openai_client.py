@@ -60,7 +60,8 @@ class OpenAIEngine:
         Args:
             processor: finds token ids where the server gives only texts of tokens, and sizes pictures of 3D boxes.
         """
-        self.config, self.processor = config, processor
+        self.config = config
+        self.processor = processor
 
     def generate(
         self,
@@ -99,7 +100,8 @@ class OpenAIEngine:
         return results
 
     def _one(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
-        name, begin = f"{prompt.source}/{prompt.id}", time.perf_counter()
+        name = f"{prompt.source}/{prompt.id}"
+        begin = time.perf_counter()
         answer = self._post(name, self._body(prompt, params))
         seconds = time.perf_counter() - begin
         try:

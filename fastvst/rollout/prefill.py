@@ -69,7 +69,8 @@ class VisionCache:
             keys.append(key)
         for key in keys:
             if key is not None:
-                self.users[key], self.shapes[key] = self.users.get(key, 0) + 1, shape
+                self.users[key] = self.users.get(key, 0) + 1
+                self.shapes[key] = shape
         return keys
 
     def done(self, key: bytes | None) -> None:
@@ -139,9 +140,13 @@ def _embed_packed(model: Qwen25VL, samples: Sequence[EncodedSample]) -> Sequence
     rows = model.model.embed_tokens(batch.tokens)
     if batch.num_patches:
         vision = model.visual(
-            batch.patches, batch.vision_positions, batch.cu_windows, batch.cu_images,
-            max_window=batch.max_window, max_image=batch.max_image,
-        )  # fmt: skip
+            batch.patches,
+            batch.vision_positions,
+            batch.cu_windows,
+            batch.cu_images,
+            max_window=batch.max_window,
+            max_image=batch.max_image,
+        )
         rows = rows.index_copy(0, batch.vision_slots, vision.to(rows.dtype))
     return rows.split([len(s) for s in samples])
 
@@ -163,10 +168,13 @@ def run_chunks(model: Qwen25VL, pool: PagePool, chunks: Sequence[Chunk], attend_
     hidden = model.model(x, positions, (attend_chunks or chunk_attention)(pool, chunks, rows))
     end = 0
     for chunk in chunks:
-        prompt, end = chunk.prompt, end + chunk.end - chunk.begin
+        prompt = chunk.prompt
+        end = end + chunk.end - chunk.begin
         prompt.computed = chunk.end
         if prompt.ready:
-            prompt.last_hidden, prompt.embedded, prompt.donor = hidden[end - 1].clone(), None, None
+            prompt.last_hidden = hidden[end - 1].clone()
+            prompt.embedded = None
+            prompt.donor = None
 
 
 def page_rows(chunks: Sequence[Chunk], page_size: int) -> np.ndarray:
@@ -192,7 +200,8 @@ def chunk_attention(pool: PagePool, chunks: Sequence[Chunk], rows: Tensor) -> At
     context = _context(pool, chunks, offsets)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = pool.keys[layer], pool.values[layer]
+        keys = pool.keys[layer]
+        values = pool.values[layer]
         keys.flatten(0, 1).index_copy_(0, rows, k)
         values.flatten(0, 1).index_copy_(0, rows, v)
         if context is None:
@@ -231,10 +240,18 @@ class Context:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(R, Hq, D) and (R, Hq): attention of `queries` to their lists, and its logsumexp."""
         return decode_attention(
-            q.index_select(0, self.queries), keys, values, self.none, self.zeros, prefix_pages=self.pages,
-            prefix_lengths=self.lengths, group_offsets=self.offsets, max_group=self.longest, return_lse=True,
+            q.index_select(0, self.queries),
+            keys,
+            values,
+            self.none,
+            self.zeros,
+            prefix_pages=self.pages,
+            prefix_lengths=self.lengths,
+            group_offsets=self.offsets,
+            max_group=self.longest,
+            return_lse=True,
             plan=self.plan,
-        )  # fmt: skip
+        )
 
 
 def _context(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray) -> Context | None:
@@ -245,7 +262,8 @@ def _context(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray) -> Co
             groups.setdefault((chunk.begin, *chunk.prompt.pages[: pool.needed(chunk.begin)]), []).append(index)
     if not groups:
         return None
-    device, dtype = pool.keys.device, pool.keys.dtype
+    device = pool.keys.device
+    dtype = pool.keys.dtype
     rows = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in members]) for members in groups.values()]
     pages = np.zeros((len(groups), max(map(len, groups)) - 1), dtype=np.int64)
     for line, key in zip(pages, groups, strict=True):

@@ -54,4 +54,5 @@ def forsake(donor: Prompt, resident: Iterable[Prompt]) -> None:
         if prompt.donor is donor:
             if donor.computed < prompt.shared:
                 prompt.computed = donor.computed
-            prompt.donor, prompt.shared = None, 0
+            prompt.donor = None
+            prompt.shared = 0

@@ -110,10 +110,19 @@ def sample_fused(
 ) -> Found:
     """`next_tokens` by `fastvst_kernels.sample_tokens`; log-probabilities in float32."""
     tokens, own, raw = sample_tokens(
-        hidden, weight, rows.seeds, steps, temperature=rows.temperature, forbidden=forbidden, penalty=rows.penalty,
-        seen=None if rows.penalty is None else seen, filtered=rows.cut, top_k=rows.top_k, top_p=rows.top_p,
+        hidden,
+        weight,
+        rows.seeds,
+        steps,
+        temperature=rows.temperature,
+        forbidden=forbidden,
+        penalty=rows.penalty,
+        seen=None if rows.penalty is None else seen,
+        filtered=rows.cut,
+        top_k=rows.top_k,
+        top_p=rows.top_p,
         min_p=rows.min_p,
-    )  # fmt: skip
+    )
     return (tokens, own, raw) if rows.logprobs else (tokens, None, None)
 
 

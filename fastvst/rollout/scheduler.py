@@ -19,7 +19,8 @@ class Scheduler:
     """Sequences by state: waiting -> (starting ->) running -> gone. `prefilling` holds the prompts under way."""
 
     def __init__(self, pool: PagePool, max_sequences: int) -> None:
-        self.pool, self.max_sequences = pool, max_sequences
+        self.pool = pool
+        self.max_sequences = max_sequences
         self.waiting: deque[Sequence] = deque()
         self.starting: list[Sequence] = []  # active, no token drawn yet
         self.running: list[Sequence] = []  # in order of admission
@@ -53,7 +54,8 @@ class Scheduler:
 
     def admit(self) -> bool:
         """Move waiting answers in while rows and pages last; returns whether any came in."""
-        pool, before = self.pool, self.active
+        pool = self.pool
+        before = self.active
         while self.waiting and self.active < self.max_sequences:
             sequence = self.waiting[0]
             prompt = sequence.prompt
@@ -73,7 +75,8 @@ class Scheduler:
             if sequence.saved is not None:
                 pool.restore(sequence.saved, sequence.pages[: pool.needed(sequence.stored)])
                 sequence.saved = None
-            prompt.active, prompt.waiting = prompt.active + 1, prompt.waiting - 1
+            prompt.active = prompt.active + 1
+            prompt.waiting = prompt.waiting - 1
             (self.running if sequence.tokens else self.starting).append(sequence)
         return self.active > before
 
@@ -129,7 +132,8 @@ class Scheduler:
         if donor is not None:
             pool.retain(donor.pages[:shared])
             prompt.pages = donor.pages[:shared]
-            prompt.donor, prompt.shared = donor, shared * pool.page_size
+            prompt.donor = donor
+            prompt.shared = shared * pool.page_size
             prompt.computed = prompt.shared
             self.shared_tokens += prompt.shared
         prompt.pages = prompt.pages + pool.allocate(pool.needed(prompt.length) - shared)

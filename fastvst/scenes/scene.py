@@ -128,9 +128,11 @@ def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[in
         v = np.floor(camera.fy * local[:, 1] / z + camera.cy)
         inside = (local[:, 2] > 0.01) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         seen = mask[v[inside].astype(int), u[inside].astype(int)].sum()
-        top, left = rows.min(), columns.min()
+        top = rows.min()
+        left = columns.min()
         row, column = _deepest(mask[top : rows.max() + 1, left : columns.max() + 1])
-        row, column = row + top, column + left
+        row = row + top
+        column = column + left
         sightings.append(
             Sighting(
                 object_id=int(object_id),
@@ -154,7 +156,8 @@ def wide_pairs(
     for k in rng.permutation(len(frames) ** 2):
         if len(found) == count:
             break
-        a, b = frames[int(k) // len(frames)], frames[int(k) % len(frames)]
+        a = frames[int(k) // len(frames)]
+        b = frames[int(k) % len(frames)]
         cosine = float(views[a].camera.rotation[2] @ views[b].camera.rotation[2])
         if -0.17 < cosine < 0.82 and len(seen[a] & seen[b]) >= 2 and not any(a in p or b in p for p in found):
             found.append((a, b, "wide"))

@@ -27,7 +27,8 @@ _MIN_SIZE = 1e-6  # metres; thinner boxes have no volume to compare
 def rotations(degrees: np.ndarray) -> np.ndarray:
     """(N, 3) angles about X, Y, Z in degrees -> (N, 3, 3) matrices Rz Ry Rx, float64."""
     a = np.radians(np.asarray(degrees, dtype=np.float64))
-    (cx, cy, cz), (sx, sy, sz) = np.cos(a).T, np.sin(a).T
+    (cx, cy, cz) = np.cos(a).T
+    (sx, sy, sz) = np.sin(a).T
     rows = [
         [cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
         [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
@@ -93,9 +94,12 @@ def _snap(axes_a: np.ndarray, axes_b: np.ndarray) -> np.ndarray:
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """np.cross of (..., 3) arrays, in half of its time."""
-    (ax, ay, az), (bx, by, bz) = np.moveaxis(a, -1, 0), np.moveaxis(b, -1, 0)
+    (ax, ay, az) = np.moveaxis(a, -1, 0)
+    (bx, by, bz) = np.moveaxis(b, -1, 0)
     result = np.empty_like(a)
-    result[..., 0], result[..., 1], result[..., 2] = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
+    result[..., 0] = ay * bz - az * by
+    result[..., 1] = az * bx - ax * bz
+    result[..., 2] = ax * by - ay * bx
     return result
 
 
@@ -113,9 +117,13 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     axes_a, axes_b = (rotations(x[:, 6:9]).transpose(0, 2, 1) for x in (a, b))
     na, oa = _halfspaces(axes_a, a[:, 3:6] / 2, np.zeros((len(a), 3)))  # the origin is a's centre: small numbers
     nb, ob = _halfspaces(_snap(axes_a, axes_b), b[:, 3:6] / 2 * (1 + 1e-11), b[:, :3] - a[:, :3])
-    n, o = np.concatenate([na, nb], 1), np.concatenate([oa, ob], 1)  # (P, 12, 3), (P, 12)
+    n = np.concatenate([na, nb], 1)
+    o = np.concatenate([oa, ob], 1)  # (P, 12, 3), (P, 12)
     i, j = _PAIRS.T
-    ni, nj, oi, oj = n[:, i], n[:, j], o[:, i], o[:, j]  # (P, 60, 3), (P, 60)
+    ni = n[:, i]
+    nj = n[:, j]
+    oi = o[:, i]
+    oj = o[:, j]  # (P, 60, 3), (P, 60)
     direction = _cross(ni, nj)
     sine2 = np.einsum("pek,pek->pe", direction, direction)
     parallel = sine2 < 1e-20  # only equal planes are left here, see _snap
@@ -139,17 +147,16 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     length = np.where(np.isfinite(length), length, 0.0)
 
     cosine = np.einsum("pek,pek->pe", ni, nj)
-    di, dj = (
-        (oj - cosine * oi) / sine,
-        (oi - cosine * oj) / sine,
-    )  # distance of the edge from each face's own foot point
+    di = (oj - cosine * oi) / sine
+    dj = (oi - cosine * oj) / sine  # distance of the edge from each face's own foot point
     volume = ((oi * di + oj * dj) * length).sum(-1) / 6
     return np.maximum(volume, 0.0)
 
 
 def intersection_volume(a: Any, b: Any) -> np.ndarray:
     """Exact intersection volumes (N, M) in cubic metres of two box sets (N, 9) and (M, 9)."""
-    a, b = _as_boxes(a), _as_boxes(b)
+    a = _as_boxes(a)
+    b = _as_boxes(b)
     rows, columns = (index.ravel() for index in np.indices((len(a), len(b))))
     return _pair_volumes(a, b, rows, columns).reshape(len(a), len(b))
 
@@ -157,7 +164,8 @@ def intersection_volume(a: Any, b: Any) -> np.ndarray:
 def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """(P,) intersection volumes of a[rows[p]] and b[columns[p]]; far, thin and not finite ones are 0."""
     good_a, good_b = (np.isfinite(x).all(1) & (x[:, 3:6] > _MIN_SIZE).all(1) for x in (a, b))
-    centre_a, centre_b = np.where(good_a[:, None], a[:, :3], 0.0), np.where(good_b[:, None], b[:, :3], 0.0)
+    centre_a = np.where(good_a[:, None], a[:, :3], 0.0)
+    centre_b = np.where(good_b[:, None], b[:, :3], 0.0)
     reach_a, reach_b = (
         np.where(good, np.linalg.norm(x[:, 3:6], axis=1) / 2, 0.0) for x, good in ((a, good_a), (b, good_b))
     )
@@ -174,9 +182,11 @@ def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.nd
 def _separated(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """(P,) bool: a face of either box has the whole other box in front of it. A tenth of the work of a volume; leaves
     only the few separate pairs that no face tells apart."""
-    turn_a, turn_b = rotations(a[:, 6:9])[rows], rotations(b[:, 6:9])[columns]
+    turn_a = rotations(a[:, 6:9])[rows]
+    turn_b = rotations(b[:, 6:9])[columns]
     offset = b[columns, :3] - a[rows, :3]
-    half_a, half_b = a[rows, 3:6] / 2, b[columns, 3:6] / 2
+    half_a = a[rows, 3:6] / 2
+    half_b = b[columns, 3:6] / 2
     cosine = np.abs(turn_a.transpose(0, 2, 1) @ turn_b)  # (P, axis of a, axis of b)
     from_a = np.abs(np.einsum("pi,pij->pj", offset, turn_a)) - half_a - np.einsum("pij,pj->pi", cosine, half_b)
     from_b = np.abs(np.einsum("pi,pij->pj", offset, turn_b)) - half_b - np.einsum("pij,pi->pj", cosine, half_a)
@@ -192,7 +202,8 @@ def iou_3d(a: Any, b: Any) -> np.ndarray:
     Raises:
         ValueError: another shape than (N, 9).
     """
-    a, b = _as_boxes(a), _as_boxes(b)
+    a = _as_boxes(a)
+    b = _as_boxes(b)
     rows, columns = (index.ravel() for index in np.indices((len(a), len(b))))
     return _pair_iou(a, b, rows, columns).reshape(len(a), len(b))
 
@@ -222,7 +233,8 @@ def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
 def _pair_iou(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """(P,) IoU of a[rows[p]] and b[columns[p]]."""
     volume = _pair_volumes(a, b, rows, columns)
-    size_a, size_b = np.abs(a[:, 3:6]).prod(1)[rows], np.abs(b[:, 3:6]).prod(1)[columns]
+    size_a = np.abs(a[:, 3:6]).prod(1)[rows]
+    size_b = np.abs(b[:, 3:6]).prod(1)[columns]
     volume = np.minimum(volume, np.minimum(size_a, size_b))
     union = size_a + size_b - volume
     valid = (volume > 0) & (union > 0)
@@ -233,12 +245,16 @@ def _segment_distance(p: np.ndarray, u: np.ndarray, q: np.ndarray, v: np.ndarray
     """Least distance of segments p + s u and q + t v, 0 <= s, t <= 1, elementwise over (..., 3). Interiors only: the
     ends are covered by corner-to-box distances, so parallel segments and clamped solutions may return too much."""
     w = p - q
-    a, b, c = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)
-    d, e = (u * w).sum(-1), (v * w).sum(-1)
+    a = (u * u).sum(-1)
+    b = (u * v).sum(-1)
+    c = (v * v).sum(-1)
+    d = (u * w).sum(-1)
+    e = (v * w).sum(-1)
     den = a * c - b * b
     ok = den > 1e-12 * a * c
     den = np.where(ok, den, 1.0)
-    s, t = np.clip((b * e - c * d) / den, 0, 1), np.clip((a * e - b * d) / den, 0, 1)
+    s = np.clip((b * e - c * d) / den, 0, 1)
+    t = np.clip((a * e - b * d) / den, 0, 1)
     gap = np.linalg.norm(w + s[..., None] * u - t[..., None] * v, axis=-1)
     return np.where(ok, gap, np.inf)
 
@@ -246,7 +262,8 @@ def _segment_distance(p: np.ndarray, u: np.ndarray, q: np.ndarray, v: np.ndarray
 def box_distance(a: Any, b: Any) -> float:
     """Least distance in metres between the surfaces of two boxes (9,); 0 when they meet or overlap."""
     pair = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
-    points, turn = corners(pair), rotations(pair[:, 6:9])
+    points = corners(pair)
+    turn = rotations(pair[:, 6:9])
     axes = [*turn[0].T, *turn[1].T, *np.cross(turn[0].T[:, None], turn[1].T[None]).reshape(9, 3)]
     axes = [axis / np.linalg.norm(axis) for axis in axes if np.linalg.norm(axis) > 1e-9]
     spans = points @ np.array(axes).T  # (2, 8, axes): separating axis test
@@ -258,8 +275,10 @@ def box_distance(a: Any, b: Any) -> float:
         outside = np.maximum(np.abs(local) - pair[other, 3:6] / 2, 0.0)
         best = min(best, float(np.linalg.norm(outside, axis=1).min()))
     first, second = np.array(EDGES).T
-    p, q = points[0][first][:, None], points[1][first][None]
-    u, v = points[0][second][:, None] - p, points[1][second][None] - q
+    p = points[0][first][:, None]
+    q = points[1][first][None]
+    u = points[0][second][:, None] - p
+    v = points[1][second][None] - q
     return min(best, float(_segment_distance(p, u, q, v).min()))
 
 

@@ -42,7 +42,8 @@ def text(image: Image.Image, xy: tuple[float, float], content: str) -> None:
     draw = ImageDraw.Draw(image)
     font = _font(max(9, round(1.7 * radius_of(image))))
     left, top, right, bottom = draw.textbbox((0, 0), content, font=font)
-    w, h = right - left + 4, bottom - top + 4
+    w = right - left + 4
+    h = bottom - top + 4
     x = min(max(xy[0] - w / 2, 0), image.width - w)
     y = min(max(xy[1] - h / 2, 0), image.height - h)
     draw.rectangle([x, y, x + w, y + h], fill=(20, 20, 20))
@@ -78,7 +79,10 @@ def box_2d(
     """A rectangle x1, y1, x2, y2 in pixels; the label goes inside its upper left corner."""
     width = max(2, round(radius_of(image) / 2.5))
     x1, y1, x2, y2 = box
-    x1, y1, x2, y2 = max(0.0, x1), max(0.0, y1), min(image.width - 1.0, x2), min(image.height - 1.0, y2)
+    x1 = max(0.0, x1)
+    y1 = max(0.0, y1)
+    x2 = min(image.width - 1.0, x2)
+    y2 = min(image.height - 1.0, y2)
     if x2 - x1 < 1 or y2 - y1 < 1:
         return
     ImageDraw.Draw(image).rectangle([x1, y1, x2, y2], outline=_rgb(colour), width=width)

@@ -46,10 +46,13 @@ def area(polygon: np.ndarray) -> float:
 
 def meets(start: np.ndarray, end: np.ndarray, outline: np.ndarray) -> bool:
     """Whether the segment start-end, (2,) each, touches a convex counter-clockwise outline (K, 2) (Cyrus and Beck)."""
-    direction, enter, leave = end - start, 0.0, 1.0
+    direction = end - start
+    enter = 0.0
+    leave = 1.0
     for p, q in zip(outline, np.roll(outline, -1, axis=0), strict=True):
         normal = np.array([q[1] - p[1], p[0] - q[0]])  # outwards
-        along, ahead = float(normal @ direction), float(normal @ (p - start))
+        along = float(normal @ direction)
+        ahead = float(normal @ (p - start))
         if abs(along) < 1e-12:
             if ahead < 0:
                 return False

@@ -57,10 +57,25 @@ WALKS = {
 }
 # Rows of each task in VST-P, in thousands (the paper's figure of the data set): 4,165 in all.
 VST_P = {
-    "detection_3d": 1586, "grounding_3d": 170, "depth_comparison": 412, "distance": 251, "scene_caption": 106,
-    "measurement": 175, "correspondence": 361, "detection_multi": 600, "object_object": 230, "camera_camera": 63,
-    "camera_motion": 88, "change_caption": 35, "video_measurement": 3, "video_object_object": 19, "video_counting": 12,
-    "video_route": 4, "video_order": 10, "video_caption": 5, "video_other": 35,
-}  # fmt: skip
+    "detection_3d": 1586,
+    "grounding_3d": 170,
+    "depth_comparison": 412,
+    "distance": 251,
+    "scene_caption": 106,
+    "measurement": 175,
+    "correspondence": 361,
+    "detection_multi": 600,
+    "object_object": 230,
+    "camera_camera": 63,
+    "camera_motion": 88,
+    "change_caption": 35,
+    "video_measurement": 3,
+    "video_object_object": 19,
+    "video_counting": 12,
+    "video_route": 4,
+    "video_order": 10,
+    "video_caption": 5,
+    "video_other": 35,
+}
 
 __all__ = ["PAIRS", "SINGLE", "VST_P", "WALKS", "TaskConfig"]

@@ -68,10 +68,12 @@ def apply(sample: Sample, form: BoxForm) -> Sample:
     camera = read_camera(prompt)
     if camera is None:
         raise ValueError(f"{sample.source}/{sample.id}: no camera line in the prompt; expected VST's stored form")
-    width, height = int(camera["width"]), int(camera["height"])
+    width = int(camera["width"])
+    height = int(camera["height"])
     new_width, new_height, hfov, vfov = unify_fov(width, height, camera["fx"], base_width=form.base_width)
     if not form.resize:
-        new_width, new_height = width, height
+        new_width = width
+        new_height = height
     text = fov_detection_prompt(prompt.rsplit("\n", 1)[1], new_width, new_height, hfov, vfov)
     if form.predict_fov or not form.intrinsics:
         text = text[text.index("In the camera coordinate system") :]
@@ -123,7 +125,8 @@ def read(text: str, form: BoxForm, camera: dict[str, float], scale: np.ndarray) 
     except ValueError:
         entries = []
     count = 10 if form.quaternion else 9
-    boxes, labels = [], []
+    boxes = []
+    labels = []
     for entry in entries if isinstance(entries, list) else []:
         numbers = entry.get("bbox_3d") if isinstance(entry, dict) else None
         if not _is_numbers(numbers, count):
@@ -151,9 +154,13 @@ def quaternion(degrees: np.ndarray) -> np.ndarray:
     m = rotations(degrees[None])[0]
     # The largest of the four squares decides which row is divided by (Shepperd 1978).
     squares = np.array(
-        [1 + m[0, 0] - m[1, 1] - m[2, 2], 1 - m[0, 0] + m[1, 1] - m[2, 2], 1 - m[0, 0] - m[1, 1] + m[2, 2],
-         1 + m[0, 0] + m[1, 1] + m[2, 2]]
-    )  # fmt: skip
+        [
+            1 + m[0, 0] - m[1, 1] - m[2, 2],
+            1 - m[0, 0] + m[1, 1] - m[2, 2],
+            1 - m[0, 0] - m[1, 1] + m[2, 2],
+            1 + m[0, 0] + m[1, 1] + m[2, 2],
+        ]
+    )
     outer = np.array(
         [
             [squares[0], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[2, 1] - m[1, 2]],

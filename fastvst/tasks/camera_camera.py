@@ -9,7 +9,8 @@ from fastvst.scenes.scene import Scene
 from fastvst.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
 from fastvst.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sample
 
-TASK, KIND = "camera_camera", "multi_image"
+TASK = "camera_camera"
+KIND = "multi_image"
 MIN_TURN = 20.0  # degrees between the two viewing directions; with less the question is about nothing
 
 CLOCK = (
@@ -49,16 +50,19 @@ def make(
     if pair[2] == "motion":
         return None
     form = pick(rng, ("clock", "compass", "position"))
-    asked, views = int(rng.integers(2)), pair[:2]
+    asked = int(rng.integers(2))
+    views = pair[:2]
     target, base = (scene.views[views[k]].camera for k in (asked, 1 - asked))
     words = COMPASS if form == "compass" else HOURS
     if form == "position":
         if not clear_direction(base.position[:2], target.position[:2]):
             return None
-        angle, given = clockwise(heading(base), target.position[:2] - base.position[:2]), 0
+        angle = clockwise(heading(base), target.position[:2] - base.position[:2])
+        given = 0
         bank: tuple[str, ...] = POSITION
     else:
-        angle, given = clockwise(heading(base), heading(target)), int(rng.integers(len(words)))
+        angle = clockwise(heading(base), heading(target))
+        given = int(rng.integers(len(words)))
         if min(angle, 360 - angle) < MIN_TURN:
             return None
         bank = CLOCK if form == "clock" else COMPASS_TURN
@@ -68,15 +72,25 @@ def make(
     right = words[(given + turned) % len(words)]
     question = pick(rng, bank).format(a=asked + 1, b=2 - asked, given=words[given])
     free = bool(rng.uniform() < config.easy)
-    reply, options = right, list(words)
+    reply = right
+    options = list(words)
     if not free:
         line, reply, options = mcq(rng, right, distractors(rng, right, words, 3))
         question = pick(rng, OPTIONS).format(question=question, options=line)
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[canvas(scene.views[k]) for k in pair[:2]],
-        turns=[(question, reply)], answer={"type": "choice", "value": right, "candidates": options},
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[canvas(scene.views[k]) for k in pair[:2]],
+        turns=[(question, reply)],
+        answer={"type": "choice", "value": right, "candidates": options},
         metadata={
-            "form": "free" if free else "choice", "mode": form, "views": list(pair[:2]), "asked": asked,
-            "given": words[given], "angle": angle,
+            "form": "free" if free else "choice",
+            "mode": form,
+            "views": list(pair[:2]),
+            "asked": asked,
+            "given": words[given],
+            "angle": angle,
         },
-    )  # fmt: skip
+    )

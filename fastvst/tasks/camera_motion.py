@@ -11,7 +11,8 @@ from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
 from fastvst.tasks.common import TaskConfig, canvas, choose, mcq, pick, sample
 
-TASK, KIND = "camera_motion", "multi_image"
+TASK = "camera_motion"
+KIND = "multi_image"
 WORDS = (("left", "right"), ("up", "down"), ("backward", "forward"))  # camera axes X, Y, Z: negative, positive
 
 SHIFT = (
@@ -74,18 +75,22 @@ def make(
     """One row about a "motion" pair, or None when the motion has no clear name."""
     if pair[2] != "motion":
         return None
-    first, second = scene.views[pair[0]], scene.views[pair[1]]
+    first = scene.views[pair[0]]
+    second = scene.views[pair[1]]
     shift, pan, tilt = relative(first.camera, second.camera)
     turned = max(abs(pan), abs(tilt))
     candidates: list[str]
     bank: tuple[str, ...]
     if float(np.linalg.norm(shift)) < 0.05:
         word = turn_word(pan, tilt, config)
-        candidates, text, bank = ["left", "right", "up", "down"], word, TURN
+        candidates = ["left", "right", "up", "down"]
+        text = word
+        bank = TURN
     else:
         words = shift_words(shift, config) if turned < 4 else None
         text = None if words is None else " and ".join(words)
-        candidates, bank = [w for two in WORDS for w in two], SHIFT
+        candidates = [w for two in WORDS for w in two]
+        bank = SHIFT
     if text is None:
         return None
     question = pick(rng, bank)
@@ -97,15 +102,25 @@ def make(
         question = pick(rng, OPTIONS).format(question=question, options=options)
         form = "choice"
     else:
-        reply, form = text, "free"
+        reply = text
+        form = "free"
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[canvas(first), canvas(second)], turns=[(question, reply)],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[canvas(first), canvas(second)],
+        turns=[(question, reply)],
         answer={"type": "choice", "value": text, "candidates": candidates},
         metadata={
-            "form": form, "mode": "turn" if bank is TURN else "shift", "views": list(pair[:2]),
-            "shift": [float(x) for x in shift], "pan": pan, "tilt": tilt,
+            "form": form,
+            "mode": "turn" if bank is TURN else "shift",
+            "views": list(pair[:2]),
+            "shift": [float(x) for x in shift],
+            "pan": pan,
+            "tilt": tilt,
         },
-    )  # fmt: skip
+    )
 
 
 def _all_shifts() -> list[str]:

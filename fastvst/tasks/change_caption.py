@@ -11,7 +11,8 @@ from fastvst.tasks.common import TaskConfig, article, canvas, choose, listed, na
 from fastvst.tasks.facts import Statement, answer_of
 from fastvst.tasks.scene_caption import third
 
-TASK, KIND = "change_caption", "caption-multi-view"
+TASK = "change_caption"
+KIND = "caption-multi-view"
 
 PHRASES = (
     "Describe the features of these two frames.",
@@ -52,7 +53,8 @@ def placed(scene: Scene, view: View, config: TaskConfig, rng: np.random.Generato
 def movement(first: View, second: View) -> list[Statement]:
     """How the camera moved, in the first camera's frame: the horizontal part of the shift, then the turn."""
     shift, pan, _ = relative(first.camera, second.camera)
-    across, ahead = float(shift[0]), float(shift[2])
+    across = float(shift[0])
+    ahead = float(shift[2])
     words = []
     for value, (low, high), other in ((across, ("left", "right"), ahead), (ahead, ("backward", "forward"), across)):
         if abs(value) >= 0.3 and abs(value) >= 0.5 * abs(other):
@@ -100,7 +102,12 @@ def make(
             change.append(Statement(text[0].upper() + text[1:], {"says": says, "titles": names, "objects": ids}))
     statements = [*statements, *move, *change]
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[canvas(view) for view in views],
-        turns=[(pick(rng, PHRASES), " ".join(s.text for s in statements))], answer=answer_of(statements),
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[canvas(view) for view in views],
+        turns=[(pick(rng, PHRASES), " ".join(s.text for s in statements))],
+        answer=answer_of(statements),
         metadata={"form": "prose", "views": list(pair[:2])},
-    )  # fmt: skip
+    )

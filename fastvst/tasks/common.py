@@ -124,10 +124,17 @@ def distractors(rng: np.random.Generator, right: str, pool: list[str] | tuple[st
 
 
 def sample(
-    scene: Scene, *, task: str, kind: str, index: str, images: list[Image.Image],
-    turns: list[tuple[str, str]], answer: dict[str, Any], metadata: dict[str, Any] | None = None,
+    scene: Scene,
+    *,
+    task: str,
+    kind: str,
+    index: str,
+    images: list[Image.Image],
+    turns: list[tuple[str, str]],
+    answer: dict[str, Any],
+    metadata: dict[str, Any] | None = None,
     fps: float | None = None,
-) -> Sample:  # fmt: skip
+) -> Sample:
     """A Sample: images, then the first question in the first user message; `answer` belongs to the last turn. With
     `fps` the images are the frames of one video."""
     media: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]

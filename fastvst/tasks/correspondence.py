@@ -11,7 +11,8 @@ from fastvst.spatial import draw
 from fastvst.spatial.camera import project, unproject
 from fastvst.tasks.common import LETTERS, TaskConfig, canvas, pick, sample
 
-TASK, KIND = "correspondence", "correspondence"
+TASK = "correspondence"
+KIND = "correspondence"
 RIM = 0.07  # share of the image side kept free of points
 STEEP = 0.1  # metres of depth across three pixels
 
@@ -43,7 +44,8 @@ def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarr
     rows, columns = np.nonzero(view.ids > 0)
     h, w = view.ids.shape
     ok = (columns > RIM * w) & (columns < (1 - RIM) * w) & (rows > RIM * h) & (rows < (1 - RIM) * h)
-    rows, columns = rows[ok], columns[ok]
+    rows = rows[ok]
+    columns = columns[ok]
     if len(rows) == 0:
         return np.zeros((0, 2))
     k = rng.choice(len(rows), size=min(count, len(rows)), replace=False)
@@ -53,13 +55,15 @@ def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarr
 def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> np.ndarray | None:
     """Where a pixel (2,) of the first view is in the second, or None if it is hidden, out of view or doubtful there."""
     assert first.depth is not None and second.depth is not None and first.ids is not None and second.ids is not None
-    row, column = int(point[1]), int(point[0])
+    row = int(point[1])
+    column = int(point[0])
     world = unproject(first.camera, point, first.depth[row, column].astype(np.float64))
     there, depth = project(second.camera, world)
     h, w = second.depth.shape
     if depth <= 0.1 or not (RIM * w < there[0] < (1 - RIM) * w and RIM * h < there[1] < (1 - RIM) * h):
         return None
-    r, c = int(there[1]), int(there[0])
+    r = int(there[1])
+    c = int(there[0])
     # the whole 3 x 3 neighbourhood must be the same object, in both pictures, so that rounding cannot matter
     same_1 = first.ids[row - 1 : row + 2, column - 1 : column + 2] == first.ids[row, column]
     same_2 = second.ids[r - 1 : r + 2, c - 1 : c + 2] == first.ids[row, column]
@@ -78,7 +82,8 @@ def make(
     scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
 ) -> Sample | None:
     """One row about a pair of views with depth, or None."""
-    first, second = scene.views[pair[0]], scene.views[pair[1]]
+    first = scene.views[pair[0]]
+    second = scene.views[pair[1]]
     if first.depth is None or second.depth is None:
         return None
     apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(canvas(second)))
@@ -102,22 +107,33 @@ def make(
     colour = pick(rng, tuple(draw.COLOURS))
     free = bool(rng.uniform() < config.easy)
     labels = ["1", "2", "3", "4"] if free else list(LETTERS[:4])
-    one, two = canvas(first), canvas(second)
+    one = canvas(first)
+    two = canvas(second)
     draw.circle(one, (float(point[0]), float(point[1])), colour)
     other_colour = colour if free else pick(rng, tuple(draw.COLOURS))
     for label, spot in zip(labels, order, strict=True):
         draw.circle(two, (float(spot[0]), float(spot[1])), other_colour, label)
     names = [f"point-{label}" for label in labels]
     if free:
-        question, reply = pick(rng, FREE).format(c=colour), names[place]
+        question = pick(rng, FREE).format(c=colour)
+        reply = names[place]
     else:
         options = " ".join(f"{label}. {name}" for label, name in zip(labels, names, strict=True))
-        question, reply = pick(rng, CHOICE).format(c=colour, options=options), f"{labels[place]} {names[place]}"
+        question = pick(rng, CHOICE).format(c=colour, options=options)
+        reply = f"{labels[place]} {names[place]}"
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[one, two], turns=[(question, reply)],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[one, two],
+        turns=[(question, reply)],
         answer={"type": "choice", "value": names[place], "candidates": names},
         metadata={
-            "form": "free" if free else "choice", "views": list(pair[:2]), "pair": pair[2],
-            "point": [float(x) for x in point], "spots": [[float(x) for x in spot] for spot in order],
+            "form": "free" if free else "choice",
+            "views": list(pair[:2]),
+            "pair": pair[2],
+            "point": [float(x) for x in point],
+            "spots": [[float(x) for x in spot] for spot in order],
         },
-    )  # fmt: skip
+    )

@@ -10,7 +10,8 @@ from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
 from fastvst.tasks.common import LETTERS, TaskConfig, apart, canvas, choose, nameable, pick, sample, usable
 
-TASK, KIND = "depth_comparison", "depth"
+TASK = "depth_comparison"
+KIND = "depth"
 
 TWO_POINTS = (
     "Which point is {word} the camera, the {a} point or the {b} point?",
@@ -164,7 +165,8 @@ def _one_of_many(
     chosen = _marked(view, usable(view, config), count, rng, config)
     if chosen is None:
         return None
-    image, colour = canvas(view), pick(rng, tuple(draw.COLOURS))
+    image = canvas(view)
+    colour = pick(rng, tuple(draw.COLOURS))
     labels = [f"point-{k + 1}" for k in range(count)]
     for k, s in enumerate(chosen):
         draw.dot(image, s.point, colour, str(k + 1))
@@ -186,7 +188,8 @@ def _order(scene: Scene, view_index: int, rng: np.random.Generator, config: Task
             break
     else:
         return None
-    image, colour = canvas(view), pick(rng, tuple(draw.COLOURS))
+    image = canvas(view)
+    colour = pick(rng, tuple(draw.COLOURS))
     letters = list(LETTERS[:count])
     for letter, s in zip(letters, chosen, strict=True):
         draw.dot(image, s.point, colour, letter)

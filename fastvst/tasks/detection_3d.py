@@ -10,7 +10,8 @@ from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import detection_prompt
 from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample
 
-TASK, KIND = "detection_3d", "bbox_3d"
+TASK = "detection_3d"
+KIND = "bbox_3d"
 MAX_BOXES = 30
 MATCH_IOU = 0.25  # the overlap at which VST's reward counts a box as found
 
@@ -54,7 +55,8 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     ids = [i for name in names for i in groups[name]][:MAX_BOXES]
     boxes = scene.boxes_in_view(view, ids)
     order = np.argsort(boxes[:, 2], kind="stable")
-    boxes, ids = boxes[order], [ids[int(k)] for k in order]
+    boxes = boxes[order]
+    ids = [ids[int(k)] for k in order]
     labels = [scene.object(i).name for i in ids]
     question = pick(rng, ONE_CLASS if easy else PHRASES).format(names=", ".join(names))
     c = view.camera
@@ -63,11 +65,18 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
         {"bbox_3d": [round(float(x), 4) for x in box], "label": label} for box, label in zip(boxes, labels, strict=True)
     ]
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[canvas(view)],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[canvas(view)],
         turns=[(prompt, format_boxes(boxes, labels))],
         answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
         metadata={
-            "form": "one_class" if easy else "several", "view": view_index, "objects": ids, "classes": names,
+            "form": "one_class" if easy else "several",
+            "view": view_index,
+            "objects": ids,
+            "classes": names,
             "intrinsics": [c.fx, c.fy, c.cx, c.cy],
         },
-    )  # fmt: skip
+    )

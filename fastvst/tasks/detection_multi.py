@@ -11,7 +11,8 @@ from fastvst.spatial.prompts import multi_detection_prompt
 from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample
 from fastvst.tasks.detection_3d import MATCH_IOU, MAX_BOXES
 
-TASK, KIND = "detection_multi", "bbox_3d"
+TASK = "detection_multi"
+KIND = "bbox_3d"
 
 PHRASES = (
     "Detect the 3D bounding boxes of {names}",
@@ -58,7 +59,8 @@ def make(
     ids = [i for name in names for i in groups[name]][:MAX_BOXES]
     boxes = scene.boxes_in_view(scene.views[pair[0]], ids)
     order = np.argsort(np.linalg.norm(boxes[:, :3], axis=1), kind="stable")
-    boxes, ids = boxes[order], [ids[int(k)] for k in order]
+    boxes = boxes[order]
+    ids = [ids[int(k)] for k in order]
     labels = [scene.object(i).name for i in ids]
     cameras = [scene.views[k].camera for k in pair[:2]]
     question = pick(rng, PHRASES[:1] if easy else PHRASES).format(names=", ".join(names))
@@ -66,11 +68,18 @@ def make(
         {"bbox_3d": [round(float(x), 4) for x in box], "label": label} for box, label in zip(boxes, labels, strict=True)
     ]
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[canvas(scene.views[k]) for k in pair[:2]],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[canvas(scene.views[k]) for k in pair[:2]],
         turns=[(multi_detection_prompt(question, cameras), format_boxes(boxes, labels))],
         answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
         metadata={
-            "form": "one_class" if easy else "several", "views": list(pair[:2]), "objects": ids, "classes": names,
+            "form": "one_class" if easy else "several",
+            "views": list(pair[:2]),
+            "objects": ids,
+            "classes": names,
             "intrinsics": [cameras[0].fx, cameras[0].fy, cameras[0].cx, cameras[0].cy],
         },
-    )  # fmt: skip
+    )

@@ -10,7 +10,8 @@ from fastvst.spatial import draw
 from fastvst.spatial.boxes import box_distance
 from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample, titled, usable
 
-TASK, KIND = "distance", "distance"
+TASK = "distance"
+KIND = "distance"
 
 COLOUR_FORM = (
     "Which box is closer to the {r} box, the {a} box or the {b} box?",
@@ -46,8 +47,10 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     for _ in range(10 if len(pool) >= 3 else 0):
         chosen = choose(rng, pool, 3)
         boxes = [scene.object(s.object_id).box for s in chosen]
-        near, far = box_distance(boxes[0], boxes[1]), box_distance(boxes[0], boxes[2])
-        small, large = min(near, far), max(near, far)
+        near = box_distance(boxes[0], boxes[1])
+        far = box_distance(boxes[0], boxes[2])
+        small = min(near, far)
+        large = max(near, far)
         clear = large - small >= config.distance_gap and large - small >= config.distance_ratio * large
         if clear and small >= config.min_distance:
             break
@@ -64,22 +67,32 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     for s, colour in zip(chosen, colours, strict=True):
         draw.box_2d(image, s.box_2d, colour)
     fields = {"r": names[0], "a": names[1], "b": names[2], "cr": colours[0], "ca": colours[1], "cb": colours[2]}
-    candidates, best = names[1:], 0 if near < far else 1
+    candidates = names[1:]
+    best = 0 if near < far else 1
     if form == "colour":
         candidates = [f"{c} box" for c in colours[1:]]
         question = pick(rng, COLOUR_FORM).format(r=colours[0], a=colours[1], b=colours[2])
         reply = candidates[best]
     elif form == "short":
-        question, reply = pick(rng, SHORT_FORM).format(**fields), candidates[best]
+        question = pick(rng, SHORT_FORM).format(**fields)
+        reply = candidates[best]
     else:
         question = pick(rng, WORKING_FORM).format(**fields)
         lines = [f"Distance[{names[0]}, {name}]={d:.1f}m" for name, d in zip(names[1:], (near, far), strict=True)]
         reply = "\n".join([*lines, f"So, the answer is {candidates[best]}."])
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[image], turns=[(question, reply)],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[image],
+        turns=[(question, reply)],
         answer={"type": "choice", "value": candidates[best], "candidates": candidates},
         metadata={
-            "form": form, "view": view_index, "objects": [s.object_id for s in chosen],
-            "titles": names, "distances": [near, far],
+            "form": form,
+            "view": view_index,
+            "objects": [s.object_id for s in chosen],
+            "titles": names,
+            "distances": [near, far],
         },
-    )  # fmt: skip
+    )

@@ -16,7 +16,8 @@ from fastvst.spatial.prompts import detection_prompt
 from fastvst.tasks.common import TaskConfig, apart, canvas, nameable, pick, sample, usable
 from fastvst.tasks.detection_3d import MATCH_IOU
 
-TASK, KIND = "grounding_3d", "bbox_3d"
+TASK = "grounding_3d"
+KIND = "bbox_3d"
 
 PHRASES = (
     "Detect the 3D bounding box of the {what}",
@@ -72,7 +73,8 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     if not pool:
         return None
     target = pick(rng, pool)
-    image, name = canvas(view), scene.object(target.object_id).name
+    image = canvas(view)
+    name = scene.object(target.object_id).name
     form = pick(rng, ("words", "words", "point", "box"))
     why: dict = {}
     if form == "words":
@@ -95,10 +97,21 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     prompt = detection_prompt(pick(rng, PHRASES).format(what=what), c.width, c.height, c.fx, c.fy, c.cx, c.cy)
     value = [{"bbox_3d": [round(float(x), 4) for x in box[0]], "label": name}]
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[image], turns=[(prompt, format_boxes(box, [name]))],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[image],
+        turns=[(prompt, format_boxes(box, [name]))],
         answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
         metadata={
-            "form": form, "view": view_index, "objects": [target.object_id], "referring": what, "why": why,
-            "point": list(target.point), "box_2d": list(target.box_2d), "intrinsics": [c.fx, c.fy, c.cx, c.cy],
+            "form": form,
+            "view": view_index,
+            "objects": [target.object_id],
+            "referring": what,
+            "why": why,
+            "point": list(target.point),
+            "box_2d": list(target.box_2d),
+            "intrinsics": [c.fx, c.fy, c.cx, c.cy],
         },
-    )  # fmt: skip
+    )

@@ -11,7 +11,8 @@ from fastvst.scenes.scene import Scene, SceneObject
 from fastvst.spatial import draw
 from fastvst.tasks.common import TaskConfig, apart, canvas, choose, pick, sample, usable
 
-TASK, KIND = "measurement", "qa"
+TASK = "measurement"
+KIND = "qa"
 TOLERANCE = 0.1  # relative; an answer within it counts as right
 
 QUESTIONS = (
@@ -61,7 +62,9 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     colours = choose(rng, tuple(draw.COLOURS), len(chosen))
     names = [scene.object(s.object_id).name for s in chosen]
     shown = [scene.object(s.object_id).name for s in view.sightings if s.pixels >= config.ghost_pixels]
-    turns, answers, what_asked = [], [], []
+    turns = []
+    answers = []
+    what_asked = []
     for k, (s, colour, name) in enumerate(zip(chosen, colours, names, strict=True)):
         thing = scene.object(s.object_id)
         plain = easy and shown.count(name) == 1
@@ -79,12 +82,21 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
         if not plain:
             draw.dot(image, s.point, colour, str(k + 1))
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[image], turns=turns, answer=answers[-1],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[image],
+        turns=turns,
+        answer=answers[-1],
         metadata={
-            "form": "easy" if easy else "point", "view": view_index, "objects": [s.object_id for s in chosen],
-            "what": what_asked, "turn_answers": answers,
+            "form": "easy" if easy else "point",
+            "view": view_index,
+            "objects": [s.object_id for s in chosen],
+            "what": what_asked,
+            "turn_answers": answers,
         },
-    )  # fmt: skip
+    )
 
 
 def first_turn(row: Sample) -> Sample:

@@ -10,7 +10,8 @@ from fastvst.spatial import draw
 from fastvst.tasks.angles import COMPASS, clear_direction, clockwise, sector, spot
 from fastvst.tasks.common import TaskConfig, apart, canvas, choose, distractors, mcq, pick, sample, usable
 
-TASK, KIND = "object_object", "multi_image"
+TASK = "object_object"
+KIND = "multi_image"
 
 OBJECTS = (
     "The {a} is {given} of the {b}. In which direction is the {c} from the {b}?",
@@ -108,17 +109,29 @@ def make(
     right = COMPASS[place]
     free = bool(rng.uniform() < config.easy)
     if free:
-        question, reply, options = pick(rng, FREE).format(question=question), right, list(COMPASS)
+        question = pick(rng, FREE).format(question=question)
+        reply = right
+        options = list(COMPASS)
     else:
         line, reply, options = mcq(rng, right, distractors(rng, right, COMPASS, 3))
         question = pick(rng, OPTIONS).format(question=question, options=line)
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=pictures, turns=[(question, reply)],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=pictures,
+        turns=[(question, reply)],
         answer={"type": "choice", "value": right, "candidates": options},
         metadata={
-            "form": "free" if free else "choice", "anchor": "camera" if by_camera else "object",
+            "form": "free" if free else "choice",
+            "anchor": "camera" if by_camera else "object",
             "views": list(pair[:2]),
-            "eye": eye, "objects": ids, "given": COMPASS[given], "titles": titles, "colours": colours,
+            "eye": eye,
+            "objects": ids,
+            "given": COMPASS[given],
+            "titles": titles,
+            "colours": colours,
             "marks": [[picture, *s.point] for s, picture in chosen],
         },
-    )  # fmt: skip
+    )

@@ -22,7 +22,8 @@ from fastvst.tasks.common import (
 )
 from fastvst.tasks.facts import Statement, answer_of
 
-TASK, KIND = "scene_caption", "caption"
+TASK = "scene_caption"
+KIND = "caption"
 
 PHRASES = (
     "Describe the scene with a focus on {points}.",
@@ -118,17 +119,25 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     statements = [first, *body]
     points = [f"the {colour} point-{k + 1}" for k, colour in enumerate(colours)]
     return sample(
-        scene, task=TASK, kind=KIND, index=index, images=[image],
+        scene,
+        task=TASK,
+        kind=KIND,
+        index=index,
+        images=[image],
         turns=[(pick(rng, PHRASES).format(points=listed(points)), " ".join(s.text for s in statements))],
         answer=answer_of(statements),
         metadata={"form": "metric", "view": view_index, "objects": [s.object_id for s in chosen], "titles": titles},
-    )  # fmt: skip
+    )
 
 
 def _pair(
-    scene: Scene, view: View, rng: np.random.Generator, config: TaskConfig, two: tuple[Sighting, Sighting],
+    scene: Scene,
+    view: View,
+    rng: np.random.Generator,
+    config: TaskConfig,
+    two: tuple[Sighting, Sighting],
     titles: tuple[str, str],
-) -> list[Statement]:  # fmt: skip
+) -> list[Statement]:
     """The distance of two things, and which is nearer to the camera where that is beyond doubt."""
     ids = [s.object_id for s in two]
     boxes = [scene.object(i).box for i in ids]
@@ -138,7 +147,8 @@ def _pair(
         fact = {"says": "distance", "titles": list(titles), "value": round(gap, 2), "objects": ids}
         found.append(Statement(pick(rng, DISTANCE).format(a=titles[0], b=titles[1], d=gap), fact))
     order = sorted((0, 1), key=lambda k: two[k].depth)
-    near, far = two[order[0]], two[order[1]]
+    near = two[order[0]]
+    far = two[order[1]]
     centre = scene.boxes_in_view(view, ids)[:, 2]
     margin = max(config.depth_gap, config.depth_ratio * far.depth)
     if far.depth - near.depth >= margin and centre[order[1]] - centre[order[0]] >= margin:

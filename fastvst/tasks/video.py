@@ -70,22 +70,37 @@ def options(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[lis
 
 
 def row(
-    scene: Scene, *, task: str, index: str, question: str, reply: str, choices: list[str] | None = None,
-    answer: dict[str, Any] | None = None, metadata: dict[str, Any], suffix: str = AFTER_NUMBER,
-) -> Sample:  # fmt: skip
+    scene: Scene,
+    *,
+    task: str,
+    index: str,
+    question: str,
+    reply: str,
+    choices: list[str] | None = None,
+    answer: dict[str, Any] | None = None,
+    metadata: dict[str, Any],
+    suffix: str = AFTER_NUMBER,
+) -> Sample:
     """A row about the whole walk. With `choices` (the right one is `reply`) the answer is the option's letter."""
     lines = [BEFORE, question]
     if choices is not None:
         named = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
         lines += ["Options:", *named, AFTER_CHOICE]
         right = named[choices.index(reply)]
-        answer, reply = {"type": "choice", "value": right, "candidates": named}, right[0]
+        answer = {"type": "choice", "value": right, "candidates": named}
+        reply = right[0]
     elif suffix:
         lines.append(suffix)
     if answer is None:
         raise ValueError(f"{scene.name}: a row of {task} needs choices or a checkable answer")
     return sample(
-        scene, task=task, kind="video", index=index, images=list(frames(scene)),
-        turns=[("\n".join(lines), reply)], answer=answer,
-        metadata={**metadata, "choice": choices is not None, "frames": list(scene.walk)}, fps=scene.fps,
-    )  # fmt: skip
+        scene,
+        task=task,
+        kind="video",
+        index=index,
+        images=list(frames(scene)),
+        turns=[("\n".join(lines), reply)],
+        answer=answer,
+        metadata={**metadata, "choice": choices is not None, "frames": list(scene.walk)},
+        fps=scene.fps,
+    )

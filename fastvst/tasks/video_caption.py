@@ -56,7 +56,8 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
     if scene.polygon is not None:
         size = area(scene.polygon)
         statements.append(Statement(pick(rng, ROOM).format(d=size), {"says": "area", "value": round(size, 1)}))
-    turn, length = total_turn(scene), travelled(scene)
+    turn = total_turn(scene)
+    length = travelled(scene)
     if abs(turn) >= 60 and length >= 0.5:
         way = "right" if turn > 0 else "left"
         fact = {"says": "way", "value": round(length, 1), "words": [way]}
@@ -69,6 +70,12 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         fact = {"says": "count", "titles": [kind.name], "objects": list(kind.ids)}
         statements.append(Statement(pick(rng, COUNT).format(n=WORDS[len(kind.ids)], name=kind.name), fact))
     return row(
-        scene, task=TASK, index=index, question=pick(rng, PHRASES), reply=" ".join(s.text for s in statements),
-        answer=answer_of(statements), metadata={"form": "tour"}, suffix="",
-    )  # fmt: skip
+        scene,
+        task=TASK,
+        index=index,
+        question=pick(rng, PHRASES),
+        reply=" ".join(s.text for s in statements),
+        answer=answer_of(statements),
+        metadata={"form": "tour"},
+        suffix="",
+    )

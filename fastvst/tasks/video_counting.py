@@ -37,7 +37,12 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         near = [n for n in range(max(1, count - 3), count + 4) if n != count]
         choices, _ = options(rng, str(count), [str(n) for n in choose(rng, near, 3)])
     return row(
-        scene, task=TASK, index=index, question=pick(rng, PHRASES).format(name=kind.name), reply=str(count),
-        choices=choices, answer={"type": "number", "value": count, "unit": "", "tolerance": 0.0},
+        scene,
+        task=TASK,
+        index=index,
+        question=pick(rng, PHRASES).format(name=kind.name),
+        reply=str(count),
+        choices=choices,
+        answer={"type": "number", "value": count, "unit": "", "tolerance": 0.0},
         metadata={"form": "free" if choices is None else "choice", "name": kind.name, "objects": list(kind.ids)},
-    )  # fmt: skip
+    )

@@ -39,7 +39,11 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
     what = "height" if rng.uniform() < 0.25 else "greatest"
     value = round(100 * measure(scene.object(known[name]), what))
     return row(
-        scene, task=TASK, index=index, question=pick(rng, HEIGHT if what == "height" else LONGEST).format(name=name),
-        reply=str(value), answer={"type": "number", "value": value, "unit": "cm", "tolerance": TOLERANCE},
+        scene,
+        task=TASK,
+        index=index,
+        question=pick(rng, HEIGHT if what == "height" else LONGEST).format(name=name),
+        reply=str(value),
+        answer={"type": "number", "value": value, "unit": "cm", "tolerance": TOLERANCE},
         metadata={"form": what, "objects": [known[name]]},
-    )  # fmt: skip
+    )

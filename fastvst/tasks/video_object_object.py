@@ -68,11 +68,14 @@ def _distance(scene: Scene, rng: np.random.Generator, config: TaskConfig, index:
     if value < LEAST:
         return None
     return row(
-        scene, task=TASK, index=index, question=pick(rng, DISTANCE).format(a=names[0], b=names[1]),
+        scene,
+        task=TASK,
+        index=index,
+        question=pick(rng, DISTANCE).format(a=names[0], b=names[1]),
         reply=f"{value:.1f}",
         answer={"type": "number", "value": round(value, 1), "unit": "m", "tolerance": 0.1},
         metadata={"form": "distance", "objects": [known[name] for name in names]},
-    )  # fmt: skip
+    )
 
 
 def _closest(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
@@ -91,10 +94,15 @@ def _closest(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: 
     choices, _ = options(rng, right, [name for name in names if name != right])
     free = bool(rng.uniform() < config.easy / 2)
     return row(
-        scene, task=TASK, index=index, question=pick(rng, CLOSEST).format(list=", ".join(names), r=anchor), reply=right,
-        choices=None if free else choices, answer={"type": "choice", "value": right, "candidates": names},
+        scene,
+        task=TASK,
+        index=index,
+        question=pick(rng, CLOSEST).format(list=", ".join(names), r=anchor),
+        reply=right,
+        choices=None if free else choices,
+        answer={"type": "choice", "value": right, "candidates": names},
         metadata={"form": "closest", "objects": [known[n] for n in (anchor, *names)], "names": names, "gaps": gaps},
-    )  # fmt: skip
+    )
 
 
 def _direction(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
@@ -114,7 +122,12 @@ def _direction(scene: Scene, rng: np.random.Generator, config: TaskConfig, index
     question = pick(rng, DIRECTION).format(a=names[0], b=names[1], c=names[2], list=shown) + NOTE[level]
     free = bool(rng.uniform() < config.easy / 2)
     return row(
-        scene, task=TASK, index=index, question=question, reply=right, choices=None if free else choices,
+        scene,
+        task=TASK,
+        index=index,
+        question=question,
+        reply=right,
+        choices=None if free else choices,
         answer={"type": "choice", "value": right, "candidates": list(words)},
         metadata={"form": f"direction_{level}", "objects": [known[name] for name in names], "right": right},
-    )  # fmt: skip
+    )

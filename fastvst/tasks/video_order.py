@@ -59,10 +59,12 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
     metadata = {"form": "first" if first_only else "order", "order": ranked, "first": [k.first for k in found]}
     if first_only:
         choices = shown
-        question, reply = pick(rng, FIRST).format(names=", ".join(shown)), ranked[0]
+        question = pick(rng, FIRST).format(names=", ".join(shown))
+        reply = ranked[0]
         choices, _ = options(rng, reply, [name for name in shown if name != reply])
     else:
-        question, reply = pick(rng, ORDER).format(names=", ".join(shown)), ", ".join(ranked)
+        question = pick(rng, ORDER).format(names=", ".join(shown))
+        reply = ", ".join(ranked)
         wrong: list[str] = []
         while len(wrong) < 3:
             other = ", ".join(choose(rng, ranked, len(ranked)))
@@ -71,6 +73,12 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         choices, _ = options(rng, reply, wrong)
     free = bool(rng.uniform() < config.easy / 2)
     return row(
-        scene, task=TASK, index=index, question=question, reply=reply, choices=None if free else choices,
-        answer={"type": "text", "value": reply, "candidates": shown}, metadata=metadata,
-    )  # fmt: skip
+        scene,
+        task=TASK,
+        index=index,
+        question=question,
+        reply=reply,
+        choices=None if free else choices,
+        answer={"type": "text", "value": reply, "candidates": shown},
+        metadata=metadata,
+    )

@@ -66,7 +66,9 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         turn = total_turn(scene)
         if abs(turn) < 60:
             return None
-        right, question, names = "right" if turn > 0 else "left", pick(rng, TURN), ["left", "right"]
+        right = "right" if turn > 0 else "left"
+        question = pick(rng, TURN)
+        names = ["left", "right"]
     else:
         view = scene.views[scene.walk[-1]]
         pool = nameable(scene, view, config)
@@ -78,18 +80,29 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         if not clear or int(np.argmin(depths)) != int(np.argmin(centres)):
             return None
         names = [scene.object(s.object_id).name for s in chosen]
-        right, question = names[int(np.argmin(depths))], pick(rng, LAST).format(list=", ".join(names))
+        right = names[int(np.argmin(depths))]
+        question = pick(rng, LAST).format(list=", ".join(names))
     choices, _ = options(rng, right, [name for name in names if name != right])
     free = bool(rng.uniform() < config.easy / 2)
     return row(
-        scene, task=TASK, index=index, question=question, reply=right, choices=None if free else choices,
-        answer={"type": "choice", "value": right, "candidates": names}, metadata={"form": form, "names": names},
-    )  # fmt: skip
+        scene,
+        task=TASK,
+        index=index,
+        question=question,
+        reply=right,
+        choices=None if free else choices,
+        answer={"type": "choice", "value": right, "candidates": names},
+        metadata={"form": form, "names": names},
+    )
 
 
 def _number(scene: Scene, index: str, form: str, question: str, value: float, unit: str) -> Sample:
     return row(
-        scene, task=TASK, index=index, question=question, reply=f"{value:.1f}",
+        scene,
+        task=TASK,
+        index=index,
+        question=question,
+        reply=f"{value:.1f}",
         answer={"type": "number", "value": round(value, 1), "unit": unit, "tolerance": 0.1},
         metadata={"form": form},
-    )  # fmt: skip
+    )

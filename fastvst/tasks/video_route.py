@@ -16,7 +16,8 @@ from fastvst.tasks.video import options, row, unique
 TASK = "video_route"
 TURNS = ("turn left", "turn right", "turn back")
 LEG = 0.6  # metres; shorter legs are no walk
-STEP_OVER, DUCK = 0.1, 1.9  # metres: what is lower or hangs higher is not in the way
+STEP_OVER = 0.1
+DUCK = 1.9  # metres: what is lower or hangs higher is not in the way
 
 START = (
     "You are a robot beginning at the {a}, facing the {b}. You want to go to the {z}.",
@@ -55,7 +56,8 @@ def obstacles(scene: Scene) -> tuple[tuple[int, np.ndarray], ...]:
 
 def walkable(scene: Scene, start: int, end: int) -> bool:
     """Whether the straight way between two things is free of everything else on the floor and crosses no wall."""
-    a, b = spot(scene, start), spot(scene, end)
+    a = spot(scene, start)
+    b = spot(scene, end)
     if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_wall(a, b, scene.polygon)):
         return False
     return not any(meets(a, b, outline) for i, outline in obstacles(scene) if i not in (start, end))
@@ -83,7 +85,8 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
             break
     else:
         return None
-    steps, number = [], 1
+    steps = []
+    number = 1
     for name in [names[k] for k in range(2, legs + 2)]:
         steps += [f"{number}. [fill in]", f"{number + 1}. Go forward until the {name}."]
         number += 2
@@ -94,7 +97,12 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
     choices, _ = options(rng, right, choose(rng, [text for text in every if text != right], min(3, len(every) - 1)))
     free = bool(rng.uniform() < config.easy / 2)
     return row(
-        scene, task=TASK, index=index, question=question, reply=right, choices=None if free else choices,
+        scene,
+        task=TASK,
+        index=index,
+        question=question,
+        reply=right,
+        choices=None if free else choices,
         answer={"type": "text", "value": right, "candidates": every},
         metadata={"form": f"{legs}_turns", "objects": ids, "names": names},
-    )  # fmt: skip
+    )

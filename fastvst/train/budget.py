@@ -93,7 +93,8 @@ def estimate_memory(
     """
     with torch.device("meta"):
         model = Qwen25VL(config)
-    counts, fixed = count_parameters(model), set(frozen)
+    counts = count_parameters(model)
+    fixed = set(frozen)
     trained = {p: 0 if ("decoder" if p.startswith("emb") else p) in fixed else n for p, n in counts.items()}
     size = compute.itemsize
     gathered = 0.0
@@ -172,8 +173,10 @@ def plan_data(mixture: Mixture, processor: Any, config: LoaderConfig, *, world_s
     Raises:
         ValueError: no usable sample came up.
     """
-    planner, report = make_planner(mixture, processor, config, world_size), PackingReport()
-    first, rejected = None, 0
+    planner = make_planner(mixture, processor, config, world_size)
+    report = PackingReport()
+    first = None
+    rejected = 0
     while report.samples < samples and (step := planner.next_step()) is not None:
         rejected += len(step.bad)
         if not step.packs:

@@ -157,9 +157,11 @@ def load(
     check(path)
     state = json.loads((path / "train.json").read_text(encoding="utf-8"))
     tensors, _ = _tensors(model, optimizer)
-    have, want = state.pop("tensors"), {name: list(tensor.shape) for name, tensor in tensors.items()}
+    have = state.pop("tensors")
+    want = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if have != want:
-        missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+        missing = sorted(set(want) - set(have))
+        extra = sorted(set(have) - set(want))
         other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
         raise CheckpointError(
             f"{path} does not fit this model and optimizer (is it of another model.preset or optimizer.freeze?): "

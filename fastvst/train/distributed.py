@@ -116,8 +116,10 @@ def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = Non
         ParallelError: no such GPU, more processes than GPUs, the port is taken, the replicas do not divide the ranks.
     """
     env = os.environ if environment is None else environment
-    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size))
+    rank = int(env.get("RANK", 0))
+    size = int(env.get("WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(config.device, local_rank, local_size)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     cores = len(os.sched_getaffinity(0)) // local_size
@@ -235,7 +237,8 @@ def _rendezvous(env: Mapping[str, str], rank: int, size: int, timeout: float) ->
     missing = " and ".join(k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env)
     if missing:
         raise ParallelError(f"WORLD_SIZE is {size}, but {missing} is not set; start the run with torchrun")
-    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    host = env["MASTER_ADDR"]
+    port = int(env["MASTER_PORT"])
     # torchrun's own process serves the store when it says so; otherwise rank 0 does.
     serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -101,7 +101,8 @@ def write_down(config: GuardConfig, recent: Recent, out: Path, row: dict[str, An
     Raises:
         GuardError: `patience` steps in a row were skipped.
     """
-    step, reason = row["step"], row["reason"]
+    step = row["step"]
+    reason = row["reason"]
     with (out / f"skipped-{row['rank']:05d}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(f"rank {row['rank']}, step {step + 1} skipped, {reason}: {row['packs']}", flush=True)

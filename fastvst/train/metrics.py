@@ -50,7 +50,9 @@ class Metrics:
         settings: dict[str, Any],
         line: Callable[[dict[str, Any], int], str] | None = None,
     ) -> None:
-        self.config, self.total_steps, self.is_main = config, total_steps, is_main
+        self.config = config
+        self.total_steps = total_steps
+        self.is_main = is_main
         self.line = line or progress_line
         self.path = out / "metrics.jsonl"
         self._seconds_per_step: float | None = None
@@ -86,7 +88,8 @@ class Metrics:
         if not self.is_main:
             return
         row = rates(row)
-        step, seconds = row["step"], row["seconds"]
+        step = row["step"]
+        seconds = row["seconds"]
         old = self._seconds_per_step
         self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds  # about the last ten steps
         row["eta"] = round((self.total_steps - step - 1) * self._seconds_per_step, 1)

@@ -70,7 +70,8 @@ class Watchdog:
                 link.shutdown(socket.SHUT_WR)
 
     def _connect(self, store: dist.Store) -> None:
-        rank, size = self.world.rank, self.world.size
+        rank = self.world.rank
+        size = self.world.size
         me = f"{socket.gethostname()} (pid {os.getpid()})"
         if rank == 0:
             everywhere = self.world.local_size < size
@@ -84,7 +85,8 @@ class Watchdog:
                 if len(words) != 3 or words[0] != key:  # a stranger knocked on the port
                     link.close()
                     continue
-                self._links[int(words[1])], self._names[int(words[1])] = link, words[2]
+                self._links[int(words[1])] = link
+                self._names[int(words[1])] = words[2]
             server.close()
             for link in self._links.values():
                 link.sendall(f"{me}\n".encode())
@@ -93,7 +95,8 @@ class Watchdog:
             link = socket.create_connection((host, int(port)), timeout=60)
             link.sendall(f"{key} {rank} {me}\n".encode())
             link.settimeout(None)
-            self._links[0], self._names[0] = link, _read_line(link)
+            self._links[0] = link
+            self._names[0] = _read_line(link)
         for link in self._links.values():
             link.settimeout(None)
             _keep_alive(link)

@@ -91,7 +91,8 @@ def column_sum(x: Tensor) -> Tensor:
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, packed: bool, count: int, *parameters: Tensor):
-        weights, biases = parameters[:count], parameters[count:]
+        weights = parameters[:count]
+        biases = parameters[count:]
         ctx.save_for_backward(x, *weights)
         ctx.packed = packed
         return (packed_linear_forward if packed else parallel_linear_forward)(x, weights, biases)

@@ -268,7 +268,8 @@ class CISPO(Objective):
         return -ratio.clamp(1 - self.clip_low, 1 + self.clip_high).detach() * advantages * logprobs
 
     def clipped(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = ratio < 1 - self.clip_low, ratio > 1 + self.clip_high
+        low = ratio < 1 - self.clip_low
+        high = ratio > 1 + self.clip_high
         return low, high, torch.zeros_like(low)
 
 

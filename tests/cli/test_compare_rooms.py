@@ -52,8 +52,9 @@ def test_checkpoints_are_named_or_found(tmp_path: Path, monkeypatch: pytest.Monk
         Path(folder).mkdir(parents=True)
     assert list(compare_rooms.checkpoints(None)) == ["SFT", "RL"]
     assert compare_rooms.checkpoints(["old=runs/sft/hf", "runs/rl/hf"]) == {
-        "old": Path("runs/sft/hf"), "runs/rl/hf": Path("runs/rl/hf"),
-    }  # fmt: skip
+        "old": Path("runs/sft/hf"),
+        "runs/rl/hf": Path("runs/rl/hf"),
+    }
     with pytest.raises(FileNotFoundError, match="no such checkpoint: gone"):
         compare_rooms.checkpoints(["x=gone"])
 
@@ -72,13 +73,20 @@ def test_thinking_asks_under_the_thinking_prompt(monkeypatch: pytest.MonkeyPatch
     sample = Sample.from_messages(
         [
             {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (56, 56))},
-                                         {"type": "text", "text": "How tall?"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": Image.new("RGB", (56, 56))},
+                    {"type": "text", "text": "How tall?"},
+                ],
+            },
             {"role": "assistant", "content": "1 cm"},
         ],
-        answer={"type": "number", "value": 1, "unit": "cm", "tolerance": 0.1}, metadata={"task": "t"},
-    )  # fmt: skip
-    model, processor = Qwen25VL(ModelConfig.preset("tiny")), Processor.preset("tiny", max_pixels=56 * 56)
+        answer={"type": "number", "value": 1, "unit": "cm", "tolerance": 0.1},
+        metadata={"task": "t"},
+    )
+    model = Qwen25VL(ModelConfig.preset("tiny"))
+    processor = Processor.preset("tiny", max_pixels=56 * 56)
     for thinking in (True, False):
         rooms.answer_all(model, processor, rooms.questions([sample]), thinking=thinking)
     systems = [[p["text"] for m in s.messages if m["role"] == "system" for p in m["content"]] for s in asked]
@@ -97,9 +105,20 @@ def test_command_on_rendered_rooms(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(made) == 0
     same = f"{tmp_path / 'hf'}"
     status = main(
-        ["evaluate", "rooms", "--model", f"one={same}", f"two={same}", "--data", str(tmp_path / "heldout"),
-         "--train-data", str(tmp_path / "train"), "--out", str(tmp_path / "out")]
-    )  # fmt: skip
+        [
+            "evaluate",
+            "rooms",
+            "--model",
+            f"one={same}",
+            f"two={same}",
+            "--data",
+            str(tmp_path / "heldout"),
+            "--train-data",
+            str(tmp_path / "train"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert status == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "index.html", "rooms.svg"}
     rows = [line.split("|") for line in (tmp_path / "out" / "results.md").read_text().splitlines()[2:]]

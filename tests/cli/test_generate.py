@@ -80,7 +80,8 @@ def test_a_missing_model_is_a_line(tmp_path, capsys):
 def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
     Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "red.png")
     said: list[str] = []
-    state, params = command.Chat(), SamplingParams(temperature=0, max_tokens=6)
+    state = command.Chat()
+    params = SamplingParams(temperature=0, max_tokens=6)
 
     def say(line: str) -> str:
         said.clear()
@@ -106,7 +107,9 @@ def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
     assert not state.messages and command.HELP in say("/what")
     with av.open(str(tmp_path / "moving.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for value in range(0, 160, 10):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), value, dtype=np.uint8))))
         container.mux(stream.encode(None))

@@ -17,7 +17,8 @@ def text(value: str) -> dict:
     return {"type": "text", "text": value}
 
 
-IMAGE, VIDEO = {"type": "image", "image": "x"}, {"type": "video", "video": "x"}
+IMAGE = {"type": "image", "image": "x"}
+VIDEO = {"type": "video", "video": "x"}
 TWO_TURNS = [
     {"role": "user", "content": [IMAGE, text(" How far? ")]},
     {"role": "assistant", "content": [text("\n71 cm\n")]},

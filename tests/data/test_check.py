@@ -28,9 +28,12 @@ def png(width: int = 64, height: int = 56) -> bytes:
 def row(id: str, question: str, answer: str, images: int = 1, kind: str = "qa", picture: bytes | None = None) -> dict:
     return {
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        "id": id, "data_source": "made", "type": kind, "meta_info": "[]",
+        "id": id,
+        "data_source": "made",
+        "type": kind,
+        "meta_info": "[]",
         "images": [{"bytes": picture or png(), "path": None}] * images,
-    }  # fmt: skip
+    }
 
 
 def boxes(*numbers: list[float]) -> str:
@@ -125,11 +128,15 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 # Folder, rows' type and images of the published set (vst-spec 1.2).
 PUBLISHED = {
-    "mi_camera_motion": ("multi_image", 2), "mi_correspondence": ("correspondence", 2),
-    "mi_object_object_relation": ("multi_image", 2), "mi_scene_caption": ("caption-multi-view", 2),
-    "si_depth_comparison": ("depth", 1), "si_distance": ("distance", 1), "si_measurement": ("qa", 1),
+    "mi_camera_motion": ("multi_image", 2),
+    "mi_correspondence": ("correspondence", 2),
+    "mi_object_object_relation": ("multi_image", 2),
+    "mi_scene_caption": ("caption-multi-view", 2),
+    "si_depth_comparison": ("depth", 1),
+    "si_distance": ("distance", 1),
+    "si_measurement": ("qa", 1),
     "si_scene_caption": ("unknow", 1),
-}  # fmt: skip
+}
 
 
 def test_the_published_folders_are_read_checked_packed_and_trained_on(tmp_path: Path) -> None:
@@ -157,7 +164,9 @@ def test_the_published_folders_are_read_checked_packed_and_trained_on(tmp_path: 
     (tmp_path / "video").mkdir()
     with av.open(str(tmp_path / "video" / "scene.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for shade in range(0, 160, 10):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))

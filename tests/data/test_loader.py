@@ -82,7 +82,8 @@ def test_workers_do_not_change_the_packs_nor_the_ledger(data, tmp_path, workers)
         stream = loader(once, num_workers=count, accumulation=2, ledger=ledger)
         return list(stream), stream.state_dict(), (tmp_path / f"{count}.jsonl").read_text()
 
-    alone, shared = run(0), run(workers)
+    alone = run(0)
+    shared = run(workers)
     assert_same(alone[0], shared[0])
     assert alone[1:] == shared[1:]
     assert shared[1]["ledger"]["counts"] == {"broken_image": 2, "too_long": 1, "mark_count": 1}  # not once a pack
@@ -92,7 +93,8 @@ def test_workers_do_not_change_the_packs_nor_the_ledger(data, tmp_path, workers)
 
 
 def test_resume_after_any_pack_with_another_number_of_workers(data) -> None:
-    whole, states = [], []
+    whole = []
+    states = []
     stream = loader(data, accumulation=3, ledger=Ledger(max_fraction=1.0))
     for batch in take(stream, 14):
         whole.append(batch)
@@ -252,8 +254,14 @@ def test_with_the_real_processor_every_kind_of_bad_sample_is_recorded_once(tmp_p
 
     def row(identifier: str, image: bytes, text: str = "<|image_pad|>What?", marks: str = "") -> dict:
         turns = [{"from": "human", "value": text + marks}, {"from": "gpt", "value": f"A {identifier}."}]
-        return {"id": identifier, "data_source": "rooms", "type": "qa", "conversations": turns,
-                "images": [{"bytes": image, "path": None}], "meta_info": ""}  # fmt: skip
+        return {
+            "id": identifier,
+            "data_source": "rooms",
+            "type": "qa",
+            "conversations": turns,
+            "images": [{"bytes": image, "path": None}],
+            "meta_info": "",
+        }
 
     rows = [row(f"good{i}", pictures[i % 3]) for i in range(40)]
     bad = {

@@ -24,8 +24,11 @@ def paths(tmp_path_factory):
     table = [{**r, "image": None, "images": None, "conversations": r["conversations"]} for r in rows]
     for row in table:
         row["conversations"] = [dict(t, value=t["value"].replace("<image>", "")) for t in row["conversations"]]
-    pq.write_table(pa.Table.from_pylist([{k: v for k, v in r.items() if v is not None} for r in table]),
-                   folder / "p.parquet", row_group_size=7)  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist([{k: v for k, v in r.items() if v is not None} for r in table]),
+        folder / "p.parquet",
+        row_group_size=7,
+    )
     return [write_jsonl(folder / "j.jsonl", fake_rows(600, 0, "j")), folder / "p.parquet"]
 
 
@@ -54,7 +57,8 @@ def test_without_a_buffer_one_source_comes_in_order(paths) -> None:
 
 def test_shuffling_reorders_blocks_and_rows_anew_in_every_epoch(paths) -> None:
     stream = open_mixture(config(paths[1:], shuffle_buffer=5))
-    first, second = ids(stream, 50), ids(stream, 50)
+    first = ids(stream, 50)
+    second = ids(stream, 50)
     assert first != second and first != [f"p{i}" for i in range(50)]
 
 

@@ -48,7 +48,11 @@ def rooms(count: int) -> list[Cost]:
 def simulate(costs: list[Cost], packs: int, budget: int) -> tuple[PackingReport, int, list[int]]:
     """Pack a stream to its end; the report of the full steps, the longest wait in steps, and what was packed."""
     packer = Packer(PackingConfig(tokens_per_pack=budget), packs)
-    report, waited, done, step, at = PackingReport(), 0, [], 0, 0
+    report = PackingReport()
+    waited = 0
+    done = []
+    step = 0
+    at = 0
     while True:
         while packer.hungry and at < len(costs):
             packer.add((at, step), costs[at])
@@ -89,7 +93,8 @@ def test_fill_and_balance_over_8_ranks(name: str, costs: list[Cost], budget: int
 def test_counting_tokens_alone_would_not_balance() -> None:
     costs = long_tailed(2000, 16384)
     order = np.random.default_rng(2).permutation(len(costs))
-    loads, at = [], 0
+    loads = []
+    at = 0
     for _ in range(64):  # first come, first served, until the next one does not fit
         load = np.zeros(3)
         while load[0] + costs[order[at]].tokens <= 16384:
@@ -127,7 +132,8 @@ def test_a_step_never_loses_doubles_cuts_or_overfills(rows: list[tuple[int, int]
 def test_a_finite_stream_is_emptied_and_nobody_waits_for_ever(rows: list[tuple[int, int]], packs: int) -> None:
     packer = Packer(PackingConfig(tokens_per_pack=100, buffer_samples=20), packs)
     waiting = [Cost(t, 4 * p, float(t + 9 * p)) for t, p in rows]
-    done, step = [], 0
+    done = []
+    step = 0
     while waiting or len(packer):
         while waiting and packer.hungry:
             packer.add((len(rows) - len(waiting), step, len(packer)), waiting.pop(0))

@@ -74,10 +74,12 @@ def hugging_face_encode(hugging_face, messages: list[dict], prompt: bool) -> tup
     tokenizer, processor = hugging_face
     pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    values, grids = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int64)
+    values = np.zeros((0, 1176), np.float32)
+    grids = np.zeros((0, 3), np.int64)
     if pictures:
         out = processor(pictures, return_tensors="np")
-        values, grids = out["pixel_values"], out["image_grid_thw"]
+        values = out["pixel_values"]
+        grids = out["image_grid_thw"]
         pieces = rendered.split("<|image_pad|>")
         rendered = pieces[0]
         for piece, grid in zip(pieces[1:], grids, strict=True):
@@ -138,7 +140,8 @@ def test_first_token_is_never_supervised() -> None:
 
 
 def test_generation_prompt_drops_the_answer() -> None:
-    full, prompt = TINY.encode(sample(text("Hi?"))), TINY.encode(sample(text("Hi?")), add_generation_prompt=True)
+    full = TINY.encode(sample(text("Hi?")))
+    prompt = TINY.encode(sample(text("Hi?")), add_generation_prompt=True)
     header = [TINY.token_id(name) for name in ("<|im_start|>", "assistant", "Ċ")]
     assert prompt.tokens[-3:].tolist() == header and (prompt.labels == -100).all()
     assert full.tokens[: len(prompt)].tolist() == prompt.tokens.tolist()
@@ -165,7 +168,8 @@ def test_positions_slots_and_windows_fit_a_pack() -> None:
 @settings(max_examples=30, deadline=None)
 def test_measure_is_the_cost_of_encode(content: list[dict]) -> None:
     row = sample(*content)
-    encoded, cost = TINY.encode(row), TINY.measure(row)
+    encoded = TINY.encode(row)
+    cost = TINY.measure(row)
     assert cost == encoded.cost and cost.tokens == len(encoded) and cost.patches == len(encoded.patches)
     targets = int((encoded.labels != -100).sum())
     assert cost.flops == sample_flops(TINY.model_config, len(encoded), encoded.grid.tolist(), targets) > 0
@@ -203,7 +207,8 @@ def test_a_mix_of_picture_and_video_keeps_reading_order() -> None:
     assert encoded.grid.tolist() == [[1, 8, 2], [1, 4, 4], [1, 8, 4]]
     pack([encoded]).validate()
     order = encoded.tokens[encoded.vision_slots.long()].tolist()
-    image_id, video_id = processor.token_id("<|image_pad|>"), processor.token_id("<|video_pad|>")
+    image_id = processor.token_id("<|image_pad|>")
+    video_id = processor.token_id("<|video_pad|>")
     sizes = [int(g.prod()) // 4 for g in encoded.grid]
     assert order == [image_id] * sizes[0] + [video_id] * sizes[1] + [image_id] * sizes[2]
 
@@ -349,7 +354,9 @@ def test_template_and_labels_on_qwens_own_tokenizer(tmp_path: Path) -> None:
     processor = Processor(from_ranks(ranks), ModelConfig.preset("3b"))
     row = sample(image(56, 84), text("What is the height?"), answer="71 cm")
     encoded = processor.encode(row)
-    start, end, newline = 151644, 151645, 198
+    start = 151644
+    end = 151645
+    newline = 198
     assert encoded.tokens.tolist() == [
         *(start, 8948, newline, 2610, 525, 264, 10950, 17847, 13, end, newline),  # You are a helpful assistant.
         *(start, 872, newline, 151652, *[151655] * 6, 151653, 3838, 374, 279, 2608, 30, end, newline),

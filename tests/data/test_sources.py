@@ -114,16 +114,23 @@ def test_without_marks_all_pictures_come_first_in_the_first_human_turn(tmp_path)
 def test_older_marks_and_a_doubly_wrapped_conversation(tmp_path) -> None:
     row = vst_row(conversations=[talk("<image>\nWhich?")])
     assert layout(only(write_json(tmp_path / "a.json", [{**row, "images": [uri(png(1))]}])))[0] == (
-        "user", ["IMAGE", "\nWhich?"]
-    )  # fmt: skip
+        "user",
+        ["IMAGE", "\nWhich?"],
+    )
     assert layout(only(write_parquet(tmp_path / "a.parquet", [row])))[0] == ("user", ["IMAGE", "\nWhich?"])
 
 
 @pytest.mark.parametrize(
     ("question", "pictures"),
-    [("<|image_pad|>?", 2), ("<|image_pad|><|image_pad|>?", 1), ("<image>?", 0), ("<image><image>?", 3),
-     ("<|image_pad|>?", 0), ("<|video_pad|>?", 1)],
-)  # fmt: skip
+    [
+        ("<|image_pad|>?", 2),
+        ("<|image_pad|><|image_pad|>?", 1),
+        ("<image>?", 0),
+        ("<image><image>?", 3),
+        ("<|image_pad|>?", 0),
+        ("<|video_pad|>?", 1),
+    ],
+)
 def test_mark_count_mismatch_names_both_counts(tmp_path, question, pictures) -> None:
     row = vst_row(conversations=talk(question), images=[{"bytes": png(1), "path": None}] * pictures)
     path = write_parquet(tmp_path / "a.parquet", [vst_row(id="good"), row])
@@ -133,10 +140,18 @@ def test_mark_count_mismatch_names_both_counts(tmp_path, question, pictures) -> 
 
 
 def test_videos_as_files_and_as_frames(tmp_path) -> None:
-    files = vst_row(type="video", images=[{"bytes": b"\x00\x00\x00\x18ftypmp42", "path": None}],
-                    conversations=talk("<|video_pad|>What?"), id="file")  # fmt: skip
-    frames = vst_row(type="spatial_video", images=[{"bytes": png(i), "path": None} for i in range(4)],
-                     conversations=talk("What?"), id="frames")  # fmt: skip
+    files = vst_row(
+        type="video",
+        images=[{"bytes": b"\x00\x00\x00\x18ftypmp42", "path": None}],
+        conversations=talk("<|video_pad|>What?"),
+        id="file",
+    )
+    frames = vst_row(
+        type="spatial_video",
+        images=[{"bytes": png(i), "path": None} for i in range(4)],
+        conversations=talk("What?"),
+        id="frames",
+    )
     first, second = open_source(write_parquet(tmp_path / "a.parquet", [files, frames]))
     assert first.parts("video") == [{"type": "video", "video": b"\x00\x00\x00\x18ftypmp42"}]
     assert second.parts("video") == [{"type": "video", "video": [png(0), png(1), png(2), png(3)]}]
@@ -145,8 +160,13 @@ def test_videos_as_files_and_as_frames(tmp_path) -> None:
 
 def test_rl_rows(tmp_path) -> None:
     base = {"id": "q", "data_source": "rl", "question": "<image>A or B?", "images": [uri(png(1))]}
-    choice = {**base, "thought": "hm", "answer": "A. left", "answer_gt": "A",
-              "meta_info": json.dumps({"mode": ["multi_choices_score"], "question_type": "multi_choices"})}  # fmt: skip
+    choice = {
+        **base,
+        "thought": "hm",
+        "answer": "A. left",
+        "answer_gt": "A",
+        "meta_info": json.dumps({"mode": ["multi_choices_score"], "question_type": "multi_choices"}),
+    }
     boxes = {**base, "answer": "[]", "meta_info": json.dumps({"mode": ["bbox3d"]})}
     first, second = open_source(write_lines(tmp_path / "a.jsonl", [choice, boxes]))
     assert layout(first) == [("user", ["IMAGE", "A or B?"]), ("assistant", ["<think>hm</think> A. left"])]
@@ -188,8 +208,13 @@ def test_openai_parts(tmp_path) -> None:
         {"type": "image", "path": "q.png"},
         {"type": "video", "video": [uri(png(1)), "r.png"], "fps": 2.0},
     ]
-    row = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": content},
-                        {"role": "assistant", "content": "done"}]}  # fmt: skip
+    row = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "done"},
+        ]
+    }
     source = open_source(write_lines(tmp_path / "o.jsonl", [row]))
     (sample,) = source
     assert source.format == "openai" and sample.id == "o.jsonl[0][0]"
@@ -209,7 +234,8 @@ def test_messages_with_marks_or_empty_parts_and_a_column_of_pictures(tmp_path) -
     few = {"messages": [{"role": "user", "content": parts}], "images": ["1.png"], "id": "few"}
     rows = open_source(write_lines(tmp_path / "o.jsonl", [marks, empty, few]))
     stream = iter(rows)
-    first, second = next(stream), next(stream)
+    first = next(stream)
+    second = next(stream)
     assert layout(first)[0][1] == ["IMAGE", "a", "IMAGE"] and layout(second)[0][1] == ["a", "IMAGE", "b", "IMAGE"]
     for sample in (first, second):
         assert [p["image"] for p in sample.parts("image")] == [str(tmp_path / "1.png"), str(tmp_path / "2.png")]
@@ -269,13 +295,17 @@ def test_with_a_ledger_bad_rows_are_counted_and_skipped(tmp_path) -> None:
 
 def test_a_saved_hugging_face_dataset(tmp_path) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({
-        "id": datasets.Value("string"),
-        "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
-        "images": datasets.Sequence(datasets.Image()),
-    })  # fmt: skip
-    rows = [{"id": str(i), "conversations": talk("<image>?"), "images": [Image.new("RGB", (30, 30), (i, 0, 0))]}
-            for i in range(5)]  # fmt: skip
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            "images": datasets.Sequence(datasets.Image()),
+        }
+    )
+    rows = [
+        {"id": str(i), "conversations": talk("<image>?"), "images": [Image.new("RGB", (30, 30), (i, 0, 0))]}
+        for i in range(5)
+    ]
     data = datasets.Dataset.from_list(rows, features=features)
     data.save_to_disk(tmp_path / "plain")
     source = open_source(tmp_path / "plain")
@@ -367,8 +397,9 @@ def test_errors_say_what_was_found_and_what_is_accepted(tmp_path) -> None:
 
 
 def test_a_broken_row_group_is_counted_row_by_row(tmp_path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [vst_row(id=str(i)) for i in range(60)], row_group_size=20,
-                         compression="zstd")  # fmt: skip
+    path = write_parquet(
+        tmp_path / "a.parquet", [vst_row(id=str(i)) for i in range(60)], row_group_size=20, compression="zstd"
+    )
     meta = pq.ParquetFile(path).metadata.row_group(1)
     column = next(meta.column(i) for i in range(meta.num_columns) if "bytes" in meta.column(i).path_in_schema)
     begin = column.dictionary_page_offset or column.data_page_offset

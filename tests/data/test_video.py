@@ -147,7 +147,8 @@ def test_patches_of_a_video_by_the_index_formula() -> None:
             for block_x in range(3):
                 for y in range(2):
                     for x in range(2):
-                        top, left = (block_y * 2 + y) * 14, (block_x * 2 + x) * 14
+                        top = (block_y * 2 + y) * 14
+                        left = (block_x * 2 + x) * 14
                         cube = exact[2 * t : 2 * t + 2, :, top : top + 14, left : left + 14]  # (time, channel, y, x)
                         expected = cube.transpose(1, 0, 2, 3).reshape(-1)
                         np.testing.assert_allclose(values[row], expected, rtol=0, atol=1e-6)

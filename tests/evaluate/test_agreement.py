@@ -33,7 +33,8 @@ from peers import peer
 pytestmark = pytest.mark.slow
 COUNT = 2000
 OPTIONS = ugly.OPTIONS
-LMMS, VLMEVAL = "lmms-eval", "ms-vlmeval"
+LMMS = "lmms-eval"
+VLMEVAL = "ms-vlmeval"
 
 
 def letters(categories: Sequence[str] = ("x", "y"), **fields: Any) -> list[Row]:
@@ -51,8 +52,10 @@ def letters(categories: Sequence[str] = ("x", "y"), **fields: Any) -> list[Row]:
 
 
 def vsi() -> tuple[list[Row], list[str]]:
-    kinds, rng = vsi_bench.CHOICES + vsi_bench.NUMBERS, np.random.default_rng(0)
-    rows, texts = [], []
+    kinds = vsi_bench.CHOICES + vsi_bench.NUMBERS
+    rng = np.random.default_rng(0)
+    rows = []
+    texts = []
     for i, (text, number) in enumerate(zip(ugly.choices(COUNT), ugly.numbers(COUNT), strict=True)):
         kind = kinds[i % 10]
         truth = str(round(float(rng.uniform(0.5, 9)), 1)) if kind in vsi_bench.NUMBERS else "ABCD"[i % 4]
@@ -102,7 +105,8 @@ def test_vsi_bench_with_vlmevalkit() -> None:
 
 def test_mmsi_bench_with_lmms_eval() -> None:
     theirs = peer("lmms_eval.tasks.mmsi_bench.utils", LMMS)
-    rows, texts = letters(("MSR", "Motion (Cam.)")), ugly.choices(COUNT)
+    rows = letters(("MSR", "Motion (Cam.)"))
+    texts = ugly.choices(COUNT)
     docs = [
         theirs.msr_process_results({"id": r.id, "answer": r.answer, "question_type": r.category}, [t])["average"]
         for r, t in zip(rows, texts, strict=True)
@@ -114,7 +118,8 @@ def test_mmsi_bench_with_lmms_eval() -> None:
 
 def test_mmsi_bench_with_vlmevalkit() -> None:
     theirs = peer("vlmeval.dataset.utils.spatial_bench.matching_func", VLMEVAL)
-    rows, texts = letters(), ugly.choices(COUNT)
+    rows = letters()
+    texts = ugly.choices(COUNT)
     expected = [float(theirs.can_match_option(t) == r.answer) for r, t in zip(rows, texts, strict=True)]
     assert scores(mmsi_bench.score(rows, texts, extraction="easi")) == expected
 
@@ -189,7 +194,8 @@ def test_cv_bench_with_vlmevalkit() -> None:
 
 
 def test_blink_with_vlmevalkit_and_circular_mmbench() -> None:
-    rows, texts = letters(("Counting", "Jigsaw", "IQ_Test")), ugly.choices(COUNT)
+    rows = letters(("Counting", "Jigsaw", "IQ_Test"))
+    texts = ugly.choices(COUNT)
     theirs, table = vlmeval_hits(rows, texts)
     ours = blink.score(rows, texts)
     assert scores(ours) == table["hit"].tolist()
@@ -223,7 +229,8 @@ def test_mmmu_open_questions_with_vlmevalkit() -> None:
 
 def test_blink_with_lmms_eval() -> None:
     theirs = peer("lmms_eval.tasks.blink.utils", LMMS)
-    rows, texts = letters(), ugly.choices(COUNT)
+    rows = letters()
+    texts = ugly.choices(COUNT)
     docs = [
         theirs.blink_process_results(
             {"idx": r.id, "answer": f"({r.answer})", "choices": list(OPTIONS), "sub_task": r.category}, [t]
@@ -234,7 +241,8 @@ def test_blink_with_lmms_eval() -> None:
 
 
 def test_mindcube_and_viewspatial_with_lmms_eval() -> None:
-    cube, view = peer("lmms_eval.tasks.mindcube.utils", LMMS), peer("lmms_eval.tasks.viewspatial.utils", LMMS)
+    cube = peer("lmms_eval.tasks.mindcube.utils", LMMS)
+    view = peer("lmms_eval.tasks.viewspatial.utils", LMMS)
     for text in ugly.choices(COUNT):
         assert mindcube.letter(text.strip()) == (cube.extract_answer(text.strip()) or "")
         assert viewspatial.letter(text) == (view.extract_option(text.split("\n")[-1]) or "")
@@ -248,7 +256,8 @@ def test_readers_with_vlmevalkit() -> None:
         for table in (OPTIONS, {"A": "yes", "B": "no"}, {"A": "1", "B": "2", "C": "A"}):
             assert choice.infer(text, table) == (letter.can_infer(text, dict(table)) or "")
         assert easi.option(text) == (spatial.can_match_option(text) or "")
-        ours, theirs = easi.number(text), spatial.can_match_na(text)
+        ours = easi.number(text)
+        theirs = spatial.can_match_na(text)
         assert ours == theirs or (ours != ours and theirs != theirs)
 
 
@@ -260,7 +269,8 @@ def test_detection_with_pycocotools(seed: int) -> None:
     from pycocotools.cocoeval import COCOeval
 
     rng = np.random.default_rng(seed)
-    rows, texts = [], []
+    rows = []
+    texts = []
     for i in range(80):
         boxes = np.concatenate(
             [rng.uniform([-2, -1, 2], [2, 1, 45], (3, 3)), rng.uniform(0.5, 3, (3, 3)), np.zeros((3, 3))], 1
@@ -285,9 +295,12 @@ def test_detection_with_pycocotools(seed: int) -> None:
         texts.append(format_boxes(found, ["x"] * len(found)) if i % 9 else "nothing")
     report = sunrgbd_det.score(rows, texts)
     names = sorted({r.category for r in rows})
-    truth, given, pairs = [], [], {}
+    truth = []
+    given = []
+    pairs = {}
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        found, category = sunrgbd_det.parse_boxes(text)[0], names.index(row.category) + 1
+        found = sunrgbd_det.parse_boxes(text)[0]
+        category = names.index(row.category) + 1
         pairs[i + 1, category] = sunrgbd_det.overlaps([found], [row.fields["boxes"]])[0]
         for box in row.fields["boxes"]:
             truth.append(
@@ -316,8 +329,10 @@ def test_detection_with_pycocotools(seed: int) -> None:
     for annotation in dt.dataset["annotations"]:
         annotation["area"] = annotation["depth"]
     theirs = COCOeval(gt, dt, "bbox")
-    theirs.params.iouThrs, theirs.params.recThrs = THRESHOLDS, RECALLS
-    theirs.params.areaRng, theirs.params.areaRngLbl = [list(d) for d in DEPTHS.values()], list(DEPTHS)
+    theirs.params.iouThrs = THRESHOLDS
+    theirs.params.recThrs = RECALLS
+    theirs.params.areaRng = [list(d) for d in DEPTHS.values()]
+    theirs.params.areaRngLbl = list(DEPTHS)
     theirs.computeIoU = lambda image, category: (
         pairs.get((image, category), []) if len(pairs.get((image, category), [])) else []
     )

@@ -69,7 +69,8 @@ def test_bootstrap_equals_the_normal_interval_for_independent_scores():
 
 def test_bootstrap_is_wider_when_questions_share_rooms():
     scores = np.repeat(np.random.default_rng(2).random(40) < 0.5, 10).astype(float).tolist()
-    alone, shared = bootstrap(scores, range(400)), bootstrap(scores, np.repeat(np.arange(40), 10).tolist())
+    alone = bootstrap(scores, range(400))
+    shared = bootstrap(scores, np.repeat(np.arange(40), 10).tolist())
     assert shared.high - shared.low > 2 * (alone.high - alone.low)
 
 

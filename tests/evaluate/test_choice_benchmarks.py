@@ -58,7 +58,8 @@ def test_letters_of_ugly_answers() -> None:
 )
 def test_plain_accuracy(module: ModuleType, file: str, tmp_path: Path) -> None:
     write_tsv(tmp_path / file, mcq(2000, OPTIONS))
-    rows, texts = module.load(tmp_path), ugly.choices(2000)
+    rows = module.load(tmp_path)
+    texts = ugly.choices(2000)
     report = module.score(rows, texts)
     hits = np.array([letter(t, OPTIONS) == r.answer for t, r in zip(texts, rows, strict=True)])
     assert report.overall.value.mean == hits.mean() and 0.05 < hits.mean() < 0.95
@@ -134,7 +135,8 @@ def test_cv_bench_is_the_mean_of_two_and_three_d(container: str, tmp_path: Path)
                 for r in table
             ]
             write_parquet(tmp_path / f"test_{part.lower()}.parquet", cells)
-    rows, texts = cv_bench.load(tmp_path), ugly.choices(1200)
+    rows = cv_bench.load(tmp_path)
+    texts = ugly.choices(1200)
     report = cv_bench.score(rows, texts)
     hits = np.array([letter(t, OPTIONS) == r.answer.strip("()") for t, r in zip(texts, rows, strict=True)])
     of = {s: hits[[r.fields["source"] == s for r in rows]].mean() for s in ("ADE20K", "COCO", "Omni3D")}
@@ -192,7 +194,8 @@ def test_mmbench_circular_and_vanilla(tmp_path: Path) -> None:
     rows = mmbench.load(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", table))
     right = np.random.default_rng(1).random(400) < 0.8
     texts = [row.answer if ok else "" for row, ok in zip(rows, right, strict=True)]
-    report, vanilla = mmbench.score(rows, texts), mmbench.score(rows, texts, circular=False)
+    report = mmbench.score(rows, texts)
+    vanilla = mmbench.score(rows, texts, circular=False)
     assert report.overall.value.mean == right.reshape(100, 4).all(1).mean() and report.overall.questions == 100
     assert vanilla.overall.value.mean == right.reshape(100, 4)[:, 0].mean()
     assert len(report.rows) == 400, "every rotation is in the JSON"

@@ -37,7 +37,8 @@ def test_answers_that_do_not_fit_the_turns_are_an_error():
 
 def test_answer_all_keeps_the_order_whatever_the_batches():
     config = dataclasses.replace(ModelConfig.preset("tiny"), num_hidden_layers=1)
-    model, processor = Qwen25VL(config), Processor.preset("tiny", max_pixels=56 * 56)
+    model = Qwen25VL(config)
+    processor = Processor.preset("tiny", max_pixels=56 * 56)
     asked = rooms.questions(
         [dataclasses.replace(row([(f"{word} ?", "1 cm")], [number(1)]), id=word) for word in ["red", "chair", "far"]]
     )

@@ -41,7 +41,8 @@ def rows(tmp_path: Path) -> list[Row]:
 def test_answers_are_those_of_greedy_one_by_one(
     model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
 ) -> None:
-    path, lines = tmp_path / "out" / "p.jsonl", []
+    path = tmp_path / "out" / "p.jsonl"
+    lines = []
     speed = run.answer(model, processor, rows, mmstar.prompt, path, max_new_tokens=4, batch_size=3, log=lines.append)
     found = {p.id: p.prediction for p in predictions.read(path)}
     engine = Engine(model, processor, memory=1 << 24)
@@ -121,7 +122,8 @@ def test_the_paper_s_sampling() -> None:
 
 
 def test_rows_about_the_same_picture_are_neighbours() -> None:
-    one, two = png(1), png(2)
+    one = png(1)
+    two = png(2)
     made = [Row(str(i), "?", "A", "", images=(one if i % 2 else two,)) for i in range(4)] + [Row("t", "?", "A", "")]
     assert [row.id for row in run.in_order_of_media(made)] == ["0", "2", "1", "3", "t"]
 
@@ -132,7 +134,8 @@ def test_decoded_pictures_and_videos_encode_to_the_same_tensors(processor: Proce
     path.parent.mkdir()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height = 96, 64
+        stream.width = 96
+        stream.height = 64
         for i in range(37):
             picture = np.full((64, 96, 3), i * 6, dtype=np.uint8)
             picture[:, : 2 * i] = 255 - i
@@ -161,7 +164,8 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_command_answers_scores_and_writes(
     model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path, capsys
 ) -> None:
-    folder, out = tmp_path / "model", tmp_path / "run"
+    folder = tmp_path / "model"
+    out = tmp_path / "run"
     model.save_pretrained(folder, processor=processor)
     words = [
         "mmstar",

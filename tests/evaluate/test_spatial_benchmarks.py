@@ -39,7 +39,8 @@ def official_mmsi(text: str) -> str | None:
 
 def test_mmsi_two_thousand_ugly_answers(tmp_path: Path) -> None:
     write_parquet(tmp_path / "MMSI_Bench.parquet", mmsi_cells(2000))
-    rows, texts = mmsi_bench.load(tmp_path), ugly.choices(2000)
+    rows = mmsi_bench.load(tmp_path)
+    texts = ugly.choices(2000)
     report = mmsi_bench.score(rows, texts)
     hits = [official_mmsi(t) == r.answer for t, r in zip(texts, rows, strict=True)]
     assert [bool(line.score) for line in report.rows] == hits and 0.05 < np.mean(hits) < 0.95
@@ -94,7 +95,8 @@ def test_viewspatial(tmp_path: Path) -> None:
         for i in range(2000)
     ]
     (folder / "ViewSpatial-Bench.json").write_text(json.dumps(cells))
-    rows, texts = viewspatial.load(folder), ugly.choices(2000)
+    rows = viewspatial.load(folder)
+    texts = ugly.choices(2000)
     assert rows[3].images == (folder / "val" / "3.png",)
     match = [re.search(r"\b([A-D])\b", t.split("\n")[-1], re.IGNORECASE) for t in texts]
     hits = [bool(m) and m.group(1).upper() == r.answer[0] for m, r in zip(match, rows, strict=True)]

@@ -63,18 +63,23 @@ def answers(rows: list[Row], seed: int) -> list[str]:
 
 def brute_force(truth: list[np.ndarray], found: list[np.ndarray], threshold: float) -> float:
     """One category: 101-point average precision in plain loops."""
-    total, outcome = sum(map(len, truth)), []
+    total = sum(map(len, truth))
+    outcome = []
     for gt, dt in zip(truth, found, strict=True):
         used: set[int] = set()
         for box in dt[:100]:
-            best, best_iou = -1, threshold
+            best = -1
+            best_iou = threshold
             for g in range(len(gt)):
                 iou = iou_3d(box[None], gt[g : g + 1])[0, 0]
                 if g not in used and iou >= best_iou:
-                    best, best_iou = g, iou
+                    best = g
+                    best_iou = iou
             outcome.append(best >= 0)
             used.add(best)
-    precision, recall, hits = [], [], 0
+    precision = []
+    recall = []
+    hits = 0
     for rank, hit in enumerate(outcome, 1):
         hits += hit
         precision.append(hits / rank)
@@ -179,11 +184,13 @@ def test_matching_is_greedy_and_one_to_one(seed: int) -> None:
     for t, threshold in enumerate(THRESHOLDS):
         used: set[int] = set()
         for d in range(len(iou)):
-            best, best_iou = -1, threshold  # COCO's loop
+            best = -1
+            best_iou = threshold  # COCO's loop
             for g in order:
                 if g in used or (best >= 0 and not ignored[best] and ignored[g]) or iou[d, g] < best_iou:
                     continue
-                best, best_iou = int(g), iou[d, g]
+                best = int(g)
+                best_iou = iou[d, g]
             assert found.hit[t, d] == (best >= 0) and found.skipped[t, d] == (best >= 0 and ignored[best])
             used |= {best}
 

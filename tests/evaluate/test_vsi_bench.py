@@ -25,10 +25,17 @@ def cells(count: int, seed: int = 0) -> list[dict]:
         number = kind in vsi_bench.NUMBERS
         truth = str(round(float(rng.uniform(0.5, 9)), 1)) if number else "ABC"[int(rng.integers(3))]
         scene = f"scene{int(rng.integers(12)):04d}_00"
-        made.append({
-            "id": i, "dataset": "scannet", "scene_name": scene, "question_type": kind, "question": f"q{i}?",
-            "ground_truth": truth, "options": None if number else OPTIONS,
-        })  # fmt: skip
+        made.append(
+            {
+                "id": i,
+                "dataset": "scannet",
+                "scene_name": scene,
+                "question_type": kind,
+                "question": f"q{i}?",
+                "ground_truth": truth,
+                "options": None if number else OPTIONS,
+            }
+        )
     return made
 
 
@@ -78,9 +85,18 @@ def test_mean_relative_accuracy(given: float, truth: float, expected: float) -> 
 
 @pytest.mark.parametrize(
     ("text", "original", "lmms_eval", "easi"),
-    [("4", 4, 4, 4), ("four", None, 4, 4), ("There are 4", None, 4, 4), ("1,200", None, 1, 200), ("3 to 5", 3, 3, 5),
-     ("3.5m", None, 3.5, 3.5), ("about 3", None, 3, 3), ("twenty-one", None, 21, -1), ("", None, None, None)],
-)  # fmt: skip
+    [
+        ("4", 4, 4, 4),
+        ("four", None, 4, 4),
+        ("There are 4", None, 4, 4),
+        ("1,200", None, 1, 200),
+        ("3 to 5", 3, 3, 5),
+        ("3.5m", None, 3.5, 3.5),
+        ("about 3", None, 3, 3),
+        ("twenty-one", None, 21, -1),
+        ("", None, None, None),
+    ],
+)
 def test_three_named_ways_to_read_a_number(text: str, original: float, lmms_eval: float, easi: float) -> None:
     modes = {name: number(text) for name, (_, number) in vsi_bench.EXTRACTIONS.items()}
     assert modes == {"original": original, "lmms_eval": lmms_eval, "easi": easi}

@@ -18,8 +18,24 @@ from small_run import ROOT, load_essay, write_model
 @pytest.mark.slow
 def test_rows_training_and_both_modes(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    arguments = ["--model", model, "--out", tmp_path / "run", "--folder", tmp_path, "--samples", 6, "--heldout", 4,
-                 "--steps", 2, "--workers", 0, "--max-new-tokens", 4]  # fmt: skip
+    arguments = [
+        "--model",
+        model,
+        "--out",
+        tmp_path / "run",
+        "--folder",
+        tmp_path,
+        "--samples",
+        6,
+        "--heldout",
+        4,
+        "--steps",
+        2,
+        "--workers",
+        0,
+        "--max-new-tokens",
+        4,
+    ]
     command = [sys.executable, ROOT / "examples" / "cold_start.py", *arguments]
     done = subprocess.run([str(a) for a in command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,9 +66,15 @@ def test_a_stopped_training_is_not_measured(
 
 
 def test_the_form(cold_start: ModuleType) -> None:
-    for text, good in (("<think>a\nb</think> B. left", True), ("<think>a</think> ", False), ("B. left", False),
-                       ("<think>a B", False), ("<think></think> x", False), ("<think>a</think> b</think> c", False),
-                       ("so <think>a</think> b", False)):  # fmt: skip
+    for text, good in (
+        ("<think>a\nb</think> B. left", True),
+        ("<think>a</think> ", False),
+        ("B. left", False),
+        ("<think>a B", False),
+        ("<think></think> x", False),
+        ("<think>a</think> b</think> c", False),
+        ("so <think>a</think> b", False),
+    ):
         assert bool(cold_start.FORM.fullmatch(text)) == good, text
 
 

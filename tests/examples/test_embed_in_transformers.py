@@ -41,12 +41,17 @@ def test_the_registered_function_is_the_one_that_runs(example, monkeypatch):
 def test_gradients_of_a_packed_row_with_groups(example):
     """Two answers to one prompt: the loss gradient of the shared layout is that of prompt + answer, twice."""
     config = example.Qwen2Config(
-        vocab_size=50, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = example.Qwen2ForCausalLM(config)
-    prompt, answers = torch.randint(0, 50, (6,)), [torch.randint(0, 50, (n,)) for n in (3, 5)]
+    prompt = torch.randint(0, 50, (6,))
+    answers = [torch.randint(0, 50, (n,)) for n in (3, 5)]
 
     def gradient(loss):
         model.zero_grad()
@@ -59,10 +64,18 @@ def test_gradients_of_a_packed_row_with_groups(example):
     model.set_attn_implementation("fastvst")
     positions = torch.cat([torch.arange(6), *(torch.arange(6, 6 + len(a)) for a in answers)])[None]
     packed = example.packed_inputs([6, 3, 5])
-    ours = model(
-        input_ids=torch.cat([prompt, *answers])[None], position_ids=positions, use_cache=False,
-        groups=torch.tensor([-1, 0, 0], dtype=torch.int32), **packed,
-    ).logits[0, 6:].square().sum()  # fmt: skip
+    ours = (
+        model(
+            input_ids=torch.cat([prompt, *answers])[None],
+            position_ids=positions,
+            use_cache=False,
+            groups=torch.tensor([-1, 0, 0], dtype=torch.int32),
+            **packed,
+        )
+        .logits[0, 6:]
+        .square()
+        .sum()
+    )
     torch.testing.assert_close(gradient(ours), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -26,7 +26,8 @@ def test_bare_loop_learns() -> None:
 
 
 def test_transformers_loss_and_gradients() -> None:
-    model, (input_ids, labels) = embed_loss.tiny_qwen(), batch()
+    model = embed_loss.tiny_qwen()
+    (input_ids, labels) = batch()
     ours = embed_loss.transformers_loss(model, input_ids, labels)
     theirs = model(input_ids=input_ids, labels=labels).loss
     torch.testing.assert_close(ours, theirs)
@@ -38,7 +39,8 @@ def test_transformers_loss_and_gradients() -> None:
 
 def test_policy_update_raises_the_rewarded_answers() -> None:
     for objective in (DAPO(), GSPO()):
-        model, (input_ids, labels) = embed_loss.tiny_qwen(), batch()
+        model = embed_loss.tiny_qwen()
+        (input_ids, labels) = batch()
         rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
 
         def likelihood(model: torch.nn.Module, input_ids: torch.Tensor = input_ids) -> torch.Tensor:

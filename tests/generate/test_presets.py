@@ -204,17 +204,20 @@ def test_every_task_is_asked_in_ten_ways_or_more() -> None:
     from fastvst import tasks
 
     banks = {
-        "grounding_3d": tasks.grounding_3d.PHRASES, "scene_caption": tasks.scene_caption.PHRASES,
-        "detection_multi": tasks.detection_multi.PHRASES, "change_caption": tasks.change_caption.PHRASES,
+        "grounding_3d": tasks.grounding_3d.PHRASES,
+        "scene_caption": tasks.scene_caption.PHRASES,
+        "detection_multi": tasks.detection_multi.PHRASES,
+        "change_caption": tasks.change_caption.PHRASES,
         "object_object": tasks.object_object.OBJECTS + tasks.object_object.CAMERA,
         "camera_camera": tasks.camera_camera.CLOCK + tasks.camera_camera.COMPASS_TURN + tasks.camera_camera.POSITION,
         "video_measurement": tasks.video_measurement.LONGEST + tasks.video_measurement.HEIGHT,
-        "video_counting": tasks.video_counting.PHRASES, "video_caption": tasks.video_caption.PHRASES,
+        "video_counting": tasks.video_counting.PHRASES,
+        "video_caption": tasks.video_caption.PHRASES,
         "video_order": tasks.video_order.ORDER + tasks.video_order.FIRST,
         "video_object_object": tasks.video_object_object.DISTANCE + tasks.video_object_object.DIRECTION,
         "video_route": tuple(a + b for a in tasks.video_route.START for b in tasks.video_route.FILL),
         "video_other": tasks.video_other.ROOM + tasks.video_other.WAY + tasks.video_other.TURN + tasks.video_other.LAST,
-    }  # fmt: skip
+    }
     assert set(banks) == set(VST_P) - set(FIRST_SIX)
     assert min(len(set(bank)) for bank in banks.values()) >= 10
 
@@ -231,9 +234,16 @@ def test_the_mixture_file_has_the_published_proportions() -> None:
     sources = tomllib.loads(text)["data"]["sources"]
     listed = ", ".join(f'{{path = "{s["path"]}", weight = {s["weight"]}}}' for s in sources)
     weights = {s.path.split("/")[-1]: s.weight for s in load_config(Part, [f"data.sources=[{listed}]"]).data.sources}
-    task = {"si_depth_comparison": "depth_comparison", "si_distance": "distance", "si_scene_caption": "scene_caption",
-            "si_measurement": "measurement", "mi_correspondence": "correspondence", "mi_camera_motion": "camera_motion",
-            "mi_object_object_relation": "object_object", "mi_scene_caption": "change_caption"}  # fmt: skip
+    task = {
+        "si_depth_comparison": "depth_comparison",
+        "si_distance": "distance",
+        "si_scene_caption": "scene_caption",
+        "si_measurement": "measurement",
+        "mi_correspondence": "correspondence",
+        "mi_camera_motion": "camera_motion",
+        "mi_object_object_relation": "object_object",
+        "mi_scene_caption": "change_caption",
+    }
     assert all(weights[folder] == VST_P[name] for folder, name in task.items())
     assert weights["video"] == sum(VST_P[name] for name in WALKS)
     assert VST_P_REST.shares is not None and weights["rooms_vst_p_rest"] == sum(VST_P_REST.shares.values())

@@ -47,8 +47,14 @@ def test_rows_follow_the_published_schema(made: Path) -> None:
             assert size["resized_width"] == size["resized_height"] == -1
         extra = json.loads(row["answer"])
         assert extra["answer"]["type"] in ("choice", "text", "number", "boxes")
-        kind = {"depth_comparison": "depth", "distance": "distance", "measurement": "qa", "detection_3d": "bbox_3d",
-                "correspondence": "correspondence", "camera_motion": "multi_image"}  # fmt: skip
+        kind = {
+            "depth_comparison": "depth",
+            "distance": "distance",
+            "measurement": "qa",
+            "detection_3d": "bbox_3d",
+            "correspondence": "correspondence",
+            "camera_motion": "multi_image",
+        }
         assert row["type"] == kind[extra["metadata"]["task"]]
         if row["type"] == "bbox_3d":
             assert "f_x=" in first and "hfov" not in first  # the stored form

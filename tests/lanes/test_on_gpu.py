@@ -110,7 +110,9 @@ def test_every_part_loads_on_a_machine_with_torch_and_little_else(on_gpu):
     scripts = [path for path in scripts if path.is_file()] + sorted((root / on_gpu.LANE).glob("test_*.py"))
     paths = os.pathsep.join(map(str, (root, root / "kernels", BENCH, root / "tests" / "support")))
     done = subprocess.run(
-        [sys.executable, "-c", BARE, *dict.fromkeys(map(str, scripts))], env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", BARE, *dict.fromkeys(map(str, scripts))],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

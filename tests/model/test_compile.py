@@ -28,7 +28,8 @@ def check(block: torch.nn.Module, forward, x: torch.Tensor) -> None:
 def test_decoder_block(light: bool):
     config = small_config()
     layer = DecoderLayer(config, 0)
-    positions, offsets = torch.arange(12, dtype=torch.int32).expand(3, 12), torch.tensor([0, 5, 9, 12]).int()
+    positions = torch.arange(12, dtype=torch.int32).expand(3, 12)
+    offsets = torch.tensor([0, 5, 9, 12]).int()
     groups = torch.tensor([-1, 0, -1], dtype=torch.int32)
 
     def attend(_, q, k, v):
@@ -41,6 +42,7 @@ def test_decoder_block(light: bool):
 def test_vision_block(windowed: bool):
     config = small_config().vision
     block = VisionBlock(config, windowed=windowed)
-    positions, offsets = torch.randint(0, 9, (24, 2)).int(), torch.tensor([0, 16, 24]).int()
+    positions = torch.randint(0, 9, (24, 2)).int()
+    offsets = torch.tensor([0, 16, 24]).int()
     x = torch.randn(24, config.hidden_size)
     check(block, lambda x: block(x, positions, offsets, 16, light=False), x)

@@ -34,13 +34,24 @@ FLAT = {  # the fields of the published 7B config.json (transformers 4.41 wrote 
     "torch_dtype": "bfloat16",
     "transformers_version": "4.41.2",
     "vision_config": {
-        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
     },
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "vocab_size": 152064,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,8 @@ def test_what_we_write_is_read_by_both(config):
     ours = ModelConfig.from_dict(data)
     assert dataclasses.replace(ours, eos_token_ids=config.eos_token_ids) == config
     theirs = Qwen2_5_VLConfig(**data)
-    text, vision = theirs.text_config, theirs.vision_config
+    text = theirs.text_config
+    vision = theirs.vision_config
     assert theirs.tie_word_embeddings == config.tie_word_embeddings
     assert text.rope_parameters["rope_theta"] == config.rope_theta
     assert tuple(text.rope_parameters["mrope_section"]) == config.mrope_section

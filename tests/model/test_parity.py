@@ -73,7 +73,9 @@ def compare(config, rows, dtype, recompute="none"):
 
     loss = ours(batch, head=head)
     loss.backward()
-    hidden, logits, expected = [], [], 0.0
+    hidden = []
+    logits = []
+    expected = 0.0
     for sample in encoded:
         states, scores = hf_forward(config, sample, theirs)
         hidden.append(states)
@@ -130,7 +132,8 @@ def test_packing_order_and_neighbours_do_not_matter():
     one = make_sample(config, [("text", 4), ("image", 5, 9), ("text", 6)], seed=1)
     other = make_sample(config, [("video", 2, 3, 5, 1.0), ("text", 11)], seed=2)
     alone = ours(pack([one]))
-    first, last = ours(pack([one, other]))[: len(one)], ours(pack([other, one]))[len(other) :]
+    first = ours(pack([one, other]))[: len(one)]
+    last = ours(pack([other, one]))[len(other) :]
     assert relative(first, alone) < 1e-9 and relative(last, alone) < 1e-9
 
 
@@ -146,7 +149,8 @@ def test_shared_prompt_equals_repeated_prompt():
     assert all(torch.equal(w.tokens[:length], whole[0].tokens[:length]) for w in whole)
     prompt = dataclasses.replace(cut(whole[0], 0, length), labels=torch.full((length,), -100, dtype=torch.int32))
     answers = [without_pictures(cut(w, length, len(w))) for w in whole]
-    shared, repeated = pack([prompt, *answers], groups=[-1, 0, 0, 0]), pack(whole)
+    shared = pack([prompt, *answers], groups=[-1, 0, 0, 0])
+    repeated = pack(whole)
     shared.validate()
     grads = []
     for batch in (shared, repeated):

@@ -46,7 +46,9 @@ parts = st.lists(
 
 
 def lay_out(parts):
-    modality, shapes, seconds = [], [], []
+    modality = []
+    shapes = []
+    seconds = []
     for kind, *n in parts:
         if kind == "text":
             modality += [TEXT] * n[0]
@@ -67,7 +69,9 @@ def test_grid_rule_equals_transformers(hf, parts):
     modality, shapes, seconds = lay_out(parts)
     assert np.array_equal(sample.tokens.numpy() >= 90, modality != TEXT) or len(shapes)
     kinds = torch.from_numpy(modality)[None].int()
-    at, images, videos = 0, [], []
+    at = 0
+    images = []
+    videos = []
     for shape in shapes:
         at = int(np.flatnonzero(modality[at:] != TEXT)[0]) + at
         (images if modality[at] == IMAGE else videos).append(shape)
@@ -99,7 +103,10 @@ def test_extent_rule_is_the_published_one(parts, per_second):
     got = mrope_positions(
         modality, shapes, second_per_grid_ts=seconds, tokens_per_second=per_second, video_rule="extent"
     )
-    expected, at, shape_of, step_of = [], 0, iter(shapes), iter(seconds)
+    expected = []
+    at = 0
+    shape_of = iter(shapes)
+    step_of = iter(seconds)
     while at < len(modality):
         start = 1 + max((max(p) for p in expected), default=-1)
         if modality[at] == TEXT:

@@ -60,7 +60,8 @@ def test_light_keeps_what_its_definition_says():
     for tokens in (40, 140):
         batch = pack([make_sample(config, [("text", tokens)])])
         sizes[tokens] = run(model, batch, "light")[2]
-    q, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    q = config.hidden_size
+    kv = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size + (q + 2 * kv) + q + config.num_attention_heads + 2 * config.intermediate_size
     final_norm = config.hidden_size + 1
     inverse = 1  # the first norm's inverse root, inside the recomputed part: not kept
@@ -72,7 +73,8 @@ def test_light_keeps_what_its_definition_says():
 def test_light_in_bfloat16_stays_below_its_limit_at_the_published_sizes(preset, limit):
     config = ModelConfig.preset(preset)
     kept = {policy: decoder_bytes_per_token(config, policy, torch.bfloat16) for policy in ("none", "light", "full")}
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
     row = 2 * (config.hidden_size + q + 2 * kv + q + 2 * config.intermediate_size) + 4 * config.num_attention_heads
     assert kept["light"] == config.num_hidden_layers * row <= limit
     assert kept["full"] == config.num_hidden_layers * 2 * config.hidden_size

@@ -27,7 +27,8 @@ def model(request):
 
 
 def equal(a, b):
-    x, y = a.state_dict(), b.state_dict()
+    x = a.state_dict()
+    y = b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
 
 
@@ -177,7 +178,8 @@ def test_a_failed_save_leaves_the_old_directory(model, tmp_path):
 
 
 def test_a_rename_that_fails_puts_the_old_directory_back(model, tmp_path, monkeypatch):
-    target, rename = tmp_path / "m", os.rename
+    target = tmp_path / "m"
+    rename = os.rename
     model.save_pretrained(target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
 
@@ -222,8 +224,10 @@ def test_host_memory_is_the_model_and_one_file(tmp_path):
     total = sum(p.stat().st_size for p in (tmp_path / "big").glob("*.safetensors"))
     output = subprocess.run(
         [sys.executable, "-c", PROBE, str(tmp_path / "big"), str(tmp_path / "small")],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     size, peak = map(int, output.split())
     assert total > 1.5 * largest  # else the bound below would say nothing
     assert size <= peak + 2**22 and peak < size + largest + 8_000_000, (size, peak, largest)

@@ -25,7 +25,8 @@ def test_what_is_ahead_of_camera_one_is_above_it(yaw: float) -> None:
     camera = scene(yaw, [(0, 0, 0, 1, 1, 1, -90, 0, 0)]).views[0].camera
     flat = camera.rotation[2, :2] / np.linalg.norm(camera.rotation[2, :2])
     right = np.array([flat[1], -flat[0]])
-    ahead, aside = camera.position[:2] + 3 * flat, camera.position[:2] + 2 * flat + 2 * right
+    ahead = camera.position[:2] + 3 * flat
+    aside = camera.position[:2] + 2 * flat + 2 * right
     boxes = [(*ahead, 0.5, 0.8, 1, 0.8, -90, 0, yaw), (*aside, 0.5, 0.8, 1, 0.8, -90, 0, yaw)]
     made = scene(yaw, boxes)
     origin, turn = bev.frame(made, 0)
@@ -65,7 +66,8 @@ def test_footprints_are_convex_hulls() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         box = [*rng.uniform(-3, 3, 3), *rng.uniform(0.1, 2, 3), *rng.uniform(-180, 180, 3)]
-        found, points = floor.footprint(box), corners([box])[0][:, :2]
+        found = floor.footprint(box)
+        points = corners([box])[0][:, :2]
         assert (
             Polygon(found).equals_exact(Polygon(points[ConvexHull(points).vertices]), 1e-6, normalize=True)
             or abs(Polygon(found).symmetric_difference(Polygon(points[ConvexHull(points).vertices])).area) < 1e-8

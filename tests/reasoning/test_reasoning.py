@@ -34,7 +34,8 @@ def direct_rows(scene: Scene, tries: int) -> list[Sample]:
     rows = []
     for attempt in range(tries):
         for task in geometric.TRACES:
-            config, index = TaskConfig(easy=0.5), f"{attempt}"
+            config = TaskConfig(easy=0.5)
+            index = f"{attempt}"
             if task in WALKS:
                 rows += [WALKS[task](scene, rng, config, f"{k}-{index}") for k in range(2)]
                 continue
@@ -65,7 +66,8 @@ def pinhole(camera: Camera) -> np.ndarray:
 def check_claim(truth: Truth, text: str, c: dict) -> bool:
     """Whether a sentence is true, found without the annotation's sightings and boxes where that can be; False if this
     kind of sentence says nothing about the scene."""
-    says, scene = c["says"], truth.scene
+    says = c["says"]
+    scene = truth.scene
     names = [scene.object(i).name for i in c.get("objects", [])]
     assert all(name in text for name in names), (text, names)
     if says in ("seen", "marked"):
@@ -117,7 +119,8 @@ def check_claim(truth: Truth, text: str, c: dict) -> bool:
         assert high > low + 0.04
         assert (text.index(names[0]) > text.index(names[1])) == ("lower" in text) or names[0] in names[1]
     elif says == "scale":
-        camera, thing = scene.views[c["view"]].camera, scene.object(c["objects"][0])
+        camera = scene.views[c["view"]].camera
+        thing = scene.object(c["objects"][0])
         point = next(s.point for s in scene.views[c["view"]].sightings if s.object_id == thing.id)
         depth, seen = truth.cast(camera, np.array([point]))
         rays = [np.linalg.inv(pinhole(camera)) @ [camera.cx, v, 1] for v in (0.0, camera.height / 10)]
@@ -229,7 +232,8 @@ def check_trace(truth: Truth, direct: Sample, row: Sample) -> Counter:
     text = reply(row)
     match = re.fullmatch(r"<think>(.*)</think> (.+)", text, re.DOTALL)
     assert match is not None and row.kind == row.metadata["task"] == f"thought_{direct.metadata['task']}"
-    body, answer = match[1], match[2]
+    body = match[1]
+    answer = match[2]
     assert 150 <= len(body.split()) <= 500 and not FORBIDDEN.search(body)
     direct = first_turn(direct)
     expected = reply(direct).rsplit("So, the answer is ", 1)[-1].rstrip(".")
@@ -253,7 +257,8 @@ def check_trace(truth: Truth, direct: Sample, row: Sample) -> Counter:
 
 
 def check_scene(scene: Scene, tries: int) -> Counter:
-    truth, counts = Truth(scene), Counter()
+    truth = Truth(scene)
+    counts = Counter()
     rng = np.random.default_rng([scene.metadata["room_seed"], 95])
     for direct in direct_rows(scene, tries):
         row = geometric.compose(scene, direct, rng)
@@ -363,7 +368,8 @@ def test_every_task_with_a_checkable_answer_has_rl_rows(tmp_path: Path, renderer
 
 
 def test_margins_by_hand(walked: list[Scene]) -> None:
-    scene, rng = walked[0], np.random.default_rng(4)
+    scene = walked[0]
+    rng = np.random.default_rng(4)
     rows = [PAIRS["camera_motion"](scene, p, rng, TaskConfig(), "0") for p in scene.pairs for _ in range(3)]
     for row in [row for row in rows if row is not None]:
         found = difficulty_of(scene, row)["margin"]

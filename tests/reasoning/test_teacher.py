@@ -33,13 +33,20 @@ def scene() -> Scene:
 def row(number: int) -> Sample:
     return Sample.from_messages(
         [
-            {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (32, 24))},
-                                         {"type": "text", "text": f"Q{number}: which? A. bed B. lamp"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": Image.new("RGB", (32, 24))},
+                    {"type": "text", "text": f"Q{number}: which? A. bed B. lamp"},
+                ],
+            },
             {"role": "assistant", "content": "B. lamp"},
         ],
-        id=f"r{number}", source="t", answer={"type": "choice", "value": "lamp", "candidates": ["bed", "lamp"]},
+        id=f"r{number}",
+        source="t",
+        answer={"type": "choice", "value": "lamp", "candidates": ["bed", "lamp"]},
         metadata={"task": "distance", "view": 0},
-    )  # fmt: skip
+    )
 
 
 class Server:
@@ -97,7 +104,8 @@ def config(server: Server, **options) -> TeacherConfig:
 
 
 def test_traces_are_kept_resumed_and_paid_for(server: Server, tmp_path: Path) -> None:
-    out, home = tmp_path / "traces.jsonl", scene()
+    out = tmp_path / "traces.jsonl"
+    home = scene()
     rows = [(home, row(n)) for n in range(6)]
     setup = config(server, key="secret", dollars_in=1.0, dollars_out=5.0)
     made, bill = ask_teacher(rows[:4], out, setup)
@@ -166,10 +174,15 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("Answer: lamp", "length"), ("", "no_answer"), (f"{STORY} top-down layout. Answer: lamp", "forbidden"),
-     (f"{STORY} its x-axis. Answer: lamp", "forbidden"), (f"{STORY}\nAnswer: lamp\nor bed", "wrong_answer"),
-     (f"{STORY}\nAnswer: lamp.", None)],
-)  # fmt: skip
+    [
+        ("Answer: lamp", "length"),
+        ("", "no_answer"),
+        (f"{STORY} top-down layout. Answer: lamp", "forbidden"),
+        (f"{STORY} its x-axis. Answer: lamp", "forbidden"),
+        (f"{STORY}\nAnswer: lamp\nor bed", "wrong_answer"),
+        (f"{STORY}\nAnswer: lamp.", None),
+    ],
+)
 def test_judge(text: str, reason: str | None) -> None:
     assert judge(text, row(0), TeacherConfig("u", "m"))[1] == reason
 

@@ -141,7 +141,8 @@ def update_of(model: Any, groups: list[Group], config: UpdateConfig, world: Any)
     """Loss and all gradients, as the essay computes them."""
     objective = make_objective(config, 12)
     (batch,), _ = minibatches(groups, config, objective, model.config, world)
-    losses, stats = [], []
+    losses = []
+    stats = []
     for part in batch.packs:
         part = dataclasses.replace(part, ref_logprobs=0.9 * part.sampler_logprobs, old_logprobs=part.sampler_logprobs)
         loss, found = model(part.batch, head=policy_head(part, objective, 1.0, first=False))
@@ -201,7 +202,8 @@ def _on_a_rank(env: dict[str, str], folder: str, groups: list[Group], config: Up
 def test_two_ranks_with_sharded_weights_give_the_same_update(processor: Processor, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    groups, config = make_groups(processor, 6), UPDATES["dapo"]
+    groups = make_groups(processor, 6)
+    config = UPDATES["dapo"]
     one = Qwen25VL.from_pretrained(folder)
     one.vision_on_every_rank = True
     alone = update_of(one, groups, dataclasses.replace(config, share_prompts=False), world)
@@ -253,7 +255,9 @@ def test_a_kept_vision_tower_gives_the_same_hidden_states(processor: Processor) 
 
 def test_the_gap_to_the_sampler_is_reported() -> None:
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
+    hidden = torch.randn(6, 4)
+    weight = torch.randn(9, 4)
+    targets = torch.arange(6)
     logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None]).squeeze(1)
     gap = torch.tensor([0.1, -0.3, 0.0, 0.2, 0.0, 0.0])
     objective = make_objective(UpdateConfig(), 12)

@@ -36,7 +36,8 @@ def question(number: int = 0, room: int = 0, task: str = "size") -> Prompt:
 
 def asked(number: int, texts: list[str], rewards: list[float], verdict: str = "keep", **more: object) -> Asked:
     scored = [Reward(r, 1.0, 0.5 + r / 2, "mra") for r in rewards]
-    lengths, finishes = [len(t) for t in texts], ["length" if len(t) > 100 else "stop" for t in texts]
+    lengths = [len(t) for t in texts]
+    finishes = ["length" if len(t) > 100 else "stop" for t in texts]
     return Asked(question(number, **more), texts, lengths, finishes, scored, [0.0] * len(texts), verdict)  # type: ignore[arg-type]
 
 

@@ -92,8 +92,10 @@ def test_kinds_choose_the_system_prompt_and_the_format(tmp_path: Path, processor
     asked = stream(tmp_path / "rows.jsonl", processor, epochs=1)
     found = {p.sample.id: (p, s) for p, s in asked.encode(asked.take(3))}
     assert {i: (p.modes, p.thinking) for i, (p, _) in found.items()} == {
-        "t": (("multi_choices",), True), "b": (("bbox3d",), False), "d": (("answer",), False)
-    }  # fmt: skip
+        "t": (("multi_choices",), True),
+        "b": (("bbox3d",), False),
+        "d": (("answer",), False),
+    }
     texts = {i: processor.decode(s.tokens.tolist(), skip_special=False) for i, (_, s) in found.items()}
     assert [THINK_SYSTEM in texts[i] for i in "tbd"] == [True, False, False]
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts.values())

@@ -130,8 +130,10 @@ def test_unknown_modes_are_named() -> None:
 @given(st.floats(0.1, 1e4), st.floats(0, 2e4))
 @settings(max_examples=50, deadline=None)
 def test_mra_is_the_benchmarks(truth: float, given_: float) -> None:
-    truth, given_ = round(truth, 3), round(given_, 3)
-    ours, theirs = score(f"{given_:f}", f"{truth:f}", ["mra"]).accuracy, mean_relative_accuracy(given_, truth)
+    truth = round(truth, 3)
+    given_ = round(given_, 3)
+    ours = score(f"{given_:f}", f"{truth:f}", ["mra"]).accuracy
+    theirs = mean_relative_accuracy(given_, truth)
     assert ours == pytest.approx(theirs, abs=0.11)  # one threshold may fall to either side of a rounding
     if all(abs(abs(given_ - truth) / truth - t) > 1e-6 for t in np.linspace(0, 0.5, 11)):
         assert ours == pytest.approx(theirs)
@@ -153,8 +155,21 @@ def test_the_evaluation_servers_normalisation() -> None:
     assert normalise("left/right") == "left right"
 
 
-UGLY = ["", "\x00\x1b[31m", "\ud800", "<script>alert(1)</script>", "a" * 20_000, "</think>" * 500, "<think>" * 500,
-        "```json\n" + "[" * 5000, "{" * 3000, r"\boxed{" * 300, "�" * 50, "1e999 nan inf", "😀" * 100]  # fmt: skip
+UGLY = [
+    "",
+    "\x00\x1b[31m",
+    "\ud800",
+    "<script>alert(1)</script>",
+    "a" * 20_000,
+    "</think>" * 500,
+    "<think>" * 500,
+    "```json\n" + "[" * 5000,
+    "{" * 3000,
+    r"\boxed{" * 300,
+    "�" * 50,
+    "1e999 nan inf",
+    "😀" * 100,
+]
 
 
 @pytest.mark.parametrize("mode", [m for m in rewards.MODES if m != "math"] + ["bbox3d"])
@@ -217,7 +232,8 @@ def test_accuracy_is_half_iou_half_f1_of_the_best_assignment() -> None:
             key=lambda pairs: pairs.sum(),
         )
         hits = (best >= 0.25).sum()
-        precision, recall = hits / len(boxes), hits / 3
+        precision = hits / len(boxes)
+        recall = hits / 3
         f1 = 2 * precision * recall / (precision + recall) if hits else 0
         assert score(text, [{"bbox_3d": b} for b in TRUTH.tolist()], ["bbox3d"]).accuracy == pytest.approx(
             0.5 * best.sum() / 3 + 0.5 * f1

@@ -78,7 +78,8 @@ def test_a_run_writes_everything_down(whole: Path, model: Path) -> None:
     assert all(abs(sum(a["advantage"] for a in g["answers"])) < 1e-4 for g in kept)
     assert [r["step"] for r in rows_of(whole, "evaluation.jsonl")] == [0, 4, 8]
     assert (whole / "report" / "index.html").stat().st_size > 5000
-    before, after = Qwen25VL.from_pretrained(model), Qwen25VL.from_pretrained(whole / "hf")
+    before = Qwen25VL.from_pretrained(model)
+    after = Qwen25VL.from_pretrained(whole / "hf")
     assert not torch.equal(before.head_weight, after.head_weight)
 
 
@@ -204,7 +205,8 @@ def test_every_objective_and_advantage_runs(model: Path, data: Path, reward: Pat
         assert ("kl_ref_k3" in rows[0]) == ("update.kl=k3" in more)
         assert (rows[0]["token_saving"] == 1) == ("update.share_prompts=false" in more)
         assert (rows[0]["kept"] == rows[0]["questions"]) == ("filter.tries=0" in more) or objective != "sapo"
-    start, frozen = Qwen25VL.from_pretrained(model), Qwen25VL.from_pretrained(tmp_path / "dr_grpo" / "hf")
+    start = Qwen25VL.from_pretrained(model)
+    frozen = Qwen25VL.from_pretrained(tmp_path / "dr_grpo" / "hf")
     same = {
         name for (name, p), q in zip(start.named_parameters(), frozen.parameters(), strict=True) if torch.equal(p, q)
     }
@@ -216,7 +218,8 @@ def test_every_objective_and_advantage_runs(model: Path, data: Path, reward: Pat
 
 def _with_a_nan(env: dict[str, str], command: list[str], steps: tuple[int, ...]) -> str:
     """Rank 1 (or the only one) finds a NaN in the advantages of some steps."""
-    real, calls = rl.collect, []
+    real = rl.collect
+    calls = []
 
     def collect(*arguments: object, **more: object) -> object:
         found = real(*arguments, **more)
@@ -266,7 +269,8 @@ def test_equal_rewards_leave_the_weights_alone(model: Path, data: Path, tmp_path
     rl.main(rl_arguments(tmp_path / "run", data, model, file, "steps=1", "filter.tries=0"))
     (row,) = rows_of(tmp_path / "run")
     assert row["loss"] == 0 and row["grad_norm"] == 0 and row["reward"] == pytest.approx(0.95, abs=0.05)
-    before, after = Qwen25VL.from_pretrained(model), Qwen25VL.from_pretrained(tmp_path / "run" / "hf")
+    before = Qwen25VL.from_pretrained(model)
+    after = Qwen25VL.from_pretrained(tmp_path / "run" / "hf")
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 

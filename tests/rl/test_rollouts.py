@@ -30,7 +30,10 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         processor = Processor.from_pretrained(folder, max_pixels=56 * 56, max_seq_len=128)
         self.engine = Engine(Qwen25VL.from_pretrained(folder), processor, memory=1 << 24)
-        self.lock, self.bodies, self.shift, self.status = threading.Lock(), [], 0.0, 200
+        self.lock = threading.Lock()
+        self.bodies = []
+        self.shift = 0.0
+        self.status = 200
 
     @property
     def url(self) -> str:
@@ -45,9 +48,12 @@ class Server(ThreadingHTTPServer):
 
         messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
         params = SamplingParams(
-            n=body["n"], temperature=body["temperature"], top_p=body["top_p"], max_tokens=body["max_tokens"],
+            n=body["n"],
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            max_tokens=body["max_tokens"],
             seed=body["seed"],
-        )  # fmt: skip
+        )
         with self.lock:
             self.bodies.append(body)
             (rollouts,) = self.engine.generate([Sample.from_messages(messages)], params)
@@ -56,9 +62,13 @@ class Server(ThreadingHTTPServer):
             pairs = zip(r.tokens, r.logprobs, strict=True)
             content = [{"token": f"token_id:{token}", "logprob": value + self.shift} for token, value in pairs]
             choices.append(
-                {"index": index, "message": {"content": r.text}, "logprobs": {"content": content},
-                 "finish_reason": r.finish_reason}
-            )  # fmt: skip
+                {
+                    "index": index,
+                    "message": {"content": r.text},
+                    "logprobs": {"content": content},
+                    "finish_reason": r.finish_reason,
+                }
+            )
         return {"choices": choices}
 
 

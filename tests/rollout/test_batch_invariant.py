@@ -99,7 +99,8 @@ def test_every_product_is_invariant(model, config):
 
 def test_packed_attention_in_the_mode_is_the_same_function():
     torch.manual_seed(0)
-    offsets, groups = torch.tensor([0, 70, 75, 90, 93], dtype=torch.int32), torch.tensor([-1, 0, 0, -1])
+    offsets = torch.tensor([0, 70, 75, 90, 93], dtype=torch.int32)
+    groups = torch.tensor([-1, 0, 0, -1])
     q, k, v = (torch.randn(93, h, 16) for h in (4, 2, 2))
     with batch_invariant():
         out, lse = packed_attention(q, k, v, offsets, causal=True, groups=groups, return_lse=True)

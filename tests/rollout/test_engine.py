@@ -46,9 +46,15 @@ def expected(config, models, samples):
         if seconds:
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
         out = models[1].generate(
-            **inputs, max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True, suppress_tokens=[90, 91],
-        )  # fmt: skip
+            **inputs,
+            max_new_tokens=COUNT,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            suppress_tokens=[90, 91],
+        )
         logits = torch.stack(out.logits)[:, 0]
         logits[:, 90:92] = -torch.inf  # placeholders are never drawn
         best = logits.topk(2, dim=-1).values

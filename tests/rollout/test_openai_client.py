@@ -104,9 +104,16 @@ def test_answers_in_order_with_tokens_and_logprobs(server: Server) -> None:
         k: body[k] for k in ("model", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "logprobs")
     }
     assert sent == {
-        "model": "m", "n": 2, "temperature": 0.7, "top_p": 1.0, "top_k": 5, "max_tokens": 9, "stop": ["END"], "seed": 3,
+        "model": "m",
+        "n": 2,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 5,
+        "max_tokens": 9,
+        "stop": ["END"],
+        "seed": 3,
         "logprobs": True,
-    }  # fmt: skip
+    }
     assert server.headers[0]["Authorization"] == "Bearer k"
     assert "secret" not in json.dumps(server.bodies)
 

@@ -28,7 +28,8 @@ def rows_of(*params: SamplingParams, vocabulary: int = 101):
 @pytest.mark.parametrize("vocabulary", [2, 64, 101, 4096])
 def test_frequencies_are_the_probabilities(vocabulary):
     torch.manual_seed(vocabulary)
-    logits, count = 2 * torch.randn(1, vocabulary), 40_000
+    logits = 2 * torch.randn(1, vocabulary)
+    count = 40_000
     logits[0, 1::7] = -torch.inf
     u = uniform(torch.full((count,), 3), torch.arange(count))
     tokens, _, _ = draw(logits.expand(count, -1).contiguous(), u)
@@ -130,12 +131,18 @@ def test_a_row_does_not_depend_on_the_rows_beside():
 def test_the_fused_operator_draws_from_the_same_distributions():
     """What a GPU runs, by its plain path: greedy tokens agree, and log-probabilities of whatever token came."""
     g = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(101, 16, generator=g)
+    hidden = torch.randn(6, 16, generator=g)
+    weight = torch.randn(101, 16, generator=g)
     params = [
-        SamplingParams(), SamplingParams(temperature=0, repetition_penalty=1.5), SamplingParams(temperature=0.5),
-        SamplingParams(top_k=7, top_p=0.8), SamplingParams(min_p=0.05, repetition_penalty=1.2), SamplingParams(),
-    ]  # fmt: skip
-    seen, steps = torch.rand(6, 101, generator=g) < 0.4, torch.arange(6)
+        SamplingParams(),
+        SamplingParams(temperature=0, repetition_penalty=1.5),
+        SamplingParams(temperature=0.5),
+        SamplingParams(top_k=7, top_p=0.8),
+        SamplingParams(min_p=0.05, repetition_penalty=1.2),
+        SamplingParams(),
+    ]
+    seen = torch.rand(6, 101, generator=g) < 0.4
+    steps = torch.arange(6)
     forbidden = torch.tensor([90, 91])
     rows = rows_of(*params)
     tokens, own, raw = sample_fused(hidden, weight, rows, steps, forbidden, seen)

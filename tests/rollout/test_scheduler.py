@@ -29,7 +29,8 @@ def request(tokens: int, order: int, n: int = 1, max_tokens: int = 8):
 
 def test_pages_are_counted():
     p = pool(5)
-    a, b = p.allocate(2), p.allocate(3)
+    a = p.allocate(2)
+    b = p.allocate(3)
     assert sorted(a + b) == [1, 2, 3, 4, 5] and p.free == 0 and p.peak == 5
     p.retain(a)
     p.release(a)
@@ -45,7 +46,8 @@ def test_pages_are_counted():
 def test_pages_are_saved_bit_for_bit():
     p = pool(4)
     a = p.allocate(2)
-    p.keys[:, a], p.values[:, a] = torch.randn(2, 2, 4, 2, 16), torch.randn(2, 2, 4, 2, 16)
+    p.keys[:, a] = torch.randn(2, 2, 4, 2, 16)
+    p.values[:, a] = torch.randn(2, 2, 4, 2, 16)
     kept = p.keys[:, a].clone()
     saved = p.save(a)
     p.keys[:, a] = 0

@@ -37,10 +37,15 @@ def test_soak():
 
     budget = 60 * page_bytes(config, 4, torch.float64)
     engine = Engine(model, memory=budget, page_size=4, max_sequences=24, prefill_tokens=64)
-    rng, live, sent, cancelled, peak = random.Random(1), [], 0, 0, 0
+    rng = random.Random(1)
+    live = []
+    sent = 0
+    cancelled = 0
+    peak = 0
     while sent < 2000 or live:
         while sent < 2000 and len(live) < 40:
-            which, tokens = rng.randrange(len(prompts)), rng.randint(1, LONGEST)
+            which = rng.randrange(len(prompts))
+            tokens = rng.randint(1, LONGEST)
             params = SamplingParams(max_tokens=tokens, n=rng.choice([1, 1, 1, 3]), **greedy)
             live.append((which, tokens, engine.add(prompts[which], params)))
             sent += 1

@@ -11,7 +11,8 @@ from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.rollout.stop_strings import cut_at_stop, visible_tokens
 
-VOCABULARY, BITS = 4096, 12
+VOCABULARY = 4096
+BITS = 12
 CODES = (torch.arange(VOCABULARY)[:, None] >> torch.arange(BITS) & 1) * 2.0 - 1  # a token is most like itself
 
 

@@ -26,14 +26,24 @@ from scene_truth import Truth
 
 def write_omni3d(scene: Scene, folder: Path) -> Path:
     """The stills of a scene as Omni3D JSON. Corners come from the box sizes by hand; the reader never sees them."""
-    images, annotations, cuboids = [], [], {}
+    images = []
+    annotations = []
+    cuboids = {}
     for number in scene.stills():
         view = scene.views[number]
-        c, path = view.camera, f"train/{number:04d}.png"
+        c = view.camera
+        path = f"train/{number:04d}.png"
         (folder / "train").mkdir(exist_ok=True)
         Image.fromarray(view.image).save(folder / path)
-        images.append({"id": number, "file_path": path, "width": c.width, "height": c.height,
-                       "K": [[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]]})  # fmt: skip
+        images.append(
+            {
+                "id": number,
+                "file_path": path,
+                "width": c.width,
+                "height": c.height,
+                "K": [[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]],
+            }
+        )
         for s in view.sightings:
             box = np.array(scene.object(s.object_id).box)
             turn = c.rotation @ Rotation.from_euler("xyz", box[6:9], degrees=True).as_matrix()
@@ -41,13 +51,23 @@ def write_omni3d(scene: Scene, folder: Path) -> Path:
             length, height, width = box[3:6]
             cube = np.array([[x, y, z] for z in (-1, 1) for y, x in ((-1, -1), (-1, 1), (1, 1), (1, -1))])
             cuboids[len(annotations)] = cube * [length / 2, height / 2, width / 2] @ turn.T + centre
-            annotations.append({
-                "id": len(annotations), "image_id": number, "category_id": 1, "valid3D": True,
-                "category_name": scene.object(s.object_id).name, "bbox2D_trunc": [-1] * 4,
-                "behind_camera": bool(centre[2] < 0), "bbox2D_tight": list(s.box_2d),
-                "center_cam": list(centre), "dimensions": [width, height, length], "R_cam": turn.tolist(),
-                "visibility": s.visibility, "truncation": 0.0,
-            })  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": 1,
+                    "valid3D": True,
+                    "category_name": scene.object(s.object_id).name,
+                    "bbox2D_trunc": [-1] * 4,
+                    "behind_camera": bool(centre[2] < 0),
+                    "bbox2D_tight": list(s.box_2d),
+                    "center_cam": list(centre),
+                    "dimensions": [width, height, length],
+                    "R_cam": turn.tolist(),
+                    "visibility": s.visibility,
+                    "truncation": 0.0,
+                }
+            )
     file = folder / "Made_train.json"
     file.write_text(
         json.dumps(
@@ -120,11 +140,13 @@ def write_scan(scene: Scene, folder: Path, turn: float = 30.0) -> Path:
     for name in ("color", "depth", "instance", "pose", "intrinsic"):
         (folder / name).mkdir(parents=True)
     moved = np.eye(4)
-    moved[:3, :3], moved[:3, 3] = Rotation.from_euler("z", turn, degrees=True).as_matrix(), [1.0, -2.0, 0.5]
+    moved[:3, :3] = Rotation.from_euler("z", turn, degrees=True).as_matrix()
+    moved[:3, 3] = [1.0, -2.0, 0.5]
     for number, k in enumerate(scene.walk):
         view = scene.views[k]
         world = np.eye(4)
-        world[:3, :3], world[:3, 3] = view.camera.rotation.T, view.camera.position
+        world[:3, :3] = view.camera.rotation.T
+        world[:3, 3] = view.camera.position
         np.savetxt(folder / "pose" / f"{number}.txt", moved @ world)
         Image.fromarray(np.round(view.depth * 1000).astype(np.uint16)).save(folder / "depth" / f"{number}.png")
         Image.fromarray(view.ids.astype(np.uint16)).save(folder / "instance" / f"{number}.png")
@@ -151,7 +173,8 @@ def test_a_scan_gives_back_the_room(walked: list[Scene], tmp_path: Path) -> None
     assert found.name == "scene0001_00" and len(found.walk) == 20 and len(found.stills()) == 3 and found.pairs
     assert all(kind == "wide" for _, _, kind in found.pairs)
     for k, v in zip(found.walk, scene.walk, strict=True):
-        ours, theirs = found.views[k], scene.views[v]
+        ours = found.views[k]
+        theirs = scene.views[v]
         np.testing.assert_allclose(ours.camera.rotation, theirs.camera.rotation, atol=1e-9)
         np.testing.assert_allclose(ours.camera.position, theirs.camera.position, atol=1e-9)
         assert np.abs(ours.depth - theirs.depth).max() < 0.00051 and (ours.ids == theirs.ids).all()

@@ -44,7 +44,8 @@ def check_room(room: Room) -> None:
     volumes = intersection_volume(boxes, boxes)
     np.fill_diagonal(volumes, 0)
     assert volumes.max() < 1e-9, f"room {room.seed}: boxes {np.unravel_index(volumes.argmax(), volumes.shape)} overlap"
-    low, high = points[..., 2].min(1), points[..., 2].max(1)
+    low = points[..., 2].min(1)
+    high = points[..., 2].max(1)
     for i in range(len(boxes)):
         for j in range(i):
             if low[i] < high[j] and low[j] < high[i]:
@@ -68,7 +69,9 @@ def test_layout_of_two_hundred_rooms() -> None:
 
 
 def test_the_same_seed_is_the_same_room() -> None:
-    a, b, c = build_geometry(furnish(5)), build_geometry(furnish(5)), build_geometry(furnish(6))
+    a = build_geometry(furnish(5))
+    b = build_geometry(furnish(5))
+    c = build_geometry(furnish(6))
     for name in ("positions", "uv", "rgba", "layer", "ids", "triangles", "textures", "light"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert len(a.positions) != len(c.positions) or not np.array_equal(a.positions, c.positions)
@@ -80,9 +83,11 @@ def test_boxes_are_tight_round_the_meshes() -> None:
         geometry = build_geometry(room)
         for index, item in enumerate(room.items):
             vertices = geometry.positions[geometry.ids == index + 1].astype(np.float64)
-            c, s = math.cos(math.radians(item.yaw)), math.sin(math.radians(item.yaw))
+            c = math.cos(math.radians(item.yaw))
+            s = math.sin(math.radians(item.yaw))
             local = (vertices - item.box[:3]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-            low, high = local.min(0), local.max(0)
+            low = local.min(0)
+            high = local.max(0)
             half = np.array([item.box[3], item.box[5], item.box[4]]) / 2
             np.testing.assert_allclose(low, -half, atol=2e-3, err_msg=item.piece.name)
             np.testing.assert_allclose(high, half, atol=2e-3, err_msg=item.piece.name)
@@ -156,5 +161,19 @@ def test_the_pack_is_small_complete_and_credited() -> None:
         assert model.mesh.triangles.max() < len(model.mesh.positions)
         assert (model.size > 0).all() and model.mesh.layer.max() < len(pack.textures)
     named = {model.name for model in pack.models.values()}
-    assert {"bed", "chair", "table", "sofa", "desk", "bookshelf", "cabinet", "night stand", "lamp", "sink", "toilet",
-            "refrigerator", "television", "plant"} <= named  # fmt: skip
+    assert {
+        "bed",
+        "chair",
+        "table",
+        "sofa",
+        "desk",
+        "bookshelf",
+        "cabinet",
+        "night stand",
+        "lamp",
+        "sink",
+        "toilet",
+        "refrigerator",
+        "television",
+        "plant",
+    } <= named

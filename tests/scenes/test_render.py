@@ -46,7 +46,9 @@ def check_scenes(scenes: list[Scene]) -> int:
     for scene in scenes:
         for k, view in enumerate(scene.views):
             checked, stray = check_view(scene, view, 2e-3)
-            seen, strays, pixels = seen + checked, strays + stray, pixels + view.image.shape[0] * view.image.shape[1]
+            seen = seen + checked
+            strays = strays + stray
+            pixels = pixels + view.image.shape[0] * view.image.shape[1]
             if stray or k == 0:
                 embree.load(build_geometry(furnish(scene.metadata["room_seed"])))
                 rgb, depth, ids = embree.draw(view.camera)
@@ -71,7 +73,9 @@ def test_backends_agree() -> None:
     except RuntimeError as error:
         pytest.skip(str(error))
     embree = open_renderer("embree")
-    same, total, worst = 0, 0, []
+    same = 0
+    total = 0
+    worst = []
     for seed in range(300, 306):
         room = furnish(seed)
         geometry = build_geometry(room)
@@ -79,13 +83,15 @@ def test_backends_agree() -> None:
         assert camera is not None
         gl.load(geometry)
         embree.load(geometry)
-        a, b = gl.draw(camera), embree.draw(camera)
+        a = gl.draw(camera)
+        b = embree.draw(camera)
         for x, dtype, shape in zip(
             a, (np.uint8, np.float32, np.int32), ((240, 320, 3), (240, 320), (240, 320)), strict=True
         ):
             assert x.dtype == dtype and x.shape == shape
         equal = a[2] == b[2]
-        same, total = same + int(equal.sum()), total + equal.size
+        same = same + int(equal.sum())
+        total = total + equal.size
         worst.append(float(np.quantile(np.abs(a[1] - b[1])[equal], 0.999)))
         assert (
             np.abs(a[0].astype(int) - b[0].astype(int)).mean() < 12
@@ -99,7 +105,8 @@ def test_embree_works_alone_and_twice_the_same() -> None:
     geometry = build_geometry(room)
     camera = still(room, np.random.default_rng(0), 96, 72)
     assert camera is not None
-    first, again = render(geometry, camera, "embree"), render(geometry, camera, "embree")
+    first = render(geometry, camera, "embree")
+    again = render(geometry, camera, "embree")
     for x, y in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, y)
     assert 40 < first[0].mean() < 230 and len(np.unique(first[2])) > 2
@@ -128,7 +135,8 @@ def test_sightings_describe_the_pixels(scenes: list[Scene]) -> None:
                 rows, columns = np.nonzero(mask)
                 assert s.pixels == mask.sum() and 0 <= s.visibility <= 1
                 assert s.box_2d == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                column, row = int(s.point[0]), int(s.point[1])
+                column = int(s.point[0])
+                row = int(s.point[1])
                 assert mask[row, column] and s.depth == view.depth[row, column]
 
 

@@ -34,14 +34,16 @@ def random_boxes(rng: np.random.Generator, count: int, spread: float = 1.0) -> n
 
 def reference_volume(a: np.ndarray, b: np.ndarray) -> float:
     """Half-space intersection about the Chebyshev centre, from SciPy's own rotations."""
-    normals, offsets = [], []
+    normals = []
+    offsets = []
     for box in (a, b):
         axes = Rotation.from_euler("xyz", box[6:9], degrees=True).as_matrix().T
         for axis, size in zip(axes, box[3:6], strict=True):
             for sign in (1, -1):
                 normals.append(sign * axis)
                 offsets.append(size / 2 + sign * axis @ box[:3])
-    n, o = np.array(normals), np.array(offsets)
+    n = np.array(normals)
+    o = np.array(offsets)
     centre = linprog(
         [0, 0, 0, -1], A_ub=np.c_[n, np.ones(12)], b_ub=o, bounds=[(None, None)] * 3 + [(0, None)], method="highs"
     )
@@ -83,9 +85,11 @@ def test_to_camera_frame_moves_the_corners() -> None:
 
 def test_iou_against_halfspace_intersection() -> None:
     rng = np.random.default_rng(2)
-    a, b = random_boxes(rng, 500, 0.7), random_boxes(rng, 500, 0.7)
+    a = random_boxes(rng, 500, 0.7)
+    b = random_boxes(rng, 500, 0.7)
     volumes = np.array([reference_volume(x, y) for x, y in zip(a, b, strict=True)])
-    size_a, size_b = a[:, 3:6].prod(1), b[:, 3:6].prod(1)
+    size_a = a[:, 3:6].prod(1)
+    size_b = b[:, 3:6].prod(1)
     expected = volumes / (size_a + size_b - volumes)
     assert 0.3 < (expected > 0).mean() < 1.0
     got = np.array([iou_3d(x[None], y[None])[0, 0] for x, y in zip(a, b, strict=True)])
@@ -138,9 +142,14 @@ def test_iou_of_nearly_equal_boxes(tilt: float) -> None:
 def test_iou_of_degenerate_and_far_boxes_is_zero() -> None:
     box = np.array([[0, 0, 0, 1, 1, 1, 0, 0, 0.0]])
     bad = np.array(
-        [[0, 0, 0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 1, -1, 1, 0, 0, 0], [0, 0, np.nan, 1, 1, 1, 0, 0, 0],
-         [0, 0, 0, 1, 1, np.inf, 0, 0, 0], [50, 0, 0, 1, 1, 1, 0, 0, 0]]
-    )  # fmt: skip
+        [
+            [0, 0, 0, 0, 1, 1, 0, 0, 0],
+            [0, 0, 0, 1, -1, 1, 0, 0, 0],
+            [0, 0, np.nan, 1, 1, 1, 0, 0, 0],
+            [0, 0, 0, 1, 1, np.inf, 0, 0, 0],
+            [50, 0, 0, 1, 1, 1, 0, 0, 0],
+        ]
+    )
     assert (iou_3d(box, bad) == 0).all()
     assert iou_3d(box, np.zeros((0, 9))).shape == (1, 0)
     assert intersection_volume(bad, bad)[0, 0] == 0
@@ -184,11 +193,20 @@ def test_format_then_parse(rows: list[list[float]]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no boxes", "```json\n[", "```json\n{}\n```", "```json\n[1, 2]\n```", '```json\n[{"label": "x"}]\n```',
-     '```json\n[{"bbox_3d": [1, 2], "label": "x"}]\n```', '```json\n[{"bbox_3d": "abc", "label": "x"}]\n```',
-     '```json\n[{"bbox_3d": [1,1,1,1,1,1,1,1,NaN], "label": "x"}]\n```', "<3dbbox>1 2 three</3dbbox>",
-     "```json\n" + "[" * 100000],
-)  # fmt: skip
+    [
+        "",
+        "no boxes",
+        "```json\n[",
+        "```json\n{}\n```",
+        "```json\n[1, 2]\n```",
+        '```json\n[{"label": "x"}]\n```',
+        '```json\n[{"bbox_3d": [1, 2], "label": "x"}]\n```',
+        '```json\n[{"bbox_3d": "abc", "label": "x"}]\n```',
+        '```json\n[{"bbox_3d": [1,1,1,1,1,1,1,1,NaN], "label": "x"}]\n```',
+        "<3dbbox>1 2 three</3dbbox>",
+        "```json\n" + "[" * 100000,
+    ],
+)
 def test_parse_of_broken_text_is_empty(text: str) -> None:
     boxes, labels = parse_boxes(text)
     assert boxes.shape == (0, 9) and labels == []

@@ -66,7 +66,8 @@ def test_look_is_a_rotation_that_faces_the_right_way() -> None:
 
 
 def test_project_against_the_3x4_matrix() -> None:
-    camera, rng = make_camera(), np.random.default_rng(0)
+    camera = make_camera()
+    rng = np.random.default_rng(0)
     points = camera.position + rng.normal(size=(200, 3)) * 3
     k = np.array([[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1.0]])
     homogeneous = (

@@ -49,7 +49,8 @@ def test_wireframes_pass_through_the_projected_corners() -> None:
     result = np.asarray(draw.boxes_3d(image, box, [""], (270, 270, 160, 120), "green", width=1))
     assert np.asarray(image).max() == 0  # a copy
     for x, y, z in corners(box)[0]:
-        u, v = round(270 * x / z + 160), round(270 * y / z + 120)
+        u = round(270 * x / z + 160)
+        v = round(270 * y / z + 120)
         assert result[v - 1 : v + 2, u - 1 : u + 2].max() > 0
     behind = box.copy()
     behind[0, 2] = -4.0

@@ -11,8 +11,15 @@ from scipy.spatial.transform import Rotation
 
 from fastvst.spatial.boxes import iou_3d, iou_3d_sets
 
-COUNTS = {"random": 4000, "touching": 1000, "contained": 1000, "identical": 1000, "degenerate": 500, "thin": 1500,
-          "coplanar": 1000}  # fmt: skip
+COUNTS = {
+    "random": 4000,
+    "touching": 1000,
+    "contained": 1000,
+    "identical": 1000,
+    "degenerate": 500,
+    "thin": 1500,
+    "coplanar": 1000,
+}
 
 
 def axes(boxes: np.ndarray) -> np.ndarray:
@@ -34,7 +41,8 @@ def shifted(boxes: np.ndarray, local: np.ndarray) -> np.ndarray:
 
 
 def pairs(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    a, n = random_boxes(rng, COUNTS[kind]), COUNTS[kind]
+    a = random_boxes(rng, COUNTS[kind])
+    n = COUNTS[kind]
     sizes = a[:, 3:6]
     if kind == "touching":  # side by side along one axis, with a whole face, a part of it, or an edge in common
         local = rng.choice([0.0, 0.5, 1.0], (n, 3)) * sizes
@@ -73,9 +81,12 @@ def halfspace_volume(a: np.ndarray, b: np.ndarray, turn_a: np.ndarray, turn_b: n
     offsets = np.concatenate([np.tile(x[3:6] / 2, 2) for x in (a, b)])
     offsets += normals @ a[:3] - np.concatenate([np.zeros(6), normals[6:] @ (a[:3] - b[:3])])
     centre = linprog(
-        [0, 0, 0, -1], A_ub=np.c_[normals, np.ones(12)], b_ub=offsets, bounds=[(None, None)] * 3 + [(0, None)],
+        [0, 0, 0, -1],
+        A_ub=np.c_[normals, np.ones(12)],
+        b_ub=offsets,
+        bounds=[(None, None)] * 3 + [(0, None)],
         method="highs",
-    )  # fmt: skip
+    )
     if centre.status != 0 or centre.x[3] < 1e-9:
         return 0.0
     # About the inner point and in its own scale: Qhull's tolerances are absolute.
@@ -85,7 +96,8 @@ def halfspace_volume(a: np.ndarray, b: np.ndarray, turn_a: np.ndarray, turn_b: n
 
 
 def expected_iou(kind: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    size_a, size_b = a[:, 3:6].prod(1), b[:, 3:6].prod(1)
+    size_a = a[:, 3:6].prod(1)
+    size_b = b[:, 3:6].prod(1)
     if kind == "identical":
         return np.ones(len(a))
     if kind in ("touching", "degenerate"):
@@ -114,7 +126,9 @@ def test_monte_carlo_within_its_error() -> None:
     rng = np.random.default_rng(5)
     a, b = (np.concatenate(side) for side in zip(*(pairs(k, rng) for k in ("random", "contained")), strict=True))
     chosen = rng.permutation(len(a))[:300]
-    a, b, count = a[chosen], b[chosen], 20_000
+    a = a[chosen]
+    b = b[chosen]
+    count = 20_000
     got = np.concatenate(iou_3d_sets(list(zip(a[:, None], b[:, None], strict=True)))).ravel()
     strays = 0.0
     for x, y, turn_x, turn_y, iou in zip(a, b, axes(a), axes(b), got, strict=True):

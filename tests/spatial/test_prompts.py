@@ -16,13 +16,26 @@ def stored() -> str:
 def test_stored_form_has_all_parts_in_order() -> None:
     text = stored()
     parts = [
-        "Here are the detailed camera parameters", "image width=730", "height=530", "f_x=529.5", "f_y=529.5",
-        "c_x=365.0", "cy=265.0", "X-axis points rightward", "camera coordinate system as the world",
+        "Here are the detailed camera parameters",
+        "image width=730",
+        "height=530",
+        "f_x=529.5",
+        "f_y=529.5",
+        "c_x=365.0",
+        "cy=265.0",
+        "X-axis points rightward",
+        "camera coordinate system as the world",
         "\n\n3D bounding box format: ",
-        "[x_center, y_center, z_center, x_size, y_size, z_size, pitch, yaw, roll]", "\n* x_center", "\n* x_size",
-        "\n* pitch", "multiply by 180", '\n\nOutput a json list where each entry', '"label"', '"bbox_3d"',
+        "[x_center, y_center, z_center, x_size, y_size, z_size, pitch, yaw, roll]",
+        "\n* x_center",
+        "\n* x_size",
+        "\n* pitch",
+        "multiply by 180",
+        "\n\nOutput a json list where each entry",
+        '"label"',
+        '"bbox_3d"',
         "\nDetect the 3D bounding boxes of chair",
-    ]  # fmt: skip
+    ]
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
     assert read_camera(text) == {"width": 730, "height": 530, "fx": 529.5, "fy": 529.5, "cx": 365.0, "cy": 265.0}

@@ -51,7 +51,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, causal: bool, scale:
     ends = [sum(pack.lengths[: i + 1]) for i in range(len(pack.lengths))]
     rows = [torch.arange(end - length, end, device=q.device) for end, length in zip(ends, pack.lengths, strict=True)]
     repeat = q.shape[1] // k.shape[1]
-    outs, lses = [], []
+    outs = []
+    lses = []
     for index, own in enumerate(rows):
         prompt = -1 if pack.prompts is None else pack.prompts[index]
         seen = own if prompt < 0 else torch.cat([rows[prompt], own])
@@ -84,9 +85,17 @@ class Results:
 
 
 def assert_as_good_as_plain(
-    compute, pack: Pack, heads: tuple[int, int], width: int, dtype: torch.dtype, *, causal: bool,
-    with_dlse: bool = False, device: torch.device | str = "cpu", seed: int = 0,
-) -> Results:  # fmt: skip
+    compute,
+    pack: Pack,
+    heads: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    with_dlse: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Results:
     """compute(q, k, v) -> (out, lse (T, Hq)), forward and backward, against float64.
 
     The largest error may be twice that of the plain formula in the same dtype, plus a floor, as on few values the plain

@@ -42,7 +42,8 @@ class DecodeCase:
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """(B, Hq, D) output and (B, Hq) logsumexp in float64; rows without keys give 0 and -inf."""
-        outs, lses = [], []
+        outs = []
+        lses = []
         for query, (keys, values) in zip(self.q.double().cpu(), self.lists, strict=True):
             repeat = query.shape[0] // keys.shape[1]
             keys, values = (x.double().repeat_interleave(repeat, dim=1) for x in (keys, values))
@@ -62,7 +63,8 @@ def make_case(
     seed: int = 0,
 ) -> DecodeCase:
     """A case of groups (prompt length, own lengths). Pages lie in random order; unused bytes are NaN."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     needed = [-(-n // page_size) for prompt, own in groups for n in (prompt, *own)]
     shape = (sum(needed) + 2, page_size, heads[1], width)
     k_pages, v_pages = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
@@ -79,7 +81,9 @@ def make_case(
                 pages[page, : len(values[part])] = values[part]
         return taken, k, v
 
-    prefixes, own, lists = [], [], []
+    prefixes = []
+    own = []
+    lists = []
     for prompt, lengths in groups:
         pages, k, v = fill(prompt)
         prefixes.append(pages)

@@ -12,7 +12,10 @@ from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL, VisionConfig
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
 
-IMAGE_ID, VIDEO_ID, VISION_START, VISION_END = 90, 91, 92, 93
+IMAGE_ID = 90
+VIDEO_ID = 91
+VISION_START = 92
+VISION_END = 93
 SPECIAL = 90  # ids below are ordinary text
 
 
@@ -21,11 +24,22 @@ def small_config(**changes) -> ModelConfig:
     tower = {"depth": 3, "hidden_size": 32, "intermediate_size": 24, "num_heads": 2, "fullatt_block_indexes": (1,)}
     tower |= {"out_hidden_size": changes.get("hidden_size", 64)} | changes.pop("vision", {})
     defaults = {
-        "vocab_size": 101, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "mrope_section": (2, 3, 3), "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID,
-        "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END, "bos_token_id": 94,
-        "pad_token_id": 94, "eos_token_ids": (95, 94), "video_rule": "grid",
-    }  # fmt: skip
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mrope_section": (2, 3, 3),
+        "image_token_id": IMAGE_ID,
+        "video_token_id": VIDEO_ID,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "bos_token_id": 94,
+        "pad_token_id": 94,
+        "eos_token_ids": (95, 94),
+        "video_rule": "grid",
+    }
     return ModelConfig(**(defaults | changes), vision=VisionConfig(**tower))
 
 
@@ -68,7 +82,10 @@ def make_sample(config: ModelConfig, parts: list[tuple], seed: int = 0, *, super
     """
     rng = np.random.default_rng(seed)
     v = config.vision
-    tokens, modality, grids, seconds = [], [], [], []
+    tokens = []
+    modality = []
+    grids = []
+    seconds = []
     for kind, *numbers in parts:
         if kind == "text":
             tokens += rng.integers(0, SPECIAL, numbers[0]).tolist()
@@ -84,9 +101,13 @@ def make_sample(config: ModelConfig, parts: list[tuple], seed: int = 0, *, super
     modality = np.asarray(modality, dtype=np.int64)
     layout = vision_layout(grids, merge_size=v.spatial_merge_size, window_size=v.window_size, patch_size=v.patch_size)
     positions = mrope_positions(
-        modality, grids, merge_size=v.spatial_merge_size, tokens_per_second=v.tokens_per_second,
-        second_per_grid_ts=seconds, video_rule=config.video_rule,
-    )  # fmt: skip
+        modality,
+        grids,
+        merge_size=v.spatial_merge_size,
+        tokens_per_second=v.tokens_per_second,
+        second_per_grid_ts=seconds,
+        video_rule=config.video_rule,
+    )
     tokens = torch.tensor(tokens, dtype=torch.int32)
     picked = (modality == TEXT) & (rng.random(len(tokens)) < 0.5)
     if supervised is not None:
@@ -115,7 +136,9 @@ def hf_inputs(config: ModelConfig, sample: EncodedSample, theirs) -> dict:
     ids = sample.tokens.long()[None]
     kinds = torch.where(ids == config.image_token_id, 1, torch.where(ids == config.video_token_id, 2, 0)).int()
     inputs: dict = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    images, videos, at = [], [], 0
+    images = []
+    videos = []
+    at = 0
     pixels: dict[int, list] = {1: [], 2: []}
     order = [int(k) for k in kinds[0][sample.vision_slots.long()]]
     unit = config.vision.spatial_merge_size**2

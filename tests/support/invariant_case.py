@@ -12,16 +12,23 @@ from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, in
 
 
 def assert_invariant_mm(
-    rows: int, width: int, columns: int, dtype: torch.dtype, device: str = "cpu", backend: str = "auto",
+    rows: int,
+    width: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    backend: str = "auto",
     moves: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Against float64, with transposed factors, with a wide result, and rows beside others than before.
 
     moves: also check rows that change their place in a tile. Not in Triton's interpreter, whose products are NumPy's.
     """
     torch.manual_seed(rows)
-    a, b = torch.randn(rows, width, device=device).to(dtype), torch.randn(width, columns, device=device).to(dtype)
-    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    a = torch.randn(rows, width, device=device).to(dtype)
+    b = torch.randn(width, columns, device=device).to(dtype)
+    exact = a.double() @ b.double()
+    size = a.double().abs() @ b.double().abs()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -72,9 +79,11 @@ def make_case(
 ) -> InvariantCase:
     """Prompts with answers, as lengths; all of one packed row. Keys and values are views into one tensor."""
     torch.manual_seed(len(groups))
-    sequences, at = [], 0
+    sequences = []
+    at = 0
     for prompt, answers in groups:
-        shared, at = np.arange(at, at + prompt), at + prompt
+        shared = np.arange(at, at + prompt)
+        at = at + prompt
         sequences.append((shared[:0], shared))
         for length in answers:
             sequences.append((shared, np.arange(at, at + length)))
@@ -87,9 +96,11 @@ def make_case(
 def assert_attention(case: InvariantCase, found: tuple[Tensor, Tensor]) -> None:
     """Against softmax in float64; the error of plain PyTorch in the same dtype is the measure (float64: rounding)."""
     repeat = case.q.shape[1] // case.k.shape[1]
-    exact, plain = [], []
+    exact = []
+    plain = []
     for results, wide in ((exact, torch.float64), (plain, case.q.dtype)):
-        out, lse = torch.zeros_like(case.q, dtype=wide), torch.zeros(case.q.shape[:2], dtype=wide, device=case.q.device)
+        out = torch.zeros_like(case.q, dtype=wide)
+        lse = torch.zeros(case.q.shape[:2], dtype=wide, device=case.q.device)
         for prompt, own in case.sequences:
             rows = torch.from_numpy(np.concatenate([prompt, own])).to(case.q.device)
             keys, values = (x[rows].to(wide).repeat_interleave(repeat, dim=1) for x in (case.k, case.v))
@@ -102,7 +113,8 @@ def assert_attention(case: InvariantCase, found: tuple[Tensor, Tensor]) -> None:
         results += [out.double(), lse.double()]
     eps = torch.finfo(case.q.dtype).eps
     for ours, truth, theirs in zip(found, exact, plain, strict=True):
-        error, measure = (ours.double() - truth).abs().max(), (theirs - truth).abs().max()
+        error = (ours.double() - truth).abs().max()
+        measure = (theirs - truth).abs().max()
         assert error <= 2 * measure + 8 * eps, f"error {error:.2e}, plain PyTorch's {measure:.2e}"
 
 
@@ -111,7 +123,8 @@ def assert_invariant_attention(case: InvariantCase, backend: str = "auto") -> No
     out, lse = invariant_attention(*case.qkv, case.tiles, case.scale, backend=backend)
     for prompt, own in case.sequences:
         for at in {0, len(own) // 2, len(own) - 1} if len(own) else ():
-            place, row = len(prompt) + at, int(own[at])
+            place = len(prompt) + at
+            row = int(own[at])
             keys = np.concatenate([prompt, own[: at + 1]])
             tiles = make_tiles([(np.array([0]), place, keys)]).to(case.q.device)
             alone = invariant_attention(case.q[row : row + 1], case.k, case.v, tiles, case.scale, backend=backend)

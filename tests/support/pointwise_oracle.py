@@ -72,7 +72,8 @@ def rope(qkv: Tensor, bias: Tensor, by: Tensor, heads: int, kv_heads: int) -> tu
 def windows(qkv: Tensor, bias: Tensor, by: Tensor, lengths: tuple[int, ...], heads: int) -> Tensor:
     """Bias, rotation and softmax attention, window by window."""
     q, k, v = rope(qkv, bias, by, heads, heads)
-    out, begin = [], 0
+    out = []
+    begin = 0
     for length in lengths:
         a, b, c = (x[begin : begin + length].transpose(0, 1) for x in (q, k, v))
         p = torch.softmax(a @ b.transpose(1, 2) * q.shape[-1] ** -0.5, -1)

@@ -59,7 +59,8 @@ def start_ranks(
     """Like `run_ranks`, but gives (exit code, return value or "FAILED traceback" or None) and judges nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    name, file = (function.__module__, function.__qualname__), inspect.getfile(function)
+    name = (function.__module__, function.__qualname__)
+    file = inspect.getfile(function)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [

@@ -33,7 +33,8 @@ def load_rl() -> ModuleType:
 def write_questions(folder: Path, rows: int = 24, *, image_every: int = 2, seed: int = 0) -> Path:
     """RL rows (question, answer, meta_info with modes); every `image_every`-th one shows a picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, lines = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    lines = []
     for index in range(rows):
         question = " ".join(rng.choice(WORDS, rng.integers(3, 25)))
         row = {"id": str(index), "question": question, "answer": "red", "type": "qa"}

@@ -47,9 +47,17 @@ class SamplingCase:
 
 
 def make_case(
-    rows: int, vocabulary: int, width: int = 48, *, dtype: torch.dtype = torch.float32, seed: int = 0,
-    spread: float = 2.0, mixed: bool = False, filters: bool = False, penalty: bool = False,
-) -> SamplingCase:  # fmt: skip
+    rows: int,
+    vocabulary: int,
+    width: int = 48,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 2.0,
+    mixed: bool = False,
+    filters: bool = False,
+    penalty: bool = False,
+) -> SamplingCase:
     """Random rows; `mixed`: temperatures 0, 0.5, 1, 2 in turn; filters in every row that is not greedy, five kinds."""
     g = torch.Generator().manual_seed(seed)
     heat = torch.tensor([0.5, 1.0, 0.0, 2.0])[torch.arange(rows) % 4] if mixed else None
@@ -77,7 +85,8 @@ def noise(seeds: Tensor, steps: Tensor, vocabulary: int) -> np.ndarray:
         return x ^ (x >> np.uint32(14))
 
     wide = seeds.numpy().view(np.uint64)
-    low, high = (wide & np.uint64(2**32 - 1)).astype(np.uint32), (wide >> np.uint64(32)).astype(np.uint32)
+    low = (wide & np.uint64(2**32 - 1)).astype(np.uint32)
+    high = (wide >> np.uint64(32)).astype(np.uint32)
     step = steps.numpy().astype(np.uint32)
     first = mix(low ^ mix(step ^ mix(high ^ np.uint32(0x9E3779B9))))
     second = mix(high ^ mix(step ^ mix(low ^ np.uint32(0x85EBCA6B))))
@@ -108,7 +117,8 @@ class Expected:
 def expected(case: SamplingCase) -> Expected:
     """The answer in float64."""
     raw = case.hidden.double() @ case.weight.double().t()
-    shares, scores = [], []
+    shares = []
+    scores = []
     gumbel = torch.from_numpy(noise(case.seeds, case.steps, raw.shape[1]))
     forbidden = torch.zeros(0, dtype=torch.int64) if case.forbidden is None else case.forbidden
     for i, logits in enumerate(raw):

@@ -20,7 +20,8 @@ from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-MIN_PIXELS, GHOST = 60, 12
+MIN_PIXELS = 60
+GHOST = 12
 
 
 def question(sample: Sample) -> str:
@@ -33,7 +34,8 @@ def reply(sample: Sample) -> str:
 
 def homogeneous(camera: Camera) -> np.ndarray:
     m = np.eye(4)
-    m[:3, :3], m[:3, 3] = camera.rotation, camera.translation
+    m[:3, :3] = camera.rotation
+    m[:3, 3] = camera.translation
     return m
 
 
@@ -105,14 +107,16 @@ class Truth:
 
     def extents(self, object_id: int) -> np.ndarray:
         """Size of the mesh along its own axes: across, along, up."""
-        points, yaw = self.vertices(object_id), math.radians(self.scene.object(object_id).box[8])
+        points = self.vertices(object_id)
+        yaw = math.radians(self.scene.object(object_id).box[8])
         flat = points[:, :2] @ np.array([[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]])
         return np.array([*np.ptp(flat, axis=0), np.ptp(points[:, 2])])
 
     def place(self, object_id: int) -> np.ndarray:
         """Centre of the mesh on the floor (2,): middle of its extent along its own axes."""
         if object_id not in self._places:
-            points, yaw = self.vertices(object_id), math.radians(self.scene.object(object_id).box[8])
+            points = self.vertices(object_id)
+            yaw = math.radians(self.scene.object(object_id).box[8])
             turn = np.array([[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]])
             flat = points[:, :2] @ turn
             self._places[object_id] = (flat.min(0) + flat.max(0)) / 2 @ turn.T

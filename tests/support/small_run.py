@@ -58,7 +58,8 @@ def write_model(folder: Path) -> Path:
 def write_data(folder: Path, rows: int = 40, *, image_every: int = 2, seed: int = 0) -> Path:
     """LLaVA JSONL; every `image_every`-th row shows a picture, the others are text of very different lengths."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, lines = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    lines = []
     for index in range(rows):
         colour = WORDS[index % 3]
         question = " ".join(rng.choice(WORDS, rng.integers(2, 30)))
@@ -68,7 +69,8 @@ def write_data(folder: Path, rows: int = 40, *, image_every: int = 2, seed: int 
             pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
             pixels[..., index % 3] += 150
             Image.fromarray(pixels).save(folder / f"{index}.png")
-            row["image"], question = f"{index}.png", f"<image>\n{question}"
+            row["image"] = f"{index}.png"
+            question = f"<image>\n{question}"
         row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": f"it is {colour}"}]
         lines.append(json.dumps(row))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")

@@ -116,10 +116,13 @@ def test_quaternions_are_scipys() -> None:
 # Worked by hand in vst-spec 1.6: f* = 960 / (2 tan 34.58 deg) = 696.3195, truncated sizes.
 @pytest.mark.parametrize(
     ("width", "height", "fx", "size", "fed"),
-    [(730, 530, 529.5, (959, 696), (952, 700)), (640, 480, 532.0, (837, 628), None),
-     (1296, 968, 1170.0, (771, 576), None),
-     (1024, 768, 1024 / 2 / np.tan(np.radians(30)), (804, 603), None)],
-)  # fmt: skip
+    [
+        (730, 530, 529.5, (959, 696), (952, 700)),
+        (640, 480, 532.0, (837, 628), None),
+        (1296, 968, 1170.0, (771, 576), None),
+        (1024, 768, 1024 / 2 / np.tan(np.radians(30)), (804, 603), None),
+    ],
+)
 def test_worked_examples_of_the_virtual_camera(width, height, fx, size, fed) -> None:
     w, h, hfov, vfov = unify_fov(width, height, float(fx))
     assert abs(w - size[0]) <= 1 and abs(h - size[1]) <= 1

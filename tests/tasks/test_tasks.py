@@ -37,8 +37,10 @@ from fastvst.tasks import (
 )
 from fastvst.tasks.common import mcq
 
-CONFIG, HARD = TaskConfig(), TaskConfig(easy=0.4)
-ROOMS, ROWS = 20, 26  # of the slow test: rooms, and rows of a task in each
+CONFIG = TaskConfig()
+HARD = TaskConfig(easy=0.4)
+ROOMS = 20
+ROWS = 26  # of the slow test: rooms, and rows of a task in each
 
 
 def make_all(scene: Scene, tries: int, config: TaskConfig = CONFIG) -> list[Sample]:
@@ -68,7 +70,8 @@ def picture(sample: Sample, number: int = 0) -> np.ndarray:
 
 def homogeneous(camera: Camera) -> np.ndarray:
     m = np.eye(4)
-    m[:3, :3], m[:3, 3] = camera.rotation, camera.translation
+    m[:3, :3] = camera.rotation
+    m[:3, 3] = camera.translation
     return m
 
 
@@ -102,7 +105,8 @@ class Rays:
 
 
 def check_depth_comparison(scene: Scene, geometry: Geometry, rays: Rays, sample: Sample) -> None:
-    meta, view = sample.metadata, scene.views[sample.metadata["view"]]
+    meta = sample.metadata
+    view = scene.views[sample.metadata["view"]]
     names = [p[3] for p in meta["points"]]
     depths = {}
     for u, v, _, name in meta["points"]:
@@ -189,7 +193,8 @@ def check_measurement(scene: Scene, geometry: Geometry, rays: Rays, sample: Samp
 
 
 def check_detection_3d(scene: Scene, geometry: Geometry, rays: Rays, sample: Sample) -> None:
-    meta, view = sample.metadata, scene.views[sample.metadata["view"]]
+    meta = sample.metadata
+    view = scene.views[sample.metadata["view"]]
     boxes, labels = parse_boxes(reply(sample))
     assert labels == [scene.object(i).name for i in meta["objects"]]
     assert (np.diff(boxes[:, 2]) >= -0.011).all() and (boxes[:, 2] > 0).all()
@@ -271,9 +276,13 @@ def check_camera_motion(scene: Scene, geometry: Geometry, rays: Rays, sample: Sa
 
 
 CHECKS = {
-    "depth_comparison": check_depth_comparison, "distance": check_distance, "measurement": check_measurement,
-    "detection_3d": check_detection_3d, "correspondence": check_correspondence, "camera_motion": check_camera_motion,
-}  # fmt: skip
+    "depth_comparison": check_depth_comparison,
+    "distance": check_distance,
+    "measurement": check_measurement,
+    "detection_3d": check_detection_3d,
+    "correspondence": check_correspondence,
+    "camera_motion": check_camera_motion,
+}
 
 
 def check(scene: Scene, geometry: Geometry, rays: Rays, row: Sample) -> None:
@@ -319,7 +328,8 @@ def test_answers_hold_in_five_hundred_rows_a_task(renderer: Renderer) -> None:
     counts: Counter = Counter()
     for seed in range(5000, 5000 + ROOMS):
         scene = shoot(seed, renderer, ShotConfig(views=3, overlap=1.0))
-        geometry, rng = build_geometry(furnish(scene.metadata["room_seed"])), np.random.default_rng([seed, 99])
+        geometry = build_geometry(furnish(scene.metadata["room_seed"]))
+        rng = np.random.default_rng([seed, 99])
         rays = Rays(geometry)
         for task in CHECKS:
             for row in make_different(scene, task, ROWS, rng):
@@ -370,9 +380,17 @@ def test_depths_too_close_are_rejected(depths: list[float], clear: bool) -> None
 
 @pytest.mark.parametrize(
     ("shift", "words"),
-    [([0.5, 0, 0], ["right"]), ([-0.5, 0.02, 0], ["left"]), ([0, -0.4, 0.05], ["up"]), ([0, 0, -0.4], ["backward"]),
-     ([-0.4, 0, 0.4], ["left", "forward"]), ([0.1, 0, 0], None), ([0.5, 0.2, 0], None), ([0.4, 0.4, 0.4], None)],
-)  # fmt: skip
+    [
+        ([0.5, 0, 0], ["right"]),
+        ([-0.5, 0.02, 0], ["left"]),
+        ([0, -0.4, 0.05], ["up"]),
+        ([0, 0, -0.4], ["backward"]),
+        ([-0.4, 0, 0.4], ["left", "forward"]),
+        ([0.1, 0, 0], None),
+        ([0.5, 0.2, 0], None),
+        ([0.4, 0.4, 0.4], None),
+    ],
+)
 def test_shift_words(shift: list[float], words: list[str] | None) -> None:
     assert camera_motion.shift_words(np.array(shift), CONFIG) == words
 
@@ -390,7 +408,8 @@ def test_a_hidden_point_has_no_match(scenes: list[Scene]) -> None:
     found = 0
     for scene in scenes:
         for a, b, _ in scene.pairs:
-            first, second = scene.views[a], scene.views[b]
+            first = scene.views[a]
+            second = scene.views[b]
             assert second.depth is not None
             nearer = replace(second, depth=second.depth - np.float32(0.07))
             for point in correspondence.visible_points(first, np.random.default_rng(0), 20):
@@ -412,14 +431,17 @@ def test_phrase_banks_are_large_enough() -> None:
     from fastvst.tasks import detection_3d, distance
 
     banks = {
-        "depth": depth_comparison.TWO_POINTS + depth_comparison.TWO_OBJECTS + depth_comparison.ONE_OF_MANY
-        + depth_comparison.ORDER + depth_comparison.BOXES,
+        "depth": depth_comparison.TWO_POINTS
+        + depth_comparison.TWO_OBJECTS
+        + depth_comparison.ONE_OF_MANY
+        + depth_comparison.ORDER
+        + depth_comparison.BOXES,
         "distance": distance.COLOUR_FORM + distance.SHORT_FORM + distance.WORKING_FORM,
         "measurement": measurement.QUESTIONS + measurement.EASY,
         "detection": detection_3d.PHRASES,
         "correspondence": correspondence.FREE + correspondence.CHOICE,
         "motion": camera_motion.SHIFT + camera_motion.TURN,
-    }  # fmt: skip
+    }
     for name, bank in banks.items():
         assert len(set(bank)) >= 10, name
 

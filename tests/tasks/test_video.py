@@ -82,7 +82,8 @@ def check_video_order(truth: Truth, row: Sample) -> None:
 
 
 def check_video_object_object(truth: Truth, row: Sample) -> None:
-    meta, ids = row.metadata, row.metadata["objects"]
+    meta = row.metadata
+    ids = row.metadata["objects"]
     names = [truth.scene.object(i).name for i in ids]
     assert all(truth.id_of(name) == i and seen_well(truth, i) for name, i in zip(names, ids, strict=True))
     text = answered(row)
@@ -108,7 +109,8 @@ def check_video_object_object(truth: Truth, row: Sample) -> None:
 
 
 def check_video_route(truth: Truth, row: Sample) -> None:
-    meta, ids = row.metadata, row.metadata["objects"]
+    meta = row.metadata
+    ids = row.metadata["objects"]
     stops = [ids[0], *ids[2:]]
     ahead = complex(*(truth.place(ids[1]) - truth.place(ids[0])))
     turns = []
@@ -116,7 +118,8 @@ def check_video_route(truth: Truth, row: Sample) -> None:
         way = LineString([truth.place(p), truth.place(q)])
         assert way.length > 0.55 and Polygon(truth.room.polygon).contains(way)
         for k in range(1, len(truth.room.items) + 1):  # nothing stands in the way
-            low, high = truth.vertices(k)[:, 2].min(), truth.vertices(k)[:, 2].max()
+            low = truth.vertices(k)[:, 2].min()
+            high = truth.vertices(k)[:, 2].max()
             assert k in (p, q) or high < 0.11 or low > 1.89 or not truth.outline(k).intersects(way)
         step = complex(*(truth.place(q) - truth.place(p)))
         turn = math.degrees(np.angle(step / ahead))  # counterclockwise
@@ -139,7 +142,8 @@ def path(truth: Truth) -> tuple[float, float]:
 
 
 def check_video_other(truth: Truth, row: Sample) -> None:
-    text, form = answered(row), row.metadata["form"]
+    text = answered(row)
+    form = row.metadata["form"]
     length, turn = path(truth)
     if form == "room":
         assert abs(float(text) - Polygon(truth.room.polygon).area) <= 0.0501
@@ -181,7 +185,8 @@ CHECKS = {name: globals()[f"check_{name}"] for name in WALKS}
 
 
 def check_scene(scene: Scene, tries: int) -> Counter:
-    truth, counts = Truth(scene), Counter()
+    truth = Truth(scene)
+    counts = Counter()
     for row in make_all(scene, tries):
         try:
             assert row.kind == "video" and question(row).startswith(video.BEFORE)
@@ -209,7 +214,8 @@ def test_answers_hold_in_five_hundred_rows_a_task(renderer: Renderer) -> None:
 @pytest.mark.slow
 def test_letters_are_balanced_over_four_thousand_rows(walked: list[Scene]) -> None:
     letters: dict[int, Counter] = {2: Counter(), 3: Counter(), 4: Counter()}
-    rng, config = np.random.default_rng(3), TaskConfig(easy=0.0)
+    rng = np.random.default_rng(3)
+    config = TaskConfig(easy=0.0)
     for number, scene in enumerate(walked):  # one scene after the other: its frames are made once
         while sum(sum(c.values()) for c in letters.values()) < 1000 * (number + 1):
             for name in ("video_order", "video_route", "video_object_object", "video_counting"):
@@ -254,14 +260,26 @@ def test_a_class_with_an_unseen_thing_is_not_asked_about(walked: list[Scene]) ->
 
 
 @pytest.mark.parametrize(
-    ("angle", "word"), [(0, None), (35, None), (45, "turn right"), (90, "turn right"), (140, None), (180, "turn back"),
-                        (225, None), (270, "turn left"), (330, None)],
-)  # fmt: skip
+    ("angle", "word"),
+    [
+        (0, None),
+        (35, None),
+        (45, "turn right"),
+        (90, "turn right"),
+        (140, None),
+        (180, "turn back"),
+        (225, None),
+        (270, "turn left"),
+        (330, None),
+    ],
+)
 def test_turn_words(angle: float, word: str | None) -> None:
     assert turn_word(angle) == word
 
 
 def test_the_prompt_is_that_of_the_benchmark() -> None:
     assert (video.BEFORE, video.AFTER_CHOICE, video.AFTER_NUMBER) == (
-        vsi_bench.BEFORE, vsi_bench.AFTER_CHOICE, vsi_bench.AFTER_NUMBER,
-    )  # fmt: skip
+        vsi_bench.BEFORE,
+        vsi_bench.AFTER_CHOICE,
+        vsi_bench.AFTER_NUMBER,
+    )

@@ -55,7 +55,8 @@ def tight(truth: Truth, view: int, object_id: int, box: np.ndarray, parsed: np.n
 
 def check_grounding_3d(truth: Truth, row: Sample) -> None:
     meta = row.metadata
-    (object_id,), view = meta["objects"], meta["view"]
+    (object_id,) = meta["objects"]
+    view = meta["view"]
     boxes, labels = parse_boxes(reply(row))
     assert labels == [truth.scene.object(object_id).name] and meta["referring"] in question(row)
     tight(truth, view, object_id, np.array(row.answer["value"][0]["bbox_3d"]), boxes[0])
@@ -98,7 +99,8 @@ def number(text: str, pattern: str) -> float:
 
 
 def check_scene_caption(truth: Truth, row: Sample) -> None:
-    meta, view = row.metadata, row.metadata["view"]
+    meta = row.metadata
+    view = row.metadata["view"]
     camera = truth.scene.views[view].camera
     by_title = dict(zip(meta["titles"], meta["objects"], strict=True))
     picture = np.asarray(row.parts("image")[0]["image"])
@@ -108,7 +110,8 @@ def check_scene_caption(truth: Truth, row: Sample) -> None:
     for fact in row.answer["value"]:
         facts[fact["says"]] += 1
         if fact["says"] == "depth":
-            (title,), (u, v) = fact["titles"], fact["point"]
+            (title,) = fact["titles"]
+            (u, v) = fact["point"]
             depth, seen = truth.cast(camera, np.array([[u, v]]))
             depths[title] = depth[0]
             assert seen[0] == by_title[title]
@@ -162,8 +165,10 @@ def check_detection_multi(truth: Truth, row: Sample) -> None:
 
 
 def check_object_object(truth: Truth, row: Sample) -> None:
-    meta, text = row.metadata, question(row)
-    anchor, target = truth.place(meta["objects"][0]), truth.place(meta["objects"][1])
+    meta = row.metadata
+    text = question(row)
+    anchor = truth.place(meta["objects"][0])
+    target = truth.place(meta["objects"][1])
     if meta["anchor"] == "camera":
         origin = truth.scene.views[meta["views"][meta["eye"]]].camera.position[:2]
         assert re.search(rf"(image|camera) {meta['eye'] + 1}\b", text)
@@ -197,7 +202,8 @@ def check_choice(row: Sample) -> None:
 
 
 def check_camera_camera(truth: Truth, row: Sample) -> None:
-    meta, text = row.metadata, question(row)
+    meta = row.metadata
+    text = question(row)
     asked, base = (
         np.linalg.inv(homogeneous(truth.scene.views[meta["views"][k]].camera))
         for k in (meta["asked"], 1 - meta["asked"])
@@ -216,7 +222,8 @@ def check_camera_camera(truth: Truth, row: Sample) -> None:
 
 
 def check_change_caption(truth: Truth, row: Sample) -> None:
-    meta, text = row.metadata, reply(row)
+    meta = row.metadata
+    text = reply(row)
     maps = meta["views"]
     clear = 0
     for fact in row.answer["value"]:
@@ -256,7 +263,8 @@ CHECKS = {name: globals()[f"check_{name}"] for name in TASKS}
 
 
 def check_scene(scene: Scene, tries: int) -> Counter:
-    truth, counts = Truth(scene), Counter()
+    truth = Truth(scene)
+    counts = Counter()
     for row in make_all(scene, tries):
         try:
             CHECKS[row.metadata["task"]](truth, row)
@@ -283,7 +291,8 @@ def test_answers_hold_in_five_hundred_rows_a_task(renderer: Renderer) -> None:
 @pytest.mark.slow
 def test_letters_are_balanced_over_four_thousand_rows(walked: list[Scene]) -> None:
     letters: Counter = Counter()
-    config, rng = TaskConfig(easy=0.0), np.random.default_rng(5)
+    config = TaskConfig(easy=0.0)
+    rng = np.random.default_rng(5)
     while sum(letters.values()) < 4000:
         for scene in walked:
             targets = [(PAIRS[task], pair) for task in ("object_object", "camera_camera") for pair in scene.pairs]
@@ -296,20 +305,34 @@ def test_letters_are_balanced_over_four_thousand_rows(walked: list[Scene]) -> No
 
 @pytest.mark.parametrize(
     ("angle", "eight", "twelve", "quad", "three", "two"),
-    [(0, 0, 0, None, None, None), (12, 0, None, "front-right", "right", None),
-     (13, None, None, "front-right", "right", None), (45, 1, None, "front-right", "right", "right"),
-     (90, 2, 3, None, "right", "right"), (131, 3, None, "back-right", None, "right"), (180, 4, 6, None, "back", None),
-     (271, 6, 9, None, "left", "left"), (352, 0, 0, None, None, None), (300, None, 10, "front-left", "left", "left")],
-)  # fmt: skip
+    [
+        (0, 0, 0, None, None, None),
+        (12, 0, None, "front-right", "right", None),
+        (13, None, None, "front-right", "right", None),
+        (45, 1, None, "front-right", "right", "right"),
+        (90, 2, 3, None, "right", "right"),
+        (131, 3, None, "back-right", None, "right"),
+        (180, 4, 6, None, "back", None),
+        (271, 6, 9, None, "left", "left"),
+        (352, 0, 0, None, None, None),
+        (300, None, 10, "front-left", "left", "left"),
+    ],
+)
 def test_directions_near_a_border_have_no_name(angle, eight, twelve, quad, three, two) -> None:
     assert sector(angle, 8) == eight and sector(angle, 12) == twelve
     assert (quadrant(angle), left_right_back(angle), left_right(angle)) == (quad, three, two)
 
 
 def test_facts_are_scored_by_name_and_number() -> None:
-    answer = {"type": "facts", "tolerance": 0.1, "unit": "m", "value": [
-        {"says": "depth", "titles": ["bed (red point-1)"], "value": 2.0}, {"says": "nearer", "titles": ["bed", "lamp"]},
-    ]}  # fmt: skip
+    answer = {
+        "type": "facts",
+        "tolerance": 0.1,
+        "unit": "m",
+        "value": [
+            {"says": "depth", "titles": ["bed (red point-1)"], "value": 2.0},
+            {"says": "nearer", "titles": ["bed", "lamp"]},
+        ],
+    }
     assert score_facts("The bed (red point-1) is 2.1m deep. The lamp is behind the bed.", answer) == 1.0
     assert score_facts("The bed (red point-1) is 1.5m deep. The lamp is behind the bed.", answer) == 0.5
     assert score_facts("The bed (red point-1) is here. Nothing else.", answer) == 0.0

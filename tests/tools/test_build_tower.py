@@ -31,7 +31,8 @@ def names() -> list[str]:
 
 
 def pictures(shots: list[bt.Shot], names: list[str], seed: int = 0) -> bt.Pictures:
-    rng, processor = random.Random(seed), bt.tiny_processor()
+    rng = random.Random(seed)
+    processor = bt.tiny_processor()
     return bt.together([bt.example(s, rng, processor, names, rng.choice(bt.SIZES)) for s in shots])
 
 
@@ -49,12 +50,15 @@ def test_truths_follow_the_towers_order(shots: list[bt.Shot], names: list[str]) 
 
 def test_marks_are_where_the_truth_says(shots: list[bt.Shot], names: list[str]) -> None:
     """The colour of a dot is found in the pixels of its token, and its depth is that of the depth map."""
-    shot, processor, found = shots[0], bt.tiny_processor(), 0
+    shot = shots[0]
+    processor = bt.tiny_processor()
+    found = 0
     points = [seed for seed in range(20) if random.Random(seed).random() >= 0.25]  # the others draw boxes
     for seed in points:
         sample, truth = bt.example(shot, random.Random(seed), processor, names, None)
         pixels = sample.patches.view(-1, 4, 3, 2, 196)[:, :, :, 0].float()  # reading order: token, patch, colour, pixel
-        mean, std = torch.tensor(processor.geometry.mean), torch.tensor(processor.geometry.std)
+        mean = torch.tensor(processor.geometry.mean)
+        std = torch.tensor(processor.geometry.std)
         pixels = ((pixels.permute(0, 1, 3, 2) * std + mean) * 255).flatten(1, 2)
         for token in torch.nonzero(truth.colour).flatten().tolist():
             wanted = torch.tensor(draw.COLOURS[bt.COLOURS[int(truth.colour[token]) - 1]], dtype=torch.float32)
@@ -68,14 +72,17 @@ def test_marks_are_where_the_truth_says(shots: list[bt.Shot], names: list[str]) 
 
 def test_what_a_token_shows(names: list[str]) -> None:
     """A made-up view: a sofa 2 m away in the left half, nothing before a wall at 6 m in the right half."""
-    depth, ids = np.full((112, 168), 6.0, dtype=np.float16), np.zeros((112, 168), dtype=np.int16)
-    depth[:, :84], ids[:, :84] = 2.0, 1
+    depth = np.full((112, 168), 6.0, dtype=np.float16)
+    ids = np.zeros((112, 168), dtype=np.int16)
+    depth[:, :84] = 2.0
+    ids[:, :84] = 1
     box = np.array([[-1.0, 0.5, 2.0, 2.2, 0.8, 0.9, 0, 0, 0]], dtype=np.float32)
     shot = bt.Shot(b"", depth, ids, ("sofa",), box, np.zeros((0, 7), dtype=np.float32))
     truth = bt.truth_of(shot, [bt.Mark(100.0, 30.0, 6.0, 2)], (4, 6), names)
     left = (torch.arange(24) % 6) < 3
     assert (truth.name > 0).tolist() == left.tolist() and set(truth.name[left].tolist()) == {1 + names.index("sofa")}
-    near, far = 2 * np.log(2 / 3), 2 * np.log(6 / 3)
+    near = 2 * np.log(2 / 3)
+    far = 2 * np.log(6 / 3)
     assert truth.values[left, 0].numpy() == pytest.approx(near, abs=1e-3)
     assert truth.values[~left, 0].numpy() == pytest.approx(far, abs=1e-3)
     assert truth.values[:, 1:4].abs().max() < 1e-5, "each token is flat"
@@ -122,7 +129,8 @@ def test_a_few_steps_train_and_the_file_is_read_back(shots: list[bt.Shot], names
     end = bt.loss_of(test.see(tower), test.truth, directions).item()
     assert end < 0.8 * start
     before = bt.report(tower, test, directions)
-    quiet, unit = test.see(tower), directions
+    quiet = test.see(tower)
+    unit = directions
     tower, directions = bt.louden(tower, directions)
     after = bt.report(tower, test, directions)
     assert {k: after[k] for k in before if k != "length"} == pytest.approx(

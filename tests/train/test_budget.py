@@ -79,7 +79,8 @@ def test_activations_are_near_what_autograd_keeps(tmp_path: Path, recompute: str
         sharded=False,
         compute=torch.float32,
     )
-    measured, expected = sum(kept.values()), sum(memory.activations.values())
+    measured = sum(kept.values())
+    expected = sum(memory.activations.values())
     if recompute == "full":  # the estimate holds one block at work besides, which the forward pass does not show
         per_token, per_patch = budget.kept_bytes(config, "none", torch.float32)
         expected -= batch.num_tokens * per_token / config.num_hidden_layers
@@ -126,7 +127,8 @@ def test_the_recipe_file_is_valid_and_says_what_vst_says() -> None:
 
 
 def test_the_head_of_an_empty_pack_gives_zero() -> None:
-    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    hidden = torch.randn(0, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=True)
     none = torch.zeros(0)
     loss = linear_cross_entropy(hidden, weight, none.long(), row_weights=none)
     loss.backward()

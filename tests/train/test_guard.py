@@ -12,7 +12,8 @@ from fastvst.train.guard import GuardConfig, GuardError, Recent, check, report, 
 
 
 def _after(values: list[float], config: GuardConfig | None = None) -> Recent:
-    config, recent = config or GuardConfig(), Recent()
+    config = config or GuardConfig()
+    recent = Recent()
     for value in values:
         _, recent = check(config, recent, value, 1.0)
     return recent
@@ -50,7 +51,9 @@ def test_memory_is_bounded_and_survives_json(values: list[float], window: int) -
 
 
 def test_the_run_stops_after_k_skips_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, recent, rows = GuardConfig(patience=3), Recent(), []
+    config = GuardConfig(patience=3)
+    recent = Recent()
+    rows = []
     for step in range(3):
         reason, recent = check(config, recent, math.nan, 1.0)
         rows.append(report(0, step, reason or "", [math.nan], [1.0], [["a/1"]]))

@@ -58,9 +58,11 @@ def test_impossible_choices_are_refused() -> None:
 
 
 def test_steps_equal_plain_adamw() -> None:
-    ours, theirs = ToyModel(), ToyModel()
+    ours = ToyModel()
+    theirs = ToyModel()
     config = OptimizerConfig(lr=1e-2, vision_lr=1e-2, weight_decay=0.0)
-    a, b = make_optimizer(ours, config), torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0, fused=False)
+    a = make_optimizer(ours, config)
+    b = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0, fused=False)
     for index in range(5):
         tokens, pixels, targets = toy_batch(index)
         for model, optimizer in ((ours, a), (theirs, b)):

@@ -13,7 +13,8 @@ from fastvst.train.schedule import ScheduleConfig, learning_rate, set_learning_r
 def test_cosine_with_warmup_equals_transformers_where_the_floor_is_zero() -> None:
     from transformers import get_cosine_schedule_with_warmup
 
-    total, warmup = 50, 10
+    total = 50
+    warmup = 10
     config = ScheduleConfig(warmup=warmup, lr_min=0.0)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=3.0)

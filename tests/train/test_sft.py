@@ -91,7 +91,9 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
 def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of device values show as `item` or `tolist`; the one of eight numbers is allowed."""
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    net, reads, tolist = Qwen25VL.from_pretrained(model), [], torch.Tensor.tolist
+    net = Qwen25VL.from_pretrained(model)
+    reads = []
+    tolist = torch.Tensor.tolist
     packs = _packs(model, data, [2, 2])
 
     def counted(tensor: torch.Tensor) -> Any:
@@ -250,7 +252,8 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_another_number_of_ra
 
 @pytest.mark.slow
 def test_when_a_rank_is_killed_the_other_one_ends(model: Path, data: Path, tmp_path: Path) -> None:
-    out, begin = tmp_path / "run", time.monotonic()
+    out = tmp_path / "run"
+    begin = time.monotonic()
     ends = start_ranks(_signal_one, 2, arguments(out, data, model, "steps=2000"), out, signal.SIGKILL)
     assert [code for code, _ in ends] == [EXIT_STATUS, -signal.SIGKILL]
     assert time.monotonic() - begin < 60
@@ -287,7 +290,8 @@ def test_the_written_directory_opens_in_transformers(model: Path, data: Path, tm
 
 def test_frozen_parts_do_not_move(model: Path, data: Path, tmp_path: Path) -> None:
     sft.main(arguments(tmp_path / "run", data, model, "steps=2", "optimizer.freeze=vision,merger", "schedule.warmup=0"))
-    before, after = Qwen25VL.from_pretrained(model), Qwen25VL.from_pretrained(tmp_path / "run" / "hf")
+    before = Qwen25VL.from_pretrained(model)
+    after = Qwen25VL.from_pretrained(tmp_path / "run" / "hf")
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(p, q) == name.startswith("visual."), name
 

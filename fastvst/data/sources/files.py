@@ -41,7 +41,8 @@ class ParquetTable:
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
-        columns, at = [c for c in self.columns if c in COLUMNS], 0
+        columns = [c for c in self.columns if c in COLUMNS]
+        at = 0
         unreadable = (pa.ArrowException, OSError)  # held here: a generator may be closed after its module is gone
         try:
             # buffer_size makes pyarrow stream a column's pages instead of holding the whole column chunk
@@ -134,7 +135,8 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _line_spans(path: Path) -> np.ndarray:
-    spans, at = [], 0
+    spans = []
+    at = 0
     with open(path, "rb") as file:
         for line in file:
             if line.strip():
@@ -146,8 +148,10 @@ def _line_spans(path: Path) -> np.ndarray:
 def _array_spans(path: Path) -> np.ndarray:
     text = path.read_text(encoding="utf-8-sig")
     skipped = path.stat().st_size - len(text.encode("utf-8"))  # a byte order mark
-    decoder, spans = json.JSONDecoder(), []
-    at, byte = text.index("[") + 1, skipped + text.index("[") + 1
+    decoder = json.JSONDecoder()
+    spans = []
+    at = text.index("[") + 1
+    byte = skipped + text.index("[") + 1
     try:
         while True:
             begin = at + len(text[at : at + 4096]) - len(text[at : at + 4096].lstrip(" \t\r\n,"))

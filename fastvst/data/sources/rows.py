@@ -42,8 +42,12 @@ COLUMNS = (
 )  # fmt: skip  (the columns that any of the forms reads; containers skip all others)
 FORMS = {"conversations": "conversations", "messages": "messages", "question": "question"}
 ROLE_NAMES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 PADS = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 TAGS = re.compile(r"<(image|video)>")
 # First bytes of picture files: PNG, JPEG, GIF, BMP, TIFF (both orders); WebP is RIFF....WEBP.
@@ -67,7 +71,8 @@ def to_sample(row: dict[str, Any], *, source: str, where: str, folder: Path) -> 
     Raises:
         SampleError: "bad_schema", "mark_count", "bad_base64", "remote_media".
     """
-    name, identifier = str(row.get("data_source") or source), str(_first(row, "id", default=where))
+    name = str(row.get("data_source") or source)
+    identifier = str(_first(row, "id", default=where))
 
     def fail(reason: str, detail: str) -> SampleError:
         return SampleError(reason, name, identifier, f"{detail} (at {where})")
@@ -274,7 +279,8 @@ def _place(
                     text = TAGS.sub("", text)  # VST removes the older marks
                 parts += _split(text, marks, queues) if found else [{"type": "text", "text": text}]
         if role == "user" and front:
-            parts, front = [*front, *parts], []
+            parts = [*front, *parts]
+            front = []
         messages.append({"role": role, "content": parts})
     if front:
         raise fail("mark_count", f"{len(front)} pictures, but no human turn to put them into")

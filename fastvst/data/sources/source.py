@@ -93,7 +93,8 @@ class Source:
         found: dict[Ref, Sample | SampleError] = {}
         for block in sorted({block for block, _ in refs}):
             rows = {row for b, row in refs if b == block}
-            first, last = min(rows), max(rows)
+            first = min(rows)
+            last = max(rows)
             for row, sample in enumerate(self.samples(block, first), first):
                 if row in rows:
                     found[block, row] = sample
@@ -114,7 +115,8 @@ class SourceIterator(Iterator[Sample]):
     """Iterates once in order. A bad row goes to the source's ledger, or is raised; next() then continues after it."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.block = source, 0
+        self.source = source
+        self.block = 0
         self.rows: Iterator[Sample | SampleError] = iter(())
         if source.ledger is not None:
             for problem in source.problems:

@@ -14,10 +14,12 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
     if cost.shape[0] > cost.shape[1]:
         return sorted((row, column) for column, row in assign(cost.T))
     rows, columns = cost.shape
-    u, v = np.zeros(rows + 1), np.zeros(columns + 1)
+    u = np.zeros(rows + 1)
+    v = np.zeros(columns + 1)
     owner = np.zeros(columns + 1, dtype=np.int64)  # 1-based row of each column; column 0 is the start of a path
     for row in range(1, rows + 1):
-        owner[0], at = row, 0
+        owner[0] = row
+        at = 0
         least = np.full(columns + 1, np.inf)
         before = np.zeros(columns + 1, dtype=np.int64)
         used = np.zeros(columns + 1, dtype=bool)
@@ -25,7 +27,8 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
             used[at] = True
             reduced = cost[owner[at] - 1] - u[owner[at]] - v[1:]
             better = ~used[1:] & (reduced < least[1:])
-            least[1:][better], before[1:][better] = reduced[better], at
+            least[1:][better] = reduced[better]
+            before[1:][better] = at
             free = np.where(used[1:], np.inf, least[1:])
             following = int(free.argmin()) + 1
             delta = free[following - 1]

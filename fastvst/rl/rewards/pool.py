@@ -175,7 +175,8 @@ class RewardPool:
     ) -> None:
         if not waiting:
             return
-        worker.call, worker.deadline = waiting.popleft(), time.monotonic() + self.config.time_limit
+        worker.call = waiting.popleft()
+        worker.deadline = time.monotonic() + self.config.time_limit
         line = json.dumps([asdict(row) for row in calls[worker.call]], default=str) + "\n"
         selector.register(worker.process.stdout, selectors.EVENT_READ, place)  # type: ignore[arg-type]
         assert worker.process.stdin is not None
@@ -223,7 +224,8 @@ def _read(worker: _Worker) -> dict[str, Any] | None:
             return {"failed": f"the reward process ended with status {worker.process.returncode}", "dead": True}
         worker.received += piece
         if worker.received.endswith(b"\n"):
-            line, worker.received = worker.received, b""
+            line = worker.received
+            worker.received = b""
             return json.loads(line)
 
 

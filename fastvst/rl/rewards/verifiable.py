@@ -128,16 +128,19 @@ def _score_text(response: str, answer: Any, modes: Sequence[str]) -> tuple[float
     truths = [_unboxed(text) for text in _texts(answer)]
     if any(prediction.lower() == truth.lower() for truth in truths):
         return 1.0, "exact"
-    best, decided = 0.0, "wrong"
+    best = 0.0
+    decided = "wrong"
     for mode in modes:
         try:
             found = float(MODES[mode](prediction, truths, answer))
         except ImportError:
             raise
         except Exception as error:  # VST: whatever a rule cannot read is wrong
-            found, decided = 0.0, f"{mode}: {type(error).__name__}" if decided == "wrong" else decided
+            found = 0.0
+            decided = f"{mode}: {type(error).__name__}" if decided == "wrong" else decided
         if found > best:
-            best, decided = found, mode
+            best = found
+            decided = mode
     return best, decided
 
 
@@ -151,7 +154,8 @@ def _unboxed(text: str) -> str:
     starts = list(_BOXED.finditer(text))
     if not starts:
         return text
-    depth, begin = 1, starts[-1].end()
+    depth = 1
+    begin = starts[-1].end()
     for place in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
@@ -183,7 +187,8 @@ def _relaxed(prediction: str, truths: list[str], answer: Any) -> float:
 
 
 def _relaxed_equal(prediction: str, truth: str) -> bool:
-    given, wanted = _float(prediction), _float(truth)
+    given = _float(prediction)
+    wanted = _float(truth)
     year = len(truth) == 4 and truth.startswith("20")
     if given is None or wanted is None or year:
         return prediction.lower() == truth.lower()
@@ -220,7 +225,8 @@ def _anls(prediction: str, truths: list[str], answer: Any) -> float:
     """Average normalised Levenshtein similarity, arXiv 1905.13648."""
     best = 0.0
     for truth in truths:
-        a, b = " ".join(prediction.lower().split()), " ".join(truth.lower().split())
+        a = " ".join(prediction.lower().split())
+        b = " ".join(truth.lower().split())
         longest = max(len(a), len(b))
         if not longest or abs(len(a) - len(b)) > (1 - ANLS_CUT) * longest:  # below the cut whatever the letters are
             continue
@@ -232,7 +238,8 @@ def levenshtein(a: str, b: str) -> int:
     """Edit distance; O(len(a) len(b))."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
+        before = row[0]
+        row[0] = i
         for j, y in enumerate(b, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]

@@ -85,7 +85,8 @@ def main(settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # user code may print
-    function, fatal = None, ""
+    function = None
+    fatal = ""
     if settings["function"]:
         try:
             function = load_function(settings["function"])
@@ -103,7 +104,8 @@ def main(settings: dict[str, Any]) -> None:
         except ImportError as error:
             reply = {"fatal": str(error)}
         except MemoryError:  # the heap may be in pieces: the next rows deserve a fresh process
-            reply, end = {"failed": f"MemoryError: more than {settings['memory_gib']} GiB", "dead": True}, True
+            reply = {"failed": f"MemoryError: more than {settings['memory_gib']} GiB", "dead": True}
+            end = True
         except Exception as error:
             reply = {"failed": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(reply), file=out, flush=True)

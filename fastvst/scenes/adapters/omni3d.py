@@ -70,9 +70,11 @@ def _scene(
         image = np.asarray(opened.convert("RGB"))
     height, width = image.shape[:2]
     k = np.array(entry["K"], dtype=np.float64)
-    sx, sy = width / entry["width"], height / entry["height"]  # stored pictures may be smaller than annotated
+    sx = width / entry["width"]
+    sy = height / entry["height"]  # stored pictures may be smaller than annotated
     camera = Camera(width, height, k[0, 0] * sx, k[1, 1] * sy, k[0, 2] * sx, k[1, 2] * sy, np.eye(3), np.zeros(3))
-    objects, boxes_2d = [], []
+    objects = []
+    boxes_2d = []
     for number, a in enumerate(annotations):
         name = a.get("category_name", names.get(a.get("category_id")))
         try:
@@ -116,10 +118,13 @@ def _sightings(
         box = np.clip(box, 0, [camera.width, camera.height, camera.width, camera.height])
         inside = box[0] <= u[k] <= box[2] and box[1] <= v[k] <= box[3]
         covered = any(
-            other is not None and centres[j, 2] < centres[k, 2]
-            and other[0] <= u[k] <= other[2] and other[1] <= v[k] <= other[3]
-            for j, other in enumerate(boxes_2d) if j != k
-        )  # fmt: skip
+            other is not None
+            and centres[j, 2] < centres[k, 2]
+            and other[0] <= u[k] <= other[2]
+            and other[1] <= v[k] <= other[3]
+            for j, other in enumerate(boxes_2d)
+            if j != k
+        )
         seen = a.get("visibility", -1)
         cut = a.get("truncation", -1)
         visibility = (1.0 if seen is None or seen < 0 else float(seen)) * (

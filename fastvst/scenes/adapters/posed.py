@@ -27,9 +27,15 @@ POINTS = 256  # surface points of an object, for its visibility
 
 
 def read_posed(
-    folder: str | Path, *, frames: int = 20, stills: int = 4, pairs: int = 6, fps: float = 2.0, source: str = "posed",
+    folder: str | Path,
+    *,
+    frames: int = 20,
+    stills: int = 4,
+    pairs: int = 6,
+    fps: float = 2.0,
+    source: str = "posed",
     seed: int = 0,
-) -> Scene:  # fmt: skip
+) -> Scene:
     """The scene of one folder: `frames` frames spread evenly over the scan as the video, `stills` of them again for
     questions about single pictures, up to `pairs` wide pairs.
 
@@ -81,7 +87,9 @@ def _object(folder: Path, entry: dict[str, Any]) -> SceneObject:
     try:
         x, y, z = (float(v) for v in entry["center"])
         dx, dy, dz = (float(v) for v in entry["size"])
-        number, name, heading = int(entry["id"]), str(entry["label"]), float(entry.get("heading", 0.0))
+        number = int(entry["id"])
+        name = str(entry["label"])
+        heading = float(entry.get("heading", 0.0))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: box {entry}: {error!r}; expected id, label, center, size, heading") from error
     if number <= 0 or min(dx, dy, dz) <= 0:
@@ -103,13 +111,20 @@ def _frame(
         image = np.asarray(opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with Image.open(_need(folder / "instance" / f"{number}.png")) as opened:
         ids = np.asarray(opened.resize((width, height), Image.Resampling.NEAREST)).astype(np.int32)
-    turn, place = pose[:3, :3], pose[:3, 3]
+    turn = pose[:3, :3]
+    place = pose[:3, 3]
     if abs(abs(float(np.linalg.det(turn))) - 1) > 0.01:
         raise ValueError(f"{folder}: pose/{number}.txt is no rotation (determinant {np.linalg.det(turn):.3f})")
     camera = Camera(
-        width, height, float(intrinsic[0, 0]), float(intrinsic[1, 1]), float(intrinsic[0, 2]), float(intrinsic[1, 2]),
-        turn.T, -turn.T @ place,
-    )  # fmt: skip
+        width,
+        height,
+        float(intrinsic[0, 0]),
+        float(intrinsic[1, 1]),
+        float(intrinsic[0, 2]),
+        float(intrinsic[1, 2]),
+        turn.T,
+        -turn.T @ place,
+    )
     return camera, image, depth, ids
 
 

@@ -61,7 +61,8 @@ def load_pack() -> Pack:
     """Read the packaged npz (2 MB, about 0.2 s)."""
     with np.load(PACK, allow_pickle=False) as data:
         raw = {name: data[name] for name in data.files}
-    blob, starts = raw["texture_bytes"].tobytes(), raw["texture_start"]
+    blob = raw["texture_bytes"].tobytes()
+    starts = raw["texture_start"]
     textures = np.stack(
         [np.asarray(Image.open(io.BytesIO(blob[a:b])).convert("RGB")) for a, b in zip(starts, starts[1:], strict=False)]
     )
@@ -109,7 +110,10 @@ def lathe_mesh(profiles: list[tuple[list[tuple[float, float]], tuple[float, ...]
     """A mesh of surfaces of revolution about Z: (list of (radius, height), rgb or rgb + own light) each."""
     turn = np.arange(sides) * 2 * np.pi / sides
     ring = np.stack([np.cos(turn), np.sin(turn)], 1)
-    positions, rgba, triangles, count = [], [], [], 0
+    positions = []
+    rgba = []
+    triangles = []
+    count = 0
     for profile, colour in profiles:
         for radius, height in profile:
             positions.append(np.concatenate([ring * radius, np.full((sides, 1), height)], 1))
@@ -117,7 +121,10 @@ def lathe_mesh(profiles: list[tuple[list[tuple[float, float]], tuple[float, ...]
         k = np.arange(sides)
         for level in range(len(profile) - 1):
             a = count + level * sides
-            low, low_next, high, high_next = a + k, a + (k + 1) % sides, a + sides + k, a + sides + (k + 1) % sides
+            low = a + k
+            low_next = a + (k + 1) % sides
+            high = a + sides + k
+            high_next = a + sides + (k + 1) % sides
             triangles += [np.stack([low, low_next, high_next], 1), np.stack([low, high_next, high], 1)]
         count += len(profile) * sides
     return _plain(np.concatenate(positions), np.concatenate(rgba), np.concatenate(triangles))

@@ -24,9 +24,12 @@ def clear(room: Room, position: np.ndarray) -> bool:
     for item in room.items:
         prism = prism_of(item)
         if prism.high > spot.low and prism.low < spot.high:
-            c, s = math.cos(math.radians(prism.yaw)), math.sin(math.radians(prism.yaw))
-            dx, dy = x - prism.x, y - prism.y
-            right, back = abs(c * dx + s * dy), abs(-s * dx + c * dy)
+            c = math.cos(math.radians(prism.yaw))
+            s = math.sin(math.radians(prism.yaw))
+            dx = x - prism.x
+            dy = y - prism.y
+            right = abs(c * dx + s * dy)
+            back = abs(-s * dx + c * dy)
             if max(right - prism.half_w, back - prism.half_d) < MARGIN:
                 return False
     return True
@@ -41,16 +44,20 @@ def still(
     Of up to `keep` clear candidates the one that has most furniture in front of it; None if the room has no clear
     place.
     """
-    low, high = room.polygon.min(0), room.polygon.max(0)
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
     centres = np.array([item.box[:3] for item in room.items])
     focal = float(rng.uniform(0.75, 0.94)) * width
     base = Camera(width, height, focal, focal, width / 2, height / 2, np.eye(3), np.zeros(3))
-    best, best_score, found = None, -1.0, 0
+    best = None
+    best_score = -1.0
+    found = 0
     for _ in range(tries):
         position = np.array([*rng.uniform(low, high), rng.uniform(1.2, 1.7)])
         target = centres[int(rng.integers(len(centres)))] + rng.normal(0, 0.4, 3)
         yaw = math.degrees(math.atan2(-(target[0] - position[0]), target[1] - position[1]))
-        pitch, roll = float(rng.uniform(-25, 0)), float(rng.uniform(-3, 3))
+        pitch = float(rng.uniform(-25, 0))
+        roll = float(rng.uniform(-3, 3))
         if not clear(room, position):
             continue
         camera = place(base, position, look(yaw, pitch, roll))
@@ -58,7 +65,8 @@ def still(
         seen = (depth > 0.9) & (depth < 6) & (uv > 0).all(1) & (uv[:, 0] < width) & (uv[:, 1] < height)
         score = float(seen.sum()) + float(rng.uniform())
         if score > best_score:
-            best, best_score = camera, score
+            best = camera
+            best_score = score
         found += 1
         if found == keep:
             break
@@ -93,7 +101,8 @@ def motion(
     order = rng.permutation(6)
     for attempt in range(tries):
         k = int(order[attempt % 6])  # every direction gets its turn before one is tried again
-        axis, side = k // 2, 1.0 if k % 2 else -1.0
+        axis = k // 2
+        side = 1.0 if k % 2 else -1.0
         step = rng.uniform(-0.02, 0.02, 3)
         step[axis] = side * rng.uniform(0.3, 0.8)
         if float(rng.uniform()) < two:
@@ -109,7 +118,8 @@ def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Genera
     """Another still of the same thing: 0.5-1.6 m away from the first camera, aimed near the world point `target`
     (3,)."""
     for _ in range(tries):
-        angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.6)
+        angle = rng.uniform(0, 2 * math.pi)
+        far = rng.uniform(0.5, 1.6)
         position = np.array(
             [
                 camera.position[0] + far * math.cos(angle),
@@ -135,7 +145,8 @@ def walk(
     The turn is 370-400 degrees in all, to one side, so that every wall comes into view; height 1.3-1.65 m, pitch -18 to
     -8 degrees. None if the room has no clear place to start from.
     """
-    low, high = room.polygon.min(0), room.polygon.max(0)
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
     eye = float(rng.uniform(1.3, 1.65))
     stops: list[np.ndarray] = []
     starts: list[np.ndarray] = []
@@ -162,7 +173,8 @@ def walk(
     focal = float(rng.uniform(0.72, 0.8)) * width
     base = Camera(width, height, focal, focal, width / 2, height / 2, np.eye(3), np.zeros(3))
     side = 1.0 if rng.uniform() < 0.5 else -1.0
-    yaw, turn = float(rng.uniform(-180, 180)), side * float(rng.uniform(370, 400))
+    yaw = float(rng.uniform(-180, 180))
+    turn = side * float(rng.uniform(370, 400))
     pitch = float(rng.uniform(-18, -8))
     cameras = []
     for t in np.linspace(0.0, 1.0, frames):

@@ -41,19 +41,23 @@ def build_geometry(room: Room) -> Geometry:
     """World-space triangles of a room. Object ids are 1 + the index of the item."""
     rng = np.random.default_rng([room.seed, 2])
     stack = load_pack().textures
-    floor_texture, wall_texture = floor_pattern(rng), wall_pattern(rng)
-    floor_layer, wall_layer = len(stack), len(stack) + 1
+    floor_texture = floor_pattern(rng)
+    wall_texture = wall_pattern(rng)
+    floor_layer = len(stack)
+    wall_layer = len(stack) + 1
     meshes: list[tuple[int, Mesh]] = [(0, shell_mesh(room, rng, floor_layer, wall_layer))]
     surface: dict[int, np.ndarray] = {}
     for index, item in enumerate(room.items):
-        c, s = math.cos(math.radians(item.yaw)), math.sin(math.radians(item.yaw))
+        c = math.cos(math.radians(item.yaw))
+        s = math.sin(math.radians(item.yaw))
         turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
         world = item.piece.mesh.positions.astype(np.float64) @ turn + np.array(item.position)
         mesh = item.piece.mesh
         meshes.append((index + 1, Mesh(world.astype(np.float32), mesh.uv, mesh.rgba, mesh.layer, mesh.triangles)))
         surface[index + 1] = sample_surface(rng, world, mesh.triangles)
     offsets = np.cumsum([0] + [len(m.positions) for _, m in meshes])
-    low, high = room.polygon.min(0), room.polygon.max(0)
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
     centre = (low + high) / 2
     notch = notch_of(room.polygon)
     if notch is not None and notch[0] <= centre[0] <= notch[2] and notch[1] <= centre[1] <= notch[3]:
@@ -78,12 +82,15 @@ def build_geometry(room: Room) -> Geometry:
 
 def sample_surface(rng: np.random.Generator, points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     """(SURFACE_POINTS, 3) points spread evenly over the area of a mesh."""
-    a, b, c = points[triangles[:, 0]], points[triangles[:, 1]], points[triangles[:, 2]]
+    a = points[triangles[:, 0]]
+    b = points[triangles[:, 1]]
+    c = points[triangles[:, 2]]
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     pick = rng.choice(len(triangles), SURFACE_POINTS, p=area / area.sum())
     u, v = rng.uniform(size=(2, SURFACE_POINTS, 1))
     fold = u + v > 1
-    u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
+    u = np.where(fold, 1 - u, u)
+    v = np.where(fold, 1 - v, v)
     return a[pick] + u * (b[pick] - a[pick]) + v * (c[pick] - a[pick])
 
 
@@ -102,7 +109,10 @@ def shell_mesh(room: Room, rng: np.random.Generator, floor_layer: int, wall_laye
         layers.append(layer)
 
     for x0, y0, x1, y1 in rectangles(room.polygon):  # a little larger than the room: no cracks along the walls
-        x0, y0, x1, y1 = x0 - 0.005, y0 - 0.005, x1 + 0.005, y1 + 0.005
+        x0 = x0 - 0.005
+        y0 = y0 - 0.005
+        x1 = x1 + 0.005
+        y1 = y1 + 0.005
         plan = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
         quad([(x, y, 0.0) for x, y in plan], [(x / 1.6, y / 1.6) for x, y in plan], (1, 1, 1, 0), floor_layer)
         quad([(x, y, h) for x, y in plan], [(0, 0)] * 4, (0.93, 0.93, 0.92, 0.4), -1)
@@ -110,7 +120,8 @@ def shell_mesh(room: Room, rng: np.random.Generator, floor_layer: int, wall_laye
     for p, q in zip(room.polygon, np.roll(room.polygon, -1, axis=0), strict=True):
         length = float(np.linalg.norm(q - p))
         n = np.array([-(q - p)[1], (q - p)[0]]) / length * 0.012
-        u, v = length / 1.2, h / 1.2
+        u = length / 1.2
+        v = h / 1.2
         quad(
             [(*p, -0.005), (*q, -0.005), (*q, h + 0.005), (*p, h + 0.005)],
             [(0, 0), (u, 0), (u, v), (0, v)],
@@ -120,10 +131,12 @@ def shell_mesh(room: Room, rng: np.random.Generator, floor_layer: int, wall_laye
         quad([(*(p + n), 0), (*(q + n), 0), (*(q + n), 0.08), (*(p + n), 0.08)], [(0, 0)] * 4, (*skirting, 0), -1)
         quad([(*(p + n), 0.08), (*(q + n), 0.08), (*q, 0.08), (*p, 0.08)], [(0, 0)] * 4, (*skirting, 0), -1)
     if rng.uniform() < 0.45:  # a rug is paint on the floor: furniture may stand on it
-        low, high = room.polygon.min(0), room.polygon.max(0)
+        low = room.polygon.min(0)
+        high = room.polygon.max(0)
         centre = room.polygon.mean(0) + rng.uniform(-0.4, 0.4, 2)
         half = np.minimum(rng.uniform(0.5, 1.3, 2), np.minimum(centre - low, high - centre) - 0.15)
-        edge, middle = hue(rng, 0.6, 0.6), hue(rng, 0.5, 0.75)
+        edge = hue(rng, 0.6, 0.6)
+        middle = hue(rng, 0.5, 0.75)
         for z, shrink, colour in ((0.004, 0.0, edge), (0.006, 0.12, middle)):
             x, y = half - shrink
             if min(x, y) > 0.1:
@@ -142,7 +155,8 @@ def shell_mesh(room: Room, rng: np.random.Generator, floor_layer: int, wall_laye
 
 def rectangles(polygon: np.ndarray) -> list[tuple[float, float, float, float]]:
     """Rectangles (x0, y0, x1, y1) that tile a rectangular or L-shaped outline."""
-    (x0, y0), (x1, y1) = polygon.min(0), polygon.max(0)
+    (x0, y0) = polygon.min(0)
+    (x1, y1) = polygon.max(0)
     notch = notch_of(polygon)
     if notch is None:
         return [(x0, y0, x1, y1)]
@@ -158,7 +172,8 @@ def floor_pattern(rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[0:n, 0:n]
     kind = int(rng.integers(3))
     if kind == 0:
-        base, boards = np.array(wood(rng)), 8
+        base = np.array(wood(rng))
+        boards = 8
         board = y * boards // n
         shade = rng.uniform(0.85, 1.12, boards)[board]
         grain = 0.04 * np.sin((x + rng.uniform(0, n, boards)[board]) * 2 * np.pi / n * 3 + 2 * np.sin(y * 1.3))

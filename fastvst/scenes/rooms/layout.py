@@ -30,7 +30,8 @@ class Item:
     @property
     def box(self) -> tuple[float, ...]:
         """Nine numbers in the world frame, local axes as in scene.SceneObject (Y down, Z front to back)."""
-        (x, y, z), (w, d, h) = self.position, self.piece.size
+        (x, y, z) = self.position
+        (w, d, h) = self.piece.size
         return (x, y, z + h / 2, w, h, d, -90.0, 0.0, self.yaw)
 
 
@@ -59,15 +60,18 @@ class Prism:
 
     def outline(self, grow: float = 0.0) -> np.ndarray:
         """Plan corners (4, 2), counter-clockwise."""
-        c, s = math.cos(math.radians(self.yaw)), math.sin(math.radians(self.yaw))
-        w, d = self.half_w + grow, self.half_d + grow
+        c = math.cos(math.radians(self.yaw))
+        s = math.sin(math.radians(self.yaw))
+        w = self.half_w + grow
+        d = self.half_d + grow
         local = np.array([[-w, -d], [w, -d], [w, d], [-w, d]])
         return local @ np.array([[c, s], [-s, c]]) + np.array([self.x, self.y])
 
 
 def prism_of(item: Item) -> Prism:
     """The prism an item fills."""
-    (x, y, z), (w, d, h) = item.position, item.piece.size
+    (x, y, z) = item.position
+    (w, d, h) = item.piece.size
     return Prism(x, y, w / 2, d / 2, item.yaw, z, z + h)
 
 
@@ -75,11 +79,13 @@ def collide(a: Prism, b: Prism, clearance: float = 0.0) -> bool:
     """Whether two prisms come nearer than `clearance` in plan while sharing a height (separating axes)."""
     if a.low >= b.high or b.low >= a.high:
         return False
-    pa, pb = a.outline(clearance), b.outline()
+    pa = a.outline(clearance)
+    pb = b.outline()
     for outline in (pa, pb):
         for k in range(2):
             axis = outline[k + 1] - outline[k]
-            sa, sb = pa @ axis, pb @ axis
+            sa = pa @ axis
+            sb = pb @ axis
             if sa.max() <= sb.min() or sb.max() <= sa.min():
                 return False
     return True
@@ -91,7 +97,8 @@ def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
     An L is its bounding rectangle without one corner, so the outline must be in the rectangle and must not meet the
     corner; for a convex outline that is a separating-axis test on the outline's and the world's axes.
     """
-    low, high = polygon.min(0), polygon.max(0)
+    low = polygon.min(0)
+    high = polygon.max(0)
     if (outline < low - eps).any() or (outline > high + eps).any():
         return False
     notch = notch_of(polygon)
@@ -100,7 +107,8 @@ def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
     corner = np.array([[notch[0], notch[1]], [notch[2], notch[1]], [notch[2], notch[3]], [notch[0], notch[3]]])
     axes = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), outline[1] - outline[0], outline[2] - outline[1]]
     for axis in axes:
-        a, b = outline @ axis, corner @ axis
+        a = outline @ axis
+        b = corner @ axis
         if a.max() <= b.min() + eps or b.max() <= a.min() + eps:
             return True
     return False
@@ -110,9 +118,12 @@ def notch_of(polygon: np.ndarray) -> tuple[float, float, float, float] | None:
     """The rectangle (x0, y0, x1, y1) that an L-shaped polygon lacks; None for a rectangle."""
     if len(polygon) == 4:
         return None
-    low, high = polygon.min(0), polygon.max(0)
-    before, after = np.roll(polygon, 1, axis=0), np.roll(polygon, -1, axis=0)
-    e, f = polygon - before, after - polygon
+    low = polygon.min(0)
+    high = polygon.max(0)
+    before = np.roll(polygon, 1, axis=0)
+    after = np.roll(polygon, -1, axis=0)
+    e = polygon - before
+    f = after - polygon
     reflex = polygon[int(np.argmin(e[:, 0] * f[:, 1] - e[:, 1] * f[:, 0]))]
     corners = np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])])
     missing = corners[int(np.argmin([np.abs(polygon - c).sum(1).min() < 1e-9 for c in corners]))]
@@ -138,7 +149,9 @@ class Builder:
     """Places pieces one at a time; a piece that finds no free place after some tries is left out (returns -1)."""
 
     def __init__(self, rng: np.random.Generator, polygon: np.ndarray, height: float):
-        self.rng, self.polygon, self.height = rng, polygon, height
+        self.rng = rng
+        self.polygon = polygon
+        self.height = height
         self.items: list[Item] = []
         self.keepouts: list[Prism] = []
 
@@ -166,9 +179,16 @@ class Builder:
         return len(self.items) - 1
 
     def on_wall(
-        self, piece: Piece, *, base: float = 0.0, gap: float = WALL_GAP, wall: int | None = None, tries: int = 25,
-        at: float | None = None, front: float = 0.0,
-    ) -> int:  # fmt: skip
+        self,
+        piece: Piece,
+        *,
+        base: float = 0.0,
+        gap: float = WALL_GAP,
+        wall: int | None = None,
+        tries: int = 25,
+        at: float | None = None,
+        front: float = 0.0,
+    ) -> int:
         """Back to a (random) wall, base at `base` metres. `at`: metres along the wall of the centre, else random.
         `front`: metres that must be free in front of it (kept free only at the time of placing)."""
         walls = self.walls()
@@ -194,14 +214,16 @@ class Builder:
         """Relative to another item, in its own axes: centre `right` metres to its local +X, `front` metres ahead of its
         centre, its yaw plus `turn` degrees; stands on the floor."""
         base = self.items[other]
-        c, s = math.cos(math.radians(base.yaw)), math.sin(math.radians(base.yaw))
+        c = math.cos(math.radians(base.yaw))
+        s = math.sin(math.radians(base.yaw))
         x = base.position[0] + c * right + s * front
         y = base.position[1] + s * right - c * front
         return self.add(Item(piece, (x, y, 0.0), (base.yaw + turn + 180) % 360 - 180), clearance=0.01)
 
     def anywhere(self, piece: Piece, *, margin: float = 0.05, tries: int = 25) -> int:
         """On the floor at a random place and angle."""
-        low, high = self.polygon.min(0), self.polygon.max(0)
+        low = self.polygon.min(0)
+        high = self.polygon.max(0)
         for _ in range(tries):
             x, y = self.rng.uniform(low + margin, high - margin)
             item = Item(piece, (float(x), float(y), 0.0), float(self.rng.uniform(-180, 180)))
@@ -224,12 +246,16 @@ class Builder:
             t = math.radians(turn)
             half_w = (abs(math.cos(t)) * piece.size[0] + abs(math.sin(t)) * piece.size[1]) / 2
             half_d = (abs(math.sin(t)) * piece.size[0] + abs(math.cos(t)) * piece.size[1]) / 2
-            room_w, room_d = w / 2 * spread - half_w - 0.01, d / 2 * spread - half_d - 0.01
+            room_w = w / 2 * spread - half_w - 0.01
+            room_d = d / 2 * spread - half_d - 0.01
             if room_w <= 0 or room_d <= 0:
                 return -1
-            right, back = self.rng.uniform(-room_w, room_w), self.rng.uniform(-room_d, room_d)
-            c, s = math.cos(math.radians(base.yaw)), math.sin(math.radians(base.yaw))
-            x, y = base.position[0] + c * right - s * back, base.position[1] + s * right + c * back
+            right = self.rng.uniform(-room_w, room_w)
+            back = self.rng.uniform(-room_d, room_d)
+            c = math.cos(math.radians(base.yaw))
+            s = math.sin(math.radians(base.yaw))
+            x = base.position[0] + c * right - s * back
+            y = base.position[1] + s * right + c * back
             yaw = (base.yaw + turn + 180) % 360 - 180
             index = self.add(Item(piece, (float(x), float(y), z), yaw, on=other), clearance=0.015)
             if index >= 0:
@@ -240,7 +266,8 @@ class Builder:
         """Keep the floor in front of an item free (a door's swing, a fridge's access) up to 2 m height."""
         base = self.items[other]
         w, d, _ = base.piece.size
-        s, c = math.sin(math.radians(base.yaw)), math.cos(math.radians(base.yaw))
+        s = math.sin(math.radians(base.yaw))
+        c = math.cos(math.radians(base.yaw))
         ahead = d / 2 + depth / 2 + 0.005
         self.keepouts.append(
             Prism(base.position[0] + s * ahead, base.position[1] - c * ahead, w / 2, depth / 2, base.yaw, 0.0, 2.0)

@@ -25,7 +25,8 @@ class Piece:
 
 
 def _piece(name: str, mesh: Mesh, stands: bool = False) -> Piece:
-    low, high = mesh.positions.min(0), mesh.positions.max(0)
+    low = mesh.positions.min(0)
+    high = mesh.positions.max(0)
     shift = np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]], dtype=np.float32)
     size = tuple(float(s) for s in high - low)
     centred = Mesh(mesh.positions - shift, mesh.uv, mesh.rgba, mesh.layer, mesh.triangles)
@@ -62,7 +63,8 @@ def wood(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def door(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.8, 1.0), rng.uniform(1.98, 2.1)
+    w = rng.uniform(0.8, 1.0)
+    h = rng.uniform(1.98, 2.1)
     leaf, frame = (wood(rng), wood(rng)) if rng.uniform() < 0.6 else ((0.9, 0.9, 0.88), (0.8, 0.8, 0.78))
     panel = tuple(0.85 * c for c in leaf)
     blocks: list[Block] = [
@@ -76,7 +78,8 @@ def door(rng: np.random.Generator) -> Piece:
 
 
 def window(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.9, 1.8), rng.uniform(0.9, 1.3)
+    w = rng.uniform(0.9, 1.8)
+    h = rng.uniform(0.9, 1.3)
     frame = (0.92, 0.92, 0.9) if rng.uniform() < 0.7 else wood(rng)
     sky = (0.62, 0.78, 0.95, 0.75)
     blocks: list[Block] = [((-w / 2, -0.01, 0), (w / 2, 0.03, h), sky)]
@@ -89,19 +92,22 @@ def window(rng: np.random.Generator) -> Piece:
 
 
 def picture(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.35, 1.0), rng.uniform(0.35, 0.8)
+    w = rng.uniform(0.35, 1.0)
+    h = rng.uniform(0.35, 0.8)
     blocks: list[Block] = [
         ((-w / 2, -0.02, 0), (w / 2, 0.02, h), wood(rng)),
         ((-w / 2 + 0.04, -0.022, 0.04), (w / 2 - 0.04, 0.0, h - 0.04), hue(rng, 0.5, 0.8)),
     ]
     for _ in range(int(rng.integers(2, 5))):  # a few flat shapes as the painting
-        a, b = np.sort(rng.uniform(-w / 2 + 0.06, w / 2 - 0.06, 2)), np.sort(rng.uniform(0.06, h - 0.06, 2))
+        a = np.sort(rng.uniform(-w / 2 + 0.06, w / 2 - 0.06, 2))
+        b = np.sort(rng.uniform(0.06, h - 0.06, 2))
         blocks.append(((a[0], -0.024, b[0]), (a[1], 0.0, b[1]), hue(rng, 0.7, 0.8)))
     return _piece("picture", boxes_mesh(blocks))
 
 
 def mirror(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.5, 0.9), rng.uniform(0.6, 0.9)
+    w = rng.uniform(0.5, 0.9)
+    h = rng.uniform(0.6, 0.9)
     blocks: list[Block] = [
         ((-w / 2, -0.015, 0), (w / 2, 0.015, h), (0.55, 0.55, 0.55)),
         ((-w / 2 + 0.03, -0.018, 0.03), (w / 2 - 0.03, 0.0, h - 0.03), (0.6, 0.64, 0.66, 0.15)),
@@ -110,29 +116,39 @@ def mirror(rng: np.random.Generator) -> Piece:
 
 
 def curtain(rng: np.random.Generator) -> Piece:
-    w, h, colour = rng.uniform(0.35, 0.6), rng.uniform(1.9, 2.2), hue(rng, 0.5, 0.8)
+    w = rng.uniform(0.35, 0.6)
+    h = rng.uniform(1.9, 2.2)
+    colour = hue(rng, 0.5, 0.8)
     folds = int(rng.integers(4, 7))
     step = w / folds
     blocks: list[Block] = [
-        ((-w / 2 + k * step, -0.05 if k % 2 else -0.02, 0), (-w / 2 + (k + 1) * step, 0.05 if k % 2 else 0.02, h),
-         tuple(c * (1.0 if k % 2 else 0.82) for c in colour))
+        (
+            (-w / 2 + k * step, -0.05 if k % 2 else -0.02, 0),
+            (-w / 2 + (k + 1) * step, 0.05 if k % 2 else 0.02, h),
+            tuple(c * (1.0 if k % 2 else 0.82) for c in colour),
+        )
         for k in range(folds)
-    ]  # fmt: skip
+    ]
     return _piece("curtain", boxes_mesh(blocks))
 
 
 def coffee_table(rng: np.random.Generator) -> Piece:
-    w, d, h = rng.uniform(0.8, 1.3), rng.uniform(0.5, 0.75), rng.uniform(0.35, 0.5)
+    w = rng.uniform(0.8, 1.3)
+    d = rng.uniform(0.5, 0.75)
+    h = rng.uniform(0.35, 0.5)
     return _piece("coffee table", _table(w, d, h, wood(rng)), stands=True)
 
 
 def side_table(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.4, 0.55), rng.uniform(0.45, 0.6)
+    w = rng.uniform(0.4, 0.55)
+    h = rng.uniform(0.45, 0.6)
     return _piece("side table", _table(w, w, h, wood(rng)), stands=True)
 
 
 def work_desk(rng: np.random.Generator) -> Piece:
-    w, d, h = rng.uniform(1.1, 1.7), rng.uniform(0.6, 0.8), rng.uniform(0.7, 0.77)
+    w = rng.uniform(1.1, 1.7)
+    d = rng.uniform(0.6, 0.8)
+    h = rng.uniform(0.7, 0.77)
     colour = wood(rng) if rng.uniform() < 0.7 else (0.85, 0.85, 0.85)
     drawers = [
         ((w / 2 - 0.42, -d / 2 + 0.05, 0.08), (w / 2 - 0.03, d / 2 - 0.03, h - 0.05), tuple(0.8 * c for c in colour))
@@ -141,7 +157,9 @@ def work_desk(rng: np.random.Generator) -> Piece:
 
 
 def dining_table(rng: np.random.Generator) -> Piece:
-    w, d, h = rng.uniform(1.2, 1.9), rng.uniform(0.75, 1.0), rng.uniform(0.71, 0.77)
+    w = rng.uniform(1.2, 1.9)
+    d = rng.uniform(0.75, 1.0)
+    h = rng.uniform(0.71, 0.77)
     return _piece("table", _table(w, d, h, wood(rng)), stands=True)
 
 
@@ -156,15 +174,18 @@ def _table(w: float, d: float, h: float, colour: tuple[float, ...]) -> Mesh:
 
 
 def _chest(name: str, w: float, d: float, h: float, rows: int, columns: int, colour: tuple[float, ...]) -> Piece:
-    front, knob = tuple(0.88 * c for c in colour), (0.3, 0.3, 0.3)
+    front = tuple(0.88 * c for c in colour)
+    knob = (0.3, 0.3, 0.3)
     blocks: list[Block] = [
         ((-w / 2, -d / 2 + 0.02, 0.04), (w / 2, d / 2, h), colour),
         ((-w / 2 + 0.04, -d / 2 + 0.05, 0), (w / 2 - 0.04, d / 2 - 0.02, 0.04), knob),
     ]
     for r in range(rows):
         for c in range(columns):
-            x0, z0 = -w / 2 + 0.02 + c * (w - 0.02) / columns, 0.06 + r * (h - 0.08) / rows
-            x1, z1 = x0 + (w - 0.02) / columns - 0.02, z0 + (h - 0.08) / rows - 0.02
+            x0 = -w / 2 + 0.02 + c * (w - 0.02) / columns
+            z0 = 0.06 + r * (h - 0.08) / rows
+            x1 = x0 + (w - 0.02) / columns - 0.02
+            z1 = z0 + (h - 0.08) / rows - 0.02
             blocks.append(((x0, -d / 2 + 0.01, z0), (x1, 0, z1), front))
             blocks.append(
                 (((x0 + x1) / 2 - 0.05, -d / 2, (z0 + z1) / 2), ((x0 + x1) / 2 + 0.05, 0, (z0 + z1) / 2 + 0.02), knob)
@@ -188,24 +209,39 @@ def night_stand(rng: np.random.Generator) -> Piece:
 
 
 def floor_lamp(rng: np.random.Generator) -> Piece:
-    h, r, shade = rng.uniform(1.4, 1.75), rng.uniform(0.16, 0.24), (*hue(rng, 0.25, 0.95), 0.35)
+    h = rng.uniform(1.4, 1.75)
+    r = rng.uniform(0.16, 0.24)
+    shade = (*hue(rng, 0.25, 0.95), 0.35)
     metal = (0.2, 0.2, 0.22)
-    return _piece("floor lamp", lathe_mesh([
-        ([(0.0, 0.0), (r * 0.8, 0.0), (r * 0.8, 0.03), (0.02, 0.04), (0.02, h - 0.1)], metal),
-        ([(r, h - 0.35), (r * 0.65, h), (0.0, h)], shade),
-    ]))  # fmt: skip
+    return _piece(
+        "floor lamp",
+        lathe_mesh(
+            [
+                ([(0.0, 0.0), (r * 0.8, 0.0), (r * 0.8, 0.03), (0.02, 0.04), (0.02, h - 0.1)], metal),
+                ([(r, h - 0.35), (r * 0.65, h), (0.0, h)], shade),
+            ]
+        ),
+    )
 
 
 def table_lamp(rng: np.random.Generator) -> Piece:
-    h, r, shade = rng.uniform(0.35, 0.55), rng.uniform(0.11, 0.16), (*hue(rng, 0.25, 0.95), 0.35)
-    return _piece("lamp", lathe_mesh([
-        ([(0.0, 0.0), (r * 0.6, 0.0), (r * 0.5, 0.05), (0.03, h * 0.3), (0.015, h - 0.05)], hue(rng, 0.5, 0.6)),
-        ([(r, h * 0.5), (r * 0.7, h), (0.0, h)], shade),
-    ]))  # fmt: skip
+    h = rng.uniform(0.35, 0.55)
+    r = rng.uniform(0.11, 0.16)
+    shade = (*hue(rng, 0.25, 0.95), 0.35)
+    return _piece(
+        "lamp",
+        lathe_mesh(
+            [
+                ([(0.0, 0.0), (r * 0.6, 0.0), (r * 0.5, 0.05), (0.03, h * 0.3), (0.015, h - 0.05)], hue(rng, 0.5, 0.6)),
+                ([(r, h * 0.5), (r * 0.7, h), (0.0, h)], shade),
+            ]
+        ),
+    )
 
 
 def vase(rng: np.random.Generator) -> Piece:
-    h, r = rng.uniform(0.22, 0.38), rng.uniform(0.06, 0.1)
+    h = rng.uniform(0.22, 0.38)
+    r = rng.uniform(0.06, 0.1)
     profile = [(0.0, 0.0), (r * 0.6, 0.0), (r, h * 0.4), (r * 0.45, h * 0.8), (r * 0.6, h)]
     return _piece("vase", lathe_mesh([(profile, hue(rng, 0.6, 0.75))]))
 
@@ -213,16 +249,20 @@ def vase(rng: np.random.Generator) -> Piece:
 def books(rng: np.random.Generator) -> Piece:
     blocks: list[Block] = []
     z = 0.0
-    w, d = rng.uniform(0.2, 0.28), rng.uniform(0.15, 0.2)
+    w = rng.uniform(0.2, 0.28)
+    d = rng.uniform(0.15, 0.2)
     for k in range(int(rng.integers(3, 7))):
-        t, dx = rng.uniform(0.025, 0.05), 0.0 if k == 0 else rng.uniform(0, 0.02)
+        t = rng.uniform(0.025, 0.05)
+        dx = 0.0 if k == 0 else rng.uniform(0, 0.02)
         blocks.append(((-w / 2 + dx, -d / 2 + dx, z), (w / 2 - dx, d / 2 - dx, z + t), hue(rng, 0.65, 0.7)))
         z += t
     return _piece("books", boxes_mesh(blocks))
 
 
 def laptop(rng: np.random.Generator) -> Piece:
-    w, d, grey = rng.uniform(0.3, 0.37), rng.uniform(0.22, 0.26), rng.uniform(0.2, 0.7)
+    w = rng.uniform(0.3, 0.37)
+    d = rng.uniform(0.22, 0.26)
+    grey = rng.uniform(0.2, 0.7)
     blocks: list[Block] = [
         ((-w / 2, -d / 2, 0), (w / 2, d / 2, 0.02), (grey, grey, grey)),
         ((-w / 2, d / 2 - 0.012, 0.02), (w / 2, d / 2, d), (grey, grey, grey)),
@@ -232,7 +272,8 @@ def laptop(rng: np.random.Generator) -> Piece:
 
 
 def monitor(rng: np.random.Generator) -> Piece:
-    w, h = rng.uniform(0.5, 0.65), rng.uniform(0.42, 0.52)
+    w = rng.uniform(0.5, 0.65)
+    h = rng.uniform(0.42, 0.52)
     blocks: list[Block] = [
         ((-0.12, -0.1, 0), (0.12, 0.1, 0.015), (0.1, 0.1, 0.1)),
         ((-0.03, 0.01, 0.01), (0.03, 0.04, h * 0.5), (0.1, 0.1, 0.1)),
@@ -254,8 +295,12 @@ def carton(rng: np.random.Generator) -> Piece:
 
 
 def bathtub(rng: np.random.Generator) -> Piece:
-    w, d, h, t = rng.uniform(1.5, 1.8), rng.uniform(0.7, 0.8), rng.uniform(0.5, 0.6), 0.07
-    white, inner = (0.93, 0.93, 0.93), (0.82, 0.85, 0.88)
+    w = rng.uniform(1.5, 1.8)
+    d = rng.uniform(0.7, 0.8)
+    h = rng.uniform(0.5, 0.6)
+    t = 0.07
+    white = (0.93, 0.93, 0.93)
+    inner = (0.82, 0.85, 0.88)
     blocks: list[Block] = [
         ((-w / 2, -d / 2, 0), (w / 2, d / 2, 0.12), white),
         ((-w / 2, -d / 2, 0.12), (-w / 2 + t, d / 2, h), white),

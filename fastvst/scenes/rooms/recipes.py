@@ -13,9 +13,23 @@ from fastvst.scenes.rooms.parts import Piece
 
 SMALL = ("coffee cup", "cup", "glass", "bottle", "plant", "bread", "milk carton", "headphones", "calendar", "handbag")
 FLOOR_THINGS = (
-    "teddy bear", "ball", "briefcase", "umbrella", "rocking horse", "fan", "speaker", "guitar", "crate", "chest",
-    "barrel", "trash can", "fire extinguisher", "potty", "stool", "bench",
-)  # fmt: skip
+    "teddy bear",
+    "ball",
+    "briefcase",
+    "umbrella",
+    "rocking horse",
+    "fan",
+    "speaker",
+    "guitar",
+    "crate",
+    "chest",
+    "barrel",
+    "trash can",
+    "fire extinguisher",
+    "potty",
+    "stool",
+    "bench",
+)
 
 
 def model(b: Builder, *names: str, vary: float = 0.1) -> Piece:

@@ -32,7 +32,8 @@ class EmbreeRenderer:
     def draw(self, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.geometry is None:
             raise RuntimeError("EmbreeRenderer.draw: load a geometry first")
-        w, h = camera.width, camera.height
+        w = camera.width
+        h = camera.height
         u, v = np.meshgrid((np.arange(w) + 0.5 - camera.cx) / camera.fx, (np.arange(h) + 0.5 - camera.cy) / camera.fy)
         local = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
         rays = local @ camera.rotation  # depth along Z is 1 per unit of the ray parameter

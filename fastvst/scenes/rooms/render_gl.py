@@ -105,7 +105,11 @@ class GLRenderer:
         vertex = np.zeros(
             len(g.positions), dtype=[("p", "f4", 3), ("t", "f4", 2), ("c", "f4", 4), ("l", "i4"), ("i", "i4")]
         )
-        vertex["p"], vertex["t"], vertex["c"], vertex["l"], vertex["i"] = g.positions, g.uv, g.rgba, g.layer, g.ids
+        vertex["p"] = g.positions
+        vertex["t"] = g.uv
+        vertex["c"] = g.rgba
+        vertex["l"] = g.layer
+        vertex["i"] = g.ids
         data = self.context.buffer(vertex.tobytes())
         index = self.context.buffer(g.triangles.astype(np.int32).tobytes())
         names = ("in_position", "in_uv", "in_rgba", "in_layer", "in_id")
@@ -115,9 +119,13 @@ class GLRenderer:
         self._upload_textures(g.textures)
         light = tuple(float(x) for x in g.light)
         self.program["light"] = light
-        self.program["ambient"], self.program["lamp"], self.program["reach"] = g.ambient, g.lamp, SHADOW_REACH
-        self.program["textures"], self.program["shadow"] = 0, 1
-        self.shadow_program["light"], self.shadow_program["reach"] = light, SHADOW_REACH
+        self.program["ambient"] = g.ambient
+        self.program["lamp"] = g.lamp
+        self.program["reach"] = SHADOW_REACH
+        self.program["textures"] = 0
+        self.program["shadow"] = 1
+        self.shadow_program["light"] = light
+        self.shadow_program["reach"] = SHADOW_REACH
         self.shadow_target.use()
         self.shadow_target.clear(FAR)
         shadow_array.render()
@@ -155,7 +163,8 @@ class GLRenderer:
     def _draw(
         self, camera: Camera, triangles: moderngl.VertexArray, textures: moderngl.TextureArray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        w, h = camera.width, camera.height
+        w = camera.width
+        h = camera.height
         target = self._target(w, h)
         target.use()
         target.clear()

@@ -64,6 +64,17 @@ def backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor,
     if dout.numel():
         grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
         swiglu_backward_kernel[grid](
-            dout, gate, up, dgate, dup, rows, width, dout.stride(0), gate.stride(0), dgate.stride(0),
-            ROWS=block_rows, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+            dout,
+            gate,
+            up,
+            dgate,
+            dup,
+            rows,
+            width,
+            dout.stride(0),
+            gate.stride(0),
+            dgate.stride(0),
+            ROWS=block_rows,
+            BLOCK=block,
+            num_warps=warps,
+        )

@@ -78,7 +78,8 @@ def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bo
         from fastvst_kernels.activation import kernels as swiglu_triton
 
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
-        inputs, outputs = _halves(gate, up), _halves(grad_gate, None if up is None else grad_up)
+        inputs = _halves(gate, up)
+        outputs = _halves(grad_gate, None if up is None else grad_up)
         swiglu_triton.backward(dense_rows(grad), *inputs, *outputs, numbers)
         return grad_gate, grad_up
     if up is None:
@@ -122,5 +123,6 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return first, second
     first, second = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     if first.stride() != second.stride() or first.stride(-1) != 1:
-        first, second = first.contiguous(), second.contiguous()
+        first = first.contiguous()
+        second = second.contiguous()
     return first, second

@@ -115,9 +115,16 @@ def _choose(q: Tensor) -> tuple[str, str]:
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
-    return_lse: bool, plan: AttentionPlan | None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    groups: Tensor | None,
+    return_lse: bool,
+    plan: AttentionPlan | None,
+) -> Tensor | tuple[Tensor, Tensor]:
     if not HAS_TRITON:
         raise ValueError("backend 'triton' needs the triton package, which is not installed; use 'torch'")
     if q.device.type != "cuda" and not interpreted():
@@ -144,9 +151,16 @@ def _triton(
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
-    max_seqlen: int | None, return_lse: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    groups: Tensor | None,
+    max_seqlen: int | None,
+    return_lse: bool,
+) -> Tensor:
     if return_lse:
         raise ValueError("backend 'torch' returns no logsumexp on this device; use 'triton' or 'reference'")
     if groups is None and q.dtype in HALF:
@@ -192,9 +206,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, groups: Tensor | None,
-    max_seqlen: int | None, return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    groups: Tensor | None,
+    max_seqlen: int | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError("backend 'flash' needs the flash-attn package, which is not installed; use 'auto'")
     lacks = [

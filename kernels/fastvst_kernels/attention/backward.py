@@ -18,11 +18,37 @@ from fastvst_kernels.shared.tile_tables import SLICES, Tile, most_registers, pie
 
 @triton.jit
 def query_step(
-    dq0, dq1, q0, q1, do0, do1, q_base, do_base, q_limit, lse, delta, k_base, v_base, start, length, rows,
-    stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, SLICED: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    dq0,
+    dq1,
+    q0,
+    q1,
+    do0,
+    do1,
+    q_base,
+    do_base,
+    q_limit,
+    lse,
+    delta,
+    k_base,
+    v_base,
+    start,
+    length,
+    rows,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_ot,
+    qk_scale,
+    WIDTH,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SLICED: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """dQ += dS K of one block of keys, dS = P * (dO V^T - delta) (Dao et al., arXiv 2205.14135, algorithm 4)."""
     keys = tl.arange(0, BLOCK_N)
     columns0 = tl.arange(0, D0)
@@ -62,18 +88,47 @@ def query_step(
 
 @triton.jit
 def attention_backward_queries_kernel(
-    Q, K, V, OUT, DOUT, LSE, DLSE, DELTA, DQ, TILES,
-    scale, qk_scale, num_tokens, heads, group, WIDTH,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
-    WITH_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    OUT,
+    DOUT,
+    LSE,
+    DLSE,
+    DELTA,
+    DQ,
+    TILES,
+    scale,
+    qk_scale,
+    num_tokens,
+    heads,
+    group,
+    WIDTH,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    WITH_DLSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICED: tl.constexpr,
+):
     """dQ of a tile of queries; also writes delta = rowsum(dO * O) - dLSE, which the dK/dV kernel reads."""
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     kv_head = head // group
     table = TILES + tile * 6
-    begin, end = tl.load(table), tl.load(table + 1)
+    begin = tl.load(table)
+    end = tl.load(table + 1)
     if begin >= end:
         return
     first, last, prompt_first, prompt_last, own_full, own_rest, prompt_full, prompt_rest = key_range(
@@ -116,10 +171,37 @@ def attention_backward_queries_kernel(
         if SHARED:
             start = tl.where(i < prompt_full, prompt_first + i * BLOCK_N, start)
         dq0, dq1 = query_step(
-            dq0, dq1, q0, q1, do0, do1, q_base, dout_base, limit_row, lse, delta, k_base, v_base, start, BLOCK_N, rows,
-            stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N,
-            CAUSAL, SLICED, False,
-        )  # fmt: skip
+            dq0,
+            dq1,
+            q0,
+            q1,
+            do0,
+            do1,
+            q_base,
+            dout_base,
+            limit_row,
+            lse,
+            delta,
+            k_base,
+            v_base,
+            start,
+            BLOCK_N,
+            rows,
+            stride_qt,
+            stride_kt,
+            stride_vt,
+            stride_ot,
+            qk_scale,
+            WIDTH,
+            D0,
+            D1,
+            MASK_COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            SLICED,
+            False,
+        )
     for i in tl.range(0, prompt_rest + own_rest, num_stages=1):
         start = first + (own_full + i - prompt_rest) * BLOCK_N
         limit = last
@@ -127,10 +209,37 @@ def attention_backward_queries_kernel(
             start = tl.where(i < prompt_rest, prompt_first + prompt_full * BLOCK_N, start)
             limit = tl.where(i < prompt_rest, prompt_last, last)
         dq0, dq1 = query_step(
-            dq0, dq1, q0, q1, do0, do1, q_base, dout_base, limit_row, lse, delta, k_base, v_base, start, limit - start,
-            rows, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N,
-            CAUSAL, SLICED, True,
-        )  # fmt: skip
+            dq0,
+            dq1,
+            q0,
+            q1,
+            do0,
+            do1,
+            q_base,
+            dout_base,
+            limit_row,
+            lse,
+            delta,
+            k_base,
+            v_base,
+            start,
+            limit - start,
+            rows,
+            stride_qt,
+            stride_kt,
+            stride_vt,
+            stride_ot,
+            qk_scale,
+            WIDTH,
+            D0,
+            D1,
+            MASK_COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            SLICED,
+            True,
+        )
 
     dq_base = DQ + begin.to(tl.int64) * stride_ot + head * stride_oh
     store_rows(dq_base, dq0 * scale, row, limit_row, stride_ot, columns0, WIDTH, False)
@@ -140,11 +249,38 @@ def attention_backward_queries_kernel(
 
 @triton.jit
 def key_step(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, k_base, v_base, k_limit, q_base, do_base, lse_base, delta_base, start, last,
-    keys, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, SLICED: tl.constexpr,
-):  # fmt: skip
+    dk0,
+    dk1,
+    dv0,
+    dv1,
+    k0,
+    k1,
+    v0,
+    v1,
+    k_base,
+    v_base,
+    k_limit,
+    q_base,
+    do_base,
+    lse_base,
+    delta_base,
+    start,
+    last,
+    keys,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_ot,
+    qk_scale,
+    WIDTH,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SLICED: tl.constexpr,
+):
     """dV += P^T dO and dK += dS^T Q of one block of queries; P and dS are held transposed, keys first."""
     row = tl.arange(0, BLOCK_M)
     columns0 = tl.arange(0, D0)
@@ -191,20 +327,49 @@ def key_step(
 
 @triton.jit
 def attention_backward_keys_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, TILES,
-    scale, qk_scale, num_tokens, kv_heads, group, WIDTH,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dt, stride_dh,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    DOUT,
+    LSE,
+    DELTA,
+    DK,
+    DV,
+    TILES,
+    scale,
+    qk_scale,
+    num_tokens,
+    kv_heads,
+    group,
+    WIDTH,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_dt,
+    stride_dh,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICED: tl.constexpr,
+):
     """dK and dV of a tile of keys of one KV head, summed over its query heads and every query that sees it."""
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     table = TILES + tile * 4
-    begin, end = tl.load(table), tl.load(table + 1)
+    begin = tl.load(table)
+    end = tl.load(table + 1)
     if begin >= end:
         return
-    first, last = tl.load(table + 2), tl.load(table + 3)
+    first = tl.load(table + 2)
+    last = tl.load(table + 3)
     key = tl.arange(0, BLOCK_N)
     columns0 = tl.arange(0, D0)
     columns1 = D0 + tl.arange(0, 16 if D1 == 0 else D1)
@@ -233,10 +398,38 @@ def attention_backward_keys_kernel(
         # registers (sm_90, D = 128, 32x128 tiles: 255 and 32 bytes of spills instead of 252 and none).
         for i in tl.range(0, tl.cdiv(last - first, BLOCK_M)):
             dk0, dk1, dv0, dv1 = key_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, k_base, v_base, end - begin, q_base, do_base, lse_base, delta_base,
-                first + i * BLOCK_M, last, begin + key, stride_qt, stride_kt, stride_vt, stride_ot, qk_scale, WIDTH,
-                D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N, CAUSAL, SLICED,
-            )  # fmt: skip
+                dk0,
+                dk1,
+                dv0,
+                dv1,
+                k0,
+                k1,
+                v0,
+                v1,
+                k_base,
+                v_base,
+                end - begin,
+                q_base,
+                do_base,
+                lse_base,
+                delta_base,
+                first + i * BLOCK_M,
+                last,
+                begin + key,
+                stride_qt,
+                stride_kt,
+                stride_vt,
+                stride_ot,
+                qk_scale,
+                WIDTH,
+                D0,
+                D1,
+                MASK_COLUMNS,
+                BLOCK_M,
+                BLOCK_N,
+                CAUSAL,
+                SLICED,
+            )
     dk_base = DK + begin.to(tl.int64) * stride_dt + kv_head * stride_dh
     dv_base = DV + begin.to(tl.int64) * stride_dt + kv_head * stride_dh
     store_rows(dk_base, dk0 * scale, key, end - begin, stride_dt, columns0, WIDTH, False)
@@ -247,10 +440,22 @@ def attention_backward_keys_kernel(
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    query_tiles: Tensor, key_tiles: Tensor, *, causal: bool, shared: bool, scale: float,
-    query_tile: Tile, key_tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    *,
+    causal: bool,
+    shared: bool,
+    scale: float,
+    query_tile: Tile,
+    key_tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the two backward kernels.
 
     Args:
@@ -273,18 +478,58 @@ def backward(
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), dq.stride(0), dq.stride(1))
     common = {"D0": d0, "D1": d1, "MASK_COLUMNS": d0 + d1 != width, "CAUSAL": causal}
     attention_backward_queries_kernel[(len(query_tiles) * heads,)](
-        q, k, v, out, dout, lse, dout if dlse is None else dlse, delta, dq, query_tiles,
-        scale, scale * LOG2_E, tokens, heads, heads // kv_heads, width, *strides,
-        SHARED=shared, WITH_DLSE=dlse is not None, BLOCK_M=query_tile.block_m, BLOCK_N=query_tile.block_n,
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        dout if dlse is None else dlse,
+        delta,
+        dq,
+        query_tiles,
+        scale,
+        scale * LOG2_E,
+        tokens,
+        heads,
+        heads // kv_heads,
+        width,
+        *strides,
+        SHARED=shared,
+        WITH_DLSE=dlse is not None,
+        BLOCK_M=query_tile.block_m,
+        BLOCK_N=query_tile.block_n,
         SLICED=query_tile.path == SLICES,
-        num_warps=query_tile.num_warps, num_stages=query_tile.num_stages,
-        maxnreg=most_registers(query_tile.num_warps, q.dtype), **common,
-    )  # fmt: skip
+        num_warps=query_tile.num_warps,
+        num_stages=query_tile.num_stages,
+        maxnreg=most_registers(query_tile.num_warps, q.dtype),
+        **common,
+    )
     attention_backward_keys_kernel[(len(key_tiles) * kv_heads,)](
-        q, k, v, dout, lse, delta, dk, dv, key_tiles,
-        scale, scale * LOG2_E, tokens, kv_heads, heads // kv_heads, width, *strides, dk.stride(0), dk.stride(1),
-        BLOCK_M=key_tile.block_m, BLOCK_N=key_tile.block_n, SLICED=key_tile.path == SLICES,
-        num_warps=key_tile.num_warps, num_stages=key_tile.num_stages,
-        maxnreg=most_registers(key_tile.num_warps, q.dtype), **common,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        delta,
+        dk,
+        dv,
+        key_tiles,
+        scale,
+        scale * LOG2_E,
+        tokens,
+        kv_heads,
+        heads // kv_heads,
+        width,
+        *strides,
+        dk.stride(0),
+        dk.stride(1),
+        BLOCK_M=key_tile.block_m,
+        BLOCK_N=key_tile.block_n,
+        SLICED=key_tile.path == SLICES,
+        num_warps=key_tile.num_warps,
+        num_stages=key_tile.num_stages,
+        maxnreg=most_registers(key_tile.num_warps, q.dtype),
+        **common,
+    )
     return dq, dk, dv

@@ -20,12 +20,16 @@ def attention_reference(
     offsets = cu_seqlens.tolist()
     prompts = [-1] * (len(offsets) - 1) if groups is None else groups.tolist()
     repeat = q.shape[1] // k.shape[1]
-    outs, lses = [], []
+    outs = []
+    lses = []
     for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        keys, values = k[start:end], v[start:end]
+        keys = k[start:end]
+        values = v[start:end]
         if prompts[index] >= 0:
-            a, b = offsets[prompts[index]], offsets[prompts[index] + 1]
-            keys, values = torch.cat([k[a:b], keys]), torch.cat([v[a:b], values])
+            a = offsets[prompts[index]]
+            b = offsets[prompts[index] + 1]
+            keys = torch.cat([k[a:b], keys])
+            values = torch.cat([v[a:b], values])
         keys, values = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", q[start:end].to(dtype), keys) * scale
         if causal:
@@ -60,24 +64,44 @@ def forward(
 
 
 def backward(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offsets: list[int], groups: list[int] | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: list[int],
+    groups: list[int] | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `forward`, contiguous; `lse` and its gradient (or None) are (Hq, T)."""
     rows_first = lse.transpose(0, 1)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for job in plan(offsets, groups, causal):
         n = job.count
-        queries, keys, values = take(q, job.queries, n), take(k, job.keys, n), take(v, job.keys, n)
+        queries = take(q, job.queries, n)
+        keys = take(k, job.keys, n)
+        values = take(v, job.keys, n)
         row_lse = take(rows_first, job.queries, n)
         gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            take(grad, job.queries, n), queries, keys, values, take(out, job.queries, n), row_lse, 0.0,
-            job.causal, attn_mask=job.float_mask(q.dtype), scale=scale,
-        )  # fmt: skip
+            take(grad, job.queries, n),
+            queries,
+            keys,
+            values,
+            take(out, job.queries, n),
+            row_lse,
+            0.0,
+            job.causal,
+            attn_mask=job.float_mask(q.dtype),
+            scale=scale,
+        )
         if grad_lse is not None:
             row_grad = take(grad_lse.transpose(0, 1), job.queries, n)
             more_q, more_k = _lse_backward(row_grad, queries, keys, row_lse, job, scale)
-            gq, gk = gq + more_q, gk + more_k
+            gq = gq + more_q
+            gk = gk + more_k
         gq, gk, gv = (g.transpose(1, 2).reshape(-1, *g.shape[1::2]) for g in (gq, gk, gv))
         dq[job.queries] = gq
         if groups is not None:  # a prompt's keys get gradients from itself and from every answer
@@ -85,7 +109,8 @@ def backward(
             dk.index_add_(0, rows, gk)
             dv.index_add_(0, rows, gv)
         else:
-            dk[job.keys], dv[job.keys] = gk, gv
+            dk[job.keys] = gk
+            dv[job.keys] = gv
     return dq, dk, dv
 
 

@@ -63,8 +63,10 @@ def sliced_product(
 def key_range(table, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr):
     """Where the keys of a query tile are: the prompt's and the own blocks that need no mask, and those that do."""
     begin = tl.load(table)
-    first, last = tl.load(table + 2), tl.load(table + 3)
-    prompt_first, prompt_last = tl.load(table + 4), tl.load(table + 5)
+    first = tl.load(table + 2)
+    last = tl.load(table + 3)
+    prompt_first = tl.load(table + 4)
+    prompt_last = tl.load(table + 5)
     if CAUSAL:
         own_full = (begin - first) // BLOCK_N
     else:
@@ -81,11 +83,39 @@ def key_range(table, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.con
 
 @triton.jit
 def softmax_step(
-    acc0, acc1, top, total, q0, q1, q_base, q_limit, k_base, v_base, K0, K1, V0, V1, kv_head, start, length, rows,
-    stride_qt, stride_kt, stride_vt, qk_scale, WIDTH,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, SLICED: tl.constexpr, DESCRIBED: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    acc0,
+    acc1,
+    top,
+    total,
+    q0,
+    q1,
+    q_base,
+    q_limit,
+    k_base,
+    v_base,
+    K0,
+    K1,
+    V0,
+    V1,
+    kv_head,
+    start,
+    length,
+    rows,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    qk_scale,
+    WIDTH,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SLICED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """One block of keys: online softmax (Milakov & Gimelshein, arXiv 1805.02867) in base 2."""
     keys = tl.arange(0, BLOCK_N)
     columns0 = tl.arange(0, D0)
@@ -135,11 +165,41 @@ def softmax_step(
 
 @triton.jit
 def forward_tile(
-    table, begin, end, head, Q, K, V, K0, K1, V0, V1, OUT, LSE, qk_scale, num_tokens, group, WIDTH,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr, DESCRIBED: tl.constexpr,
-):  # fmt: skip
+    table,
+    begin,
+    end,
+    head,
+    Q,
+    K,
+    V,
+    K0,
+    K1,
+    V0,
+    V1,
+    OUT,
+    LSE,
+    qk_scale,
+    num_tokens,
+    group,
+    WIDTH,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
     """One tile of queries, `begin` to `end`, of one head; `table` is its row of the plan."""
     kv_head = head // group
     first, last, prompt_first, prompt_last, own_full, own_rest, prompt_full, prompt_rest = key_range(
@@ -166,10 +226,39 @@ def forward_tile(
         if SHARED:
             start = tl.where(i < prompt_full, prompt_first + i * BLOCK_N, start)
         acc0, acc1, top, total = softmax_step(
-            acc0, acc1, top, total, q0, q1, q_base, end - begin, k_base, v_base, K0, K1, V0, V1, kv_head, start,
-            BLOCK_N, rows, stride_qt, stride_kt, stride_vt, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M, BLOCK_N,
-            CAUSAL, SLICED, DESCRIBED, False,
-        )  # fmt: skip
+            acc0,
+            acc1,
+            top,
+            total,
+            q0,
+            q1,
+            q_base,
+            end - begin,
+            k_base,
+            v_base,
+            K0,
+            K1,
+            V0,
+            V1,
+            kv_head,
+            start,
+            BLOCK_N,
+            rows,
+            stride_qt,
+            stride_kt,
+            stride_vt,
+            qk_scale,
+            WIDTH,
+            D0,
+            D1,
+            MASK_COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            SLICED,
+            DESCRIBED,
+            False,
+        )
     for i in tl.range(0, prompt_rest + own_rest, num_stages=1):
         start = first + (own_full + i - prompt_rest) * BLOCK_N
         limit = last
@@ -177,10 +266,39 @@ def forward_tile(
             start = tl.where(i < prompt_rest, prompt_first + prompt_full * BLOCK_N, start)
             limit = tl.where(i < prompt_rest, prompt_last, last)
         acc0, acc1, top, total = softmax_step(
-            acc0, acc1, top, total, q0, q1, q_base, end - begin, k_base, v_base, K0, K1, V0, V1, kv_head, start,
-            limit - start, rows, stride_qt, stride_kt, stride_vt, qk_scale, WIDTH, D0, D1, MASK_COLUMNS, BLOCK_M,
-            BLOCK_N, CAUSAL, SLICED, False, True,
-        )  # fmt: skip
+            acc0,
+            acc1,
+            top,
+            total,
+            q0,
+            q1,
+            q_base,
+            end - begin,
+            k_base,
+            v_base,
+            K0,
+            K1,
+            V0,
+            V1,
+            kv_head,
+            start,
+            limit - start,
+            rows,
+            stride_qt,
+            stride_kt,
+            stride_vt,
+            qk_scale,
+            WIDTH,
+            D0,
+            D1,
+            MASK_COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            SLICED,
+            False,
+            True,
+        )
 
     inverse = 1.0 / total
     out_base = OUT + begin.to(tl.int64) * stride_ot + head * stride_oh
@@ -194,13 +312,41 @@ def forward_tile(
 
 @triton.jit
 def attention_forward_kernel(
-    Q, K, V, K0, K1, V0, V1, OUT, LSE, TILES,
-    qk_scale, num_tokens, tiles, heads, group, WIDTH,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    D0: tl.constexpr, D1: tl.constexpr, MASK_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICED: tl.constexpr, DESCRIBED: tl.constexpr,
+    Q,
+    K,
+    V,
+    K0,
+    K1,
+    V0,
+    V1,
+    OUT,
+    LSE,
+    TILES,
+    qk_scale,
+    num_tokens,
+    tiles,
+    heads,
+    group,
+    WIDTH,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     STAY: tl.constexpr,
-):  # fmt: skip
+):
     """A program for each tile and head, or with STAY fewer that go over all of them.
 
     K0, K1, V0, V1: with DESCRIBED tensor descriptors of K and V, for the two pieces of a head.
@@ -208,24 +354,88 @@ def attention_forward_kernel(
     if STAY:
         for work in tl.range(tl.program_id(0), tiles * heads, tl.num_programs(0)):
             table = TILES + work // heads * 6
-            begin, end = tl.load(table), tl.load(table + 1)
+            begin = tl.load(table)
+            end = tl.load(table + 1)
             if begin < end:
                 forward_tile(
-                    table, begin, end, work % heads, Q, K, V, K0, K1, V0, V1, OUT, LSE, qk_scale, num_tokens, group,
-                    WIDTH, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, D0,
-                    D1, MASK_COLUMNS, CAUSAL, SHARED, BLOCK_M, BLOCK_N, SLICED, DESCRIBED,
-                )  # fmt: skip
+                    table,
+                    begin,
+                    end,
+                    work % heads,
+                    Q,
+                    K,
+                    V,
+                    K0,
+                    K1,
+                    V0,
+                    V1,
+                    OUT,
+                    LSE,
+                    qk_scale,
+                    num_tokens,
+                    group,
+                    WIDTH,
+                    stride_qt,
+                    stride_qh,
+                    stride_kt,
+                    stride_kh,
+                    stride_vt,
+                    stride_vh,
+                    stride_ot,
+                    stride_oh,
+                    D0,
+                    D1,
+                    MASK_COLUMNS,
+                    CAUSAL,
+                    SHARED,
+                    BLOCK_M,
+                    BLOCK_N,
+                    SLICED,
+                    DESCRIBED,
+                )
     else:
         head = tl.program_id(0) % heads
         table = TILES + tl.program_id(0) // heads * 6
-        begin, end = tl.load(table), tl.load(table + 1)
+        begin = tl.load(table)
+        end = tl.load(table + 1)
         if begin >= end:
             return
         forward_tile(
-            table, begin, end, head, Q, K, V, K0, K1, V0, V1, OUT, LSE, qk_scale, num_tokens, group, WIDTH, stride_qt,
-            stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, D0, D1, MASK_COLUMNS, CAUSAL,
-            SHARED, BLOCK_M, BLOCK_N, SLICED, DESCRIBED,
-        )  # fmt: skip
+            table,
+            begin,
+            end,
+            head,
+            Q,
+            K,
+            V,
+            K0,
+            K1,
+            V0,
+            V1,
+            OUT,
+            LSE,
+            qk_scale,
+            num_tokens,
+            group,
+            WIDTH,
+            stride_qt,
+            stride_qh,
+            stride_kt,
+            stride_kh,
+            stride_vt,
+            stride_vh,
+            stride_ot,
+            stride_oh,
+            D0,
+            D1,
+            MASK_COLUMNS,
+            CAUSAL,
+            SHARED,
+            BLOCK_M,
+            BLOCK_N,
+            SLICED,
+            DESCRIBED,
+        )
 
 
 def forward(
@@ -255,14 +465,41 @@ def forward(
     if tile.path == PERSISTENT:
         programs = min(programs, _resident(q.device))
     attention_forward_kernel[(programs,)](
-        q, k, v, *sources, out, lse, tiles,
-        scale * LOG2_E, tokens, len(tiles), heads, heads // k.shape[1], width,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-        D0=d0, D1=d1, MASK_COLUMNS=d0 + d1 != width, CAUSAL=causal, SHARED=shared,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        SLICED=tile.path == SLICES, DESCRIBED=described, STAY=tile.path == PERSISTENT,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=most_registers(tile.num_warps, q.dtype),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        *sources,
+        out,
+        lse,
+        tiles,
+        scale * LOG2_E,
+        tokens,
+        len(tiles),
+        heads,
+        heads // k.shape[1],
+        width,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        D0=d0,
+        D1=d1,
+        MASK_COLUMNS=d0 + d1 != width,
+        CAUSAL=causal,
+        SHARED=shared,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        SLICED=tile.path == SLICES,
+        DESCRIBED=described,
+        STAY=tile.path == PERSISTENT,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=most_registers(tile.num_warps, q.dtype),
+    )
     return out, lse
 
 

@@ -129,6 +129,18 @@ def _triton_backward(dout, dlse, q, k, v, out, lse, groups, query_tiles, key_til
     from fastvst_kernels.attention import backward as attention_backward
 
     return attention_backward.backward(
-        dout, dlse, q, k, v, out, lse, query_tiles, key_tiles, causal=causal, shared=groups is not None, scale=scale,
-        query_tile=tile("attention_backward_queries", q), key_tile=tile("attention_backward_keys", q),
-    )  # fmt: skip
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        query_tiles,
+        key_tiles,
+        causal=causal,
+        shared=groups is not None,
+        scale=scale,
+        query_tile=tile("attention_backward_queries", q),
+        key_tile=tile("attention_backward_keys", q),
+    )

@@ -88,7 +88,8 @@ def prepare(
     # Offsets and groups that are wrong must not become wild addresses: they are clamped here, which costs no
     # synchronisation; `validate=True` of packed_attention reports them.
     offsets = cu_seqlens.long().clamp(0, num_tokens).cummax(0).values
-    starts, ends = offsets[:-1], offsets[1:]
+    starts = offsets[:-1]
+    ends = offsets[1:]
     sequence = torch.arange(len(starts), device=offsets.device)
     prompts = torch.full_like(sequence, -1) if groups is None else groups.long()
     prompts = torch.where((prompts >= 0) & (prompts < sequence), prompts, -1)
@@ -98,7 +99,8 @@ def prepare(
     prompt_starts = torch.where(prompts >= 0, starts[prompts], 0)
     prompt_ends = torch.where(prompts >= 0, ends[prompts], 0)
 
-    queries, keys = {}, {}
+    queries = {}
+    keys = {}
     for block in sorted(set(query_blocks) | set(key_blocks)):
         begin, end, owner = _tiles(starts, ends, num_tokens, block, padded)
         if block in query_blocks:

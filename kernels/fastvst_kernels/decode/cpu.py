@@ -64,7 +64,8 @@ def pieces(
     members = np.diff(offsets)
     live = np.flatnonzero((lengths > 0) & (members > 0))
     order = live[np.argsort(-lengths[live], kind="stable")]
-    made, begin = [], 0
+    made = []
+    begin = 0
     while begin < len(order):
         longest = int(lengths[order[begin]])
         end = len(order)
@@ -76,10 +77,17 @@ def pieces(
 
 
 def _piece(
-    chosen: np.ndarray, pages: np.ndarray, lengths: np.ndarray, offsets: np.ndarray, members: np.ndarray,
-    page_size: int, dtype: torch.dtype,
-) -> Piece:  # fmt: skip
-    count, most, total = len(chosen), int(members[chosen].max()), int(offsets[-1])
+    chosen: np.ndarray,
+    pages: np.ndarray,
+    lengths: np.ndarray,
+    offsets: np.ndarray,
+    members: np.ndarray,
+    page_size: int,
+    dtype: torch.dtype,
+) -> Piece:
+    count = len(chosen)
+    most = int(members[chosen].max())
+    total = int(offsets[-1])
     length = int(lengths[chosen].max())
     width = -(-length // page_size)
     slots = np.minimum(np.arange(most)[None, :], members[chosen][:, None] - 1)
@@ -141,7 +149,9 @@ def _attend_all(
 
 def _attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
     page_size, kv_heads, width = k_pages.shape[1:]
-    g, m, heads = piece.groups, piece.members, q.shape[1]
+    g = piece.groups
+    m = piece.members
+    heads = q.shape[1]
     repeat = heads // kv_heads
     rows = q if piece.rows is None else q.index_select(0, piece.rows)
     queries = rows.view(g, m, kv_heads, repeat, width).permute(0, 2, 1, 3, 4).reshape(g, kv_heads, m * repeat, width)
@@ -155,18 +165,28 @@ def _attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, piece: Piece, scale: fl
     out = out.view(g, kv_heads, m, repeat, width).permute(0, 2, 1, 3, 4).reshape(g * m, heads, width)
     lse = lse.view(g, kv_heads, m, repeat).permute(0, 2, 1, 3).reshape(g * m, heads)
     if piece.source is not None:
-        out, lse = out.index_select(0, piece.source), lse.index_select(0, piece.source)
+        out = out.index_select(0, piece.source)
+        lse = lse.index_select(0, piece.source)
     return out, lse
 
 
 def decode_reference(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, prefix_pages: Tensor,
-    prefix_lengths: Tensor, group_offsets: Tensor, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    prefix_pages: Tensor,
+    prefix_lengths: Tensor,
+    group_offsets: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """The formula, row by row, in q's dtype (float32 for half types): the oracle of every other path."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     page_size, kv_heads, width = k_pages.shape[1:]
-    offsets, outs, lses = group_offsets.tolist(), [], []
+    offsets = group_offsets.tolist()
+    outs = []
+    lses = []
     for row in range(q.shape[0]):
         group = next(g for g in range(len(offsets) - 1) if offsets[g] <= row < offsets[g + 1])
         parts = []

@@ -32,12 +32,37 @@ def settings(queries: int, width: int, dtype: torch.dtype) -> tuple[int, int, in
 
 @triton.jit
 def decode_partial_kernel(
-    Q, K, V, TABLE, LENGTHS, OFFSETS, OUT, LSE,
-    qk_scale, rows, heads, repeat, tiles, first_part, WIDTH, table_stride,
-    stride_qb, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-    GROUPS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, MASK_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    TABLE,
+    LENGTHS,
+    OFFSETS,
+    OUT,
+    LSE,
+    qk_scale,
+    rows,
+    heads,
+    repeat,
+    tiles,
+    first_part,
+    WIDTH,
+    table_stride,
+    stride_qb,
+    stride_qh,
+    stride_kp,
+    stride_kt,
+    stride_kh,
+    stride_vp,
+    stride_vt,
+    stride_vh,
+    GROUPS: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Grid: (page lists * tiles, KV heads, splits). OUT (parts, B, Hq, D) and LSE (parts, B, Hq), base 2, float32."""
     item = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -133,9 +158,18 @@ def choose_splits(programs: int, keys: int, block: int, processors: int) -> int:
 
 
 def decode(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, prefix_pages: Tensor,
-    prefix_lengths: Tensor, group_offsets: Tensor, max_group: int, scale: float, splits: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    prefix_pages: Tensor,
+    prefix_lengths: Tensor,
+    group_offsets: Tensor,
+    max_group: int,
+    scale: float,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch both kernels; arguments as in `fastvst_kernels.decode.op`.
 
     Args:
@@ -149,7 +183,8 @@ def decode(
         return out, lse
     q, k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages))
     page_table, prefix_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (page_table, prefix_pages))
-    repeat, padded = heads // kv_heads, triton.next_power_of_2(width)
+    repeat = heads // kv_heads
+    padded = triton.next_power_of_2(width)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     launches = [
         (True, prefix_pages, prefix_lengths, max_group * repeat, settings(max_group * repeat, width, q.dtype)),
@@ -169,15 +204,47 @@ def decode(
         block_m, block_n, warps, stages = numbers
         tiles = -(-queries // block_m)
         decode_partial_kernel[(table.shape[0] * tiles, kv_heads, count)](
-            q, k_pages, v_pages, table, sizes, group_offsets, parts, part_lse,
-            scale * LOG2_E, rows, heads, repeat, tiles, first, width, table.stride(0),
-            q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3],
-            GROUPS=groups, PAGE=page_size, D=padded, MASK_COLUMNS=padded != width, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            q,
+            k_pages,
+            v_pages,
+            table,
+            sizes,
+            group_offsets,
+            parts,
+            part_lse,
+            scale * LOG2_E,
+            rows,
+            heads,
+            repeat,
+            tiles,
+            first,
+            width,
+            table.stride(0),
+            q.stride(0),
+            q.stride(1),
+            *k_pages.stride()[:3],
+            *v_pages.stride()[:3],
+            GROUPS=groups,
+            PAGE=page_size,
+            D=padded,
+            MASK_COLUMNS=padded != width,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
         first += count
     decode_merge_kernel[(rows * heads,)](
-        parts, part_lse, out, lse, first, rows * heads, width,
-        D=padded, MASK_COLUMNS=padded != width, P=triton.next_power_of_2(first), num_warps=4,
-    )  # fmt: skip
+        parts,
+        part_lse,
+        out,
+        lse,
+        first,
+        rows * heads,
+        width,
+        D=padded,
+        MASK_COLUMNS=padded != width,
+        P=triton.next_power_of_2(first),
+        num_warps=4,
+    )
     return out, lse

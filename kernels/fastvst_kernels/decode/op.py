@@ -73,7 +73,8 @@ def decode_attention(
         out, lse = decode_cpu.decode(q, k_pages, v_pages, plan, scale)
         return (out, lse) if return_lse else out
     if prefix_pages is None or prefix_lengths is None or group_offsets is None:
-        prefix_pages, prefix_lengths = page_table.new_zeros(1, 1), lengths.new_zeros(1)
+        prefix_pages = page_table.new_zeros(1, 1)
+        prefix_lengths = lengths.new_zeros(1)
         group_offsets = lengths.new_tensor([0, q.shape[0]]) if q.device.type == "cpu" else None
         group_offsets = _one_group(lengths) if group_offsets is None else group_offsets
         max_group = q.shape[0]
@@ -92,9 +93,18 @@ def decode_attention(
     elif q.device.type != "cpu":
         raise ValueError(f"backend 'torch' gathers on the CPU; use 'triton' for {q.device.type!r} tensors")
     out, lse = decode_attention_op(
-        q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets,
-        q.shape[0] if max_group is None else max_group, scale, backend == "triton",
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        prefix_pages,
+        prefix_lengths,
+        group_offsets,
+        q.shape[0] if max_group is None else max_group,
+        scale,
+        backend == "triton",
+    )
     return (out, lse) if return_lse else out
 
 
@@ -131,9 +141,7 @@ def decode_attention_op(
 
 
 @decode_attention_op.register_kernel("cpu")
-def _(
-    q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale, kernel
-):  # fmt: skip
+def _(q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale, kernel):
     _check_values(q, k_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group)
     tables = (page_table, lengths, prefix_pages, prefix_lengths, group_offsets)
     if kernel:
@@ -147,9 +155,7 @@ def _(
 
 
 @decode_attention_op.register_fake
-def _(
-    q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale, kernel
-):  # fmt: skip
+def _(q, k_pages, v_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group, scale, kernel):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=dtype)
 
@@ -171,9 +177,15 @@ def _one_group(lengths: Tensor) -> Tensor:
 
 
 def _check(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, prefix_pages: Tensor | None,
-    prefix_lengths: Tensor | None, group_offsets: Tensor | None,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    prefix_pages: Tensor | None,
+    prefix_lengths: Tensor | None,
+    group_offsets: Tensor | None,
+) -> None:
     """What shapes, dtypes and devices can tell."""
     if q.dim() != 3 or q.shape[2] % 16 or not 16 <= q.shape[2] <= 256:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (rows, heads, head_dim), head_dim 16, 32, ..., 256")
@@ -211,7 +223,8 @@ def _check(
 
 def _check_values(q, k_pages, page_table, lengths, prefix_pages, prefix_lengths, group_offsets, max_group) -> None:
     """What only the values tell; read on the CPU."""
-    page_size, pages = k_pages.shape[1], k_pages.shape[0]
+    page_size = k_pages.shape[1]
+    pages = k_pages.shape[0]
     for name, table, sizes in (("page_table", page_table, lengths), ("prefix_pages", prefix_pages, prefix_lengths)):
         room = table.shape[1] * page_size
         if sizes.numel() and not 0 <= int(sizes.min()) <= int(sizes.max()) <= room:

@@ -27,14 +27,26 @@ def attention_settings(width: int, dtype: torch.dtype) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["rows"])
 def invariant_mm_kernel(
-    A, B, OUT, rows, columns, width, stride_am, stride_ak, stride_bk, stride_bn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    A,
+    B,
+    OUT,
+    rows,
+    columns,
+    width,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """OUT (rows, columns) = A (rows, width) @ B (width, columns). A program for each tile of OUT."""
     tiles = tl.cdiv(columns, BLOCK_N)
     m = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row, column = (m < rows)[:, None], (n < columns)[None, :]
+    row = (m < rows)[:, None]
+    column = (n < columns)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, width, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -47,24 +59,56 @@ def invariant_mm_kernel(
 
 def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Launch the product; arguments as in `fastvst_kernels.invariant.op.invariant_mm`."""
-    (rows, width), columns = a.shape, b.shape[1]
+    (rows, width) = a.shape
+    columns = b.shape[1]
     out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
         return out
     block_m, block_n, block_k, warps, stages = mm_settings(a.dtype)
     invariant_mm_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)](
-        a, b, out, rows, columns, width, *a.stride(), *b.stride(),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        a,
+        b,
+        out,
+        rows,
+        columns,
+        width,
+        *a.stride(),
+        *b.stride(),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return out
 
 
 @triton.jit
 def invariant_attention_kernel(
-    Q, K, V, QUERIES, PLACES, KEY_ROWS, COUNTS, STARTS, OUT, LSE,
-    qk_scale, heads, repeat, WIDTH, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    QUERIES,
+    PLACES,
+    KEY_ROWS,
+    COUNTS,
+    STARTS,
+    OUT,
+    LSE,
+    qk_scale,
+    heads,
+    repeat,
+    WIDTH,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """A program for each tile and query head; the tables are those of `AttentionTiles`."""
     tile = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -112,10 +156,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: flo
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     warps, stages = attention_settings(width, q.dtype)
     invariant_attention_kernel[(len(tiles.queries), heads)](
-        q, k, v, tiles.queries, tiles.places, tiles.keys, tiles.counts, tiles.starts, out, lse,
-        scale * LOG2_E, heads, heads // k.shape[1], width,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        D=max(16, triton.next_power_of_2(width)), ROWS=ROWS, KEYS=KEYS, num_warps=warps, num_stages=stages,
+        q,
+        k,
+        v,
+        tiles.queries,
+        tiles.places,
+        tiles.keys,
+        tiles.counts,
+        tiles.starts,
+        out,
+        lse,
+        scale * LOG2_E,
+        heads,
+        heads // k.shape[1],
+        width,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        D=max(16, triton.next_power_of_2(width)),
+        ROWS=ROWS,
+        KEYS=KEYS,
+        num_warps=warps,
+        num_stages=stages,
         maxnreg=most_registers(warps, q.dtype),
-    )  # fmt: skip
+    )
     return out, lse

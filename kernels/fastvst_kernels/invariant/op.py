@@ -50,7 +50,8 @@ def invariant_mm_op(a: Tensor, b: Tensor, out_dtype: torch.dtype, kernel: bool) 
 
         return invariant_triton.mm(a, b, out_dtype)
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    rows, b = a.shape[0], b.to(wide)
+    rows = a.shape[0]
+    b = b.to(wide)
     tiles = -(-rows // ROWS)
     padded = b.new_zeros(tiles * ROWS, a.shape[1])
     padded[:rows] = a
@@ -85,7 +86,9 @@ class AttentionTiles:
     blocks: tuple[int, ...]
 
     def to(self, device: torch.device) -> AttentionTiles:
-        queries, places, keys = self.queries.to(device), self.places.to(device), self.keys.to(device)
+        queries = self.queries.to(device)
+        places = self.places.to(device)
+        keys = self.keys.to(device)
         return AttentionTiles(queries, places, keys, self.counts.to(device), self.starts.to(device), self.blocks)
 
 
@@ -154,8 +157,10 @@ def invariant_attention(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: float) -> tuple[Tensor, Tensor]:
     """All tiles at once, block after block."""
-    (rows, heads, width), kv_heads = q.shape, k.shape[1]
-    n, repeat = len(tiles.queries), heads // kv_heads
+    (rows, heads, width) = q.shape
+    kv_heads = k.shape[1]
+    n = len(tiles.queries)
+    repeat = heads // kv_heads
     picked = q[tiles.queries.clamp(min=0)].view(n, ROWS, kv_heads, repeat, width)
     queries = picked.permute(0, 2, 3, 1, 4).reshape(n * kv_heads, repeat * ROWS, width)
     places = tiles.places.repeat_interleave(kv_heads, 0).repeat(1, repeat)[:, :, None]
@@ -163,7 +168,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: fl
     top = q.new_full((n * kv_heads, repeat * ROWS, 1), -torch.inf)
     total = torch.zeros_like(top)
     for block, (begin, end) in enumerate(zip(tiles.blocks, tiles.blocks[1:], strict=False)):
-        chosen, count = tiles.keys[begin:end], (end - begin) * kv_heads
+        chosen = tiles.keys[begin:end]
+        count = (end - begin) * kv_heads
         keys, values = (x[chosen.clamp(min=0)].transpose(1, 2).reshape(count, KEYS, width).contiguous() for x in (k, v))
         place = torch.arange(block * KEYS, (block + 1) * KEYS)
         seen = (place <= places[:count]) & (chosen >= 0).repeat_interleave(kv_heads, 0)[:, None]

@@ -24,7 +24,8 @@ from torch import Tensor
 IGNORE = -100
 # Logits of a chunk in float32. CPU: 16 MiB, near a last-level cache. CUDA: 1.25 GiB, which is 2,048 rows of 152,064:
 # below ~700 rows the float32 accumulation of the weight's gradient is bound by memory.
-CPU_CHUNK, CUDA_CHUNK = 1 << 22, 5 << 26
+CPU_CHUNK = 1 << 22
+CUDA_CHUNK = 5 << 26
 BLOCK = 1 << 18  # logits of one elementwise step on the CPU: its temporaries stay in the second-level cache
 
 
@@ -234,13 +235,16 @@ def chunk_backward(
     """
     if gradients.hidden is None and gradients.weight is None:
         return 0
-    targets, coefficients = local_targets(head, part), coefficients.scaled(head.scale)
+    targets = local_targets(head, part)
+    coefficients = coefficients.scaled(head.scale)
     index = head.index[part] if head.index is not None else None
     if not buffer.is_cuda and extra is None:
         alive = coefficients.alive().nonzero().squeeze(1)
         if alive.shape[0] < rows.shape[0]:
             buffer = move_rows_(buffer, alive)
-            rows, targets, coefficients = rows[alive], targets[alive], coefficients.take(alive)
+            rows = rows[alive]
+            targets = targets[alive]
+            coefficients = coefficients.take(alive)
             found = replace(found, offset=found.offset[alive], entropy=found.entropy[alive])
             index = alive + part.start if index is None else index[alive]
             if gradients.hidden is not None and head.index is None:
@@ -307,7 +311,8 @@ def partial_statistics_(buffer: Tensor, targets: Tensor, scale: float, as_exp: b
     partial = buffer.new_empty(5, buffer.shape[0])
     step = max(1, BLOCK // buffer.shape[1])
     for start in range(0, buffer.shape[0], step):
-        block, out = buffer[start : start + step], partial[:, start : start + step]
+        block = buffer[start : start + step]
+        out = partial[:, start : start + step]
         target = targets[start : start + step]
         if scale != 1:
             block.mul_(scale)
@@ -328,7 +333,8 @@ def gather(partial: Tensor, shard: VocabularyShard | None) -> Tensor:
     """(ranks, 5, m) partial statistics of all ranks, by one all-reduce of a buffer that is 0 at the other ranks."""
     if shard is None:
         return partial[None]
-    size, rank = torch.distributed.get_world_size(shard.group), torch.distributed.get_rank(shard.group)
+    size = torch.distributed.get_world_size(shard.group)
+    rank = torch.distributed.get_rank(shard.group)
     every = partial.new_zeros(size, *partial.shape)
     every[rank] = partial
     torch.distributed.all_reduce(every, group=shard.group)
@@ -353,7 +359,8 @@ def row_gradient_plain_(
     buffer: Tensor, targets: Tensor, offset: Tensor, entropy: Tensor, coefficients: Coefficients, as_exp: bool
 ) -> Tensor:
     """The module's formula, in place on the buffer that `partial_statistics_` left."""
-    a, b = coefficients.a, coefficients.b
+    a = coefficients.a
+    b = coefficients.b
     if as_exp:
         buffer.mul_((a * offset.exp())[:, None])
     else:

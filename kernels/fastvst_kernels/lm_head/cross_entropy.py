@@ -79,7 +79,9 @@ def linear_cross_entropy(
         for part, buffer in chunks(head):
             rows, found = chunk_statistics(head, part, buffer, as_exp=True)
             w = weights[part]
-            loss, a, u = -(1 - label_smoothing) * found.logprob, w, None
+            loss = -(1 - label_smoothing) * found.logprob
+            a = w
+            u = None
             if label_smoothing:
                 loss = loss + label_smoothing * (found.lse - found.mean)
                 u = w * (-label_smoothing / head.vocabulary)

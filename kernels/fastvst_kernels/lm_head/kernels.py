@@ -53,9 +53,22 @@ def partial_statistics_kernel(LOGITS, TARGETS, OUT, scale, rows, vocabulary, BLO
 
 @triton.jit
 def row_gradient_kernel(
-    LOGITS, OUT, TARGETS, OFFSET, ENTROPY, A, B, C, U, scale, vocabulary, out_stride,
-    HAS_B: tl.constexpr, HAS_U: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    LOGITS,
+    OUT,
+    TARGETS,
+    OFFSET,
+    ENTROPY,
+    A,
+    B,
+    C,
+    U,
+    scale,
+    vocabulary,
+    out_stride,
+    HAS_B: tl.constexpr,
+    HAS_U: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """OUT = p * (a + b * (log p + entropy)) + u, + c at the target. OUT may lie in the same bytes as LOGITS.
 
     With 16-bit OUT of stride 2 * vocabulary, block j is written where block j // 2 was read: the barrier makes sure
@@ -113,8 +126,21 @@ def row_gradient_(
     if rows:
         b, u = (coefficients.a if x is None else x for x in (coefficients.b, coefficients.u))
         row_gradient_kernel[(rows,)](
-            logits, out, targets, offset.contiguous(), entropy.contiguous(), coefficients.a, b, coefficients.c, u,
-            scale, vocabulary, out.stride(0),
-            HAS_B=coefficients.b is not None, HAS_U=coefficients.u is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            logits,
+            out,
+            targets,
+            offset.contiguous(),
+            entropy.contiguous(),
+            coefficients.a,
+            b,
+            coefficients.c,
+            u,
+            scale,
+            vocabulary,
+            out.stride(0),
+            HAS_B=coefficients.b is not None,
+            HAS_U=coefficients.u is not None,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return out

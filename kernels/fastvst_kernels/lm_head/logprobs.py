@@ -84,7 +84,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, head_of: Callable[[Tensor, Tensor], Head], top: int | None):
         ctx.save_for_backward(hidden, weight)
-        ctx.head_of, ctx.top = head_of, top
+        ctx.head_of = head_of
+        ctx.top = top
         head = head_of(hidden, weight)
         logprobs, entropy = (hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(hidden)) for _ in range(2))
         for part, buffer in chunks(head):
@@ -96,12 +97,14 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
-        head, top = ctx.head_of(*(x.detach() for x in ctx.saved_tensors)), ctx.top
+        head = ctx.head_of(*(x.detach() for x in ctx.saved_tensors))
+        top = ctx.top
         gradients = make_gradients(head, *ctx.needs_input_grad[:2])
         for part, buffer in chunks(head):
             rows, found = chunk_statistics(head, part, buffer)
             place = part if head.index is None else head.index[part]
-            g, e = grad_logprobs[place], grad_entropy[place]
+            g = grad_logprobs[place]
+            e = grad_entropy[place]
             coefficients = Coefficients(a=-g, c=g, b=-e if top is None else None)
             extra = None if top is None else _top_entropy_gradient(buffer, top, head.scale, e)
             chunk_backward(head, part, rows, buffer, found, coefficients, gradients, extra=extra)

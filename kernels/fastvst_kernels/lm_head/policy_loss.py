@@ -215,11 +215,13 @@ def policy_statistics(objective: Objective, rows: PolicyRows, logprobs: Tensor, 
 def _one_pass(head: Head, objective: Objective, rows: PolicyRows, need_hidden: bool, need_weight: bool) -> Computed:
     gradients = make_gradients(head, need_hidden, need_weight)
     values, logprobs, entropy = (rows.weights.new_empty(head.rows) for _ in range(3))
-    backward_rows, as_exp = 0, not objective.uses_entropy
+    backward_rows = 0
+    as_exp = not objective.uses_entropy
     for part, buffer in chunks(head):
         h, found = chunk_statistics(head, part, buffer, as_exp=as_exp)
         values[part], coefficients = _differentiate(objective, rows.part(part), found.logprob, found.entropy)
-        logprobs[part], entropy[part] = found.logprob, found.entropy
+        logprobs[part] = found.logprob
+        entropy[part] = found.entropy
         backward_rows += chunk_backward(head, part, h, buffer, found, coefficients, gradients, as_exp=as_exp)
     met = _counts(values, head.rows, backward_rows)
     return values.sum(), finish_gradients(head, gradients), (logprobs, entropy, met)
@@ -229,15 +231,19 @@ def _two_passes(head: Head, objective: Objective, rows: PolicyRows, need_hidden:
     logprobs, entropy = (rows.weights.new_empty(head.rows) for _ in range(2))
     for part, buffer in chunks(head):
         found = chunk_statistics(head, part, buffer)[1]
-        logprobs[part], entropy[part] = found.logprob, found.entropy
+        logprobs[part] = found.logprob
+        entropy[part] = found.entropy
         del buffer  # or the first pass' logits would live beside the second's
     values, coefficients = _differentiate(objective, rows, logprobs, entropy)
-    forward_rows, backward_rows, as_exp = head.rows, 0, not objective.uses_entropy
+    forward_rows = head.rows
+    backward_rows = 0
+    as_exp = not objective.uses_entropy
     work = need_hidden or need_weight
     if work and not head.hidden.is_cuda:
         alive = coefficients.alive().nonzero().squeeze(1)
         if alive.shape[0] < head.rows:
-            head, coefficients = subset(head, alive), coefficients.take(alive)
+            head = subset(head, alive)
+            coefficients = coefficients.take(alive)
     gradients = make_gradients(head, need_hidden, need_weight)
     if work:
         for part, buffer in chunks(head):

@@ -56,9 +56,19 @@ def store_piece(base, values, row, limit, stride, width, START: tl.constexpr, SI
 
 @triton.jit
 def input_piece(
-    x_base, r_base, total_base, row, limit, stride_x, stride_r, width, ADD: tl.constexpr, START: tl.constexpr,
-    SIZE: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    x_base,
+    r_base,
+    total_base,
+    row,
+    limit,
+    stride_x,
+    stride_r,
+    width,
+    ADD: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """A piece of what is normed; x + residual is rounded to its dtype, as it is written, before it is normed."""
     x = load_piece(x_base, row, limit, stride_x, width, START, SIZE, MASK)
     if ADD:
@@ -71,16 +81,33 @@ def input_piece(
 
 @triton.jit
 def rms_norm_forward_kernel(
-    X, RESIDUAL, WEIGHT, Y, TOTAL, INVERSE, eps, rows, width, stride_x, stride_r,
-    ADD: tl.constexpr, WEIGHTED: tl.constexpr, MASK: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    X,
+    RESIDUAL,
+    WEIGHT,
+    Y,
+    TOTAL,
+    INVERSE,
+    eps,
+    rows,
+    width,
+    stride_x,
+    stride_r,
+    ADD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MASK: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """INVERSE = 1 / sqrt(mean(x^2) + eps), Y = x * INVERSE * WEIGHT; with ADD x is X + RESIDUAL, written to TOTAL."""
     begin = tl.program_id(0).to(tl.int64) * ROWS
     limit = rows - begin
     row = tl.arange(0, ROWS)
-    x_base, r_base = X + begin * stride_x, RESIDUAL + begin * stride_r
-    y_base, total_base = Y + begin * width, TOTAL + begin * width
+    x_base = X + begin * stride_x
+    r_base = RESIDUAL + begin * stride_r
+    y_base = Y + begin * width
+    total_base = TOTAL + begin * width
     LAST1: tl.constexpr = MASK and D2 == 0
     x0 = input_piece(x_base, r_base, total_base, row, limit, stride_x, stride_r, width, ADD, 0, D0, MASK and D1 == 0)
     squares = tl.sum(x0 * x0, 1)
@@ -105,9 +132,20 @@ def rms_norm_forward_kernel(
 
 @triton.jit
 def gradient_piece(
-    x, g, inverse, slope, dtotal_base, dx_base, row, limit, width, ADD: tl.constexpr, START: tl.constexpr,
-    SIZE: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    x,
+    g,
+    inverse,
+    slope,
+    dtotal_base,
+    dx_base,
+    row,
+    limit,
+    width,
+    ADD: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    MASK: tl.constexpr,
+):
     dx = g * inverse[:, None] + x * slope[:, None]
     if ADD:
         dx += load_piece(dtotal_base, row, limit, width, width, START, SIZE, MASK)
@@ -116,10 +154,24 @@ def gradient_piece(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    DY, DTOTAL, X, WEIGHT, INVERSE, DX, PARTIAL, rows, width, stride_x,
-    ADD: tl.constexpr, WEIGHTED: tl.constexpr, MASK: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    DY,
+    DTOTAL,
+    X,
+    WEIGHT,
+    INVERSE,
+    DX,
+    PARTIAL,
+    rows,
+    width,
+    stride_x,
+    ADD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MASK: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """DX (+ DTOTAL with ADD), and into PARTIAL (programs, width) each program's share of the weight's gradient.
 
     With g = dy * w and r = INVERSE: dx = r g - x r^3 mean(g x), dw = sum over rows of dy x r.
@@ -134,12 +186,15 @@ def rms_norm_backward_kernel(
     if D2 > 0:
         w2 = load_weight(WEIGHT, width, D0 + D1, D2, WEIGHTED, MASK)
         dw2 = tl.zeros([ROWS, D2], tl.float32)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
     for step in tl.range(0, tl.cdiv(tl.cdiv(rows, ROWS) - program, programs)):
         begin = (program + step * programs) * ROWS
         limit = rows - begin
-        x_base, dy_base = X + begin * stride_x, DY + begin * width
-        dtotal_base, dx_base = DTOTAL + begin * width, DX + begin * width
+        x_base = X + begin * stride_x
+        dy_base = DY + begin * width
+        dtotal_base = DTOTAL + begin * width
+        dx_base = DX + begin * width
         inverse = tl.load(INVERSE + begin + row, mask=row < limit, other=0.0)
         x0 = load_piece(x_base, row, limit, stride_x, width, 0, D0, MASK and D1 == 0)
         g0 = load_piece(dy_base, row, limit, width, width, 0, D0, MASK and D1 == 0)
@@ -204,10 +259,23 @@ def forward(
     if rows:
         block, warps = numbers
         rms_norm_forward_kernel[(triton.cdiv(rows, block),)](
-            x, x if residual is None else residual, x if weight is None else weight, y, total, inverse,
-            eps, rows, width, x.stride(0), x.stride(0) if residual is None else residual.stride(0),
-            ADD=residual is not None, WEIGHTED=weight is not None, ROWS=block, num_warps=warps, **constants(width),
-        )  # fmt: skip
+            x,
+            x if residual is None else residual,
+            x if weight is None else weight,
+            y,
+            total,
+            inverse,
+            eps,
+            rows,
+            width,
+            x.stride(0),
+            x.stride(0) if residual is None else residual.stride(0),
+            ADD=residual is not None,
+            WEIGHTED=weight is not None,
+            ROWS=block,
+            num_warps=warps,
+            **constants(width),
+        )
     return y, total, inverse
 
 
@@ -229,9 +297,21 @@ def backward(
     programs = max(1, min(programs, triton.cdiv(rows, block)))
     partial = torch.empty((programs if weight is not None else 0, width), dtype=torch.float32, device=x.device)
     rms_norm_backward_kernel[(programs,)](
-        dy, dy if dtotal is None else dtotal, x, x if weight is None else weight, inverse, dx, partial, rows, width,
-        x.stride(0), ADD=dtotal is not None, WEIGHTED=weight is not None, ROWS=block, num_warps=warps,
+        dy,
+        dy if dtotal is None else dtotal,
+        x,
+        x if weight is None else weight,
+        inverse,
+        dx,
+        partial,
+        rows,
+        width,
+        x.stride(0),
+        ADD=dtotal is not None,
+        WEIGHTED=weight is not None,
+        ROWS=block,
+        num_warps=warps,
         **constants(width),
-    )  # fmt: skip
+    )
     # Each program summed its own rows in order, and this sums the programs in order: the same bits in every run.
     return dx, partial.sum(0) if weight is not None else partial.new_empty(0)

@@ -93,9 +93,15 @@ def _(x, residual, weight, eps, kernel):
 
 @torch.library.custom_op("fastvst::rms_norm_backward", mutates_args=())
 def rms_norm_backward_op(
-    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor | None, inverse: Tensor,
-    needs_x: bool, needs_weight: bool, kernel: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    inverse: Tensor,
+    needs_x: bool,
+    needs_weight: bool,
+    kernel: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed (+ grad_total) and of the weight; empty where they are not needed."""
     if kernel:
         from fastvst_kernels.norm import kernels as norm_triton
@@ -111,9 +117,11 @@ def rms_norm_backward_op(
     # The order of operations is that of autograd on the plain formula, so that without a weight the result is bit
     # for bit the same: in float64 models transformers rounds to float32 around the norm, and we have to follow.
     inverse = inverse.view(*x.shape[:-1], 1)
-    wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
+    wide = x.to(inverse.dtype)
+    grad = grad.to(inverse.dtype)
     product = grad * wide
-    grad_x, grad_weight = x.new_empty(0), inverse.new_empty(0)
+    grad_x = x.new_empty(0)
+    grad_weight = inverse.new_empty(0)
     if weight is not None and needs_weight:
         grad_weight = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).squeeze(0).to(weight.dtype)
     if needs_x:
@@ -151,7 +159,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _inverse
         grad_total = None
     if grad is None:
         return grad_total, grad_total, None, None, None
-    needs_x, needs_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    needs_weight = ctx.needs_input_grad[2]
     grads = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, ctx.kernel)
     grad_x = grads[0] if needs_x else None
     return grad_x, grad_x if ctx.added else None, grads[1] if needs_weight else None, None, None

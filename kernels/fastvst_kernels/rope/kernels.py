@@ -39,9 +39,17 @@ def cosine_sine(angles):
 
 @triton.jit
 def pair_angles(
-    POSITIONS, FREQUENCIES, token, limit, stride_axis, stride_token, pair, HALF: tl.constexpr,
-    SECTION0: tl.constexpr, SECTION1: tl.constexpr,
-):  # fmt: skip
+    POSITIONS,
+    FREQUENCIES,
+    token,
+    limit,
+    stride_axis,
+    stride_token,
+    pair,
+    HALF: tl.constexpr,
+    SECTION0: tl.constexpr,
+    SECTION1: tl.constexpr,
+):
     """(tokens, pairs) angles; the first SECTION0 pairs turn with axis 0, the next SECTION1 with 1, the rest with 2."""
     axis = (pair >= SECTION0).to(tl.int32) + (pair >= SECTION0 + SECTION1).to(tl.int32)
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
@@ -52,9 +60,22 @@ def pair_angles(
 
 @triton.jit
 def turn_heads(
-    source, bias, target, cos, sin, token, pair, limit, first, count, stride_source, stride_target,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
+    source,
+    bias,
+    target,
+    cos,
+    sin,
+    token,
+    pair,
+    limit,
+    first,
+    count,
+    stride_source,
+    stride_target,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
     """target heads 0 .. count - 1 = (source heads from `first` on + bias), rotated where ROTATE."""
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
     read = token[:, None] * stride_source + pair[None, :]
@@ -66,7 +87,8 @@ def turn_heads(
         if HAS_BIAS:
             a += tl.load(bias + column + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
             b += tl.load(bias + column + HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
-        left, right = a, b
+        left = a
+        right = b
         if ROTATE:
             left = a * cos - b * sin
             right = b * cos + a * sin
@@ -76,36 +98,119 @@ def turn_heads(
 
 @triton.jit
 def rope_forward_kernel(
-    QKV, BIAS, POSITIONS, FREQUENCIES, Q, K, V, tokens, heads, kv_heads, stride_qkv, stride_axis, stride_token,
-    SECTION0: tl.constexpr, SECTION1: tl.constexpr, HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    QKV,
+    BIAS,
+    POSITIONS,
+    FREQUENCIES,
+    Q,
+    K,
+    V,
+    tokens,
+    heads,
+    kv_heads,
+    stride_qkv,
+    stride_axis,
+    stride_token,
+    SECTION0: tl.constexpr,
+    SECTION1: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
     TOKENS: tl.constexpr,
-):  # fmt: skip
+):
     """Q (tokens, heads, D), K and V (tokens, kv_heads, D) from QKV (tokens, (heads + 2 kv_heads) * D), D = 2 HALF."""
     begin = tl.program_id(0).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)
     limit = tokens - begin
     pair = tl.arange(0, PAIRS)
     angles = pair_angles(
-        POSITIONS + begin * stride_token, FREQUENCIES, token, limit, stride_axis, stride_token, pair, HALF, SECTION0,
+        POSITIONS + begin * stride_token,
+        FREQUENCIES,
+        token,
+        limit,
+        stride_axis,
+        stride_token,
+        pair,
+        HALF,
+        SECTION0,
         SECTION1,
-    )  # fmt: skip
+    )
     cos, sin = cosine_sine(angles)
     source = QKV + begin * stride_qkv
     stride_q = heads * (2 * HALF)
     stride_k = kv_heads * (2 * HALF)
-    turn_heads(source, BIAS, Q + begin * stride_q, cos, sin, token, pair, limit, 0, heads, stride_qkv, stride_q,
-               HALF, HAS_BIAS, True)  # fmt: skip
-    turn_heads(source, BIAS, K + begin * stride_k, cos, sin, token, pair, limit, heads, kv_heads, stride_qkv, stride_k,
-               HALF, HAS_BIAS, True)  # fmt: skip
-    turn_heads(source, BIAS, V + begin * stride_k, cos, sin, token, pair, limit, heads + kv_heads, kv_heads,
-               stride_qkv, stride_k, HALF, HAS_BIAS, False)  # fmt: skip
+    turn_heads(
+        source,
+        BIAS,
+        Q + begin * stride_q,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        0,
+        heads,
+        stride_qkv,
+        stride_q,
+        HALF,
+        HAS_BIAS,
+        True,
+    )
+    turn_heads(
+        source,
+        BIAS,
+        K + begin * stride_k,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        heads,
+        kv_heads,
+        stride_qkv,
+        stride_k,
+        HALF,
+        HAS_BIAS,
+        True,
+    )
+    turn_heads(
+        source,
+        BIAS,
+        V + begin * stride_k,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        heads + kv_heads,
+        kv_heads,
+        stride_qkv,
+        stride_k,
+        HALF,
+        HAS_BIAS,
+        False,
+    )
 
 
 @triton.jit
 def turn_back(
-    gradient, target, partial, cos, sin, token, pair, limit, first, count, stride_t, stride_h, stride_target,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    target,
+    partial,
+    cos,
+    sin,
+    token,
+    pair,
+    limit,
+    first,
+    count,
+    stride_t,
+    stride_h,
+    stride_target,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
     """Gradients of heads 0 .. count - 1 turned back into the columns of heads from `first` on, and their sums."""
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
     read = token[:, None] * stride_t + pair[None, :]
@@ -113,7 +218,8 @@ def turn_back(
     for head in tl.range(0, count):
         a = tl.load(gradient + read + head * stride_h, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(gradient + read + head * stride_h + HALF, mask=mask, other=0.0).to(tl.float32)
-        left, right = a, b
+        left = a
+        right = b
         if ROTATE:
             left = a * cos + b * sin
             right = b * cos - a * sin
@@ -127,36 +233,119 @@ def turn_back(
 
 @triton.jit
 def rope_backward_kernel(
-    DQ, DK, DV, POSITIONS, FREQUENCIES, DQKV, PARTIAL, tokens, heads, kv_heads, stride_axis, stride_token,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    SECTION0: tl.constexpr, SECTION1: tl.constexpr, HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    DQ,
+    DK,
+    DV,
+    POSITIONS,
+    FREQUENCIES,
+    DQKV,
+    PARTIAL,
+    tokens,
+    heads,
+    kv_heads,
+    stride_axis,
+    stride_token,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    SECTION0: tl.constexpr,
+    SECTION1: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
     TOKENS: tl.constexpr,
-):  # fmt: skip
+):
     """DQKV, rotated back by the negative angle; PARTIAL (programs, width) holds each program's sum over its tokens."""
     begin = tl.program_id(0).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)
     limit = tokens - begin
     pair = tl.arange(0, PAIRS)
     angles = pair_angles(
-        POSITIONS + begin * stride_token, FREQUENCIES, token, limit, stride_axis, stride_token, pair, HALF, SECTION0,
+        POSITIONS + begin * stride_token,
+        FREQUENCIES,
+        token,
+        limit,
+        stride_axis,
+        stride_token,
+        pair,
+        HALF,
+        SECTION0,
         SECTION1,
-    )  # fmt: skip
+    )
     cos, sin = cosine_sine(angles)
     row = (heads + 2 * kv_heads) * (2 * HALF)
     target = DQKV + begin * row
     partial = PARTIAL + tl.program_id(0).to(tl.int64) * row
-    turn_back(DQ + begin * stride_qt, target, partial, cos, sin, token, pair, limit, 0, heads, stride_qt, stride_qh,
-              row, HALF, HAS_BIAS, True)  # fmt: skip
-    turn_back(DK + begin * stride_kt, target, partial, cos, sin, token, pair, limit, heads, kv_heads, stride_kt,
-              stride_kh, row, HALF, HAS_BIAS, True)  # fmt: skip
-    turn_back(DV + begin * stride_vt, target, partial, cos, sin, token, pair, limit, heads + kv_heads, kv_heads,
-              stride_vt, stride_vh, row, HALF, HAS_BIAS, False)  # fmt: skip
+    turn_back(
+        DQ + begin * stride_qt,
+        target,
+        partial,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        0,
+        heads,
+        stride_qt,
+        stride_qh,
+        row,
+        HALF,
+        HAS_BIAS,
+        True,
+    )
+    turn_back(
+        DK + begin * stride_kt,
+        target,
+        partial,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        heads,
+        kv_heads,
+        stride_kt,
+        stride_kh,
+        row,
+        HALF,
+        HAS_BIAS,
+        True,
+    )
+    turn_back(
+        DV + begin * stride_vt,
+        target,
+        partial,
+        cos,
+        sin,
+        token,
+        pair,
+        limit,
+        heads + kv_heads,
+        kv_heads,
+        stride_vt,
+        stride_vh,
+        row,
+        HALF,
+        HAS_BIAS,
+        False,
+    )
 
 
 def forward(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, frequencies: Tensor, *, heads: int, kv_heads: int,
-    sections: tuple[int, int], numbers: tuple[int, ...],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    frequencies: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    sections: tuple[int, int],
+    numbers: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel.
 
     Args:
@@ -168,30 +357,56 @@ def forward(
     Returns:
         q (T, heads, D), k and v (T, kv_heads, D), contiguous.
     """
-    tokens, half = qkv.shape[0], len(frequencies)
+    tokens = qkv.shape[0]
+    half = len(frequencies)
     q = torch.empty((tokens, heads, 2 * half), dtype=qkv.dtype, device=qkv.device)
     k, v = (torch.empty((tokens, kv_heads, 2 * half), dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     if tokens:
         block, warps = numbers
         rope_forward_kernel[(triton.cdiv(tokens, block),)](
-            qkv, qkv if bias is None else bias, positions, frequencies, q, k, v, tokens, heads, kv_heads,
-            qkv.stride(0), positions.stride(0), positions.stride(1),
-            SECTION0=sections[0], SECTION1=sections[1], HAS_BIAS=bias is not None,
-            HALF=half, PAIRS=next_power(half), TOKENS=block, num_warps=warps,
-        )  # fmt: skip
+            qkv,
+            qkv if bias is None else bias,
+            positions,
+            frequencies,
+            q,
+            k,
+            v,
+            tokens,
+            heads,
+            kv_heads,
+            qkv.stride(0),
+            positions.stride(0),
+            positions.stride(1),
+            SECTION0=sections[0],
+            SECTION1=sections[1],
+            HAS_BIAS=bias is not None,
+            HALF=half,
+            PAIRS=next_power(half),
+            TOKENS=block,
+            num_warps=warps,
+        )
     return q, k, v
 
 
 def backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, *, bias: bool,
-    sections: tuple[int, int], numbers: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    *,
+    bias: bool,
+    sections: tuple[int, int],
+    numbers: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel on gradients (T, heads, D) whose last dimension is dense.
 
     Returns:
         (T, (heads + 2 kv_heads) * D) gradient of the projection, and that of its bias (float32; empty if not `bias`).
     """
-    (tokens, heads, _), kv_heads, half = dq.shape, dk.shape[1], len(frequencies)
+    (tokens, heads, _) = dq.shape
+    kv_heads = dk.shape[1]
+    half = len(frequencies)
     width = (heads + 2 * kv_heads) * 2 * half
     block, warps = numbers
     programs = triton.cdiv(tokens, block)
@@ -199,10 +414,30 @@ def backward(
     partial = torch.empty((programs if bias else 0, width), dtype=torch.float32, device=dq.device)
     if tokens:
         rope_backward_kernel[(programs,)](
-            dq, dk, dv, positions, frequencies, dqkv, partial, tokens, heads, kv_heads,
-            positions.stride(0), positions.stride(1),
-            dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-            SECTION0=sections[0], SECTION1=sections[1], HAS_BIAS=bias,
-            HALF=half, PAIRS=next_power(half), TOKENS=block, num_warps=warps,
-        )  # fmt: skip
+            dq,
+            dk,
+            dv,
+            positions,
+            frequencies,
+            dqkv,
+            partial,
+            tokens,
+            heads,
+            kv_heads,
+            positions.stride(0),
+            positions.stride(1),
+            dq.stride(0),
+            dq.stride(1),
+            dk.stride(0),
+            dk.stride(1),
+            dv.stride(0),
+            dv.stride(1),
+            SECTION0=sections[0],
+            SECTION1=sections[1],
+            HAS_BIAS=bias,
+            HALF=half,
+            PAIRS=next_power(half),
+            TOKENS=block,
+            num_warps=warps,
+        )
     return dqkv, partial.sum(0) if bias else partial.new_empty(0)

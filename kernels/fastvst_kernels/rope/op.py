@@ -143,7 +143,8 @@ def angle_table(
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, heads, D) rotated in pairs (i, i + D / 2) by (T, D / 2) angles: the plain formula."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos = cos[:, None]
+    sin = sin[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -177,20 +178,32 @@ def compute_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 @torch.library.custom_op("fastvst::rope", mutates_args=())
 def rope_op(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int, num_kv_heads: int, sections: list[int],
-    theta: float, table: torch.dtype, compute: torch.dtype | None, kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    sections: list[int],
+    theta: float,
+    table: torch.dtype,
+    compute: torch.dtype | None,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a fused projection: + bias, split, q and k rotated by (axes, T) positions; `kernel`: by Triton."""
     width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     if kernel:
         from fastvst_kernels.rope import kernels as rope_triton
 
         return rope_triton.forward(
-            qkv if qkv.stride(-1) == 1 else qkv.contiguous(), bias, positions,
+            qkv if qkv.stride(-1) == 1 else qkv.contiguous(),
+            bias,
+            positions,
             inverse_frequencies(width, len(sections), theta, torch.float32, qkv.device),
-            heads=num_heads, kv_heads=num_kv_heads, sections=(sections[0], sections[1]),
+            heads=num_heads,
+            kv_heads=num_kv_heads,
+            sections=(sections[0], sections[1]),
             numbers=config("rope_forward", shape_class(width, qkv.dtype), qkv.device),
-        )  # fmt: skip
+        )
     sizes = [n * width for n in (num_heads, num_kv_heads, num_kv_heads)]
     parts = [part.unflatten(1, (-1, width)) for part in qkv.split(sizes, dim=1)]
     if bias is None:
@@ -212,20 +225,34 @@ def _(qkv, bias, positions, num_heads, num_kv_heads, sections, theta, table, com
 
 @torch.library.custom_op("fastvst::rope_backward", mutates_args=())
 def rope_backward_op(
-    dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, sections: list[int], theta: float, table: torch.dtype,
-    compute: torch.dtype | None, bias: bool, kernel: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    positions: Tensor,
+    sections: list[int],
+    theta: float,
+    table: torch.dtype,
+    compute: torch.dtype | None,
+    bias: bool,
+    kernel: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of the fused projection and of its bias (of at least float32; empty if not `bias`)."""
-    (tokens, heads, width), kv_heads = dq.shape, dk.shape[1]
+    (tokens, heads, width) = dq.shape
+    kv_heads = dk.shape[1]
     if kernel:
         from fastvst_kernels.rope import kernels as rope_triton
 
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
         return rope_triton.backward(
-            dq, dk, dv, positions, inverse_frequencies(width, len(sections), theta, torch.float32, dq.device),
-            bias=bias, sections=(sections[0], sections[1]),
+            dq,
+            dk,
+            dv,
+            positions,
+            inverse_frequencies(width, len(sections), theta, torch.float32, dq.device),
+            bias=bias,
+            sections=(sections[0], sections[1]),
             numbers=config("rope_backward", shape_class(width, dq.dtype), dq.device),
-        )  # fmt: skip
+        )
     fused = torch.empty((tokens, heads + 2 * kv_heads, width), dtype=dq.dtype, device=dq.device)
     torch.cat([dq, dk, dv], dim=1, out=fused)
     cos, sin = angle_table(positions, width, sections, theta, table)
@@ -244,7 +271,8 @@ def _(dq, dk, dv, positions, sections, theta, table, compute, bias, kernel):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, bias, positions, *options, ctx.kernel = inputs
     ctx.save_for_backward(positions)
-    ctx.options, ctx.bias_dtype = options[2:], None if bias is None else bias.dtype
+    ctx.options = options[2:]
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:

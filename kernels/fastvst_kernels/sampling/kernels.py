@@ -18,7 +18,8 @@ GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B9)
 OTHER: tl.constexpr = tl.constexpr(0x85EBCA6B)
 SMALL: tl.constexpr = tl.constexpr(SERIES)
 MOST: tl.constexpr = tl.constexpr(1 - 2.0**-24)
-BLOCK, FILTER_WARPS = 4096, 16  # logits of a step of the filter kernel: 8 in each thread
+BLOCK = 4096
+FILTER_WARPS = 16  # logits of a step of the filter kernel: 8 in each thread
 MERGE_WARPS = 16  # 8 spill on sm_100
 FIGURES = 7  # of a tile: noisy best, its logit as drawn from and as it is, then maximum and sum of e of both
 
@@ -76,11 +77,35 @@ def is_allowed(token, vocabulary, FORBIDDEN, BANNED: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    HIDDEN, WEIGHT, SEEDS, STEPS, TEMPERATURE, FORBIDDEN, FACTOR, SEEN, SLOTS, LOGITS, PARTS, INDEX,
-    rows, vocabulary, width, row_tiles, tiles, stride_hidden, stride_weight, stride_seen,
-    BANNED: tl.constexpr, TEMPERED: tl.constexpr, PENALTY: tl.constexpr, STORE: tl.constexpr, MASK_WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    HIDDEN,
+    WEIGHT,
+    SEEDS,
+    STEPS,
+    TEMPERATURE,
+    FORBIDDEN,
+    FACTOR,
+    SEEN,
+    SLOTS,
+    LOGITS,
+    PARTS,
+    INDEX,
+    rows,
+    vocabulary,
+    width,
+    row_tiles,
+    tiles,
+    stride_hidden,
+    stride_weight,
+    stride_seen,
+    BANNED: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    STORE: tl.constexpr,
+    MASK_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Grid: tiles * row_tiles, rows fastest, so that a tile of the weight is read from memory once.
 
     PARTS (FIGURES, rows, tiles) float32, INDEX (rows, tiles) int32; LOGITS (slots, vocabulary) float32 of the rows
@@ -162,9 +187,19 @@ def merge_logprob(PARTS, at, tops, sums, stride, part, real, picked):
 
 @triton.jit
 def merge_kernel(
-    PARTS, INDEX, TEMPERATURE, TOKENS, OWN, RAW, LSE, rows, tiles,
-    TEMPERED: tl.constexpr, PENALTY: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    PARTS,
+    INDEX,
+    TEMPERATURE,
+    TOKENS,
+    OWN,
+    RAW,
+    LSE,
+    rows,
+    tiles,
+    TEMPERED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    P: tl.constexpr,
+):
     """One program for one row; LSE (rows,) is that of the logits as they are."""
     row = tl.program_id(0)
     part = tl.arange(0, P)
@@ -221,9 +256,19 @@ def measure(key, e, border, COUNT: tl.constexpr):
 
 @triton.jit
 def search(
-    LOGITS, SEEN, FORBIDDEN, goal, top, vocabulary, factor, scale,
-    BANNED: tl.constexpr, PENALTY: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    LOGITS,
+    SEEN,
+    FORBIDDEN,
+    goal,
+    top,
+    vocabulary,
+    factor,
+    scale,
+    BANNED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The largest key at or above which there are `goal` entries (COUNT), or exp(x - top) of that sum; 2 bits a pass.
 
     Counts are exact in float32: a vocabulary has fewer than 2**24 tokens.
@@ -251,10 +296,28 @@ def search(
 
 @triton.jit
 def filter_kernel(
-    LOGITS, FILTERED, TOP_K, TOP_P, MIN_P, SEEDS, STEPS, TEMPERATURE, FORBIDDEN, FACTOR, SEEN, LSE, TOKENS, OWN, RAW,
-    vocabulary, stride_seen,
-    BANNED: tl.constexpr, TEMPERED: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    LOGITS,
+    FILTERED,
+    TOP_K,
+    TOP_P,
+    MIN_P,
+    SEEDS,
+    STEPS,
+    TEMPERATURE,
+    FORBIDDEN,
+    FACTOR,
+    SEEN,
+    LSE,
+    TOKENS,
+    OWN,
+    RAW,
+    vocabulary,
+    stride_seen,
+    BANNED: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program for one row with filters: find the least logit that stays, then draw among those that do."""
     slot = tl.program_id(0)
     row = tl.load(FILTERED + slot)
@@ -322,22 +385,35 @@ def filter_kernel(
 
 
 def sample(
-    hidden: Tensor, weight: Tensor, seeds: Tensor, steps: Tensor, temperature: Tensor | None, forbidden: Tensor | None,
-    penalty: Tensor | None, seen: Tensor | None, filtered: Tensor | None, top_k: Tensor | None, top_p: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    temperature: Tensor | None,
+    forbidden: Tensor | None,
+    penalty: Tensor | None,
+    seen: Tensor | None,
+    filtered: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
     min_p: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels; arguments as in `fastvst_kernels.sample_tokens`."""
-    rows, vocabulary, device = hidden.shape[0], weight.shape[0], hidden.device
+    rows = hidden.shape[0]
+    vocabulary = weight.shape[0]
+    device = hidden.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     own, raw, lse = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
     if rows == 0:
         return tokens, own, raw
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     block_m, block_n, block_k, warps, stages = settings(hidden.dtype)
-    row_tiles, tiles = -(-rows // block_m), -(-vocabulary // block_n)
+    row_tiles = -(-rows // block_m)
+    tiles = -(-vocabulary // block_n)
     parts = torch.empty((FIGURES, rows, tiles), dtype=torch.float32, device=device)
     index = torch.empty((rows, tiles), dtype=torch.int32, device=device)
-    slots, logits = index, parts  # stand-ins that are not read
+    slots = index
+    logits = parts  # stand-ins that are not read
     if filtered is not None:
         slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         slots.index_copy_(0, filtered, torch.arange(len(filtered), dtype=torch.int32, device=device))
@@ -350,21 +426,74 @@ def sample(
         "TEMPERED": temperature is not None,
         "PENALTY": penalty is not None,
     }
-    seeds, steps = seeds.contiguous(), steps.contiguous()
+    seeds = seeds.contiguous()
+    steps = steps.contiguous()
     tile_kernel[(tiles * row_tiles,)](
-        hidden, weight, seeds, steps, heat, banned, factor, marks, slots, logits, parts, index,
-        rows, vocabulary, hidden.shape[1], row_tiles, tiles, hidden.stride(0), weight.stride(0), stride_seen,
-        **flags, STORE=filtered is not None, MASK_WIDTH=hidden.shape[1] % block_k != 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        hidden,
+        weight,
+        seeds,
+        steps,
+        heat,
+        banned,
+        factor,
+        marks,
+        slots,
+        logits,
+        parts,
+        index,
+        rows,
+        vocabulary,
+        hidden.shape[1],
+        row_tiles,
+        tiles,
+        hidden.stride(0),
+        weight.stride(0),
+        stride_seen,
+        **flags,
+        STORE=filtered is not None,
+        MASK_WIDTH=hidden.shape[1] % block_k != 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=stages,
+    )
     merge_kernel[(rows,)](
-        parts, index, heat, tokens, own, raw, lse, rows, tiles,
-        TEMPERED=flags["TEMPERED"], PENALTY=flags["PENALTY"], P=triton.next_power_of_2(tiles),
+        parts,
+        index,
+        heat,
+        tokens,
+        own,
+        raw,
+        lse,
+        rows,
+        tiles,
+        TEMPERED=flags["TEMPERED"],
+        PENALTY=flags["PENALTY"],
+        P=triton.next_power_of_2(tiles),
         num_warps=MERGE_WARPS,
-    )  # fmt: skip
+    )
     if filtered is not None and top_k is not None and top_p is not None and min_p is not None and len(filtered):
         filter_kernel[(len(filtered),)](
-            logits, filtered, top_k, top_p, min_p, seeds, steps, heat, banned, factor, marks, lse, tokens, own, raw,
-            vocabulary, stride_seen, **flags, BLOCK=BLOCK, num_warps=FILTER_WARPS,
-        )  # fmt: skip
+            logits,
+            filtered,
+            top_k,
+            top_p,
+            min_p,
+            seeds,
+            steps,
+            heat,
+            banned,
+            factor,
+            marks,
+            lse,
+            tokens,
+            own,
+            raw,
+            vocabulary,
+            stride_seen,
+            **flags,
+            BLOCK=BLOCK,
+            num_warps=FILTER_WARPS,
+        )
     return tokens, own, raw

@@ -61,9 +61,20 @@ def sample_tokens(
     """
     _check(hidden, weight, seeds, steps, temperature, forbidden, penalty, seen, filtered, top_k, top_p, min_p)
     return sample_tokens_op(
-        hidden, weight, seeds, steps, temperature, forbidden, penalty, seen, filtered, top_k, top_p, min_p,
+        hidden,
+        weight,
+        seeds,
+        steps,
+        temperature,
+        forbidden,
+        penalty,
+        seen,
+        filtered,
+        top_k,
+        top_p,
+        min_p,
         uses_kernel("sample_tokens", hidden, backend),
-    )  # fmt: skip
+    )
 
 
 @torch.library.custom_op("fastvst::sample_tokens", mutates_args=(), device_types=("cpu", "cuda"))
@@ -93,22 +104,29 @@ def sample_tokens_op(
 
 
 @sample_tokens_op.register_fake
-def _(
-    hidden, weight, seeds, steps, temperature, forbidden, penalty, seen, filtered, top_k, top_p, min_p, kernel
-):  # fmt: skip
+def _(hidden, weight, seeds, steps, temperature, forbidden, penalty, seen, filtered, top_k, top_p, min_p, kernel):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.empty_like(seeds), *(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
 
 
 def sample_tokens_reference(
-    hidden: Tensor, weight: Tensor, seeds: Tensor, steps: Tensor, temperature: Tensor | None = None,
-    forbidden: Tensor | None = None, penalty: Tensor | None = None, seen: Tensor | None = None,
-    filtered: Tensor | None = None, top_k: Tensor | None = None, top_p: Tensor | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    temperature: Tensor | None = None,
+    forbidden: Tensor | None = None,
+    penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    filtered: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
     min_p: Tensor | None = None,
-) -> Found:  # fmt: skip
+) -> Found:
     """The formula with all logits at once; arguments as in `sample_tokens`."""
     raw = head_logits(hidden, weight)
-    own, dtype = raw, raw.dtype
+    own = raw
+    dtype = raw.dtype
     if penalty is not None and seen is not None:
         factor = penalty.to(dtype)[:, None]
         own = torch.where(_without(seen, forbidden), torch.where(own > 0, own / factor, own * factor), own)
@@ -176,7 +194,9 @@ def gumbel(seeds: Tensor, steps: Tensor, vocabulary: int, dtype: torch.dtype = t
 
 def row_keys(seeds: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Two 32-bit numbers for each row, in int64, from all bits of its seed and the low 32 of its step."""
-    low, high, step = seeds & MASK, seeds >> 32 & MASK, steps & MASK
+    low = seeds & MASK
+    high = seeds >> 32 & MASK
+    step = steps & MASK
     first = mix(low ^ mix(step ^ mix(high ^ 0x9E3779B9)))
     return first, mix(high ^ mix(step ^ mix(low ^ 0x85EBCA6B)))
 
@@ -194,10 +214,19 @@ def _without(seen: Tensor, forbidden: Tensor | None) -> Tensor:
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, seeds: Tensor, steps: Tensor, temperature: Tensor | None, forbidden: Tensor | None,
-    penalty: Tensor | None, seen: Tensor | None, filtered: Tensor | None, top_k: Tensor | None, top_p: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    temperature: Tensor | None,
+    forbidden: Tensor | None,
+    penalty: Tensor | None,
+    seen: Tensor | None,
+    filtered: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
     min_p: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected (B, H) and (V, H)")
     if hidden.dtype not in FLOATS or weight.dtype != hidden.dtype:
@@ -207,7 +236,8 @@ def _check(
     given = [x is not None for x in (filtered, top_k, top_p, min_p)]
     if any(given) and not all(given):
         raise ValueError("filtered, top_k, top_p and min_p go together: give all or none")
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    rows = hidden.shape[0]
+    vocabulary = weight.shape[0]
     count = 0 if filtered is None else filtered.shape[0]
     expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
         ("seeds", seeds, (rows,), torch.int64),

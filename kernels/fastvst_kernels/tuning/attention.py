@@ -36,31 +36,66 @@ Numbers = tuple[int, ...]
 # needs; whole rows of that width spill (sm_90, 64 x 32 tiles: 368 bytes).
 CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     "attention_forward": (
-        (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2),
-        (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1),
+        (128, 128, 8, 2),
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (128, 32, 8, 2),
+        (64, 64, 8, 2),
+        (64, 32, 4, 2),
+        (64, 32, 8, 2),
+        (32, 32, 4, 1),
+        (32, 32, 8, 1),
     ),
     "attention_backward_queries": (
-        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2),
-        (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 8, 1, SLICES), (32, 32, 8, 1, SLICES),
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (128, 32, 8, 2),
+        (64, 32, 4, 2),
+        (64, 32, 8, 2),
+        (32, 32, 4, 1),
+        (32, 32, 8, 1),
+        (64, 32, 8, 1, SLICES),
+        (32, 32, 8, 1, SLICES),
     ),
     "attention_backward_keys": (
-        (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 2),
-        (32, 64, 4, 2), (32, 64, 8, 1), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 1), (32, 64, 8, 1, SLICES),
+        (64, 128, 8, 2),
+        (64, 64, 8, 2),
+        (64, 64, 4, 2),
+        (32, 128, 8, 2),
+        (32, 128, 8, 1),
+        (32, 64, 8, 2),
+        (32, 64, 4, 2),
+        (32, 64, 8, 1),
+        (32, 32, 4, 2),
+        (32, 32, 8, 2),
+        (32, 32, 8, 1),
+        (32, 64, 8, 1, SLICES),
     ),
-}  # fmt: skip
+}
 # From sm_90 on there are tensor descriptors. They come last: without a measurement the tables hold the plain kernel.
 DESCRIPTOR_CANDIDATES: tuple[Numbers, ...] = (
-    (128, 128, 8, 2, DESCRIPTORS), (128, 64, 8, 3, DESCRIPTORS), (64, 64, 4, 3, DESCRIPTORS),
-    (64, 32, 4, 2, DESCRIPTORS), (128, 128, 8, 2, PERSISTENT), (128, 64, 8, 3, PERSISTENT),
+    (128, 128, 8, 2, DESCRIPTORS),
+    (128, 64, 8, 3, DESCRIPTORS),
+    (64, 64, 4, 3, DESCRIPTORS),
+    (64, 32, 4, 2, DESCRIPTORS),
+    (128, 128, 8, 2, PERSISTENT),
+    (128, 64, 8, 3, PERSISTENT),
     (128, 64, 8, 2, PERSISTENT),
-)  # fmt: skip
+)
 FIRST_WITH_DESCRIPTORS = 90
 # float32 products run on the ordinary cores at full precision; see `attention_forward.sliced_product`. Larger tiles
 # spill at some head dimensions (forward of D = 240 on sm_90, 32 x 32 tiles, 8 warps: 168 bytes).
 FLOAT32_CANDIDATES: tuple[Numbers, ...] = (
-    (16, 16, 8, 1, SLICES), (16, 16, 4, 1, SLICES), (32, 16, 8, 1, SLICES), (32, 32, 8, 1, SLICES),
+    (16, 16, 8, 1, SLICES),
+    (16, 16, 4, 1, SLICES),
+    (32, 16, 8, 1, SLICES),
+    (32, 32, 8, 1, SLICES),
     (32, 32, 16, 1, SLICES),
-)  # fmt: skip
+)
 
 
 def candidates(kernel: str, shape: str, arch: int) -> tuple[Numbers, ...]:
@@ -158,8 +193,18 @@ def problem(kernel: str, shape: str, device: torch.device) -> Any:
         queries = tile if kernel == "attention_backward_queries" else small
         keys = tile if kernel == "attention_backward_keys" else small
         return attention_backward.backward(
-            out, None, q, k, v, out, lse, plan.queries[queries.block_m], plan.keys[keys.block_n],
-            query_tile=queries, key_tile=keys, **common,
-        )  # fmt: skip
+            out,
+            None,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            plan.queries[queries.block_m],
+            plan.keys[keys.block_n],
+            query_tile=queries,
+            key_tile=keys,
+            **common,
+        )
 
     return run

@@ -64,7 +64,8 @@ def candidates(kernel: str, shape: str) -> tuple[Numbers, ...]:
 
 def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any], dict[str, int]]:
     """Every `tl.constexpr` of the real variant of a shape class, and its warps and stages."""
-    name, backward = family(kernel), kernel.endswith("backward")
+    name = family(kernel)
+    backward = kernel.endswith("backward")
     width = int(shape.partition("x")[2] or 0)
     if name == "rms_norm":
         values: dict[str, Any] = {"ADD": True, "WEIGHTED": True, "ROWS": numbers[0], **norm_triton.constants(width)}
@@ -107,13 +108,15 @@ def problem(kernel: str, shape: str, device: torch.device) -> Callable[[Numbers]
     """A function `run(numbers)` that launches `kernel` on tensors of real size, for timing on a GPU."""
     dtype = torch.bfloat16 if shape.startswith("16") else torch.float32
     width = int(shape.partition("x")[2] or 0)
-    name, backward = family(kernel), kernel.endswith("backward")
+    name = family(kernel)
+    backward = kernel.endswith("backward")
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
     if name == "rms_norm":
-        x, weight = random(16384, width), random(width)
+        x = random(16384, width)
+        weight = random(width)
         if not backward:
             return lambda n: norm_triton.forward(x, x, weight, 1e-6, n)
         inverse = torch.rand(16384, device=device)
@@ -139,7 +142,9 @@ def problem(kernel: str, shape: str, device: torch.device) -> Callable[[Numbers]
             )
         dq, dk, dv = (random(tokens, count, width) for count in (heads, kv_heads, kv_heads))
         return lambda n: rope_triton.backward(dq, dk, dv, positions, table, bias=True, sections=sections, numbers=n)
-    qkv, bias, dout = random(40_960, 48 * width), random(48 * width), random(40_960, 16 * width)
+    qkv = random(40_960, 48 * width)
+    bias = random(48 * width)
+    dout = random(40_960, 16 * width)
     positions = torch.randint(0, 90, (40_960, 2), device=device, dtype=torch.int32)
     windows = torch.arange(0, 40_961, 64, device=device, dtype=torch.int32)
     table = inverse_frequencies(width, 2, 1e4, torch.float32, device)

@@ -186,12 +186,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.recheck and not arguments.compile_only:
         parser.error("--recheck needs --compile-only: it chooses without timing")
     if arguments.compile_only:
-        arch, device, gpu = arguments.compile_only, None, f"sm_{arguments.compile_only}"
+        arch = arguments.compile_only
+        device = None
+        gpu = f"sm_{arguments.compile_only}"
         path = arguments.out or TABLES / f"{gpu}.json"
     elif torch.cuda.is_available():
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()
-        arch, gpu = 10 * major + minor, torch.cuda.get_device_name()
+        arch = 10 * major + minor
+        gpu = torch.cuda.get_device_name()
         path = arguments.out or TABLES / f"{gpu_slug(gpu)}.json"
     else:
         print("tuning needs a CUDA GPU, and torch sees none; --compile-only 90 chooses without timing", file=sys.stderr)
@@ -199,9 +202,15 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
         complete = tune(
-            path, gpu, arch, device, arguments.only, deadline, lambda line: print(line, flush=True),
+            path,
+            gpu,
+            arch,
+            device,
+            arguments.only,
+            deadline,
+            lambda line: print(line, flush=True),
             recheck=arguments.recheck,
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         print(f"interrupted; {path} holds what is known, and the same command goes on from there", file=sys.stderr)
         return 130

@@ -19,9 +19,15 @@ def _jobs(offsets: tuple[int, ...]) -> list[Job]:
 
 
 def forward(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, heads: int, theta: float, scale: float,
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    cu_windows: Tensor,
+    heads: int,
+    theta: float,
+    scale: float,
     rope_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(P, heads * D) output, rotated QKV (P, 3 heads, D) and logsumexp (P * heads, job by job), for the backward."""
     width = qkv.shape[1] // (3 * heads)
     fused = qkv.clone(memory_format=torch.contiguous_format) if bias is None else (qkv + bias).to(qkv.dtype)
@@ -41,21 +47,39 @@ def forward(
 
 
 def backward(
-    grad: Tensor, fused: Tensor, out: Tensor, logsums: Tensor, positions: Tensor, cu_windows: Tensor, heads: int,
-    theta: float, scale: float, rope_dtype: torch.dtype, needs_bias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    fused: Tensor,
+    out: Tensor,
+    logsums: Tensor,
+    positions: Tensor,
+    cu_windows: Tensor,
+    heads: int,
+    theta: float,
+    scale: float,
+    rope_dtype: torch.dtype,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of the projection (P, 3 heads * D), in one buffer for q, k and v, and of its bias."""
     width = fused.shape[-1]
-    grad, out, grad_fused = grad.view(-1, heads, width), out.view(-1, heads, width), torch.empty_like(fused)
+    grad = grad.view(-1, heads, width)
+    out = out.view(-1, heads, width)
+    grad_fused = torch.empty_like(fused)
     at = 0
     for job in _jobs(tuple(cu_windows.tolist())):
         q, k, v = take(fused, job.queries, job.count).split(heads, dim=1)
         lse = logsums[at : at + q[:, :, :, 0].numel()].view(q.shape[:3])
         at += lse.numel()
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            take(grad, job.queries, job.count), q, k, v, take(out, job.queries, job.count), lse, 0.0, False,
+            take(grad, job.queries, job.count),
+            q,
+            k,
+            v,
+            take(out, job.queries, job.count),
+            lse,
+            0.0,
+            False,
             scale=scale,
-        )  # fmt: skip
+        )
         put(grad_fused, job.queries, grads)
     cos, sin = angle_table(positions.transpose(0, 1), width, [width // 4] * 2, theta, rope_dtype)
     rotate_(grad_fused[:, : 2 * heads], cos, -sin, rope_dtype)

@@ -69,9 +69,23 @@ def turned_halves(base, bias, cos, sin, row, pair, limit, stride, HALF: tl.const
 
 @triton.jit
 def probabilities(
-    q_base, k_base, q_bias, k_bias, positions, FREQUENCIES, row, limit, scale, stride_qkv, stride_patch, stride_axis,
-    HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    q_base,
+    k_base,
+    q_bias,
+    k_bias,
+    positions,
+    FREQUENCIES,
+    row,
+    limit,
+    scale,
+    stride_qkv,
+    stride_patch,
+    stride_axis,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """(queries, keys) softmax of the window, float32; rows past the end are harmless numbers."""
     scores = tl.zeros([ROWS, ROWS], tl.float32)
     for first in tl.range(0, HALF, PAIRS, num_stages=1):
@@ -88,21 +102,52 @@ def probabilities(
 
 @triton.jit
 def window_forward_kernel(
-    QKV, BIAS, POSITIONS, FREQUENCIES, WINDOWS, OUT, scale, patches, heads, stride_qkv, stride_patch,
-    stride_axis, HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    QKV,
+    BIAS,
+    POSITIONS,
+    FREQUENCIES,
+    WINDOWS,
+    OUT,
+    scale,
+    patches,
+    heads,
+    stride_qkv,
+    stride_patch,
+    stride_axis,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """OUT (patches, heads * D), D = 2 HALF."""
-    window, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    window = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     # Offsets that are wrong must not become wild addresses; `validate=True` reports them.
     begin = tl.minimum(tl.maximum(tl.load(WINDOWS + window), 0), patches).to(tl.int64)
     limit = tl.minimum(tl.minimum(tl.load(WINDOWS + window + 1), patches) - begin, ROWS).to(tl.int32)
     if limit > 0:
-        row, hidden = tl.arange(0, ROWS), heads * (2 * HALF)
-        base, bias = QKV + begin * stride_qkv + head * (2 * HALF), BIAS + head * (2 * HALF)
+        row = tl.arange(0, ROWS)
+        hidden = heads * (2 * HALF)
+        base = QKV + begin * stride_qkv + head * (2 * HALF)
+        bias = BIAS + head * (2 * HALF)
         p = probabilities(
-            base, base + hidden, bias, bias + hidden, POSITIONS + begin * stride_patch, FREQUENCIES, row, limit, scale,
-            stride_qkv, stride_patch, stride_axis, HAS_BIAS, HALF, PAIRS, ROWS,
-        )  # fmt: skip
+            base,
+            base + hidden,
+            bias,
+            bias + hidden,
+            POSITIONS + begin * stride_patch,
+            FREQUENCIES,
+            row,
+            limit,
+            scale,
+            stride_qkv,
+            stride_patch,
+            stride_axis,
+            HAS_BIAS,
+            HALF,
+            PAIRS,
+            ROWS,
+        )
         dtype = QKV.dtype.element_ty
         p = p.to(dtype)
         out = OUT + begin * hidden + head * (2 * HALF)
@@ -125,35 +170,72 @@ def store_gradient(target, partial, a, b, row, pair, limit, stride, HALF: tl.con
 
 @triton.jit
 def window_backward_kernel(
-    DOUT, QKV, BIAS, POSITIONS, FREQUENCIES, WINDOWS, DQKV, PARTIAL, scale, patches, heads, stride_qkv,
-    stride_patch, stride_axis, HAS_BIAS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    DOUT,
+    QKV,
+    BIAS,
+    POSITIONS,
+    FREQUENCIES,
+    WINDOWS,
+    DQKV,
+    PARTIAL,
+    scale,
+    patches,
+    heads,
+    stride_qkv,
+    stride_patch,
+    stride_axis,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """DQKV (patches, 3 * heads * D), and PARTIAL (windows, 3 * heads * D), its sum over each window; D = 2 HALF."""
-    window, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    window = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     begin = tl.minimum(tl.maximum(tl.load(WINDOWS + window), 0), patches).to(tl.int64)
     limit = tl.minimum(tl.minimum(tl.load(WINDOWS + window + 1), patches) - begin, ROWS).to(tl.int32)
-    row, hidden = tl.arange(0, ROWS), heads * (2 * HALF)
+    row = tl.arange(0, ROWS)
+    hidden = heads * (2 * HALF)
     partial = PARTIAL + window.to(tl.int64) * 3 * hidden + head * (2 * HALF)
     if limit > 0:
-        base, bias = QKV + begin * stride_qkv + head * (2 * HALF), BIAS + head * (2 * HALF)
-        target, stride = DQKV + begin * 3 * hidden + head * (2 * HALF), 3 * hidden
-        dout, positions = DOUT + begin * hidden + head * (2 * HALF), POSITIONS + begin * stride_patch
+        base = QKV + begin * stride_qkv + head * (2 * HALF)
+        bias = BIAS + head * (2 * HALF)
+        target = DQKV + begin * 3 * hidden + head * (2 * HALF)
+        stride = 3 * hidden
+        dout = DOUT + begin * hidden + head * (2 * HALF)
+        positions = POSITIONS + begin * stride_patch
         dtype = QKV.dtype.element_ty
         p = probabilities(
-            base, base + hidden, bias, bias + hidden, positions, FREQUENCIES, row, limit, scale,
-            stride_qkv, stride_patch, stride_axis, HAS_BIAS, HALF, PAIRS, ROWS,
-        )  # fmt: skip
+            base,
+            base + hidden,
+            bias,
+            bias + hidden,
+            positions,
+            FREQUENCIES,
+            row,
+            limit,
+            scale,
+            stride_qkv,
+            stride_patch,
+            stride_axis,
+            HAS_BIAS,
+            HALF,
+            PAIRS,
+            ROWS,
+        )
         half = tl.trans(p.to(dtype))
         dp = tl.zeros([ROWS, ROWS], tl.float32)
         for first in tl.range(0, HALF, PAIRS, num_stages=1):
             pair = first + tl.arange(0, PAIRS)
             # Rows past the end have the gradient 0, so whatever their probabilities are, they add nothing.
             da, db = load_halves(dout, BIAS, row, pair, limit, hidden, HALF, False)
-            da, db = da.to(dtype), db.to(dtype)
+            da = da.to(dtype)
+            db = db.to(dtype)
             a, b = load_halves(base + 2 * hidden, bias + 2 * hidden, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
             dp = tl.dot(da, tl.trans(a.to(dtype)), dp, input_precision="ieee")
             dp = tl.dot(db, tl.trans(b.to(dtype)), dp, input_precision="ieee")
-            a, b = tl.dot(half, da, input_precision="ieee"), tl.dot(half, db, input_precision="ieee")
+            a = tl.dot(half, da, input_precision="ieee")
+            b = tl.dot(half, db, input_precision="ieee")
             store_gradient(target + 2 * hidden, partial + 2 * hidden, a, b, row, pair, limit, stride, HALF, HAS_BIAS)
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(dtype)
         turned = tl.trans(ds)
@@ -161,12 +243,16 @@ def window_backward_kernel(
             pair = first + tl.arange(0, PAIRS)
             cos, sin = window_angles(positions, FREQUENCIES, row, pair, limit, stride_patch, stride_axis, HALF)
             a, b = turned_halves(base + hidden, bias + hidden, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-            a, b = tl.dot(ds, a, input_precision="ieee"), tl.dot(ds, b, input_precision="ieee")
-            left, right = a * cos + b * sin, b * cos - a * sin
+            a = tl.dot(ds, a, input_precision="ieee")
+            b = tl.dot(ds, b, input_precision="ieee")
+            left = a * cos + b * sin
+            right = b * cos - a * sin
             store_gradient(target, partial, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
             a, b = turned_halves(base, bias, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-            a, b = tl.dot(turned, a, input_precision="ieee"), tl.dot(turned, b, input_precision="ieee")
-            left, right = a * cos + b * sin, b * cos - a * sin
+            a = tl.dot(turned, a, input_precision="ieee")
+            b = tl.dot(turned, b, input_precision="ieee")
+            left = a * cos + b * sin
+            right = b * cos - a * sin
             store_gradient(target + hidden, partial + hidden, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
     else:
         zeros = tl.zeros([ROWS, PAIRS], tl.float32)
@@ -187,9 +273,17 @@ def rows(max_window: int) -> int:
 
 
 def forward(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, frequencies: Tensor, windows: Tensor, *, heads: int,
-    scale: float, max_window: int, numbers: tuple[int, ...],
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    frequencies: Tensor,
+    windows: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    max_window: int,
+    numbers: tuple[int, ...],
+) -> Tensor:
     """Launch the forward kernel.
 
     Args:
@@ -206,33 +300,74 @@ def forward(
     if len(windows) > 1 and qkv.shape[0]:
         step, warps, stages = numbers
         window_forward_kernel[((len(windows) - 1) * heads,)](
-            qkv, qkv if bias is None else bias, positions, frequencies, windows, out, scale, qkv.shape[0], heads,
-            qkv.stride(0), positions.stride(0), positions.stride(1), HAS_BIAS=bias is not None,
-            HALF=width // 2, PAIRS=pairs(width // 2, step), ROWS=rows(max_window), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            qkv,
+            qkv if bias is None else bias,
+            positions,
+            frequencies,
+            windows,
+            out,
+            scale,
+            qkv.shape[0],
+            heads,
+            qkv.stride(0),
+            positions.stride(0),
+            positions.stride(1),
+            HAS_BIAS=bias is not None,
+            HALF=width // 2,
+            PAIRS=pairs(width // 2, step),
+            ROWS=rows(max_window),
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out
 
 
 def backward(
-    dout: Tensor, qkv: Tensor, bias: Tensor | None, positions: Tensor, frequencies: Tensor, windows: Tensor, *,
-    heads: int, scale: float, max_window: int, numbers: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    frequencies: Tensor,
+    windows: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    max_window: int,
+    numbers: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; dout is (P, heads * D) contiguous.
 
     Returns:
         (P, 3 * heads * D) gradient of the projection, and that of its bias (float32; empty without one).
     """
-    width, count = qkv.shape[1] // (3 * heads), len(windows) - 1
+    width = qkv.shape[1] // (3 * heads)
+    count = len(windows) - 1
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((count if bias is not None else 0, qkv.shape[1]), dtype=torch.float32, device=qkv.device)
     if count and qkv.shape[0]:
         step, warps, stages = numbers
         window_backward_kernel[(count * heads,)](
-            dout, qkv, qkv if bias is None else bias, positions, frequencies, windows, dqkv, partial, scale,
-            qkv.shape[0], heads, qkv.stride(0), positions.stride(0), positions.stride(1),
-            HAS_BIAS=bias is not None, HALF=width // 2, PAIRS=pairs(width // 2, step), ROWS=rows(max_window),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            dout,
+            qkv,
+            qkv if bias is None else bias,
+            positions,
+            frequencies,
+            windows,
+            dqkv,
+            partial,
+            scale,
+            qkv.shape[0],
+            heads,
+            qkv.stride(0),
+            positions.stride(0),
+            positions.stride(1),
+            HAS_BIAS=bias is not None,
+            HALF=width // 2,
+            PAIRS=pairs(width // 2, step),
+            ROWS=rows(max_window),
+            num_warps=warps,
+            num_stages=stages,
+        )
     else:
         partial.zero_()
     return dqkv, partial.sum(0) if bias is not None else partial.new_empty(0)

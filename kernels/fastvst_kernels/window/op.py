@@ -67,7 +67,8 @@ def window_attention(
     fits = (max_window or LARGEST_WINDOW) <= LARGEST_WINDOW and width <= LARGEST_WIDTH and qkv.itemsize == 2
     kernel = backend in ("auto", "triton") and fits and uses_kernel("window_attention", qkv, backend)
     if kernel or (on_host and backend in ("auto", "torch")):
-        dtype, longest = rope_dtype or default_dtype(qkv), max_window or LARGEST_WINDOW
+        dtype = rope_dtype or default_dtype(qkv)
+        longest = max_window or LARGEST_WINDOW
         scale = width**-0.5 if scale is None else float(scale)
         return window_op(qkv, bias, positions, cu_windows, num_heads, theta, scale, longest, dtype, kernel)[0]
     if not fits and backend in ("auto", "triton"):
@@ -81,9 +82,17 @@ def window_attention(
 
 @torch.library.custom_op("fastvst::window_attention", mutates_args=())
 def window_op(
-    qkv: Tensor, bias: Tensor | None, positions: Tensor, cu_windows: Tensor, num_heads: int, theta: float,
-    scale: float, max_window: int, rope_dtype: torch.dtype, kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    cu_windows: Tensor,
+    num_heads: int,
+    theta: float,
+    scale: float,
+    max_window: int,
+    rope_dtype: torch.dtype,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(P, heads * D) output; of the plain path also the rotated QKV (P, 3 heads, D) and the logsumexp (P * heads,)."""
     if qkv.device.type == "cpu":  # here and not in the public function, which torch.compile traces
         offsets = check_offset_values("cu_windows", cu_windows, qkv.shape[0])
@@ -95,17 +104,24 @@ def window_op(
         from fastvst_kernels.window import kernels as window_triton
 
         out = window_triton.forward(
-            _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device), cu_windows,
-            heads=num_heads, scale=scale, max_window=max_window,
+            _dense(qkv),
+            bias,
+            positions,
+            inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
+            cu_windows,
+            heads=num_heads,
+            scale=scale,
+            max_window=max_window,
             numbers=config("window_forward", shape_class(width, qkv.dtype), qkv.device),
-        )  # fmt: skip
+        )
         return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
     return window_cpu.forward(qkv, bias, positions, cu_windows, num_heads, theta, scale, rope_dtype)
 
 
 @window_op.register_fake
 def _(qkv, bias, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype, kernel):
-    patches, width = qkv.shape[0], qkv.shape[1] // (3 * num_heads)
+    patches = qkv.shape[0]
+    width = qkv.shape[1] // (3 * num_heads)
     out = qkv.new_empty(patches, num_heads * width)
     if kernel:
         return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
@@ -115,10 +131,21 @@ def _(qkv, bias, positions, cu_windows, num_heads, theta, scale, max_window, rop
 
 @torch.library.custom_op("fastvst::window_attention_backward", mutates_args=())
 def window_backward_op(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor | None, logsums: Tensor | None, positions: Tensor,
-    cu_windows: Tensor, num_heads: int, theta: float, scale: float, max_window: int, rope_dtype: torch.dtype,
-    needs_bias: bool, kernel: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    logsums: Tensor | None,
+    positions: Tensor,
+    cu_windows: Tensor,
+    num_heads: int,
+    theta: float,
+    scale: float,
+    max_window: int,
+    rope_dtype: torch.dtype,
+    needs_bias: bool,
+    kernel: bool,
+) -> tuple[Tensor, Tensor]:
     """Gradients of the projection and of its bias (empty if not needed). The plain path is given the rotated QKV."""
     grad = grad.contiguous()
     width = grad.shape[1] // num_heads
@@ -126,10 +153,17 @@ def window_backward_op(
         from fastvst_kernels.window import kernels as window_triton
 
         grad_qkv, grad_bias = window_triton.backward(
-            grad, _dense(qkv), bias, positions, inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
-            cu_windows, heads=num_heads, scale=scale, max_window=max_window,
+            grad,
+            _dense(qkv),
+            bias,
+            positions,
+            inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
+            cu_windows,
+            heads=num_heads,
+            scale=scale,
+            max_window=max_window,
             numbers=config("window_backward", shape_class(width, qkv.dtype), qkv.device),
-        )  # fmt: skip
+        )
         return grad_qkv, grad_bias if needs_bias else grad_bias.new_empty(0)
     assert out is not None and logsums is not None
     return window_cpu.backward(
@@ -138,8 +172,22 @@ def window_backward_op(
 
 
 @window_backward_op.register_fake
-def _(grad, qkv, bias, out, logsums, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype,
-      needs_bias, kernel):  # fmt: skip
+def _(
+    grad,
+    qkv,
+    bias,
+    out,
+    logsums,
+    positions,
+    cu_windows,
+    num_heads,
+    theta,
+    scale,
+    max_window,
+    rope_dtype,
+    needs_bias,
+    kernel,
+):
     hidden = 3 * grad.shape[1]
     dtype = torch.float32 if kernel else grad.dtype
     return grad.new_empty(grad.shape[0], hidden), grad.new_empty(hidden if needs_bias else 0, dtype=dtype)

@@ -30,7 +30,8 @@ def _jobs():
     for width in (80, 128):
         for path, way in ((DESCRIPTORS, "descriptors"), (PERSISTENT, "persistent")):
             name = f"sm_90 attention_forward 16x{width} {way}"
-            numbers, options = (128, 64, 8, 3, path), {"dtype": "bf16", "causal": True, "shared": True}
+            numbers = (128, 64, 8, 3, path)
+            options = {"dtype": "bf16", "causal": True, "shared": True}
             yield name, {"kernel": "attention_forward", "width": width, "numbers": numbers, "arch": 90, **options}
 
 

@@ -55,9 +55,16 @@ def _jobs():
             name = f"sm_{arch} partial {dtype} {width} {queries} {'groups' if groups else 'own'}"
             options = {"width": width, "dtype": dtype, "queries": queries, "groups": groups}
             yield name, {"kind": "partial", "arch": arch, **options}
-        yield f"sm_{arch} merge bf16 128", {
-            "kind": "merge", "arch": arch, "width": 128, "dtype": "bf16", "parts": 2 * MOST_SPLITS,
-        }  # fmt: skip
+        yield (
+            f"sm_{arch} merge bf16 128",
+            {
+                "kind": "merge",
+                "arch": arch,
+                "width": 128,
+                "dtype": "bf16",
+                "parts": 2 * MOST_SPLITS,
+            },
+        )
 
 
 @pytest.fixture(scope="module")

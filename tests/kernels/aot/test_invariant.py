@@ -39,9 +39,15 @@ def compile_attention(arch: int, dtype: str, width: int) -> Compiled:
     known |= dict.fromkeys(("QUERIES", "PLACES", "KEY_ROWS", "COUNTS", "STARTS"), "*i64")
     types = {n: known.get(n, "i32") for n in invariant_attention_kernel.arg_names if n not in constants}
     return compile_kernel(
-        invariant_attention_kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages,
-        maxnreg=most_registers(warps, DTYPES[dtype]), unaligned=("heads", "repeat"),
-    )  # fmt: skip
+        invariant_attention_kernel,
+        types,
+        constants,
+        arch=arch,
+        num_warps=warps,
+        num_stages=stages,
+        maxnreg=most_registers(warps, DTYPES[dtype]),
+        unaligned=("heads", "repeat"),
+    )
 
 
 def compile_one(kind: str, **options) -> Compiled:
@@ -53,9 +59,15 @@ def _jobs():
         for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
             yield f"sm_{arch} mm {dtype} to {result}", {"kind": "mm", "arch": arch, "dtype": dtype, "result": result}
         for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)):
-            yield f"sm_{arch} attention {dtype} {width}", {
-                "kind": "attention", "arch": arch, "dtype": dtype, "width": width,
-            }  # fmt: skip
+            yield (
+                f"sm_{arch} attention {dtype} {width}",
+                {
+                    "kind": "attention",
+                    "arch": arch,
+                    "dtype": dtype,
+                    "width": width,
+                },
+            )
 
 
 @pytest.fixture(scope="module")

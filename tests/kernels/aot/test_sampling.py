@@ -14,12 +14,30 @@ from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 ARCHS = (80, 90, 100, 120)
 UNALIGNED = ("rows", "row_tiles", "tiles", "vocabulary", "stride_seen")
-LONG, SHORT, FLOATS, BYTES = "*i64", "*i32", "*fp32", "*u8"
+LONG = "*i64"
+SHORT = "*i32"
+FLOATS = "*fp32"
+BYTES = "*u8"
 TYPES = {
-    "SEEDS": LONG, "STEPS": LONG, "FORBIDDEN": LONG, "FILTERED": LONG, "TOP_K": LONG, "TOKENS": LONG, "SLOTS": SHORT,
-    "INDEX": SHORT, "TEMPERATURE": FLOATS, "FACTOR": FLOATS, "LOGITS": FLOATS, "PARTS": FLOATS, "OWN": FLOATS,
-    "RAW": FLOATS, "LSE": FLOATS, "TOP_P": FLOATS, "MIN_P": FLOATS, "SEEN": BYTES,
-}  # fmt: skip
+    "SEEDS": LONG,
+    "STEPS": LONG,
+    "FORBIDDEN": LONG,
+    "FILTERED": LONG,
+    "TOP_K": LONG,
+    "TOKENS": LONG,
+    "SLOTS": SHORT,
+    "INDEX": SHORT,
+    "TEMPERATURE": FLOATS,
+    "FACTOR": FLOATS,
+    "LOGITS": FLOATS,
+    "PARTS": FLOATS,
+    "OWN": FLOATS,
+    "RAW": FLOATS,
+    "LSE": FLOATS,
+    "TOP_P": FLOATS,
+    "MIN_P": FLOATS,
+    "SEEN": BYTES,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,7 +52,8 @@ def compile_one(arch: int, kind: str, dtype: str, full: bool) -> Compiled:
     known = TYPES | {"HIDDEN": f"*{dtype}", "WEIGHT": f"*{dtype}"}
     types = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constants}
     if kind != "tile":
-        warps, stages = {"merge": sampling_triton.MERGE_WARPS, "filter": sampling_triton.FILTER_WARPS}[kind], 3
+        warps = {"merge": sampling_triton.MERGE_WARPS, "filter": sampling_triton.FILTER_WARPS}[kind]
+        stages = 3
     return compile_kernel(kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages, unaligned=UNALIGNED)
 
 

@@ -70,13 +70,16 @@ blocks = st.lists(
 @given(blocks, heads)
 def test_shared_prompts(backend, blocks, hq_hkv):
     """Outputs and gradients (the prompt's summed over its answers) of every group shape, empty ones included."""
-    lengths, groups = [], []
+    lengths = []
+    groups = []
     for prompt, answers in blocks:
         if isinstance(prompt, list):
-            lengths, groups = lengths + prompt, [*groups, -1]
+            lengths = lengths + prompt
+            groups = [*groups, -1]
             continue
         index = len(lengths)
-        lengths, groups = [*lengths, prompt, *answers], groups + [-1] + [index] * len(answers)
+        lengths = [*lengths, prompt, *answers]
+        groups = groups + [-1] + [index] * len(answers)
     groups = torch.tensor(groups, dtype=torch.int32)
     fused, qkv, cu = make(lengths, *hq_hkv, 16)
     out = packed_attention(*qkv, cu, causal=True, groups=groups, backend=backend)
@@ -163,9 +166,12 @@ BAD = [
 @pytest.mark.parametrize("change, message", BAD)
 def test_bad_input_is_refused(change, message):
     good = {
-        "q": torch.zeros(8, 4, 16), "k": torch.zeros(8, 2, 16), "v": torch.zeros(8, 2, 16),
-        "cu_seqlens": i32(0, 3, 8), "causal": True,
-    }  # fmt: skip
+        "q": torch.zeros(8, 4, 16),
+        "k": torch.zeros(8, 2, 16),
+        "v": torch.zeros(8, 2, 16),
+        "cu_seqlens": i32(0, 3, 8),
+        "causal": True,
+    }
     packed_attention(**good)
     with pytest.raises(ValueError, match=message):
         packed_attention(**(good | change))

@@ -15,7 +15,8 @@ from fastvst_kernels.attention.op import attention_backward_op, attention_op
 from fastvst_kernels.attention.plan import prepare
 
 PACK = join(group(9, 4, 0, 5), Pack((6,)))
-OFFSETS, GROUPS = PACK.offsets(), PACK.groups()
+OFFSETS = PACK.offsets()
+GROUPS = PACK.groups()
 
 
 def tensors(dtype=torch.float64):

@@ -17,9 +17,15 @@ GROUPS = [(40, [3, 17, 0]), (0, [5]), (7, [1, 1]), (130, [33] * 5)]
 
 def run(case, backend="auto", **options):
     return decode_attention(
-        case.q, case.k_pages, case.v_pages, case.page_table, case.lengths, return_lse=True, backend=backend,
+        case.q,
+        case.k_pages,
+        case.v_pages,
+        case.page_table,
+        case.lengths,
+        return_lse=True,
+        backend=backend,
         **(case.options() | options),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -18,12 +18,14 @@ def test_products(shape, dtype):
 def test_a_plain_product_does_depend_on_the_rows_beside():
     """What the module is for: here this library's own product of one row differs from the same row among many."""
     torch.manual_seed(0)
-    a, b = torch.randn(256, 1000), torch.randn(1000, 300)
+    a = torch.randn(256, 1000)
+    b = torch.randn(1000, 300)
     assert any(not torch.equal((a[:rows] @ b)[0], (a @ b)[0]) for rows in range(1, 64))
 
 
 def test_empty_products_and_bad_input():
-    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    a = torch.randn(3, 4)
+    b = torch.randn(4, 5)
     assert invariant_mm(a[:0], b).shape == (0, 5) and invariant_mm(a, b[:, :0]).shape == (3, 0)
     assert torch.equal(invariant_mm(a[:, :0], b[:0]), torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"\(3, 4\) and b \(3, 5\)"):

@@ -22,9 +22,13 @@ def make(rows, size=12, vocabulary=29, ignored=0.3, dtype=torch.float64, seed=0)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 40), st.sampled_from([1, 7, 64, None]), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-2]),
-    st.booleans(), st.floats(0, 1),
-)  # fmt: skip
+    st.integers(1, 40),
+    st.sampled_from([1, 7, 64, None]),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.0, 1e-2]),
+    st.booleans(),
+    st.floats(0, 1),
+)
 def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignored):
     hidden, weight, targets = make(rows, ignored=ignored, seed=rows)
     row_weights = torch.randn(rows, dtype=torch.float64) if weighted else None
@@ -148,9 +152,11 @@ def test_backward_may_run_again():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 30), st.sampled_from([1, 7, None]), st.sampled_from([0.5, 1.0, 3.0]),
+    st.integers(1, 30),
+    st.sampled_from([1, 7, None]),
+    st.sampled_from([0.5, 1.0, 3.0]),
     st.sampled_from([None, 1, 5, 29]),
-)  # fmt: skip
+)
 def test_logprobs_equal_float64_formula(rows, chunk, temperature, top):
     hidden, weight, targets = make(rows, seed=rows)
     options = {"temperature": temperature, "top_entropy": top}

@@ -35,15 +35,21 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    hidden, weight = normal(rows, width).requires_grad_(), normal(words, width).requires_grad_()
+    hidden = normal(rows, width).requires_grad_()
+    weight = normal(words, width).requires_grad_()
     targets = torch.randint(words, (rows,), generator=g)
     now = torch.log_softmax(hidden @ weight.t() / 0.8, -1).gather(1, targets[:, None]).squeeze(1).detach()
     logprobs = {f"{name}_logprobs": now + 0.3 * normal(rows) for name in ("old", "ref", "sampler")}
     ids = torch.arange(rows) // 5 * 3 - 7
     return {
-        "hidden": hidden, "weight": weight, "targets": targets, "advantages": normal(rows),
-        "row_weights": normal(rows).abs(), "sequence_ids": ids, **logprobs,
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "advantages": normal(rows),
+        "row_weights": normal(rows).abs(),
+        "sequence_ids": ids,
+        **logprobs,
+    }
 
 
 def run(problem: dict[str, Tensor], objective: Objective, **options: object) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,9 +61,7 @@ def with_gradients(loss: Tensor, problem: dict[str, Tensor]) -> tuple[Tensor, ..
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 33), st.sampled_from(OBJECTIVES), st.sampled_from([1, 4, None]), st.booleans(), st.data()
-)  # fmt: skip
+@given(st.integers(0, 33), st.sampled_from(OBJECTIVES), st.sampled_from([1, 4, None]), st.booleans(), st.data())
 def test_masks_of_every_kind_equal_the_formula_on_the_rows_left(rows, objective, chunk, on_policy, data) -> None:
     problem = make(rows, seed=rows)
     # 0 kept, 1 ignored target, 2 weight 0, 3 advantage 0
@@ -178,7 +182,8 @@ def test_bfloat16_products_are_not_rounded_to_bfloat16() -> None:
     problem = make(50, torch.float32, width=64, words=200)
     half = problem | {n: problem[n].detach().bfloat16().requires_grad_() for n in ("hidden", "weight")}
     wide = problem | {n: half[n].detach().double().requires_grad_() for n in ("hidden", "weight")}
-    got, want = run(half, DAPO()), run(wide, DAPO())
+    got = run(half, DAPO())
+    want = run(wide, DAPO())
     torch.testing.assert_close(got[1]["logprob"].double(), want[1]["logprob"], rtol=1e-6, atol=1e-6)
     for a, b in zip(with_gradients(got[0], half)[1:], with_gradients(want[0], wide)[1:], strict=True):
         assert a.dtype == torch.bfloat16
@@ -262,7 +267,8 @@ def test_vocabulary_on_two_ranks_equals_one() -> None:
 class _Model(nn.Module):
     def __init__(self, weight: Tensor, problem: dict[str, Tensor]) -> None:
         super().__init__()
-        self.weight, self.problem = nn.Parameter(weight.clone()), problem
+        self.weight = nn.Parameter(weight.clone())
+        self.problem = problem
         self.body = nn.Linear(8, 8, dtype=torch.float64)
         nn.init.eye_(self.body.weight)
 

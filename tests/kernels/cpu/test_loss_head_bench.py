@@ -13,8 +13,9 @@ PLAIN = ("fastvst", "torch, logits kept", "torch, chunks of 512 recomputed")
 @pytest.mark.parametrize("name", ["cross entropy", *OBJECTIVES])
 def test_contenders_agree(name: str) -> None:
     given = inputs(1024, 16, 64, device="cpu", dtype=torch.float64)
-    given = {n: v.double().detach().requires_grad_(v.requires_grad) if v.is_floating_point() else v
-             for n, v in given.items()}  # fmt: skip
+    given = {
+        n: v.double().detach().requires_grad_(v.requires_grad) if v.is_floating_point() else v for n, v in given.items()
+    }
     given["old_logprobs"] += 12.4 - 4.2  # near log(1 / 64), so that some ratios are clipped and some are not
     given["ref_logprobs"] += 12.4 - 4.2
     made = supervised(given) if name == "cross entropy" else policy(given, OBJECTIVES[name])

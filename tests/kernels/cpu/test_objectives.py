@@ -27,7 +27,10 @@ from fastvst_kernels.objectives import (
     kl_estimate,
 )
 
-LENGTHS, WIDTH, WORDS, LONGEST = (5, 9, 1, 7, 3, 9), 8, 23, 16
+LENGTHS = (5, 9, 1, 7, 3, 9)
+WIDTH = 8
+WORDS = 23
+LONGEST = 16
 
 
 @dataclass
@@ -75,9 +78,13 @@ def make_problem(seed: int = 0, spread: float = 0.4) -> Problem:
     mask = (torch.arange(longest) < torch.tensor(LENGTHS)[:, None]).double()
     tokens = torch.randint(WORDS, shape, generator=g)
     problem = Problem(
-        normal(*shape, WIDTH).requires_grad_(), normal(WORDS, WIDTH).requires_grad_(), tokens, mask,
-        normal(len(LENGTHS)), *(torch.zeros(shape, dtype=torch.float64) for _ in range(3)),
-    )  # fmt: skip
+        normal(*shape, WIDTH).requires_grad_(),
+        normal(WORDS, WIDTH).requires_grad_(),
+        tokens,
+        mask,
+        normal(len(LENGTHS)),
+        *(torch.zeros(shape, dtype=torch.float64) for _ in range(3)),
+    )
     now = problem.logprobs()[0].detach()
     problem.old, problem.ref, problem.sampler = (now + spread * normal(*shape) for _ in range(3))
     problem.advantages[4] = 0
@@ -96,7 +103,8 @@ def trl_loss(
     sampler_weights: Tensor | None = None,
 ) -> Tensor:
     logprobs, _ = problem.logprobs()
-    mask, advantages = problem.mask, problem.advantages[:, None]
+    mask = problem.mask
+    advantages = problem.advantages[:, None]
     log_weights = logprobs - problem.old
     if level == "sequence":
         log_weights = ((log_weights * mask).sum(-1) / mask.sum(-1).clamp(min=1.0))[:, None]
@@ -172,7 +180,8 @@ def test_gspo_of_padded_layout_with_every_ratio_clipped_has_no_gradient() -> Non
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 def test_sampler_weights_equal_trl(level: str, mode: str) -> None:
     """GRPOTrainer._generate_and_score_completions: vllm_importance_sampling_mode "<level>_<mode>", cap 1.5 (and 2)."""
-    problem, cap = make_problem(2), 1.5
+    problem = make_problem(2)
+    cap = 1.5
     difference = (problem.old - problem.sampler) * problem.mask
     if level == "sequence":
         difference = difference.sum(-1, keepdim=True)
@@ -251,7 +260,8 @@ def test_kl_estimates_have_the_expectation_of_the_kl() -> None:
     """Exact expectation over a small vocabulary: k1 and k3 are unbiased, k2's gradient is the KL's gradient."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(7, generator=g, dtype=torch.float64, requires_grad=True)
-    p, q = torch.log_softmax(logits, 0), torch.log_softmax(torch.randn(7, generator=g, dtype=torch.float64), 0)
+    p = torch.log_softmax(logits, 0)
+    q = torch.log_softmax(torch.randn(7, generator=g, dtype=torch.float64), 0)
     kl = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
     probability = p.exp().detach()
     for kind in ("k1", "k3"):
@@ -268,7 +278,8 @@ def test_kl_estimates_have_the_expectation_of_the_kl() -> None:
 def test_kl_and_entropy_terms(kind: str, formula: object, entropy_coef: float) -> None:
     problem = make_problem(6)
     logprobs, entropy = problem.logprobs()
-    ratio, advantages = (logprobs - problem.old).exp(), problem.advantages[:, None]
+    ratio = (logprobs - problem.old).exp()
+    advantages = problem.advantages[:, None]
     loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
     loss = loss + 0.07 * formula(problem.ref - logprobs) - entropy_coef * entropy  # type: ignore[operator]
     expected = (loss * problem.mask).sum() / problem.mask.sum()

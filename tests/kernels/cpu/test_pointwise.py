@@ -25,7 +25,8 @@ double = {"dtype": torch.float64, "requires_grad": True}
 def same_with_gradients(function, reference, *inputs, atol=1e-12):
     """Equal outputs and gradients; the incoming gradient is also tried with stride 0."""
     for expanded in (False, True):
-        got, want = function(*inputs), reference(*inputs)
+        got = function(*inputs)
+        want = reference(*inputs)
         got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
         grads = [torch.ones(()).to(w).expand_as(w) if expanded else torch.randn_like(w) for w in want]
         for a, b in zip(got, want, strict=True):
@@ -38,18 +39,23 @@ def same_with_gradients(function, reference, *inputs, atol=1e-12):
 
 @pytest.mark.parametrize("shape", [(5, 16), (1, 37), (0, 8), (3, 4, 20)])
 def test_rms_norm(shape):
-    x, w = torch.randn(*shape, **double), torch.randn(shape[-1], **double)
+    x = torch.randn(*shape, **double)
+    w = torch.randn(shape[-1], **double)
     same_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), x, w)
     same_with_gradients(lambda x: rms_norm(x, None, 1e-5), lambda x: rms_norm_reference(x, None, 1e-5), x)
 
 
 def test_add_rms_norm():
-    x, r, w = torch.randn(6, 16, **double), torch.randn(6, 16, **double), torch.randn(16, **double)
+    x = torch.randn(6, 16, **double)
+    r = torch.randn(6, 16, **double)
+    w = torch.randn(16, **double)
     same_with_gradients(
         lambda x, r, w: add_rms_norm(x, r, w, 1e-6),
         lambda x, r, w: (rms_norm_reference(x + r, w, 1e-6), x + r),
-        x, r, w,
-    )  # fmt: skip
+        x,
+        r,
+        w,
+    )
 
 
 def test_rms_norm_equals_transformers_in_float32_and_is_closer_to_float64_in_bfloat16():
@@ -57,7 +63,8 @@ def test_rms_norm_equals_transformers_in_float32_and_is_closer_to_float64_in_bfl
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(40, 48) * 3
     torch.testing.assert_close(rms_norm(x, norm.weight, 1e-6), norm(x), atol=1e-6, rtol=1e-6)
-    half, exact = x.bfloat16(), rms_norm_reference(x.bfloat16().double(), norm.weight.double(), 1e-6)
+    half = x.bfloat16()
+    exact = rms_norm_reference(x.bfloat16().double(), norm.weight.double(), 1e-6)
     ours = (rms_norm(half, norm.weight, 1e-6).double() - exact).abs().max()
     theirs = (norm.bfloat16()(half).double() - exact).abs().max()
     assert rms_norm(half, norm.weight, 1e-6).dtype == torch.bfloat16 and ours <= 2 * theirs
@@ -65,7 +72,8 @@ def test_rms_norm_equals_transformers_in_float32_and_is_closer_to_float64_in_bfl
 
 def test_norm_saves_its_input_and_one_number_per_row():
     saved = []
-    x, w = torch.randn(10, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+    x = torch.randn(10, 64, requires_grad=True)
+    w = torch.ones(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rms_norm(x, w, 1e-6)
     assert sorted(t.numel() for t in saved) == [10, 64, 640]
@@ -74,7 +82,8 @@ def test_norm_saves_its_input_and_one_number_per_row():
 
 @pytest.mark.parametrize("shape", [(7, 12), (0, 4), (2, 3, 5)])
 def test_swiglu(shape):
-    gate, up = torch.randn(*shape, **double), torch.randn(*shape, **double)
+    gate = torch.randn(*shape, **double)
+    up = torch.randn(*shape, **double)
     same_with_gradients(swiglu, swiglu_reference, gate, up)
     fused = torch.randn(*shape[:-1], 2 * shape[-1], **double)
     same_with_gradients(swiglu, lambda f: swiglu_reference(*f.chunk(2, -1)), fused)
@@ -104,21 +113,25 @@ def mrope_formula(qkv, bias, positions, hq, hkv, dim, sections, theta):
 )
 def test_mrope(hq, hkv, dim, sections):
     width = (hq + 2 * hkv) * dim
-    qkv, bias = torch.randn(9, width, **double), torch.randn(width, **double)
+    qkv = torch.randn(9, width, **double)
+    bias = torch.randn(width, **double)
     positions = torch.randint(0, 3000, (3, 9), dtype=torch.int32)
     settings = {"num_heads": hq, "num_kv_heads": hkv, "head_dim": dim, "sections": sections, "theta": 1e6}
     same_with_gradients(
         lambda x, b: mrope(x, b, positions, **settings),
         lambda x, b: mrope_formula(x, b, positions, hq, hkv, dim, sections, 1e6),
-        qkv, bias,
-    )  # fmt: skip
+        qkv,
+        bias,
+    )
 
 
 def test_mrope_equals_transformers_bit_for_bit():
     config = Qwen2_5_VLTextConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default", "mrope_section": [4, 6, 6]},
-    )  # fmt: skip
+    )
     positions = torch.randint(0, 30_000, (3, 40))
     qkv = torch.randn(40, 8 * 32)
     cos, sin = Qwen2_5_VLRotaryEmbedding(config)(qkv, positions[:, None])
@@ -131,7 +144,8 @@ def test_mrope_equals_transformers_bit_for_bit():
 
 def test_mrope_refuses_what_does_not_fit():
     good = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "sections": (2, 3, 3), "theta": 1e4}
-    qkv, positions = torch.zeros(5, 64), torch.zeros(3, 5, dtype=torch.int32)
+    qkv = torch.zeros(5, 64)
+    positions = torch.zeros(3, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match="sections .2, 3. must be 3 numbers that sum to head_dim / 2 = 8"):
         mrope(qkv, None, positions, **(good | {"sections": (2, 3)}))
     with pytest.raises(ValueError, match="qkv has shape .5, 64.; expected .tokens, 80."):
@@ -148,8 +162,10 @@ def test_packed_linear(bias):
     same_with_gradients(
         lambda x, *p: packed_linear(x, p[:3], p[3:]),
         lambda x, *p: torch.cat([x @ w.T + (p[3 + i] if bias else 0) for i, w in enumerate(p[:3])], 1),
-        x, *weights, *biases,
-    )  # fmt: skip
+        x,
+        *weights,
+        *biases,
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -160,8 +176,10 @@ def test_parallel_linear(bias):
     same_with_gradients(
         lambda x, *p: parallel_linear(x, p[:2], p[2:]),
         lambda x, *p: tuple(x @ w.T + (p[2 + i] if bias else 0) for i, w in enumerate(p[:2])),
-        x, *weights, *biases,
-    )  # fmt: skip
+        x,
+        *weights,
+        *biases,
+    )
 
 
 @pytest.mark.parametrize("linear", [packed_linear, parallel_linear])
@@ -175,7 +193,8 @@ def test_projections_skip_what_is_frozen(linear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_of_aligned_products_start_at_cache_lines(dtype):
-    a, b = torch.randn(7, 20).to(dtype), torch.randn(20, 3420).to(dtype)
+    a = torch.randn(7, 20).to(dtype)
+    b = torch.randn(20, 3420).to(dtype)
     found = aligned_mm(a, b)
     torch.testing.assert_close(found, a @ b)
     assert found.shape == (7, 3420) and found.data_ptr() % LINE == 0
@@ -185,19 +204,24 @@ def test_rows_of_aligned_products_start_at_cache_lines(dtype):
 
 def test_gradients_of_parameters_are_dense():
     """Autograd copies a gradient that is not, and optimizers and FSDP2 expect it."""
-    x, weights = torch.randn(6, 35), [torch.randn(3, 35, requires_grad=True) for _ in range(2)]
+    x = torch.randn(6, 35)
+    weights = [torch.randn(3, 35, requires_grad=True) for _ in range(2)]
     sum(out.sum() for out in parallel_linear(x, weights)).backward()
     assert all(w.grad.is_contiguous() for w in weights)
 
 
 def test_operators_pass_opcheck():
-    x, r, w = torch.randn(3, 16, **double), torch.randn(3, 16, **double), torch.randn(16, **double)
+    x = torch.randn(3, 16, **double)
+    r = torch.randn(3, 16, **double)
+    w = torch.randn(16, **double)
     check = torch.library.opcheck
     check(norm.rms_norm_op, (x, r, w, 1e-6, False))
     check(norm.rms_norm_op, (x, None, None, 1e-6, False))
     check(swiglu_op, (x, None, False))
     check(swiglu_op, (x, r, False))
-    qkv, bias, positions = torch.randn(3, 64, **double), torch.randn(64, **double), torch.zeros(3, 3, dtype=torch.int32)
+    qkv = torch.randn(3, 64, **double)
+    bias = torch.randn(64, **double)
+    positions = torch.zeros(3, 3, dtype=torch.int32)
     rest = ([2, 3, 3], 1e4, torch.float64, None, False)
     check(torch.ops.fastvst.rope.default, (qkv, bias, positions, 2, 1, *rest))
     with torch.no_grad():
@@ -232,8 +256,12 @@ def test_the_choice_of_auto_is_said_once(caplog):
 
 
 def test_rows_in_pieces_have_the_bits_of_all_rows(monkeypatch):
-    qkv, bias, positions = torch.randn(11, 96), torch.randn(96), torch.randint(0, 99, (2, 11))
-    gate, up, grad = torch.randn(11, 20), torch.randn(11, 20), torch.randn(11, 20)
+    qkv = torch.randn(11, 96)
+    bias = torch.randn(96)
+    positions = torch.randint(0, 99, (2, 11))
+    gate = torch.randn(11, 20)
+    up = torch.randn(11, 20)
+    grad = torch.randn(11, 20)
 
     def run():
         with torch.no_grad():

@@ -19,9 +19,11 @@ packs = st.lists(st.one_of(groups, st.builds(lambda n: Pack((n,)), lengths)), mi
 
 def seen(pack: Pack, causal: bool) -> torch.Tensor:
     """(T, T) bool: row sees column, from the definition, sequence by sequence."""
-    offsets, mask = pack.offsets().tolist(), torch.zeros(pack.tokens, pack.tokens, dtype=torch.bool)
+    offsets = pack.offsets().tolist()
+    mask = torch.zeros(pack.tokens, pack.tokens, dtype=torch.bool)
     for i, prompt in enumerate(pack.prompts or [-1] * len(pack.lengths)):
-        a, b = offsets[i], offsets[i + 1]
+        a = offsets[i]
+        b = offsets[i + 1]
         mask[a:b, a:b] = torch.ones(b - a, b - a).tril().bool() if causal else True
         if prompt >= 0:
             mask[a:b, offsets[prompt] : offsets[prompt + 1]] = True
@@ -34,7 +36,8 @@ def test_tiles_cover_the_mask_exactly(pack: Pack, causal: bool, padded: bool):
     if not causal:
         pack = Pack(pack.lengths)
     plan = prepare(pack.offsets(), pack.groups(), causal=causal, padded=padded)
-    wanted, at = seen(pack, causal), torch.arange(pack.tokens)
+    wanted = seen(pack, causal)
+    at = torch.arange(pack.tokens)
     for block, table in plan.queries.items():
         found = torch.zeros_like(wanted)
         for begin, end, first, last, prompt_first, prompt_last in table.tolist():

@@ -26,7 +26,8 @@ def test_against_the_formula(dtype, vocabulary):
 @pytest.mark.parametrize("step", [0, 1, 2047])
 def test_frequencies_are_the_probabilities(step):
     """Chi-square over 200,000 seeds; the least likely of 60 tokens is drawn 40 times."""
-    count, words = 200_000, 60
+    count = 200_000
+    words = 60
     g = torch.Generator().manual_seed(step)
     weight = torch.randn(words, 16, generator=g) * 0.45
     logits = weight.double().sum(1)
@@ -39,7 +40,8 @@ def test_frequencies_are_the_probabilities(step):
 
 
 def test_noise_of_neighbours_is_unrelated():
-    seeds, steps = torch.arange(64).repeat(8), torch.arange(8).repeat_interleave(64)
+    seeds = torch.arange(64).repeat(8)
+    steps = torch.arange(8).repeat_interleave(64)
     x = gumbel(seeds, steps, 512, torch.float64)
     torch.testing.assert_close(x, torch.from_numpy(noise(seeds, steps, 512)), rtol=1e-12, atol=1e-12)
     assert abs(x.mean() - 0.5772157) < 0.01 and abs(x.std() - 1.2825498) < 0.01

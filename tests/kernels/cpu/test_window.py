@@ -21,7 +21,8 @@ def formula(qkv, bias, positions, cu, heads, theta=10000.0):
         z = torch.complex(x[..., : dim // 2].contiguous(), x[..., dim // 2 :].contiguous()) * turn
         return torch.cat([z.real, z.imag], -1)
 
-    q, k = rotate(q), rotate(k)
+    q = rotate(q)
+    k = rotate(k)
     out = []
     for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         p = (torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * dim**-0.5).softmax(-1)
@@ -69,7 +70,8 @@ def test_rotation_equals_transformers_bit_for_bit():
 
 def test_opcheck():
     qkv, bias = (torch.randn(n, requires_grad=True, dtype=torch.float64) for n in ((9, 48), (48,)))
-    offsets, positions = torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    offsets = torch.tensor([0, 5, 9], dtype=torch.int32)
+    positions = torch.zeros(9, 2, dtype=torch.int32)
     options = (1, 1e4, 0.25, 5, torch.float64)
     torch.library.opcheck(window_op, (qkv, bias, positions, offsets, *options, False))
     with torch.no_grad():
@@ -81,7 +83,8 @@ def test_opcheck():
 def test_inputs_are_not_overwritten_and_bias_is_optional():
     qkv = torch.randn(16, 3 * 32)
     before = qkv.clone()
-    positions, cu = torch.zeros(16, 2, dtype=torch.int32), torch.tensor([0, 16], dtype=torch.int32)
+    positions = torch.zeros(16, 2, dtype=torch.int32)
+    cu = torch.tensor([0, 16], dtype=torch.int32)
     out = window_attention(qkv, None, positions, cu, num_heads=2)
     assert torch.equal(qkv, before)
     q, k, v = (x.reshape(16, 2, 16) for x in qkv.split(32, 1))  # position 0 turns nothing
@@ -100,8 +103,11 @@ def test_inputs_are_not_overwritten_and_bias_is_optional():
 )
 def test_bad_input_is_refused(change, message):
     good = {
-        "qkv": torch.zeros(16, 96), "bias": None, "positions": torch.zeros(16, 2, dtype=torch.int32),
-        "cu_windows": torch.tensor([0, 16], dtype=torch.int32), "num_heads": 2,
-    }  # fmt: skip
+        "qkv": torch.zeros(16, 96),
+        "bias": None,
+        "positions": torch.zeros(16, 2, dtype=torch.int32),
+        "cu_windows": torch.tensor([0, 16], dtype=torch.int32),
+        "num_heads": 2,
+    }
     with pytest.raises(ValueError, match=message):
         window_attention(**(good | change))

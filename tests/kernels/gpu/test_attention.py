@@ -18,7 +18,8 @@ MIXED = join(group(1600, 512, 3, 0, 200), Pack((1, 0, 65, 777)), group(0, 90, 33
 
 def compute(pack: Pack, causal: bool, backend: str = "triton", planned: bool = True):
     """compute(q, k, v) -> (out, lse) by the public function, with the loader's plan or one made on the GPU."""
-    offsets, groups = pack.offsets("cuda"), pack.groups("cuda")
+    offsets = pack.offsets("cuda")
+    groups = pack.groups("cuda")
     plan = prepare(pack.offsets(), pack.groups(), causal=causal).to("cuda") if planned else None
 
     def run(q, k, v):
@@ -55,10 +56,15 @@ def with_tile(pack: Pack, causal: bool, kernel: str, chosen: Tile):
         @staticmethod
         def backward(ctx, dout, dlse):
             return attention_backward.backward(
-                dout.contiguous(), dlse.transpose(0, 1).contiguous(), *ctx.saved_tensors,
-                plan.queries[queries.block_m], plan.keys[keys.block_n], query_tile=queries, key_tile=keys,
+                dout.contiguous(),
+                dlse.transpose(0, 1).contiguous(),
+                *ctx.saved_tensors,
+                plan.queries[queries.block_m],
+                plan.keys[keys.block_n],
+                query_tile=queries,
+                key_tile=keys,
                 **ctx.options,
-            )  # fmt: skip
+            )
 
     return Attention.apply
 
@@ -133,7 +139,8 @@ def test_long_sequences_against_torch(length: int):
 
 def test_sequences_side_by_side_beyond_the_reach_of_32_bits():
     """Offsets of rows are 64-bit: 2^31 values lie before the last sequence."""
-    tokens, heads = 131_072, 130
+    tokens = 131_072
+    heads = 130
     qkv = torch.zeros(tokens, heads + 2, 128, device="cuda", dtype=torch.bfloat16)
     qkv[-100:].normal_()
     q, k, v = qkv.split([heads, 1, 1], 1)

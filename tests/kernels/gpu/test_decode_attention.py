@@ -46,7 +46,8 @@ def test_graphs_give_the_eager_tokens_and_survive_new_weights():
     torch.manual_seed(0)
     model = Qwen25VL(ModelConfig.preset("tiny")).cuda()
     samples = [text_prompt(model.config, 3 + 20 * i, seed=i) for i in range(5)]
-    graphs, eager = Engine(model, memory=1 << 28), Engine(model, memory=1 << 28, cuda_graphs=False)
+    graphs = Engine(model, memory=1 << 28)
+    eager = Engine(model, memory=1 << 28, cuda_graphs=False)
     params = SamplingParams(n=3, max_tokens=20, temperature=0)
     for _ in range(2):
         found = [[[r.tokens for r in m] for m in e.generate(samples, params)] for e in (graphs, eager)]

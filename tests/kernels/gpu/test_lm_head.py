@@ -15,9 +15,14 @@ from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Objective, Reinforce
 
 OBJECTIVES: tuple[Objective, ...] = (
-    GRPO(kl="k3"), DAPO(dual_clip=1.5), DrGRPO(kl="k1", entropy_coef=0.02), GSPO(clip_low=0.2, clip_high=0.2),
-    CISPO(clip_high=0.1), SAPO(), Reinforce(kl="k2"),
-)  # fmt: skip
+    GRPO(kl="k3"),
+    DAPO(dual_clip=1.5),
+    DrGRPO(kl="k1", entropy_coef=0.02),
+    GSPO(clip_low=0.2, clip_high=0.2),
+    CISPO(clip_high=0.1),
+    SAPO(),
+    Reinforce(kl="k2"),
+)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -52,8 +57,11 @@ def test_cross_entropy(rows: int, width: int, words: int, dtype: torch.dtype) ->
     options = {"z_loss": 1e-4, "label_smoothing": 0.1}
     assert_as_good_as_plain(
         lambda h, w: linear_cross_entropy(h, w, targets, chunk_rows=64, **options),
-        lambda h, w: linear_cross_entropy_reference(h, w, targets, **options), hidden, weight, dtype,
-    )  # fmt: skip
+        lambda h, w: linear_cross_entropy_reference(h, w, targets, **options),
+        hidden,
+        weight,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -93,9 +101,7 @@ def test_policy_loss(objective: Objective, dtype: torch.dtype) -> None:
 
         return loss
 
-    assert_as_good_as_plain(
-        bind(linear_policy_loss), bind(linear_policy_loss_reference), hidden, weight, dtype
-    )  # fmt: skip
+    assert_as_good_as_plain(bind(linear_policy_loss), bind(linear_policy_loss_reference), hidden, weight, dtype)
 
 
 def test_repeated_runs_are_bitwise_equal() -> None:
@@ -112,7 +118,8 @@ def test_repeated_runs_are_bitwise_equal() -> None:
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_logits_give_no_nan(size: float) -> None:
     hidden, weight, targets = inputs(64, 64, 152_064)
-    hidden[:, 0], weight[:, 0] = size, 1.0
+    hidden[:, 0] = size
+    weight[:, 0] = 1.0
     for made in gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight, torch.float32):
         assert made.isfinite().all()
 

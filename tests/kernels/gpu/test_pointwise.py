@@ -30,8 +30,9 @@ def test_norms(width: int, dtype: torch.dtype):
     assert_as_good_as_plain(
         lambda x, r, w: add_rms_norm(x, r, w, 1e-6, backend="triton"),
         lambda x, r, w: (rms_norm_reference(x + r, w, 1e-6), x + r),
-        [x, r, w], [g, h],
-    )  # fmt: skip
+        [x, r, w],
+        [g, h],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,15 +58,19 @@ def test_rotary_embeddings_of_both_towers(dtype: torch.dtype):
     options = {"num_heads": 28, "num_kv_heads": 4, "head_dim": 128, "sections": (16, 24, 24), "theta": 1e6}
     shapes = [(1001, 28, 128), (1001, 4, 128), (1001, 4, 128)]
     assert_as_good_as_plain(
-        lambda x, b: mrope(x, b, positions, backend="triton", **options), lambda x, b: rope(x, b, by, 28, 4),
-        data((1001, 36 * 128), (36 * 128,), dtype=dtype), data(*shapes, dtype=dtype),
-    )  # fmt: skip
+        lambda x, b: mrope(x, b, positions, backend="triton", **options),
+        lambda x, b: rope(x, b, by, 28, 4),
+        data((1001, 36 * 128), (36 * 128,), dtype=dtype),
+        data(*shapes, dtype=dtype),
+    )
     patches = torch.randint(0, 200, (1001, 2), device="cuda", dtype=torch.int32)
     by = angles(patches, 80, 1e4).cuda()
     assert_as_good_as_plain(
-        lambda x, b: vision_rope(x, b, patches, num_heads=16, backend="triton"), lambda x, b: rope(x, b, by, 16, 16),
-        data((1001, 3840), (3840,), dtype=dtype), data(*[(1001, 16, 80)] * 3, dtype=dtype),
-    )  # fmt: skip
+        lambda x, b: vision_rope(x, b, patches, num_heads=16, backend="triton"),
+        lambda x, b: rope(x, b, by, 16, 16),
+        data((1001, 3840), (3840,), dtype=dtype),
+        data(*[(1001, 16, 80)] * 3, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,8 +84,9 @@ def test_windows(lengths: tuple[int, ...], dtype: torch.dtype):
     assert_as_good_as_plain(
         lambda x, b: window_attention(x, b, positions, offsets, num_heads=16, max_window=64, backend="triton"),
         lambda x, b: windows(x, b, by, lengths, 16),
-        data((total, 3840), (3840,), dtype=dtype), data((total, 1280), dtype=dtype),
-    )  # fmt: skip
+        data((total, 3840), (3840,), dtype=dtype),
+        data((total, 1280), dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("numbers", sorted({*CANDIDATES["window_forward"], *CANDIDATES["window_backward"]}), ids=str)

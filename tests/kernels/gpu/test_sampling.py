@@ -39,7 +39,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_run(dtype):
 @pytest.mark.parametrize("filtered", [False, True])
 def test_frequencies_are_the_probabilities(filtered):
     """Chi-square over 200,000 seeds and 60 tokens."""
-    count, words = 200_000, 60
+    count = 200_000
+    words = 60
     weight = torch.randn(words, 16, generator=torch.Generator().manual_seed(0)).cuda() * 0.45
     p = weight.double().sum(1).softmax(0)
     options = {}
@@ -51,7 +52,8 @@ def test_frequencies_are_the_probabilities(filtered):
         options["min_p"] = torch.zeros(count).cuda()
     seeds = torch.arange(count).cuda()
     tokens, _, _ = sample_tokens(torch.ones(count, 16).cuda(), weight, seeds, torch.zeros_like(seeds), **options)
-    found, possible = torch.bincount(tokens, minlength=words), p > 0
+    found = torch.bincount(tokens, minlength=words)
+    possible = p > 0
     assert not found[~possible].any()
     chi2 = ((found - count * p)[possible] ** 2 / (count * p)[possible]).sum().item()
     freedom = int(possible.sum()) - 1

@@ -29,7 +29,8 @@ def _widen(handle):
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16():
     """bf16 operands of tl.dot as the float32 they stand for, and float32 -> bf16 rounded to nearest even."""
-    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+    dot = interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
 
     def rounded(values, source, target, mode):
         if source != tl.float32 or target != tl.bfloat16:

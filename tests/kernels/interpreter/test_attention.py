@@ -35,9 +35,15 @@ def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int, int] = (64, 64, P
         @staticmethod
         def backward(ctx, dout, dlse):
             return attention_backward.backward(
-                dout.contiguous(), dlse.transpose(0, 1).contiguous(), *ctx.saved_tensors, plan.queries[tile[0]],
-                plan.keys[tile[1]], query_tile=numbers, key_tile=numbers, **ctx.options,
-            )  # fmt: skip
+                dout.contiguous(),
+                dlse.transpose(0, 1).contiguous(),
+                *ctx.saved_tensors,
+                plan.queries[tile[0]],
+                plan.keys[tile[1]],
+                query_tile=numbers,
+                key_tile=numbers,
+                **ctx.options,
+            )
 
     return Attention.apply
 
@@ -133,7 +139,8 @@ def test_the_gradient_of_the_logsumexp():
 
 def test_runs_are_bitwise_equal_and_every_value_is_written():
     torch.manual_seed(0)
-    qkv, dout = torch.randn(MIXED.tokens, 3, 80), torch.randn(MIXED.tokens, 1, 80)
+    qkv = torch.randn(MIXED.tokens, 3, 80)
+    dout = torch.randn(MIXED.tokens, 1, 80)
     results = []
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
     try:

@@ -13,9 +13,18 @@ from fastvst_kernels.decode.op import decode_attention_op
 
 def run(case, splits=None):
     return decode(
-        case.q, case.k_pages, case.v_pages, case.page_table, case.lengths, case.prefix_pages, case.prefix_lengths,
-        case.group_offsets, case.max_group, case.q.shape[-1] ** -0.5, splits,
-    )  # fmt: skip
+        case.q,
+        case.k_pages,
+        case.v_pages,
+        case.page_table,
+        case.lengths,
+        case.prefix_pages,
+        case.prefix_lengths,
+        case.group_offsets,
+        case.max_group,
+        case.q.shape[-1] ** -0.5,
+        splits,
+    )
 
 
 @pytest.mark.parametrize("splits", [None, 1, 3])
@@ -40,9 +49,15 @@ def test_the_public_function_and_opcheck():
     case = make_case([(9, [2, 0]), (3, [5])], (2, 1), 16, torch.float32, page_size=4)
     tables = (case.page_table, case.lengths, case.prefix_pages, case.prefix_lengths, case.group_offsets)
     found = decode_attention(
-        case.q, case.k_pages, case.v_pages, case.page_table, case.lengths, return_lse=True, backend="triton",
+        case.q,
+        case.k_pages,
+        case.v_pages,
+        case.page_table,
+        case.lengths,
+        return_lse=True,
+        backend="triton",
         **case.options(),
-    )  # fmt: skip
+    )
     assert_close(case, found)
     torch.library.opcheck(decode_attention_op, (case.q, case.k_pages, case.v_pages, *tables, 2, 0.25, True))
 
@@ -51,7 +66,8 @@ def test_runs_are_bitwise_equal_and_every_value_is_written():
     case = make_case([(70, [3, 33, 0]), (0, [0])], (4, 2), 48, torch.float32)
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
     try:
-        first, second = run(case, 2), run(case, 2)
+        first = run(case, 2)
+        second = run(case, 2)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(first, second, strict=True):

@@ -19,7 +19,8 @@ def test_products(shape, dtype):
 
 
 def test_empty_products():
-    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    a = torch.randn(3, 4)
+    b = torch.randn(4, 5)
     assert invariant_mm(a[:0], b, backend="triton").shape == (0, 5)
     assert torch.equal(invariant_mm(a[:, :0], b[:0], backend="triton"), torch.zeros(3, 5))
 

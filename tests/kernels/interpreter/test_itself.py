@@ -19,7 +19,8 @@ def _product(A, B, OUT, CAST, N: tl.constexpr):
 def test_bfloat16_products_and_rounding_are_those_of_torch():
     torch.manual_seed(0)
     a, b = (torch.randn(32, 32, dtype=torch.bfloat16) for _ in range(2))
-    out, cast = torch.empty(32, 32), torch.empty(32, 32, dtype=torch.bfloat16)
+    out = torch.empty(32, 32)
+    cast = torch.empty(32, 32, dtype=torch.bfloat16)
     _product[(1,)](a, b, out, cast, N=32)
     torch.testing.assert_close(out, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
     assert torch.equal(cast, out.bfloat16())

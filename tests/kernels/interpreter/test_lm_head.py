@@ -24,7 +24,8 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
     logits = torch.randn(5, words, generator=g) * spread + shift
     targets = torch.randint(words, (5,), generator=g)
     targets[3] = -1
-    scale, wide = 0.7, logits.double()
+    scale = 0.7
+    wide = logits.double()
     want = partial_statistics_(wide, targets, scale, False)
     got = partial_statistics(logits, targets, scale)
     size = abs(shift) + spread
@@ -32,7 +33,8 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
     for name, a, b in zip(("maximum", "total", "dot", "target", "sum"), got, want, strict=True):
         atol = size * (1e-6 if name != "sum" else 1e-4)
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, msg=name)
-    exact, found = combine(want[None], words), combine(got[None], words)
+    exact = combine(want[None], words)
+    found = combine(got[None], words)
     coefficients = Coefficients(*torch.randn(2, 5, generator=g), *torch.randn(2, 5, generator=g))
     double = Coefficients(*(x.double() for x in (coefficients.a, coefficients.c, coefficients.b, coefficients.u)))
     expected = row_gradient_plain_(wide, targets, want[0] - exact.lse, exact.entropy, double, False)
@@ -45,18 +47,25 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
 
 
 OBJECTIVES: tuple[Objective, ...] = (
-    GRPO(kl="k3"), DAPO(dual_clip=1.5), DrGRPO(entropy_coef=0.1), GSPO(clip_low=0.2, clip_high=0.2),
-    CISPO(clip_high=0.1), SAPO(importance=Importance("sequence")), Reinforce(kl="k2", entropy_coef=-0.1),
-)  # fmt: skip
+    GRPO(kl="k3"),
+    DAPO(dual_clip=1.5),
+    DrGRPO(entropy_coef=0.1),
+    GSPO(clip_low=0.2, clip_high=0.2),
+    CISPO(clip_high=0.1),
+    SAPO(importance=Importance("sequence")),
+    Reinforce(kl="k2", entropy_coef=-0.1),
+)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_policy_loss(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(12, 8, generator=g), torch.randn(37, 8, generator=g)
+    hidden = torch.randn(12, 8, generator=g)
+    weight = torch.randn(37, 8, generator=g)
     rows = {f"{n}_logprobs": -3 + 0.2 * torch.randn(12, generator=g) for n in ("old", "ref", "sampler")}
     rows |= {"advantages": torch.randn(12, generator=g), "row_weights": torch.rand(12, generator=g)}
-    targets, ids = torch.randint(37, (12,), generator=g), torch.arange(12) // 4
+    targets = torch.randint(37, (12,), generator=g)
+    ids = torch.arange(12) // 4
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
@@ -72,7 +81,8 @@ def test_policy_loss(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> N
 
 def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(9, 8, generator=g), torch.randn(37, 8, generator=g)
+    hidden = torch.randn(9, 8, generator=g)
+    weight = torch.randn(37, 8, generator=g)
     targets = torch.randint(37, (9,), generator=g)
     targets[2] = -100
 
@@ -93,8 +103,10 @@ def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int, options: dict[str, float]) -> None:
     """Every branch of the gradient kernel that cross entropy uses: with and without the constant of label smoothing."""
     g = torch.Generator().manual_seed(rows)
-    hidden, weight = torch.randn(rows, 8, generator=g), torch.randn(37, 8, generator=g)
-    targets, weights = torch.randint(37, (rows,), generator=g), torch.rand(rows, generator=g)
+    hidden = torch.randn(rows, 8, generator=g)
+    weight = torch.randn(37, 8, generator=g)
+    targets = torch.randint(37, (rows,), generator=g)
+    weights = torch.rand(rows, generator=g)
     targets[3:5] = -100
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ from fastvst_kernels.attention.op import attention_op, tile
 from fastvst_kernels.attention.plan import prepare
 
 PACK = join(group(20, 5, 0, 9), Pack((7,)))
-OFFSETS, GROUPS = PACK.offsets(), PACK.groups()
+OFFSETS = PACK.offsets()
+GROUPS = PACK.groups()
 
 
 def triton_attention(q, k, v, **options):

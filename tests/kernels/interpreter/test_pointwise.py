@@ -24,7 +24,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, module: str, numbers: dict[str, tupl
 
 def pairs(family: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(forward, backward) configurations that together hold every candidate."""
-    forward, backward = CANDIDATES[f"{family}_forward"], CANDIDATES[f"{family}_backward"]
+    forward = CANDIDATES[f"{family}_forward"]
+    backward = CANDIDATES[f"{family}_backward"]
     count = max(len(forward), len(backward))
     return [(forward[i % len(forward)], backward[i % len(backward)]) for i in range(count)]
 
@@ -42,13 +43,16 @@ def test_norm_configurations(monkeypatch, numbers):
         assert_as_good_as_plain(
             lambda x, r, w: add_rms_norm(x, r, w, 1e-6, backend="triton"),
             lambda x, r, w: (rms_norm_reference(x + r, w, 1e-6), x + r),
-            inputs, data((rows, width), (rows, width)), f"{rows} x {width}",
-        )  # fmt: skip
+            inputs,
+            data((rows, width), (rows, width)),
+            f"{rows} x {width}",
+        )
 
 
 @pytest.mark.parametrize("width", [1, 37, 1280, 2048, 3584, 5003])
 def test_norm_at_odd_and_true_widths(width: int):
-    inputs, grads = data((2, 3, width), (width,)), data((2, 3, width))
+    inputs = data((2, 3, width), (width,))
+    grads = data((2, 3, width))
     ours: Callable = lambda x, w: rms_norm(x, w, 1e-5, backend="triton")  # noqa: E731
     assert_as_good_as_plain(ours, lambda x, w: rms_norm_reference(x, w, 1e-5), inputs, grads)
     bare: Callable = lambda x: rms_norm(x, None, 1e-5, backend="triton")  # noqa: E731
@@ -78,7 +82,8 @@ def test_a_wider_row_than_the_kernel_holds_is_refused():
 def test_swiglu(monkeypatch, numbers, dtype):
     choose(monkeypatch, SWIGLU, {"swiglu_forward": numbers[0], "swiglu_backward": numbers[1]})
     for rows, width in ((9, 20), (2, 1100), (0, 8)):
-        inputs, grads = data((rows, width), (rows, width), dtype=dtype), data((rows, width), dtype=dtype)
+        inputs = data((rows, width), (rows, width), dtype=dtype)
+        grads = data((rows, width), dtype=dtype)
         ours: Callable = lambda g, u: swiglu(g, u, backend="triton")  # noqa: E731
         assert_as_good_as_plain(ours, swiglu_reference, inputs, grads)
         fused: Callable = lambda x: swiglu(x, backend="triton")  # noqa: E731
@@ -92,13 +97,15 @@ def test_swiglu_of_rows_with_gaps():
     dout = torch.randn(9, 24)[:, :20]
     dense = [x.contiguous() for x in (gate, up, dout)]
     assert torch.equal(swiglu(gate, up, backend="triton"), swiglu(*dense[:2], backend="triton"))
-    found, expected = swiglu_backward_op(dout, gate, up, True), swiglu_backward_op(dense[2], *dense[:2], True)
+    found = swiglu_backward_op(dout, gate, up, True)
+    expected = swiglu_backward_op(dense[2], *dense[:2], True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def check_mrope(sizes: tuple[int, int, int], dim: int, sections: tuple[int, ...], dtype: torch.dtype) -> None:
     """sizes: tokens, heads, KV heads."""
-    (tokens, heads, kv_heads), width = sizes, (sizes[1] + 2 * sizes[2]) * dim
+    (tokens, heads, kv_heads) = sizes
+    width = (sizes[1] + 2 * sizes[2]) * dim
     positions = torch.randint(0, 131_072, (3, tokens), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     by = mrope_angles(positions, dim, sections, 1e6)
     options = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "sections": sections, "theta": 1e6}
@@ -106,8 +113,10 @@ def check_mrope(sizes: tuple[int, int, int], dim: int, sections: tuple[int, ...]
     assert_as_good_as_plain(
         lambda x, b: mrope(x, b, positions, backend="triton", **options),
         lambda x, b: rope(x, b, by, heads, kv_heads),
-        data((tokens, width), (width,), dtype=dtype), data(*shapes, dtype=dtype), f"{tokens} tokens",
-    )  # fmt: skip
+        data((tokens, width), (width,), dtype=dtype),
+        data(*shapes, dtype=dtype),
+        f"{tokens} tokens",
+    )
 
 
 @pytest.mark.parametrize("numbers", pairs("rope"), ids=str)
@@ -121,12 +130,15 @@ def test_rope(monkeypatch, numbers, dtype):
     assert_as_good_as_plain(
         lambda x, b: vision_rope(x, b, positions, num_heads=2, backend="triton"),
         lambda x, b: rope(x, b, angles(positions, 80, 1e4), 2, 2),
-        data((9, 480), (480,), dtype=dtype), data(*[(9, 2, 80)] * 3, dtype=dtype), "vision",
-    )  # fmt: skip
+        data((9, 480), (480,), dtype=dtype),
+        data(*[(9, 2, 80)] * 3, dtype=dtype),
+        "vision",
+    )
 
 
 def test_opcheck():
-    x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    x = torch.randn(3, 16, requires_grad=True)
+    weight = torch.randn(16, requires_grad=True)
     torch.library.opcheck(rms_norm_op, (x, x.detach(), weight, 1e-6, True))
     torch.library.opcheck(swiglu_op, (x, None, True))
     positions = torch.zeros(3, 3, dtype=torch.int32)
@@ -144,9 +156,16 @@ def test_runs_are_bitwise_equal_and_every_value_is_written():
             y = rms_norm(x, weight, 1e-6, backend="triton")
             z = swiglu(y, backend="triton")
             q, k, v = mrope(
-                z, None, torch.arange(9).expand(3, 9), num_heads=1, num_kv_heads=1, head_dim=16, sections=(2, 3, 3),
-                theta=1e4, backend="triton",
-            )  # fmt: skip
+                z,
+                None,
+                torch.arange(9).expand(3, 9),
+                num_heads=1,
+                num_kv_heads=1,
+                head_dim=16,
+                sections=(2, 3, 3),
+                theta=1e4,
+                backend="triton",
+            )
             runs.append((q, k, v, *torch.autograd.grad((q + k * v).square().sum(), (x, weight))))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -27,7 +27,8 @@ def table(monkeypatch, request):
 def check(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, *, direct: bool, seed: int = 0) -> None:
     """`direct`: the operator itself, also in float32, which the public function leaves to packed_attention."""
     g = torch.Generator().manual_seed(seed)
-    total, width = sum(lengths), 3 * heads * dim
+    total = sum(lengths)
+    width = 3 * heads * dim
     positions = torch.randint(0, 90, (total, 2), generator=g, dtype=torch.int32)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     inputs = [torch.randn(size, generator=g).to(dtype) for size in ((total, width), (width,))]
@@ -74,7 +75,8 @@ def test_opcheck():
 def test_it_keeps_its_inputs_only():
     saved = []
     qkv = torch.randn(9, 48, dtype=torch.bfloat16, requires_grad=True)
-    offsets, positions = torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    offsets = torch.tensor([0, 5, 9], dtype=torch.int32)
+    positions = torch.zeros(9, 2, dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         window_attention(qkv, None, positions, offsets, num_heads=1, max_window=5, backend="triton")
     assert {t.data_ptr() for t in saved} == {qkv.data_ptr(), positions.data_ptr(), offsets.data_ptr()}
@@ -88,7 +90,14 @@ def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
     table = inverse_frequencies(16, 2, 1e4, torch.float32, torch.device("cpu"))
     wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)
     out = window_triton.forward(
-        torch.zeros(9, 48), None, torch.zeros(9, 2, dtype=torch.int32), table, wild, heads=1, scale=1.0, max_window=64,
+        torch.zeros(9, 48),
+        None,
+        torch.zeros(9, 2, dtype=torch.int32),
+        table,
+        wild,
+        heads=1,
+        scale=1.0,
+        max_window=64,
         numbers=(16, 4, 1),
-    )  # fmt: skip
+    )
     assert out.shape == (9, 16) and out.isfinite().all()
