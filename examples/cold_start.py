@@ -97,10 +97,10 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 def rooms(config: Config, split: str, samples: int) -> str:
     """The folder of reasoned rows, made or found."""
-    from fastvst.generate.apart import make_rooms_apart
     from fastvst.generate.presets import COLD_START
+    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
-    return make_rooms_apart(config.folder, samples, 0, config.workers, COLD_START, split=split)
+    return make_rooms_in_subprocess(config.folder, samples, 0, config.workers, COLD_START, split=split)
 
 
 def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, Any]:

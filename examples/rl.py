@@ -189,14 +189,14 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
     """The mixture to ask from, and the rows of the evaluation."""
     if config.data.sources:
         return config.data, config.evaluation.path
-    from fastvst.generate.apart import make_rooms_apart
     from fastvst.generate.rooms import RoomsConfig
+    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
     rooms = config.rooms
     kinds = RoomsConfig(rows={"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25})
 
     def make(split: str, samples: int, seed: int) -> str:
-        return make_rooms_apart(rooms.folder, samples, seed, rooms.workers, kinds, split=split)
+        return make_rooms_in_subprocess(rooms.folder, samples, seed, rooms.workers, kinds, split=split)
 
     train, test = (
         world.once_per_node(f"rooms {split}", lambda split=split, n=n, s=s: make(split, n, s))

@@ -192,11 +192,15 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     """The mixture to train on; for the rooms also their folders (training, held-out)."""
     if config.data.sources:
         return config.data, None
-    from fastvst.generate.apart import make_rooms_apart
+    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
     r = config.rooms
+
+    def make(split: str, samples: int) -> str:
+        return make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, split=split)
+
     train, heldout = (
-        Path(world.once_per_node(split, lambda s=split, n=n: make_rooms_apart(r.folder, n, r.seed, r.workers, split=s)))
+        Path(world.once_per_node(split, lambda s=split, n=n: make(s, n)))
         for split, n in (("train", r.samples), ("heldout", r.heldout))
     )
     source = SourceConfig(path=str(train), name="rooms")

@@ -16,8 +16,8 @@ from bench.cases.transformers_peer import padded, peer
 from fastvst.data import Processor, open_source
 from fastvst.evaluate import mmstar, rooms, run
 from fastvst.evaluate.files import Row
-from fastvst.generate.apart import make_rooms_apart
 from fastvst.generate.presets import ALL_TASKS
+from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine
 from fastvst.tasks import PAIRS, SINGLE
@@ -108,7 +108,7 @@ def test_rooms_beside_generate(record: Callable[..., None], tmp_path: Path) -> N
     theirs = peer(model)
     engine = Engine(model, processor, max_sequences=BATCH)
     config = dataclasses.replace(ALL_TASKS, rows=dict.fromkeys([*SINGLE, *PAIRS], 1.0), walk=None)
-    folder = make_rooms_apart(str(tmp_path), ROOM_ROWS, 0, 2, config, split="heldout")
+    folder = make_rooms_in_subprocess(str(tmp_path), ROOM_ROWS, 0, 2, config, split="heldout")
     asked = [q.sample for q in rooms.questions(open_source(folder))][:ROOM_ROWS]
     prompts = [dataclasses.replace(s, messages=s.messages[:-1]) for s in asked]
     replies = [s.messages[-1]["content"][0]["text"] for s in asked]

@@ -48,12 +48,12 @@ def checkpoints(given: list[str] | None) -> dict[str, Path]:
 
 def render(preset: str, samples: int, split: str) -> str:
     """The folder of `samples` rows of a preset, made or found."""
-    from fastvst.generate.apart import make_rooms_apart
     from fastvst.generate.presets import PRESETS
+    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    return make_rooms_apart(None, samples, SEED, 2, PRESETS[preset], split=split)
+    return make_rooms_in_subprocess(None, samples, SEED, 2, PRESETS[preset], split=split)
 
 
 def table(results: Mapping[str, RoomResults]) -> str:

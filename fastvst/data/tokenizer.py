@@ -1,24 +1,21 @@
-"""The tokenizer: the tiny one that ships with fastvst, how it was trained, and how to get Qwen2.5's own from its ranks.
+"""Tokenizers: the tiny one that ships with fastvst, and the conversion of Qwen2.5's published ranks file.
 
-Both are byte-level BPEs with the regex, the NFC normaliser and the 22 added tokens of Qwen2.5-VL, so that everything
-above (template, labels, checkpoints) is the same code for a 4,096-token toy and for the published vocabulary.
+Both are byte-level BPEs with the regex, the NFC normaliser and the 22 added tokens of Qwen2.5-VL. Template, labels and
+checkpoints therefore use the same code for 4,096 tokens and for the published vocabulary.
 
-    python -m fastvst.data.tokenizer build                                # rebuild assets/tiny_tokenizer.json
     python -m fastvst.data.tokenizer convert --ranks qwen.tiktoken --out DIR
+
+`tools/train_tokenizer.py` trains the tiny tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENIZER = ASSETS / "tiny_tokenizer.json"
@@ -82,10 +79,11 @@ def byte_symbols() -> list[str]:
 def assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """A tokenizer in Qwen2.5's form around a byte-level BPE; the added tokens get the ids after `vocab`."""
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
-    return _dress(tokenizer)
+    return complete(tokenizer)
 
 
-def _dress(tokenizer: Tokenizer) -> Tokenizer:
+def complete(tokenizer: Tokenizer) -> Tokenizer:
+    """Give a byte-level BPE the normaliser, pre-tokenizer, decoder and added tokens of Qwen2.5-VL; returns it."""
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -195,87 +193,16 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     return parts[0], parts[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tiny tokenizer
-
-
-def corpus() -> Iterator[str]:
-    """The text that the tiny tokenizer is trained on: assets/corpus.txt and spatial sentences with random contents."""
-    lines = (ASSETS / "corpus.txt").read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if line and not line.startswith("#")]
-    yield from lines
-    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
-    for role in ("system", "user", "assistant"):  # these headers stand in every sample: one token each
-        yield from [f"{role}\n"] * 100
-    for word in words:  # as it stands inside and at the start of a sentence
-        yield f"a {word} the {word}"
-        yield word.capitalize()
-    things = next(line for line in lines if line.startswith("bed beds")).split()
-    colors = next(line for line in lines if line.startswith("red green")).split()
-    sides = next(line for line in lines if line.startswith("left right")).split()
-    rng = random.Random(0)
-    for _ in range(3000):
-        a, b = rng.sample(things, 2)
-        c, d = rng.sample(colors, 2)
-        s, t = rng.sample(sides, 2)
-        n = rng.randint(1, 9)
-        x = rng.uniform(-4, 4)
-        box = ",".join(f"{rng.uniform(-3, 5):.2f}" for _ in range(9))
-        corners = ", ".join(str(rng.randint(0, 959)) for _ in range(4))
-        letter = rng.choice("ABCD")
-        yield (
-            rng.choice(
-                (
-                    f"Which one in {a}-A (bbox_2d: [{corners}]) and {b}-B (bbox_2d: [{corners}]) is closest?",
-                    f"Which object is farther from the camera, the {a} ({c} point) or the {b} ({d} point)?",
-                    f"The {a} is {abs(x):.1f} meters away from the {b}, to the {s} of it. {letter}. {t}",
-                    f"Distance[{a}-A, {b}-B]={abs(x):.1f}m\nSo, the answer is {a}-A.",
-                    f"What is the height of the {a} ({c} point-{n})?\n{n}{n} cm",
-                    f"Options: A. {s}, B. {t}, C. {s} and {t}, D. {t} and {s}\n{letter}. {s}",
-                    f'```json\n[\n\t{{"bbox_3d":[{box}],"label":"{a}"}},\n\t{{"bbox_3d":[{box}],"label":"{b}"}}\n]\n```',
-                    f"hfov={abs(x) * 20:.2f}, vfov={abs(x) * 15:.2f}, image width={n * 97} and height={n * 71}",
-                    f"<think>The {a} is {s} of the {b}, so it must be closer.</think> {letter}. point-{n}",
-                    f"Detect the 3D bounding boxes of {a}, {b}.",
-                )
-            )
-        )
-
-
-def train() -> Tokenizer:
-    """Train the tiny tokenizer on `corpus()`; the same text gives the same tokenizer."""
-    added = len(SPECIAL_TOKENS) + len(PLAIN_ADDED_TOKENS)
-    tokenizer = _dress(Tokenizer(BPE(fuse_unk=False, byte_fallback=False)))
-    trainer = BpeTrainer(
-        vocab_size=TINY_VOCAB_SIZE - added,
-        min_frequency=1,  # the corpus is small, and every word in it was chosen
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-        special_tokens=[],
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    vocab = {token: i for token, i in model["vocab"].items() if token not in (*SPECIAL_TOKENS, *PLAIN_ADDED_TOKENS)}
-    if sorted(vocab.values()) != list(range(TINY_VOCAB_SIZE - added)):
-        raise ValueError(f"training made {len(vocab)} tokens; expected {TINY_VOCAB_SIZE - added}")
-    return assemble(vocab, [(left, right) for left, right in model["merges"]])
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Command line: `build` retrains the tiny tokenizer in place, `convert` writes Qwen2.5's tokenizer.json."""
+    """Command line: `convert` writes Qwen2.5's tokenizer.json."""
     parser = argparse.ArgumentParser(prog="python -m fastvst.data.tokenizer", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="train the tiny tokenizer")
-    build.add_argument("--out", type=Path, default=TINY_TOKENIZER)
     convert = commands.add_parser("convert", help="make tokenizer.json from a published ranks file")
-    convert.add_argument("--ranks", type=Path, required=True, help="qwen.tiktoken")
+    convert.add_argument("--ranks", type=Path, required=True, help="ranks file in tiktoken's format (qwen.tiktoken)")
     convert.add_argument("--out", type=Path, required=True, help="directory for tokenizer.json")
     arguments = parser.parse_args(argv)
-    if arguments.command == "build":
-        tokenizer = train()
-        path = arguments.out
-    else:
-        tokenizer = from_ranks(read_ranks(arguments.ranks))
-        path = arguments.out / "tokenizer.json"
+    tokenizer = from_ranks(read_ranks(arguments.ranks))
+    path = arguments.out / "tokenizer.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path), pretty=False)
     print(f"{path}: {tokenizer.get_vocab_size()} tokens, {path.stat().st_size / 1e3:.0f} KB")

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from fastvst.data import tokenizer as tk
+from tools.train_tokenizer import corpus
 
 TINY = tk.tiny_tokenizer()
 ADDED = (*tk.SPECIAL_TOKENS, *tk.PLAIN_ADDED_TOKENS)
 
 
-def test_committed_file_is_what_the_script_makes_and_is_small() -> None:
-    assert tk.train().to_str() == TINY.to_str()
+def test_the_tiny_tokenizer_is_small() -> None:
     assert tk.TINY_TOKENIZER.stat().st_size < 300_000
     assert TINY.get_vocab_size() == tk.TINY_VOCAB_SIZE
 
@@ -93,9 +92,7 @@ def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
         tk.load_tokenizer(tmp_path)
 
 
-def test_command_line_builds_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tk.main(["build", "--out", str(tmp_path / "tiny.json")])
-    assert Tokenizer.from_file(str(tmp_path / "tiny.json")).to_str() == TINY.to_str()
+def test_command_line_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = tmp_path / "r.tiktoken"
     ranks.write_text("\n".join(f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)))
     tk.main(["convert", "--ranks", str(ranks), "--out", str(tmp_path / "dir")])
@@ -132,7 +129,7 @@ def test_qwens_own_tokenizer_from_its_ranks() -> None:
     full = tk.from_ranks(ranks)
     assert [full.token_to_id(name) for name in ADDED] == list(range(151_643, 151_665))
     oracle = tiktoken.Encoding("qwen", pat_str=tk.SPLIT_REGEX, mergeable_ranks=ranks, special_tokens={})
-    for text in [*MIXED, "\n".join(tk.corpus())[:200_000]]:
+    for text in [*MIXED, "\n".join(corpus())[:200_000]]:
         expected = oracle.encode_ordinary(unicodedata.normalize("NFC", text))
         assert full.encode(text).ids == expected
 

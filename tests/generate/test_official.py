@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from fastvst.data import open_source
-from fastvst.generate.apart import make_rooms_apart
 from fastvst.generate.rooms import RoomsConfig
+from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 from fastvst.scenes.rooms.shoot import WalkConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "generating.md"
@@ -53,7 +53,7 @@ def official(row: dict) -> tuple[list, list[bytes]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = RoomsConfig(rows=ROWS, walk=WalkConfig(), videos="mp4")
-    return make_rooms_apart(tmp_path_factory.mktemp("rooms"), 60, 5, 2, config, split="train")
+    return make_rooms_in_subprocess(tmp_path_factory.mktemp("rooms"), 60, 5, 2, config, split="train")
 
 
 def streamed(folder: str) -> Iterable[dict]:
@@ -99,7 +99,7 @@ def test_a_video_file_shows_the_frames(folder: str, tmp_path: Path) -> None:
     import numpy as np
 
     config = RoomsConfig(rows=ROWS, walk=WalkConfig())
-    frames = {s.id: s for s in open_source(make_rooms_apart(tmp_path, 60, 5, 2, config, split="train"))}
+    frames = {s.id: s for s in open_source(make_rooms_in_subprocess(tmp_path, 60, 5, 2, config, split="train"))}
     for sample in open_source(folder):
         if sample.kind != "video":
             continue

@@ -1,4 +1,4 @@
-"""Rendering in a process of its own: Mesa and Triton bring two LLVMs, which crash in one process."""
+"""`make_rooms` in a subprocess: Mesa and Triton each bring an LLVM, and the two crash in one process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from fastvst.generate.rooms import RoomsConfig, make_rooms
 
 
-def make_rooms_apart(
+def make_rooms_in_subprocess(
     out: str | Path | None, samples: int, seed: int, workers: int, config: RoomsConfig | None = None, *, split: str
 ) -> str:
-    """`make_rooms` with these arguments, and the folder that it made or found; config None: the default six tasks."""
+    """The folder that `make_rooms` made or found with these arguments; it ran in a spawned process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         job = pool.submit(make_rooms, out, samples, seed, workers, config, split=split)
         return str(job.result())
