@@ -57,7 +57,7 @@ def render(preset: str, samples: int, split: str) -> str:
 
 
 def table(results: Mapping[str, RoomResults]) -> str:
-    """Markdown: one row for each task, one column for each checkpoint, the baselines last. Bold: above the majority."""
+    """Markdown: one row for each task, one column for each checkpoint, then the baselines. Bold: above both."""
     names = list(results)
     lines = ["| task | n | " + " | ".join(names) + " | majority | random |", "| --- |" * (len(names) + 4)]
     lines[1] = "| --- " * (len(names) + 4) + "|"

@@ -47,8 +47,8 @@ class TaskScore:
 
     @property
     def above_majority(self) -> bool:
-        """The model's mean lies above the upper end of the majority baseline's interval."""
-        return self.model.mean > self.majority.high
+        """The model's whole interval lies above the intervals of both baselines."""
+        return self.model.low > max(self.majority.high, self.random.high)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RoomResults:
         """The table that the terminal shows."""
         lines = [f"{'task':<18} {'n':>5}  {'model':<20} {'majority':<20} {'random':<20}"]
         for t in self.tasks:
-            mark = "  above majority" if t.above_majority else ""
+            mark = "  above both baselines" if t.above_majority else ""
             lines.append(f"{t.task:<18} {t.questions:>5}  {t.model!s:<20} {t.majority!s:<20} {t.random!s:<20}{mark}")
         return "\n".join(lines)
 

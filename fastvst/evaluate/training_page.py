@@ -64,7 +64,7 @@ def _score_table(results: RoomResults) -> str:
     note = (
         "<p>Intervals are bootstrapped over rooms. The majority answer is the constant that scores best on the "
         "training rows; the random answer picks among the choices that the question names. Green: the "
-        "model's mean lies above the upper end of the majority interval. 3D detection is scored by F1 at oriented IoU "
+        "model's interval lies above the intervals of both baselines. 3D detection is scored by F1 at oriented IoU "
         "0.15, numbers by a relative tolerance, everything else by equality.</p>"
     )
     return html.table(header, rows, good=[t.above_majority for t in results.tasks]) + note

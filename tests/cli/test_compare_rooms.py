@@ -31,7 +31,7 @@ def test_table_has_every_checkpoint_beside_both_baselines() -> None:
     assert cells[0] == ["task", "n", "SFT", "RL", "majority", "random"]
     assert len({len(row) for row in cells}) == 1
     assert cells[2][:4] == ["depth comparison", "10", "**40.0 [35.0, 45.0]**", "**60.0 [55.0, 65.0]**"]
-    assert cells[3][2] == "20.0 [15.0, 25.0]", "not above the majority's interval: not bold"
+    assert cells[3][2] == "20.0 [15.0, 25.0]", "not above the baselines' intervals: not bold"
     assert cells[-1] == ["mean of tasks", "20", "30.0", "45.0", "20.0", "25.0"]
 
 

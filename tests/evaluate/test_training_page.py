@@ -6,7 +6,8 @@ from PIL import Image
 
 from fastvst.curve import line_chart
 from fastvst.data.sample import Sample
-from fastvst.evaluate.rooms import Question, summarise
+from fastvst.evaluate.rooms import Question, RoomResults, TaskScore, summarise
+from fastvst.evaluate.statistics import Interval
 from fastvst.evaluate.training_page import write_report
 
 BOX = {"bbox_3d": [0.0, 0.0, 3.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "label": "chair"}
@@ -37,7 +38,7 @@ def results():
 def test_baselines_come_from_the_training_rows(results):
     depth = next(t for t in results.tasks if t.task == "depth")
     assert depth.majority_answer == "blue", "held-out rows must not choose the majority answer"
-    assert depth.majority.mean == 0.0 and depth.model.mean == 0.75 and depth.above_majority
+    assert depth.majority.mean == 0.0 and depth.model.mean == 0.75
     assert 0.0 < depth.random.mean < 1.0
 
 
@@ -54,6 +55,24 @@ def test_page_is_one_static_file_with_everything(results, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
     scores = json.loads((tmp_path / "report" / "results.json").read_text())
     assert {row["task"]: row["above_majority"] for row in scores} == {"boxes": False, "depth": True}
+
+
+@pytest.mark.parametrize(
+    "majority, random, above",
+    [
+        (Interval(0.2, 0.1, 0.3), Interval(0.5, 0.45, 0.55), False),  # better than the majority, worse than a guess
+        (Interval(0.5, 0.45, 0.55), Interval(0.2, 0.1, 0.3), False),
+        (Interval(0.3, 0.2, 0.41), Interval(0.2, 0.1, 0.3), False),  # the mean is above both, the interval is not
+        (Interval(0.3, 0.2, 0.39), Interval(0.25, 0.2, 0.3), True),
+    ],
+)
+def test_a_task_is_marked_only_above_both_baselines(majority, random, above, tmp_path):
+    results = RoomResults((TaskScore("depth", 10, Interval(0.45, 0.4, 0.5), majority, random, "left"),))
+    assert results.table().endswith("above both baselines") is above
+    assert results.to_json()[0]["above_majority"] is above
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 2.0}\n')
+    page = write_report(tmp_path / "report", tmp_path / "metrics.jsonl", results, {}).read_text(encoding="utf-8")
+    assert ("<td class=good>45.0 [40.0, 50.0]</td>" in page) is above
 
 
 def test_page_without_results_still_has_the_curve(tmp_path):
