@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can see."""
+"""Rules of CONTRIBUTING that a machine can check: imports, lengths, mechanics, words, and what the documents name."""
 
 import re
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import house
+
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(
-    p for folder in ("fastvst", "kernels", "examples", "bench", "tests") for p in (ROOT / folder).rglob("*.py")
-)
+SOURCES = [ROOT / path for path in house.sources()]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels/README.md"])
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -53,9 +54,49 @@ def test_transformers_does_not_take_the_folder_for_the_package_of_that_name():
     assert python(code, ROOT).stdout.strip() == "False", "not even from the repository's root"
 
 
-def test_files_are_one_idea_long():
-    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500}
-    assert long == {}
+def test_no_import_circle():
+    assert house.circles(house.import_graph()) == []
+
+
+def test_imports_point_down():
+    assert house.upward_imports(house.import_graph()) == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [house.private_imports, house.tuple_assignments, house.too_long, house.format_skips, house.old_words],
+    ids=lambda rule: rule.__name__,
+)
+def test_sources_keep_the_rule(rule):
+    assert [problem for path in house.sources() for problem in rule(path)] == []
+
+
+def test_the_rules_find_what_breaks_them(tmp_path):
+    graph = {"fastvst.data.a": {"fastvst.data.b"}, "fastvst.data.b": {"fastvst.data.a"}, "fastvst.model.c": set()}
+    assert house.circles(graph) == [["fastvst.data.a", "fastvst.data.b"]]
+    assert house.upward_imports({"fastvst.model.c": {"fastvst.data.a"}}) == ["fastvst.model.c imports fastvst.data.a"]
+    assert house.upward_imports({"fastvst.nowhere": set()}) == ["fastvst.nowhere belongs to no level"]
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        '"""An ess' + 'ay."""\nfrom fastvst.data.images import _hidden\na, b = 1, 2\na, b = b, a\n'
+        "c, d = divmod(7, 2)\nx = [1]  # fmt: " + "skip\ndef long():\n" + "    x = 1\n" * 61
+    )
+    assert len(list(house.private_imports(bad))) == 1
+    assert len(list(house.tuple_assignments(bad))) == 1, "a swap and real unpacking are allowed"
+    assert len(list(house.format_skips(bad))) == 1 and len(list(house.old_words(bad))) == 1
+    assert len(list(house.too_long(bad))) == 1
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_that_a_document_names_exist(document):
+    text = document.read_text(encoding="utf-8")
+    top = "fastvst|kernels|examples|tools|bench|tests|docs"
+    named = set(re.findall(rf"(?<![\w/.-])(?:{top})/[\w/.-]*\w", text))
+    named = {name for name in named if not name.startswith("fastvst/results")}
+    links = {match for match in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in match}
+    missing = sorted(n for n in named if not (ROOT / n).exists() and not list(ROOT.glob(n + "*")))
+    missing += sorted(link for link in links if not (document.parent / link).exists())
+    assert missing == []
 
 
 def test_nothing_is_unpickled_and_nothing_is_left_open():

@@ -6,6 +6,7 @@ python tests/support/house.py [PATH ...]    # prints what breaks a rule in the g
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -55,6 +56,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
