@@ -385,7 +385,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     metrics = Metrics(
         out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings, line=lines
     )
-    with metrics, RolloutLog(out, rank=world.rank, first_step=first) as log, RewardPool(config.reward) as pool:
+    log = RolloutLog(out, rank=world.rank, first_step=first)
+    with metrics, RewardPool(config.reward) as pool:
         if world.is_main:
             save_json(config, out / "config.json")
         step = first

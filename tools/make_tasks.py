@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastvst import html
+from fastvst import atomic, html
 from fastvst.data.gallery import STYLE, media
 from fastvst.data.sample import Sample
 from fastvst.generate.presets import ALL_TASKS
@@ -66,7 +66,7 @@ def main() -> None:
     body = "".join(thoughts[task] for task in geometric.TRACES)
     sections.append(("Reasoned rows: what the geometry says, and the plan of the room", body))
     lead = "One rendered example of each of the nineteen tasks, as a training row holds it. Green: the answer."
-    html.write(target, html.page("fastvst: the spatial tasks", lead, sections))
+    atomic.write_text(target, html.page("fastvst: the spatial tasks", lead, sections))
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.evaluate import predictions
 from fastvst.evaluate.errors import write_errors
 from fastvst.evaluate.files import Row, missing_media
@@ -144,7 +145,7 @@ def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace,
     """Let every device answer its share of what is left; all prediction files of `out`."""
     devices = arguments.devices
     for path in out.glob("predictions*.jsonl"):
-        predictions.drop_torn_line(path)
+        jsonl.drop_torn_line(path)
     done = {p.id for path in out.glob("predictions*.jsonl") for p in predictions.read(path)}
     left = [row for row in rows if row.id not in done]
     ids = [[row.id for row in left[rank :: len(devices)]] for rank in range(len(devices))]

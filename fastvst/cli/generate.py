@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvst import jsonl
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
@@ -95,48 +96,41 @@ def generate_file(
     Rows whose id `output` holds are skipped, so a stopped run goes on; a last line without its end is cut off first. A
     row that cannot be read, encoded or fitted gets its reason, and the others go on.
     """
-    from fastvst.evaluate.predictions import drop_torn_line
-
-    drop_torn_line(output)
-    done = {json.loads(line)["id"] for line in _lines(output)} if output.exists() else set()
+    jsonl.append(output, [])
+    done = {row["id"] for row in jsonl.read(output)}
     total = sum(1 for _ in _lines(source))
-    output.parent.mkdir(parents=True, exist_ok=True)
     counts = Counts()
     begin = time.monotonic()
     tokens = 0
     window = max(1, engine.config.max_sequences // params.n)
-    with open(output, "a", encoding="utf-8") as file:
 
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+    def write(row: dict[str, Any]) -> None:
+        jsonl.append(output, [row], ensure_ascii=False)
 
-        for rows in _windows(source, window, done, counts):
-            ready: list[tuple[str, Any]] = []
-            for name, row in rows:
-                try:
-                    ready.append((name, engine.encode(row_sample(row, name, source.parent), params)))
-                except (ValueError, RolloutError, OSError) as error:
-                    counts.failed += 1
-                    write({"id": name, "error": f"{type(error).__name__}: {error}"})
+    for rows in _windows(source, window, done, counts):
+        ready: list[tuple[str, Any]] = []
+        for name, row in rows:
+            try:
+                ready.append((name, engine.encode(row_sample(row, name, source.parent), params)))
+            except (ValueError, RolloutError, OSError) as error:
+                counts.failed += 1
+                write({"id": name, "error": f"{type(error).__name__}: {error}"})
 
-            def keep(index: int, rollouts: list[Rollout], names: Sequence[str] = [n for n, _ in ready]) -> None:  # noqa: B006
-                nonlocal tokens
-                counts.answered += 1
-                tokens += sum(len(r.tokens) for r in rollouts)
-                answers = [
-                    {"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts
-                ]
-                write({"id": names[index], "answers": answers})
+        def keep(index: int, rollouts: list[Rollout], names: Sequence[str] = [n for n, _ in ready]) -> None:  # noqa: B006
+            nonlocal tokens
+            counts.answered += 1
+            tokens += sum(len(r.tokens) for r in rollouts)
+            answers = [{"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts]
+            write({"id": names[index], "answers": answers})
 
-            engine.generate([encoded for _, encoded in ready], params, progress=keep)
-            seconds = time.monotonic() - begin
-            over = counts.answered + counts.failed
-            left = seconds / max(over, 1) * (total - over - counts.skipped)
-            log(
-                f"{over + counts.skipped}/{total} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
-                f"{left:.0f} s left"
-            )
+        engine.generate([encoded for _, encoded in ready], params, progress=keep)
+        seconds = time.monotonic() - begin
+        over = counts.answered + counts.failed
+        left = seconds / max(over, 1) * (total - over - counts.skipped)
+        log(
+            f"{over + counts.skipped}/{total} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
+            f"{left:.0f} s left"
+        )
     return counts
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastvst import html
+from fastvst import atomic, html
 from fastvst.batch import IGNORE
 from fastvst.data.check import CheckReport, check_source
 from fastvst.data.images import MediaError, load_rgb
@@ -29,7 +29,7 @@ FRAMES = 8  # shown of a video
 def write_gallery(report: CheckReport, processor: Processor, folder: str | Path) -> Path:
     """`folder`/index.html with the report and its examples, and `folder`/check.json; returns the page."""
     target = Path(folder) / "index.html"
-    html.write(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
+    atomic.write_text(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
     sections = [("Report", f"{STYLE}<pre>{escape(report.table())}</pre>")]
     for kind, samples in sorted(report.examples.items()):
         cards = "".join(card(sample, processor) for sample in samples)
@@ -40,7 +40,7 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
             (f"Problems ({sum(report.counts.values())})", html.table(("reason", "id", "row", "detail"), rows))
         )
     lead = f"{report.usable} of {report.rows} rows usable"
-    html.write(target, html.page(f"Data check: {report.path}", lead, sections))
+    atomic.write_text(target, html.page(f"Data check: {report.path}", lead, sections))
     return target
 
 

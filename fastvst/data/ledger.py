@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastvst import jsonl
 
 
 class SampleError(ValueError):
@@ -127,26 +129,17 @@ class Ledger:
         self._bytes = -1
         if self.path is None or not Path(self.path).exists():
             return
-        with open(self.path, "r+b") as file:
-            kept = file.read(int(state["bytes"]))
-            file.truncate(len(kept))
-        self._bytes = len(kept)
-        for line in kept.splitlines():
-            row = json.loads(line)
+        self._bytes = min(int(state["bytes"]), Path(self.path).stat().st_size)
+        os.truncate(self.path, self._bytes)
+        for row in jsonl.read(self.path):
             self._written.add((row["source"], row["id"], row["reason"], row["where"]))
 
     def _append(self, row: dict[str, str]) -> None:
         if self.path is None:
             return
-        path = Path(self.path)
         if self._bytes < 0:  # a new run begins a new list
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
-            self._bytes = 0
-        line = (json.dumps(row) + "\n").encode("ascii")
-        with open(path, "ab") as file:
-            file.write(line)
-        self._bytes += len(line)
+            jsonl.write(self.path, [])
+        self._bytes = jsonl.append(self.path, [row])
 
 
 def _fields(error: SampleError) -> dict[str, str]:

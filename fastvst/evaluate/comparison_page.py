@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
-from fastvst import html
+from fastvst import atomic, html
 from fastvst.evaluate.rooms import RoomResults, TaskScore
 
 COLOURS = ("#0b57d0", "#1a7f37", "#bf8700", "#8250df", "#cf222e", "#57606a")
@@ -20,7 +20,7 @@ TOP = 46
 def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
     """Write `out/index.html` (one static file) and `out/rooms.svg`; return the page."""
     picture = bars(results)
-    html.write(out / "rooms.svg", picture)
+    atomic.write_text(out / "rooms.svg", picture)
     note = (
         "<p>Bars: accuracy on rooms that training never saw; lines: 95 % intervals, bootstrapped over rooms. Grey: the "
         "upper end of the interval of the best constant answer. Dotted: a random answer.</p>"
@@ -36,7 +36,8 @@ def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
     )
     target = out / "index.html"
     sections = [("By task", picture + note), ("Figures", table)]
-    html.write(target, html.page("fastvst: rooms", f"{', '.join(names)} on the same held-out questions", sections))
+    lead = f"{', '.join(names)} on the same held-out questions"
+    atomic.write_text(target, html.page("fastvst: rooms", lead, sections))
     return target
 
 

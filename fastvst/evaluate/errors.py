@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from fastvst import atomic
 from fastvst.data.images import MediaError
 from fastvst.data.video import VideoConfig, load_frames, plan_video
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
-from fastvst.html import image_tag, page, table, write
+from fastvst.html import image_tag, page, table
 
 PICTURES = 4
 WIDTH = 360
@@ -37,7 +38,7 @@ def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int 
         ("Scores, per cent [95 % interval]", table(["", "questions", "this run", "paper"], cells)),
         ("Wrong answers", f'<div class="grid">{cards}</div>'),
     ]
-    write(path, page(f"{report.benchmark}: errors", lead, sections))
+    atomic.write_text(path, page(f"{report.benchmark}: errors", lead, sections))
 
 
 def _card(line: Scored, row: Row) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
+
 
 @dataclass(frozen=True)
 class Row:
@@ -91,19 +93,16 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
         ValueError: a missing key, with the row; text that is not JSON, with the line.
     """
     text = path.read_text(encoding="utf-8-sig")
-    rows = []
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); download it again. {download}") from error
     else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}). {download}") from error
+        try:
+            rows = jsonl.parse(text, path)
+        except ValueError as error:
+            raise ValueError(f"{error}. {download}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object. {download}")

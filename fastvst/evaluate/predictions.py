@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.evaluate.files import Row
 
 IDS = ("id", "index", "uid", "question_id", "idx")
@@ -27,18 +28,7 @@ class Prediction:
 
 def append(path: Path, predictions: Sequence[Prediction]) -> None:
     """Add lines at the end; each is whole once this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line without its line feed: the run was stopped while it was written."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            path.write_bytes(whole)
+    jsonl.append(path, [asdict(p) for p in predictions], ensure_ascii=False)
 
 
 def read(path: Path) -> list[Prediction]:
@@ -53,13 +43,7 @@ def read(path: Path) -> list[Prediction]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if cells is None:
-        cells = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): answers may hold U+2028
-            if line.strip():
-                try:
-                    cells.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        cells = jsonl.parse(text, path)
     return [_prediction(cell, f"{path}, entry {number}") for number, cell in enumerate(cells)]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from fastvst import jsonl
 from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
@@ -76,7 +77,7 @@ def answer(
         sampling: how tokens are drawn; max_tokens is `max_new_tokens`.
         log: gets a progress line whenever answers are complete.
     """
-    predictions.drop_torn_line(path)
+    jsonl.drop_torn_line(path)
     done = {p.id for p in predictions.read(path)} if path.exists() else set()
     left = in_order_of_media([row for row in rows if row.id not in done])
     begin = time.monotonic()

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastvst import html
-from fastvst.curve import line_chart
+from fastvst import atomic, html, jsonl
 from fastvst.data.images import load_rgb
 from fastvst.evaluate.rooms import Example, Question, RoomResults
 from fastvst.spatial.boxes import parse_boxes
@@ -21,37 +20,26 @@ TRUTH = (26, 127, 55)
 GUESS = (207, 34, 46)  # green, red
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a torn last line (the run was killed while writing it) is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def write_report(
     out_dir: str | Path, metrics_path: str | Path, results: RoomResults | None, config: dict[str, Any]
 ) -> Path:
     """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page."""
-    rows = [r for r in read_metrics(metrics_path) if "loss" in r]
+    rows = [r for r in jsonl.read(metrics_path) if "loss" in r]
     steps = [float(r["step"]) for r in rows]
     losses = [float(r["loss"]) for r in rows]
     smooth = max(1, len(rows) // 40)
-    sections = [("Training loss", line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
+    sections = [("Training loss", html.line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
     out = Path(out_dir)
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
             ("Held-out samples", '<div class="grid">' + "".join(_card(e) for e in results.examples) + "</div>"),
         ]
-        html.write(out / "results.json", json.dumps(results.to_json(), indent=1))
+        atomic.write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
     lead = f"{len(rows)} logged steps" + (f", final loss {losses[-1]:.3f}" if losses else "")
     target = out / "index.html"
-    html.write(target, html.page("fastvst: supervised fine-tuning", lead, sections))
+    atomic.write_text(target, html.page("fastvst: supervised fine-tuning", lead, sections))
     return target
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fastvst import atomic
 from fastvst.data.sample import Sample
 from fastvst.generate.rooms import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
 from fastvst.reasoning import claims
@@ -153,13 +154,11 @@ def _from_border(angle: float, width: float) -> float:
 
 
 def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
-    """Write rows of SCHEMA as one parquet file, beside and then renamed; returns their number."""
+    """Write rows of SCHEMA as one parquet file, whole or not at all; returns their number."""
     path = Path(path)
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    pq.write_table(table, partial, compression="none", row_group_size=100)
-    partial.replace(path)
+    with atomic.file(path) as partial:
+        pq.write_table(table, partial, compression="none", row_group_size=100)
     return table.num_rows
 
 

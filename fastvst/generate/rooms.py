@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fastvst import atomic
 from fastvst.data.sample import Sample
 from fastvst.reasoning import geometric
 from fastvst.scenes.rooms.render import Renderer, open_renderer
@@ -296,7 +297,7 @@ def make_rooms(
             _fill(partial, samples, split, seed, workers, config, _Progress(progress, samples, target.name))
             (partial / "progress.json").unlink()
             (partial / "rooms.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
-            partial.rename(target)
+            atomic.replace(partial, target)
     return target
 
 
@@ -331,7 +332,7 @@ def _fill(
                 write_file(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
                 done += len(rows)
                 state = {"files": state["files"] + 1, "room": number, "skip": position + 1}
-                _replace(state_file, json.dumps(state))
+                atomic.write_text(state_file, json.dumps(state))
                 rows = []
                 wanted = _file_plan(plan, done)
         empty = empty + 1 if before == done + len(rows) else 0
@@ -414,17 +415,11 @@ def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
 
 
 def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One parquet file of rows of SCHEMA, written beside and renamed."""
-    temporary = path.with_suffix(".tmp")
-    # JPEG does not compress further; row groups of 100 keep a reader's memory small
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="none", row_group_size=100)
-    temporary.replace(path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """One parquet file of rows of SCHEMA, whole or not at all."""
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    with atomic.file(path) as partial:
+        # JPEG does not compress further; row groups of 100 keep a reader's memory small
+        pq.write_table(table, partial, compression="none", row_group_size=100)
 
 
 class _Progress:

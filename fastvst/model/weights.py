@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvst import atomic
 from fastvst.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -75,20 +74,12 @@ def save(
     Raises:
         OSError: disk full, no permission, ... ; what was in `directory` before is untouched.
     """
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic.folder(directory) as partial:
         (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
         (partial / "generation_config.json").write_text(config.generation_json(), encoding="utf-8")
         _write_shards(partial, state, max_shard_bytes)
         if processor is not None:
             processor.save_pretrained(partial)
-        _flush(partial)
-        _replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _find_files(directory: Path) -> list[Path]:
@@ -214,29 +205,3 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _flush(directory: Path) -> None:
-    """To the disk, so that the rename cannot become visible before the content."""
-    for path in [*(p for p in directory.rglob("*") if p.is_file()), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _replace(partial: Path, directory: Path) -> None:
-    """Put `partial` in the place of `directory`, which may exist."""
-    if not directory.exists():
-        os.rename(partial, directory)
-        return
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(directory, old)
-    try:
-        os.rename(partial, directory)
-    except OSError:
-        os.rename(old, directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastvst import jsonl
 from fastvst.data.sample import Sample
 from fastvst.reasoning.bev import draw_bev, object_table
 from fastvst.scenes.scene import Scene
@@ -172,8 +173,8 @@ def ask_teacher(
         TeacherError: the endpoint refuses (status 4xx other than those retried), keeps failing, or answers nonsense.
     """
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {row["id"]: row for row in _read(path)}
+    jsonl.append(path, [])  # creates the file, and cuts off a line that a killed run left torn
+    done = {row["id"]: row for row in jsonl.read(path)}
     bill = Bill()
     pace = _Pace(config.requests_per_minute)
     lock = threading.Lock()
@@ -195,9 +196,8 @@ def ask_teacher(
                 if last:
                     bill.kept = bill.kept + (reason is None)
                     bill.given_up = bill.given_up + (reason is not None)
-                    with open(path, "a", encoding="utf-8") as file:
-                        row = {"id": sample.id, "trace": trace, "reason": reason, "usage": usage}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    row = {"id": sample.id, "trace": trace, "reason": reason, "usage": usage}
+                    jsonl.append(path, [row], ensure_ascii=False)
             if reason is None:
                 return thought(sample, trace)
         return None
@@ -226,28 +226,6 @@ def ask_teacher(
 def _result(future: concurrent.futures.Future) -> list[Sample]:
     sample = future.result()
     return [] if sample is None else [sample]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run; a torn last line (it was killed while writing) is cut off."""
-    if not path.exists():
-        return []
-    rows = []
-    good = 0
-    data = path.read_bytes()
-    for line in data.splitlines(keepends=True):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            rows.pop()
-            break
-        good += len(line)
-    if good < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(good)
-    return rows
 
 
 def thought(sample: Sample, trace: str) -> Sample:

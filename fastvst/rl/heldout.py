@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 
+from fastvst import jsonl
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
 from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import Asked
 from fastvst.train.distributed import World
-from fastvst.train.metrics import rows_before
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def _summary(rows: Sequence[tuple[Prompt, float, float]]) -> dict[str, Any]:
 def write_down(out: Path, row: dict[str, Any], world: World) -> str:
     """Put a row into evaluation.jsonl (rank 0), in place of rows of this and later steps; returns it in words."""
     if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "evaluation.jsonl"
-        path.write_text("".join(rows_before(path, row["step"])) + json.dumps(row) + "\n", encoding="utf-8")
+        jsonl.drop_from_step(path, row["step"])
+        jsonl.append(path, [row])
     tasks = ", ".join(f"{name} {task['reward']:.3f}" for name, task in row["tasks"].items())
     return f"reward {row['reward']:.4f} [{row['low']:.4f}, {row['high']:.4f}], accuracy {row['accuracy']:.4f} ({tasks})"

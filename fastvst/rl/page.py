@@ -10,9 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastvst import html
-from fastvst.curve import line_chart
-from fastvst.evaluate.training_page import read_metrics
+from fastvst import atomic, html, jsonl
 
 CURVES = (
     ("Reward of the sampled answers", "reward", "reward"),
@@ -29,8 +27,8 @@ CLIP = 1200  # characters of an answer
 def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     """Write `<out>/report/index.html` from metrics.jsonl, evaluation.jsonl and rollouts*.jsonl; return the page."""
     out = Path(out)
-    rows = read_metrics(out / "metrics.jsonl")
-    held = read_metrics(out / "evaluation.jsonl") if (out / "evaluation.jsonl").exists() else []
+    rows = jsonl.read(out / "metrics.jsonl")
+    held = jsonl.read(out / "evaluation.jsonl") if (out / "evaluation.jsonl").exists() else []
     sections = []
     if held:
         sections.append(("Reward on questions that training never saw", _held_out(held)))
@@ -38,18 +36,18 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     smooth = max(1, len(rows) // 20)
     for title, key, unit in CURVES:
         values = [float(r.get(key, math.nan)) for r in rows]
-        sections.append((title, line_chart(steps, values, x_label="step", y_label=unit, smooth=smooth)))
-    groups = [g for file in sorted(out.glob("rollouts*.jsonl")) for g in read_metrics(file)]
+        sections.append((title, html.line_chart(steps, values, x_label="step", y_label=unit, smooth=smooth)))
+    groups = [g for file in sorted(out.glob("rollouts*.jsonl")) for g in jsonl.read(file)]
     sections.append(("Rollouts", _rollouts(groups, out)))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
     lead = f"{len(rows)} steps, {sum(int(r.get('answers', 0)) for r in rows):,} answers"
     target = out / "report" / "index.html"
-    html.write(target, html.page("fastvst: reinforcement learning", lead, sections))
+    atomic.write_text(target, html.page("fastvst: reinforcement learning", lead, sections))
     return target
 
 
 def _held_out(rows: Sequence[dict[str, Any]]) -> str:
-    chart = line_chart(
+    chart = html.line_chart(
         [float(r["step"]) for r in rows], [float(r["reward"]) for r in rows], x_label="step", y_label="reward"
     )
     first = rows[0]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.data.images import load_rgb
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.rewards.verifiable import Reward
-from fastvst.train.metrics import rows_before
 
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
 PICTURES = 2  # questions of each step whose pictures are kept
@@ -55,24 +53,16 @@ class RolloutLog:
         self.out = out
         self.path = out / ("rollouts.jsonl" if rank == 0 else f"rollouts-{rank:05d}.jsonl")
         out.mkdir(parents=True, exist_ok=True)
-        keep = rows_before(self.path, first_step)
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(keep)
-        self._file.flush()
-
-    def __enter__(self) -> RolloutLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
+        jsonl.drop_from_step(self.path, first_step)
 
     def write(self, step: int, asked: Sequence[Asked]) -> None:
         """Append a step. Pictures of the first kept questions go to <out>/rollouts/."""
         shown = [a for a in asked if a.verdict == "keep"][:PICTURES]
+        rows = []
         for one in asked:
             pictures = self._pictures(step, one.prompt) if any(one is s for s in shown) else []
-            self._file.write(json.dumps(_row(step, one, pictures), default=str) + "\n")
-        self._file.flush()
+            rows.append(_row(step, one, pictures))
+        jsonl.append(self.path, rows, default=str)
 
     def _pictures(self, step: int, prompt: Prompt) -> list[str]:
         folder = self.out / "rollouts"

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from fastvst import atomic
 from fastvst.train.distributed import World
 
 MARKER = "COMPLETE"
@@ -236,17 +237,10 @@ def check(path: Path) -> None:
 
 
 def commit(partial: Path, target: Path) -> None:
-    """Mark `partial` as complete, flush it to disk, and rename it to `target` (replacing an incomplete one)."""
+    """Mark `partial` as complete, flush it to the disk, and rename it to `target` (replacing an incomplete one)."""
     files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
     _write_json(partial / MARKER, {"files": files})
-    for path in [*partial.rglob("*"), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    atomic.replace(partial, target)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastvst import jsonl
 
 _ENOUGH = 16  # accepted steps before anything counts as a spike
 
@@ -103,8 +104,7 @@ def write_down(config: GuardConfig, recent: Recent, out: Path, row: dict[str, An
     """
     step = row["step"]
     reason = row["reason"]
-    with (out / f"skipped-{row['rank']:05d}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    jsonl.append(out / f"skipped-{row['rank']:05d}.jsonl", [row])
     print(f"rank {row['rank']}, step {step + 1} skipped, {reason}: {row['packs']}", flush=True)
     if recent.in_a_row >= config.patience:
         raise GuardError(

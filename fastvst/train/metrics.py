@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
+from fastvst import jsonl
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,12 @@ class Metrics:
         if config.wandb:
             module = _optional("wandb", "wandb", "log.wandb")
             self._wandb = module.init(project=config.wandb, dir=str(out), config=settings, resume="allow")
-        keep = rows_before(self.path, first_step)
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(keep)
-        self._file.flush()
+        jsonl.drop_from_step(self.path, first_step)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.is_main:
-            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -93,8 +89,7 @@ class Metrics:
         old = self._seconds_per_step
         self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds  # about the last ten steps
         row["eta"] = round((self.total_steps - step - 1) * self._seconds_per_step, 1)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        jsonl.append(self.path, [row])
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         if self._board is not None:
             for name, value in numbers.items():
@@ -139,20 +134,6 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts KiB
-
-
-def rows_before(path: Path, first_step: int) -> list[str]:
-    """Lines of a JSONL file whose `step` is below `first_step`; a line torn by a kill ends them."""
-    if first_step == 0 or not path.exists():
-        return []
-    keep = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                keep.append(line + "\n")
-        except json.JSONDecodeError:  # torn by a kill; only the last line can be
-            break
-    return keep
 
 
 def _optional(module: str, package: str, option: str) -> Any:

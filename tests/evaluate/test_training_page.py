@@ -4,11 +4,11 @@ import re
 import pytest
 from PIL import Image
 
-from fastvst.curve import line_chart
 from fastvst.data.sample import Sample
 from fastvst.evaluate.rooms import Question, RoomResults, TaskScore, summarise
 from fastvst.evaluate.statistics import Interval
 from fastvst.evaluate.training_page import write_report
+from fastvst.html import line_chart
 
 BOX = {"bbox_3d": [0.0, 0.0, 3.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], "label": "chair"}
 

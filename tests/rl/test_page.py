@@ -44,25 +44,25 @@ def asked(number: int, texts: list[str], rewards: list[float], verdict: str = "k
 def test_the_log_has_every_answer_and_a_resumed_run_writes_its_steps_again(tmp_path: Path) -> None:
     group = asked(0, UGLY, [0, 0, 1, 0, 0])
     group.advantages = [-0.5, -0.5, 2.0, -0.5, -0.5]
-    with RolloutLog(tmp_path, rank=0, first_step=0) as log:
-        for step in range(3):
-            log.write(step, [group, asked(1, ["3"], [1], "too_easy")])
+    log = RolloutLog(tmp_path, rank=0, first_step=0)
+    for step in range(3):
+        log.write(step, [group, asked(1, ["3"], [1], "too_easy")])
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 0, 1, 1, 2, 2] and [r["verdict"] for r in rows[:2]] == ["keep", "too_easy"]
     assert [a["text"] for a in rows[0]["answers"]] == UGLY and rows[0]["answers"][2]["advantage"] == 2
     assert len(rows[0]["pictures"]) == 1 and rows[1]["pictures"] == [] and (tmp_path / rows[0]["pictures"][0]).exists()
     with (tmp_path / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 2, "torn')
-    with RolloutLog(tmp_path, rank=0, first_step=2) as log:
-        log.write(2, [group])
+    log = RolloutLog(tmp_path, rank=0, first_step=2)
+    log.write(2, [group])
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 0, 1, 1, 2]
 
 
 def test_the_page_escapes_what_models_and_rows_say(tmp_path: Path) -> None:
     group = asked(0, UGLY, [0, 0, 1, 0, 0], task="<i>task</i>")
-    with RolloutLog(tmp_path, rank=0, first_step=0) as log:
-        log.write(0, [group])
+    log = RolloutLog(tmp_path, rank=0, first_step=0)
+    log.write(0, [group])
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "answers": 5}\n')
     row = held_out(0, [question(0)], [asked(0, ["3"], [1.0])], WORLD)
     write_down(tmp_path, row, WORLD)
