@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from fastvst.scenes.rooms.render import Renderer
+    from fastvst.scenes.rooms.render_base import Renderer
     from fastvst.scenes.scene import Scene
 
 

@@ -1,7 +1,7 @@
-"""The annotation schema that every task reads: objects with oriented boxes, room outline, posed views.
+"""The annotation schema that every task reads: objects with oriented boxes, the outline of the room, posed views.
 
-Nothing here knows of our renderer. An adapter for RGB-D scans or for Omni3D-style JSON fills the same classes: depth
-and instance ids are optional, and a single image without a world uses the identity pose (world = camera frame).
+The renderer of rooms and the adapters for scans and Omni3D JSON all fill these classes. Depth and instance ids are
+optional. A single image without a world has the identity pose (world = camera frame).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fastvst.spatial.camera import Camera
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One annotated thing. `id` > 0 is unique in the scene (0 is walls, floor and whatever has no annotation).
+    """One annotated object. `id` > 0 is unique in the scene; id 0 means walls, floor and everything not annotated.
 
-    `box`: nine numbers in the world frame, metres and degrees (see boxes.py). In the local frame of the box X is width,
-    Y points down (its size is the height) and Z goes from front to back, so a piece that faces a level camera squarely
-    has zero angles in that camera's frame.
+    `box`: nine numbers in the world frame, metres and degrees (see boxes.py). In the local frame of the box X is the
+    width, Y points down (its size is the height) and Z goes from front to back. An object that faces a level camera
+    has zero angles in the frame of that camera.
     """
 
     id: int
@@ -46,9 +46,10 @@ class SceneObject:
 class Sighting:
     """How one object appears in one view.
 
-    `visibility` in [0, 1]: share of the object's surface points that land on a pixel showing the object (occlusion and
-    truncation both count). `pixels`: visible pixel count. `box_2d`: x1, y1, x2, y2 of the visible pixels. `point`: a
-    pixel (u, v) well inside the visible part, where a dot can be drawn. `depth`: planar depth at `point`, metres.
+    `visibility` in [0, 1]: share of the object's surface points that project to a pixel of the object; occlusion and
+    truncation both reduce it. `pixels`: number of visible pixels. `box_2d`: x1, y1, x2, y2 of the visible pixels.
+    `point`: pixel coordinates (u, v) well inside the visible part, where a dot can be drawn. `depth`: planar depth at
+    `point`, metres.
     """
 
     object_id: int
@@ -61,8 +62,8 @@ class Sighting:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One picture: `image` (H, W, 3) uint8; `depth` (H, W) float32 planar metres, 0 or inf where unknown, or None;
-    `ids` (H, W) int32 object ids, or None; `sightings` of the objects in it."""
+    """One posed image: `image` (H, W, 3) uint8; `sightings` of its objects; `depth` (H, W) float32, planar, metres, 0
+    or inf where unknown, or None; `ids` (H, W) int32 object ids, or None."""
 
     camera: Camera
     image: np.ndarray
@@ -73,12 +74,14 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A room: `name` unique in its data set; `polygon` (K, 2) counter-clockwise outline on the floor in metres, or
-    None; `pairs`: indices of views worth comparing, as (first, second, kind) with kind "motion", "overlap" or "wide";
-    `walk`: indices of the frames of a video in order, taken `fps` times a second.
+    """An annotated place. `name` is unique in its data set.
 
-    Directions, routes and videos need a world with Z up. A single picture with the identity pose has neither `pairs`
-    nor `walk`, so it is never asked about these.
+    `polygon`: outline on the floor (K, 2), counter-clockwise, metres, or None. `pairs`: views to compare, as (index of
+    the first, index of the second, kind) with kind "motion", "overlap" or "wide". `walk`: indices of the frames of a
+    video in order, `fps` frames a second.
+
+    Questions about directions, routes and videos need a world with Z up. A single image with the identity pose has
+    neither `pairs` nor `walk` and therefore gets none of them.
     """
 
     name: str
@@ -92,28 +95,31 @@ class Scene:
     metadata: dict = field(default_factory=dict)
 
     def object(self, object_id: int) -> SceneObject:
-        """The object with this id; KeyError names the scene."""
+        """The object with this id.
+
+        Raises:
+            KeyError: no such object; the message names the scene.
+        """
         for item in self.objects:
             if item.id == object_id:
                 return item
         raise KeyError(f"scene {self.name!r} has no object with id {object_id}")
 
     def stills(self) -> list[int]:
-        """Indices of the views that are neither the second of a pair nor in the video: for single-image questions."""
+        """Indices of the views for single-image questions: neither second in a pair nor part of the video."""
         seconds = {second for _, second, _ in self.pairs} | set(self.walk)
         return [k for k in range(len(self.views)) if k not in seconds]
 
     def boxes_in_view(self, view: View, object_ids: list[int]) -> np.ndarray:
-        """(N, 9) boxes of these objects in the camera frame of `view`, metres and degrees."""
+        """Boxes (N, 9) of these objects in the camera frame of `view`, metres and degrees."""
         return to_camera_frame([self.object(i).box for i in object_ids], view.camera)
 
 
 def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[int, np.ndarray]) -> tuple[Sighting, ...]:
-    """Sightings from a depth map and an id map.
+    """Sightings of all objects in a depth map (H, W) and an id map (H, W).
 
-    `surface`: world points (S, 3) spread over each object's surface, by object id. The dot goes to the visible pixel
-    that is deepest inside the object's mask (erosion by a cross, so dots never sit on the rim of anything that has an
-    inside).
+    `surface`: object id -> world points (S, 3) spread over the surface. `Sighting.point` is the pixel deepest inside
+    the object's mask (erosion by a cross), so it is never on the rim of a mask that has an inside.
     """
     sightings = []
     height, width = ids.shape
@@ -149,8 +155,8 @@ def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[in
 def wide_pairs(
     views: list[View], frames: tuple[int, ...], rng: np.random.Generator, count: int
 ) -> list[tuple[int, int, str]]:
-    """Up to `count` pairs of frames, each (index, index, "wide"), turned by 35-100 degrees, that share at least two
-    well seen things."""
+    """Up to `count` pairs (index, index, "wide") of frames whose viewing directions differ by 35-100 degrees and that
+    both show the same two or more objects clearly. No frame is in two pairs."""
     seen = {k: {s.object_id for s in views[k].sightings if s.visibility >= 0.3 and s.pixels >= 60} for k in frames}
     found: list[tuple[int, int, str]] = []
     for k in rng.permutation(len(frames) ** 2):
@@ -165,7 +171,7 @@ def wide_pairs(
 
 
 def _deepest(mask: np.ndarray) -> tuple[int, int]:
-    """Row and column inside a mask (H, W) that survives the most erosions; ties go to the pixel nearest the middle."""
+    """Row and column of the mask (H, W) that survive the most erosions; of several the one nearest their middle."""
     padded = np.pad(mask, 1)
     while True:
         core = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

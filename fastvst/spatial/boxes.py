@@ -1,7 +1,8 @@
 """Oriented 3D boxes with nine degrees of freedom: corners, exact IoU, distances, and VST's answer text.
 
 A box is [x, y, z, x_size, y_size, z_size, pitch, yaw, roll]: centre and sizes in metres, rotations about X, Y and Z in
-degrees, applied in that order about fixed axes (SciPy's lower-case "xyz": R = Rz Ry Rx), local to parent frame.
+degrees. The rotations apply in that order about fixed axes (SciPy's lower-case "xyz": R = Rz Ry Rx) and map the local
+frame of the box to its parent frame.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIGNS = np.array(
     dtype=np.float64,
 )
 EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
-_MIN_SIZE = 1e-6  # metres; thinner boxes have no volume to compare
+_MIN_SIZE = 1e-6  # metres; a thinner box counts as empty
 
 
 def rotations(degrees: np.ndarray) -> np.ndarray:
@@ -38,10 +39,10 @@ def rotations(degrees: np.ndarray) -> np.ndarray:
 
 
 def angles(matrices: np.ndarray) -> np.ndarray:
-    """(N, 3, 3) rotations -> (N, 3) degrees about X, Y, Z, inverse of `rotations`; Z is 0 where the axes are locked."""
+    """(N, 3, 3) rotations -> (N, 3) degrees about X, Y, Z, the inverse of `rotations`; Z is 0 in gimbal lock."""
     m = np.asarray(matrices, dtype=np.float64)
     locked = np.abs(m[..., 2, 0]) > 1 - 1e-12
-    # When locked only rx -/+ rz is defined: with rz = 0 the middle row is (0, cos rx, -sin rx).
+    # In gimbal lock only rx -/+ rz is defined; with rz = 0 the middle row is (0, cos rx, -sin rx).
     rx = np.where(locked, np.arctan2(-m[..., 1, 2], m[..., 1, 1]), np.arctan2(m[..., 2, 1], m[..., 2, 2]))
     ry = np.arcsin(np.clip(-m[..., 2, 0], -1, 1))
     rz = np.where(locked, 0.0, np.arctan2(m[..., 1, 0], m[..., 0, 0]))
@@ -69,22 +70,27 @@ def corners(boxes: Any) -> np.ndarray:
 
 
 def to_camera_frame(boxes: Any, camera: Camera) -> np.ndarray:
-    """(N, 9) boxes in the world -> (N, 9) in the camera frame, sizes unchanged."""
+    """(N, 9) boxes in the world frame -> (N, 9) in the camera frame; sizes do not change."""
     b = _as_boxes(boxes)
     turned = camera.rotation @ rotations(b[:, 6:9])
     return np.concatenate([to_camera(camera, b[:, :3]), b[:, 3:6], angles(turned)], axis=1)
 
 
 def _halfspaces(axes: np.ndarray, half: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outward normals (P, 6, 3) and offsets (P, 6) of the faces: inside is n . x <= b. `axes` (P, 3, 3): local axes
-    as rows in the parent frame; `half` (P, 3) half sizes; `centre` (P, 3)."""
+    """Outward normals (P, 6, 3) and offsets (P, 6) of the faces; a point x is inside if n . x <= offset.
+
+    `axes` (P, 3, 3): local axes as rows in the parent frame; `half` (P, 3) half sizes; `centre` (P, 3).
+    """
     normals = np.concatenate([axes, -axes], axis=1)
     return normals, np.concatenate([half, half], axis=1) + np.einsum("pij,pj->pi", normals, centre)
 
 
 def _snap(axes_a: np.ndarray, axes_b: np.ndarray) -> np.ndarray:
-    """axes_b (P, 3, 3) with every axis that is within 3e-9 rad of one of axes_a replaced by it. Two planes that close
-    meet in a line that float64 cannot place; the change moves the volume by less than 1e-8 of itself."""
+    """axes_b (P, 3, 3) in which every axis within 3e-9 rad of an axis of axes_a is replaced by that axis.
+
+    Two planes that are so nearly parallel meet in a line that float64 cannot place. The change moves the volume by
+    less than 1e-8 of itself.
+    """
     sine = np.linalg.norm(np.cross(axes_a[:, :, None], axes_b[:, None, :]), axis=-1)  # (P, 3 of a, 3 of b)
     nearest = sine.argmin(1)  # (P, 3)
     partner = np.take_along_axis(axes_a, nearest[..., None], axis=1)
@@ -93,7 +99,7 @@ def _snap(axes_a: np.ndarray, axes_b: np.ndarray) -> np.ndarray:
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """np.cross of (..., 3) arrays, in half of its time."""
+    """`np.cross` of (..., 3) arrays, in half the time."""
     (ax, ay, az) = np.moveaxis(a, -1, 0)
     (bx, by, bz) = np.moveaxis(b, -1, 0)
     result = np.empty_like(a)
@@ -109,13 +115,13 @@ _PAIRS = np.array([(i, j) for i in range(12) for j in range(i + 1, 12) if not (i
 def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Volume of a[p] and b[p] for (P, 9) boxes, by Lasserre's formula (1983) over the twelve faces.
 
-    A polytope {n_i . x <= b_i} has volume 1/3 sum_i b_i area_i, each face area is 1/2 sum_j d_ij length_ij over its
-    edges, and the edge of two faces is their common line cut by the other ten. No polygon is ever ordered or stored, so
-    everything is one array expression. The formula counts a face twice where two boxes share its plane; b is therefore
-    grown by 1e-11 of its size, far above rounding (1e-15) and below the 1e-9 asked of the result.
+    A polytope {n_i . x <= b_i} has volume 1/3 sum_i b_i area_i. Each face has area 1/2 sum_j d_ij length_ij over its
+    edges. The edge of two faces is their common line, clipped by the other ten. No polygon is ordered or stored, so the
+    whole computation is array expressions. The formula counts a face twice where both boxes have it in one plane.
+    Therefore b grows by 1e-11 of its size: far above rounding (1e-15), far below the tolerance of the result (1e-9).
     """
     axes_a, axes_b = (rotations(x[:, 6:9]).transpose(0, 2, 1) for x in (a, b))
-    na, oa = _halfspaces(axes_a, a[:, 3:6] / 2, np.zeros((len(a), 3)))  # the origin is a's centre: small numbers
+    na, oa = _halfspaces(axes_a, a[:, 3:6] / 2, np.zeros((len(a), 3)))  # origin: centre of a
     nb, ob = _halfspaces(_snap(axes_a, axes_b), b[:, 3:6] / 2 * (1 + 1e-11), b[:, :3] - a[:, :3])
     n = np.concatenate([na, nb], 1)
     o = np.concatenate([oa, ob], 1)  # (P, 12, 3), (P, 12)
@@ -126,7 +132,7 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     oj = o[:, j]  # (P, 60, 3), (P, 60)
     direction = _cross(ni, nj)
     sine2 = np.einsum("pek,pek->pe", direction, direction)
-    parallel = sine2 < 1e-20  # only equal planes are left here, see _snap
+    parallel = sine2 < 1e-20  # after _snap only equal planes are parallel
     sine2 = np.where(parallel, 1.0, sine2)
     sine = np.sqrt(sine2)
     point = (oi[..., None] * _cross(nj, direction) + oj[..., None] * _cross(direction, ni)) / sine2[..., None]
@@ -148,21 +154,13 @@ def _intersection_volumes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     cosine = np.einsum("pek,pek->pe", ni, nj)
     di = (oj - cosine * oi) / sine
-    dj = (oi - cosine * oj) / sine  # distance of the edge from each face's own foot point
+    dj = (oi - cosine * oj) / sine  # distance of the edge from the foot point of each face
     volume = ((oi * di + oj * dj) * length).sum(-1) / 6
     return np.maximum(volume, 0.0)
 
 
-def intersection_volume(a: Any, b: Any) -> np.ndarray:
-    """Exact intersection volumes (N, M) in cubic metres of two box sets (N, 9) and (M, 9)."""
-    a = _as_boxes(a)
-    b = _as_boxes(b)
-    rows, columns = (index.ravel() for index in np.indices((len(a), len(b))))
-    return _pair_volumes(a, b, rows, columns).reshape(len(a), len(b))
-
-
 def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(P,) intersection volumes of a[rows[p]] and b[columns[p]]; far, thin and not finite ones are 0."""
+    """(P,) intersection volumes of a[rows[p]] and b[columns[p]]; 0 for boxes that are far apart, thin or not finite."""
     good_a, good_b = (np.isfinite(x).all(1) & (x[:, 3:6] > _MIN_SIZE).all(1) for x in (a, b))
     centre_a = np.where(good_a[:, None], a[:, :3], 0.0)
     centre_b = np.where(good_b[:, None], b[:, :3], 0.0)
@@ -173,15 +171,18 @@ def _pair_volumes(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.nd
     near = np.nonzero((gap2 < (reach_a[rows] + reach_b[columns]) ** 2) & good_a[rows] & good_b[columns])[0]
     near = near[~_separated(a, b, rows[near], columns[near])]
     result = np.zeros(len(rows))
-    for first in range(0, len(near), 256):  # 256 pairs x 60 edges x 12 faces x 8 bytes = 1.5 MB an array: in cache
+    # 256 pairs x 60 edges x 12 faces x 8 bytes = 1.5 MB per array: fits into the cache.
+    for first in range(0, len(near), 256):
         chosen = near[first : first + 256]
         result[chosen] = _intersection_volumes(a[rows[chosen]], b[columns[chosen]])
     return result
 
 
 def _separated(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(P,) bool: a face of either box has the whole other box in front of it. A tenth of the work of a volume; leaves
-    only the few separate pairs that no face tells apart."""
+    """(P,) bool: the plane of a face of one box separates it from the other box.
+
+    The test costs a tenth of a volume. It misses only the few separate pairs that no face plane separates.
+    """
     turn_a = rotations(a[:, 6:9])[rows]
     turn_b = rotations(b[:, 6:9])[columns]
     offset = b[columns, :3] - a[rows, :3]
@@ -196,8 +197,8 @@ def _separated(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarr
 def iou_3d(a: Any, b: Any) -> np.ndarray:
     """Exact intersection over union (N, M), float64, of oriented boxes (N, 9) and (M, 9) in metres and degrees.
 
-    Boxes that are not finite or thinner than 1e-6 m in any direction have IoU 0 with everything, as in VST's evaluator.
-    Spheres reject far pairs first. Agrees with half-space intersection to 1e-9.
+    A box that is not finite, or thinner than 1e-6 m in any direction, has IoU 0 with every box, as in VST's evaluator.
+    Bounding spheres reject far pairs first. The result agrees with half-space intersection to 1e-9.
 
     Raises:
         ValueError: another shape than (N, 9).
@@ -209,7 +210,7 @@ def iou_3d(a: Any, b: Any) -> np.ndarray:
 
 
 def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
-    """`[iou_3d(a, b) for a, b in sets]`, all pairs of all sets in one go: for many small sets ten times as fast.
+    """`[iou_3d(a, b) for a, b in sets]`, computed for all pairs at once: ten times as fast for many small sets.
 
     Raises:
         ValueError: another shape than (N, 9).
@@ -220,12 +221,12 @@ def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
     counts_a, counts_b = (np.array([len(box) for box in side]) for side in zip(*pairs, strict=True))
     sizes = counts_a * counts_b
     ends = np.cumsum(sizes)
-    inside = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)  # number of the pair in its set, row by row
+    inside = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)  # index of the pair in its set, row by row
     width = np.repeat(counts_b, sizes)
     rows = inside // width + np.repeat(np.cumsum(counts_a) - counts_a, sizes)
     columns = inside % width + np.repeat(np.cumsum(counts_b) - counts_b, sizes)
-    every_a, every_b = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    iou = _pair_iou(every_a, every_b, rows, columns)
+    all_a, all_b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    iou = _pair_iou(all_a, all_b, rows, columns)
     shapes = zip(ends - sizes, ends, counts_a, counts_b, strict=True)
     return [iou[first:end].reshape(shape) for first, end, *shape in shapes]
 
@@ -242,8 +243,11 @@ def _pair_iou(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.ndarra
 
 
 def _segment_distance(p: np.ndarray, u: np.ndarray, q: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Least distance of segments p + s u and q + t v, 0 <= s, t <= 1, elementwise over (..., 3). Interiors only: the
-    ends are covered by corner-to-box distances, so parallel segments and clamped solutions may return too much."""
+    """Distance of the segments p + s u and q + t v, 0 <= s, t <= 1, elementwise over (..., 3).
+
+    Exact only where both nearest points are interior. `box_distance` covers the ends by corner-to-box distances, so
+    parallel segments and clamped solutions may return too much.
+    """
     w = p - q
     a = (u * u).sum(-1)
     b = (u * v).sum(-1)
@@ -260,13 +264,13 @@ def _segment_distance(p: np.ndarray, u: np.ndarray, q: np.ndarray, v: np.ndarray
 
 
 def box_distance(a: Any, b: Any) -> float:
-    """Least distance in metres between the surfaces of two boxes (9,); 0 when they meet or overlap."""
+    """Smallest distance in metres between two boxes (9,); 0 if they touch or overlap."""
     pair = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
     points = corners(pair)
     turn = rotations(pair[:, 6:9])
     axes = [*turn[0].T, *turn[1].T, *np.cross(turn[0].T[:, None], turn[1].T[None]).reshape(9, 3)]
     axes = [axis / np.linalg.norm(axis) for axis in axes if np.linalg.norm(axis) > 1e-9]
-    spans = points @ np.array(axes).T  # (2, 8, axes): separating axis test
+    spans = points @ np.array(axes).T  # (2, 8, axes), for the separating-axis test
     if ((spans[0].min(0) <= spans[1].max(0)) & (spans[1].min(0) <= spans[0].max(0))).all():
         return 0.0
     best = np.inf
@@ -284,16 +288,16 @@ def box_distance(a: Any, b: Any) -> float:
 
 def _number(value: float) -> float:
     rounded = round(float(value), 2)
-    return 0.0 if rounded == 0 else rounded  # no "-0.0"
+    return 0.0 if rounded == 0 else rounded  # never "-0.0"
 
 
 def format_boxes(boxes: Any, labels: list[str]) -> str:
-    """VST's answer text: a fenced JSON list, one compact object a line after a tab; 2 decimals, angles / 180.
+    """VST's answer text for boxes (N, 9) in the camera frame, metres and degrees.
 
-    boxes (N, 9) in metres and degrees in the camera frame.
+    A fenced JSON list: one compact object a line after a tab, numbers with 2 decimals, angles divided by 180.
 
     Raises:
-        ValueError: another number of labels than boxes.
+        ValueError: len(labels) != len(boxes).
     """
     b = _as_boxes(boxes)
     if len(b) != len(labels):
@@ -312,10 +316,10 @@ _TAG = re.compile(r"<3dbbox>(.*?)</3dbbox>", re.DOTALL)
 
 
 def parse_boxes(text: str) -> tuple[np.ndarray, list[str]]:
-    """Boxes (N, 9) in metres and degrees, and labels, out of an answer in VST's form.
+    """Boxes (N, 9) in metres and degrees, and their labels, from an answer in VST's form. Never raises.
 
-    Reads the first fenced block opened by a line "```json" (or, for old files, `<3dbbox>` tags, label ""). Entries
-    whose box is not nine finite numbers are dropped; anything else that is wrong gives no boxes. Never raises on text.
+    Reads the first fenced block opened by a line "```json", or, in answers of older models, `<3dbbox>` tags (label "").
+    Drops entries whose box is not nine finite numbers. Any other error in the text gives no boxes.
     """
     empty = np.zeros((0, 9))
     lines = text.split("\n")
@@ -350,7 +354,7 @@ def parse_boxes(text: str) -> tuple[np.ndarray, list[str]]:
     return array, labels
 
 
-_NUMBERS = frozenset((int, float))  # what JSON and float() make; a bool is neither
+_NUMBERS = frozenset((int, float))  # the types that JSON and float() return; excludes bool
 
 
 def _is_box(numbers: Any) -> bool:

@@ -1,8 +1,7 @@
 """Pinhole cameras and the field-of-view unification of Visual Spatial Tuning.
 
-Frames: world with Z up and the floor at Z = 0; camera with X right, Y down, Z forward (Omni3D, VST). Pixel
-coordinates are continuous: the image spans [0, width] x [0, height] and the centre of the pixel in column i is u = i
-+ 0.5.
+Frames: the world has Z up; the camera has X right, Y down, Z forward (as in Omni3D and VST). Pixel coordinates are
+continuous: the image spans [0, width] x [0, height], and the centre of the pixel in column i is at u = i + 0.5.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BASE_WIDTH = 960  # VST's virtual camera: the field of view of SUN RGB-D's Kinect v2 at 960 px
+# VST's virtual camera: the field of view of SUN RGB-D's Kinect v2 at a width of 960 pixels.
+BASE_WIDTH = 960
 BASE_HFOV = 69.16
 
 
@@ -37,9 +37,9 @@ class Camera:
 
 
 def look(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """World-to-camera rotation (3, 3) of a camera that starts level, facing world +Y, with angles in degrees.
+    """World-to-camera rotation (3, 3) of a camera that starts level and faces world +Y; angles in degrees.
 
-    yaw turns to the left (counter-clockwise from above), negative pitch looks down, positive roll turns the camera
+    Positive yaw turns left (counter-clockwise from above), negative pitch looks down, positive roll turns the camera
     clockwise about its viewing direction.
     """
     y, p, r = (math.radians(a) for a in (yaw, pitch, roll))
@@ -52,21 +52,21 @@ def look(yaw: float, pitch: float, roll: float) -> np.ndarray:
 
 
 def place(camera: Camera, position: np.ndarray, rotation: np.ndarray) -> Camera:
-    """The same intrinsics at world `position` (3,) with world-to-camera `rotation` (3, 3)."""
+    """A camera with the same intrinsics at world `position` (3,) with world-to-camera `rotation` (3, 3)."""
     return Camera(
         camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy, rotation, -rotation @ position
     )
 
 
 def to_camera(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """World points (..., 3) to the camera frame (..., 3), metres."""
+    """World points (..., 3) -> camera frame (..., 3), metres."""
     return points @ camera.rotation.T + camera.translation
 
 
 def project(camera: Camera, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """World points (..., 3) to pixel coordinates (..., 2) and depth (...) along Z in metres.
+    """World points (..., 3) -> pixel coordinates (..., 2) and depth (...) along Z in metres.
 
-    Points with depth <= 0 are behind the camera: their pixel coordinates mean nothing (but are finite).
+    Points with depth <= 0 are behind the camera; their pixel coordinates are finite but meaningless.
     """
     local = to_camera(camera, points)
     depth = local[..., 2]
@@ -77,26 +77,25 @@ def project(camera: Camera, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def unproject(camera: Camera, pixels: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Pixel coordinates (..., 2) and planar depth (...) in metres to world points (..., 3)."""
+    """Pixel coordinates (..., 2) and planar depth (...) in metres -> world points (..., 3)."""
     x = (pixels[..., 0] - camera.cx) / camera.fx * depth
     y = (pixels[..., 1] - camera.cy) / camera.fy * depth
     return (np.stack([x, y, depth], -1) - camera.translation) @ camera.rotation
 
 
 def fov(width: int, height: int, fx: float) -> tuple[float, float]:
-    """Horizontal and vertical field of view in degrees, `fx` used for both (VST ignores f_y and the principal
-    point)."""
+    """Horizontal and vertical field of view in degrees, both from `fx`: VST ignores f_y and the principal point."""
     return math.degrees(2 * math.atan(width / (2 * fx))), math.degrees(2 * math.atan(height / (2 * fx)))
 
 
 def unify_fov(
     width: int, height: int, fx: float, *, base_width: int = BASE_WIDTH, base_hfov: float = BASE_HFOV
 ) -> tuple[int, int, float, float]:
-    """Size at which an image has the focal length of VST's virtual camera, and its field of view.
+    """Image size that gives the focal length of VST's virtual camera, and the field of view of the image.
 
-    The target focal length is f* = base_width / (2 tan(base_hfov / 2)) = 696.32 px by default; the new size is
-    int(width f* / fx), int(height f* / fx), truncated as in VST. Metric labels stay as they are. A smaller `base_width`
-    scales all images down alike (for small models); the angles do not depend on it.
+    The target focal length is f* = base_width / (2 tan(base_hfov / 2)), 696.32 px by default. The new size is
+    int(width f* / fx), int(height f* / fx), truncated as in VST. Metric labels stay valid. A smaller `base_width`
+    scales all images down by one factor (for small models); the angles do not depend on it.
 
     Returns:
         (new_width, new_height, hfov_deg, vfov_deg).

@@ -1,5 +1,4 @@
-"""Visual prompts and labels on PIL images: dots, circles, 2D boxes, wireframe 3D boxes. All sizes scale with the
-image."""
+"""Visual prompts and labels on PIL images: dots, circles, 2D boxes, 3D wireframes. All sizes scale with the image."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastvst.spatial.boxes import EDGES, corners
 
-# Saturated and far apart, so that their names are unambiguous and small vision towers tell them apart.
+# Saturated and far apart: each name is unambiguous, and a small vision tower can tell the colours apart.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "green": (0, 220, 0),
@@ -29,7 +28,7 @@ def _font(size: int) -> Any:
 
 
 def radius_of(image: Image.Image) -> float:
-    """Dot radius in pixels: 2.2 % of the longer side, at least 3."""
+    """Radius of a dot in pixels: 2.2 % of the longer side, at least 3."""
     return max(3.0, 0.022 * max(image.size))
 
 
@@ -38,7 +37,7 @@ def _rgb(colour: str | tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def text(image: Image.Image, xy: tuple[float, float], content: str) -> None:
-    """Write `content` in white with its centre near xy, on a dark plate, kept inside the image."""
+    """Write `content` in white on a dark plate, centred at `xy` but kept inside the image."""
     draw = ImageDraw.Draw(image)
     font = _font(max(9, round(1.7 * radius_of(image))))
     left, top, right, bottom = draw.textbbox((0, 0), content, font=font)
@@ -51,7 +50,7 @@ def text(image: Image.Image, xy: tuple[float, float], content: str) -> None:
 
 
 def dot(image: Image.Image, point: tuple[float, float], colour: str | tuple[int, int, int], label: str = "") -> None:
-    """A filled dot with a white rim at `point` (u, v); the label goes above it, or below near the upper edge."""
+    """Draw a filled dot with a white rim at `point` (u, v); the label is above it, or below it near the upper edge."""
     r = radius_of(image)
     u, v = point
     draw = ImageDraw.Draw(image)
@@ -62,7 +61,7 @@ def dot(image: Image.Image, point: tuple[float, float], colour: str | tuple[int,
 
 
 def circle(image: Image.Image, point: tuple[float, float], colour: str | tuple[int, int, int], label: str = "") -> None:
-    """A ring round `point` (u, v) with the point itself left visible; label as for `dot`."""
+    """Draw a ring around `point` (u, v) that leaves the point visible; the label is placed as in `dot`."""
     r = 1.25 * radius_of(image)
     u, v = point
     draw = ImageDraw.Draw(image)
@@ -76,7 +75,7 @@ def circle(image: Image.Image, point: tuple[float, float], colour: str | tuple[i
 def box_2d(
     image: Image.Image, box: tuple[float, float, float, float], colour: str | tuple[int, int, int], label: str = ""
 ) -> None:
-    """A rectangle x1, y1, x2, y2 in pixels; the label goes inside its upper left corner."""
+    """Draw a rectangle x1, y1, x2, y2 in pixels; the label is inside its upper left corner."""
     width = max(2, round(radius_of(image) / 2.5))
     x1, y1, x2, y2 = box
     x1 = max(0.0, x1)
@@ -98,8 +97,11 @@ def boxes_3d(
     colour: str | tuple[int, int, int] = "green",
     width: int = 2,
 ) -> Image.Image:
-    """A copy of the image with wireframes of (N, 9) boxes (camera frame, metres, degrees); intrinsics fx, fy, cx, cy
-    of this image's own pixels. Edges are cut at 5 cm before the camera; boxes wholly behind it are not drawn."""
+    """A copy of the image with the wireframes of boxes (N, 9) in the camera frame, metres and degrees.
+
+    `intrinsics`: fx, fy, cx, cy in pixels of this image. Edges are clipped 5 cm in front of the camera; a box behind it
+    is not drawn.
+    """
     result = image.convert("RGB")
     draw = ImageDraw.Draw(result)
     fx, fy, cx, cy = intrinsics
@@ -122,7 +124,7 @@ def boxes_3d(
 
 
 def _clip(a: np.ndarray, b: np.ndarray, near: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """The part of segment a-b with z >= near, or None."""
+    """The part of the segment a-b with z >= near, or None."""
     if a[2] < near and b[2] < near:
         return None
     if a[2] < near:

@@ -1,4 +1,4 @@
-"""The floor plan: footprints of boxes, area, and whether a straight line on the floor is free."""
+"""Geometry in the plane seen from above (world X and Y): footprints of boxes, areas, segments against outlines."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from fastvst.spatial.boxes import corners
 
 
 def footprint(box: Any) -> np.ndarray:
-    """Outline (K, 2) of a box (9,) of the world frame on the floor, counter-clockwise; four points if it stands
-    upright.
+    """Outline (K, 2) of a box (9,) in the world frame seen from above, counter-clockwise; four points if it is upright.
 
-    The convex hull of the eight corners seen from above (Andrew's monotone chain).
+    Computed as the convex hull of the eight corners (Andrew's monotone chain).
     """
     points = np.unique(np.round(corners([box])[0][:, :2], 9), axis=0)  # sorted by x, then y
 
@@ -29,11 +28,12 @@ def footprint(box: Any) -> np.ndarray:
 
 
 def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    """Positive if a -> b -> c turns left, negative if it turns right, 0 on a line."""
     return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
 
 
 def height_range(box: Any) -> tuple[float, float]:
-    """Lowest and highest point of a box (9,) of the world frame, metres."""
+    """Lowest and highest Z of a box (9,) in the world frame, metres."""
     z = corners([box])[0][:, 2]
     return float(z.min()), float(z.max())
 
@@ -45,7 +45,7 @@ def area(polygon: np.ndarray) -> float:
 
 
 def meets(start: np.ndarray, end: np.ndarray, outline: np.ndarray) -> bool:
-    """Whether the segment start-end, (2,) each, touches a convex counter-clockwise outline (K, 2) (Cyrus and Beck)."""
+    """Whether the segment start-end, (2,) each, meets a convex counter-clockwise outline (K, 2) (Cyrus-Beck)."""
     direction = end - start
     enter = 0.0
     leave = 1.0
@@ -63,8 +63,8 @@ def meets(start: np.ndarray, end: np.ndarray, outline: np.ndarray) -> bool:
     return enter <= leave
 
 
-def crosses_wall(start: np.ndarray, end: np.ndarray, polygon: np.ndarray) -> bool:
-    """Whether the segment start-end crosses an edge of the room's outline (K, 2)."""
+def crosses_outline(start: np.ndarray, end: np.ndarray, polygon: np.ndarray) -> bool:
+    """Whether the segment start-end, (2,) each, crosses an edge of any simple polygon (K, 2)."""
     for p, q in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         if _turn(start, end, p) * _turn(start, end, q) <= 0 and _turn(p, q, start) * _turn(p, q, end) <= 0:
             return True

@@ -1,7 +1,7 @@
-"""The 3D detection prompt of Visual Spatial Tuning (version "v4_norm"): stored form, and the field-of-view form.
+"""The 3D detection prompt of Visual Spatial Tuning (version "v4_norm"): the stored form and the field-of-view form.
 
-Rows on disk carry the intrinsics; what the model sees (and is evaluated on) names the field of view and the size of the
-picture after it was resized to the focal length of one virtual camera. `to_fov_prompt` is the step between.
+Rows on disk hold the intrinsics. The model reads the field of view and the size of the image after resizing to the
+focal length of one virtual camera. `to_fov_prompt` converts the first form into the second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OUTPUT = (
     'Output a json list where each entry contains the object name in "label" and its 3D bounding box in "bbox_3d".'
 )
 
-# The six numbers of the stored camera line. Decimals are required for all but the size, as in the published regexes.
+# The six numbers of the stored camera line. As in the published regexes, all but the size must have decimals.
 _FIELDS = {
     "width": re.compile(r"image width=(\d+)"),
     "height": re.compile(r"height=(\d+)"),
@@ -49,7 +49,7 @@ _CAMERA_LINE = re.compile(r"[^\n]*image width=[^\n]*f_x=[^\n]*cy=\d+\.\d+\.?[^\n
 
 
 def camera_line(width: int, height: int, fx: float, fy: float, cx: float, cy: float) -> str:
-    """The intrinsics line of the stored form (pixels)."""
+    """The intrinsics line of the stored form; pixels."""
     return (
         f"image width={width}, height={height}. Focal length f_x={fx:.4f}, f_y={fy:.4f}, "
         f"principal point c_x={cx:.4f}, cy={cy:.4f}."
@@ -57,7 +57,7 @@ def camera_line(width: int, height: int, fx: float, fy: float, cx: float, cy: fl
 
 
 def fov_line(width: int, height: int, hfov: float, vfov: float) -> str:
-    """The line that takes its place: degrees, and the size before rounding to the patch grid."""
+    """The line that replaces `camera_line`: angles in degrees, and the size before rounding to the patch grid."""
     return (
         f"Horizontal fov, hfov={hfov:.2f}, and vertical fov, vfov={vfov:.2f}. "
         f"Image width={width} and height={height}. {_DISTORTION}"
@@ -65,18 +65,20 @@ def fov_line(width: int, height: int, hfov: float, vfov: float) -> str:
 
 
 def detection_prompt(question: str, width: int, height: int, fx: float, fy: float, cx: float, cy: float) -> str:
-    """The whole stored prompt for one image, ending in `question` (e.g. "Detect the 3D bounding boxes of chair")."""
+    """The stored prompt for one image; it ends in `question`, such as "Detect the 3D bounding boxes of chair"."""
     return _compose(camera_line(width, height, fx, fy, cx, cy), question)
 
 
 def fov_detection_prompt(question: str, width: int, height: int, hfov: float, vfov: float) -> str:
-    """The whole prompt as the model sees it, for use without a stored row (width and height after resizing)."""
+    """The prompt in the field-of-view form; width and height are those after resizing."""
     return _compose(fov_line(width, height, hfov, vfov), question)
 
 
 def multi_detection_prompt(question: str, cameras: Sequence[Camera]) -> str:
-    """The stored prompt for several images of one room: a camera line each, boxes in the frame of the first camera
-    (vst-spec leaves the frame open; see section 7, number 10)."""
+    """The stored prompt for several images of one place: a camera line each, boxes in the frame of the first camera.
+
+    VST publishes no rows of this task, so the choice of the frame is ours.
+    """
     lines = [f"Image {k + 1}: {camera_line(c.width, c.height, c.fx, c.fy, c.cx, c.cy)}" for k, c in enumerate(cameras)]
     introduction = INTRODUCTION.replace("image.", "images.")
     return "\n".join([introduction, *lines, f"{_FRAME_MULTI}\n\n{_FORMAT}\n\n{_OUTPUT}\n{question}"])
@@ -87,7 +89,7 @@ def _compose(line: str, question: str) -> str:
 
 
 def read_camera(text: str) -> dict[str, float] | None:
-    """width, height, fx, fy, cx, cy out of a stored prompt, or None when any of the six is missing."""
+    """width, height, fx, fy, cx, cy from a stored prompt, or None if one of the six is missing."""
     found = {name: pattern.search(text) for name, pattern in _FIELDS.items()}
     if any(match is None for match in found.values()):
         return None
@@ -99,11 +101,11 @@ def to_fov_prompt(
 ) -> tuple[str, tuple[int, int]]:
     """Rewrite a stored prompt for the unified field of view.
 
-    `width`, `height`: size of the actual image, in pixels. The focal length comes from the text.
+    `width`, `height`: size of the actual image in pixels. The focal length comes from the text.
 
     Returns:
-        (new text, (new width, new height)) to resize the image to; both unchanged when any of the six camera numbers is
-        missing, as in VST.
+        The new text, and the (width, height) to resize the image to. Both are unchanged if one of the six camera
+        numbers is missing, as in VST.
     """
     camera = read_camera(text)
     if camera is None or camera["fx"] <= 0:
@@ -113,7 +115,7 @@ def to_fov_prompt(
     )
     line = fov_line(new_width, new_height, hfov, vfov)
     new_text, count = _CAMERA_LINE.subn(lambda _: line, text, count=1)
-    if count == 0:  # the six numbers are there, but spread over lines in another order
+    if count == 0:  # all six numbers are present, but not on one line in this order
         return text, (width, height)
     return new_text, (new_width, new_height)
 
@@ -121,20 +123,21 @@ def to_fov_prompt(
 def to_fov_prompts(
     text: str, sizes: Sequence[tuple[int, int]], *, base_width: int = BASE_WIDTH, base_hfov: float = BASE_HFOV
 ) -> tuple[str, list[tuple[int, int]]]:
-    """`to_fov_prompt` for a prompt with one "Image k: ..." camera line for each of several images of these sizes.
+    """`to_fov_prompt` for a prompt with a camera line "Image k: ..." for each of several images of these sizes.
 
     Returns:
-        (new text, new (width, height) of each image); all unchanged unless there are exactly as many camera lines.
+        The new text, and the new (width, height) of each image. All are unchanged unless the text has exactly one
+        usable camera line for each image.
     """
     lines = text.split("\n")
-    places = [k for k, line in enumerate(lines) if re.match(r"Image \d+: image width=", line)]
-    cameras = [read_camera(lines[k]) for k in places]
-    if len(places) != len(sizes) or not all(camera is not None and camera["fx"] > 0 for camera in cameras):
+    at = [k for k, line in enumerate(lines) if re.match(r"Image \d+: image width=", line)]
+    cameras = [read_camera(lines[k]) for k in at]
+    if len(at) != len(sizes) or not all(camera is not None and camera["fx"] > 0 for camera in cameras):
         return text, list(sizes)
     new_sizes = []
-    for number, (place, camera, (width, height)) in enumerate(zip(places, cameras, sizes, strict=True)):
+    for number, (k, camera, (width, height)) in enumerate(zip(at, cameras, sizes, strict=True)):
         assert camera is not None
         w, h, hfov, vfov = unify_fov(width, height, camera["fx"], base_width=base_width, base_hfov=base_hfov)
-        lines[place] = f"Image {number + 1}: {fov_line(w, h, hfov, vfov)}"
+        lines[k] = f"Image {number + 1}: {fov_line(w, h, hfov, vfov)}"
         new_sizes.append((w, h))
     return "\n".join(lines), new_sizes

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
-from fastvst.spatial.floor import crosses_wall, footprint, height_range, meets
+from fastvst.spatial.floor import crosses_outline, footprint, height_range, meets
 from fastvst.tasks.angles import clockwise, spot
 from fastvst.tasks.common import TaskConfig, choose, pick
 from fastvst.tasks.video import options, row, unique
@@ -58,7 +58,7 @@ def walkable(scene: Scene, start: int, end: int) -> bool:
     """Whether the straight way between two things is free of everything else on the floor and crosses no wall."""
     a = spot(scene, start)
     b = spot(scene, end)
-    if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_wall(a, b, scene.polygon)):
+    if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_outline(a, b, scene.polygon)):
         return False
     return not any(meets(a, b, outline) for i, outline in obstacles(scene) if i not in (start, end))
 

@@ -24,7 +24,7 @@ from fastvst.generate import rooms as generate
 from fastvst.generate.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
 from fastvst.generate.rooms import FIRST_SIX, RoomsConfig, apportion, make_rooms, room_rows, room_seed
 from fastvst.reasoning.geometric import TRACES
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 from fastvst.tasks.box_forms import BoxForm

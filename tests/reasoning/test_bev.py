@@ -78,7 +78,7 @@ def test_footprints_are_convex_hulls() -> None:
         if abs(line.distance(Polygon(found))) > 1e-6 or line.intersection(Polygon(found)).length > 1e-6:
             assert floor.meets(a, b, found) == line.intersects(Polygon(found))
         assert (
-            floor.crosses_wall(a, b, found) == line.intersects(Polygon(found).exterior)
+            floor.crosses_outline(a, b, found) == line.intersects(Polygon(found).exterior)
             or line.distance(Point(found[0])) < 1e-6
         )
     upright = floor.footprint((1, 2, 0.5, 2, 1, 1, -90, 0, 30))

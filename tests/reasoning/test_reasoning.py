@@ -19,7 +19,7 @@ from fastvst.generate.rl_rows import difficulty_of, make_rl_rows, rl_row, write_
 from fastvst.generate.rooms import RoomsConfig
 from fastvst.reasoning import claims, geometric
 from fastvst.reasoning.teacher import FORBIDDEN
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera

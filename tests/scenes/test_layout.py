@@ -14,7 +14,7 @@ from fastvst.scenes.rooms.cameras import motion, second, still
 from fastvst.scenes.rooms.geometry import build_geometry
 from fastvst.scenes.rooms.layout import Item, Prism, Room, collide, inside, notch_of
 from fastvst.scenes.rooms.recipes import KINDS, furnish
-from fastvst.spatial.boxes import corners, intersection_volume
+from fastvst.spatial.boxes import corners, iou_3d
 
 
 def outline(item: Item) -> Polygon:
@@ -41,7 +41,9 @@ def check_room(room: Room) -> None:
             assert shape.within(outlines[item.on].buffer(1e-6)), f"{where} sticks out over what carries it"
         elif not item.anchored:
             assert item.position[2] == 0 or item.piece.name == "curtain", f"{where} floats"
-    volumes = intersection_volume(boxes, boxes)
+    iou = iou_3d(boxes, boxes)
+    size = boxes[:, 3:6].prod(1)
+    volumes = iou / (1 + iou) * (size[:, None] + size)  # of the intersections
     np.fill_diagonal(volumes, 0)
     assert volumes.max() < 1e-9, f"room {room.seed}: boxes {np.unravel_index(volumes.argmax(), volumes.shape)} overlap"
     low = points[..., 2].min(1)

@@ -8,7 +8,8 @@ import pytest
 from fastvst.scenes.rooms.cameras import still
 from fastvst.scenes.rooms.geometry import build_geometry
 from fastvst.scenes.rooms.recipes import furnish
-from fastvst.scenes.rooms.render import Renderer, open_renderer, render
+from fastvst.scenes.rooms.render import open_renderer, render
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, shoot
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import corners, rotations

@@ -19,7 +19,7 @@ from scipy.stats import chisquare
 from fastvst.data.sample import Sample
 from fastvst.scenes.rooms.geometry import Geometry, build_geometry
 from fastvst.scenes.rooms.recipes import furnish
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import iou_3d, parse_boxes

@@ -15,7 +15,7 @@ from shapely import LineString, Polygon
 from fastvst.data.sample import Sample
 from fastvst.evaluate import vsi_bench
 from fastvst.evaluate.answers import score
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.tasks import WALKS, TaskConfig, video

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate.answers import score
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import parse_boxes

@@ -1,1 +1,1 @@
-"""Other people's annotations as scenes: Omni3D JSON (single pictures) and scans with posed frames (ScanNet style)."""
+"""Published annotations as scenes: Omni3D JSON (single images) and scans with posed frames (ScanNet style)."""

@@ -1,5 +1,7 @@
-"""Ray-casting backend: Embree finds the hits, numpy shades them. Needs no system library; the reference for the
-labels."""
+"""Ray-casting backend: Embree finds the hits, numpy shades them. It needs no system library.
+
+Its depth and ids are the reference for the other backend.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 
 from fastvst.scenes.rooms.geometry import Geometry
-from fastvst.scenes.rooms.render import FAR, NEAR
+from fastvst.scenes.rooms.render_base import FAR, NEAR
 from fastvst.spatial.camera import Camera
 
 
 class EmbreeRenderer:
-    """See render.Renderer. One thread; colours follow the formula of the GL shader with nearest texels."""
+    """A `Renderer` with one thread. Colours follow the formula of the GL shader, with nearest texels."""
 
     name = "embree"
 
@@ -32,11 +34,13 @@ class EmbreeRenderer:
     def draw(self, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.geometry is None:
             raise RuntimeError("EmbreeRenderer.draw: load a geometry first")
-        w = camera.width
-        h = camera.height
-        u, v = np.meshgrid((np.arange(w) + 0.5 - camera.cx) / camera.fx, (np.arange(h) + 0.5 - camera.cy) / camera.fy)
+        width = camera.width
+        height = camera.height
+        x = (np.arange(width) + 0.5 - camera.cx) / camera.fx
+        y = (np.arange(height) + 0.5 - camera.cy) / camera.fy
+        u, v = np.meshgrid(x, y)
         local = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
-        rays = local @ camera.rotation  # depth along Z is 1 per unit of the ray parameter
+        rays = local @ camera.rotation  # one unit of the ray parameter is one metre of planar depth
         start = camera.position + rays * NEAR  # the same near plane as the rasteriser
         hit = self.scene.run(start.astype(np.float32), rays.astype(np.float32), output=True)
         face = hit["primID"].astype(np.int64)
@@ -48,10 +52,14 @@ class EmbreeRenderer:
         world = camera.position + rays * depth[:, None]
         colour = self._shade(face, hit["u"], hit["v"], world, camera.position)
         rgb = (np.clip(np.where(found[:, None], colour, 0), 0, 1) * 255 + 0.5).astype(np.uint8)
-        return rgb.reshape(h, w, 3), depth.astype(np.float32).reshape(h, w), ids.reshape(h, w)
+        return (
+            rgb.reshape(height, width, 3),
+            depth.astype(np.float32).reshape(height, width),
+            ids.reshape(height, width),
+        )
 
     def _shade(self, face: np.ndarray, u: np.ndarray, v: np.ndarray, world: np.ndarray, eye: np.ndarray) -> np.ndarray:
-        """Colours (P, 3) in [0, 1] of hits at barycentric u, v of `face`, all (P,), and world points (P, 3)."""
+        """Colours (P, 3) of hits: `face`, barycentric `u`, `v` (P,), points `world` (P, 3), camera at `eye` (3,)."""
         g = self.geometry
         assert g is not None
         triangle = g.triangles[face]
@@ -59,9 +67,9 @@ class EmbreeRenderer:
         rgba = (g.rgba[triangle] * weights).sum(1)
         uv = (g.uv[triangle] * weights).sum(1)
         layer = g.layer[triangle[:, 0]]
-        n_t = g.textures.shape[1]
-        column = np.floor((uv[:, 0] % 1.0) * n_t).astype(np.int64) % n_t
-        row = np.floor((1 - uv[:, 1] % 1.0) * n_t).astype(np.int64) % n_t
+        size = g.textures.shape[1]
+        column = np.floor((uv[:, 0] % 1.0) * size).astype(np.int64) % size
+        row = np.floor((1 - uv[:, 1] % 1.0) * size).astype(np.int64) % size
         texel = g.textures[np.maximum(layer, 0), row, column] / 255.0
         base = np.where(layer[:, None] >= 0, rgba[:, :3] * texel, rgba[:, :3])
 
@@ -79,7 +87,7 @@ class EmbreeRenderer:
         return base * strength[:, None]
 
     def _lit(self, world: np.ndarray, normal: np.ndarray, to_light: np.ndarray) -> np.ndarray:
-        """1 where the way to the lamp is free, else 0."""
+        """(P,) 1.0 where nothing is between the point and the lamp, else 0.0."""
         start = world + normal * 0.01
         hit = self.scene.run(start.astype(np.float32), to_light.astype(np.float32), output=True)
         blocked = (hit["primID"] >= 0) & (hit["tfar"] < 0.98)

@@ -1,5 +1,4 @@
-"""OpenGL backend: one pass writes colour, planar depth and object ids; one shadow map per room, one fill of it per
-load."""
+"""OpenGL backend: one pass writes colour, planar depth and object ids; `load` fills the shadow map of the room."""
 
 from __future__ import annotations
 
@@ -7,12 +6,15 @@ import moderngl
 import numpy as np
 
 from fastvst.scenes.rooms.geometry import Geometry
-from fastvst.scenes.rooms.render import FAR, NEAR
+from fastvst.scenes.rooms.render_base import FAR, NEAR
 from fastvst.spatial.camera import Camera
 
 SHADOW_SIZE = 768
-SHADOW_REACH = 3.0  # the shadow map covers directions up to this tangent from straight down (71 degrees)
+SHADOW_REACH = 3.0  # tangent of the widest angle from straight down that the shadow map covers (71 degrees)
 
+_VERTEX_TYPE = np.dtype(
+    [("in_position", "f4", 3), ("in_uv", "f4", 2), ("in_rgba", "f4", 4), ("in_layer", "i4"), ("in_id", "i4")]
+)
 _VERTEX = """
 #version 330
 in vec3 in_position; in vec2 in_uv; in vec4 in_rgba; in int in_layer; in int in_id;
@@ -74,7 +76,7 @@ in float drop; out float value; void main() { value = drop; }
 
 
 class GLRenderer:
-    """See render.Renderer. Raises whatever moderngl raises when there is no EGL."""
+    """A `Renderer` with an OpenGL context of its own. moderngl raises a plain Exception if EGL is missing."""
 
     name = "gl"
 
@@ -96,24 +98,22 @@ class GLRenderer:
         self.eye_array: moderngl.VertexArray | None = None
 
     def load(self, geometry: Geometry) -> None:
-        with self.context:  # another renderer of this process may be current
+        with self.context:  # another renderer in this process may be current
             self._load(geometry)
 
     def _load(self, g: Geometry) -> None:
         for buffer in self.buffers:
             buffer.release()
-        vertex = np.zeros(
-            len(g.positions), dtype=[("p", "f4", 3), ("t", "f4", 2), ("c", "f4", 4), ("l", "i4"), ("i", "i4")]
-        )
-        vertex["p"] = g.positions
-        vertex["t"] = g.uv
-        vertex["c"] = g.rgba
-        vertex["l"] = g.layer
-        vertex["i"] = g.ids
+        vertex = np.zeros(len(g.positions), dtype=_VERTEX_TYPE)
+        vertex["in_position"] = g.positions
+        vertex["in_uv"] = g.uv
+        vertex["in_rgba"] = g.rgba
+        vertex["in_layer"] = g.layer
+        vertex["in_id"] = g.ids
         data = self.context.buffer(vertex.tobytes())
         index = self.context.buffer(g.triangles.astype(np.int32).tobytes())
-        names = ("in_position", "in_uv", "in_rgba", "in_layer", "in_id")
-        self.eye_array = self.context.vertex_array(self.program, [(data, "3f 2f 4f 1i 1i", *names)], index)
+        fields = (data, "3f 2f 4f 1i 1i", *(_VERTEX_TYPE.names or ()))
+        self.eye_array = self.context.vertex_array(self.program, [fields], index)
         shadow_array = self.context.vertex_array(self.shadow_program, [(data, "3f 32x", "in_position")], index)
         self.buffers = [self.eye_array, shadow_array, data, index]
         self._upload_textures(g.textures)
@@ -131,7 +131,7 @@ class GLRenderer:
         shadow_array.render()
 
     def _upload_textures(self, textures: np.ndarray) -> None:
-        """The furniture's layers stay on the device; a room replaces only the last two (its floor and walls)."""
+        """Replace the last two layers (floor and walls of the room); the layers of the furniture stay on the device."""
         count, height, width, _ = textures.shape
         if self.textures is None or self.textures.layers != count:
             self.textures = self.context.texture_array((width, height, count), 3, textures[:, ::-1].tobytes())
@@ -163,21 +163,26 @@ class GLRenderer:
     def _draw(
         self, camera: Camera, triangles: moderngl.VertexArray, textures: moderngl.TextureArray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        w = camera.width
-        h = camera.height
-        target = self._target(w, h)
+        width = camera.width
+        height = camera.height
+        target = self._target(width, height)
         target.use()
         target.clear()
-        # v grows downwards and so does the frame buffer's first row here: what is read needs no flip.
-        self.program["lens"] = (2 * camera.fx / w, 2 * camera.fy / h, 2 * camera.cx / w - 1, 2 * camera.cy / h - 1)
+        # v grows downwards, so the first row of the frame buffer is the top of the image and needs no flip.
+        self.program["lens"] = (
+            2 * camera.fx / width,
+            2 * camera.fy / height,
+            2 * camera.cx / width - 1,
+            2 * camera.cy / height - 1,
+        )
         self.program["clip"] = ((FAR + NEAR) / (FAR - NEAR), -2 * FAR * NEAR / (FAR - NEAR))
-        self.program["rotation"] = tuple(camera.rotation.T.ravel())  # GL reads columns
+        self.program["rotation"] = tuple(camera.rotation.T.ravel())  # GL stores matrices by columns
         self.program["translation"] = tuple(camera.translation)
         self.program["eye"] = tuple(camera.position)
         textures.use(0)
         self.shadow.use(1)
         triangles.render()
-        rgb = np.frombuffer(target.read(components=3, attachment=0, alignment=1), np.uint8).reshape(h, w, 3)
-        depth = np.frombuffer(target.read(components=1, attachment=1, dtype="f4"), np.float32).reshape(h, w)
-        ids = np.frombuffer(target.read(components=1, attachment=2, dtype="i4"), np.int32).reshape(h, w)
-        return rgb, depth, ids
+        rgb = np.frombuffer(target.read(components=3, attachment=0, alignment=1), np.uint8)
+        depth = np.frombuffer(target.read(components=1, attachment=1, dtype="f4"), np.float32)
+        ids = np.frombuffer(target.read(components=1, attachment=2, dtype="i4"), np.int32)
+        return rgb.reshape(height, width, 3), depth.reshape(height, width), ids.reshape(height, width)

@@ -1,4 +1,4 @@
-"""From a seed to an annotated scene: furnish, place cameras, render, look at what is visible."""
+"""From a room seed to an annotated scene: furnish, place cameras, render, find what is visible."""
 
 from __future__ import annotations
 
@@ -10,33 +10,30 @@ from fastvst.scenes.rooms.cameras import motion, second, still, walk
 from fastvst.scenes.rooms.geometry import Geometry, build_geometry
 from fastvst.scenes.rooms.layout import Room
 from fastvst.scenes.rooms.recipes import furnish
-from fastvst.scenes.rooms.render import Renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.scene import Scene, SceneObject, View, observe, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
 
 
 @dataclass(frozen=True)
 class ShotConfig:
-    """Pictures of a room: size in pixels, stills per room, and for each still a second frame of a moving camera
-    (`rotate`: share of pure rotations, `two_axes`: share of shifts along two axes) and with probability `overlap` one
-    wide-baseline second view."""
+    """Still images of a room. Every still gets a second frame from a moved camera (a "motion" pair)."""
 
-    width: int = 320
+    width: int = 320  # pixels
     height: int = 240
-    views: int = 2
-    rotate: float = 0.25
-    two_axes: float = 0.25
-    overlap: float = 0.5
+    views: int = 2  # stills per room
+    rotate: float = 0.25  # share of motion pairs in which the camera only rotates
+    two_axes: float = 0.25  # share of shifts, among the others, that go along two axes
+    overlap: float = 0.5  # probability that a still also gets a wide-baseline second view (an "overlap" pair)
 
 
 @dataclass(frozen=True)
 class WalkConfig:
-    """A video of the room: frames, frames a second (2, what VST samples videos at), and how many pairs of its frames to
-    offer as wide-baseline pairs (the second turned by 35-100 degrees, with two things in sight of both)."""
+    """A video of a room."""
 
     frames: int = 20
-    fps: float = 2.0
-    pairs: int = 3
+    fps: float = 2.0  # VST samples videos at 2 frames a second
+    pairs: int = 3  # pairs of frames to offer as wide-baseline pairs, see `scene.wide_pairs`
 
 
 def snapshot(renderer: Renderer, geometry: Geometry, camera: Camera) -> View:
@@ -46,8 +43,7 @@ def snapshot(renderer: Renderer, geometry: Geometry, camera: Camera) -> View:
 
 
 def presentable(view: View) -> bool:
-    """Whether a still is worth asking about: three things seen, nothing right before the lens, no single thing
-    filling it."""
+    """Whether a still is good for questions: three visible objects, nothing close to the lens, none that fills it."""
     if view.depth is None or view.ids is None:
         return False
     near = float((view.depth < 0.6).mean())
@@ -57,38 +53,14 @@ def presentable(view: View) -> bool:
 
 
 def shoot(seed: int, renderer: Renderer, config: ShotConfig, video: WalkConfig | None = None) -> Scene:
-    """The annotated scene of a room seed; the same every time for one renderer backend and configuration.
+    """The annotated scene of a room seed: always the same for one renderer backend and configuration.
 
-    The pictures do not depend on `video`, which adds the frames of a walk behind them.
+    With `video` the views also hold the frames of a walk, after the stills. The stills do not depend on it.
     """
-    room: Room = furnish(seed)
+    room = furnish(seed)
     geometry = build_geometry(room)
     renderer.load(geometry)
-    rng = np.random.default_rng([seed, 3])
-    views: list[View] = []
-    pairs: list[tuple[int, int, str]] = []
-    stills = 0
-    for _ in range(config.views * 3):
-        if stills == config.views:
-            break
-        camera = still(room, rng, config.width, config.height)
-        if camera is None:
-            break
-        view = snapshot(renderer, geometry, camera)
-        if not presentable(view):
-            continue
-        first = len(views)
-        stills += 1
-        views.append(view)
-        moved = motion(room, camera, rng, config.rotate, config.two_axes)
-        if moved is not None:
-            pairs.append((first, len(views), "motion"))
-            views.append(snapshot(renderer, geometry, moved))
-        if float(rng.uniform()) < config.overlap:
-            other = second(room, camera, _target(view), rng)
-            if other is not None:
-                pairs.append((first, len(views), "overlap"))
-                views.append(snapshot(renderer, geometry, other))
+    views, pairs = _stills(room, renderer, geometry, np.random.default_rng([seed, 3]), config)
     frames: tuple[int, ...] = ()
     if video is not None:
         rng = np.random.default_rng([seed, 7])
@@ -111,7 +83,38 @@ def shoot(seed: int, renderer: Renderer, config: ShotConfig, video: WalkConfig |
     )
 
 
+def _stills(
+    room: Room, renderer: Renderer, geometry: Geometry, rng: np.random.Generator, config: ShotConfig
+) -> tuple[list[View], list[tuple[int, int, str]]]:
+    """Up to `config.views` stills, each followed by its second views; and the pairs among these views."""
+    views: list[View] = []
+    pairs: list[tuple[int, int, str]] = []
+    taken = 0
+    for _ in range(config.views * 3):
+        if taken == config.views:
+            break
+        camera = still(room, rng, config.width, config.height)
+        if camera is None:
+            break
+        view = snapshot(renderer, geometry, camera)
+        if not presentable(view):
+            continue
+        first = len(views)
+        taken += 1
+        views.append(view)
+        moved = motion(room, camera, rng, config.rotate, config.two_axes)
+        if moved is not None:
+            pairs.append((first, len(views), "motion"))
+            views.append(snapshot(renderer, geometry, moved))
+        if float(rng.uniform()) < config.overlap:
+            other = second(room, camera, _target(view), rng)
+            if other is not None:
+                pairs.append((first, len(views), "overlap"))
+                views.append(snapshot(renderer, geometry, other))
+    return views, pairs
+
+
 def _target(view: View) -> np.ndarray:
-    """A world point in the middle of what the view shows: the mean of the sightings' dots."""
-    dots = np.array([[*s.point, s.depth] for s in view.sightings if s.depth > 0])
-    return unproject(view.camera, dots[:, :2], dots[:, 2]).mean(0)
+    """World point (3,) in the middle of what the view shows: the mean of the sightings' points."""
+    points = np.array([[*s.point, s.depth] for s in view.sightings if s.depth > 0])
+    return unproject(view.camera, points[:, :2], points[:, 2]).mean(0)
