@@ -23,13 +23,13 @@ from fastvst_kernels import add_rms_norm, packed_linear, rms_norm, swiglu
 from fastvst_kernels.activation.op import swiglu_backward
 from fastvst_kernels.linear import (
     biases_backward,
-    column_sum,
     linears_backward,
     packed_linear_forward,
     parallel_linear,
     parallel_linear_forward,
 )
 from fastvst_kernels.norm.op import rms_norm_backward, rms_norm_forward
+from fastvst_kernels.shared.cpu import column_sum
 
 POLICIES = ("none", "light", "full")
 

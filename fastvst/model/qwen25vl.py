@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastvst.batch import PackedBatch
 from fastvst.model import weights
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.layers import Attend, Norm
 from fastvst.model.vision import PatchKernel, VisionTower
 from fastvst_kernels import packed_attention
-
-if TYPE_CHECKING:
-    from fastvst.batch import PackedBatch
 
 Head = Callable[[Tensor, Tensor], Any]
 TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
@@ -27,13 +25,13 @@ TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
 class Qwen25VL(nn.Module):
     """The model (arXiv 2502.13923). Parameter names are the published ones: `visual.*`, `model.*`, `lm_head.weight`.
 
-    It knows packed rows only: no padding, no batch dimension, no attention mask. Sequence boundaries come from
-    `cu_seqlens`, never from position ids. Fresh weights are drawn as transformers draws them.
+    All inputs are packed rows: there is no padding, no batch dimension and no attention mask. Sequence boundaries come
+    from `cu_seqlens`, never from position ids. Fresh weights follow the distribution that transformers uses.
 
     Attributes:
-        recompute: "none", "light" or "full"; what backward computes again (see `fastvst.model.layers`).
-        vision_on_every_rank: a pack without pictures runs the tower on 4 black patches times 0, so that the
-            collectives of sharded parameters happen on every rank.
+        recompute: "none", "light" or "full"; what the backward pass computes again (see `fastvst.model.layers`).
+        vision_on_every_rank: a pack without images runs the tower on a dummy image of 4 black patches, times 0, so that
+            every rank takes part in the collectives of the tower's sharded parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,10 +47,10 @@ class Qwen25VL(nn.Module):
 
     @classmethod
     def fresh(cls, preset: str) -> Qwen25VL:
-        """A preset with weights drawn from torch's generator.
+        """A preset with random weights from torch's generator.
 
-        The vision tower of "tiny" comes trained, for too small a tower learns to see far too slowly from questions and
-        answers alone; `tools.build_tower` made it, and says on what. `Qwen25VL(config)` draws all.
+        The vision tower of "tiny" is pretrained (by `tools.build_tower`): a tower this small learns too slowly from
+        question-answer pairs alone. `Qwen25VL(config)` draws every weight.
         """
         model = cls(ModelConfig.preset(preset))
         if preset == "tiny":
@@ -75,23 +73,24 @@ class Qwen25VL(nn.Module):
                 module.weight.normal_(0.0, self.config.initializer_range)
 
     def forward(
-        self, batch: PackedBatch, head: Head | None = None, *, vision: Tensor | None = None, see_only: bool = False
+        self, batch: PackedBatch, head: Head | None = None, *, vision: Tensor | None = None, images_only: bool = False
     ) -> Any:
-        """Final hidden states of a packed row, or what `head` makes of them.
+        """Final hidden states of a packed row, or the result of `head`.
 
         Args:
             batch: on the model's device.
-            head: called as `head(hidden (T, hidden_size), weight (V, hidden_size))` inside this forward, where sharded
-                parameters are whole; this is how losses run.
-            vision: (N, hidden_size) merged vision tokens in tower order from an earlier call, when the tower is frozen;
-                the tower does not run then.
-            see_only: return the (N, hidden_size) merged vision tokens and nothing else.
+            head: called as `head(hidden (T, hidden_size), weight (V, hidden_size))` inside this forward pass, where
+                sharded parameters are gathered. Losses run here.
+            vision: (N, hidden_size) merged vision tokens in tower order from an earlier call with a frozen tower; the
+                tower does not run then.
+            images_only: return `encode_images(batch)` and do nothing else. It is an option of `forward` because
+                sharded parameters are gathered by hooks of `forward`.
 
         Returns:
-            (T, hidden_size), or head's result.
+            (T, hidden_size), or the result of `head`.
         """
-        if see_only:
-            return self.see(batch)
+        if images_only:
+            return self.encode_images(batch)
         hidden = self.model(self.embed(batch, vision), batch.positions, attend_packed(batch), recompute=self.recompute)
         return hidden if head is None else head(hidden, self.head_weight)
 
@@ -101,14 +100,14 @@ class Qwen25VL(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, hidden_size) weight of the output layer, tied or not."""
+        """(V, hidden_size) weight of the LM head, tied or not."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def see(self, batch: PackedBatch) -> Tensor:
-        """(N, hidden_size): the pictures' merged tokens, in tower order."""
+    def encode_images(self, batch: PackedBatch) -> Tensor:
+        """(N, hidden_size): the merged vision tokens of all images and videos, in tower order."""
         if not batch.num_patches:
-            seen = self._black_picture(batch.device) if self.vision_on_every_rank else self.model.norm.weight[None]
-            return seen[:0]
+            some = self._dummy_image(batch.device) if self.vision_on_every_rank else self.model.norm.weight[None]
+            return some[:0]
         return self.visual(
             batch.patches,
             batch.vision_positions,
@@ -120,14 +119,15 @@ class Qwen25VL(nn.Module):
         )
 
     def embed(self, batch: PackedBatch, vision: Tensor | None = None) -> Tensor:
-        """(T, hidden_size): token embeddings with the pictures' merged tokens (`vision` if given) in their rows."""
+        """(T, hidden_size): token embeddings, with the merged vision tokens (`vision` if given) in their rows."""
         x = self.model.embed_tokens(batch.tokens)
         if batch.num_patches or vision is not None:
-            vision = self.see(batch) if vision is None else vision
+            vision = self.encode_images(batch) if vision is None else vision
             return x.index_copy(0, batch.vision_slots, vision.to(x.dtype))
-        return x + 0.0 * self._black_picture(x.device).sum() if self.vision_on_every_rank else x
+        return x + 0.0 * self._dummy_image(x.device).sum() if self.vision_on_every_rank else x
 
-    def _black_picture(self, device: torch.device) -> Tensor:
+    def _dummy_image(self, device: torch.device) -> Tensor:
+        """(1, hidden_size): the merged token of one black image."""
         side = self.config.vision.spatial_merge_size
         count = side * side
         patches = torch.zeros(count, self.config.vision.patch_values, device=device)
@@ -143,24 +143,32 @@ class Qwen25VL(nn.Module):
     ) -> Qwen25VL:
         """Load a Qwen2.5-VL directory: published or transformers 5.x tensor names, one file or many.
 
-        Tensors are read one after another onto a model without memory of its own, so that the host holds at most one
-        file's pages above the model.
+        The model is built without memory, then filled tensor by tensor: the host holds the model and at most the
+        memory pages of one file.
 
         Raises:
             FileNotFoundError: no such directory, config or weights.
-            fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped or truncated tensors, all named.
+            fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped or truncated tensors; names them all.
         """
-        return weights.load(cls, Path(directory), dtype, torch.device(device))
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} is not a directory; expected a Qwen2.5-VL model directory")
+        config = ModelConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        weights.load(model, directory, tied=config.tie_word_embeddings, dtype=dtype, device=torch.device(device))
+        return model
 
     def save_pretrained(
         self, directory: str | Path, processor: Any = None, *, max_shard_bytes: int = 5_000_000_000
     ) -> None:
         """Write a directory that transformers opens with no missing and no unexpected keys.
 
+        The directory is written under a temporary name, then renamed: after an error the old directory is intact.
+
         Args:
             processor: its `save_pretrained(directory)` adds tokenizer, image processor and chat template.
-
-        The directory is written beside and renamed into place: on an error the old one is intact.
+            max_shard_bytes: largest size of one safetensors file.
         """
         state = self.state_dict()
         weights.save(Path(directory), self.config, state, processor=processor, max_shard_bytes=max_shard_bytes)

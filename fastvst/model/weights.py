@@ -1,4 +1,4 @@
-"""Model directories in the published layout: config.json and safetensors, nothing that has to be unpickled."""
+"""Model directories in the published layout: config.json and safetensors, never a pickle."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvst import atomic
 from fastvst.model.config import ModelConfig
 
-if TYPE_CHECKING:
-    from fastvst.model.qwen25vl import Qwen25VL
-
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# transformers 5.x calls its modules otherwise in memory than in files.
+# transformers 5.x uses other module names in memory than in files.
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
-# Buffers that old versions saved; they follow from the config.
+# Buffers that old versions of transformers saved; the config determines them.
 DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
 
 
 class WeightsError(ValueError):
-    """Files that do not hold the model's tensors; the message names every one of them."""
+    """The files do not hold the model's tensors; the message names every wrong tensor."""
 
 
-def load(cls: type[Qwen25VL], directory: Path, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
-    """See `Qwen25VL.from_pretrained`."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory; expected a Qwen2.5-VL model directory")
-    config = ModelConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = cls(config)
-    wanted = dict(model.named_parameters())
-    files = _find_files(directory)
-    found, problems = _plan(files, {name: tuple(p.shape) for name, p in wanted.items()}, config.tie_word_embeddings)
+def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a model with the tensors of a directory.
+
+    Args:
+        model: on the meta device, with published parameter names; it gets memory on `device`, in `dtype`.
+        tied: the LM head is the embedding; files may repeat it as `lm_head.weight`.
+
+    Raises:
+        FileNotFoundError: the directory has no safetensors files.
+        WeightsError: missing, unexpected, wrong-shaped or truncated tensors; names them all.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found, problems = _match(_find_files(directory), wanted, tied)
     if problems:
         listed = "\n  ".join(problems)
         raise WeightsError(f"{directory} does not hold the weights of its config.json:\n  {listed}")
@@ -52,9 +52,8 @@ def load(cls: type[Qwen25VL], directory: Path, dtype: torch.dtype, device: torch
             for stored, name in names:
                 if name is not None:
                     parameters[name].copy_(file.get_tensor(stored))
-    if config.tie_word_embeddings:
+    if tied:
         _check_tied(found, parameters["model.embed_tokens.weight"], directory)
-    return model
 
 
 def save(
@@ -68,11 +67,11 @@ def save(
     """Write config.json, generation_config.json and safetensors with published names (see `save_pretrained`).
 
     Args:
-        state: parameter name -> tensor (gathered if the model is sharded); stored in their own dtype.
-        max_shard_bytes: tensor bytes in one file; a single larger tensor gets a file of its own.
+        state: parameter name -> tensor (gathered if the model is sharded); each is stored in its own dtype.
+        max_shard_bytes: tensor bytes in one file; a larger tensor gets its own file.
 
     Raises:
-        OSError: disk full, no permission, ... ; what was in `directory` before is untouched.
+        OSError: disk full, no permission, ...; the old content of `directory` is untouched.
     """
     with atomic.folder(directory) as partial:
         (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
@@ -83,7 +82,7 @@ def save(
 
 
 def _find_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that the index names, or the single one."""
+    """The safetensors files of a directory: those that the index names, or the only one."""
     index = directory / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -97,14 +96,14 @@ def _find_files(directory: Path) -> list[Path]:
     hint = ""
     if pickled:
         hint = (
-            f". It holds {pickled}, which are pickles: loading one can run any code, so fastvst never does. "
+            f". It holds {pickled}, which are pickles. Loading a pickle can run any code, so fastvst never does. "
             "Convert them with transformers: AutoModel.from_pretrained(dir).save_pretrained(new_dir)"
         )
     raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{hint}")
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """The header of a safetensors file (name -> dtype, shape, data_offsets), and what is wrong with it, or None."""
+    """The header of a safetensors file (name -> dtype, shape, data_offsets), and its problem in words, or None."""
     if not path.is_file():
         return {}, f"{path.name}: the file is missing"
     size = path.stat().st_size
@@ -126,17 +125,17 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
 
 
 def published_name(name: str) -> str:
-    """The published name of a tensor that may carry transformers 5.x's in-memory name."""
+    """The published name of a tensor, from that name or from the in-memory name of transformers 5.x."""
     for prefix, replacement in RENAMES:
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     return name
 
 
-def _plan(
+def _match(
     files: list[Path], wanted: Mapping[str, tuple[int, ...]], tied: bool
 ) -> tuple[dict[Path, list[tuple[str, str | None]]], list[str]]:
-    """For every file its (stored name, parameter name or None for the tied head), and every problem in words."""
+    """For every file its (stored name, parameter name or None for a tied LM head), and every problem in words."""
     found: dict[Path, list[tuple[str, str | None]]] = {}
     problems = []
     seen = set()
@@ -166,7 +165,7 @@ def _plan(
 
 
 def _check_tied(found: dict[Path, list[tuple[str, str | None]]], embedding: Tensor, directory: Path) -> None:
-    """A file of a tied model may repeat the embedding as lm_head, but may not hold another one."""
+    """The files of a tied model may repeat the embedding as lm_head.weight; another value is an error."""
     for path, names in found.items():
         for stored, name in names:
             if name is not None:

@@ -194,7 +194,7 @@ def complete(
         pack = pack.to(device)
         if keep_vision:
             with torch.no_grad():
-                pack = dataclasses.replace(pack, vision=model(pack.batch, see_only=True))
+                pack = dataclasses.replace(pack, vision=model(pack.batch, images_only=True))
         if reference is not None:
             pack = dataclasses.replace(pack, ref_logprobs=score_pack(reference, pack, temperature))
         if not first or config.epochs > 1:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastvst.model import ModelConfig
+from fastvst_kernels.shared.cpu import lazy_zeros
 
 
 class OutOfPages(RuntimeError):
     """More pages were asked for than are free; the scheduler prevents it."""
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On the CPU from calloc, whose pages the system zeroes when they are first used: torch.zeros would write
-    a quarter of the machine's memory at once (5 GB took 5 s)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class PagePool:
@@ -39,7 +29,7 @@ class PagePool:
         self, config: ModelConfig, pages: int, page_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_hidden_layers, pages + 1, page_size, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        self.keys, self.values = (lazy_zeros(shape, dtype, device) for _ in range(2))
         self.page_size = page_size
         self.pages = pages
         self.peak = 0

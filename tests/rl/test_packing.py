@@ -248,9 +248,9 @@ def test_a_kept_vision_tower_gives_the_same_hidden_states(processor: Processor) 
     model = Qwen25VL(small_config()).eval()
     batch = make_pack(make_groups(processor, 3), model.config).batch
     with torch.no_grad():
-        assert torch.equal(model(batch), model(batch, vision=model(batch, see_only=True)))
+        assert torch.equal(model(batch), model(batch, vision=model(batch, images_only=True)))
         text = make_pack(make_groups(processor, 2)[1:], model.config).batch
-        assert torch.equal(model(text), model(text, vision=model(text, see_only=True)))
+        assert torch.equal(model(text), model(text, vision=model(text, images_only=True)))
 
 
 def test_the_gap_to_the_sampler_is_reported() -> None:

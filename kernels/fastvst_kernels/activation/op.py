@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvst_kernels.shared.backend import uses_kernel
-from fastvst_kernels.shared.tile_tables import bits_class, config, dense_rows, rows_at_once
+from fastvst_kernels.shared.cpu import rows_at_once
+from fastvst_kernels.shared.tensors import dense_rows
+from fastvst_kernels.shared.tile_tables import bits_class, config
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
-from fastvst_kernels.shared.tile_tables import config, dense_rows, row_class
+from fastvst_kernels.shared.tensors import dense_rows
+from fastvst_kernels.shared.tile_tables import config, row_class
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.linear import column_sum
 from fastvst_kernels.shared.backend import uses_kernel
-from fastvst_kernels.shared.tile_tables import config, rows_at_once, shape_class
+from fastvst_kernels.shared.cpu import column_sum, rows_at_once
+from fastvst_kernels.shared.tile_tables import config, shape_class
 
 
 def mrope(

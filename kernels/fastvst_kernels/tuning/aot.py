@@ -48,6 +48,16 @@ class Compiled:
         return self.shared_bytes <= self.shared_limit
 
 
+def is_pointer(argument: str) -> bool:
+    """Whether an argument of a kernel is a pointer, by its name: `x_ptr` or X."""
+    return argument.endswith("_ptr") or argument.isupper()
+
+
+def bare_name(argument: str) -> str:
+    """`x_ptr`, x and X are all "X"."""
+    return argument.removesuffix("_ptr").upper()
+
+
 def compile_kernel(
     kernel: Any,
     types: Mapping[str, str],

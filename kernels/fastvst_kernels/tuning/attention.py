@@ -19,7 +19,7 @@ from fastvst_kernels.shared.tile_tables import (
     most_registers,
     pieces,
 )
-from fastvst_kernels.tuning.aot import Compiled, compile_kernel
+from fastvst_kernels.tuning.aot import Compiled, bare_name, compile_kernel, is_pointer
 
 KERNELS = {
     "attention_forward": attention_forward.attention_forward_kernel,
@@ -123,14 +123,14 @@ def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool
 
 
 def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
-    """Argument types of one variant: pointers are in capitals."""
+    """Argument types of one variant; pointers end in `_ptr` (or are written in capitals)."""
     known = {"LSE": "*fp32", "DLSE": "*fp32", "DELTA": "*fp32", "TILES": "*i32", "WIDTH": "i32"}
-    known |= {"scale": "fp32", "qk_scale": "fp32"}
+    known |= {"SCALE": "fp32", "QK_SCALE": "fp32"}
     for piece, columns in (("0", constexprs["D0"]), ("1", constexprs["D1"] or constexprs["D0"])):
         block = f"tensordesc<{dtype}[{constexprs['BLOCK_N']}, 1, {columns}]>"
         known |= {f"K{piece}": block, f"V{piece}": block}
     names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
-    return {n: known.get(n, f"*{dtype}" if n.isupper() else "i32") for n in names}
+    return {n: known.get(bare_name(n), f"*{dtype}" if is_pointer(n) else "i32") for n in names}
 
 
 def compile_variant(

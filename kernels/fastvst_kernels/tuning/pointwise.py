@@ -12,7 +12,7 @@ from fastvst_kernels.norm import kernels as norm_triton
 from fastvst_kernels.rope import kernels as rope_triton
 from fastvst_kernels.rope.op import inverse_frequencies
 from fastvst_kernels.shared.tile_tables import ROWS, WIDTHS, next_power
-from fastvst_kernels.tuning.aot import Compiled, compile_kernel
+from fastvst_kernels.tuning.aot import Compiled, bare_name, compile_kernel, is_pointer
 from fastvst_kernels.window import kernels as window_triton
 
 Numbers = tuple[int, ...]
@@ -82,11 +82,11 @@ def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any]
 
 
 def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
-    """Argument types of one variant: pointers are in capitals."""
+    """Argument types of one variant; pointers end in `_ptr` (or are written in capitals)."""
     known = {"INVERSE": "*fp32", "PARTIAL": "*fp32", "FREQUENCIES": "*fp32", "POSITIONS": "*i32", "WINDOWS": "*i32"}
-    known |= {"WIDTH": "i32", "eps": "fp32", "scale": "fp32"}
+    known |= {"WIDTH": "i32", "EPS": "fp32", "SCALE": "fp32"}
     names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
-    return {n: known.get(n, f"*{dtype}" if n.isupper() else "i32") for n in names}
+    return {n: known.get(bare_name(n), f"*{dtype}" if is_pointer(n) else "i32") for n in names}
 
 
 def compile_variant(kernel: str, shape: str, numbers: Numbers, *, arch: int) -> Compiled:

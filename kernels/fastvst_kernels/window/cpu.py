@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention.segments import Job, plan, put, take
-from fastvst_kernels.linear import column_sum
 from fastvst_kernels.rope.op import angle_table, default_dtype, rotate_
+from fastvst_kernels.shared.cpu import column_sum
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 
 from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope
+from fastvst_kernels.activation import op as activation
 from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_op, swiglu_reference
+from fastvst_kernels.norm import op as norm
 from fastvst_kernels.norm.op import rms_norm_op, rms_norm_reference
+from fastvst_kernels.rope import op as rope_op
 from fastvst_kernels.tuning.pointwise import CANDIDATES
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
-ROPE, SWIGLU, NORM = ("fastvst_kernels." + name for name in ("mrope", "swiglu", "norm"))
 
-
-def choose(monkeypatch: pytest.MonkeyPatch, module: str, numbers: dict[str, tuple[int, ...]]) -> None:
+def choose(monkeypatch: pytest.MonkeyPatch, module: ModuleType, numbers: dict[str, tuple[int, ...]]) -> None:
     """Let the operators of a module run with these configurations instead of the table's."""
-    monkeypatch.setattr(importlib.import_module(module), "config", lambda kernel, shape, device: numbers[kernel])
+    monkeypatch.setattr(module, "config", lambda kernel, shape, device: numbers[kernel])
 
 
 def pairs(family: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -37,7 +38,7 @@ def data(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[t
 
 @pytest.mark.parametrize("numbers", pairs("rms_norm"), ids=str)
 def test_norm_configurations(monkeypatch, numbers):
-    choose(monkeypatch, NORM, {"rms_norm_forward": numbers[0], "rms_norm_backward": (*numbers[1][:2], 3)})
+    choose(monkeypatch, norm, {"rms_norm_forward": numbers[0], "rms_norm_backward": (*numbers[1][:2], 3)})
     for rows, width in ((7, 200), (1, 64), (0, 64)):
         inputs = data((rows, width), (rows, width), (width,))
         assert_as_good_as_plain(
@@ -80,7 +81,7 @@ def test_a_wider_row_than_the_kernel_holds_is_refused():
 @pytest.mark.parametrize("numbers", pairs("swiglu"), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_swiglu(monkeypatch, numbers, dtype):
-    choose(monkeypatch, SWIGLU, {"swiglu_forward": numbers[0], "swiglu_backward": numbers[1]})
+    choose(monkeypatch, activation, {"swiglu_forward": numbers[0], "swiglu_backward": numbers[1]})
     for rows, width in ((9, 20), (2, 1100), (0, 8)):
         inputs = data((rows, width), (rows, width), dtype=dtype)
         grads = data((rows, width), dtype=dtype)
@@ -122,7 +123,7 @@ def check_mrope(sizes: tuple[int, int, int], dim: int, sections: tuple[int, ...]
 @pytest.mark.parametrize("numbers", pairs("rope"), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rope(monkeypatch, numbers, dtype):
-    choose(monkeypatch, ROPE, {"rope_forward": numbers[0], "rope_backward": numbers[1]})
+    choose(monkeypatch, rope_op, {"rope_forward": numbers[0], "rope_backward": numbers[1]})
     check_mrope((11, 3, 1), 16, (2, 3, 3), dtype)
     check_mrope((5, 2, 2), 48, (8, 8, 8), dtype)
     check_mrope((0, 1, 1), 16, (2, 3, 3), dtype)

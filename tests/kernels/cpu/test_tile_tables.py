@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvst_kernels.shared import tile_tables as dispatch
+from fastvst_kernels.shared import tile_tables
 
 ROOT = Path(__file__).parents[3]
 ARCHS = (80, 89, 90, 100, 120)
@@ -18,11 +18,11 @@ ARCHS = (80, 89, 90, 100, 120)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_tables_hold_every_attention_shape(arch: int):
-    table = dispatch.read_table(dispatch.TABLES / f"sm_{arch}.json")
+    table = tile_tables.read_table(tile_tables.TABLES / f"sm_{arch}.json")
     assert table.arch == arch and not table.measured
     kernels = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
     for kernel, width, dtype in itertools.product(kernels, range(16, 257, 16), (torch.bfloat16, torch.float32)):
-        tile = dispatch.Tile(*table.configs[kernel][dispatch.shape_class(width, dtype)])
+        tile = tile_tables.Tile(*table.configs[kernel][tile_tables.shape_class(width, dtype)])
         assert tile.block_m in (16, 32, 64, 128) and tile.block_n in (16, 32, 64, 128)
 
 
@@ -30,7 +30,7 @@ def test_shipped_tables_hold_every_attention_shape(arch: int):
 def test_shipped_tables_hold_every_tunable_kernel(arch: int):
     from fastvst_kernels.tuning import tune
 
-    table = dispatch.read_table(dispatch.TABLES / f"sm_{arch}.json")
+    table = tile_tables.read_table(tile_tables.TABLES / f"sm_{arch}.json")
     for kernel, tunable in tune.tunables().items():
         assert set(table.configs[kernel]) == set(tunable.shapes), kernel
         for shape, numbers in table.configs[kernel].items():
@@ -38,19 +38,19 @@ def test_shipped_tables_hold_every_tunable_kernel(arch: int):
 
 
 def test_heads_are_two_powers_of_two():
-    assert dispatch.pieces(80) == (64, 16) and dispatch.pieces(96) == (64, 32) and dispatch.pieces(128) == (128, 0)
+    assert [tile_tables.pieces(width) for width in (80, 96, 128)] == [(64, 16), (64, 32), (128, 0)]
     for width in range(16, 257, 16):
-        first, rest = dispatch.pieces(width)
+        first, rest = tile_tables.pieces(width)
         assert width <= first + rest < 2 * width and (first == width) == (rest == 0)
         assert first & (first - 1) == 0 and rest & (rest - 1) == 0 and (rest == 0 or rest >= 16)
 
 
 def test_an_unknown_gpu_takes_the_nearest_architecture_and_says_so_once(caplog):
-    dispatch.table_for.cache_clear()
+    tile_tables.table_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="fastvst_kernels"):
-        assert dispatch.table_for("Some GPU", 103).arch == 100
-        assert dispatch.table_for("Some GPU", 103).arch == 100
-        assert dispatch.table_for("Other GPU", 86).arch == 89
+        assert tile_tables.table_for("Some GPU", 103).arch == 100
+        assert tile_tables.table_for("Some GPU", 103).arch == 100
+        assert tile_tables.table_for("Other GPU", 86).arch == 89
     said = [r.message for r in caplog.records]
     assert len(said) == 2 and "no tuned table for Some GPU (sm_103)" in said[0] and "sm_100" in said[0]
 
@@ -58,13 +58,13 @@ def test_an_unknown_gpu_takes_the_nearest_architecture_and_says_so_once(caplog):
 def test_a_tuned_table_goes_before_the_architectures(tmp_path, monkeypatch):
     table = {"gpu": "Some GPU", "arch": 90, "measured": True, "configs": {"kernel": {"16x64": [1, 2, 3, 4]}}}
     (tmp_path / "some-gpu.json").write_text(json.dumps(table))
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
-    dispatch.table_for.cache_clear()
-    assert dispatch.table_for("Some GPU", 90).configs["kernel"]["16x64"] == (1, 2, 3, 4)
+    monkeypatch.setattr(tile_tables, "TABLES", tmp_path)
+    tile_tables.table_for.cache_clear()
+    assert tile_tables.table_for("Some GPU", 90).configs["kernel"]["16x64"] == (1, 2, 3, 4)
     (tmp_path / "some-gpu.json").write_text("[]")
     with pytest.raises(ValueError, match="some-gpu.json is no table"):
-        dispatch.read_table(tmp_path / "some-gpu.json")
-    dispatch.table_for.cache_clear()
+        tile_tables.read_table(tmp_path / "some-gpu.json")
+    tile_tables.table_for.cache_clear()
 
 
 def test_tuning_without_a_gpu_says_what_is_missing(capsys):
@@ -93,7 +93,7 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
     tune.write_table(path, {"gpu": "g", "arch": 90, "measured": True, "configs": {"kernel": {"a": [9]}}})
     said: list[str] = []
     assert tune.tune(path, "g", 90, torch.device("cpu"), "", float("inf"), said.append)
-    assert dispatch.read_table(path).configs == {"kernel": {"a": (9,), "b": (3,)}}
+    assert tile_tables.read_table(path).configs == {"kernel": {"a": (9,), "b": (3,)}}
     assert any("(1,): spills" in line for line in said)
     assert not tune.tune(tmp_path / "late.json", "g", 90, torch.device("cpu"), "", 0.0, said.append)
 
@@ -113,13 +113,6 @@ def test_rechecking_moves_what_is_not_clean_to_the_next_candidate(tmp_path, monk
     tune.write_table(path, {"gpu": "sm_90", "arch": 90, "measured": False, "configs": {"kernel": held}})
     assert tune.main(["--compile-only", "90", "--out", str(path), "--recheck"]) == 0
     expected = {"a": (1,), "b": (3,), "c": (3,), "d": (1,), "e": (1,)}
-    assert dispatch.read_table(path).configs == {"kernel": expected}
+    assert tile_tables.read_table(path).configs == {"kernel": expected}
     with pytest.raises(SystemExit):
         tune.main(["--recheck"])
-
-
-def test_rows_at_once_bound_what_lies_between_two_steps():
-    for shape in ((5000, 3, 80), (7, 10), (1, 1 << 20), (0, 4), (3,)):
-        rows = dispatch.rows_at_once(torch.empty(shape, device="cpu"))
-        assert rows >= 1 and (rows == 1 or rows * torch.Size(shape[1:]).numel() <= 1 << 18)
-    assert dispatch.rows_at_once(torch.empty(9000, 9000, device="meta")) == 9000

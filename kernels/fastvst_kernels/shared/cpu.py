@@ -1,0 +1,60 @@
+"""Four helpers that make plain PyTorch faster on a CPU, each with the gain that keeps it here.
+
+On other devices each helper is the plain expression. On a CPU the order of a sum may differ from it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LINE = 64  # bytes of a cache line
+PIECE = 1 << 18  # values of `rows_at_once`: 1 MiB of float32
+
+
+def aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias`, (M, K) by (K, N), in a buffer whose rows start at whole cache lines.
+
+    The vision tower's MLP is 3,420 wide. With rows of 3,420 floats MKL reaches 60 GFLOP/s, with rows that are 3,424
+    floats apart 85 GFLOP/s (one core of an AMD EPYC, M = 396, K = 1280). GPUs prefer rows at multiples of 16 bytes.
+    """
+    if torch.compiler.is_compiling():  # dynamo accepts no slice as out=
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    step = LINE // a.element_size()
+    return mm_into(a.new_empty(a.shape[0], -(-b.shape[1] // step) * step)[:, : b.shape[1]], a, b, bias)
+
+
+def mm_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """`a @ b + bias`, written into `out` (M, N), which may be a view."""
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """`x.sum(0)` of (T, N), the gradient of a bias. On the CPU a product with ones, which takes half the time."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return x.t().mv(x.new_ones(x.shape[0]))
+    return x.sum(0)
+
+
+def rows_at_once(x: Tensor) -> int:
+    """How many rows (first dimension) of x elementwise arithmetic takes at a time: on the CPU PIECE values, else all.
+
+    Intermediate values then stay in the CPU's caches; writing them to fresh memory costs as much as the arithmetic.
+    Window attention on 2,000 patches with 16 heads of 80 takes 89 ms instead of 112 ms. The values are the same, except
+    that torch's SiLU may round the last values of a piece differently (a scalar loop behind the vectors of 32 values).
+    """
+    return max(1, PIECE // max(1, x.shape[1:].numel()) if x.device.type == "cpu" else len(x))
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`. On the CPU from calloc: the system zeroes each memory page when it is first used.
+
+    torch.zeros writes all bytes at once, which takes 5 s for a KV cache of 5 GB.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)

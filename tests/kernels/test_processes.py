@@ -1,0 +1,33 @@
+"""The kernels' interpreter tests and compile tests as part of the plain `pytest`, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: str, **variables: str) -> None:
+    """pytest on tests/kernels/`folder` in a process of its own; shows the output if it fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{folder}"]
+    # Triton reads TRITON_INTERPRET when it is imported, so one process cannot run both folders.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    assert done.returncode == 0, f"tests in tests/kernels/{folder} failed; their output is above"
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    run("interpreter", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_kernels_compiled_ahead_of_time():
+    run("aot")
