@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastvst.config import ConfigError, load_config, render, save_json, to_dict, usage
+from fastvst.config import ConfigError, leaves, load_config, render, save_json, to_dict, usage
 from fastvst.data import Ledger, MixtureConfig, Processor, ProcessorConfig, SourceConfig
 from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.mixture import open_mixture
@@ -181,7 +181,7 @@ def build_model(config: Config, world: World) -> Qwen25VL:
 
 
 def build_processor(config: Config) -> Processor:
-    options = {f.name: getattr(config.processor, f.name) for f in dataclasses.fields(config.processor)}
+    options = dict(leaves(config.processor))
     return Processor.from_pretrained(config.model.path, **options)
 
 
@@ -352,7 +352,6 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         stream.load_state_dict(rank_state["stream"])
         say(world, f"resumed from {resume_from}")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
-    hf_dtype = distributed.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
     questions = read_questions(test_rows, config.evaluation.questions, ledger) if test_rows else []
 
     def write_hf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -369,7 +368,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             rank_state={"stream": stream.state_dict()},
             config=settings,
             write_hf=write_hf if config.checkpoint.hf else None,
-            hf_dtype=hf_dtype,
+            hf_dtype=world.dtype,
             keep=config.checkpoint.keep,
         )
         say(world, f"saved {path}")
@@ -421,7 +420,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         evaluate(config.steps)
         say(world, pool.summary(), ledger.summary())
     save(step)
-    checkpoint.save_hf(out / "hf", model, world, write_hf, hf_dtype)
+    checkpoint.save_hf(out / "hf", model, world, write_hf, world.dtype)
     if world.is_main:
         print(f"model: {out / 'hf'}\nreport: {write_report(out, settings)}", flush=True)
 

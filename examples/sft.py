@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvst.config import ConfigError, load_config, render, save_json, to_dict, usage
+from fastvst.config import ConfigError, leaves, load_config, render, save_json, to_dict, usage
 from fastvst.data import (
     Ledger,
     LoaderConfig,
@@ -182,7 +182,7 @@ def build_model(config: Config, world: World) -> Qwen25VL:
 
 
 def build_processor(config: Config) -> Processor:
-    options = {f.name: getattr(config.processor, f.name) for f in dataclasses.fields(config.processor)}
+    options = dict(leaves(config.processor))
     if config.model.path:
         return Processor.from_pretrained(config.model.path, **options)
     return Processor.preset(config.model.preset, **options)
@@ -299,7 +299,6 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
     )
     say(world, *loader.notes)
-    hf_dtype = distributed.DTYPES.get(config.checkpoint.hf_dtype, world.dtype)
 
     def write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
         hf.save(path, model.config, tensors, processor=processor)
@@ -315,7 +314,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             rank_state={"loader": loader.state_dict()},
             config=settings,
             write_hf=write_hf if config.checkpoint.hf else None,
-            hf_dtype=hf_dtype,
+            hf_dtype=world.dtype,
             keep=config.checkpoint.keep,
         )
         say(world, f"saved {path}")
@@ -372,7 +371,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         say(world, f"stopped by a signal after step {step}; go on with --resume auto")
         return
     save(step)
-    checkpoint.save_hf(out / "hf", model, world, write_hf, hf_dtype)
+    checkpoint.save_hf(out / "hf", model, world, write_hf, world.dtype)
     say(world, loader.report, loader.ledger.summary(), f"model: {out / 'hf'}")
     if world.is_main:
         evaluate(config, processor, world, rooms)

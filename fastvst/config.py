@@ -63,12 +63,22 @@ def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
     return _build(config_class, tree, config_class(), "")
 
 
+def not_an_option(default: T) -> T:
+    """Default of a dataclass field that the constructor takes and a configuration does not offer."""
+    return dataclasses.field(default=default, metadata={"option": False})
+
+
+def option_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, or of an instance, that a configuration offers."""
+    return [field for field in dataclasses.fields(config) if field.metadata.get("option", True)]
+
+
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every option of a dataclass instance, depth first in the order of definition.
 
     A tuple of dataclasses (such as a list of data sources) counts as one option.
     """
-    for field in dataclasses.fields(config):
+    for field in option_fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{field.name}.")
@@ -89,7 +99,7 @@ def render(config: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A JSON-able dict of the tree; `from_dict` is its inverse."""
+    """A JSON-able dict of the options of the tree; `from_dict` is its inverse."""
     return _plain(config)
 
 
@@ -141,7 +151,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 
 def _names(cls: type[Any], prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(cls):
+    for field in option_fields(cls):
         inner = _unwrap(_hints(cls)[field.name])[0]
         if dataclasses.is_dataclass(inner):
             yield from _names(typing.cast(type, inner), f"{prefix}{field.name}.")
@@ -168,11 +178,11 @@ def _find(root: type[Any], name: str) -> Any:
         if typing.get_origin(cls) is dict:
             annotation = typing.get_args(cls)[1]
             continue
-        if not dataclasses.is_dataclass(cls) or part not in {f.name for f in dataclasses.fields(cls)}:
+        if not dataclasses.is_dataclass(cls) or part not in {f.name for f in option_fields(cls)}:
             raise _unknown(root, name)
         annotation = _hints(typing.cast(type, cls))[part]
     if dataclasses.is_dataclass(annotation):
-        inside = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(annotation))
+        inside = ", ".join(f"{name}.{f.name}" for f in option_fields(annotation))
         raise ConfigError(f"{name!r} is a section, not an option; set one of {inside}")
     return annotation
 
@@ -219,7 +229,7 @@ def _parse(annotation: Any, raw: str) -> Any:
 def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')} is a section of options; got {_came(values)}")
-    known = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
+    known = {f.name for f in option_fields(cls)}
     hints = _hints(cls)
     changes: dict[str, Any] = {}
     for key, value in values.items():
@@ -281,7 +291,7 @@ def _item(annotation: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a table of {annotation.__name__} options; got {_came(value)}")  # type: ignore[union-attr]
     cls = typing.cast(type, annotation)
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in option_fields(cls)}
     hints = _hints(cls)
     for key in value:
         if key not in known:
@@ -301,7 +311,7 @@ def _came(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in option_fields(value)}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

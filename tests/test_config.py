@@ -178,3 +178,23 @@ def test_render_marks_what_was_changed_and_help_names_everything() -> None:
 def test_values_cannot_be_changed_afterwards() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(Config).train.steps = 3  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Reader:
+    rows: int = 5
+    start_method: str = cfg.not_an_option("fork")
+
+
+@dataclass(frozen=True)
+class Whole:
+    reader: Reader = Reader(rows=6)
+
+
+def test_a_field_for_callers_only_is_no_option() -> None:
+    assert Reader(start_method="spawn").start_method == "spawn"
+    assert [name for name, _ in cfg.leaves(Whole())] == ["reader.rows"]
+    assert "start_method" not in cfg.usage(Whole) + cfg.render(Whole()) + str(cfg.to_dict(Whole()))
+    with pytest.raises(ConfigError, match=r"unknown option 'reader\.start_method'"):
+        load_config(Whole, ["reader.start_method=spawn"])
+    assert load_config(Whole, ["reader.rows=7"]) == Whole(Reader(rows=7))

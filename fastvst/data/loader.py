@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastvst.batch import IGNORE, Cost, EncodedSample, PackedBatch, pack
+from fastvst.config import not_an_option
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.packing import PackingConfig, PackingReport
@@ -55,12 +56,12 @@ class LoaderConfig:
     tokens_per_pack: int = 16384
     accumulation: int = 1
     num_workers: int = 2
-    prefetch: int = 2
-    pin_memory: bool = False
+    prefetch: int = not_an_option(2)
+    pin_memory: bool = not_an_option(False)
     timeout_s: float = 600.0
-    start_method: str | None = None
+    start_method: str | None = not_an_option(None)
     buffer_samples: int = 512
-    buffer_steps: float = 3.0
+    buffer_steps: float = not_an_option(3.0)
 
 
 @dataclass(frozen=True)

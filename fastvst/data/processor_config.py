@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from fastvst.config import not_an_option
 from fastvst.data.chat import JINJA_TEMPLATE, SUPERVISE
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE, PatchGeometry
 from fastvst.data.video import VideoConfig
@@ -49,11 +50,11 @@ class ProcessorConfig:
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
     resize: str = "pillow"
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
+    image_mean: tuple[float, float, float] = not_an_option(CLIP_MEAN)
+    image_std: tuple[float, float, float] = not_an_option(CLIP_STD)
     max_seq_len: int = 16384
-    supervise: str = "message"
-    share_pixels: bool = True
+    supervise: str = not_an_option("message")
+    share_pixels: bool = not_an_option(True)
     enable_fov: bool = True
     fov_base_width: int = 960
     fps: float = 2.0
@@ -62,8 +63,8 @@ class ProcessorConfig:
     video_min_pixels: int = 128 * 28 * 28
     video_max_pixels: int = 768 * 28 * 28
     max_source_pixels: int = 89_478_485
-    image_time_limit: float = 10.0
-    video_time_limit: float = 60.0
+    image_time_limit: float = not_an_option(10.0)
+    video_time_limit: float = not_an_option(60.0)
 
     def __post_init__(self) -> None:
         if self.supervise not in SUPERVISE:

@@ -50,20 +50,16 @@ class CheckpointConfig:
     Attributes:
         every: optimizer steps between two checkpoints; 0 = only at the end.
         keep: complete checkpoints that stay, the newest ones.
-        hf: also write a Hugging Face directory into every checkpoint.
-        hf_dtype: number format of Hugging Face directories; "auto" = the compute dtype.
+        hf: also write a Hugging Face directory, in the compute dtype, into every checkpoint.
     """
 
     every: int = 500
     keep: int = 2
     hf: bool = True
-    hf_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.every < 0:
             raise ValueError(f"keep must be at least 1 and every at least 0; got {self.keep} and {self.every}")
-        if self.hf_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"hf_dtype is {self.hf_dtype!r}; expected 'auto', 'float32' or 'bfloat16'")
 
 
 def save(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvst import jsonl
 
+WINDOW = 64  # accepted steps that the median is taken over
 _ENOUGH = 16  # accepted steps before anything counts as a spike
 
 
@@ -24,12 +25,10 @@ class GuardConfig:
 
     Attributes:
         spike: a loss or gradient norm this many times the median of recent steps is a spike; 0 = only non-finite ones.
-        window: accepted steps that the median is taken over.
         patience: stop the run after this many skipped steps in a row.
     """
 
     spike: float = 10.0
-    window: int = 64
     patience: int = 5
 
 
@@ -74,8 +73,8 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
                 reason = reason or f"the {name} is {value:.4g}, {value / usual:.1f} times the recent median {usual:.4g}"
     if reason is not None:
         return reason, Recent(recent.losses, recent.norms, recent.in_a_row + 1, recent.skipped + 1)
-    losses = (*recent.losses, loss)[-config.window :]
-    norms = (*recent.norms, norm)[-config.window :]
+    losses = (*recent.losses, loss)[-WINDOW:]
+    norms = (*recent.norms, norm)[-WINDOW:]
     return None, Recent(losses, norms, 0, recent.skipped)
 
 

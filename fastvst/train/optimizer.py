@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 PARTS = ("vision", "merger", "decoder")
+EPS = 1e-8  # added to the root of the second moment; torch's and the paper's default
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class OptimizerConfig:
         merger_lr: peak rate of the merger; none = the vision rate (VST counts the merger as vision).
         weight_decay: decoupled decay of matrices; norms and biases never decay.
         betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
         clip: largest global gradient norm; 0 = no clipping.
         freeze: parts that do not train, of "vision", "merger", "decoder".
     """
@@ -33,7 +33,6 @@ class OptimizerConfig:
     merger_lr: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     clip: float = 1.0
     freeze: tuple[str, ...] = ()
 
@@ -88,7 +87,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     ]
     if not groups:
         raise ValueError("no parameter of the model requires a gradient")
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=EPS, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

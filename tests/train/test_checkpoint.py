@@ -214,5 +214,3 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="keep must be at least 1"):
         CheckpointConfig(keep=0)
-    with pytest.raises(ValueError, match="hf_dtype"):
-        CheckpointConfig(hf_dtype="fp8")

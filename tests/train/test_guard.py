@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvst.train.guard import GuardConfig, GuardError, Recent, check, report, write_down
+from fastvst.train.guard import WINDOW, GuardConfig, GuardError, Recent, check, report, write_down
 
 
 def _after(values: list[float], config: GuardConfig | None = None) -> Recent:
@@ -43,10 +43,10 @@ def test_a_skipped_step_leaves_no_trace_in_the_median() -> None:
     assert (again.in_a_row, again.skipped) == (0, 1)
 
 
-@given(st.lists(st.floats(0.1, 10), max_size=80), st.integers(20, 40))
-def test_memory_is_bounded_and_survives_json(values: list[float], window: int) -> None:
-    recent = _after(values, GuardConfig(window=window, spike=0))
-    assert list(recent.losses) == values[-window:]
+@given(st.lists(st.floats(0.1, 10), max_size=2 * WINDOW))
+def test_memory_is_bounded_and_survives_json(values: list[float]) -> None:
+    recent = _after(values, GuardConfig(spike=0))
+    assert list(recent.losses) == values[-WINDOW:]
     assert Recent.from_json(json.loads(json.dumps(recent.to_json()))) == recent
 
 
