@@ -1,1 +1,1 @@
-"""Reasoned rows (VST-R): traces composed from geometry or by a teacher model, and rows for reinforcement learning."""
+"""Reasoning (VST-R): traces composed from geometry or written by a teacher model, and the bird's-eye view."""

@@ -1,7 +1,7 @@
-"""Bird's-eye view of a scene as VST-R shows it to its teacher (vst-spec 2.2): white paper, no axes; every object as its
-rotated footprint with a label chip; cameras as a triangle with an arrow; the first camera looks up the page.
+"""Bird's-eye view of a scene, as VST-R shows it to its teacher model (VST-R, arXiv 2511.05491).
 
-Also the table of the same objects in words, for the teacher's prompt.
+The plan is white and has no axes. Every object is its rotated footprint with a name plate, every camera a triangle with
+an arrow. The first camera looks up the page. `object_table` lists the same objects as text for the teacher's prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import area, footprint
 
-SCALE = 3  # drawn three times as large and shrunk: smooth edges
+SCALE = 3  # drawn three times as large, then reduced: smooth edges
 CAMERAS = ((214, 39, 40), (44, 140, 44), (31, 90, 180), (150, 75, 0))  # Cam-1 red, Cam-2 green, as published
 WALL = (120, 120, 120)
 
@@ -29,8 +29,10 @@ def _font(size: int) -> Any:
 
 
 def frame(scene: Scene, view: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Origin (2,) and rotation (2, 2) that put the world's floor plan on the page: x to the right, y up, so that the
-    camera of `view` looks up (world axes without a view)."""
+    """Origin (2,) and rotation (2, 2) from world floor coordinates to the page: x to the right, y up.
+
+    The camera of `view` then looks up the page. Without a view the page has the world's axes.
+    """
     if view is None:
         return np.zeros(2), np.eye(2)
     ahead = scene.views[view].camera.rotation[2, :2]
@@ -41,7 +43,7 @@ def frame(scene: Scene, view: int | None) -> tuple[np.ndarray, np.ndarray]:
 def draw_bev(scene: Scene, views: Sequence[int] = (), size: int = 640) -> Image.Image:
     """The plan of the whole scene, `size` pixels square, with the cameras of these views (the first one looks up).
 
-    Labels are moved apart where they would cover each other; a thin line then leads back to the object.
+    Labels that would overlap are moved apart; a thin line connects a moved label to its object.
     """
     origin, turn = frame(scene, views[0] if views else None)
     plans = [(thing.name, (footprint(thing.box) - origin) @ turn.T) for thing in scene.objects]
@@ -65,8 +67,8 @@ def draw_bev(scene: Scene, views: Sequence[int] = (), size: int = 640) -> Image.
     if outline is not None:
         pen.line([*page(outline), *page(outline)[:2]], fill=WALL, width=2 * SCALE)
     names = sorted({name for name, _ in plans})
-    hues = {name: _hue(k, len(names)) for k, name in enumerate(names)}
-    for name, plan in sorted(plans, key=lambda item: -area(item[1])):  # small things on top of large ones
+    hues = {name: hue(k, len(names)) for k, name in enumerate(names)}
+    for name, plan in sorted(plans, key=lambda item: -area(item[1])):  # large ones first: small objects stay visible
         pen.polygon(page(plan), fill=(*hues[name], 90))
         pen.line([*page(plan), *page(plan)[:2]], fill=hues[name], width=2 * SCALE)
     chips = [(name, page(plan.mean(0))[0], hues[name]) for name, plan in plans]
@@ -76,11 +78,11 @@ def draw_bev(scene: Scene, views: Sequence[int] = (), size: int = 640) -> Image.
         ahead = turn @ scene.views[view].camera.rotation[2, :2]
         tip = _arrow(pen, at, ahead / max(float(np.linalg.norm(ahead)), 1e-9), 0.05 * size * SCALE, colour)
         chips.append((f"Cam-{k + 1}", (at[0], at[1] + (14 if tip[1] <= at[1] else -14) * SCALE), colour))
-    _chips(pen, chips, size)
+    draw_labels(pen, chips, size)
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _hue(k: int, count: int) -> tuple[int, int, int]:
+def hue(k: int, count: int) -> tuple[int, int, int]:
     r, g, b = colorsys.hls_to_rgb((k * 0.618034) % 1.0 if count > 1 else 0.6, 0.38, 0.75)
     return round(255 * r), round(255 * g), round(255 * b)
 
@@ -107,13 +109,13 @@ def _arrow(
     return tip
 
 
-def _chips(
+def draw_labels(
     pen: ImageDraw.ImageDraw, chips: list[tuple[str, tuple[float, float], tuple[int, int, int]]], size: int
 ) -> None:
-    """White names on coloured plates, each at the free place nearest to its object; cameras first, then as given."""
+    """White names on coloured plates, each at the free place nearest to its object; cameras first."""
     font = _font(max(9, size // 52) * SCALE)
     taken: list[tuple[float, float, float, float]] = []
-    plates = []  # drawn after all of the leading lines, which would cross them
+    plates = []  # drawn last, so that no connecting line crosses a plate
     for name, (x, y), colour in sorted(chips, key=lambda chip: not chip[0].startswith("Cam-")):
         left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
         w = right - left + 8 * SCALE
@@ -150,8 +152,11 @@ def _chips(
 
 
 def object_table(scene: Scene, views: Sequence[int] = ()) -> str:
-    """The objects of the scene as text, one a line: name, size in metres, place on the plan of `draw_bev` (x to the
-    right of the first camera, y ahead of it), turn, and in which of the views it is seen."""
+    """The objects of the scene as text, one per line.
+
+    A line holds the name, the size in metres, the place on the plan of `draw_bev` (x to the right of the first camera,
+    y ahead of it), the rotation, and the views that show the object.
+    """
     origin, turn = frame(scene, views[0] if views else None)
     lines = ["id | object | width x depth x height (m) | right, ahead (m) | turned (deg) | seen in image"]
     for thing in scene.objects:

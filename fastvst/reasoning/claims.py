@@ -1,8 +1,7 @@
-"""What a sentence of a trace may claim about a scene, and whether it holds.
+"""The claims that a sentence of a trace can make about a scene, and their checks.
 
-A claim is a JSON-able dict: "says" names the kind, the other keys what it is about (views and objects by number).
-`holds` looks it up in the annotation and the poses again, apart from the code that worded it, and refuses what is not
-clear-cut.
+A claim is a JSON-able dict: "says" names its kind, the other keys name views and objects by number. `holds` checks it
+against the annotation and the poses, independently of the code that wrote the sentence, and rejects borderline cases.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ def sighting(scene: Scene, view: int, object_id: int) -> Sighting | None:
 
 
 def clear(scene: Scene, view: int, object_id: int) -> bool:
-    """Whether an object is seen well enough in a view to be spoken of."""
+    """Whether a view shows an object well enough to mention it."""
     s = sighting(scene, view, object_id)
     return s is not None and s.visibility >= CONFIG.min_visibility and s.pixels >= CONFIG.min_pixels
 
 
 def across(scene: Scene, view: int, object_id: int) -> tuple[float, float] | None:
-    """Where an object's dot and the middle of its 2D box are across a picture, as shares of its width."""
+    """Horizontal place of an object's dot and of its 2D box's centre, as shares of the image width."""
     s = sighting(scene, view, object_id)
     if s is None:
         return None
@@ -79,14 +78,14 @@ def range_of(scene: Scene, view: int, object_id: int) -> str | None:
 
 
 def left_of(scene: Scene, view: int, a: int, b: int) -> bool:
-    """Whether a is left of b in the picture by 8 % of its width, by the dots and by the 2D boxes."""
+    """Whether a is left of b in the image by 8 % of its width, by the dots and by the 2D boxes."""
     first = across(scene, view, a)
     second = across(scene, view, b)
     return first is not None and second is not None and all(q - p >= 0.08 for p, q in zip(first, second, strict=True))
 
 
 def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
-    """Whether a is nearer than b to a view's camera, by the dots and by the centres, by the margins of the tasks."""
+    """Whether a is nearer than b to a view's camera, by dots and by box centres, with the margins of the tasks."""
     first = sighting(scene, view, a)
     second = sighting(scene, view, b)
     if first is None or second is None:
@@ -97,7 +96,7 @@ def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
 
 
 def on_top(scene: Scene, a: int, b: int) -> bool:
-    """Whether a stands on b: its underside within 4 cm of b's top, its centre over b's footprint."""
+    """Whether a rests on b: its underside within 4 cm of b's top, its centre over b's footprint."""
     top = height_range(scene.object(b).box)[1]
     bottom = height_range(scene.object(a).box)[0]
     here = spot(scene, a)
@@ -231,8 +230,7 @@ def _apart(scene: Scene, c: Claim) -> bool:
 
 
 def class_frames(scene: Scene, name: str) -> tuple[int, int] | None:
-    """Frames of the walk, by number from 0, in which anything of a class shows at all, and is clear, for the first
-    time."""
+    """First frame of the walk (from 0) that shows any object of a class, and the first that shows one clearly."""
     ids = [thing.id for thing in scene.objects if thing.name == name]
     shown = [k for k, v in enumerate(scene.walk) if any(sighting(scene, v, i) is not None for i in ids)]
     sure = [k for k, v in enumerate(scene.walk) if any(clear(scene, v, i) for i in ids)]
@@ -311,7 +309,7 @@ CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
     "grew": _grew,
     "depth": _depth,
     "ranked": _ranked,
-    # Sentences that say nothing about the scene: how the task is gone about, and general truths named in `geometric`.
+    # Sentences that claim nothing about the scene: the method, and the general truths in `geometric`.
     "plan": lambda scene, c: True,
     "answer": lambda scene, c: True,
 }
@@ -321,7 +319,7 @@ def holds(scene: Scene, claim: Claim) -> bool:
     """Whether a claim is true of the scene.
 
     Raises:
-        ValueError: a kind of claim that nobody knows how to check.
+        ValueError: a kind of claim that has no check.
     """
     if claim.get("says") not in CHECKS:
         raise ValueError(f"scene {scene.name!r}: no check for the claim {claim}; known: {sorted(CHECKS)}")
@@ -329,7 +327,7 @@ def holds(scene: Scene, claim: Claim) -> bool:
 
 
 def about(degrees: float) -> tuple[int, str]:
-    """A turn of `degrees` clockwise in [0, 360) as (whole degrees up to 180, rounded to 5; the way round)."""
+    """A clockwise turn of `degrees` in [0, 360) as (degrees up to 180, rounded to 5; the direction of the turn)."""
     way = "clockwise" if degrees <= 180 else "counterclockwise"
     return 5 * round(min(degrees, 360 - degrees) / 5), way
 

@@ -1,4 +1,4 @@
-"""Sentences about one view of a scene, or about what two views share; each with its claim (see claims.py)."""
+"""Sentences about one view of a scene, or about what two views share, each with its claim (see claims.py)."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def capital(text: str) -> str:
 
 
 def say(rng: np.random.Generator, bank: tuple[str, ...]) -> Statement:
-    """A sentence that says nothing about the scene."""
+    """A sentence that claims nothing about the scene."""
     return Statement(pick(rng, bank), {"says": "plan"})
 
 
 def swing(scene: Scene, views: list[int], rng: np.random.Generator) -> list[Statement]:
-    """By how much the viewing direction differs between two views, where that is clear."""
+    """The difference of the viewing directions of two views, where it is clear."""
     turned = clockwise(*(heading(scene.views[v].camera) for v in views))
     degrees, way = claims.about(turned)
     if not 10 <= degrees <= 170:
@@ -86,20 +86,22 @@ def swing(scene: Scene, views: list[int], rng: np.random.Generator) -> list[Stat
 
 
 def names_in(scene: Scene, view: int, config: TaskConfig) -> dict[int, str]:
-    """Objects of a view whose class name alone says which is meant, by id."""
+    """Objects of a view that their class name alone identifies: id -> name."""
     return {s.object_id: prose(scene.object(s.object_id).name) for s in nameable(scene, scene.views[view], config)}
 
 
 def view_sentences(
     scene: Scene, view: int, where: str, titles: dict[int, str], rng: np.random.Generator, config: TaskConfig
 ) -> list[Statement]:
-    """Everything that can be said about one view, in reading order: what there is, where it is, how it is arranged.
+    """All sentences about one view, in reading order: the objects, their places, their arrangement.
 
-    where: how the picture is called ("The first image"). titles: other names for some objects ("bed (red point)").
+    Args:
+        where: how the text calls the image ("The first image").
+        titles: other names for some objects ("bed (red point)").
     """
     known = names_in(scene, view, config)
     known |= {i: title for i, title in titles.items() if claims.clear(scene, view, i)}
-    asked = [i for i in titles if i in known]  # what the question is about comes first
+    asked = [i for i in titles if i in known]  # objects of the question come first
     ids = asked + choose(rng, sorted(set(known) - set(asked)), 7 - len(asked))
     if not ids:
         return []
@@ -158,7 +160,7 @@ def _double(
 
 
 def shared(scene: Scene, views: list[int], rng: np.random.Generator, config: TaskConfig) -> list[Statement]:
-    """What both of two views show clearly, if anything."""
+    """Objects that both views show clearly, if there are any."""
     first, second = (names_in(scene, v, config) for v in views)
     ids = choose(rng, sorted(set(first) & set(second)), 4)
     if not ids:

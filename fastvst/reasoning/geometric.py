@@ -1,9 +1,9 @@
-"""GeometricCoT: a trace composed from the scene's geometry, true sentence by sentence, without a teacher and a network.
+"""GeometricCoT: a reasoning trace composed from the scene's geometry. It needs no teacher model and no network.
 
-The order is that of VST-R's two-view traces (vst-spec 2.2): say what is asked, describe view 1, describe view 2, join
-them,
-put the question in terms of what was found, conclude. Every sentence carries its claim, and `compose` checks each claim
-against the scene (claims.py) before it lets a row go out. Neither a plan from above nor coordinates are mentioned.
+The order is that of the two-view traces of VST-R (arXiv 2511.05491): state the question, describe view 1, describe view
+2, connect them, express the question in these terms, conclude. Every sentence carries its claim, and
+`compose` checks each claim against the scene (claims.py) before it returns a row. A trace mentions neither the plan
+from above nor coordinates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastvst.tasks.facts import Statement
 from fastvst.tasks.measurement import first_turn
 
 WORDS_LOW = 150
-WORDS_HIGH = 500  # of the text between the tags
+WORDS_HIGH = 500  # words between the tags
 CONFIG = TaskConfig()
 Made = tuple[list[Statement], list[Statement]]  # sentences before and after the descriptions
 
@@ -59,14 +59,13 @@ MATCH = ("This matches option {answer}.", "That is option {answer}.", "Among the
 
 
 def compose(scene: Scene, sample: Sample, rng: np.random.Generator) -> Sample | None:
-    """The reasoned version of a direct row of this scene: kind "thought_<task>", `<think>...</think> answer`. Of
-    several turns it is the first.
+    """The direct row with reasoning: kind "thought_<task>", `<think>...</think> answer`. Only the first turn is kept.
 
-    None if the scene offers too little to say (fewer than 150 words).
+    Returns None if the scene yields fewer than 150 words.
 
     Raises:
         ValueError: a task that has no trace.
-        RuntimeError: a sentence that does not hold (a defect of this module; names the sentence and its claim).
+        RuntimeError: a false sentence (a defect of this module); the message holds the sentence and its claim.
     """
     task = sample.metadata["task"]
     if task not in TRACES:
@@ -112,8 +111,10 @@ def _with_descriptions(
     opening: list[Statement],
     closing: list[Statement],
 ) -> list[list[Statement]] | None:
-    """Opening, one paragraph a view (of a video: a key frame), closing. Descriptions are cut, evenly over the views, at
-    a random length."""
+    """Opening, one paragraph per view (of a video: per key frame), closing.
+
+    Descriptions are cut at a random length, evenly over the views.
+    """
     meta = sample.metadata
     titles = dict(zip(meta.get("objects", []), meta.get("titles", []), strict=False))
     if "frames" in meta:
@@ -164,7 +165,7 @@ def _point(title: str) -> str:
 def _distance(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
     meta = sample.metadata
     anchor, *names = meta["titles"]
-    if meta["form"] == "colour" and sample.answer is not None:  # the question knows the boxes by their colours only
+    if meta["form"] == "colour" and sample.answer is not None:  # the question names the boxes by their colours only
         names = [f"{name} ({box})" for name, box in zip(names, sample.answer["candidates"], strict=True)]
     closing = []
     for other, name, gap in zip(meta["objects"][1:], names, meta["distances"], strict=True):
@@ -259,7 +260,7 @@ def _ahead(scene: Scene, view: int, target: int, title: str, here: str) -> list[
 
 
 def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> list[Statement]:
-    """From the given word to the answer by whole sectors."""
+    """From the given direction to the answer in whole sectors."""
     count = round(angle / width)
     way = "clockwise"
     if count * width > 180:

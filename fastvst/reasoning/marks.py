@@ -1,4 +1,4 @@
-"""Traces about things and points that are marked in one or two pictures: measurement, correspondence."""
+"""Traces about objects and points that are marked in one or two images: measurement, correspondence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SAME = (
 
 
 def sizes(scene: Scene, thing: int, what: str, title: str, rng: np.random.Generator) -> list[Statement]:
-    """What a dimension is: said outright, or as the greatest of three."""
+    """One dimension, stated directly or as the greatest of three."""
     found = []
     for each in ("height", "length", "width") if what == "greatest" else (what,):
         value = round(100 * measure(scene.object(thing), each))
@@ -68,8 +68,7 @@ def sizes(scene: Scene, thing: int, what: str, title: str, rng: np.random.Genera
 
 
 def scale(scene: Scene, view: int, thing: int, title: str, rng: np.random.Generator) -> list[Statement]:
-    """How far a thing is, how large a piece of the picture is there, and which of its neighbours are lower or
-    higher."""
+    """The distance of an object, the size of the image region around it, and which neighbours are lower or higher."""
     s = claims.sighting(scene, view, thing)
     if s is None:
         return []
@@ -105,7 +104,7 @@ def measurement(scene: Scene, sample: Sample, rng: np.random.Generator) -> tuple
 def correspondence(
     scene: Scene, sample: Sample, rng: np.random.Generator
 ) -> tuple[list[Statement], list[Statement]] | None:
-    """Trace that rules out the wrong points one after the other; None without depth and ids."""
+    """Trace that rules out the wrong points one by one; None without depth and ids."""
     meta = sample.metadata
     first, second = (scene.views[v] for v in meta["views"])
     if sample.answer is None or first.depth is None or first.ids is None or second.depth is None or second.ids is None:
@@ -129,7 +128,7 @@ def correspondence(
             )
             gap = round(float(np.linalg.norm(there - world)), 1)
             if gap < 0.1:
-                return None  # nobody would tell these two apart by a distance
+                return None  # a distance does not distinguish these two
             fact = {
                 "says": "apart",
                 "views": meta["views"],

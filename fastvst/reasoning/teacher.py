@@ -1,8 +1,8 @@
 """TeacherCoT: ask a vision-language model behind an OpenAI-compatible endpoint to explain a known answer.
 
-The teacher sees the views, the plan from above, the table of objects and the question with its answer (vst-spec 2.2). A
-trace is kept only if it ends on the true answer and speaks of neither the plan nor coordinates. Everything that comes
-back is appended to a JSON lines file as it comes, so an interrupted run goes on where it stopped.
+The teacher sees the views, the plan from above, the table of objects, and the question with its answer (VST-R, arXiv
+2511.05491). A trace is kept only if it ends with the true answer and mentions neither the plan nor coordinates. Every
+reply is appended to a JSONL file at once, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Objects:
 
 Question: {question}
 True answer: {answer}"""
-# What a trace must not speak of: the plan, and positions as tuples of numbers.
+# A trace must not mention the plan, or positions as tuples of numbers.
 FORBIDDEN = re.compile(
     r"\bBEV\b|bird'?s[- ]eye|top[- ]down|\bplan from above|\bfloor ?plan|\bobject table|\bcoordinates?\b|\bx[- ]axis|"
     r"\by[- ]axis|\(\s*-?\d+(?:\.\d+)?\s*,\s*-?\d+(?:\.\d+)?\s*(?:,[^)]*)?\)|Cam-\d",
@@ -54,21 +54,21 @@ RETRIED = (408, 409, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """An endpoint and how hard to press it.
+    """The endpoint of the teacher model, its limits, and the length of a trace.
 
     Attributes:
-        url: of the API's root, e.g. "http://localhost:8000/v1".
-        model: its name there.
+        url: root of the API, e.g. "http://localhost:8000/v1".
+        model: name of the model at the endpoint.
         key: bearer token, or empty.
-        tries: traces to ask for before a row is given up.
-        requests_per_minute: of all workers together; 0 = no limit.
+        tries: traces requested before a row is dropped.
+        requests_per_minute: limit for all workers together; 0 = no limit.
         workers: requests in flight.
-        retries: of one request after a connection error or status 408, 409, 429 or 5xx, with doubling pauses.
+        retries: repeats of one request after a connection error or status 408, 409, 429 or 5xx; pauses double.
         pause: seconds before the first retry.
         timeout: seconds for one request.
-        temperature, max_tokens: of the generation.
-        dollars_in, dollars_out: price of a million prompt and completion tokens, for the cost report.
-        min_words, max_words: length of a trace.
+        temperature, max_tokens: sampling parameters of the teacher.
+        dollars_in, dollars_out: price per million prompt and completion tokens, for the cost report.
+        min_words, max_words: limits of the length of a trace.
     """
 
     url: str
@@ -90,7 +90,7 @@ class TeacherConfig:
 
 @dataclass
 class Bill:
-    """What a run asked for and got. `rejected`: traces that were not kept, by reason."""
+    """Counts and cost of a run. `rejected` counts the dropped traces by reason."""
 
     requests: int = 0
     kept: int = 0
@@ -111,11 +111,11 @@ class Bill:
 
 
 class TeacherError(RuntimeError):
-    """The endpoint does not answer as an OpenAI-compatible one; the message names it, the status and what it said."""
+    """The endpoint failed or is not OpenAI-compatible; the message holds the URL, the status and the reply."""
 
 
 class _Pace:
-    """At most so many requests a minute, spread evenly, over all threads."""
+    """Limits the requests per minute of all threads together, spread evenly."""
 
     def __init__(self, per_minute: float):
         self.gap = 60.0 / per_minute if per_minute > 0 else 0.0
@@ -151,8 +151,10 @@ def judge(text: str, sample: Sample, config: TeacherConfig) -> tuple[str, str | 
 
 
 def agrees(said: str, sample: Sample) -> bool:
-    """Whether a line says the row's answer: its text with or without the option's letter; of a number, one within the
-    answer's relative tolerance."""
+    """Whether a line states the row's answer.
+
+    A text matches with or without its option letter, a number within the answer's relative tolerance.
+    """
     answer = sample.answer or {}
     if answer.get("type") == "number":
         number = re.match(r"-?\d+(?:\.\d+)?", said)
@@ -164,13 +166,14 @@ def agrees(said: str, sample: Sample) -> bool:
 def ask_teacher(
     rows: Iterable[tuple[Scene, Sample]], out: str | Path, config: TeacherConfig
 ) -> tuple[list[Sample], Bill]:
-    """Reasoned rows of direct rows, kind "thought_<task>", and the bill.
+    """Rows with reasoning, kind "thought_<task>", and the bill of the run.
 
-    rows: direct single-turn rows with their scenes; read lazily, a few ahead of the answers.
-    out: JSON lines {id, trace, reason, usage}; rows found there are not asked again.
+    Args:
+        rows: direct single-turn rows with their scenes; read lazily, a few ahead of the replies.
+        out: JSONL file of {id, trace, reason, usage}; rows found there are not requested again.
 
     Raises:
-        TeacherError: the endpoint refuses (status 4xx other than those retried), keeps failing, or answers nonsense.
+        TeacherError: the endpoint refuses (a status 4xx that is not retried), keeps failing, or sends an invalid reply.
     """
     path = Path(out)
     jsonl.append(path, [])  # creates the file, and cuts off a line that a killed run left torn
@@ -243,7 +246,7 @@ def thought(sample: Sample, trace: str) -> Sample:
 
 
 def _request(scene: Scene, sample: Sample, config: TeacherConfig) -> tuple[str, tuple[int, int]]:
-    """Text and (prompt, completion) tokens of one answer."""
+    """Text and (prompt, completion) token counts of one reply."""
     views = list(sample.metadata.get("views", [sample.metadata.get("view", 0)]))
     pictures = [part["image"] for part in sample.parts("image")]
     question = " ".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
@@ -298,7 +301,7 @@ def _post(url: str, body: dict[str, Any], sample: Sample, config: TeacherConfig)
                 raise TeacherError(f"{url}: {problem} (row {sample.id})") from error
             asked = error.headers.get("Retry-After", "")
             wait = max(wait, float(asked)) if asked.replace(".", "", 1).isdigit() else wait
-        except (OSError, ValueError) as error:  # refused, reset, timed out; not JSON
+        except (OSError, ValueError) as error:  # refused, reset, timed out, or not JSON
             problem = f"{type(error).__name__}: {error}"
         if attempt < config.retries:
             time.sleep(wait)

@@ -1,6 +1,6 @@
 """Traces about a video: sizes, distances and directions, counting, order of appearance.
 
-Descriptions are of a few key frames, those that show best what is asked about; frames are called by their number.
+They describe a few key frames, those that best show the objects of the question. A frame is named by its number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastvst.spatial.boxes import box_distance
 from fastvst.tasks.common import article, choose, listed, pick, prose
 from fastvst.tasks.facts import Statement
 
-KEYS = 3  # most key frames that are described
+KEYS = 3  # most key frames in one trace
 Made = tuple[list[Statement], list[Statement]]
 PLAN = {
     "size": (
@@ -64,29 +64,31 @@ BEFORE = ("So {a} comes into view before {b}.", "Therefore {a} appears earlier t
 
 
 def named(scene: Scene, name: str) -> list[int]:
-    """Ids of all things of a class."""
+    """Ids of all objects of a class."""
     return [thing.id for thing in scene.objects if thing.name == name]
 
 
 def plain(scene: Scene, names: list[str]) -> bool:
-    """Whether no other class of the scene could go by one of these names too, as an office chair is a chair: "no chair
-    before frame 5" would be false to a reader who sees one."""
+    """Whether no other class of the scene can be called by one of these names.
+
+    An office chair is also a chair: "no chair before frame 5" would be false for a reader who sees one.
+    """
     return not any(t.name != name and t.name.endswith(name) for t in scene.objects for name in names)
 
 
 def best_frame(scene: Scene, thing: int) -> int:
-    """Number of the frame that shows most of a thing."""
+    """Number of the frame that shows the most of an object."""
     sightings = [claims.sighting(scene, v, thing) for v in scene.walk]
     return int(np.argmax([s.visibility * s.pixels if s is not None else 0.0 for s in sightings]))
 
 
 def clear_frame(scene: Scene, thing: int) -> int:
-    """Number of the first frame that shows a thing clearly, -1 if none does."""
+    """Number of the first frame that shows an object clearly; -1 if there is none."""
     return next((k for k, v in enumerate(scene.walk) if claims.clear(scene, v, thing)), -1)
 
 
 def key_frames(scene: Scene, sample: Sample) -> list[int]:
-    """Numbers of up to three frames, in order: where the things asked about are seen best or first."""
+    """Numbers of up to three frames, in order, that show the objects of the question best or first."""
     meta = sample.metadata
     if "order" in meta:
         found = [frames[1] for name in meta["order"] if (frames := claims.class_frames(scene, name)) is not None]
@@ -94,13 +96,13 @@ def key_frames(scene: Scene, sample: Sample) -> list[int]:
         found = [clear_frame(scene, i) for i in meta["objects"]]
     else:
         found = [best_frame(scene, i) for i in meta["objects"]]
-    if len(set(found)) == 1:  # one frame is little to tell of a video: its middle as well
+    if len(set(found)) == 1:  # one frame says little about a video: add its middle
         found.append(len(scene.walk) // 2)
     return sorted(set(found[:KEYS]))
 
 
 def _titles(scene: Scene, sample: Sample) -> list[str]:
-    """The things asked about by their class names (each the only one of its class), which the descriptions use too."""
+    """Class names of the objects in the question (each the only one of its class); descriptions use them too."""
     meta = sample.metadata
     meta["titles"] = [prose(scene.object(i).name) for i in meta["objects"]]
     return list(meta["titles"])
@@ -115,7 +117,7 @@ def measurement(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
 
 
 def object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
-    """Distance of two things, the nearest of several, or the side of one for somebody who faces another."""
+    """Distance of two objects, the nearest of several, or the side of one for a person who faces another."""
     meta = sample.metadata
     names = _titles(scene, sample)
     closing = [say(rng, RESTATE)]

@@ -1,6 +1,6 @@
 """Question generators, one file per family. A new family is a module with `make` and one line in a dict below.
 
-`SINGLE`: make(scene, view index, rng, config, index) -> Sample | None, called for every still.
+`SINGLE`: make(scene, view index, rng, config, index) -> Sample | None, called for every single image.
 `PAIRS`: make(scene, (first, second, kind), rng, config, index) -> Sample | None, called for every pair of views.
 `WALKS`: make(scene, rng, config, index) -> Sample | None, called for a scene with a video.
 """
@@ -55,7 +55,7 @@ WALKS = {
     "video_caption": video_caption.make,
     "video_other": video_other.make,
 }
-# Rows of each task in VST-P, in thousands (the paper's figure of the data set): 4,165 in all.
+# Rows of each task in VST-P, in thousands (arXiv 2511.05491, figure of the data set): 4,165 in total.
 VST_P = {
     "detection_3d": 1586,
     "grounding_3d": 170,

@@ -1,7 +1,7 @@
-"""Directions on the floor, seen from above: compass sectors, clock hours, and sides of somebody who faces something.
+"""Directions on the floor, seen from above: compass sectors, clock hours, sides of a person who faces an object.
 
-All angles are clockwise, in degrees. A direction that lies near the border of its sector is refused: ten degrees from
-it for the eight compass words, five for the twelve hours, whose sectors are only thirty wide.
+All angles are clockwise, in degrees. A direction near the border of its sector is rejected: within ten degrees for the
+eight compass words, within five for the twelve hours, whose sectors are only thirty degrees wide.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastvst.spatial.camera import Camera
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 HOURS = tuple(f"{hour} o'clock" for hour in (12, *range(1, 12)))
 BORDER = {8: 10.0, 12: 5.0}  # degrees kept free on either side of a border between sectors
-MIN_REACH = 0.5  # metres on the floor; the direction to something nearer is a matter of a few centimetres
+MIN_REACH = 0.5  # metres on the floor; for nearer objects a few centimetres change the direction
 
 
 def spot(scene: Scene, object_id: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def spot(scene: Scene, object_id: int) -> np.ndarray:
 
 
 def heading(camera: Camera) -> np.ndarray:
-    """Viewing direction of a camera on the floor plane (2,), not normalised: shorter the more it looks up or down."""
+    """Viewing direction of a camera on the floor plane (2,), not normalised (shorter for a tilted camera)."""
     return camera.rotation[2, :2]
 
 
@@ -50,21 +50,21 @@ def clear_direction(start: np.ndarray, end: np.ndarray) -> bool:
 
 
 def quadrant(angle: float) -> str | None:
-    """front-right, back-right, back-left or front-left of somebody, None within 10 degrees of an axis."""
+    """front-right, back-right, back-left or front-left of a person; None within 10 degrees of an axis."""
     if min(angle % 90, 90 - angle % 90) < 10:
         return None
     return ("front-right", "back-right", "back-left", "front-left")[int(angle // 90) % 4]
 
 
 def left_right_back(angle: float) -> str | None:
-    """right (0-135), back (135-225) or left (225-360), VSI-Bench's three; None within 10 degrees of a border."""
+    """right (0-135), back (135-225) or left (225-360), the three of VSI-Bench; None within 10 degrees of a border."""
     if min(abs(angle - border) for border in (0, 135, 225, 360)) < 10:
         return None
     return "right" if angle < 135 else "back" if angle < 225 else "left"
 
 
 def left_right(angle: float) -> str | None:
-    """left or right of somebody; None within 20 degrees of straight ahead or behind."""
+    """left or right of a person; None within 20 degrees of straight ahead or behind."""
     if min(abs(angle - border) for border in (0, 180, 360)) < 20:
         return None
     return "right" if angle < 180 else "left"

@@ -1,9 +1,8 @@
-"""Other ways of writing a 3D box row, as configuration: the switches of VST's ablations (vst-spec 1.5).
+"""Other formats of a 3D box row: the switches of VST's ablations (arXiv 2511.05491, ablations of the box format).
 
-`apply` rewrites a single-image row of kind "bbox_3d" into one that is stored the way the model shall see it: the text
-in
-the field-of-view form (or without a camera) and the picture's new size beside it, so that the loader changes nothing.
-`read` turns an answer in such a form back into boxes. The checkable answer stays nine numbers in metres and degrees.
+`apply` rewrites a single-image row of kind "bbox_3d" into the form that the model sees: the text in the field-of-view
+form (or without a camera), and the image's new size, so that the loader changes nothing. `read` parses an answer in
+such a format into boxes. The checkable answer remains nine numbers in metres and degrees.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ _QUATERNION = (
 
 @dataclass(frozen=True)
 class BoxForm:
-    """How boxes are asked for and answered. All switches off is VST's own form ("v4_norm").
+    """Format of the boxes in question and answer. With all switches off it is VST's own format ("v4_norm").
 
     Attributes:
-        uvd: centres as pixel u, v of the resized picture and metric depth.
-        quaternion: ten numbers, the rotation as qx, qy, qz, qw.
-        intrinsics: False leaves the camera out of the prompt.
-        predict_fov: no camera in the prompt, and the answer begins with the horizontal field of view.
-        resize: False keeps the picture's size; the field of view still stands in the text.
-        base_width: width of the virtual camera's picture.
+        uvd: centres are pixel u, v of the resized image and metric depth.
+        quaternion: a box has ten numbers; its rotation is qx, qy, qz, qw.
+        intrinsics: False removes the camera from the prompt.
+        predict_fov: the prompt has no camera, and the answer begins with the horizontal field of view.
+        resize: False keeps the image's size; the text still states the field of view.
+        base_width: image width of the virtual camera, pixels.
     """
 
     uvd: bool = False
@@ -56,10 +55,10 @@ class BoxForm:
 
 
 def apply(sample: Sample, form: BoxForm) -> Sample:
-    """The row in another form. Rows with several pictures, or of another kind, come back as they are.
+    """The row in another format. Rows with several images or of another kind are returned unchanged.
 
     Raises:
-        ValueError: a row of kind "bbox_3d" without the camera line of the stored form.
+        ValueError: a row of kind "bbox_3d" without the stored form's camera line.
     """
     parts = sample.parts("image")
     if sample.kind != "bbox_3d" or len(parts) != 1 or sample.answer is None:
@@ -99,7 +98,7 @@ def apply(sample: Sample, form: BoxForm) -> Sample:
 
 
 def write(boxes: np.ndarray, labels: list[str], form: BoxForm, camera: dict[str, float], scale: np.ndarray) -> str:
-    """Answer text of (N, 9) boxes; `camera`: fx, fy, cx, cy of the stored picture; `scale` (2,): new over old size."""
+    """Answer text of (N, 9) boxes; `camera`: fx, fy, cx, cy of the stored image; `scale` (2,): new size / old size."""
     if not form.uvd and not form.quaternion:
         return format_boxes(boxes, labels)
     lines = []
@@ -118,7 +117,7 @@ def write(boxes: np.ndarray, labels: list[str], form: BoxForm, camera: dict[str,
 
 
 def read(text: str, form: BoxForm, camera: dict[str, float], scale: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Boxes (N, 9) in metres and degrees, and labels, of an answer in this form. Never raises on text; see `write`."""
+    """Boxes (N, 9) in metres and degrees, and labels, of an answer in this format (see `write`). No text raises."""
     block = re.search(r"```json\n(.*?)```", text, re.DOTALL)
     try:
         entries = json.loads(block[1]) if block else []
@@ -152,7 +151,7 @@ def _is_numbers(value: Any, count: int) -> bool:
 def quaternion(degrees: np.ndarray) -> np.ndarray:
     """Unit quaternion (4,) qx, qy, qz, qw with qw >= 0 of angles (3,) about X, Y, Z (Rz Ry Rx)."""
     m = rotations(degrees[None])[0]
-    # The largest of the four squares decides which row is divided by (Shepperd 1978).
+    # Divide by the row with the largest of the four squares (Shepperd 1978).
     squares = np.array(
         [
             1 + m[0, 0] - m[1, 1] - m[2, 2],

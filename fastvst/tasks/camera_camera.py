@@ -1,4 +1,4 @@
-"""Camera-camera relation: where the other camera stands and which way it points, on a clock face or a compass."""
+"""Camera-camera relation: position and viewing direction of the other camera, on a clock face or a compass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvst.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sam
 
 TASK = "camera_camera"
 KIND = "multi_image"
-MIN_TURN = 20.0  # degrees between the two viewing directions; with less the question is about nothing
+MIN_TURN = 20.0  # degrees between the two viewing directions; a smaller turn is no question
 
 CLOCK = (
     "If the camera of image {b} points at {given}, where does the camera of image {a} point?",

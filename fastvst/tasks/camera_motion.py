@@ -38,8 +38,12 @@ OPTIONS = ("{question} Options: {options}", "{question} {options}", "{question} 
 
 
 def relative(first: Camera, second: Camera) -> tuple[np.ndarray, float, float]:
-    """Shift (3,) in metres in the first camera's frame; pan (positive to the right) and tilt (positive upwards) of
-    the second camera's viewing direction in that frame, in degrees."""
+    """Motion from the first camera to the second, in the first camera's frame.
+
+    Returns:
+        shift (3,) in metres; pan (positive to the right) and tilt (positive upwards) of the second camera's viewing
+        direction, in degrees.
+    """
     shift = first.rotation @ (second.position - first.position)
     ahead = first.rotation @ second.rotation[2]
     pan = math.degrees(math.atan2(ahead[0], ahead[2]))
@@ -48,9 +52,9 @@ def relative(first: Camera, second: Camera) -> tuple[np.ndarray, float, float]:
 
 
 def shift_words(shift: np.ndarray, config: TaskConfig) -> list[str] | None:
-    """One or two of the six words in the order left/right, up/down, forward/backward; None if it is not clear-cut.
+    """One or two of the six words in the order left/right, up/down, forward/backward; None for borderline cases.
 
-    A component counts from half of the largest; one between a quarter and half is neither here nor there: rejected.
+    A component counts from half of the largest one. A component between a quarter and a half is ambiguous: rejected.
     """
     size = np.abs(shift)
     largest = float(size.max())
@@ -63,7 +67,7 @@ def shift_words(shift: np.ndarray, config: TaskConfig) -> list[str] | None:
 
 
 def turn_word(pan: float, tilt: float, config: TaskConfig) -> str | None:
-    """left, right, up or down, when one angle is large enough and at least four times the other."""
+    """left, right, up or down, if one angle is large enough and at least four times the other."""
     if max(abs(pan), abs(tilt)) < config.min_turn or min(abs(pan), abs(tilt)) * 4 > max(abs(pan), abs(tilt)):
         return None
     return ("right" if pan > 0 else "left") if abs(pan) > abs(tilt) else ("up" if tilt > 0 else "down")
@@ -72,7 +76,7 @@ def turn_word(pan: float, tilt: float, config: TaskConfig) -> str | None:
 def make(
     scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
 ) -> Sample | None:
-    """One row about a "motion" pair, or None when the motion has no clear name."""
+    """One row about a "motion" pair, or None if the motion has no clear name."""
     if pair[2] != "motion":
         return None
     first = scene.views[pair[0]]

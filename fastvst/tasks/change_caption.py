@@ -1,4 +1,4 @@
-"""Scene caption of two pictures: what each shows and where, how the camera moved, what came into view and what left."""
+"""Scene caption of two images: what each shows and where, how the camera moved, what appeared and what disappeared."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TURN = ("The camera turned to the {way}.", "From the first to the second image t
 
 
 def placed(scene: Scene, view: View, config: TaskConfig, rng: np.random.Generator, most: int = 4) -> list[list]:
-    """[name, id, side] of clearly seen things whose class shows once and whose third of the picture is beyond doubt."""
+    """[name, id, side] of clearly seen objects, the only ones of their class, in a clear third of the image."""
     found = []
     for s in nameable(scene, view, config):
         side = third(view, s.point)

@@ -1,4 +1,4 @@
-"""What all task families share: thresholds, choosing nameable objects, and building a Sample."""
+"""Shared by all task families: thresholds, the choice of objects that a name identifies, and building a Sample."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ SOURCE = "rooms"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Forms and rejection thresholds. `easy`: share of the plainest published form of each task (two dots, one word).
+    """Question forms and rejection thresholds.
 
-    An object can be asked about when at least `min_visibility` of its surface and `min_pixels` pixels are seen; it
-    counts as absent below `ghost_pixels`. Depths must differ by `depth_ratio` and `depth_gap` metres, distances by
-    `distance_ratio` and `distance_gap` metres with all objects `min_distance` metres from the anchor; a point matches
-    within `consistency` metres, wrong points lie `distractor` image widths away; a camera moved if it shifted
-    `min_shift` metres or turned `min_turn` degrees. `turns`: most questions in one measurement row.
+    `easy` is the share of the plainest published form of each task (two dots, one word). `turns` is the largest number
+    of questions in one measurement row.
+
+    A question can name an object if at least `min_visibility` of its surface and `min_pixels` pixels are visible; below
+    `ghost_pixels` an object counts as absent. Depths must differ by `depth_ratio` and `depth_gap` metres, distances by
+    `distance_ratio` and `distance_gap` metres, with all objects at least `min_distance` metres from the anchor. A point
+    matches within `consistency` metres; wrong points are at least `distractor` image widths away. A camera moved if it
+    shifted `min_shift` metres or turned `min_turn` degrees.
     """
 
     easy: float = 0.8
@@ -43,12 +46,12 @@ class TaskConfig:
 
 
 def usable(view: View, config: TaskConfig) -> list[Sighting]:
-    """Sightings clear enough to be asked about."""
+    """Sightings that are clear enough for a question."""
     return [s for s in view.sightings if s.visibility >= config.min_visibility and s.pixels >= config.min_pixels]
 
 
 def nameable(scene: Scene, view: View, config: TaskConfig) -> list[Sighting]:
-    """Usable sightings whose class name alone says which object is meant: no other of the class shows at all."""
+    """Usable sightings that the class name alone identifies: the view shows no other object of the class."""
     count: dict[str, int] = {}
     for s in view.sightings:
         if s.pixels >= config.ghost_pixels:
@@ -58,8 +61,11 @@ def nameable(scene: Scene, view: View, config: TaskConfig) -> list[Sighting]:
 
 
 def titled(scene: Scene, sightings: list[Sighting]) -> dict[int, str]:
-    """A distinct title for each object, by id: the class name, or name-A, name-B, ... from left to right where a class
-    comes more than once among `sightings` (the drawing must then say which is which)."""
+    """A distinct title for each object, by id.
+
+    It is the class name, or name-A, name-B, ... from left to right where `sightings` has several of a class. The
+    drawing must then show which is which.
+    """
     titles: dict[int, str] = {}
     by_name: dict[str, list[Sighting]] = {}
     for s in sightings:
@@ -72,7 +78,7 @@ def titled(scene: Scene, sightings: list[Sighting]) -> dict[int, str]:
 
 
 def apart(a: tuple[float, float], b: tuple[float, float], pixels: float) -> bool:
-    """Whether two image points are at least so far apart."""
+    """Whether two image points are at least `pixels` apart."""
     return float(np.hypot(a[0] - b[0], a[1] - b[1])) >= pixels
 
 
@@ -86,16 +92,16 @@ def pick(rng: np.random.Generator, items: list | tuple) -> Any:
 
 
 def canvas(view: View) -> Image.Image:
-    """The view's picture, to draw on."""
+    """A copy of the view's image to draw on."""
     return Image.fromarray(np.ascontiguousarray(view.image))
 
 
-# Class names in the plural, as a sentence needs them.
+# Plurals of class names.
 PROSE = {"books": "stack of books", "shelves": "set of shelves", "headphones": "pair of headphones"}
 
 
 def prose(name: str) -> str:
-    """The class name as a noun in the singular; it still contains the class name."""
+    """The class name as a singular noun; the result contains the class name."""
     return PROSE.get(name, name)
 
 
@@ -106,7 +112,7 @@ def article(name: str) -> str:
 
 
 def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, str, list[str]]:
-    """Options line, answer "X. text" and the letters' texts, with the right one in a random place."""
+    """Options line, answer "X. text" and the options' texts; the right option is at a random place."""
     options = list(wrong)
     options.insert(int(rng.integers(len(wrong) + 1)), right)
     line = " ".join(f"{LETTERS[k]}. {option}" for k, option in enumerate(options))
@@ -135,8 +141,10 @@ def sample(
     metadata: dict[str, Any] | None = None,
     fps: float | None = None,
 ) -> Sample:
-    """A Sample: images, then the first question in the first user message; `answer` belongs to the last turn. With
-    `fps` the images are the frames of one video."""
+    """A Sample: the first user message holds the images, then the first question.
+
+    `answer` belongs to the last turn. With `fps` the images are the frames of one video.
+    """
     media: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     if fps is not None:
         media = [{"type": "video", "video": images, "fps": fps}]

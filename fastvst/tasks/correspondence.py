@@ -1,5 +1,7 @@
-"""Correspondence: the circled point of image 1 among labelled circles in image 2, by reprojection with a depth
-check."""
+"""Correspondence: find the circled point of image 1 among labelled circles in image 2.
+
+The true point comes from reprojection with a depth check.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ CHOICE = (
 
 
 def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random pixels (N <= count, 2), as centre coordinates, that show an object, away from the image's rim."""
+    """Random pixels (N <= count, 2) that show an object, as pixel centres, away from the image's border."""
     if view.ids is None:
         return np.zeros((0, 2))
     rows, columns = np.nonzero(view.ids > 0)
@@ -53,7 +55,7 @@ def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarr
 
 
 def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> np.ndarray | None:
-    """Where a pixel (2,) of the first view is in the second, or None if it is hidden, out of view or doubtful there."""
+    """Place of a pixel (2,) of the first view in the second; None if it is hidden, out of view or ambiguous there."""
     assert first.depth is not None and second.depth is not None and first.ids is not None and second.ids is not None
     row = int(point[1])
     column = int(point[0])
@@ -64,13 +66,13 @@ def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> n
         return None
     r = int(there[1])
     c = int(there[0])
-    # the whole 3 x 3 neighbourhood must be the same object, in both pictures, so that rounding cannot matter
+    # the 3 x 3 neighbourhood must show one object in both images, so that rounding does not matter
     same_1 = first.ids[row - 1 : row + 2, column - 1 : column + 2] == first.ids[row, column]
     same_2 = second.ids[r - 1 : r + 2, c - 1 : c + 2] == first.ids[row, column]
     if not (same_1.all() and same_2.all()):
         return None
-    # Nor may the surface be seen edge-on: there the point is no clear spot, and about one rasterised pixel in ten
-    # million carries a depth that is centimetres off (the plane of a sliver, extrapolated to the pixel's centre).
+    # The surface must not be seen edge-on: the point is then no clear spot, and about one rasterised pixel in ten
+    # million has a depth that is centimetres off (the plane of a sliver, extrapolated to the pixel's centre).
     near_1 = first.depth[row - 1 : row + 2, column - 1 : column + 2]
     near_2 = second.depth[r - 1 : r + 2, c - 1 : c + 2]
     if max(float(np.ptp(near_1)), float(np.ptp(near_2))) > STEEP:

@@ -1,4 +1,4 @@
-"""Depth comparison: which of the marked things is nearer to the camera, or their order."""
+"""Depth comparison: which of the marked objects is nearer to the camera, or their order."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FARTHEST = ("farthest from", "most distant from")
 
 
 def separated(depths: list[float], config: TaskConfig) -> bool:
-    """Whether all depths differ enough pairwise: the smallest gap between neighbours in order decides."""
+    """Whether all pairs of depths differ enough; the smallest gap between neighbours in sorted order decides."""
     ordered = np.sort(depths)
     gaps = np.diff(ordered)
     return bool((gaps >= config.depth_gap).all() and (gaps >= config.depth_ratio * ordered[1:]).all())
@@ -67,7 +67,7 @@ def separated(depths: list[float], config: TaskConfig) -> bool:
 def _marked(
     view: View, pool: list[Sighting], count: int, rng: np.random.Generator, config: TaskConfig, tries: int = 12
 ) -> list[Sighting] | None:
-    """`count` sightings with dots that do not touch and depths that can be told apart; None if none turn up."""
+    """`count` sightings whose dots do not touch and whose depths differ clearly; None if none are found."""
     gap = 4 * draw.radius_of(canvas(view))
     for _ in range(tries if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)
@@ -78,8 +78,10 @@ def _marked(
 
 
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about one view, or None when nothing there is clear enough."""
-    if rng.uniform() < config.easy:  # one word: with a quarter of "farther" the tiny model answered "nearer" to both
+    """One row about one view, or None if no objects are clear enough."""
+    if (
+        rng.uniform() < config.easy
+    ):  # one word only: with a quarter of "farther" the tiny model answered "nearer" to both
         return _two_points(scene, view_index, rng, config, index, near=True)
     form = pick(rng, ("two_points", "two_objects", "one_of_many", "order", "boxes"))
     return _FORMS[form](scene, view_index, rng, config, index)
@@ -97,7 +99,7 @@ def _finish(
     points: list,
     kind: str = "choice",
 ) -> Sample:
-    """`points`: u, v, depth and title of what was compared, for the metadata."""
+    """`points`: u, v, depth and title of the compared points, for the metadata."""
     answer = {"type": kind, "value": reply, "candidates": candidates}
     metadata = {"form": form, "view": view_index, "points": points}
     return sample(
@@ -115,13 +117,13 @@ def _finish(
 def _two_points(
     scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str, near: bool | None = None
 ) -> Sample | None:
-    """`near`: which of the two is asked for; None draws it."""
+    """`near`: the question asks for the nearer point (True) or the farther one (False); None draws it."""
     view = scene.views[view_index]
     chosen = _marked(view, usable(view, config), 2, rng, config)
     if chosen is None:
         return None
     image = canvas(view)
-    # Every colour takes part: with three of them, a model loses little by not reading the question.
+    # All colours are used: with three, a model loses little when it does not read the question.
     colours = choose(rng, tuple(draw.COLOURS), 2)
     for s, colour in zip(chosen, colours, strict=True):
         draw.dot(image, s.point, colour)
@@ -209,7 +211,7 @@ def _boxes(scene: Scene, view_index: int, rng: np.random.Generator, config: Task
     chosen = _marked(view, usable(view, config), int(rng.integers(2, 4)), rng, config)
     if chosen is None:
         return None
-    # a whole object is compared here: the boxes' centres must say the same as the marked pixels
+    # this form compares whole objects: box centres and marked pixels must agree
     centre = scene.boxes_in_view(view, [s.object_id for s in chosen])[:, 2]
     dots = [s.depth for s in chosen]
     if not separated(list(centre), config) or list(np.argsort(centre)) != list(np.argsort(dots)):

@@ -31,8 +31,10 @@ PHRASES = (
 
 
 def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]]:
-    """Class name -> object ids, for classes whose every visible instance is visible enough (else the list is
-    arguable)."""
+    """Class name -> object ids, for classes of which every visible instance is clearly visible.
+
+    Otherwise the list of boxes would be ambiguous.
+    """
     groups: dict[str, list[int]] = {}
     unclear: set[str] = set()
     for s in view.sightings:
@@ -45,7 +47,7 @@ def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]
 
 
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about one view: one class in the plain form, else one to five; boxes nearest first."""
+    """One row about one view: one class in the plain form, otherwise one to five; boxes are sorted, nearest first."""
     view = scene.views[view_index]
     groups = askable(scene, view, config)
     if not groups:

@@ -1,4 +1,4 @@
-"""3D detection across two views: boxes of all objects of a class seen in either picture, in the frame of camera 1."""
+"""3D detection across two views: boxes of all objects of a class that either image shows, in the frame of camera 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHRASES = (
 
 
 def askable(scene: Scene, pair: tuple[int, int, str], config: TaskConfig) -> dict[str, list[int]]:
-    """Class name -> object ids, for classes whose every instance that shows is clear in one of the two pictures."""
+    """Class name -> object ids, for classes of which every visible instance is clear in one of the two images."""
     clear: set[int] = set()
     shown: set[int] = set()
     for k in pair[:2]:

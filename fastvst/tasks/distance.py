@@ -1,4 +1,4 @@
-"""Distance prediction: which of two things is nearer to a third, by the least distance between their 3D boxes."""
+"""Distance prediction: which of two objects is nearer to a third, by the least distance between their 3D boxes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     names = [titles[s.object_id] for s in chosen]
     easy = rng.uniform() < config.easy
     form = "colour" if easy else pick(rng, ("short", "working"))
-    # the plain form keeps one colour for the anchor, so that only the two candidates change
+    # the plain form always uses one colour for the anchor: only the two candidates change
     others = tuple(c for c in draw.COLOURS if c != "yellow")
     colours = ["yellow", *choose(rng, others, 2)] if easy else choose(rng, tuple(draw.COLOURS), 3)
     image = canvas(view)

@@ -1,8 +1,7 @@
-"""Sentences that are true by construction, each with the fact that it states; captions are checked by their facts.
+"""Sentences that are true by construction, each with the fact that it states. A caption is scored by its facts.
 
-A fact is a JSON-able dict with "says" (what kind of statement), the ids or titles it is about and, where it is a
-number,
-"value". The checkable answer of a caption is {"type": "facts", "value": [facts], "unit": "m", "tolerance": 0.1}.
+A fact is a JSON-able dict: "says" (the kind of statement), the ids or titles of its objects and, for a number, "value".
+The checkable answer of a caption is {"type": "facts", "value": [facts], "unit": "m", "tolerance": 0.1}.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Statement:
-    """A sentence and what it claims."""
+    """A sentence and its claim."""
 
     text: str
     fact: dict[str, Any] = field(default_factory=dict)
 
 
 def answer_of(statements: list[Statement], tolerance: float = 0.1) -> dict[str, Any]:
-    """The checkable answer of a text made of these sentences."""
+    """The checkable answer of a text that consists of these sentences."""
     return {"type": "facts", "value": [s.fact for s in statements if s.fact], "unit": "m", "tolerance": tolerance}
 
 
 def score_facts(text: str, answer: dict[str, Any]) -> float:
-    """Share of the facts with titles that a text states, in [0, 1].
+    """Share of the facts that a text states, in [0, 1].
 
-    A fact counts if one sentence names all its titles and, where the fact has a value, a number within the relative
-    tolerance of it. Facts without titles are not counted; without any fact to count the score is 0.
+    The text states a fact if one sentence names all its titles and, for a fact with a value, a number within the
+    relative tolerance. Facts without titles are not counted. The score is 0 if no fact counts.
     """
     sentences = [s.lower() for s in re.split(r"(?<=[.!?])\s+", text)]
     facts = [fact for fact in answer["value"] if fact.get("titles")]

@@ -1,7 +1,7 @@
 """3D grounding: the box of the one object that a coloured dot, a drawn 2D box or a description refers to.
 
-The 2D box is drawn, not written: rows of this kind are resized to the virtual camera's focal length after they are
-stored, and pixel numbers in the text would no longer fit the picture.
+The 2D box is drawn, not written: the loader resizes rows of this kind to the focal length of the virtual camera, and
+pixel numbers in the text would then be wrong.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ PHRASES = (
 
 
 def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig) -> list[tuple[str, dict]]:
-    """Texts that fit exactly one visible object, with what makes each true: the only one of its class; the leftmost or
-    rightmost, nearest or farthest of its class; or the one of its class nearest to something unique."""
+    """Texts that describe exactly one visible object, each with the reason.
+
+    The object is the only one of its class; the leftmost, rightmost, nearest or farthest of its class; or the one of
+    its class that is nearest to a unique object.
+    """
     name = scene.object(target.object_id).name
     same = [s for s in view.sightings if scene.object(s.object_id).name == name and s.pixels >= config.ghost_pixels]
     if len(same) == 1:
@@ -50,7 +53,7 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
         gaps += [sign * (middle[s.object_id] - middle[target.object_id]) for s in others]
         if min(gaps) >= 0.08 * view.camera.width:
             found.append((f"{word} {name}", {"rule": word}))
-    for word, sign in (("closest", 1), ("farthest", -1)):  # by the dots and by the whole boxes
+    for word, sign in (("closest", 1), ("farthest", -1)):  # by dots and by whole boxes
         gaps = [sign * (s.depth - target.depth) for s in others]
         gaps += [sign * (centre[s.object_id] - centre[target.object_id]) for s in others]
         if min(gaps) >= max(config.depth_gap, config.depth_ratio * max(s.depth for s in same)):

@@ -1,4 +1,4 @@
-"""Measurement: height, width, length or greatest dimension of marked objects in centimetres; several turns in a row."""
+"""Measurement: height, width, length or greatest dimension of marked objects in centimetres, one or more turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvst.tasks.common import TaskConfig, apart, canvas, choose, pick, sample
 
 TASK = "measurement"
 KIND = "qa"
-TOLERANCE = 0.1  # relative; an answer within it counts as right
+TOLERANCE = 0.1  # relative; an answer within it is correct
 
 QUESTIONS = (
     "What is the {what} of the {name} ({colour} point-{k}) in centimeters?",
@@ -37,7 +37,7 @@ WORDS = {
     "width": ("width (its shorter horizontal side)", "shorter horizontal dimension"),
     "greatest": ("greatest dimension (length, width or height)", "largest of length, width and height"),
 }
-THIN = 0.12  # metres; what is flatter hangs on a wall and has no "width" that people would call so
+THIN = 0.12  # metres; a flatter object hangs on a wall, and people would not speak of its width
 
 
 def measure(thing: SceneObject, what: str) -> float:
@@ -100,11 +100,12 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
 
 
 def first_turn(row: Sample) -> Sample:
-    """A row of several turns cut after its first answer; any other row as it is. The marks of the later things stay in
-    the picture.
+    """The row cut after its first answer; a row with one turn is returned unchanged.
+
+    The image keeps the marks of the later questions.
 
     Raises:
-        ValueError: several turns without an answer of each in the metadata.
+        ValueError: several turns, and the metadata lacks an answer for each.
     """
     if len(row.messages) == 2:
         return row

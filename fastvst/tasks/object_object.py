@@ -1,4 +1,4 @@
-"""Object-object relation across views: eight compass directions, with one of them given, or seen from one camera."""
+"""Object-object relation across views: eight compass directions, one of them given, or directions from one camera."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ FREE = (
     "{question}",
 )
 
-Marked = tuple[Sighting, int]  # a sighting, and in which picture of the pair (0 or 1) its dot is drawn
+Marked = tuple[Sighting, int]  # a sighting, and the image of the pair (0 or 1) that holds its dot
 
 
 def candidates(scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig) -> list[Marked]:
-    """Every object that is usable in one picture of the pair or both, once, marked where it can be marked."""
+    """Every object that is usable in at least one image of the pair, once, with the image that can mark it."""
     places: dict[int, list[Marked]] = {}
-    for picture, view in enumerate(pair[:2]):
+    for image, view in enumerate(pair[:2]):
         for s in usable(scene.views[view], config):
-            places.setdefault(s.object_id, []).append((s, picture))
+            places.setdefault(s.object_id, []).append((s, image))
     return [pick(rng, places[object_id]) for object_id in sorted(places)]
 
 
 def in_one_view(scene: Scene, pair: tuple[int, int, str], ids: list[int]) -> bool:
-    """Whether one of the two pictures shows all of these objects at all: then the other one is not needed."""
+    """Whether one image shows all of these objects: the other image is then not needed."""
     return any(set(ids) <= {s.object_id for s in scene.views[k].sightings} for k in pair[:2])
 
 
@@ -69,17 +69,20 @@ def relation(origin: np.ndarray, anchor: np.ndarray, target: np.ndarray, given: 
     return None if turned is None else (given + turned) % 8
 
 
-def make(
-    scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
-) -> Sample | None:
-    """One row about a pair of views of which neither shows everything that is asked about, or None."""
-    if pair[2] == "motion":
-        return None
-    pool = candidates(scene, pair, rng, config)
-    by_camera = bool(rng.uniform() < 0.4)
-    count, eye = (2, int(rng.integers(2))) if by_camera else (3, -1)
-    views = pair[:2]
-    given = int(rng.integers(8))
+def _clear_choice(
+    scene: Scene,
+    pair: tuple[int, int, str],
+    pool: list[Marked],
+    rng: np.random.Generator,
+    *,
+    count: int,
+    eye: int,
+    given: int,
+) -> tuple[list[Marked], int] | None:
+    """`count` marked objects and the compass sector that answers the question; None after 30 tries.
+
+    The observer is the camera of image `eye`, or the third object for eye = -1.
+    """
     gap = 4 * draw.radius_of(canvas(scene.views[pair[0]]))
     for _ in range(30 if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)
@@ -90,16 +93,33 @@ def make(
         )
         if touching or len(set(names)) < count or in_one_view(scene, pair, ids):
             continue
-        origin = scene.views[views[eye]].camera.position[:2] if by_camera else spot(scene, ids[2])
+        origin = spot(scene, ids[2]) if eye < 0 else scene.views[pair[eye]].camera.position[:2]
         place = relation(origin, spot(scene, ids[0]), spot(scene, ids[1]), given)
         if place is not None:
-            break
-    else:
+            return chosen, place
+    return None
+
+
+def make(
+    scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
+) -> Sample | None:
+    """One row about a pair of views, neither of which shows all objects of the question; or None."""
+    if pair[2] == "motion":
         return None
-    pictures = [canvas(scene.views[k]) for k in pair[:2]]
+    pool = candidates(scene, pair, rng, config)
+    by_camera = bool(rng.uniform() < 0.4)
+    count, eye = (2, int(rng.integers(2))) if by_camera else (3, -1)
+    given = int(rng.integers(8))
+    found = _clear_choice(scene, pair, pool, rng, count=count, eye=eye, given=given)
+    if found is None:
+        return None
+    chosen, place = found
+    ids = [s.object_id for s, _ in chosen]
+    names = [scene.object(i).name for i in ids]
+    images = [canvas(scene.views[k]) for k in pair[:2]]
     colours = choose(rng, tuple(draw.COLOURS), count)
-    for (s, picture), colour in zip(chosen, colours, strict=True):
-        draw.dot(pictures[picture], s.point, colour)
+    for (s, image), colour in zip(chosen, colours, strict=True):
+        draw.dot(images[image], s.point, colour)
     titles = [f"{name} ({colour} point)" for name, colour in zip(names, colours, strict=True)]
     fields = {"given": COMPASS[given], "a": titles[0], "c": titles[1]}
     if by_camera:
@@ -120,7 +140,7 @@ def make(
         task=TASK,
         kind=KIND,
         index=index,
-        images=pictures,
+        images=images,
         turns=[(question, reply)],
         answer={"type": "choice", "value": right, "candidates": options},
         metadata={
@@ -132,6 +152,6 @@ def make(
             "given": COMPASS[given],
             "titles": titles,
             "colours": colours,
-            "marks": [[picture, *s.point] for s, picture in chosen],
+            "marks": [[image, *s.point] for s, image in chosen],
         },
     )

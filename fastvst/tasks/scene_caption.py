@@ -1,4 +1,4 @@
-"""Scene caption of one picture: what marked things are, how deep they lie and how far apart, in prose."""
+"""Scene caption of one image: names, depths and distances of marked objects, in prose."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SIDE = {"left": " on the left", "middle": " in the middle of the picture", "righ
 
 
 def third(view: View, point: tuple[float, float]) -> str | None:
-    """left, middle or right third of the picture, None within 4 % of its width of a border."""
+    """left, middle or right third of the image; None within 4 % of the image width of a border."""
     u = point[0] / view.camera.width
     if min(abs(u - 1 / 3), abs(u - 2 / 3)) < 0.04:
         return None
@@ -73,7 +73,7 @@ def third(view: View, point: tuple[float, float]) -> str | None:
 
 
 def opening(scene: Scene, view: View, config: TaskConfig, rng: np.random.Generator, most: int = 5) -> Statement | None:
-    """What can be seen clearly: up to `most` classes, plural where two or more are seen clearly."""
+    """Clearly visible classes, at most `most`; plural where two or more objects are clearly visible."""
     count: dict[str, int] = {}
     for s in usable(view, config):
         name = scene.object(s.object_id).name
@@ -87,7 +87,7 @@ def opening(scene: Scene, view: View, config: TaskConfig, rng: np.random.Generat
 
 
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about two to four marked things of one view, or None."""
+    """One row about two to four marked objects of one view, or None."""
     view = scene.views[view_index]
     image = canvas(view)
     gap = 4 * draw.radius_of(image)
@@ -138,7 +138,7 @@ def _pair(
     two: tuple[Sighting, Sighting],
     titles: tuple[str, str],
 ) -> list[Statement]:
-    """The distance of two things, and which is nearer to the camera where that is beyond doubt."""
+    """The distance of two objects, and which one is nearer to the camera where that is clear."""
     ids = [s.object_id for s in two]
     boxes = [scene.object(i).box for i in ids]
     gap = box_distance(*boxes)

@@ -1,7 +1,7 @@
-"""What the video tasks share: which things a walk shows when, the prompt of VSI-Bench, and building a row.
+"""Shared by the video tasks: which objects a walk shows and when, the prompt of VSI-Bench, and building a row.
 
-A class can be asked about only if all its objects in the scene are seen clearly in some frame; one that has objects the
-camera never saw, or saw as a few pixels, is left out.
+A question can name a class only if some frame shows each of its objects clearly. A class is left out if the camera
+never saw one of its objects, or saw only a few pixels of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ AFTER_NUMBER = "Please answer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Kind:
-    """One class of things of the scene, all of them seen clearly. `first`: frame in which the first of them shows as
-    much as one pixel; `sure`: frame in which the first of them is seen clearly."""
+    """One class of objects, all of them clearly seen.
+
+    `first` is the first frame that shows a pixel of one of them, `sure` the first frame that shows one of them clearly.
+    """
 
     name: str
     ids: tuple[int, ...]
@@ -34,7 +36,7 @@ class Kind:
 
 
 def survey(scene: Scene, config: TaskConfig) -> dict[str, Kind]:
-    """The classes that can be asked about, by name; empty without a walk."""
+    """The classes that a question can name; empty without a walk."""
     clear: dict[int, int] = {}
     shown: dict[int, int] = {}
     for frame, view in enumerate(scene.views[k] for k in scene.walk):
@@ -59,12 +61,12 @@ def unique(scene: Scene, config: TaskConfig) -> dict[str, int]:
 
 @lru_cache(maxsize=2)
 def frames(scene: Scene) -> tuple[Image.Image, ...]:
-    """The pictures of the walk, shared by all rows about it (nothing is drawn on them)."""
+    """The images of the walk. All rows about the walk share them: nothing is drawn on them."""
     return tuple(canvas(scene.views[k]) for k in scene.walk)
 
 
 def options(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[list[str], int]:
-    """All option texts with the right one in a random place, and that place."""
+    """All option texts, with the right one at a random place, and that place."""
     place = int(rng.integers(len(wrong) + 1))
     return [*wrong[:place], right, *wrong[place:]], place
 

@@ -1,5 +1,4 @@
-"""Video scene caption: the room, the way of the camera, what comes into view one after the other, how many there
-are."""
+"""Video scene caption: the room, the camera's path, the order in which classes appear, and counts."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def longest_chain(kinds: list[Kind], fps: float) -> list[Kind]:
-    """Greedy: as many classes as come into view clearly one after the other, starting from the first."""
+    """Longest list of classes that clearly appear one after the other; greedy, from the first class."""
     found: list[Kind] = []
     for kind in sorted(kinds, key=lambda k: (k.sure, k.first)):
         if not found or chain([found[-1], kind], fps):
@@ -47,7 +46,7 @@ def longest_chain(kinds: list[Kind], fps: float) -> list[Kind]:
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about the walk, or None if fewer than three classes come into view apart."""
+    """One row about the walk, or None if fewer than three classes appear at clearly different times."""
     kinds = list(survey(scene, config).values())
     order = longest_chain(kinds, scene.fps)[:6]
     if len(order) < 3:

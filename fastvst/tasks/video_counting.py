@@ -1,4 +1,4 @@
-"""Video counting: how many things of a class the room has, for classes with more than one."""
+"""Video counting: how many objects of a class the room has, for classes with more than one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PHRASES = (
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about the walk, or None if no class has two or more things, all clearly seen."""
+    """One row about the walk, or None if no class has two or more objects, all clearly seen."""
     several = [kind for kind in survey(scene, config).values() if len(kind.ids) > 1]
     if not several:
         return None

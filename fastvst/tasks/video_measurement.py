@@ -1,4 +1,4 @@
-"""Video measurement: the longest side, or the height, of a thing that is the only one of its class, in centimetres."""
+"""Video measurement: the longest side or the height of an object that is the only one of its class, in centimetres."""
 
 from __future__ import annotations
 

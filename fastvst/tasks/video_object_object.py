@@ -1,6 +1,6 @@
-"""Video object-object: distance in metres, which thing is nearest to another, and directions of somebody who faces one.
+"""Video object-object: distances in metres, the nearest of several objects, and directions of a person who faces one.
 
-Distances are between the nearest surfaces of the boxes, one decimal, and not asked below 0.2 m (VLM-3R's rules).
+Distances are between the nearest surfaces of the boxes, with one decimal, and at least 0.2 m (rules of VLM-3R).
 """
 
 from __future__ import annotations

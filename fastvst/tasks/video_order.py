@@ -1,4 +1,4 @@
-"""Spatio-temporal: in which order things come into view for the first time."""
+"""Spatio-temporal: in which order objects appear for the first time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvst.tasks.common import TaskConfig, choose, pick
 from fastvst.tasks.video import Kind, options, row, survey
 
 TASK = "video_order"
-SECONDS = 1.0  # between the last moment of doubt about one class and the first sight of the next (VLM-3R's rule)
+SECONDS = 1.0  # between the clear appearance of one class and the first pixel of the next (VLM-3R's rule)
 
 ORDER = (
     "What will be the first-time appearance order of the following categories in the video: {names}?",
@@ -34,13 +34,13 @@ FIRST = (
 
 
 def chain(kinds: list[Kind], fps: float) -> bool:
-    """Whether the classes, in order of `first`, come into view one clearly after the other."""
+    """Whether the classes, sorted by `first`, appear clearly one after the other."""
     step = math.ceil(SECONDS * fps - 1e-9)
     return all(b.first - a.sure >= step for a, b in zip(kinds, kinds[1:], strict=False))
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about the walk, or None if no three classes come into view apart."""
+    """One row about the walk, or None if no three classes appear at clearly different times."""
     known = list(survey(scene, config).values())
     first_only = bool(rng.uniform() < 0.25)
     found: list[Kind] = []

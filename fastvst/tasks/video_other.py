@@ -1,4 +1,4 @@
-"""Other video questions: size of the room, the way the camera went and turned, what is nearest to it at the end."""
+"""Other video questions: area of the room, path and turn of the camera, the object nearest to it at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAST = (
 
 
 def total_turn(scene: Scene) -> float:
-    """Degrees by which the camera turned to the right over the walk, in all; negative to the left."""
+    """Total turn of the camera over the walk, in degrees; positive to the right, negative to the left."""
     ways = [heading(scene.views[k].camera) for k in scene.walk]
     steps = [(clockwise(a, b) + 180) % 360 - 180 for a, b in zip(ways, ways[1:], strict=False)]
     return float(sum(steps))
@@ -75,7 +75,7 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         chosen = choose(rng, pool, int(rng.integers(2, 5)))
         depths = [s.depth for s in chosen]
         centres = list(scene.boxes_in_view(view, [s.object_id for s in chosen])[:, 2])
-        # the whole object is meant: its dot and the centre of its box must both be nearest
+        # the question is about the whole object: its dot and its box centre must both be nearest
         clear = len(chosen) > 1 and separated(depths, config) and separated(centres, config)
         if not clear or int(np.argmin(depths)) != int(np.argmin(centres)):
             return None

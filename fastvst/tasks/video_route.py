@@ -1,4 +1,4 @@
-"""Route plan: fill in the turns of a walk from one thing to another by way of a third."""
+"""Route plan: fill in the turns of a walk from one object to another, past a third one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastvst.tasks.video import options, row, unique
 
 TASK = "video_route"
 TURNS = ("turn left", "turn right", "turn back")
-LEG = 0.6  # metres; shorter legs are no walk
+LEG = 0.6  # metres; the shortest leg of a route
 STEP_OVER = 0.1
-DUCK = 1.9  # metres: what is lower or hangs higher is not in the way
+DUCK = 1.9  # metres; objects that hang higher are no obstacle
 
 START = (
     "You are a robot beginning at the {a}, facing the {b}. You want to go to the {z}.",
@@ -35,7 +35,7 @@ FILL = (
 
 
 def turn_word(angle: float) -> str | None:
-    """The turn by `angle` degrees clockwise; None where it is straight on or lies between two words."""
+    """The word for a clockwise turn of `angle` degrees; None for straight ahead and near a border between two words."""
     if 40 <= angle <= 130:
         return "turn right"
     if 230 <= angle <= 320:
@@ -45,7 +45,7 @@ def turn_word(angle: float) -> str | None:
 
 @lru_cache(maxsize=2)
 def obstacles(scene: Scene) -> tuple[tuple[int, np.ndarray], ...]:
-    """Number and outline on the floor of everything that one cannot walk over or under."""
+    """Id and floor outline of every object that one cannot walk over or under."""
     found = []
     for thing in scene.objects:
         low, high = height_range(thing.box)
@@ -55,7 +55,7 @@ def obstacles(scene: Scene) -> tuple[tuple[int, np.ndarray], ...]:
 
 
 def walkable(scene: Scene, start: int, end: int) -> bool:
-    """Whether the straight way between two things is free of everything else on the floor and crosses no wall."""
+    """Whether the straight line between two objects crosses no other object on the floor and no wall."""
     a = spot(scene, start)
     b = spot(scene, end)
     if np.linalg.norm(b - a) < LEG or (scene.polygon is not None and crosses_outline(a, b, scene.polygon)):
@@ -64,11 +64,11 @@ def walkable(scene: Scene, start: int, end: int) -> bool:
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
-    """One row about the walk: one or two turns between things that stand on the floor; or None."""
+    """One row about the walk: one or two turns between objects on the floor; or None."""
     known = {n: i for n, i in unique(scene, config).items() if height_range(scene.object(i).box)[0] < 0.2}
     legs = int(rng.integers(1, 3))
     for _ in range(60 if len(known) >= legs + 2 else 0):
-        names = choose(rng, sorted(known), legs + 2)  # start, what it faces, then the stops
+        names = choose(rng, sorted(known), legs + 2)  # the start, the object that it faces, then the stops
         ids = [known[name] for name in names]
         stops = [ids[0], *ids[2:]]
         if not all(walkable(scene, p, q) for p, q in zip(stops, stops[1:], strict=False)):

@@ -35,7 +35,7 @@ def test_what_is_ahead_of_camera_one_is_above_it(yaw: float) -> None:
     picture = np.asarray(bev.draw_bev(made, [0], 400)).astype(int)
     places = []
     for k in range(2):  # the outlines' own hues
-        hue = np.array(bev._hue(k, 2))
+        hue = np.array(bev.hue(k, 2))
         rows, columns = np.nonzero(np.abs(picture - hue).max(-1) < 12)
         places.append((columns.mean(), rows.mean()))
     red = np.nonzero(np.abs(picture - np.array(bev.CAMERAS[0])).max(-1) < 12)
@@ -56,7 +56,7 @@ def test_labels_find_free_places(monkeypatch: pytest.MonkeyPatch) -> None:
     pen = ImageDraw.Draw(Image.new("RGB", (1200, 1200)))
     drawn: list = []
     monkeypatch.setattr(pen, "rounded_rectangle", lambda box, **_: drawn.append(box))
-    bev._chips(pen, [(f"thing {k}", (600.0 + k, 600.0), (1, 2, 3)) for k in range(9)], 400)
+    bev.draw_labels(pen, [(f"thing {k}", (600.0 + k, 600.0), (1, 2, 3)) for k in range(9)], 400)
     for k, a in enumerate(drawn):
         assert a[0] >= 0 and a[2] <= 1200 and a[1] >= 0 and a[3] <= 1200
         assert all(min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1]) for b in drawn[:k])
