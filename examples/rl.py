@@ -44,14 +44,13 @@ from fastvst.rl import dry_run as arithmetic
 from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
 from fastvst.rl.filtering import FilterConfig, FilterState, verdict
-from fastvst.rl.heldout import EvaluationConfig, held_out, read_questions, write_down
+from fastvst.rl.heldout import COMPLETIONS, EvaluationConfig, evaluation_row, read_questions, write_evaluation
 from fastvst.rl.packing import Group, Sharing
 from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts, PromptStream
-from fastvst.rl.records import Asked, RolloutLog
+from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
-from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine, answer, make_engine
-from fastvst.rl.summary import figures, lines
+from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine, make_engine, sample_and_score
 from fastvst.rollout import RolloutError
 from fastvst.train import checkpoint, distributed, guard
 from fastvst.train.distributed import ParallelConfig, World
@@ -213,7 +212,7 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
 class Rollouts:
     """One step's worth of answers on this rank: all that was asked, and the groups that the update sees."""
 
-    asked: list[Asked]
+    asked: list[GroupRecord]
     groups: list[Group]
     seconds: dict[str, float]
     prompt_tokens: int
@@ -230,15 +229,15 @@ def collect(
     world: World,
 ) -> Rollouts:
     """Ask until enough groups are worth learning from, or the tries are used up. Every rank calls it."""
-    asked: list[Asked] = []
-    kept: list[tuple[Asked, Group]] = []
+    asked: list[GroupRecord] = []
+    kept: list[tuple[GroupRecord, Group]] = []
     seconds: dict[str, float] = {}
     prompt_tokens = 0
     missing = config.sampling.prompts
     for attempt in range(max(1, config.filter.tries)):
         params = config.sampling.params(config.sampling.answers, config.seed * 1_000_003 + step * 1_009 + attempt)
         encoded = stream.encode(stream.take(missing))
-        found, spent = answer(encoded, params, engine, pool, overlong_buffer=config.reward.overlong_buffer)
+        found, spent = sample_and_score(encoded, params, engine, pool, overlong_buffer=config.reward.overlong_buffer)
         seconds = {name: seconds.get(name, 0.0) + spent[name] for name in spent}
         prompt_tokens += sum(len(group.prompt) for _, group in found)
         for one, group in found:
@@ -278,7 +277,7 @@ def improve(
 ) -> tuple[dict[str, Any], Sharing, guard.Recent]:
     """All optimizer steps on one batch of rollouts; the figures are means over them. Every rank calls it."""
     objective = policy.make_objective(config.update, config.sampling.max_tokens)
-    batches, sharing = policy.minibatches(groups, config.update, objective, model.config, world)
+    batches, sharing = policy.make_minibatches(groups, config.update, objective, model.config, world)
     temperature = config.sampling.temperature
     frozen = {"vision", "merger"} <= set(config.optimizer.freeze)
     # Whatever needs the weights that sampled, or the frozen tower, is computed before the first of them changes.
@@ -304,7 +303,7 @@ def improve(
                 losses.append(loss.detach())
                 stats.append(found)
             norm = clip_gradients(model.parameters(), config.optimizer.clip).to(world.device)
-            row = policy.add_up(stats, world, loss=world.sum(torch.stack(losses).sum()), grad_norm=norm)
+            row = policy.reduce_stats(stats, world, loss=world.sum(torch.stack(losses).sum()), grad_norm=norm)
             # The loss of a policy is near 0 whatever happens, so only its norm can show a spike.
             judged = row["loss"] if not math.isfinite(row["loss"]) else 0.0
             reason, recent = guard.check(config.guard, recent, judged, row["grad_norm"])
@@ -318,7 +317,7 @@ def improve(
                 guard.write_down(config.guard, recent, Path(config.out), note)
             optimizer.zero_grad()
             rows.append(row)
-    return policy.mean_of(rows), sharing, recent
+    return policy.merge_updates(rows), sharing, recent
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -334,7 +333,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     mixture, test_rows = find_data(config, world)
     processor = build_processor(config)
     model = build_model(config, world)
-    reference = None if config.update.kl == "none" else policy.frozen(build_model(config, world))
+    reference = None if config.update.kl == "none" else policy.as_reference(build_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     answer_tokens = config.sampling.answers * config.sampling.max_tokens
@@ -377,12 +376,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         every = config.evaluation.every
         if every and questions and (step % every == 0 or step == config.steps):
             mine = stream.encode(questions[world.rank :: world.size])
-            found, _ = answer(mine, config.sampling.params(config.evaluation.answers, 987_654_321), engine, pool)
-            row = held_out(step, questions, [one for one, _ in found], world)
-            say(world, f"held out, step {step}: {write_down(out, row, world)}")
+            found, _ = sample_and_score(mine, config.sampling.params(COMPLETIONS, 987_654_321), engine, pool)
+            row = evaluation_row(step, questions, [one for one, _ in found], world)
+            say(world, f"held out, step {step}: {write_evaluation(out, row, world)}")
 
     metrics = Metrics(
-        out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings, line=lines
+        out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings, line=progress_text
     )
     log = RolloutLog(out, rank=world.rank, first_step=first)
     with metrics, RewardPool(config.reward) as pool:
@@ -402,12 +401,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             filtered = rollouts.filtered
             log.write(step, rollouts.asked)
             started = time.perf_counter()
-            with config.sampling.rules():
+            with config.sampling.numerics_context():
                 found, sharing, recent = improve(
                     config, model, reference, optimizer, rollouts.groups, recent, step, world
                 )
             seconds = {**rollouts.seconds, "update": time.perf_counter() - started, "step": time.perf_counter() - begin}
-            row = {"step": step, "lr": optimizer.param_groups[-1]["lr"], **figures(rollouts.asked, world), **found}
+            row = {"step": step, "lr": optimizer.param_groups[-1]["lr"], **step_figures(rollouts.asked, world), **found}
             row |= arithmetic.rates(row, sharing, seconds, rollouts, config, world)
             metrics.log(row | {"memory_gib": memory_gib(world.device), "kept_share": round(filtered.kept_share, 4)})
             stopped = bool(world.sum(torch.tensor(float(stop.requested), device=world.device)).item())

@@ -16,7 +16,7 @@ from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rl.advantages import advantages
 from fastvst.rl.packing import Answer, Group
-from fastvst.rl.policy_update import UpdateConfig, make_objective, minibatches, policy_head
+from fastvst.rl.policy_update import UpdateConfig, make_minibatches, make_objective, policy_head
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig, World
@@ -57,10 +57,12 @@ def sampled_groups(processor: Processor) -> list[Group]:
     return made
 
 
-def update(model: Qwen25VL, groups: list[Group], config: UpdateConfig, world: World) -> tuple[int, float]:
-    """One update without the optimizer's step; (tokens, FLOPs) of its packs."""
+def update(
+    model: Qwen25VL, groups: list[Group], config: UpdateConfig, world: World, share_prompts: bool
+) -> tuple[int, float]:
+    """One update without the optimizer step; returns (tokens, FLOPs) of its packs."""
     objective = make_objective(config, ANSWER)
-    (batch,), _ = minibatches(groups, config, objective, model.config, world)
+    (batch,), _ = make_minibatches(groups, config, objective, model.config, world, share_prompts=share_prompts)
     for pack in batch.packs:
         pack = pack.to(world.device)
         loss, _ = model(pack.batch, head=policy_head(pack, objective, 1.0, first=True))
@@ -76,13 +78,15 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
     world = distributed.start(ParallelConfig(device=device.type, threads=1), environment={})
     model = Qwen25VL(config).to(device)
     groups = sampled_groups(processor)
-    budget = PROMPT + 64 + N * ANSWER
-    ways = {
-        name: UpdateConfig(share_prompts=name == "shared", tokens_per_pack=budget) for name in ("shared", "repeated")
-    }
-    counts = {name: update(model, groups, way, world) for name, way in ways.items()}
+    update_config = UpdateConfig(tokens_per_pack=PROMPT + 64 + N * ANSWER)
+    layouts = {"shared": True, "repeated": False}
+    counts = {name: update(model, groups, update_config, world, shared) for name, shared in layouts.items()}
     seconds = interleaved(
-        {name: lambda way=way: update(model, groups, way, world) for name, way in ways.items()}, rounds=3
+        {
+            name: lambda shared=shared: update(model, groups, update_config, world, shared)
+            for name, shared in layouts.items()
+        },
+        rounds=3,
     )
     record(
         f"update, {GROUPS} prompts of {len(groups[0].prompt)} tokens (one picture), {N} answers of {ANSWER}",
@@ -114,7 +118,7 @@ def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], 
             Group(p, tuple(Answer(torch.tensor(r.tokens), torch.tensor(r.logprobs), v) for r, v in zip(row, line)))
             for p, row, line in zip(prompts, rollouts, values)
         ]
-        (batch,), _ = minibatches(groups, config, objective, model.config, world)
+        (batch,), _ = make_minibatches(groups, config, objective, model.config, world)
         for pack in batch.packs:
             model(pack.batch, head=policy_head(pack, objective, 1.0, first=True))[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,1 +1,1 @@
-"""Reinforcement learning with verifiable rewards: what `examples/rl.py` is made of."""
+"""Reinforcement learning with verifiable rewards: the parts of `examples/rl.py`."""

@@ -1,4 +1,4 @@
-"""Advantages from rewards, one number for each answer."""
+"""Advantages from rewards: one number for each completion."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
-EPS = 1e-6  # added to the deviation (TRL's 1e-4, VST's and EasyR1's 1e-6)
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
+EPS = 1e-6  # added to the standard deviation (VST and EasyR1 use 1e-6, TRL 1e-4)
 
 
-def advantages(rewards: Tensor, kind: Kind, *, deviation: float | None = None) -> Tensor:
-    """Advantages of n answers to each of G prompts.
+def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None = None) -> Tensor:
+    """Advantages of n completions for each of G prompts.
 
-    grpo: (r - mean) / (std + 1e-6) over the group, with the sample deviation (arXiv 2402.03300 sec. 4.1).
+    grpo: (r - mean) / (std + 1e-6) within the group, with the sample standard deviation (arXiv 2402.03300 sec. 4.1).
     dr_grpo: r - mean (arXiv 2503.20783).
-    rloo: r - mean of the other answers (arXiv 2402.14740 eq. 8).
-    reinforce++: (r - mean of the group) / (deviation + 1e-6), over all groups of the global batch (arXiv 2501.03262,
-        the variant with a baseline).
+    rloo: r - mean of the other completions (arXiv 2402.14740 eq. 8).
+    reinforce++: (r - group mean) / (deviation + 1e-6), where the deviation is that of the global batch
+        (arXiv 2501.03262, the variant with a baseline).
 
-    A group whose rewards are all equal gets exactly 0 everywhere, also where r - mean would round to 1e-8.
+    A zero-variance group gets exactly 0 everywhere, even where r - mean would round to 1e-8.
 
     Args:
         rewards: (G, n) floating, n >= 1.
-        deviation: for reinforce++, of the centred rewards of the global batch (`pooled_deviation`).
+        deviation: standard deviation of the centred rewards of the global batch (`pooled_deviation`); only
+            reinforce++ needs it.
 
     Returns:
         (G, n), same dtype.
+
+    Raises:
+        ValueError: the shape, the kind or a missing deviation.
     """
     if rewards.dim() != 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (groups, answers)")
+        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (groups, completions)")
     n = rewards.shape[1]
     centred = _centred(rewards)
     if kind == "dr_grpo":
@@ -48,16 +52,20 @@ def advantages(rewards: Tensor, kind: Kind, *, deviation: float | None = None) -
 
 
 def square_sum(rewards: Tensor) -> tuple[float, int]:
-    """(sum of squared centred rewards, number of answers) of this rank; their sums over ranks give the deviation."""
+    """(sum of squared centred rewards, number of completions) of this rank's (G, n) rewards.
+
+    The sums of both over all ranks are the arguments of `pooled_deviation`.
+    """
     return float(_centred(rewards).square().sum()), rewards.numel()
 
 
 def pooled_deviation(squares: float, count: float) -> float:
-    """Deviation of the global batch from the summed parts of `square_sum`."""
+    """Standard deviation of the centred rewards of the global batch, from the sums of `square_sum` over ranks."""
     return (squares / max(count - 1, 1)) ** 0.5
 
 
 def _centred(rewards: Tensor) -> Tensor:
+    """(G, n) rewards minus their group's mean; exactly 0 in a zero-variance group."""
     if not rewards.numel():
         return rewards.clone()
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)

@@ -19,8 +19,8 @@ def check(config: Any) -> None:
     """Refuse settings of the essay that cannot work together.
 
     Raises:
-        ConfigError: the longest prompt with one answer would not fit into a pack; a server without an address, or
-            without importance weights, whose samples would be taken for the trainer's own.
+        ConfigError: the longest prompt with one answer would not fit into a pack; a server without
+            importance weights, whose samples would be taken for the trainer's own.
     """
     sampling = config.sampling
     update = config.update
@@ -31,15 +31,11 @@ def check(config: Any) -> None:
             f"(processor.max_seq_len) and an answer {sampling.max_tokens} (sampling.max_tokens): raise the first to "
             f"{longest + sampling.max_tokens}, or lower one of the others"
         )
-    if (sampling.engine == "openai") != bool(sampling.base_url):
+    if sampling.base_url and update.importance == "none":
         raise ConfigError(
-            f"sampling.engine is {sampling.engine} and sampling.base_url is {sampling.base_url!r}: openai needs an "
-            "address such as http://localhost:8000/v1, and own has none"
-        )
-    if sampling.engine == "openai" and update.importance == "none":
-        raise ConfigError(
-            "sampling.engine is openai, whose weights are not the trainer's: set update.importance to token, sequence "
-            "or geometric, so that their truncated importance weights make up for it"
+            f"sampling.base_url is {sampling.base_url}, a server whose weights are not the trainer's: set "
+            "update.importance to token, sequence or geometric, which corrects for the difference with truncated "
+            "importance weights"
         )
 
 

@@ -1,4 +1,4 @@
-"""Dynamic sampling: keep the prompts that the model neither always nor never gets right (DAPO, arXiv 2503.14476)."""
+"""Dynamic sampling: drop prompts that the model always or never answers correctly (DAPO, arXiv 2503.14476)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Which groups the update sees.
+    """Which groups the update uses.
 
     Attributes:
-        low, high: a group is kept if low < mean accuracy of its answers < high (VST: 0.01 and 0.99).
-        tries: rounds of drawing prompts for one step; 1 = what is dropped is not replaced, 0 = nothing is dropped.
+        low: A group is kept only if the mean accuracy of its completions is above this value (VST uses 0.01).
+        high: A group is kept only if the mean accuracy of its completions is below this value (VST uses 0.99).
+        tries: Rounds of drawing prompts for one step. With 1, dropped groups are not replaced. With 0, no group is
+            dropped.
     """
 
     low: float = 0.01
@@ -27,7 +29,7 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class FilterState:
-    """Groups drawn and dropped since the start, over all ranks; part of a checkpoint."""
+    """Groups drawn and dropped since the start of training, over all ranks; part of a checkpoint."""
 
     drawn: int = 0
     too_easy: int = 0
@@ -47,7 +49,8 @@ class FilterState:
 def verdict(accuracies: Sequence[float], config: FilterConfig) -> str:
     """ "keep", "too_easy" or "too_hard" for the accuracies of one group.
 
-    By accuracy, not by the overall reward: an all-wrong but well-formatted group has a mean of 0.5 there.
+    The filter uses the accuracy, not the overall reward: a group of wrong but well-formatted completions has an
+    overall reward of 0.5.
     """
     mean = sum(accuracies) / max(len(accuracies), 1)
     if not config.tries or config.low < mean < config.high:

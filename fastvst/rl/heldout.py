@@ -1,4 +1,4 @@
-"""Reward on held-out questions, sampled as in training, with an interval; one row for each evaluation."""
+"""Reward on held-out prompts, sampled as in training: one row with 95 % intervals for each evaluation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
 from fastvst.rl.prompts import Prompt, make_prompt
-from fastvst.rl.records import Asked
+from fastvst.rl.records import GroupRecord
 from fastvst.train.distributed import World
+
+COMPLETIONS = 2  # sampled for each held-out prompt
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Questions that are never trained on.
+    """Evaluation on prompts that are never used for training.
 
     Attributes:
-        path: rows with answers; none = held-out rooms, where the questions are rooms, else no evaluation.
-        every: steps between two evaluations (also before the first step and after the last one); 0 = none.
-        questions: how many.
-        answers: sampled answers to each, as in training.
+        path: Data set of the held-out prompts. With none, rooms that training does not use are taken if the prompts are
+            about rooms; otherwise there is no evaluation.
+        every: Steps between two evaluations; the first is before step 0, the last after the final step. 0 turns them
+            off.
+        questions: Number of held-out prompts.
     """
 
     path: str | None = None
     every: int = 20
     questions: int = 200
-    answers: int = 2
 
 
 def read_questions(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:
-    """The first `count` questions of a data set, numbered from 0; rows that cannot be asked go into the ledger."""
+    """The first `count` usable prompts of a data set, numbered from 0; unusable rows are recorded in the ledger."""
     questions: list[Prompt] = []
     for sample in open_source(path, ledger=ledger):
         if len(questions) == count:
@@ -48,27 +50,33 @@ def read_questions(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]
     return questions
 
 
-def held_out(step: int, questions: Sequence[Prompt], asked: Sequence[Asked], world: World) -> dict[str, Any]:
-    """Mean reward and accuracy over all ranks, and by task, with 95 % intervals; every rank calls it.
+def evaluation_row(
+    step: int, questions: Sequence[Prompt], records: Sequence[GroupRecord], world: World
+) -> dict[str, Any]:
+    """Mean reward and accuracy over all ranks, in total and by task, with 95 % intervals. Every rank calls it.
 
     Args:
-        questions: all of them, numbered 0, 1, ... in `Prompt.number`.
-        asked: this rank's answers. Questions that no rank could ask (broken pictures) do not count.
+        questions: all held-out prompts, numbered 0, 1, ... in `Prompt.number`.
+        records: the groups that this rank sampled. Prompts that no rank could encode (broken images) do not count.
+
+    Raises:
+        ValueError: no rank has a group.
     """
     values = torch.zeros(len(questions), 3, dtype=torch.float64)
-    for one in asked:
-        n = len(one.texts)
-        values[one.prompt.number] = torch.tensor([sum(one.totals) / n, sum(one.accuracies) / n, 1.0])
+    for record in records:
+        n = len(record.texts)
+        values[record.prompt.number] = torch.tensor([sum(record.totals) / n, sum(record.accuracies) / n, 1.0])
     table = world.sum(values.to(world.device)).tolist()
     rows = [(q, reward, accuracy) for q, (reward, accuracy, seen) in zip(questions, table, strict=True) if seen]
     if not rows:
-        raise ValueError("no held-out question could be asked; the ledger says why")
+        raise ValueError("no held-out prompt could be used; the ledger holds the reasons")
     tasks = sorted({q.task for q, _, _ in rows})
-    by_task = {task: _summary([row for row in rows if row[0].task == task]) for task in tasks}
-    return {"step": step, **_summary(rows), "tasks": by_task}
+    by_task = {task: _means([row for row in rows if row[0].task == task]) for task in tasks}
+    return {"step": step, **_means(rows), "tasks": by_task}
 
 
-def _summary(rows: Sequence[tuple[Prompt, float, float]]) -> dict[str, Any]:
+def _means(rows: Sequence[tuple[Prompt, float, float]]) -> dict[str, Any]:
+    """Means of (prompt, reward, accuracy) rows, with an interval that is bootstrapped over rooms."""
     rooms = [q.sample.metadata.get("room_seed", q.sample.id) for q, _, _ in rows]
     reward = bootstrap([r for _, r, _ in rows], rooms)
     accuracy = sum(a for _, _, a in rows) / len(rows)
@@ -76,8 +84,8 @@ def _summary(rows: Sequence[tuple[Prompt, float, float]]) -> dict[str, Any]:
     return {"questions": len(rows), **{name: round(value, 6) for name, value in numbers.items()}}
 
 
-def write_down(out: Path, row: dict[str, Any], world: World) -> str:
-    """Put a row into evaluation.jsonl (rank 0), in place of rows of this and later steps; returns it in words."""
+def write_evaluation(out: Path, row: dict[str, Any], world: World) -> str:
+    """Add a row to <out>/evaluation.jsonl (rank 0) and return it as text; rows of this and later steps are replaced."""
     if world.is_main:
         path = out / "evaluation.jsonl"
         jsonl.drop_from_step(path, row["step"])

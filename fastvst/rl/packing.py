@@ -1,4 +1,4 @@
-"""From rollouts to packs: groups of answers, each with its prompt once, and what every target token carries."""
+"""From groups to packs: each prompt is packed once for all of its completions, with the inputs of the policy loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastvst.model.flops import TRAINING, decoder_flops, head_flops
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a group.
+    """One completion of a group.
 
     Attributes:
-        tokens: (R,) int32, the end token included where the model wrote one. Empty answers have no gradient.
-        logprobs: (R,) float32 of the sampler, under the distribution that it sampled from.
-        advantage: of the whole answer.
+        tokens: (R,) int32, with the EOS token if the model produced one. An empty completion has no gradient.
+        logprobs: (R,) float32, the sampler's log-probabilities under the distribution that it sampled from.
+        advantage: of the whole completion.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt, encoded with its pictures, and the answers that were sampled for it."""
+    """An encoded prompt with its images, and the completions that were sampled for it."""
 
     prompt: EncodedSample
     answers: tuple[Answer, ...]
@@ -43,29 +43,36 @@ class Group:
         return sum(a.tokens.shape[0] for a in self.answers)
 
     @property
-    def is_flat(self) -> bool:
-        """No answer has an advantage, so the group has no policy gradient."""
+    def tokens(self) -> int:
+        """Tokens of the group in a pack: the prompt once, and all completions."""
+        return len(self.prompt) + self.answer_tokens
+
+    @property
+    def is_zero_variance(self) -> bool:
+        """Every advantage is 0, so the group has no policy gradient."""
         return all(a.advantage == 0.0 for a in self.answers)
 
 
 @dataclass(frozen=True)
 class PolicyPack:
-    """A pack and, for each of its M targets, what the loss needs.
+    """A packed batch and the loss inputs of its M target tokens.
 
     Attributes:
         batch: the packed row.
-        advantages, sampler_logprobs: (M,) float32.
-        answer_ids: (M,) int64, 0..A-1, the answer that a target belongs to.
-        groups: how many groups (or pieces of groups) it holds.
-        row_weights: (M,) float32, the share of each target in the loss of the whole minibatch.
-        old_logprobs, ref_logprobs: (M,) float32 or None.
-        vision: merged vision tokens kept from an earlier pass, when the tower is frozen.
+        advantages: (M,) float32.
+        rollout_logprobs: (M,) float32, of the sampler.
+        sequence_ids: (M,) int64, 0..A-1, the completion that a target belongs to.
+        groups: number of groups (or pieces of groups) in the pack.
+        row_weights: (M,) float32, the weight of each target in the loss of the whole minibatch.
+        old_logprobs: (M,) float32 or None, of the trainer's weights before the first optimizer step.
+        ref_logprobs: (M,) float32 or None, of the reference model.
+        vision: merged vision tokens of an earlier pass, if the vision tower is frozen.
     """
 
     batch: PackedBatch
     advantages: Tensor
-    sampler_logprobs: Tensor
-    answer_ids: Tensor
+    rollout_logprobs: Tensor
+    sequence_ids: Tensor
     groups: int
     row_weights: Tensor | None = None
     old_logprobs: Tensor | None = None
@@ -81,12 +88,15 @@ class PolicyPack:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How much computing was saved by sharing prompts; adds up over packs.
+    """Counts of packs with shared prompts; instances can be added.
 
     Attributes:
-        shared, repeated: tokens of the packs as they are, and as they would be with every prompt repeated.
-        pieces, groups: prompts in the packs, and groups that they came from.
-        split: groups that did not fit into a pack, so that their prompt is computed more than once.
+        shared: tokens of the packs.
+        repeated: tokens that the packs would have with each prompt repeated for every completion.
+        pieces: groups and pieces of groups in the packs.
+        groups: groups that the pieces come from.
+        split: groups that did not fit into one pack, so that their prompt is computed more than once.
+        packs: number of packs.
     """
 
     shared: int = 0
@@ -101,64 +111,73 @@ class Sharing:
         return Sharing(*(a + b for a, b in pairs))
 
 
-def plan(groups: Sequence[Group], budget: int, *, shared: bool = True) -> tuple[list[list[Group]], Sharing]:
-    """Divide groups over packs of at most `budget` tokens: first fit, longest first.
+def divide_into_packs(
+    groups: Sequence[Group], budget: int, *, shared: bool = True
+) -> tuple[list[list[Group]], Sharing]:
+    """Divide groups into packs of at most `budget` tokens.
 
-    A group that does not fit into a pack is cut into pieces, each with the prompt. A single answer with its prompt that
-    is longer than the budget gets a pack of its own. Empty answers are left out, and groups without any other.
+    1. Empty completions are left out, and groups that have no other.
+    2. A group that does not fit into a pack is split into pieces, each with the prompt. With `shared=False` each
+       completion is a piece of its own.
+    3. First fit, longest first. A completion that is longer than the budget with its prompt gets its own pack.
 
     Returns:
         (packs, each a list of groups or pieces; what sharing saves).
     """
-    counted = count_groups = split = repeated = 0
     pieces: list[Group] = []
+    used = 0
+    split = 0
+    repeated = 0
     for group in groups:
         answers = [a for a in group.answers if a.tokens.shape[0]]
         if not answers:
             continue
-        cut = _cut(len(group.prompt), answers, budget if shared else 0)
-        pieces += [Group(group.prompt, tuple(part)) for part in cut]
-        count_groups += 1
-        split += shared and len(cut) > 1
+        parts = _split(group.prompt, answers, budget if shared else 0)
+        pieces += parts
+        used += 1
+        split += shared and len(parts) > 1
         repeated += sum(len(group.prompt) + a.tokens.shape[0] for a in answers)
-    order = sorted(range(len(pieces)), key=lambda i: (-_size(pieces[i]), i))
+    members = _first_fit([piece.tokens for piece in pieces], budget)
+    packs = [[pieces[i] for i in sorted(chosen)] for chosen in members]
+    tokens = sum(piece.tokens for piece in pieces)
+    return packs, Sharing(tokens, repeated, pieces=len(pieces), groups=used, split=split, packs=len(packs))
+
+
+def _split(prompt: EncodedSample, answers: Sequence[Answer], budget: int) -> list[Group]:
+    """Pieces of consecutive completions that fit into `budget` tokens with the prompt; each has at least one."""
+    runs: list[list[Answer]] = []
+    used = 0
+    for answer in answers:
+        length = answer.tokens.shape[0]
+        if not runs or len(prompt) + used + length > budget:
+            runs.append([])
+            used = 0
+        runs[-1].append(answer)
+        used += length
+    return [Group(prompt, tuple(run)) for run in runs]
+
+
+def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices for each pack: the largest first, each into the first pack with enough room, else into a new one."""
     packs: list[list[int]] = []
     room: list[int] = []
-    for index in order:
-        size = _size(pieces[index])
-        place = next((p for p, free in enumerate(room) if free >= size), None)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((p for p, free in enumerate(room) if free >= sizes[index]), None)
         if place is None:
             packs.append([])
             room.append(budget)
             place = len(packs) - 1
         packs[place].append(index)
-        room[place] -= size
-        counted += size
-    return [[pieces[i] for i in sorted(members)] for members in packs], Sharing(
-        counted, repeated, len(pieces), count_groups, split, len(packs)
-    )
-
-
-def _size(group: Group) -> int:
-    return len(group.prompt) + group.answer_tokens
-
-
-def _cut(prompt: int, answers: Sequence[Answer], budget: int) -> list[list[Answer]]:
-    """Answers in order, in runs that fit into a pack with the prompt (a run has at least one)."""
-    runs: list[list[Answer]] = []
-    used = 0
-    for answer in answers:
-        length = answer.tokens.shape[0]
-        if not runs or prompt + used + length > budget:
-            runs.append([])
-            used = 0
-        runs[-1].append(answer)
-        used += length
-    return runs
+        room[place] -= sizes[index]
+    return packs
 
 
 def make_pack(groups: Sequence[Group], config: ModelConfig, *, shared: bool = True) -> PolicyPack:
-    """The pack of some groups, on the CPU; without groups one unsupervised token, which keeps ranks in step."""
+    """The pack of some groups, on the CPU.
+
+    Without groups the pack has one unsupervised token: a rank with fewer packs than the others computes it, so that
+    every rank joins every collective.
+    """
     if not groups:
         none = torch.zeros(0)
         return PolicyPack(pack([empty_sample()]), none, none, none.long(), 0)
@@ -171,13 +190,13 @@ def make_pack(groups: Sequence[Group], config: ModelConfig, *, shared: bool = Tr
     return PolicyPack(
         batch=pack_groups(encoded, shared=shared),
         advantages=torch.repeat_interleave(torch.tensor([a.advantage for a in answers]), lengths),
-        sampler_logprobs=torch.cat([a.logprobs.float() for a in answers]),
-        answer_ids=torch.repeat_interleave(torch.arange(len(answers)), lengths),
+        rollout_logprobs=torch.cat([a.logprobs.float() for a in answers]),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(answers)), lengths),
         groups=len(groups),
     )
 
 
 def answer_flops(config: ModelConfig, prompt: EncodedSample, answer: Answer) -> float:
-    """Training FLOPs of an answer behind a prompt that is computed anyway: causal attention over both, and the head."""
+    """Training FLOPs that a completion adds to its prompt: causal attention over both, and the LM head."""
     length = answer.tokens.shape[0]
     return TRAINING * (decoder_flops(config, [length], [len(prompt)]) + head_flops(config, length))

@@ -1,4 +1,4 @@
-"""report/index.html of an RL run: held-out reward, the curves of training, and rollouts with their pictures."""
+"""report/index.html of an RL run: held-out reward, training curves, and rollouts with their images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 from fastvst import atomic, html, jsonl
 
 CURVES = (
-    ("Reward of the sampled answers", "reward", "reward"),
+    ("Reward of the sampled completions", "reward", "reward"),
     ("Accuracy", "accuracy", "accuracy"),
-    ("Length of the answers", "length", "tokens"),
+    ("Length of the completions", "length", "tokens"),
     ("Entropy", "entropy", "nats"),
     ("Gradient norm", "grad_norm", "norm"),
     ("Sampler and trainer: mean difference of logprobs", "sampler_gap", "nats"),
 )
 SHOWN = 24  # groups on the page
-CLIP = 1200  # characters of an answer
+MAX_CHARACTERS = 1200  # of a question, an answer or a completion
 
 
 def write_report(out: str | Path, config: dict[str, Any]) -> Path:
@@ -40,7 +40,7 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     groups = [g for file in sorted(out.glob("rollouts*.jsonl")) for g in jsonl.read(file)]
     sections.append(("Rollouts", _rollouts(groups, out)))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
-    lead = f"{len(rows)} steps, {sum(int(r.get('answers', 0)) for r in rows):,} answers"
+    lead = f"{len(rows)} steps, {sum(int(r.get('answers', 0)) for r in rows):,} completions"
     target = out / "report" / "index.html"
     atomic.write_text(target, html.page("fastvst: reinforcement learning", lead, sections))
     return target
@@ -62,8 +62,8 @@ def _held_out(rows: Sequence[dict[str, Any]]) -> str:
     above = last["reward"] > first["high"]
     verdict = "above" if above else "not above"
     note = (
-        f"<p>The last mean is {verdict} the upper end of the 95 % interval of the start. Intervals are bootstrapped "
-        "over rooms. The answers are sampled as in training; the reward is 0.5 accuracy + 0.5 format.</p>"
+        f"<p>The last mean is {verdict} the upper end of the 95 % interval at the start. Intervals are bootstrapped "
+        "over rooms. Completions are sampled as in training; the reward is 0.5 accuracy + 0.5 format.</p>"
     )
     header = ("task", f"step {first['step']} [95 %]", f"step {last['step']} [95 %]", "questions")
     return chart + html.table(header, body) + note
@@ -74,40 +74,43 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _rollouts(groups: Sequence[dict[str, Any]], out: Path) -> str:
-    """Groups with pictures, spread over the run."""
-    seen = [g for g in groups if g["pictures"]]
-    picked = [seen[round(i * (len(seen) - 1) / max(SHOWN - 1, 1))] for i in range(min(SHOWN, len(seen)))]
+    """Up to SHOWN groups with images, evenly spread over the run."""
+    with_images = [g for g in groups if g["pictures"]]
+    last = len(with_images) - 1
+    picked = [with_images[round(i * last / max(SHOWN - 1, 1))] for i in range(min(SHOWN, len(with_images)))]
     if not picked:
-        return "<p>No group with pictures was kept.</p>"
+        return "<p>No kept group has images.</p>"
     return f'<div class="grid">{"".join(_card(g, out) for g in picked)}</div>'
 
 
 def _card(group: dict[str, Any], out: Path) -> str:
-    media = "".join(_picture(out / name) for name in group["pictures"])
-    answers = "".join(_answer(a) for a in group["answers"])
+    media = "".join(_image(out / name) for name in group["pictures"])
+    completions = "".join(_completion(c) for c in group["answers"])
     question = visible(str(group["question"]))
     truth = visible(str(group["answer"]))
     return (
         f'<div class="card">{media}<p class="task">step {int(group["step"])} · {escape(str(group["task"]))} · '
         f"{escape(str(group['source']))}/{escape(str(group['id']))} · {escape(', '.join(group['modes']))}</p>"
-        f"<p><b>Q</b> {escape(question[-CLIP:])}</p><p><b>A</b> {escape(truth[:CLIP])}</p>{answers}</div>"
+        f"<p><b>Q</b> {escape(question[-MAX_CHARACTERS:])}</p>"
+        f"<p><b>A</b> {escape(truth[:MAX_CHARACTERS])}</p>{completions}</div>"
     )
 
 
-def _answer(answer: dict[str, Any]) -> str:
-    kind = "right" if answer["accuracy"] >= 0.5 else "wrong"
-    text = visible(answer["text"]) or "(empty)"
-    text = text if len(text) <= CLIP else text[: CLIP - 1] + "…"
+def _completion(completion: dict[str, Any]) -> str:
+    kind = "right" if completion["accuracy"] >= 0.5 else "wrong"
+    text = visible(completion["text"]) or "(empty)"
+    text = text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
     return (
-        f'<p class="{kind}">{escape(text)}<br><span class="task">advantage {answer["advantage"]:+.2f} · accuracy '
-        f"{answer['accuracy']:.2f} · format {answer['format']:.0f} · length {answer['overlong']:+.2f} · "
-        f"{int(answer['tokens'])} tokens, {escape(str(answer['finish']))} · {escape(visible(answer['reason'])[:200])}"
+        f'<p class="{kind}">{escape(text)}<br><span class="task">advantage {completion["advantage"]:+.2f} · accuracy '
+        f"{completion['accuracy']:.2f} · format {completion['format']:.0f} · length {completion['overlong']:+.2f} · "
+        f"{int(completion['tokens'])} tokens, {escape(str(completion['finish']))} · "
+        f"{escape(visible(completion['reason'])[:200])}"
         "</span></p>"
     )
 
 
 def visible(text: str) -> str:
-    """Control characters and lone surrogates as pictures of themselves, so that a page shows what the model wrote."""
+    """Replace control characters and lone surrogates by visible symbols."""
     return "".join(map(_visible, text))
 
 
@@ -118,8 +121,8 @@ def _visible(character: str) -> str:
     return "\ufffd" if code == 127 or 0xD800 <= code < 0xE000 else character
 
 
-def _picture(path: Path) -> str:
+def _image(path: Path) -> str:
     if not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="the picture" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="image of the prompt" src="data:image/jpeg;base64,{data}">'

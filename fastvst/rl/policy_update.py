@@ -1,4 +1,4 @@
-"""What an update needs beside the packs: the objective, the normalisers, the log-probabilities of other policies."""
+"""The policy update: its configuration, minibatches of packs, the loss head and the statistics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastvst.rl.advantages import Kind
-from fastvst.rl.packing import Group, PolicyPack, Sharing, make_pack, plan
+from fastvst.rl.advantages import AdvantageKind
+from fastvst.rl.packing import Group, PolicyPack, Sharing, divide_into_packs, make_pack
 from fastvst.train.distributed import World
 from fastvst_kernels import linear_logprobs, linear_policy_loss
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
@@ -25,33 +25,40 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sapo": SAPO,
     "reinforce": Reinforce,
 }
-CLIPPED = ("dapo", "grpo", "dr_grpo", "gspo")  # those with a clipped ratio, which a dual clip can bound
-LARGEST = ("ratio_max", "sampler_gap_max")
+CLIPPED = ("dapo", "grpo", "dr_grpo", "gspo")  # objectives with a clipped ratio, which can have a dual clip
+MAXIMA = ("ratio_max", "sampler_gap_max")  # statistics that are reduced by max, not by mean
 COUNTS = ("rows_total", "rows_computed", "rows_backward", "gemm_saved")
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """What is maximised and how often a batch of rollouts is used. Defaults: DAPO as VST runs it, without KL.
+    """The policy objective and how each batch of rollouts is used. The defaults are VST's DAPO, without KL.
 
     Attributes:
-        objective: the policy loss (fastvst_kernels.objectives).
-        advantages: "reinforce++" with objective "dapo" or "grpo" is REINFORCE++; "rloo" with "reinforce" is RLOO.
-        clip_low, clip_high: the ratio stays in [1 - low, 1 + high]; none = the objective's own (dapo 0.2 and 0.28).
-        dual_clip: bound for negative advantages; none = no bound.
-        kl: estimator of KL(policy || start weights) in the loss; "none" keeps no reference model.
-        kl_coef: its factor.
-        entropy_coef: above 0 a bonus for entropy, below 0 a penalty.
-        epochs: passes over the rollouts of one step.
-        minibatches: optimizer steps in a pass. The very first of a step is on policy, so it needs no old logprobs.
-        old_logprobs: of the later ones: the sampler's, or computed again by the trainer before the first one.
-        importance: level of importance weights against the sampler, truncated at 2 (`objectives.Importance`).
-        tokens_per_pack: largest pack of the update; at least the longest prompt and answer together.
-        share_prompts: compute each prompt once for all of its answers; false repeats it, as other trainers do.
+        objective: Policy loss (fastvst_kernels.objectives).
+        advantages: Advantage estimator. "reinforce++" with objective "dapo" or "grpo" is REINFORCE++, and "rloo" with
+            objective "reinforce" is RLOO.
+        clip_low: The importance ratio is clipped from below at 1 - clip_low. With none, the objective's own value is
+            used (0.2 for dapo).
+        clip_high: The importance ratio is clipped from above at 1 + clip_high. With none, the objective's own value is
+            used (0.28 for dapo).
+        dual_clip: For a negative advantage A the loss of a token is at most dual_clip * |A|. With none, there is no
+            bound. Only objectives with a clipped ratio use it.
+        kl: Estimator of KL(policy || reference model) in the loss, where the reference model is the start model. With
+            "none", no reference model is loaded.
+        kl_coef: Coefficient of the KL term.
+        entropy_coef: Coefficient of the entropy term. A positive value is a bonus for entropy, a negative one a
+            penalty.
+        epochs: Number of passes over the rollouts of a step.
+        minibatches: Number of optimizer steps in a pass. The first one is on policy and needs no old log-probabilities.
+        old_logprobs: Old log-probabilities of the later optimizer steps. "sampler" takes the sampler's; "recompute"
+            computes them with the trainer before the first optimizer step.
+        importance: Level of the importance weights against the sampler, which are truncated at 2. "none" uses none.
+        tokens_per_pack: Largest pack of the update in tokens. It must hold the longest prompt with one completion.
     """
 
     objective: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo", "sapo", "reinforce"] = "dapo"
-    advantages: Kind = "grpo"
+    advantages: AdvantageKind = "grpo"
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = 3.0
@@ -63,11 +70,10 @@ class UpdateConfig:
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
     importance: Literal["none", "token", "sequence", "geometric"] = "none"
     tokens_per_pack: int = 2048
-    share_prompts: bool = True
 
 
 def make_objective(config: UpdateConfig, max_tokens: int) -> Objective:
-    """The objective of a configuration; `max_tokens` is the longest answer, which Dr.GRPO divides by.
+    """The objective of a configuration; Dr.GRPO divides by `max_tokens`, the longest completion.
 
     Raises:
         ValueError: values that contradict each other.
@@ -85,11 +91,12 @@ def make_objective(config: UpdateConfig, max_tokens: int) -> Objective:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The packs of one optimizer step on this rank; every rank has as many.
+    """The packs of one optimizer step on this rank; every rank has the same number.
 
     Attributes:
         packs: on the CPU, with their row weights.
-        tokens, answers: of the whole minibatch on all ranks, flat groups included; what the loss divides by.
+        tokens: completion tokens of the minibatch on all ranks, zero-variance groups included.
+        answers: completions of the minibatch on all ranks, zero-variance groups included.
     """
 
     packs: list[PolicyPack]
@@ -97,50 +104,69 @@ class Minibatch:
     answers: float
 
 
-def minibatches(
-    groups: Sequence[Group], config: UpdateConfig, objective: Objective, model_config: Any, world: World
+def make_minibatches(
+    groups: Sequence[Group],
+    config: UpdateConfig,
+    objective: Objective,
+    model_config: Any,
+    world: World,
+    *,
+    share_prompts: bool = True,
 ) -> tuple[list[Minibatch], Sharing]:
     """Deal this rank's groups to minibatches and pack them. Every rank calls it.
 
-    A group without any advantage is left out where its gradient is known to be 0 (no KL, no entropy term); it still
-    counts in the normaliser. Ranks with fewer packs than others get empty ones, so that collectives match.
+    A zero-variance group is left out if its gradient is known to be 0 (no KL and no entropy term); it still counts in
+    the normaliser. A rank with fewer packs than another gets empty ones, so that the collectives match.
+
+    Args:
+        share_prompts: compute each prompt once for all of its completions; False repeats it for each of them, which
+            gives the same loss and gradients.
     """
     parts = [list(groups[k :: config.minibatches]) for k in range(config.minibatches)]
     drop = objective.skips_zero_advantage and not objective.uses_reference and not objective.uses_entropy
     sharing = Sharing()
-    planned: list[list[list[Group]]] = []
+    divided: list[list[list[Group]]] = []
     for part in parts:
-        packs, found = plan(
-            [g for g in part if not (drop and g.is_flat)], config.tokens_per_pack, shared=config.share_prompts
-        )
-        planned.append(packs)
-        sharing = sharing + found
+        used = [g for g in part if not (drop and g.is_zero_variance)]
+        packs, counts = divide_into_packs(used, config.tokens_per_pack, shared=share_prompts)
+        divided.append(packs)
+        sharing = sharing + counts
+    made = []
+    for packs, (tokens, answers, *lengths) in zip(divided, _global_counts(parts, divided, world), strict=True):
+        packs = packs + [[] for _ in range(int(max(lengths)) - len(packs))]
+        policy_packs = [make_pack(pack, model_config, shared=share_prompts) for pack in packs]
+        weighted = [
+            dataclasses.replace(p, row_weights=_row_weights(p, objective, tokens, answers)) for p in policy_packs
+        ]
+        made.append(Minibatch(weighted, tokens, answers))
+    return made, sharing
+
+
+def _global_counts(
+    parts: Sequence[Sequence[Group]], divided: Sequence[Sequence[object]], world: World
+) -> list[list[float]]:
+    """For each minibatch: completion tokens and completions of all ranks, then the number of packs of each rank."""
     counts = torch.zeros(len(parts), 2 + world.size, dtype=torch.float64)
     for k, part in enumerate(parts):
         answers = [a for g in part for a in g.answers if a.tokens.shape[0]]
         counts[k, 0] = sum(a.tokens.shape[0] for a in answers)
         counts[k, 1] = len(answers)
-        counts[k, 2 + world.rank] = len(planned[k])
-    result = []
-    for packs, (tokens, answers, *lengths) in zip(planned, world.sum(counts.to(world.device)).tolist(), strict=True):
-        packs = packs + [[] for _ in range(int(max(lengths)) - len(packs))]
-        made = [make_pack(pack, model_config, shared=config.share_prompts) for pack in packs]
-        made = [dataclasses.replace(p, row_weights=_row_weights(p, objective, tokens, answers)) for p in made]
-        result.append(Minibatch(made, tokens, answers))
-    return result, sharing
+        counts[k, 2 + world.rank] = len(divided[k])
+    return world.sum(counts.to(world.device)).tolist()
 
 
 def _row_weights(pack: PolicyPack, objective: Objective, tokens: float, answers: float) -> Tensor:
-    mask = torch.ones(pack.answer_ids.shape[0], dtype=torch.bool)
-    return objective.row_weights(mask, pack.answer_ids, tokens=max(tokens, 1.0), sequences=max(answers, 1.0))
+    mask = torch.ones(pack.sequence_ids.shape[0], dtype=torch.bool)
+    return objective.row_weights(mask, pack.sequence_ids, tokens=max(tokens, 1.0), sequences=max(answers, 1.0))
 
 
 def policy_head(pack: PolicyPack, objective: Objective, temperature: float, *, first: bool) -> Any:
-    """The loss head of a pack on its device: `(loss, stats)`.
+    """The loss head of a pack on its device: a function of (hidden, weight) that returns (loss, statistics).
 
     Args:
-        temperature: that the answers were sampled with.
-        first: the weights are still those that sampled, so the ratio is 1 and old logprobs are not needed.
+        temperature: the sampling temperature of the completions.
+        first: no optimizer step has changed the weights since sampling, so the importance ratio is 1 and no old
+            log-probabilities are needed.
     """
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,9 +178,9 @@ def policy_head(pack: PolicyPack, objective: Objective, temperature: float, *, f
             advantages=pack.advantages,
             old_logprobs=None if first else pack.old_logprobs,
             ref_logprobs=pack.ref_logprobs,
-            sampler_logprobs=pack.sampler_logprobs,
+            sampler_logprobs=pack.rollout_logprobs,
             row_weights=pack.row_weights,
-            sequence_ids=pack.answer_ids,
+            sequence_ids=pack.sequence_ids,
             temperature=temperature,
         )
 
@@ -163,7 +189,7 @@ def policy_head(pack: PolicyPack, objective: Objective, temperature: float, *, f
 
 @torch.no_grad()
 def score_pack(model: Any, pack: PolicyPack, temperature: float) -> Tensor:
-    """(M,) float32 log-probabilities that a model gives to the targets of a pack on its device."""
+    """(M,) float32 log-probabilities of the targets of a pack on its device under a model."""
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprobs(hidden[pack.batch.loss_rows], weight, pack.batch.targets, temperature=temperature)[0]
@@ -182,12 +208,13 @@ def complete(
     keep_vision: bool,
     first: bool,
 ) -> Minibatch:
-    """The minibatch on the device with all that must be known before the first optimizer step changes the weights.
+    """The minibatch on the device, with everything that must be computed before the weights change.
 
     Args:
-        reference: the frozen start model, or None without KL.
-        keep_vision: run the frozen vision tower now and keep what it saw for every later pass over this minibatch.
-        first: it is the first one of a step: its ratio is 1 the first time, so one epoch needs no old logprobs.
+        reference: the frozen reference model, or None without KL.
+        keep_vision: run the frozen vision tower now and reuse its output in every later pass over this minibatch.
+        first: this is the first minibatch of a step. In the first epoch its importance ratio is 1, so with one epoch
+            it needs no old log-probabilities.
     """
     packs = []
     for pack in batch.packs:
@@ -198,51 +225,51 @@ def complete(
         if reference is not None:
             pack = dataclasses.replace(pack, ref_logprobs=score_pack(reference, pack, temperature))
         if not first or config.epochs > 1:
-            again = config.old_logprobs == "recompute"
-            old = score_pack(model, pack, temperature) if again else pack.sampler_logprobs
+            recompute = config.old_logprobs == "recompute"
+            old = score_pack(model, pack, temperature) if recompute else pack.rollout_logprobs
             pack = dataclasses.replace(pack, old_logprobs=old)
         packs.append(pack)
     return dataclasses.replace(batch, packs=packs)
 
 
-def frozen(model: Any) -> Any:
-    """The model without gradients, in evaluation mode; in place."""
+def as_reference(model: Any) -> Any:
+    """The model without gradients and in evaluation mode; changed in place."""
     return model.requires_grad_(False).eval()
 
 
-def add_up(stats: Sequence[dict[str, Tensor]], world: World, **scalars: Tensor) -> dict[str, float]:
-    """Statistics of several packs and all ranks as one: means weighted by rows, and maxima. The step's one host read.
+def reduce_stats(stats: Sequence[dict[str, Tensor]], world: World, **scalars: Tensor) -> dict[str, float]:
+    """Statistics of several packs on all ranks: means weighted by rows, and maxima. It reads the device once.
 
     Args:
-        scalars: already the same on all ranks; they come back as numbers.
+        scalars: tensors that are already equal on all ranks; they are returned as numbers.
     """
-    names = [n for n in stats[0] if n not in (*LARGEST, *COUNTS)]
-    largest = [n for n in LARGEST if n in stats[0]]
+    names = [n for n in stats[0] if n not in (*MAXIMA, *COUNTS)]
+    maxima = [n for n in MAXIMA if n in stats[0]]
     rows = torch.stack([s["rows_computed"].double() for s in stats])
-    means = torch.stack([torch.stack([s[n].double() for n in names]) for s in stats]).T @ rows
+    weighted = torch.stack([torch.stack([s[n].double() for n in names]) for s in stats]).T @ rows
     counts = torch.stack([rows.sum(), torch.stack([s["rows_total"].double() for s in stats]).sum()])
-    peaks = torch.zeros(world.size, len(largest), dtype=torch.float64, device=rows.device)
-    peaks[world.rank] = torch.stack([torch.stack([s[n].double() for s in stats]).amax() for n in largest])
-    summed = world.sum(torch.cat([counts, means, peaks.flatten()]))
-    flat = torch.cat([torch.stack([s.double().view(()) for s in scalars.values()]), summed]).tolist()
-    found = dict(zip(scalars, flat, strict=False))
-    flat = flat[len(scalars) :]
-    found |= {"rows_computed": flat[0], "rows_total": flat[1]}
-    found |= {name: value / max(flat[0], 1.0) for name, value in zip(names, flat[2:], strict=False)}
-    tail = flat[2 + len(names) :]
-    return found | {name: max(tail[i :: len(largest)]) for i, name in enumerate(largest)}
+    peaks = torch.zeros(world.size, len(maxima), dtype=torch.float64, device=rows.device)
+    peaks[world.rank] = torch.stack([torch.stack([s[n].double() for s in stats]).amax() for n in maxima])
+    summed = world.sum(torch.cat([counts, weighted, peaks.flatten()]))
+    values = torch.cat([torch.stack([s.double().view(()) for s in scalars.values()]), summed]).tolist()
+    reduced = dict(zip(scalars, values, strict=False))
+    computed, total, *sums = values[len(scalars) :]
+    reduced |= {"rows_computed": computed, "rows_total": total}
+    reduced |= {name: value / max(computed, 1.0) for name, value in zip(names, sums, strict=False)}
+    of_ranks = sums[len(names) :]
+    return reduced | {name: max(of_ranks[i :: len(maxima)]) for i, name in enumerate(maxima)}
 
 
-def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The optimizer steps of one round as one row: means, but maxima of peaks and sums of rows."""
+def merge_updates(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The optimizer steps of one RL step as one row: means of values, maxima of maxima, sums of counts."""
     if not rows:
         return {"loss": 0.0, "grad_norm": 0.0, "updates": 0}
-    found: dict[str, Any] = {"updates": len(rows)}
+    merged: dict[str, Any] = {"updates": len(rows)}
     for name in rows[0]:
         if name == "skipped":
             continue
         values = [row[name] for row in rows]
-        reduce = max if name in LARGEST else sum
-        found[name] = reduce(values) / (1 if name in (*LARGEST, *COUNTS) else len(rows))
+        reduce = max if name in MAXIMA else sum
+        merged[name] = reduce(values) / (1 if name in (*MAXIMA, *COUNTS) else len(rows))
     skipped = [row["skipped"] for row in rows if "skipped" in row]
-    return found | ({"skipped": skipped[0]} if skipped else {})
+    return merged | ({"skipped": skipped[0]} if skipped else {})

@@ -1,4 +1,4 @@
-"""The stream of questions: rows with a checkable answer, in an order that can be saved and found again exactly."""
+"""The stream of prompts: rows with a checkable answer, in an order that a checkpoint restores exactly."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from fastvst.rl.rewards.pool import Row
 from fastvst.rl.rewards.verifiable import BOXES, normalise_modes
 from fastvst.rollout.fsdp_engine import share
 
+MAX_REJECTED = 1000  # rows in a row without a usable prompt, after which the run ends
+
 
 class NoPrompts(RuntimeError):
-    """The data end, or hold nothing that can be asked and checked."""
+    """The data have ended, or hold no usable prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question.
+    """A prompt with its checkable answer.
 
     Attributes:
-        sample: ends with the true answer, as the model would write it, where the row has one.
+        sample: the messages; the last one is the true answer in the model's format, if the row has one.
         answer: the checkable answer.
         modes: reward modes, without "_score".
-        thinking: the THINK system prompt is used, so the format reward asks for <think>...</think>.
-        number: counts the questions asked since the start of training, over all ranks.
+        thinking: the prompt has the THINK system prompt, so the format reward expects <think>...</think>.
+        number: index of the prompt since the start of training, over all ranks.
     """
 
     sample: Sample
@@ -42,25 +44,28 @@ class Prompt:
     @property
     def question(self) -> str:
         """Text of the last user message."""
-        asked = [m for m in self.sample.messages if m["role"] == "user"]
-        return "".join(p["text"] for p in asked[-1]["content"] if p["type"] == "text").strip()
+        users = [m for m in self.sample.messages if m["role"] == "user"]
+        return "".join(p["text"] for p in users[-1]["content"] if p["type"] == "text").strip()
 
     @property
     def task(self) -> str:
-        """What figures are grouped by: the row's task, or its kind."""
+        """The row's task, or its kind if it has none; results are grouped by it."""
         return str(self.sample.metadata.get("task", self.sample.kind))
 
     def row(self, response: str) -> Row:
-        """What the reward sees of one answer."""
+        """What the reward receives for one completion."""
         s = self.sample
         return Row(s.id, s.source, s.kind, self.question, response, self.answer, self.modes, self.thinking, s.metadata)
 
 
 def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
-    """The question of a row; of a row with k checked turns that of turn `turn` mod k, with the true turns before it.
+    """The prompt of a row.
+
+    A row with k checkable turns gives the prompt of turn `turn` mod k, with the true earlier turns before it.
 
     Raises:
-        SampleError: "no_answer", "reward_mode" (unknown), "bad_schema" (no user message, answers that do not fit).
+        SampleError: "no_answer", "reward_mode" (unknown), "bad_schema" (no user message, or the number of checkable
+            answers is not the number of assistant turns).
     """
 
     def fail(reason: str, detail: str) -> SampleError:
@@ -72,10 +77,10 @@ def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
         ends = [i for i, m in enumerate(sample.messages) if m["role"] == "assistant"]
         if len(ends) != len(turns):
             raise fail("bad_schema", f"{len(ends)} assistant turns but {len(turns)} checkable answers")
-        answer = turns[turn % len(turns)]
-        end = ends[turn % len(turns)]
+        chosen = turn % len(turns)
+        answer = turns[chosen]
         sample = dataclasses.replace(
-            sample, id=f"{sample.id}#{turn % len(turns)}", messages=sample.messages[: end + 1], answer=answer
+            sample, id=f"{sample.id}#{chosen}", messages=sample.messages[: ends[chosen] + 1], answer=answer
         )
     if not isinstance(answer, dict) or answer.get("value") is None:
         raise fail("no_answer", "the row has no checkable answer: an `answer` with a value, or `answer_gt`")
@@ -90,10 +95,14 @@ def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
 
 
 class PromptStream:
-    """Questions of a mixture, dealt to the ranks by expected work.
+    """Prompts of a mixture, dealt to the ranks by expected work.
 
-    Every rank walks through the same stream and keeps its share, so that all agree on what comes next. Rows that cannot
-    be asked (no answer, too long, an unknown reward mode) go into the ledger.
+    Every rank reads the same stream and keeps its share, so that all ranks agree on the next prompt. Rows without a
+    usable prompt (no answer, too long, an unknown reward mode) are recorded in the ledger.
+
+    Attributes:
+        asked: prompts taken so far, over all ranks.
+        drawn: rows read so far.
     """
 
     def __init__(
@@ -108,8 +117,8 @@ class PromptStream:
     ) -> None:
         """
         Args:
-            answer_tokens: what the answers to one question may take together; a question's work is that and its own
-                tokens (a video's are a hundred times a text's, and every rank waits for the last).
+            answer_tokens: most tokens of all completions of one prompt. The work of a prompt is this number plus its
+                own tokens: a video has a hundred times the tokens of a text, and every rank waits for the slowest.
         """
         self.mixture = mixture
         self.processor = processor
@@ -117,14 +126,15 @@ class PromptStream:
         self.rank = rank
         self.size = size
         self.answer_tokens = answer_tokens
-        self.asked = self.drawn = 0
+        self.asked = 0
+        self.drawn = 0
 
     def take(self, count: int) -> list[Prompt]:
-        """This rank's share of the next `count` questions of the stream.
+        """This rank's share of the next `count` prompts of the stream.
 
         Raises:
-            NoPrompts: the data end before the first of them, or 1,000 rows in a row cannot be used.
-            TooManyBadSamples: the ledger's limit is passed.
+            NoPrompts: the data end before the first prompt, or MAX_REJECTED rows in a row are unusable.
+            TooManyBadSamples: the ledger's limit is exceeded.
         """
         taken: list[Prompt] = []
         work: list[float] = []
@@ -132,16 +142,17 @@ class PromptStream:
             found = self._next()
             if found is None:
                 if index == 0:
-                    raise NoPrompts(f"the data end after {self.asked} questions\n{self.ledger.summary()}")
+                    raise NoPrompts(f"the data end after {self.asked} prompts\n{self.ledger.summary()}")
                 break
-            taken.append(found[0])
-            work.append(found[1] + self.answer_tokens)
+            prompt, tokens = found
+            taken.append(prompt)
+            work.append(tokens + self.answer_tokens)
         self.ledger.check()
         return [taken[i] for i in share(work, self.size)[self.rank]]
 
     def _next(self) -> tuple[Prompt, int] | None:
-        """The next question that can be asked, and its tokens."""
-        for _ in range(1000):
+        """The next usable prompt and its number of tokens; None at the end of the data."""
+        for _ in range(MAX_REJECTED):
             drawn = next(self.mixture, None)
             if drawn is None:
                 return None
@@ -157,10 +168,13 @@ class PromptStream:
                 continue
             self.asked += 1
             return prompt, tokens
-        raise NoPrompts(f"1,000 rows in a row cannot be used as questions\n{self.ledger.summary()}")
+        raise NoPrompts(f"{MAX_REJECTED:,} rows in a row have no usable prompt\n{self.ledger.summary()}")
 
     def encode(self, prompts: Iterable[Prompt]) -> list[tuple[Prompt, EncodedSample]]:
-        """The questions with their pictures; broken pixels go into the ledger and their question is left out."""
+        """The prompts with their encodings, images included.
+
+        A prompt whose images cannot be decoded is left out and recorded in the ledger.
+        """
         encoded = []
         for prompt in prompts:
             try:
@@ -170,7 +184,7 @@ class PromptStream:
         return encoded
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able state."""
         return {
             "mixture": self.mixture.state_dict(),
             "asked": self.asked,
@@ -179,7 +193,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly after the last question that was taken before `state_dict`."""
+        """Continue exactly after the last prompt that was taken before `state_dict`."""
         self.mixture.load_state_dict(state["mixture"])
         self.asked = state["asked"]
         self.drawn = state["drawn"]

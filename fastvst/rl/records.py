@@ -1,4 +1,4 @@
-"""rollouts.jsonl: every question that was asked, every answer, its reward by term, and pictures of some."""
+"""What a step writes down: rollouts.jsonl, the figures over all ranks, and the text of the progress output."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastvst import jsonl
 from fastvst.data.images import load_rgb
 from fastvst.rl.prompts import Prompt
-from fastvst.rl.rewards.verifiable import Reward
+from fastvst.rl.rewards.verifiable import BOXES, MODES, Reward
+from fastvst.train.distributed import World
+from fastvst.train.metrics import duration
 
-MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
-PICTURES = 2  # questions of each step whose pictures are kept
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+SAVED_PROMPTS = 2  # kept prompts of each step whose images are saved
+REWARD_MODES = (*MODES, BOXES)
 
 
 @dataclass
-class Asked:
-    """A question, its answers, and what became of them.
+class GroupRecord:
+    """A prompt with its n completions, their rewards and the filter's verdict.
 
     Attributes:
-        texts, lengths, finishes: of the n answers; lengths in tokens.
-        rewards: by the reward functions; `penalties`: what was taken away for length (0 or below).
+        texts: the completions.
+        lengths: of the completions, in tokens.
+        finishes: why each completion ended.
+        rewards: of the reward functions.
+        penalties: 0 or below, subtracted for length.
         verdict: "keep", "too_easy" or "too_hard".
-        advantages: empty where the group was not kept.
+        advantages: empty if the group was not kept.
     """
 
     prompt: Prompt
@@ -38,7 +46,7 @@ class Asked:
 
     @property
     def totals(self) -> list[float]:
-        """What is maximised, for each answer."""
+        """What the update maximises, for each completion: reward plus penalty."""
         return [r.overall + p for r, p in zip(self.rewards, self.penalties, strict=True)]
 
     @property
@@ -46,8 +54,14 @@ class Asked:
         return [r.accuracy for r in self.rewards]
 
 
+# ----------------------------------------------------------------------------------------------------- rollouts.jsonl
+
+
 class RolloutLog:
-    """One file per rank, rank 0's is rollouts.jsonl. Rows of steps that a resumed run does again are dropped first."""
+    """Writes every group of this rank to <out>/rollouts.jsonl (rank 0) or <out>/rollouts-<rank>.jsonl.
+
+    A resumed run first drops the rows of the steps that it repeats.
+    """
 
     def __init__(self, out: Path, *, rank: int, first_step: int) -> None:
         self.out = out
@@ -55,31 +69,31 @@ class RolloutLog:
         out.mkdir(parents=True, exist_ok=True)
         jsonl.drop_from_step(self.path, first_step)
 
-    def write(self, step: int, asked: Sequence[Asked]) -> None:
-        """Append a step. Pictures of the first kept questions go to <out>/rollouts/."""
-        shown = [a for a in asked if a.verdict == "keep"][:PICTURES]
+    def write(self, step: int, records: Sequence[GroupRecord]) -> None:
+        """Append a step. The images of the first kept prompts are saved in <out>/rollouts/."""
+        saved = [id(record) for record in records if record.verdict == "keep"][:SAVED_PROMPTS]
         rows = []
-        for one in asked:
-            pictures = self._pictures(step, one.prompt) if any(one is s for s in shown) else []
-            rows.append(_row(step, one, pictures))
+        for record in records:
+            images = self._save_images(step, record.prompt) if id(record) in saved else []
+            rows.append(_row(step, record, images))
         jsonl.append(self.path, rows, default=str)
 
-    def _pictures(self, step: int, prompt: Prompt) -> list[str]:
+    def _save_images(self, step: int, prompt: Prompt) -> list[str]:
         folder = self.out / "rollouts"
         folder.mkdir(exist_ok=True)
         names = []
         for index, part in enumerate(prompt.sample.parts("image")):
-            picture = load_rgb(part["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0)
-            picture.thumbnail((448, 448))
+            image = load_rgb(part["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0)
+            image.thumbnail((448, 448))
             name = f"{step:06d}-{prompt.number}-{index}.jpg"
-            picture.save(folder / name, quality=85)
+            image.save(folder / name, quality=85)
             names.append(f"rollouts/{name}")
         return names
 
 
-def _row(step: int, one: Asked, pictures: list[str]) -> dict[str, Any]:
-    prompt = one.prompt
-    advantages = one.advantages or [0.0] * len(one.texts)
+def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
+    prompt = record.prompt
+    advantages = record.advantages or [0.0] * len(record.texts)
     return {
         "step": step,
         "number": prompt.number,
@@ -89,19 +103,107 @@ def _row(step: int, one: Asked, pictures: list[str]) -> dict[str, Any]:
         "modes": list(prompt.modes),
         "question": prompt.question,
         "answer": prompt.answer.get("value") if isinstance(prompt.answer, dict) else prompt.answer,
-        "pictures": pictures,
-        "verdict": one.verdict,
+        "pictures": images,
+        "verdict": record.verdict,
         "answers": [
             {
-                "text": text,
-                "tokens": length,
-                "finish": finish,
-                **asdict(reward),
-                "overlong": penalty,
-                "advantage": round(advantage, 6),
+                "text": record.texts[i],
+                "tokens": record.lengths[i],
+                "finish": record.finishes[i],
+                **asdict(record.rewards[i]),
+                "overlong": record.penalties[i],
+                "advantage": round(advantages[i], 6),
             }
-            for text, length, finish, reward, penalty, advantage in zip(
-                one.texts, one.lengths, one.finishes, one.rewards, one.penalties, advantages, strict=True
-            )
+            for i in range(len(record.texts))
         ],
     }
+
+
+# ------------------------------------------------------------------------------------------------ figures of a step
+
+
+def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]:
+    """Figures of the completions of a step over all ranks. Every rank calls it and gets the same.
+
+    Keys: questions (prompts), kept, too_easy, too_hard, answers (completions), reward, accuracy, format, overlong,
+    unscored (completions without a score), length, length_max, clipped (share that reached the limit), answer_tokens,
+    and reward/<mode>. Means are over all sampled completions, those of dropped groups included.
+    """
+    sums = {
+        "questions": len(records),
+        "kept": sum(r.verdict == "keep" for r in records),
+        "too_easy": sum(r.verdict == "too_easy" for r in records),
+        "too_hard": sum(r.verdict == "too_hard" for r in records),
+        "answers": sum(len(r.texts) for r in records),
+        "reward": sum(sum(r.totals) for r in records),
+        "accuracy": sum(sum(r.accuracies) for r in records),
+        "format": sum(reward.format for r in records for reward in r.rewards),
+        "overlong": sum(penalty for r in records for penalty in r.penalties),
+        "unscored": sum(reward.reason.startswith("error") for r in records for reward in r.rewards),
+        "answer_tokens": sum(sum(r.lengths) for r in records),
+        "clipped": sum(finish == "length" for r in records for finish in r.finishes),
+    }
+    for mode in REWARD_MODES:
+        chosen = [r for r in records if mode in r.prompt.modes]
+        sums[f"reward/{mode}"] = sum(sum(r.totals) for r in chosen)
+        sums[f"answers/{mode}"] = sum(len(r.texts) for r in chosen)
+    longest = [0.0] * world.size
+    longest[world.rank] = max((length for r in records for length in r.lengths), default=0)
+    local = torch.tensor([*sums.values(), *longest], dtype=torch.float64)
+    summed = world.sum(local.to(world.device)).tolist()
+    total = dict(zip(sums, summed, strict=False))
+    count = max(total["answers"], 1.0)
+    of_modes = {
+        f"reward/{mode}": total[f"reward/{mode}"] / total[f"answers/{mode}"]
+        for mode in REWARD_MODES
+        if total[f"answers/{mode}"]
+    }
+    return {
+        "questions": total["questions"],
+        "kept": total["kept"],
+        "too_easy": total["too_easy"],
+        "too_hard": total["too_hard"],
+        "answers": total["answers"],
+        "reward": total["reward"] / count,
+        "accuracy": total["accuracy"] / count,
+        "format": total["format"] / count,
+        "overlong": total["overlong"] / count,
+        "unscored": total["unscored"],
+        "length": total["answer_tokens"] / count,
+        "length_max": max(summed[len(sums) :]),
+        "clipped": total["clipped"] / count,
+        "answer_tokens": total["answer_tokens"],
+        **of_modes,
+    }
+
+
+def progress_text(row: dict[str, Any], total_steps: int) -> str:
+    """Three lines about a step: the rewards, the update, the time."""
+    width = len(str(total_steps))
+    head = f"step {row['step'] + 1:>{width}}/{total_steps}"
+    modes = " ".join(f"{k.removeprefix('reward/')} {v:.3f}" for k, v in row.items() if k.startswith("reward/"))
+    rewards = (
+        f"{head}  reward {row['reward']:.4f} ({modes})  accuracy {row['accuracy']:.3f}  format {row['format']:.3f}  "
+        f"length {row['length']:.1f} (max {row['length_max']:.0f}, cut {100 * row['clipped']:.1f}%)  "
+        f"groups {row['kept']:.0f}/{row['questions']:.0f} ({row['too_easy']:.0f} easy, {row['too_hard']:.0f} hard)"
+    )
+    kl = f"  kl {row['kl_ref_k3']:.2e}" if "kl_ref_k3" in row else ""
+    update = (
+        f"loss {row['loss']:+.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}  entropy {row.get('entropy', 0):.3f}"
+        f"{kl}  clipped {100 * row.get('clip_low', 0):.2f}% low {100 * row.get('clip_high', 0):.2f}% high  "
+        f"sampler difference {row.get('sampler_gap', 0):.1e} (max {row.get('sampler_gap_max', 0):.1e}, "
+        f"kl {row.get('kl_sampler_k3', 0):.1e})"
+    )
+    time = (
+        f"{row['seconds']:.1f} s: prefill {row['prefill_seconds']:.1f} ({row['prefill_tokens_per_s']:,.0f} tok/s)  "
+        f"decode {row['decode_seconds']:.1f} ({row['decode_tokens_per_s']:,.0f} tok/s)  "
+        f"reward {row['reward_seconds']:.1f}  "
+        f"update {row['update_seconds']:.1f} ({row['update_tokens_per_s']:,.0f} tok/s)  "
+        f"shared prompts save {row['token_saving']:.2f}x tokens  mem {row['memory_gib']:.1f} GiB  "
+        f"left {duration(row['eta'])}"
+    )
+    if row["split_groups"]:
+        time += f"  {row['split_groups']:.0f} groups did not fit into a pack"
+    indent = " " * (len(head) + 2)
+    text = f"{rewards}\n{indent}{update}\n{indent}{time}"
+    return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from fastvst.data import Processor, Sample, pack
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rl.packing import Answer, Group, make_pack, plan
-from fastvst.rl.policy_update import UpdateConfig, add_up, make_objective, minibatches, policy_head
+from fastvst.rl.packing import Answer, Group, divide_into_packs, make_pack
+from fastvst.rl.policy_update import UpdateConfig, make_minibatches, make_objective, policy_head, reduce_stats
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig
 from fastvst_kernels import linear_policy_loss
@@ -93,7 +93,7 @@ def test_every_answer_is_in_one_pack_once_and_packs_keep_their_budget(shapes: An
         )  # type: ignore[arg-type]
         for g, (length, sizes) in enumerate(shapes)
     ]
-    packs, sharing = plan(groups, budget, shared=shared)
+    packs, sharing = divide_into_packs(groups, budget, shared=shared)
     marks = [int(a.tokens[0]) for members in packs for g in members for a in g.answers]
     assert sorted(marks) == [100 * g + a for g, (_, sizes) in enumerate(shapes) for a, n in enumerate(sizes) if n]
     sizes = [sum(len(g.prompt) + g.answer_tokens for g in members) for members in packs]
@@ -120,7 +120,7 @@ def test_both_layouts_have_the_same_targets_and_say_what_they_cost(processor: Pr
     groups = make_groups(processor, 5)
     shared, repeated = (make_pack(groups, processor.model_config, shared=s) for s in (True, False))
     shared.batch.validate()
-    for name in ("advantages", "sampler_logprobs", "answer_ids"):
+    for name in ("advantages", "rollout_logprobs", "sequence_ids"):
         assert torch.equal(getattr(shared, name), getattr(repeated, name))
     assert torch.equal(shared.batch.targets, repeated.batch.targets)
     assert shared.batch.num_patches * 4 == repeated.batch.num_patches
@@ -137,19 +137,21 @@ UPDATES = {
 }
 
 
-def update_of(model: Any, groups: list[Group], config: UpdateConfig, world: Any) -> tuple[float, dict[str, np.ndarray]]:
+def update_of(
+    model: Any, groups: list[Group], config: UpdateConfig, world: Any, *, share_prompts: bool = True
+) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and all gradients, as the essay computes them."""
     objective = make_objective(config, 12)
-    (batch,), _ = minibatches(groups, config, objective, model.config, world)
+    (batch,), _ = make_minibatches(groups, config, objective, model.config, world, share_prompts=share_prompts)
     losses = []
     stats = []
     for part in batch.packs:
-        part = dataclasses.replace(part, ref_logprobs=0.9 * part.sampler_logprobs, old_logprobs=part.sampler_logprobs)
+        part = dataclasses.replace(part, ref_logprobs=0.9 * part.rollout_logprobs, old_logprobs=part.rollout_logprobs)
         loss, found = model(part.batch, head=policy_head(part, objective, 1.0, first=False))
         loss.backward()
         losses.append(loss.detach())
         stats.append(found)
-    row = add_up(stats, world, loss=world.sum(torch.stack(losses).sum()))
+    row = reduce_stats(stats, world, loss=world.sum(torch.stack(losses).sum()))
     gradients = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
@@ -173,12 +175,12 @@ def test_shared_prompts_give_the_loss_and_every_gradient_of_repeated_ones(proces
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     groups = make_groups(processor, 6)
     config = UPDATES[name]
-    (batch,), sharing = minibatches(groups, config, make_objective(config, 12), model.config, world)
+    (batch,), sharing = make_minibatches(groups, config, make_objective(config, 12), model.config, world)
     assert len(batch.packs) > 1 and max(p.groups for p in batch.packs) > 1 and sharing.split == 0
     shared = update_of(model, groups, config, world)
-    assert_same(shared, update_of(model, groups, dataclasses.replace(config, share_prompts=False), world))
+    assert_same(shared, update_of(model, groups, config, world, share_prompts=False))
     split = dataclasses.replace(config, tokens_per_pack=70)
-    assert minibatches(groups, split, make_objective(split, 12), model.config, world)[1].split > 0
+    assert make_minibatches(groups, split, make_objective(split, 12), model.config, world)[1].split > 0
     assert_same(shared, update_of(model, groups, split, world))
     wrong = [Group(g.prompt, (*g.answers[1:], g.answers[0])) for g in groups]  # the comparison can fail
     wrong = [Group(g.prompt, tuple(dataclasses.replace(a, advantage=-a.advantage) for a in g.answers)) for g in wrong]
@@ -206,7 +208,7 @@ def test_two_ranks_with_sharded_weights_give_the_same_update(processor: Processo
     config = UPDATES["dapo"]
     one = Qwen25VL.from_pretrained(folder)
     one.vision_on_every_rank = True
-    alone = update_of(one, groups, dataclasses.replace(config, share_prompts=False), world)
+    alone = update_of(one, groups, config, world, share_prompts=False)
     for found in run_ranks(_on_a_rank, 2, str(folder), groups, config):
         assert_same(found, alone)
 
@@ -224,7 +226,7 @@ def test_the_first_update_is_the_advantage_weighted_negative_log_likelihood(proc
     groups[1] = flat
     config = UpdateConfig()
     objective = make_objective(config, 12)
-    (batch,), _ = minibatches(groups, config, objective, model.config, world)
+    (batch,), _ = make_minibatches(groups, config, objective, model.config, world)
     assert sum(p.groups for p in batch.packs) == 2
     loss = sum(model(p.batch, head=policy_head(p, objective, 1.0, first=True))[0] for p in batch.packs)
     loss.backward()  # type: ignore[union-attr]

@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 from fastvst.data import Ledger, Sample
-from fastvst.rl.heldout import held_out, read_questions, write_down
+from fastvst.rl.heldout import evaluation_row, read_questions, write_evaluation
 from fastvst.rl.page import visible, write_report
 from fastvst.rl.prompts import Prompt, make_prompt
-from fastvst.rl.records import Asked, RolloutLog
+from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures
 from fastvst.rl.rewards.verifiable import Reward
-from fastvst.rl.summary import figures, lines
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig
 
@@ -34,11 +33,11 @@ def question(number: int = 0, room: int = 0, task: str = "size") -> Prompt:
     return make_prompt(sample, number=number)
 
 
-def asked(number: int, texts: list[str], rewards: list[float], verdict: str = "keep", **more: object) -> Asked:
+def asked(number: int, texts: list[str], rewards: list[float], verdict: str = "keep", **more: object) -> GroupRecord:
     scored = [Reward(r, 1.0, 0.5 + r / 2, "mra") for r in rewards]
     lengths = [len(t) for t in texts]
     finishes = ["length" if len(t) > 100 else "stop" for t in texts]
-    return Asked(question(number, **more), texts, lengths, finishes, scored, [0.0] * len(texts), verdict)  # type: ignore[arg-type]
+    return GroupRecord(question(number, **more), texts, lengths, finishes, scored, [0.0] * len(texts), verdict)  # type: ignore[arg-type]
 
 
 def test_the_log_has_every_answer_and_a_resumed_run_writes_its_steps_again(tmp_path: Path) -> None:
@@ -64,8 +63,8 @@ def test_the_page_escapes_what_models_and_rows_say(tmp_path: Path) -> None:
     log = RolloutLog(tmp_path, rank=0, first_step=0)
     log.write(0, [group])
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "answers": 5}\n')
-    row = held_out(0, [question(0)], [asked(0, ["3"], [1.0])], WORLD)
-    write_down(tmp_path, row, WORLD)
+    row = evaluation_row(0, [question(0)], [asked(0, ["3"], [1.0])], WORLD)
+    write_evaluation(tmp_path, row, WORLD)
     html = write_report(tmp_path, {"out": "</pre><script>"}).read_text(encoding="utf-8")
     assert "<script>" not in html and "<b>how" not in html and "<i>task" not in html
     assert "&lt;script&gt;alert(1)" in html and "\u2400\u241b[31m\ufffd" in html and "(empty)" in html
@@ -76,12 +75,12 @@ def test_the_page_escapes_what_models_and_rows_say(tmp_path: Path) -> None:
 def test_held_out_rewards_have_intervals_over_rooms_and_take_the_place_of_older_rows(tmp_path: Path) -> None:
     questions = [question(i, room=i // 2, task="size" if i < 4 else "gap") for i in range(6)]
     answers = [asked(i, ["a", "b"], [1.0, 0.0] if i < 4 else [0.0, 0.0]) for i in range(5)]  # one could not be asked
-    row = held_out(10, questions, answers, WORLD)
+    row = evaluation_row(10, questions, answers, WORLD)
     assert row["questions"] == 5 and row["accuracy"] == 0.4 and row["reward"] == 0.7
     assert row["tasks"]["size"]["reward"] == 0.75 and row["tasks"]["gap"]["questions"] == 1
     assert row["low"] <= row["reward"] <= row["high"]
     for step in (0, 10, 20, 10):
-        text = write_down(tmp_path, row | {"step": step}, WORLD)
+        text = write_evaluation(tmp_path, row | {"step": step}, WORLD)
     assert "reward 0.7000" in text
     assert [json.loads(line)["step"] for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()] == [0, 10]
 
@@ -100,11 +99,11 @@ def test_questions_that_cannot_be_read_are_in_the_ledger(tmp_path: Path) -> None
 def test_the_figures_of_a_step() -> None:
     groups = [asked(0, ["ab", "x" * 200], [1.0, 0.0]), asked(1, ["c", "d"], [0, 0], "too_hard")]
     groups[0].penalties = [0.0, -0.5]
-    found = figures(groups, WORLD)
+    found = step_figures(groups, WORLD)
     assert (found["questions"], found["kept"], found["too_hard"], found["answers"]) == (2, 1, 1, 4)
     assert found["reward"] == (1.0 + 0.0 + 0.5 + 0.5) / 4 == found["reward/mra"]
     assert (found["accuracy"], found["clipped"], found["length_max"]) == (0.25, 0.25, 200)
-    assert found["answer_tokens"] == 204 and figures([], WORLD)["reward"] == 0
+    assert found["answer_tokens"] == 204 and step_figures([], WORLD)["reward"] == 0
     parts = ("prefill", "decode", "reward", "update")
     timing = {f"{p}_seconds": 1.0 for p in parts} | {f"{p}_tokens_per_s": 5.0 for p in parts}
     more = {
@@ -117,7 +116,7 @@ def test_the_figures_of_a_step() -> None:
         "split_groups": 3.0,
         "memory_gib": 1.0,
     }
-    text = lines(found | timing | more | {"eta": 60.0}, 10)
+    text = progress_text(found | timing | more | {"eta": 60.0}, 10)
     for part in ("reward 0.5000 (mra 0.500)", "groups 1/2", "max 200", "2.50x", "decode 1.0", "3 groups did not fit"):
         assert part in text
     assert torch.get_num_threads() >= 1

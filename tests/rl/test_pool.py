@@ -36,6 +36,9 @@ def ugly(responses, rows):
         os._exit(3)
     if what == "short":
         return []
+    if what == "daemon":
+        os.closerange(0, 256)
+        time.sleep(60)
     return [{"nan": float("nan"), "inf": 1e999, "text": "very good", "none": None}.get(r, 0.75) for r in responses]
 """
 
@@ -68,18 +71,25 @@ def test_a_function_sees_rows_and_returns_numbers_or_dicts(file: Path) -> None:
 
 
 def test_whatever_a_function_does_its_rows_get_zero_and_the_others_their_reward(file: Path) -> None:
-    bad = ["raise", "hang", "spin", "fill", "leak", "exit", "short", "nan", "inf", "text", "none"]
+    bad = ["raise", "hang", "spin", "fill", "leak", "exit", "daemon", "short", "nan", "inf", "text", "none"]
     calls = [call for name in bad for call in (rows(name), rows("fine", "also fine"))]
-    config = RewardConfig(function=f"{file}:ugly", time_limit=8.0, memory_gib=1.0, max_failed=1.0, workers=2)
+    config = RewardConfig(function=f"{file}:ugly", time_limit=8.0, memory_gib=1.0, workers=2)
     begin = time.monotonic()
-    with RewardPool(config) as pool:
+    with RewardPool(config, max_failed=1.0) as pool:
         found = pool.score(calls)
         seconds = time.monotonic() - begin
         processes = [worker.process for worker in pool._workers]
     assert all([r.accuracy for r in call] == [0.75, 0.75] for call in found[1::2])
     reasons = {name: call[0].reason for name, call in zip(bad, found[::2], strict=True)}
     assert all(call[0].overall == 0 and call[0].reason.startswith("error") for call in found[::2]), reasons
-    for name, word in {"raise": "by design", "hang": "8 s", "spin": "8 s", "exit": "status 3", "nan": "nan"}.items():
+    for name, word in {
+        "raise": "by design",
+        "hang": "8 s",
+        "spin": "8 s",
+        "exit": "status 3",
+        "daemon": "closed",
+        "nan": "nan",
+    }.items():
         assert word in reasons[name], reasons
     assert "MemoryError" in reasons["fill"] and ("MemoryError" in reasons["leak"] or "ended" in reasons["leak"])
     assert pool.failed == len(bad) and "by design" in pool.summary()
@@ -87,9 +97,9 @@ def test_whatever_a_function_does_its_rows_get_zero_and_the_others_their_reward(
 
 
 def test_too_many_failures_stop_the_run(file: Path) -> None:
-    with RewardPool(RewardConfig(function=f"{file}:ugly", max_failed=0.3)) as pool:
+    with RewardPool(RewardConfig(function=f"{file}:ugly"), max_failed=0.3) as pool:
         assert pool.score([rows(*["nan"] * 30)])[0][0].overall == 0  # too few to judge
-        with pytest.raises(RewardError, match=r"(?s)60 of 70.*30%.*reward.max_failed"):
+        with pytest.raises(RewardError, match=r"(?s)60 of 70.*30%.*raise reward.time_limit or reward.memory_gib"):
             pool.score([rows(*["nan"] * 30, *["fine"] * 10)])
 
 

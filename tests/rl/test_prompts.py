@@ -75,7 +75,7 @@ def test_rows_that_cannot_be_asked_are_in_the_ledger(tmp_path: Path, processor: 
     assert len(found) == 4
     assert asked.ledger.counts == {"too_long": 1, "reward_mode": 1, "no_answer": 1, "literal_special_token": 1}
     assert "bleu" in asked.ledger.summary()
-    with pytest.raises(NoPrompts, match="data end after 4 questions"):
+    with pytest.raises(NoPrompts, match="data end after 4 prompts"):
         asked.take(1)
     broken = next(p.sample for p in found if p.sample.parts("image"))
     broken.parts("image")[0]["image"] = tmp_path / "gone.png"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvst.data import Processor, Sample
 from fastvst.model import Qwen25VL
+from fastvst.rl.rollouts import served_model
 from fastvst.rollout import Engine, RolloutError, SamplingParams
 from rl_run import REWARD, load_rl, rl_arguments, write_questions
 from small_run import write_model
@@ -73,11 +74,17 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "mine"}, {"id": "other"}]} if self.path == "/v1/models" else {})
+
     def do_POST(self) -> None:
         server: Server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        data = json.dumps(server.answer(body) if server.status == 200 else {"error": "no such model"}).encode()
-        self.send_response(server.status)
+        self.reply(server.status, server.answer(body) if server.status == 200 else {"error": "no such model"})
+
+    def reply(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -103,8 +110,7 @@ def server(parts: tuple[Path, Path, Path]) -> Iterator[Server]:
 
 
 def run(server: Server, parts: tuple[Path, Path, Path], out: Path, *more: str) -> list[dict[str, Any]]:
-    words = ["sampling.engine=openai", f"sampling.base_url={server.url}", "sampling.served_model=mine"]
-    rl.main(rl_arguments(out, *parts, *words, "update.importance=token", *more))
+    rl.main(rl_arguments(out, *parts, f"sampling.base_url={server.url}", "update.importance=token", *more))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -128,6 +134,13 @@ def test_importance_weights_are_those_of_the_server(
     (shifted,) = run(server, parts, tmp_path / "shifted", "steps=1", "optimizer.clip=1e9")
     ratio = shifted["grad_norm"] / plain[0]["grad_norm"]
     assert abs(ratio - 0.60653) < 1e-3 and abs(shifted["sampler_gap"] - 0.5) < 1e-3
+
+
+def test_the_served_model_is_the_first_of_the_servers_list(server: Server) -> None:
+    assert served_model(server.url) == served_model(server.url + "/") == "mine"
+    for wrong in (server.url.removesuffix("/v1"), "http://127.0.0.1:9/v1"):
+        with pytest.raises(RolloutError, match=r"/models does not list a model .*sampling.base_url"):
+            served_model(wrong)
 
 
 def test_a_refusal_ends_the_run_and_names_the_question(

@@ -1,4 +1,4 @@
-"""Verifiable rewards: `rewards.score(response, answer, modes)`, the process pool of reward functions, and parts."""
+"""Verifiable rewards: `rewards.score(response, answer, modes)`; `pool` runs reward functions in processes."""
 
 from fastvst.rl.rewards.verifiable import (
     BOXES,

@@ -1,4 +1,4 @@
-"""The reward of 3D boxes: exact oriented IoU of the best one-to-one assignment, and the form of the answer."""
+"""The reward of 3D boxes: exact oriented IoU of the best one-to-one assignment, and the format of the response."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from fastvst.rl.rewards.matching import assign
 from fastvst.spatial.boxes import iou_3d, parse_boxes
 
-HIT_IOU = 0.25  # a matched pair is a hit from here on (VST's RL stage)
+HIT_IOU = 0.25  # a matched pair with at least this IoU is a hit (VST's RL stage)
 
 
 def score_boxes(text: str, answer: Any) -> tuple[float, float, str]:
-    """(accuracy, format, reason) of an answer text; `answer` as in `fastvst.rl.rewards.verifiable.score`.
+    """(accuracy, format, reason) of a response without its thoughts; `answer` as in `verifiable.score`.
 
-    Format: the fenced block is JSON, a list with at least one entry, and every entry has `label` and nine numbers in
-    `bbox_3d`. No boxes on either side is accuracy 0, as in VST.
+    The format is 1 if the fenced block is a JSON list with at least one entry, and every entry has a `label` and nine
+    numbers in `bbox_3d`. Without boxes in the response or in the truth the accuracy is 0, as in VST.
     """
     entries = fenced_entries(text)
     shape = float(bool(entries) and all(_well_formed(entry) for entry in entries or ()))
@@ -32,7 +32,7 @@ def score_boxes(text: str, answer: Any) -> tuple[float, float, str]:
 
 
 def fenced_entries(text: str) -> list[Any] | None:
-    """The list in the first block fenced by a line "```json"; None if there is no block, or it holds no JSON list."""
+    """The JSON list in the first block that starts with a line "```json"; None without a block or a list."""
     lines = text.split("\n")
     starts = [k for k, line in enumerate(lines) if line.strip() == "```json"]
     if not starts:
@@ -57,10 +57,10 @@ def _nine_numbers(box: Any) -> bool:
 
 
 def true_boxes(answer: Any) -> np.ndarray:
-    """(N, 9) boxes in metres and degrees of a truth in any of its forms; (0, 9) if there are none.
+    """(N, 9) boxes in metres and degrees of a true answer in any of its forms; (0, 9) if it has no boxes.
 
-    Angles of VST's texts and RL rows are in units of 180 degrees. A `Sample.answer` that says "degrees" in its unit has
-    degrees, and so has any list with an angle beyond 1.
+    Angles in VST's texts and RL rows are in units of 180 degrees. They are in degrees if the unit of a `Sample.answer`
+    says "degrees", or if any angle of the list is beyond 1.
     """
     value = answer.get("value") if isinstance(answer, dict) else answer
     if isinstance(value, str):
@@ -75,10 +75,10 @@ def true_boxes(answer: Any) -> np.ndarray:
 
 
 def box_accuracy(boxes: Any, truth: Any) -> float:
-    """0.5 mean IoU + 0.5 F1 of boxes (N, 9) against truth (M, 9), neither empty; metres and degrees.
+    """0.5 mean IoU + 0.5 F1 of boxes (N, 9) against true boxes (M, 9), in metres and degrees; neither may be empty.
 
-    Pairs by the assignment with the largest sum of IoUs, labels ignored; mean IoU is the sum over pairs / M; a pair
-    counts for F1 from IoU 0.25 on.
+    Boxes are paired by the assignment with the largest sum of IoUs; labels are ignored. The mean IoU is the sum over
+    pairs / M. A pair counts as a hit of F1 if its IoU is at least HIT_IOU.
     """
     iou = iou_3d(boxes, truth)
     matched = np.array([iou[i, j] for i, j in assign(-iou)])

@@ -1,4 +1,4 @@
-"""The assignment problem, for the few dozen boxes of an answer."""
+"""The linear assignment problem, for up to a few dozen boxes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def assign(cost: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (row, column) of an (N, M) cost matrix with the least sum, min(N, M) of them, by row.
+    """The min(N, M) pairs (row, column) of an (N, M) cost matrix with the smallest sum, sorted by row.
 
     Shortest augmenting paths with potentials (Kuhn 1955; Jonker & Volgenant 1987), O(N^2 M): 30 x 30 takes 3 ms.
     """
@@ -16,7 +16,7 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
     rows, columns = cost.shape
     u = np.zeros(rows + 1)
     v = np.zeros(columns + 1)
-    owner = np.zeros(columns + 1, dtype=np.int64)  # 1-based row of each column; column 0 is the start of a path
+    owner = np.zeros(columns + 1, dtype=np.int64)  # 1-based row of each column, 0 = free; column 0 starts a path
     for row in range(1, rows + 1):
         owner[0] = row
         at = 0

@@ -1,7 +1,8 @@
-"""Rewards in processes of their own, so that no answer and no user function can stop, stall or fill up the trainer.
+"""Rewards in separate processes, so that no completion and no user function can stop or stall the trainer.
 
-The rows of one call are the answers to one prompt. A call that raises, outlives its time or memory, or whose process
-dies gives 0 to its rows with the reason; the process is replaced where needed and the run goes on, until too many fail.
+The rows of one call are the completions of one prompt. A call fails if it raises, exceeds its time or memory, or if its
+process dies. Its rows then get reward 0 with the reason, and the process is replaced if necessary. The run continues
+until too many rows have failed.
 """
 
 from __future__ import annotations
@@ -19,43 +20,43 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from fastvst.rl.rewards.verifiable import FORMAT_WEIGHT, Reward
+from fastvst.rl.rewards.verifiable import Reward
 
-_START_SECONDS = 120.0  # until a worker answers; user files may import large packages
-_ENOUGH = 64  # rows before the share of failed ones counts
+START_SECONDS = 120.0  # limit for the start of a worker; user files may import large packages
+END_SECONDS = 1.0  # a process that has closed its output must end within this time
+MAX_FAILED = 0.2  # share of rows without a score that stops the run
+MIN_ROWS = 64  # rows before the share of failed ones is checked
 
 
 class RewardError(RuntimeError):
-    """Rewards cannot be computed, or too many fail; the message says why and what to change."""
+    """Rewards cannot be computed, or too many have failed; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How answers are scored.
+    """How completions are scored: overall = 0.5 accuracy + 0.5 format, plus a penalty for length.
 
     Attributes:
-        function: your own reward as file.py:function, called as function(responses, rows); it returns a number (the
-            accuracy) or a dict (accuracy, format, overall, reason) for each response. Empty = the built-in rules alone.
-        format_weight: overall = (1 - format_weight) accuracy + format_weight format.
-        overlong_buffer: tokens before the answer limit in which up to 1 is taken away for length; 0 = no such term.
-        workers: processes per rank.
-        time_limit: seconds for the answers to one prompt.
-        memory_gib: address space of a process; 0 = no limit.
-        max_failed: stop the run when a larger share of rows could not be scored.
+        function: Your own reward as file.py:function, called as function(responses, rows). For each response it
+            returns a number (the accuracy) or a dict (accuracy, format, overall, reason). If empty, only the built-in
+            rules are used.
+        overlong_buffer: Number of tokens before sampling.max_tokens in which a penalty for length grows from 0 to 1. 0
+            turns the penalty off.
+        workers: Number of reward processes on each rank.
+        time_limit: Time limit in seconds for scoring the completions of one prompt.
+        memory_gib: Address space limit of a reward process in GiB. 0 turns the limit off.
     """
 
     function: str = ""
-    format_weight: float = FORMAT_WEIGHT
     overlong_buffer: int = 0
     workers: int = 1
     time_limit: float = 20.0
     memory_gib: float = 4.0
-    max_failed: float = 0.2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One answer to be scored; what a user function sees of it, as a dict."""
+    """One completion to be scored. A user function receives it as a dict."""
 
     id: str
     source: str
@@ -70,6 +71,8 @@ class Row:
 
 @dataclass
 class _Worker:
+    """A reward process and the call that it computes."""
+
     process: subprocess.Popen[bytes]
     call: int = -1  # -1: idle
     deadline: float = 0.0
@@ -77,23 +80,33 @@ class _Worker:
 
 
 class RewardPool:
-    """Use as a context manager.
+    """Scores rows in worker processes; used as a context manager.
 
     Attributes:
-        failed, scored: rows without and with a verdict so far.
-        reasons: how often each kind of failure came up.
+        failed: rows without a score so far.
+        scored: rows with a score so far.
+        reasons: number of failed rows by kind of failure.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, *, max_failed: float = MAX_FAILED) -> None:
+        """
+        Args:
+            max_failed: largest share of failed rows, checked after MIN_ROWS rows.
+
+        Raises:
+            RewardError: the function cannot be loaded.
+        """
         self.config = config
-        self.failed = self.scored = 0
+        self.max_failed = max_failed
+        self.failed = 0
+        self.scored = 0
         self.reasons: dict[str, int] = {}
-        settings = {"function": config.function, "memory_gib": config.memory_gib, "format_weight": config.format_weight}
+        settings = {"function": config.function, "memory_gib": config.memory_gib}
         self._command = [sys.executable, "-m", "fastvst.rl.rewards.worker", json.dumps(settings)]
         self._workers = [self._start() for _ in range(max(1, config.workers))]
         try:
             for worker in self._workers:
-                self._greet(worker)
+                self._await_start(worker)
         except BaseException:
             self.close()
             raise
@@ -109,43 +122,42 @@ class RewardPool:
             _end(worker.process)
 
     def score(self, calls: Sequence[Sequence[Row]]) -> list[list[Reward]]:
-        """Rewards of each call's rows.
+        """Rewards of the rows of each call.
 
         Raises:
-            RewardError: the function cannot be loaded, a package is missing, or more than `max_failed` of the rows
-                since the start could not be scored.
+            RewardError: a new worker cannot load the function, a package is missing, or more than `max_failed` of the
+                rows since the start have no score.
         """
         results: list[list[Reward]] = [[] for _ in calls]
         waiting = deque(index for index, rows in enumerate(calls) if rows)
         with selectors.DefaultSelector() as selector:
             for place, worker in enumerate(self._workers):
                 self._give(place, worker, calls, waiting, selector)
-            while any(worker.call >= 0 for worker in self._workers):
-                nearest = min(worker.deadline for worker in self._workers if worker.call >= 0)
+            while busy := [place for place, worker in enumerate(self._workers) if worker.call >= 0]:
+                nearest = min(self._workers[place].deadline for place in busy)
                 ready = {key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))}
-                for place, worker in enumerate(self._workers):
-                    if worker.call < 0:
-                        continue
+                for place in busy:
+                    worker = self._workers[place]
                     reply = _read(worker) if place in ready else None
                     if reply is None and time.monotonic() >= worker.deadline:
-                        reply = {"failed": f"no answer within {self.config.time_limit:g} s", "dead": True}
+                        reply = {"failed": f"no reply within {self.config.time_limit:g} s", "dead": True}
                     if reply is None:
                         continue
                     selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
-                    results[worker.call] = self._judge(reply, calls[worker.call])
+                    results[worker.call] = self._rewards(reply, calls[worker.call])
                     worker.call = -1
                     if reply.get("dead") or worker.process.poll() is not None:
                         _end(worker.process)
                         worker = self._workers[place] = self._start()
-                        self._greet(worker)
+                        self._await_start(worker)
                     self._give(place, worker, calls, waiting, selector)
         self._check()
         return results
 
     def summary(self) -> str:
-        """One line for the log: failures so far and their kinds."""
+        """One line for the log: the number of failures so far and their kinds."""
         kinds = ", ".join(f"{reason} ({count})" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1]))
-        return f"rewards: {self.failed} of {self.failed + self.scored} answers could not be scored" + (
+        return f"rewards: {self.failed} of {self.failed + self.scored} completions could not be scored" + (
             f": {kinds}" if kinds else ""
         )
 
@@ -155,14 +167,14 @@ class RewardPool:
         os.set_blocking(process.stdout.fileno(), False)
         return _Worker(process)
 
-    def _greet(self, worker: _Worker) -> None:
-        limit = time.monotonic() + _START_SECONDS
+    def _await_start(self, worker: _Worker) -> None:
+        limit = time.monotonic() + START_SECONDS
         with selectors.DefaultSelector() as selector:
             selector.register(worker.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
             while (reply := _read(worker)) is None and time.monotonic() < limit:
                 selector.select(max(0.0, limit - time.monotonic()))
         if reply is None or reply.get("dead") or reply.get("fatal"):
-            why = (reply or {}).get("fatal") or f"its process ended or said nothing in {_START_SECONDS:g} s"
+            why = (reply or {}).get("fatal") or f"its process ended or did not answer within {START_SECONDS:g} s"
             raise RewardError(f"the reward cannot start: {why}. Check reward.function ({self.config.function!r})")
 
     def _give(
@@ -180,11 +192,11 @@ class RewardPool:
         line = json.dumps([asdict(row) for row in calls[worker.call]], default=str) + "\n"
         selector.register(worker.process.stdout, selectors.EVENT_READ, place)  # type: ignore[arg-type]
         assert worker.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end shows as the end of its output
+        with contextlib.suppress(BrokenPipeError):  # `_read` reports the end of the process
             worker.process.stdin.write(line.encode("utf-8", "surrogatepass"))
             worker.process.stdin.flush()
 
-    def _judge(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:
+    def _rewards(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:
         if reply.get("fatal"):
             raise RewardError(reply["fatal"])
         if "rewards" not in reply:
@@ -204,15 +216,15 @@ class RewardPool:
 
     def _check(self) -> None:
         total = self.failed + self.scored
-        if total >= _ENOUGH and self.failed > self.config.max_failed * total:
+        if total >= MIN_ROWS and self.failed > self.max_failed * total:
             raise RewardError(
-                f"{self.summary()}; the limit is {self.config.max_failed:.0%}. Repair the reward function or the rows, "
-                "or raise reward.time_limit, reward.memory_gib or reward.max_failed, and resume"
+                f"{self.summary()}; the limit is {self.max_failed:.0%}. Correct the reward function or the rows, "
+                "or raise reward.time_limit or reward.memory_gib, and resume"
             )
 
 
 def _read(worker: _Worker) -> dict[str, Any] | None:
-    """The worker's reply if it is whole, {"failed", "dead"} at the end of its output, None if more is to come."""
+    """The worker's reply: None while it is incomplete, {"failed", "dead"} if the process has closed its output."""
     assert worker.process.stdout is not None
     while True:
         piece = worker.process.stdout.read(1 << 16)
@@ -220,8 +232,11 @@ def _read(worker: _Worker) -> dict[str, Any] | None:
             return None
         if not piece:
             worker.received = b""
-            worker.process.wait()
-            return {"failed": f"the reward process ended with status {worker.process.returncode}", "dead": True}
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(END_SECONDS)
+            status = worker.process.returncode
+            ended = "closed its output" if status is None else f"ended with status {status}"
+            return {"failed": f"the reward process {ended}", "dead": True}
         worker.received += piece
         if worker.received.endswith(b"\n"):
             line = worker.received
@@ -235,5 +250,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # rows that it never read
+            with contextlib.suppress(BrokenPipeError):  # the process had not read all rows
                 pipe.close()

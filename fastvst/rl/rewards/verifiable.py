@@ -1,11 +1,16 @@
-r"""Verifiable rewards: how right is a response, and is it in the form that was asked for?
+r"""Verifiable rewards: whether a response is right, and whether it has the requested format.
 
     score("<think>...</think> B. left", "B", ["multi_choices_score"])  ->  Reward(accuracy=1.0, format=1.0, overall=1.0)
 
-The rules are those of VST's RL stage (overall = 0.5 accuracy + 0.5 format), with three mistakes of its release mended:
-ANLS is 1 - distance (it was the distance itself), `\boxed{}` is opened on either side that has one (in the truth it was
-opened only if the prediction had one), and two texts without any option letter are no match. Numbers can be rewarded by
-VSI-Bench's mean relative accuracy, which VST's release cannot. Nothing here raises on a response, whatever it holds.
+The rules are those of VST's RL stage (arXiv 2511.05491: overall = 0.5 accuracy + 0.5 format). They differ from VST's
+released code in four points:
+
+- ANLS is 1 - distance; the release uses the distance itself.
+- `\boxed{}` is unwrapped in the response and in the truth; the release unwraps the truth only if the response has one.
+- Two texts without an option letter do not match.
+- Numbers can be scored by the mean relative accuracy of VSI-Bench.
+
+No response makes these functions raise.
 """
 
 from __future__ import annotations
@@ -23,11 +28,11 @@ from fastvst.rl.rewards.boxes import score_boxes
 from fastvst.rl.rewards.vqa import soft_accuracy
 
 FORMAT_WEIGHT = 0.5  # VST
-RELAXED = 0.05  # ChartQA, arXiv 2203.10244
+RELAXED = 0.05  # relative tolerance of ChartQA, arXiv 2203.10244
 ANLS_CUT = 0.5  # arXiv 1905.13648: a similarity below it counts as 0
 MRA_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # VSI-Bench, arXiv 2412.14171
 BOXES = "bbox3d"
-# Modes of an answer that names none.
+# By the answer's type, for answers without modes.
 DEFAULT_MODES = {"choice": ("answer",), "text": ("answer",), "number": ("mra",), "boxes": (BOXES,)}
 
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
@@ -39,10 +44,10 @@ class Reward:
     """The score of one response.
 
     Attributes:
-        accuracy: in [0, 1]; what dynamic sampling filters by.
+        accuracy: in [0, 1]; dynamic sampling filters by it.
         format: 1 or 0.
-        overall: what is maximised, (1 - weight) accuracy + weight format.
-        reason: the mode that decided, or why the score is 0.
+        overall: (1 - weight) accuracy + weight format, which training maximises.
+        reason: the mode with the highest score, or why the score is 0.
     """
 
     accuracy: float
@@ -64,11 +69,11 @@ def score(
     Args:
         response: the generated text.
         answer: the truth: a text, a number, a list of accepted texts, a list of boxes, or a `Sample.answer` dict.
-            Boxes are an answer text of VST's form, or a list of {"bbox_3d": nine numbers, "label"}; their angles are in
-            units of 180 degrees, as VST writes them, unless one is beyond 1: then all are degrees.
-        modes: the rules to try, the best one counts: keys of MODES, or "bbox3d". VST's names with "_score" are the
-            same. None: by the answer's type.
-        thinking: whether a "<think>...</think> answer" was asked for; default: yes, except for boxes.
+            Boxes are a text in VST's format or a list of {"bbox_3d": nine numbers, "label"}. Their angles are in units
+            of 180 degrees, as in VST; if any angle is beyond 1, all are in degrees.
+        modes: the rules to try, of which the highest score counts: keys of MODES, or "bbox3d". VST's suffix "_score" is
+            accepted. Without modes, the answer's type decides.
+        thinking: whether the prompt asked for "<think>...</think> answer"; the default is yes, except for boxes.
 
     Raises:
         ValueError: an unknown mode. ImportError: mode "math" without the package math-verify.
@@ -85,7 +90,11 @@ def score(
 
 
 def normalise_modes(modes: Sequence[str], answer: Any) -> tuple[str, ...]:
-    """Names without "_score"; the default of the answer's type where there are none. Raises ValueError if unknown."""
+    """Modes without the suffix "_score"; without modes, those of the answer's type.
+
+    Raises:
+        ValueError: an unknown mode, or boxes mixed with text modes.
+    """
     chosen = tuple(m.removesuffix("_score") for m in modes)
     if not chosen:
         kind = answer.get("type", "text") if isinstance(answer, dict) else "text"
@@ -101,18 +110,20 @@ def normalise_modes(modes: Sequence[str], answer: Any) -> tuple[str, ...]:
 
 
 def thinking_format(response: str) -> float:
-    """1 if there is exactly one <think>...</think> and text after the last </think>, else 0."""
+    """1 if there is exactly one <think>...</think>, and text after the last </think>; else 0."""
     return float(len(_THINK.findall(response)) == 1 and bool(final_answer(response)))
 
 
 def final_answer(response: str) -> str:
-    """The text after the last </think> (all of it where there is none), stripped."""
+    """The stripped text after the last </think>; the whole text if there is none."""
     return response.rsplit("</think>", 1)[-1].strip()
 
 
 def overlong(length: int, max_length: int, buffer: int) -> float:
-    """Soft overlong punishment of DAPO (arXiv 2503.14476 eq. 13): 0 up to max_length - buffer tokens, then linearly
-    to -1 at max_length."""
+    """Soft overlong punishment of DAPO (arXiv 2503.14476 eq. 13).
+
+    It is 0 up to max_length - buffer tokens, and then falls linearly to -1 at max_length.
+    """
     if buffer <= 0:
         return 0.0
     return float(min(0.0, max(-1.0, (max_length - buffer - length) / buffer)))
@@ -135,7 +146,7 @@ def _score_text(response: str, answer: Any, modes: Sequence[str]) -> tuple[float
             found = float(MODES[mode](prediction, truths, answer))
         except ImportError:
             raise
-        except Exception as error:  # VST: whatever a rule cannot read is wrong
+        except Exception as error:  # as in VST: what a rule cannot parse is wrong
             found = 0.0
             decided = f"{mode}: {type(error).__name__}" if decided == "wrong" else decided
         if found > best:
@@ -164,9 +175,10 @@ def _unboxed(text: str) -> str:
 
 
 def option_letter(text: str) -> str:
-    """The first lone capital A-F, inside double backticks if there are any, else inside single ones; "" if none.
+    """The first single capital letter A-F of a text; "" if there is none.
 
-    A letter before a blank and another letter is an article ("A chair"), not an option.
+    If the text has double backticks, only the text inside the first of them counts; else inside the first single ones.
+    A letter that is followed by a space and another letter is an article ("A chair"), not an option.
     """
     for pattern in (r"``([^`]*)``", r"`([^`]*)`"):
         quoted = re.search(pattern, text)
@@ -209,7 +221,7 @@ def _math(prediction: str, truths: list[str], answer: Any) -> float:
     except ImportError:
         raise ImportError('reward mode "math" needs math-verify: pip install "fastvst[rl]"') from None
 
-    # No alarm of its own: that works in a main thread only. The process pool limits the time.
+    # The timeouts of math_verify use alarms, which work in the main thread only. The process pool limits the time.
     def read(text: str) -> Any:
         return parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
 
@@ -228,7 +240,7 @@ def _anls(prediction: str, truths: list[str], answer: Any) -> float:
         a = " ".join(prediction.lower().split())
         b = " ".join(truth.lower().split())
         longest = max(len(a), len(b))
-        if not longest or abs(len(a) - len(b)) > (1 - ANLS_CUT) * longest:  # below the cut whatever the letters are
+        if not longest or abs(len(a) - len(b)) > (1 - ANLS_CUT) * longest:  # below the cut for any letters
             continue
         best = max(best, 1 - levenshtein(a, b) / longest)
     return best if best >= ANLS_CUT else 0.0
@@ -236,19 +248,19 @@ def _anls(prediction: str, truths: list[str], answer: Any) -> float:
 
 def levenshtein(a: str, b: str) -> int:
     """Edit distance; O(len(a) len(b))."""
-    row = list(range(len(b) + 1))
+    previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        before = row[0]
-        row[0] = i
+        row = [i]
         for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]
+            row.append(min(previous[j] + 1, row[j - 1] + 1, previous[j - 1] + (x != y)))
+        previous = row
+    return previous[-1]
 
 
 def _mra(prediction: str, truths: list[str], answer: Any) -> float:
     """Mean relative accuracy (VSI-Bench): share of t in 0.50, 0.55, ... 0.95 with |given - truth| / |truth| <= 1 - t.
 
-    The first number counts; a unit after it is converted to the answer's unit, where it has one.
+    The first number of the text counts. If the answer has a unit, a unit after the number is converted to it.
     """
     unit = answer.get("unit") if isinstance(answer, dict) else None
     given = number_in(prediction, unit)
@@ -265,7 +277,7 @@ def _mra(prediction: str, truths: list[str], answer: Any) -> float:
 
 
 def number_in(text: str, unit: str | None) -> float | None:
-    """The first number of a text, in `unit` if the text gives another unit of length; None if there is no number."""
+    """The first number of a text, converted to `unit` from a unit of length after it; None if there is no number."""
     plain = text.replace(",", "")
     match = answers.NUMBER.search(plain)
     if match is None:
@@ -278,7 +290,7 @@ def number_in(text: str, unit: str | None) -> float | None:
 
 
 def _checkable(prediction: str, truths: list[str], answer: Any) -> float:
-    """The rule of the answer's own type, as the evaluation scores it."""
+    """The rule of the answer's type, as in evaluation."""
     return answers.score(prediction, answer if isinstance(answer, dict) else {"type": "text", "value": truths[0]})
 
 

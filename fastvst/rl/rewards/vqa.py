@@ -1,4 +1,4 @@
-"""VQA's soft accuracy with the normalisation of its evaluation server (arXiv 1505.00468, visualqa.org/evaluation)."""
+"""Soft accuracy of VQA with the text normalisation of its evaluation server (arXiv 1505.00468)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _FULL_STOP = re.compile(r"(?<!\d)\.(?!\d)")
 
 
 def normalise(text: str) -> str:
-    """Lower case, punctuation, number words, articles and contractions as the evaluation server has them."""
+    """Normalise case, punctuation, number words, articles and contractions as visualqa.org/evaluation does."""
     text = re.sub(r"[\n\t]", " ", text).strip().lower()
-    glued = _COMMA_IN_NUMBER.search(text) is not None
+    has_number_comma = _COMMA_IN_NUMBER.search(text) is not None
     for mark in PUNCTUATION:
-        if mark in text:  # a mark beside a blank, or a comma inside a number, goes; any other becomes a blank
-            beside = f"{mark} " in text or f" {mark}" in text
-            text = text.replace(mark, "" if beside or glued else " ")
+        if mark in text:  # removed next to a space, or if the text has a comma in a number; else replaced by a space
+            next_to_space = f"{mark} " in text or f" {mark}" in text
+            text = text.replace(mark, "" if next_to_space or has_number_comma else " ")
     text = _FULL_STOP.sub("", text)
     words = [NUMBERS.get(word, word) for word in text.split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def soft_accuracy(prediction: str, truths: Sequence[str]) -> float:
-    """min(1, agreeing people / 3), averaged over leaving out each of the people who answered."""
+    """The mean of min(1, equal answers / 3) over all ways to leave out one of the `truths`, the answers of people."""
     given = normalise(prediction)
     same = [normalise(truth) == given for truth in truths]
     return sum(min(1.0, (sum(same) - s) / 3) for s in same) / len(same)

@@ -1,9 +1,9 @@
-"""A reward process: one line of JSON in, one line of JSON out; `rewards/pool.py` starts it.
+"""A reward process, started by `rewards/pool.py`: it reads one line of JSON and writes one line of JSON.
 
-    python -m fastvst.rl.rewards.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2, "format_weight": 0.5}'
+    python -m fastvst.rl.rewards.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2}'
 
-A request is a list of rows (`pool.Row`), a reply {"rewards": [[accuracy, format, overall, reason], ...]}.
-Whatever user code prints goes to standard error. The process dies with its parent.
+A request is a list of rows (`pool.Row`), a reply is {"rewards": [[accuracy, format, overall, reason], ...]}.
+The output of user code goes to standard error. The process ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -43,22 +43,20 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def score_rows(rows: list[dict[str, Any]], function: Callable[..., Any] | None, weight: float) -> list[list[Any]]:
-    """[accuracy, format, overall, reason] of each row; a `reason` that starts with "error" marks a failure."""
-    built_in = [_built_in(row, weight) for row in rows]
+def score_rows(rows: list[dict[str, Any]], function: Callable[..., Any] | None) -> list[list[Any]]:
+    """[accuracy, format, overall, reason] of each row; a reason that starts with "error" marks a failure."""
+    built_in = [_built_in_reward(row) for row in rows]
     if function is None:
         return built_in
     values = function([row["response"] for row in rows], rows)
     if len(values) != len(rows):
         raise ValueError(f"the reward function returned {len(values)} rewards for {len(rows)} responses")
-    return [_user(value, known, weight) for value, known in zip(values, built_in, strict=True)]
+    return [_user_reward(value, known) for value, known in zip(values, built_in, strict=True)]
 
 
-def _built_in(row: dict[str, Any], weight: float) -> list[Any]:
+def _built_in_reward(row: dict[str, Any]) -> list[Any]:
     try:
-        found = rewards.score(
-            row["response"], row["answer"], row["modes"], thinking=row["thinking"], format_weight=weight
-        )
+        found = rewards.score(row["response"], row["answer"], row["modes"], thinking=row["thinking"])
     except (ImportError, MemoryError):
         raise
     except Exception as error:
@@ -66,13 +64,17 @@ def _built_in(row: dict[str, Any], weight: float) -> list[Any]:
     return [found.accuracy, found.format, found.overall, found.reason]
 
 
-def _user(value: Any, known: list[Any], weight: float) -> list[Any]:
-    """A number is the accuracy; a dict may have accuracy, format, overall and reason. The rest is as built in."""
+def _user_reward(value: Any, known: list[Any]) -> list[Any]:
+    """The reward of a user function: a number is the accuracy, a dict may have accuracy, format, overall and reason.
+
+    Values that it leaves out are those of the built-in rules (`known`).
+    """
     given = dict(value) if isinstance(value, dict) else {"accuracy": value}
     try:
         accuracy = float(given.get("accuracy", known[0]))
         shape = float(given.get("format", known[1]))
-        overall = float(given.get("overall", (1 - weight) * accuracy + weight * shape))
+        mixed = (1 - rewards.FORMAT_WEIGHT) * accuracy + rewards.FORMAT_WEIGHT * shape
+        overall = float(given.get("overall", mixed))
     except (TypeError, ValueError) as error:
         return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}: {error}"[:300]]
     if not all(map(math.isfinite, (accuracy, shape, overall))):
@@ -82,9 +84,9 @@ def _user(value: Any, known: list[Any], weight: float) -> list[Any]:
 
 def main(settings: dict[str, Any]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the trainer ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # user code may print
+    os.dup2(2, 1)  # the output of user code must not mix with the replies
     function = None
     fatal = ""
     if settings["function"]:
@@ -100,10 +102,10 @@ def main(settings: dict[str, Any]) -> None:
         reply: dict[str, Any]
         end = False
         try:
-            reply = {"rewards": score_rows(json.loads(line), function, settings["format_weight"])}
+            reply = {"rewards": score_rows(json.loads(line), function)}
         except ImportError as error:
             reply = {"fatal": str(error)}
-        except MemoryError:  # the heap may be in pieces: the next rows deserve a fresh process
+        except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
             reply = {"failed": f"MemoryError: more than {settings['memory_gib']} GiB", "dead": True}
             end = True
         except Exception as error:
