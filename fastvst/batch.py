@@ -1,21 +1,21 @@
-"""EncodedSample and PackedBatch: what goes from the loader to the model, as explicit frozen objects."""
+"""EncodedSample and PackedBatch: the frozen objects that the loader hands to the model, and how samples are packed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORE = -100  # label of a token that is not supervised (torch's cross_entropy default)
+IGNORE = -100  # label of an unsupervised token; the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sample costs: LLM tokens, vision patches, and training FLOPs (forward + backward) of both together."""
+    """The cost of a sample: LLM tokens, vision patches, and training FLOPs (forward + backward) of both together."""
 
     tokens: int
     patches: int
@@ -24,19 +24,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """One sample as integers and patches. L tokens, I pictures, P patches, N = P / 4 merged vision tokens.
+    """One sample as integers and patches: L tokens, I images and videos, P patches, N = P / 4 merged vision tokens.
 
     Attributes:
         tokens: (L,) int32 token ids.
-        labels: (L,) int32; `tokens[i]` where token i is supervised, else -100 (not shifted). `labels[0]` is -100.
+        labels: (L,) int32, not shifted; `tokens[i]` where token i is supervised, else -100. `labels[0]` is -100.
         positions: (3, L) int32 M-RoPE positions (t, h, w).
-        patches: (P, 1176) float32, in Qwen2.5-VL's order (that of the Hugging Face processor's `pixel_values`).
-        grid: (I, 3) int32 patch grids (t, h, w), pictures and videos in reading order.
-        vision_slots: (N,) int32; the token index of each merged vision token, in patch order.
-        window_order, window_lengths, image_lengths, vision_positions: see `fastvst.model.positions.VisionLayout`.
-        cost: what the packer balances.
-        source, id, kind: provenance; errors and the ledger name them.
-        notes: reason codes of what encoding changed ("fov_unified", "fov_unchanged:no_camera_line", ...).
+        patches: (P, 1176) float32, in the order of the Hugging Face processor's `pixel_values`.
+        grid: (I, 3) int32 patch grids (t, h, w), images and videos in reading order.
+        vision_slots: (N,) int32 token index of each merged vision token, in patch order.
+        window_order, window_lengths, image_lengths, vision_positions: fields of `fastvst.model.positions.VisionLayout`.
+        cost: tokens, patches and FLOPs, which the packer balances.
+        source, id, kind: provenance, as in `Sample`.
+        notes: reason codes of the changes that encoding made ("fov_unified", "fov_unchanged:no_camera_line", ...).
     """
 
     tokens: Tensor
@@ -63,16 +63,16 @@ class EncodedSample:
 class PackedBatch:
     """One packed row: S sequences of T tokens in all, W windows, F frames, P patches, N = P / 4, M supervised tokens.
 
-    Boundaries are `cu_seqlens`; positions are data; nothing infers one from the other. Patches and everything that
-    belongs to them stand in *tower order* (window after window), so that the vision tower never permutes: the merged
-    token j of the tower goes to row `vision_slots[j]` of the decoder's input.
+    Boundaries are `cu_seqlens`; positions are data; neither is inferred from the other. Patches and their metadata are
+    in *tower order* (window after window), so that the vision tower never permutes: merged token j of the tower goes to
+    row `vision_slots[j]` of the decoder's input.
 
     Attributes:
         tokens: (T,) int64 token ids.
         labels: (T,) int64, not shifted, -100 = not supervised.
         loss_weights: (T,) float32 weight of each label (0 where not supervised).
-        loss_rows: (M,) int64; the row of the hidden states that predicts each supervised token. It is the row before,
-            except for the first token of an answer whose prompt is shared: there it is the prompt's last row.
+        loss_rows: (M,) int64 row of the hidden states that predicts each supervised token. It is the row before the
+            token, except for the first token of a completion with a shared prompt: the prompt's last row predicts it.
         targets: (M,) int64 token ids to predict at `loss_rows`.
         target_weights: (M,) float32, `loss_weights` of the targets.
         positions: (3, T) int32 M-RoPE positions.
@@ -81,10 +81,10 @@ class PackedBatch:
         vision_slots: (N,) int64 rows of the merged vision tokens, in tower order.
         patches: (P, 1176) float32 in tower order.
         vision_positions: (P, 2) int32 (row, column) of each patch in its frame.
-        window_order: (N,) int64; tower position j holds merged token `window_order[j]` of the reading order.
-        cu_windows: (W + 1,) int32 and cu_images: (F + 1,) int32, patch offsets of windows and frames.
+        window_order: (N,) int64; merged token j of the tower is token `window_order[j]` of the reading order.
+        cu_windows, cu_images: (W + 1,) and (F + 1,) int32 patch offsets of windows and frames.
         grid: (I, 3) int32 patch grids in reading order.
-        max_seqlen, max_window, max_image: the longest sequence, window and frame, as ints.
+        max_seqlen, max_window, max_image: length of the longest sequence (tokens), window and frame (patches).
         sample_ids: "source/id" of every sequence.
         flops: training FLOPs of the pack (sum of the samples' costs).
     """
@@ -131,20 +131,21 @@ class PackedBatch:
     def device(self) -> torch.device:
         return self.tokens.device
 
-    def _map(self, fn: Any) -> PackedBatch:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{k: fn(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        changed: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
-        """The same batch on `device`; asynchronous where the memory is pinned."""
+        """The same batch on `device`; the copy is asynchronous if the memory is pinned."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory (called by DataLoader's pin thread)."""
+        """The same batch in page-locked memory; torch's DataLoader calls it."""
         return self._map(lambda t: t.pin_memory())
 
     def equal(self, other: PackedBatch) -> bool:
-        """True if every field is equal, tensors bit for bit and dtype for dtype."""
+        """Whether every field is equal; tensors must agree in dtype and in every bit."""
         for f in dataclasses.fields(self):
             a = getattr(self, f.name)
             b = getattr(other, f.name)
@@ -156,7 +157,7 @@ class PackedBatch:
         return True
 
     def describe(self) -> str:
-        """One line for logs: sequences, tokens, supervised tokens, pictures, patches, longest sequence."""
+        """One line for logs: sequences, tokens, supervised tokens, images, patches, longest sequence."""
         return (
             f"{len(self.sample_ids)} sequences, {self.num_tokens} tokens ({self.num_targets} supervised, "
             f"{self.vision_slots.shape[0]} vision), {self.num_images} images, {self.num_patches} patches, "
@@ -164,10 +165,10 @@ class PackedBatch:
         )
 
     def validate(self) -> None:
-        """Check every invariant that the model relies on. Reads the tensors' values: call it on the CPU.
+        """Check every invariant that the model relies on. It reads the tensors' values, so call it on the CPU.
 
         Raises:
-            ValueError: naming the field, what came and what was expected.
+            ValueError: the message names the field, what came and what was expected.
         """
         total = self.num_tokens
         patches = self.num_patches
@@ -195,7 +196,7 @@ class PackedBatch:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
         for name, slots in (("vision_slots", self.vision_slots), ("loss_rows", self.loss_rows)):
             if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < total:
-                raise ValueError(f"{name} leaves the pack of {total} tokens: {int(slots.min())}..{int(slots.max())}")
+                raise ValueError(f"{name} must be rows 0..{total - 1}; got {int(slots.min())}..{int(slots.max())}")
         if self.vision_slots.unique().numel() != merged:
             raise ValueError("vision_slots names a row twice")
         sequences = self.cu_seqlens.numel() - 1
@@ -212,11 +213,11 @@ def _validate_groups(groups: Tensor, sequences: int) -> None:
         if prompt == -1:
             continue
         if not 0 <= prompt < index:
-            raise ValueError(f"groups[{index}] is {prompt}; a shared prompt must stand before its answers")
+            raise ValueError(f"groups[{index}] is {prompt}; a shared prompt must come before its completions")
         if groups[prompt] != -1:
-            raise ValueError(f"groups[{index}] names sequence {prompt}, which is itself an answer")
-        if any(g not in (prompt, -1) or (g == -1) for g in groups[prompt + 1 : index].tolist()):
-            raise ValueError(f"groups[{index}]: the layout is [prompt | answer 1 | ... | answer n] without gaps")
+            raise ValueError(f"groups[{index}] names sequence {prompt}, which is itself a completion")
+        if any(g != prompt for g in groups[prompt + 1 : index].tolist()):
+            raise ValueError(f"groups[{index}]: expected [prompt | completion 1 | ... | n] without gaps")
 
 
 def pack(
@@ -228,8 +229,8 @@ def pack(
     """Concatenate encoded samples into one packed row, in the given order. Nothing is truncated or padded.
 
     Args:
-        samples: the sequences; with `groups`, prompts and answers are sequences of their own.
-        groups: for each sample the index of the sample that is its shared prompt, or -1 ([prompt | answers...]).
+        samples: the sequences; with `groups`, prompts and completions are sequences of their own.
+        groups: for each sample the index of the sample that is its shared prompt, or -1 ([prompt | completions...]).
         loss_weights: one (L,) float tensor for each sample; default 1 for every supervised token.
 
     Raises:
@@ -237,46 +238,21 @@ def pack(
     """
     if not samples:
         raise ValueError("pack() needs at least one encoded sample; got none")
+    prompts = None
+    if groups is not None:
+        prompts = torch.tensor(list(groups), dtype=torch.int32)
+        _validate_groups(prompts, len(samples))
     lengths = torch.tensor([len(s) for s in samples])
     cu_seqlens = _offsets(lengths)
-    starts = cu_seqlens[:-1].tolist()
-    group_tensor = None
-    if groups is not None:
-        group_tensor = torch.tensor(list(groups), dtype=torch.int32)
-        _validate_groups(group_tensor, len(samples))
-
-    # Patches are nearly all of a pack's bytes (34 MB of a 4,096-token rooms pack): each sample's are permuted straight
-    # into their place, which takes 24 ms where permuting, then concatenating took 43.
-    patches = torch.empty((sum(s.patches.shape[0] for s in samples), samples[0].patches.shape[1]))
-    slots = []
-    orders = []
-    unit_base = 0
-    row = 0
-    for sample, start in zip(samples, starts, strict=True):
-        order = sample.window_order.long()
-        units = order.shape[0]
-        rows = sample.patches.shape[0]
-        slots.append(sample.vision_slots.long()[order] + start)
-        orders.append(order + unit_base)
-        if units:
-            into = patches[row : row + rows].view(units, -1)
-            torch.index_select(sample.patches.view(units, -1), 0, order, out=into)
-        unit_base = unit_base + units
-        row = row + rows
-    windows = torch.cat([s.window_lengths for s in samples])
-    frames = torch.cat([s.image_lengths for s in samples])
-
     labels = torch.cat([s.labels for s in samples]).long()
     weights = (labels != IGNORE).float()
     if loss_weights is not None:
         weights = weights * torch.cat([w.float() for w in loss_weights])
-    previous = torch.arange(labels.shape[0]) - 1
-    for index, start in enumerate(starts):
-        prompt = -1 if group_tensor is None else int(group_tensor[index])
-        if lengths[index]:  # an empty sequence owns no row
-            shared = prompt >= 0 and lengths[prompt] > 0
-            previous[start] = starts[prompt] + int(lengths[prompt]) - 1 if shared else -1
+    previous = _predicting_rows(lengths, cu_seqlens, prompts)
     supervised = torch.nonzero((labels != IGNORE) & (previous >= 0)).squeeze(1)
+    patches, vision_slots, window_order = _in_tower_order(samples, cu_seqlens)
+    windows = torch.cat([s.window_lengths for s in samples])
+    frames = torch.cat([s.image_lengths for s in samples])
     return PackedBatch(
         tokens=torch.cat([s.tokens for s in samples]).long(),
         labels=labels,
@@ -286,11 +262,11 @@ def pack(
         target_weights=weights[supervised],
         positions=torch.cat([s.positions for s in samples], dim=1),
         cu_seqlens=cu_seqlens,
-        groups=group_tensor,
-        vision_slots=torch.cat(slots),
+        groups=prompts,
+        vision_slots=vision_slots,
         patches=patches,
         vision_positions=torch.cat([s.vision_positions for s in samples]),
-        window_order=torch.cat(orders),
+        window_order=window_order,
         cu_windows=_offsets(windows),
         cu_images=_offsets(frames),
         grid=torch.cat([s.grid for s in samples]),
@@ -302,16 +278,57 @@ def pack(
     )
 
 
-def answer_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0.0) -> EncodedSample:
-    """A generated answer as a sequence of its own, to stand behind its shared prompt in `pack(groups=...)`.
+def _predicting_rows(lengths: Tensor, cu_seqlens: Tensor, prompts: Tensor | None) -> Tensor:
+    """(T,) int64 row that predicts each token; -1 for the first token of a sequence without a shared prompt.
+
+    Args:
+        lengths: (S,) tokens of each sequence.
+        cu_seqlens: (S + 1,) their offsets.
+        prompts: (S,) index of each sequence's shared prompt or -1; None if no prompt is shared.
+    """
+    rows = torch.arange(int(cu_seqlens[-1])) - 1
+    starts = cu_seqlens[:-1].tolist()
+    for index, start in enumerate(starts):
+        if lengths[index]:  # an empty sequence has no first token
+            prompt = -1 if prompts is None else int(prompts[index])
+            shared = prompt >= 0 and lengths[prompt] > 0
+            rows[start] = starts[prompt] + int(lengths[prompt]) - 1 if shared else -1
+    return rows
+
+
+def _in_tower_order(samples: Sequence[EncodedSample], cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, patch_dim) patches, (N,) vision slots and (N,) window order of a pack; see PackedBatch."""
+    # Patches are nearly all of a pack's bytes (34 MB of a 4,096-token rooms pack). Permuting each sample's patches
+    # straight into their place takes 24 ms; permuting and then concatenating takes 43.
+    patches = torch.empty((sum(s.patches.shape[0] for s in samples), samples[0].patches.shape[1]))
+    slots = []
+    orders = []
+    merged_before = 0
+    row = 0
+    for sample, start in zip(samples, cu_seqlens[:-1].tolist(), strict=True):
+        order = sample.window_order.long()
+        merged = order.shape[0]
+        rows = sample.patches.shape[0]
+        slots.append(sample.vision_slots.long()[order] + start)
+        orders.append(order + merged_before)
+        if merged:
+            place = patches[row : row + rows].view(merged, -1)
+            torch.index_select(sample.patches.view(merged, -1), 0, order, out=place)
+        merged_before += merged
+        row += rows
+    return patches, torch.cat(slots), torch.cat(orders)
+
+
+def completion_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0.0) -> EncodedSample:
+    """A sampled completion as a sequence of its own, which follows its shared prompt in `pack(groups=...)`.
+
+    Its M-RoPE positions are the prompt's largest position plus 1, 2, ... in all three channels, as in transformers'
+    `get_rope_index`.
 
     Args:
         prompt: encoded with `add_generation_prompt=True`.
-        tokens: (R,) integers, all of them supervised, the first one too: the prompt's last row predicts it.
+        tokens: (R,) integers. All are supervised, the first one included: the prompt's last row predicts it.
         flops: training FLOPs that these tokens add to the prompt's.
-
-    Text goes on where the prompt ends: its M-RoPE positions are the largest of the prompt's plus 1, 2, ... in all three
-    channels, as transformers' `get_rope_index` has them.
     """
     ids = tokens.to(torch.int32)
     after = int(prompt.positions.max()) + 1 if len(prompt) else 0
@@ -335,35 +352,59 @@ def answer_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0.0) 
     )
 
 
-def join(prompt: EncodedSample, answer: EncodedSample) -> EncodedSample:
-    """Prompt and answer as one sequence, with only the answer supervised: the layout that repeats the prompt."""
+def empty_sample() -> EncodedSample:
+    """One unsupervised token. It fills a pack without usable samples, so that all ranks make the same steps."""
+    none = torch.zeros(0, dtype=torch.int32)
+    return EncodedSample(
+        tokens=torch.zeros(1, dtype=torch.int32),
+        labels=torch.full((1,), IGNORE, dtype=torch.int32),
+        positions=torch.zeros((3, 1), dtype=torch.int32),
+        patches=torch.zeros((0, 1176)),
+        grid=torch.zeros((0, 3), dtype=torch.int32),
+        vision_slots=none,
+        window_order=none,
+        window_lengths=none,
+        image_lengths=none,
+        vision_positions=torch.zeros((0, 2), dtype=torch.int32),
+        cost=Cost(1, 0, 0.0),
+        source="fastvst",
+        id="empty",
+    )
+
+
+def join(prompt: EncodedSample, completion: EncodedSample) -> EncodedSample:
+    """Prompt and completion as one sequence in which only the completion is supervised."""
     return dataclasses.replace(
         prompt,
-        tokens=torch.cat([prompt.tokens, answer.tokens]),
-        labels=torch.cat([torch.full_like(prompt.labels, IGNORE), answer.labels]),
-        positions=torch.cat([prompt.positions, answer.positions], dim=1),
-        cost=Cost(prompt.cost.tokens + answer.cost.tokens, prompt.cost.patches, prompt.cost.flops + answer.cost.flops),
+        tokens=torch.cat([prompt.tokens, completion.tokens]),
+        labels=torch.cat([torch.full_like(prompt.labels, IGNORE), completion.labels]),
+        positions=torch.cat([prompt.positions, completion.positions], dim=1),
+        cost=Cost(
+            prompt.cost.tokens + completion.cost.tokens,
+            prompt.cost.patches,
+            prompt.cost.flops + completion.cost.flops,
+        ),
     )
 
 
 def pack_groups(groups: Sequence[tuple[EncodedSample, Sequence[EncodedSample]]], *, shared: bool = True) -> PackedBatch:
-    """One packed row of prompts with their answers: [prompt | answer 1 | ... | answer n | next prompt | ...].
+    """One packed row of prompts with their completions: [prompt | completion 1 | ... | completion n | prompt | ...].
 
     Args:
-        groups: prompts and their answers (`answer_sample`).
-        shared: each prompt, its pictures included, stands once; else once for each of its answers, which gives the same
-            loss and gradients at n times the prompt's cost.
+        groups: prompts and their completions (`completion_sample`).
+        shared: True: each prompt, images included, is in the row once. False: it is repeated before each of its
+            completions, which gives the same loss and gradients at n times the prompt's cost.
 
-    The targets are the answers' tokens in order, in both layouts.
+    The targets are the completions' tokens in order, in both layouts.
     """
     if not shared:
-        return pack([join(prompt, answer) for prompt, answers in groups for answer in answers])
+        return pack([join(prompt, one) for prompt, completions in groups for one in completions])
     samples: list[EncodedSample] = []
     index: list[int] = []
-    for prompt, answers in groups:
+    for prompt, completions in groups:
         at = len(samples)
-        samples += [dataclasses.replace(prompt, labels=torch.full_like(prompt.labels, IGNORE)), *answers]
-        index += [-1] + [at] * len(answers)
+        samples += [dataclasses.replace(prompt, labels=torch.full_like(prompt.labels, IGNORE)), *completions]
+        index += [-1] + [at] * len(completions)
     return pack(samples, groups=index)
 
 

@@ -71,7 +71,7 @@ def test_a_pack_is_its_samples_side_by_side(specs) -> None:
     assert batch.sample_ids == tuple(f"s/{i}" for i in range(len(samples)))
 
 
-def test_answers_of_a_shared_prompt_begin_after_its_last_row() -> None:
+def test_completions_of_a_shared_prompt_begin_after_its_last_row() -> None:
     prompt = text(4, [])
     first = text(3, [0, 1, 2])
     second = text(2, [0, 1])
@@ -90,8 +90,8 @@ def test_nothing_to_pack_and_impossible_groups_are_errors() -> None:
         pack([])
     samples = [text(3, [1]) for _ in range(3)]
     for groups, message in (
-        ([0, -1, -1], "before its answers"),
-        ([-1, 0, 1], "itself an answer"),
+        ([0, -1, -1], "before its completions"),
+        ([-1, 0, 1], "itself a completion"),
         ([-1, -1, 0], "without gaps"),
         ([-1, 0], "expected .3"),
     ):

@@ -38,7 +38,7 @@ def test_planner(record: Callable[..., None]) -> None:
     begin = time.perf_counter()
     for index, cost in enumerate(costs):
         packer.add(index, cost)
-        if not packer.hungry:
+        if not packer.needs_samples:
             chosen, loads = packer.plan()
             report.add(loads, sum(len(pack) for pack in chosen), 16384)
     seconds = time.perf_counter() - begin

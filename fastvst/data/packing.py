@@ -1,21 +1,20 @@
-"""On-line packing: fill packs of a fixed token budget from a bounded buffer, equal in FLOPs and in vision patches.
+"""On-line packing: fills packs of a fixed token budget from a bounded buffer, equal in FLOPs and in vision patches.
 
-A *step* is all the packs that the ranks work on between two optimizer steps (world size x accumulation). Packs of one
-step are planned together, because the slowest rank sets the pace: a packer that only counts tokens leaves the vision
-tower unbalanced (a pack of text waits for a pack of pictures), one that only counts pictures leaves attention
-unbalanced. No sample is ever cut, and no pre-pass counts tokens.
+A *step* is all the packs that the ranks process between two optimizer updates (world size x accumulation). The packs of
+a step are planned together, because the slowest rank sets the pace: packing by tokens alone leaves the vision tower
+unbalanced (a pack of text waits for a pack of images), packing by images alone leaves attention unbalanced. No sample
+is ever cut, and no separate pass over the data counts tokens.
 
 The plan of a step, in three parts:
-1. bulk: the oldest samples, 80 to 97 % of the step's tokens, heaviest first, each to the pack where it disturbs least;
+1. bulk: the oldest samples, 80 to 97 % of the step's tokens, heaviest first, each to the pack that it unbalances least;
 2. targets: every pack should end with the same patches and FLOPs (those of the buffer's average, or of the heaviest
-   pack where one sample alone is above it);
-3. refinement: the worst pack drops at most one sample and takes at most one of the buffer, whichever move brings it
-   nearest to the targets, until all packs are within tolerance.
+   pack if one sample alone is above it);
+3. refinement: the worst pack drops at most one sample and takes at most one from the buffer, with the move that brings
+   it nearest to the targets, until all packs are within tolerance.
 
-Taking the bulk in order of arrival keeps waiting short; the samples in hand are only a correction. The oldest
-`packs_per_step` samples are always placed and never dropped, so with n samples in the buffer none waits longer than
-n / packs_per_step steps. What cannot be balanced away: a sample that fills a pack alone has more attention FLOPs than
-a pack of short ones.
+Taking the bulk in order of arrival keeps waiting short; the refinement corrects it. The oldest `packs_per_step` samples
+are always placed and never dropped, so with n samples in the buffer none waits longer than n / packs_per_step steps.
+One imbalance remains: a sample that fills a pack alone has more attention FLOPs than a pack of short samples.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ import numpy as np
 
 from fastvst.batch import Cost
 
-BULK_SAMPLES = 4  # room for the refinement: this many average samples of every pack ...
-BULK_ROOM = (0.03, 0.2)  # ... within these shares of the budget
-FILL_TOLERANCE = 0.005  # a pack is good when at most this share of its budget is empty ...
-BALANCE_TOLERANCE = 0.02  # ... and its patches and FLOPs are this near to the step's targets
-WINDOW = 256  # oldest samples in hand that a move looks at (or 8 for every pack): speed; 512 gains under 0.2 % balance
+BULK_SAMPLES = 4  # the bulk leaves room for this many average samples in every pack ...
+BULK_ROOM = (0.03, 0.2)  # ... but at least and at most these shares of the budget
+FILL_TOLERANCE = 0.005  # a pack is within tolerance if at most this share of its budget is empty ...
+BALANCE_TOLERANCE = 0.02  # ... and its patches and FLOPs are this close to the step's targets
+WINDOW = 256  # oldest waiting samples that a move considers (or 8 per pack); 512 improve balance by less than 0.2 %
 UNIT_PATCHES = 4  # patches merged into one LLM token (2 x 2)
 
 
@@ -41,9 +40,9 @@ class PackingConfig:
     """How packs are made.
 
     Attributes:
-        tokens_per_pack: hard budget of LLM tokens of a pack; a longer sample is an error ("too_long").
-        buffer_samples: samples held back to choose from, at least.
-        buffer_steps: ... and at least this many steps' worth of tokens.
+        tokens_per_pack: most LLM tokens in one pack; a longer sample is rejected ("too_long").
+        buffer_samples: least number of samples from which a step is chosen.
+        buffer_steps: least number of steps' tokens from which a step is chosen.
     """
 
     tokens_per_pack: int = 16384
@@ -57,19 +56,19 @@ class PackingConfig:
 
 @dataclass
 class Packer:
-    """A bounded buffer of (item, Cost) and the rule that makes steps of it. Deterministic: the buffer is the state."""
+    """A bounded buffer of items with their costs, and steps planned from it. Deterministic: the buffer is the state."""
 
     config: PackingConfig
     packs_per_step: int
     items: list[Any] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    tokens: int = 0  # in the buffer
+    tokens: int = 0  # of all items in the buffer
 
     def __len__(self) -> int:
         return len(self.items)
 
     def add(self, item: Any, cost: Cost) -> None:
-        """Take one sample. Raises ValueError if it is longer than a pack: the caller must have refused it."""
+        """Add one sample to the buffer. Raises ValueError if it is longer than a pack."""
         if cost.tokens > self.config.tokens_per_pack:
             raise ValueError(f"a sample of {cost.tokens} tokens cannot fit a pack of {self.config.tokens_per_pack}")
         self.items.append(item)
@@ -77,15 +76,15 @@ class Packer:
         self.tokens += cost.tokens
 
     @property
-    def hungry(self) -> bool:
-        """True while the buffer should be filled further before a step is planned."""
+    def needs_samples(self) -> bool:
+        """True while the buffer is too small to plan a step from."""
         step = self.config.tokens_per_pack * self.packs_per_step
         return len(self.items) < self.config.buffer_samples or self.tokens < self.config.buffer_steps * step
 
     def plan(self) -> tuple[list[list[Any]], np.ndarray]:
-        """Take one step out of the buffer.
+        """Plan one step and remove its samples from the buffer.
 
-        At the end of a stream, when the buffer holds less than a step, the rest is spread evenly; packs may be empty.
+        At the end of a stream the buffer holds less than a step; its samples are spread evenly, and packs may be empty.
 
         Returns:
             `packs_per_step` lists of items, in order of arrival inside a pack, and the packs' loads, a
@@ -111,38 +110,54 @@ def plan_step(costs: np.ndarray, packs: int, budget: int) -> list[list[int]]:
         budget: LLM tokens that a pack may hold.
 
     Returns:
-        `packs` lists of indices into `costs`, each ascending, disjoint. They hold all N samples when these are too few
-        to fill the step.
+        `packs` disjoint lists of ascending indices into `costs`. They contain all N samples if these are too few to
+        fill the step.
     """
     if not len(costs):
         return [[] for _ in range(packs)]
+    shares = _shares_of_average_pack(costs, budget)
+    bulk = packs * (1 - float(np.clip(BULK_SAMPLES * shares[:, 0].mean(), *BULK_ROOM)))
+    is_last = shares[:, 0].sum() <= bulk or len(shares) <= packs
+    count = len(shares) if is_last else max(packs, int(np.searchsorted(np.cumsum(shares[:, 0]), bulk)))
+    owner, load = _place_bulk(shares, packs, count)
+    if not is_last:
+        target = np.maximum(load.max(axis=0), 1.0)
+        target[0] = 1.0
+        _refine(shares, owner, load, target)
+    return [np.flatnonzero(owner == pack).tolist() for pack in range(packs)]
+
+
+def _shares_of_average_pack(costs: np.ndarray, budget: int) -> np.ndarray:
+    """(N, 3) costs in units of a full pack with the buffer's average patches and FLOPs per token."""
     totals = costs.sum(axis=0)
-    unit = costs / (np.where(totals > 0, totals, 1.0) / max(totals[0], 1.0) * budget)  # shares of a full average pack
-    unit[:, totals == 0] = unit[:, :1]  # nothing to balance on this axis (text only): follow the tokens
-    bulk = packs * (1 - float(np.clip(BULK_SAMPLES * unit[:, 0].mean(), *BULK_ROOM)))
-    last = unit[:, 0].sum() <= bulk or len(unit) <= packs
-    limit = len(unit) if last else max(packs, int(np.searchsorted(np.cumsum(unit[:, 0]), bulk)))
+    shares = costs / (np.where(totals > 0, totals, 1.0) / max(totals[0], 1.0) * budget)
+    shares[:, totals == 0] = shares[:, :1]  # nothing to balance (e.g. text only): use the tokens
+    return shares
+
+
+def _place_bulk(shares: np.ndarray, packs: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place the first `count` samples: the `packs` oldest first, then the heaviest, each where the pack stays lightest.
+
+    Returns:
+        (N,) pack of each sample, or -1, and the (packs, 3) loads of the packs.
+    """
     load = np.zeros((packs, 3))
-    owner = np.full(len(unit), -1)
-    heaviest = np.argsort(-unit[packs:limit].max(axis=1), kind="stable") + packs
-    for index in [*range(min(packs, limit)), *heaviest.tolist()]:
-        after = load + unit[index]
+    owner = np.full(len(shares), -1)
+    heaviest = np.argsort(-shares[packs:count].max(axis=1), kind="stable") + packs
+    for index in [*range(min(packs, count)), *heaviest.tolist()]:
+        after = load + shares[index]
         worst = after.max(axis=1)
         worst[after[:, 0] > 1 + 1e-9] = np.inf
         pack = int(np.argmin(worst))
         if worst[pack] < np.inf:
             owner[index] = pack
             load[pack] = after[pack]
-    if not last:
-        _refine(unit, owner, load)
-    return [np.flatnonzero(owner == pack).tolist() for pack in range(packs)]
+    return owner, load
 
 
-def _refine(unit: np.ndarray, owner: np.ndarray, load: np.ndarray) -> None:
-    """Move samples between the packs and the buffer until every pack is full and near the targets. In place."""
+def _refine(shares: np.ndarray, owner: np.ndarray, load: np.ndarray, target: np.ndarray) -> None:
+    """Exchange samples with the buffer until every pack is near `target`. Changes `owner` and `load` in place."""
     packs = len(load)
-    target = np.maximum(load.max(axis=0), 1.0)
-    target[0] = 1.0
     stuck = np.zeros(packs, dtype=bool)
     nothing = np.zeros((1, 3))
     for _ in range(8 * packs + 64):
@@ -151,11 +166,11 @@ def _refine(unit: np.ndarray, owner: np.ndarray, load: np.ndarray) -> None:
         pack = int(np.argmax(error))
         if error[pack] <= 0:
             break
-        mine = np.flatnonzero(owner == pack)
-        mine = mine[mine >= packs]  # the oldest samples stay: nobody waits for ever
-        free = np.flatnonzero(owner < 0)[: max(WINDOW, 8 * packs)]
-        leave = np.concatenate([nothing, unit[mine]])
-        enter = np.concatenate([nothing, unit[free]])
+        inside = np.flatnonzero(owner == pack)
+        inside = inside[inside >= packs]  # the oldest samples stay, so that none waits for ever
+        waiting = np.flatnonzero(owner < 0)[: max(WINDOW, 8 * packs)]
+        leave = np.concatenate([nothing, shares[inside]])
+        enter = np.concatenate([nothing, shares[waiting]])
         after = load[pack] - leave[:, None, :] + enter[None, :, :]
         scores = _error(after, target)
         scores[after[..., 0] > 1 + 1e-9] = np.inf
@@ -164,14 +179,14 @@ def _refine(unit: np.ndarray, owner: np.ndarray, load: np.ndarray) -> None:
             stuck[pack] = True
             continue
         if i:
-            owner[mine[i - 1]] = -1
+            owner[inside[i - 1]] = -1
         if j:
-            owner[free[j - 1]] = pack
+            owner[waiting[j - 1]] = pack
         load[pack] = after[i, j]
 
 
 def _error(load: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """How far packs (..., 3) are from full and balanced; 0 within tolerance."""
+    """Distance of the loads (..., 3) from full and balanced packs; 0 within tolerance."""
     off = np.abs(load / target - 1)
     empty = np.maximum(off[..., 0] - FILL_TOLERANCE, 0)
     return empty + np.maximum(off[..., 1] - BALANCE_TOLERANCE, 0) + np.maximum(off[..., 2] - BALANCE_TOLERANCE, 0)
@@ -179,14 +194,14 @@ def _error(load: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @dataclass
 class PackingReport:
-    """How well the packs were filled and balanced so far. `str()` is the line for the screen.
+    """How well the packs were filled and balanced so far. `str()` is the line that the training script prints.
 
     Attributes:
-        steps, packs, samples: counted.
-        tokens, capacity: LLM tokens placed, and what the packs could have held.
-        patches: vision patches placed.
+        steps, packs, samples: how many there were.
+        tokens, capacity: LLM tokens in the packs, and the most that the packs can hold.
+        patches: vision patches in the packs.
         patch_imbalance, flop_imbalance: sum over steps of max / mean over the packs of the step.
-        worst_patch_imbalance, worst_flop_imbalance: the largest of a single step.
+        worst_patch_imbalance, worst_flop_imbalance: the largest max / mean of a single step.
     """
 
     steps: int = 0
@@ -205,8 +220,11 @@ class PackingReport:
         tokens, patches, _ = loads.sum(axis=0)
         patch_imbalance = imbalance(loads[:, 1])
         flop_imbalance = imbalance(loads[:, 2])
-        self.steps, self.packs, self.samples = self.steps + 1, self.packs + len(loads), self.samples + samples
-        self.tokens, self.patches = self.tokens + int(tokens), self.patches + int(patches)
+        self.steps += 1
+        self.packs += len(loads)
+        self.samples += samples
+        self.tokens += int(tokens)
+        self.patches += int(patches)
         self.capacity += len(loads) * budget
         self.patch_imbalance += patch_imbalance
         self.flop_imbalance += flop_imbalance
@@ -220,7 +238,7 @@ class PackingReport:
 
     @property
     def vision_share(self) -> float:
-        """Share of the LLM tokens that come from pictures."""
+        """Share of the LLM tokens that are vision tokens."""
         return self.patches / UNIT_PATCHES / max(self.tokens, 1)
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
-"""Planner: the stream of steps that every worker of every rank computes alike, and the state from which it goes on.
+"""Planner: the stream of training steps, computed identically by every worker of every rank, and its saved state.
 
-A step is `packs_per_step` packs (world size x accumulation), planned together. Everything follows from the mixture's
-seed and from `processor.measure`, which looks at text and picture headers only; so the same steps come out wherever the
-planner runs, and the place in the stream is the planner's alone: ranks, accumulation and workers do not enter into it.
+A step is `packs_per_step` packs (world size x accumulation), planned together. The steps depend on the mixture's seed
+and on `processor.measure`, which reads only text and image headers. They are therefore the same wherever the planner
+runs, and the position in the stream does not depend on ranks, accumulation or workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
 from fastvst.data.sample import Sample
 
-ALL_BAD_LIMIT = 1000  # rows looked at in vain, one after the other, before the data are declared unusable
+ALL_BAD_LIMIT = 1000  # this many unusable rows in sequence, before any usable one, end the run
 NO_LOADS = np.zeros((0, 3))
 
 
@@ -36,7 +36,7 @@ class Encoder(Protocol):
 
 
 class Planned(NamedTuple):
-    """A sample with its place in a pack: reference, sample, cost."""
+    """A sample of a pack, with its reference and its cost."""
 
     ref: Ref
     sample: Sample
@@ -44,7 +44,7 @@ class Planned(NamedTuple):
 
 
 class BadSample(NamedTuple):
-    """An unusable sample and where it stands ("file[block][row]")."""
+    """An unusable sample and its location ("file[block][row]")."""
 
     error: SampleError
     where: str
@@ -57,11 +57,11 @@ class Step:
     Attributes:
         packs: `packs_per_step` lists of samples; at the end of a stream some may be empty.
         loads: (packs_per_step, 3) float64 tokens, patches, FLOPs.
-        bad: samples met on the way that cannot be used.
-        seen: rows looked at on the way, good and bad.
-        before: the planner's state before this step; replaying it gives this step again.
-        samples: in all packs.
-        hopeless: nothing usable comes any more. Without packs and not hopeless: the stream ends here with bad rows.
+        bad: unusable samples read while planning this step.
+        seen: rows read while planning this step, good and bad.
+        before: the planner's state before this step; a planner that loads it makes this step again.
+        samples: number of samples in all packs.
+        hopeless: True if no usable sample is left to expect. A step without packs that is not hopeless ends the stream.
     """
 
     packs: list[list[Planned]]
@@ -75,14 +75,14 @@ class Step:
 
 @dataclass
 class Planner:
-    """See the module's text.
+    """Reads rows, measures them and plans steps.
 
     Attributes:
-        mixture: where rows come from.
-        processor: measures them.
-        packing: budget and buffer.
+        mixture: the source of the rows.
+        processor: measures the rows.
+        packing: token budget and buffer size.
         packs_per_step: may be changed between two steps.
-        watch: called with "source/id" before a sample is looked at, so that a crash can be attributed.
+        watch: called with "source/id" before a sample is measured, so that a crash can be attributed to it.
     """
 
     mixture: Mixture
@@ -91,7 +91,7 @@ class Planner:
     packs_per_step: int
     watch: Callable[[str], None] | None = None
     _packer: Packer = field(init=False, repr=False)
-    _usable: bool = field(default=False, repr=False)  # a usable sample has come up, ever
+    _usable: bool = field(default=False, repr=False)  # at least one usable sample was found
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.packing, self.packs_per_step)
@@ -102,7 +102,7 @@ class Planner:
         before = self.state_dict()
         bad: list[BadSample] = []
         seen = useless = 0
-        while self._packer.hungry:
+        while self._packer.needs_samples:
             drawn = next(self.mixture, None)
             if drawn is None:
                 break
@@ -136,14 +136,12 @@ class Planner:
             raise RuntimeError(f"measuring {name} failed with {type(error).__name__}: {error}") from error
         budget = self.packing.tokens_per_pack
         if cost.tokens > budget:
-            detail = (
-                f"{cost.tokens} tokens ({cost.patches // 4} of pictures), but a pack holds {budget}; never truncated"
-            )
+            detail = f"{cost.tokens} tokens ({cost.patches // 4} of images), but a pack holds {budget}; never truncated"
             return SampleError("too_long", sample.source, sample.id, detail)
         return Planned(ref, sample, cost)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able, some tens of KB: the mixture's state and the references of the buffered samples."""
+        """The mixture's state and the references of the buffered samples; JSON-able, some tens of KB."""
         return {
             "mixture": self.mixture.state_dict(),
             "buffer": [list(item.ref) for item in self._packer.items],
@@ -153,10 +151,10 @@ class Planner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: rows in the buffers are read and measured again.
+        """Continue from a saved state; the buffered rows are read and measured again.
 
         Raises:
-            ValueError: the state belongs to another mixture or packing, or a buffered row is not usable any more.
+            ValueError: the state belongs to another mixture or packing, or a buffered row is no longer usable.
         """
         self.check_state(state)
         self.mixture.load_state_dict(state["mixture"])
@@ -165,14 +163,42 @@ class Planner:
         for drawn in self.mixture.read([Ref(*ref) for ref in state["buffer"]]):
             planned = self._measure(drawn.ref, drawn.sample)
             if isinstance(planned, SampleError):
-                raise ValueError(f"a sample was usable when the state was saved and is not now: {planned}")
+                raise ValueError(f"a sample that was usable when the state was saved is unusable now: {planned}")
             self._packer.add(planned, planned.cost)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state belongs to another mixture or packing. Reads nothing."""
+        """Raise ValueError if a state belongs to another mixture or packing. No row is read."""
         if state["packing"] != asdict(self.packing):
             raise ValueError(
                 f"the saved data state was made with {state['packing']}, now it is {asdict(self.packing)}; resume with "
                 "the same packing, or start the data anew"
             )
         self.mixture.check_state(state["mixture"])
+
+
+def steps_from(planner: Planner, state: dict[str, Any] | None, world_size: int) -> Iterator[tuple[Step, int]]:
+    """Steps after a loader's state (None: from the beginning), each with its first micro-step that was not used yet.
+
+    Raises:
+        ValueError: the state is in the middle of a step that cannot be divided among this number of ranks.
+    """
+    now = planner.packs_per_step
+    if state is not None and state["planner"] is not None:
+        saved = state["planner"]["packs_per_step"]
+        used = state["used"]
+        if used < saved and (saved != now or used % world_size):
+            raise ValueError(
+                f"the data state was saved after {used} of a step's {saved} packs and cannot be resumed with "
+                f"{world_size} ranks and {now} packs a step: keep world size x accumulation, or resume from the end "
+                "of a step"
+            )
+        planner.packs_per_step = saved
+        planner.load_state_dict(state["planner"])
+        step = planner.next_step()
+        if step is None:
+            raise ValueError("the data state names a step that the data no longer have")
+        planner.packs_per_step = now
+        if used < saved:
+            yield step, used // world_size
+    while (step := planner.next_step()) is not None:
+        yield step, 0

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst.batch import EncodedSample, PackedBatch, answer_sample, pack, pack_groups
-from fastvst.data.loader import empty_sample
+from fastvst.batch import EncodedSample, PackedBatch, completion_sample, empty_sample, pack, pack_groups
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops
 
@@ -182,7 +181,7 @@ def make_pack(groups: Sequence[Group], config: ModelConfig, *, shared: bool = Tr
         none = torch.zeros(0)
         return PolicyPack(pack([empty_sample()]), none, none, none.long(), 0)
     encoded = [
-        (g.prompt, [answer_sample(g.prompt, a.tokens, flops=answer_flops(config, g.prompt, a)) for a in g.answers])
+        (g.prompt, [completion_sample(g.prompt, a.tokens, flops=answer_flops(config, g.prompt, a)) for a in g.answers])
         for g in groups
     ]
     answers = [a for g in groups for a in g.answers]

@@ -175,7 +175,7 @@ def test_all_rejected_is_an_error_with_the_reasons(tmp_path) -> None:
     path = write_jsonl(tmp_path / "sad.jsonl", rows)
     for epochs, workers in ((1, 0), (None, 0), (None, 2)):
         ledger = Ledger(tmp_path / "l.jsonl", min_samples=10**9)
-        with pytest.raises(TooManyBadSamples, match=r"no usable sample .* in sad(.|\n)*broken_image.*p"):
+        with pytest.raises(TooManyBadSamples, match=r"no usable sample .* from sad(.|\n)*broken_image.*p"):
             take(loader(mixture(path, epochs=epochs), num_workers=workers, ledger=ledger), 1)
         assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 30  # each row once, however often it came
 

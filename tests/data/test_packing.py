@@ -54,12 +54,12 @@ def simulate(costs: list[Cost], packs: int, budget: int) -> tuple[PackingReport,
     step = 0
     at = 0
     while True:
-        while packer.hungry and at < len(costs):
+        while packer.needs_samples and at < len(costs):
             packer.add((at, step), costs[at])
             at += 1
         if not len(packer):
             return report, waited, done
-        full = packer.hungry is False
+        full = packer.needs_samples is False
         planned, loads = packer.plan()
         for pack in planned:
             assert sum(costs[index].tokens for index, _ in pack) <= budget
@@ -135,7 +135,7 @@ def test_a_finite_stream_is_emptied_and_nobody_waits_for_ever(rows: list[tuple[i
     done = []
     step = 0
     while waiting or len(packer):
-        while waiting and packer.hungry:
+        while waiting and packer.needs_samples:
             packer.add((len(rows) - len(waiting), step, len(packer)), waiting.pop(0))
         for pack in packer.plan()[0]:
             for index, arrived, before in pack:

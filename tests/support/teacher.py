@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvst.batch import EncodedSample, answer_sample, pack_groups
+from fastvst.batch import EncodedSample, completion_sample, pack_groups
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Rollout
 from fastvst_kernels import linear_logprobs
@@ -18,7 +18,7 @@ def teacher_forced(
     shared: prompts once with their answers as groups, else each answer behind its own copy of the prompt.
     """
     groups = [
-        (sample, [answer_sample(sample, torch.tensor(r.tokens)) for r in many])
+        (sample, [completion_sample(sample, torch.tensor(r.tokens)) for r in many])
         for sample, many in zip(samples, rollouts, strict=True)
     ]
     batch = pack_groups(groups, shared=shared).to(model.head_weight.device)
