@@ -248,17 +248,17 @@ def thought(sample: Sample, trace: str) -> Sample:
 def _request(scene: Scene, sample: Sample, config: TeacherConfig) -> tuple[str, tuple[int, int]]:
     """Text and (prompt, completion) token counts of one reply."""
     views = list(sample.metadata.get("views", [sample.metadata.get("view", 0)]))
-    pictures = [part["image"] for part in sample.parts("image")]
+    images = [part["image"] for part in sample.parts("image")]
     question = " ".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
-    several = len(pictures) > 1
+    several = len(images) > 1
     text = PROMPT.format(
-        pictures=f"{len(pictures)} pictures" if several else "a picture",
+        pictures=f"{len(images)} pictures" if several else "a picture",
         describe="each picture and how the camera moved between them" if several else "the picture",
         table=object_table(scene, views),
         question=question,
         answer=sample.messages[-1]["content"][0]["text"],
     )
-    content = [*(_image(p) for p in [*pictures, draw_bev(scene, views)]), {"type": "text", "text": text}]
+    content = [*(_image(p) for p in [*images, draw_bev(scene, views)]), {"type": "text", "text": text}]
     body = {
         "model": config.model,
         "messages": [{"role": "user", "content": content}],
@@ -275,9 +275,9 @@ def _request(scene: Scene, sample: Sample, config: TeacherConfig) -> tuple[str, 
         raise TeacherError(f"{config.url}: no choices[0].message.content in the answer {shown}") from error
 
 
-def _image(picture: Image.Image) -> dict[str, Any]:
+def _image(image: Image.Image) -> dict[str, Any]:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG")
+    image.convert("RGB").save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 

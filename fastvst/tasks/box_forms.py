@@ -86,11 +86,11 @@ def apply(sample: Sample, form: BoxForm) -> Sample:
     reply = write(boxes, [entry["label"] for entry in truth], form, camera, scale)
     if form.predict_fov:
         reply = f"hfov={hfov:.2f} degree.\n{reply}"
-    picture = {**parts[0]}
+    image = {**parts[0]}
     if form.resize:
-        picture |= {"resized_width": new_width, "resized_height": new_height}
+        image |= {"resized_width": new_width, "resized_height": new_height}
     messages = [
-        {"role": "user", "content": [picture, {"type": "text", "text": text}]},
+        {"role": "user", "content": [image, {"type": "text", "text": text}]},
         {"role": "assistant", "content": [{"type": "text", "text": reply}]},
     ]
     switches = {"box_form": dataclasses.asdict(form), "size": [new_width, new_height]}

@@ -1,4 +1,4 @@
-"""The plan from above: camera 1 looks up, footprints where they belong, labels that do not cover each other."""
+"""Bird's-eye view: camera 1 looks up the page, footprints are at their places, labels do not overlap."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def test_what_is_ahead_of_camera_one_is_above_it(yaw: float) -> None:
     origin, turn = bev.frame(made, 0)
     np.testing.assert_allclose(turn @ (ahead - origin), [0, 3], atol=1e-9)
     np.testing.assert_allclose(turn @ (aside - origin), [2, 2], atol=1e-9)
-    picture = np.asarray(bev.draw_bev(made, [0], 400)).astype(int)
+    image = np.asarray(bev.draw_bev(made, [0], 400)).astype(int)
     places = []
-    for k in range(2):  # the outlines' own hues
+    for k in range(2):  # the colours of the outlines
         hue = np.array(bev.hue(k, 2))
-        rows, columns = np.nonzero(np.abs(picture - hue).max(-1) < 12)
+        rows, columns = np.nonzero(np.abs(image - hue).max(-1) < 12)
         places.append((columns.mean(), rows.mean()))
-    red = np.nonzero(np.abs(picture - np.array(bev.CAMERAS[0])).max(-1) < 12)
+    red = np.nonzero(np.abs(image - np.array(bev.CAMERAS[0])).max(-1) < 12)
     here = red[1].mean(), red[0].mean()
     assert places[0][1] < here[1] - 60 and abs(places[0][0] - here[0]) < 25  # bed: straight above
     assert places[1][0] > places[0][0] + 60 and places[1][1] > places[0][1]  # lamp: to the right, less far
-    assert (picture[:6] == 255).all() and (picture[:, :6] == 255).all()  # nothing is cut off
+    assert (image[:6] == 255).all() and (image[:, :6] == 255).all()  # nothing is cut off
 
 
 def test_the_table_is_the_plan_in_words() -> None:

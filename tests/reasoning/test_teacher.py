@@ -50,7 +50,7 @@ def row(number: int) -> Sample:
 
 
 class Server:
-    """Answers from `script(question number, times asked)`: a text, or a status code."""
+    """Replies with `script(question number, number of requests)`: a text or a status code."""
 
     def __init__(self) -> None:
         self.script = lambda number, times: f"{STORY}\nAnswer: B. lamp"
@@ -143,7 +143,7 @@ def test_bad_traces_are_asked_for_again_and_then_given_up(server: Server, tmp_pa
     assert bill.rejected == {"wrong_answer": 2, "forbidden": 2, "length": 1, "no_answer": 1, "tags": 1}
     assert bill.given_up == 1 and {s.id for s in made} == {f"teacher-r{n}" for n in range(1, 6)}
     again, bill = ask_teacher([(scene(), row(0))], tmp_path / "t.jsonl", config(server))
-    assert again == [] and bill.requests == 0  # given up is done, too
+    assert again == [] and bill.requests == 0  # a dropped row is not requested again
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server: Server, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_requests_keep_their_pace(server: Server, tmp_path: Path) -> None:
     rows = [(scene(), row(n)) for n in range(4)]
     ask_teacher(rows, tmp_path / "t.jsonl", config(server, requests_per_minute=120, workers=4))
     times = sorted(server.times)
-    assert times[-1] - times[0] > 1.0  # three gaps of half a second, of which the first request may arrive late
+    assert times[-1] - times[0] > 1.0  # three gaps of half a second; the first request may arrive late
 
 
 def test_nobody_there(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""What is true of a rendered room, by means that the question generators have no part in: Embree rays against the
-meshes, vertices, convex optimisation for distances, complex numbers for directions."""
+"""The truth about a rendered room, computed without the question generators.
+
+Embree rays against the meshes, vertices, convex optimisation for distances, complex numbers for directions.
+"""
 
 from __future__ import annotations
 
@@ -93,11 +95,11 @@ class Truth:
         return self.maps[view]
 
     def pixels(self, view: int, object_id: int) -> int:
-        """About how many pixels of a view show an object."""
+        """Approximate number of pixels of a view that show an object."""
         return 4 * int((self.look(view)[0] == object_id).sum())
 
     def middle(self, view: int, object_id: int) -> np.ndarray:
-        """Middle of the visible part in a view as share of width and height (2,)."""
+        """Middle of the visible part in a view, as shares of width and height (2,)."""
         rows, columns = np.nonzero(self.look(view)[0] == object_id)
         h, w = self.look(view)[0].shape
         return np.array([(columns.min() + columns.max() + 1) / 2 / w, (rows.min() + rows.max() + 1) / 2 / h])
@@ -134,7 +136,7 @@ class Truth:
         return math.sqrt(2 * found.cost)
 
     def named(self, name: str) -> list[int]:
-        """Ids of all things of a class that stand in the room."""
+        """Ids of all objects of a class in the room."""
         return [k + 1 for k, item in enumerate(self.room.items) if item.piece.name == name]
 
     def shown(self, view: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""The other ways of writing 3D boxes: read back to the same boxes, centres and rotations by SciPy and by projection."""
+"""Other formats of 3D boxes: parsed to the same boxes; centres and rotations agree with projection and SciPy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_boxes_come_back(uvd: bool, quat: bool, resize: bool) -> None:
     assert ("qx, qy, qz, qw]" in prompt) == quat and ("u_center, v_center" in prompt) == uvd
     assert ("pitch" in prompt) != quat and "hfov=" in prompt and f"Image width={width} and height={height}" in prompt
     assert (part.get("resized_width"), part.get("resized_height")) == ((width, height) if resize else (None, None))
-    if uvd:  # a pinhole by hand
+    if uvd:  # pinhole projection by hand
         u = (265.0 * 0.34 / 2.5 + 182.5) * scale[0]
         assert float(numbers[0].split(",")[0]) == round(u)
 
@@ -113,7 +113,7 @@ def test_quaternions_are_scipys() -> None:
         assert angles(back[None]).shape == (1, 3)
 
 
-# Worked by hand in vst-spec 1.6: f* = 960 / (2 tan 34.58 deg) = 696.3195, truncated sizes.
+# Computed by hand with the formula of VST (arXiv 2511.05491): f* = 960 / (2 tan 34.58 deg) = 696.3195, truncated sizes.
 @pytest.mark.parametrize(
     ("width", "height", "fx", "size", "fed"),
     [

@@ -1,4 +1,4 @@
-"""Every answer derived a second time from meshes, depth buffers and poses, by other means than the generators use."""
+"""Every answer is derived again from meshes, depth buffers and poses, independently of the generators."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from fastvst.tasks.common import mcq
 CONFIG = TaskConfig()
 HARD = TaskConfig(easy=0.4)
 ROOMS = 20
-ROWS = 26  # of the slow test: rooms, and rows of a task in each
+ROWS = 26  # of the slow test: rooms, and rows per task and room
 
 
 def make_all(scene: Scene, tries: int, config: TaskConfig = CONFIG) -> list[Sample]:
@@ -64,7 +64,7 @@ def question(sample: Sample, turn: int = 0) -> str:
     return sample.messages[2 * turn]["content"][-1]["text"]
 
 
-def picture(sample: Sample, number: int = 0) -> np.ndarray:
+def image_of(sample: Sample, number: int = 0) -> np.ndarray:
     return np.asarray(sample.parts("image")[number]["image"])
 
 
@@ -76,7 +76,7 @@ def homogeneous(camera: Camera) -> np.ndarray:
 
 
 class Rays:
-    """The room's triangles for ray casting: distances the rasteriser has no part in."""
+    """The room's triangles for ray casting: distances that do not come from the rasteriser."""
 
     def __init__(self, geometry: Geometry):
         self.scene = rtcore_scene.EmbreeScene()
@@ -124,13 +124,13 @@ def check_depth_comparison(scene: Scene, geometry: Geometry, rays: Rays, sample:
         expected = ranked[0] if near else ranked[-1]
     assert reply(sample) == sample.answer["value"] == expected
     assert sample.answer["candidates"] == names
-    for u, v, _, name in meta["points"]:  # what the text calls red is red in the picture
+    for u, v, _, name in meta["points"]:  # the mark that the text calls red is red in the image
         colour = re.fullmatch(r"(\w+) point", name) or re.search(
             re.escape(name) + r" \((\w+) point\)", question(sample)
         )
         assert colour is not None or re.fullmatch(r"point-\d|[A-E]", name) or "bbox_2d" in question(sample)
         if colour is not None:
-            assert tuple(picture(sample)[int(v), int(u)]) == COLOURS[colour[1]]
+            assert tuple(image_of(sample)[int(v), int(u)]) == COLOURS[colour[1]]
 
 
 def check_distance(scene: Scene, geometry: Geometry, rays: Rays, sample: Sample) -> None:
@@ -184,7 +184,7 @@ def check_measurement(scene: Scene, geometry: Geometry, rays: Rays, sample: Samp
             "greatest": "greatest|largest",
         }
         assert re.search(words[what], question(sample, turn).lower())
-        if "point-" not in question(sample, turn):  # without a mark the name must be enough
+        if "point-" not in question(sample, turn):  # without a mark the name must identify the object
             view = scene.views[meta["view"]]
             assert view.ids is not None
             others = [o for o in scene.objects if o.name == thing.name and o.id != object_id]
@@ -215,7 +215,7 @@ def check_detection_3d(scene: Scene, geometry: Geometry, rays: Rays, sample: Sam
     }
     assert shown <= set(meta["objects"])
     assert all(name in question(sample) for name in meta["classes"])
-    assert iou_3d(boxes, exact).diagonal().min() > 0.3  # two decimals keep most of thin boxes too
+    assert iou_3d(boxes, exact).diagonal().min() > 0.3  # two decimals keep most of a thin box
     text, size = to_fov_prompt(question(sample), view.camera.width, view.camera.height, base_width=280)
     assert "hfov=" in text and size[0] / size[1] == pytest.approx(4 / 3, rel=0.02)
 
@@ -232,7 +232,7 @@ def check_correspondence(scene: Scene, geometry: Geometry, rays: Rays, sample: S
     right = int(gaps.argmin())
     assert gaps[right] < 0.6
     assert (np.delete(gaps, right) > 0.1 * second.width - 1).all()
-    # Not hidden in the second view: the pixel that it falls into shows it. (Half a pixel on may be a step: between
+    # Not hidden in the second view: the pixel that it falls into shows it. (A step can be half a pixel away: between
     # the leaves of a cabinet's front it is 5 cm.)
     seen, other_id = rays.cast(second, (math.floor(there[0]) + 0.5, math.floor(there[1]) + 0.5))
     assert other_id == rays.cast(second, (there[0], there[1]))[1] == object_id and np.linalg.norm(seen - world) < 0.05
@@ -402,7 +402,7 @@ def test_turn_words() -> None:
 
 
 def test_a_hidden_point_has_no_match(scenes: list[Scene]) -> None:
-    """Move the second view's depth a little nearer: what is hidden by 7 cm is not the same point."""
+    """The second view's depth moves nearer: a point that is hidden by 7 cm is not the same point."""
     from dataclasses import replace
 
     found = 0

@@ -1,4 +1,4 @@
-"""Video tasks: every answer found a second time from the furniture list, meshes, rays, and the camera's path."""
+"""Video tasks: every answer is derived again from the furniture list, meshes, rays, and the camera's path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_all(scene: Scene, tries: int) -> list[Sample]:
 
 
 def answered(row: Sample) -> str:
-    """The answer in words: of a choice, the text behind its letter in the question."""
+    """The answer as text; for a choice, the text of its option in the question."""
     if not row.metadata["choice"]:
         return reply(row)
     assert re.fullmatch("[A-D]", reply(row)) and question(row).endswith(video.AFTER_CHOICE)
@@ -41,7 +41,7 @@ def answered(row: Sample) -> str:
 
 
 def frames_of(truth: Truth, name: str) -> list[int]:
-    """In how many pixels each frame shows things of a class."""
+    """Number of pixels per frame that show objects of a class."""
     return [sum(truth.pixels(v, i) for i in truth.named(name)) for v in truth.scene.walk]
 
 
@@ -117,7 +117,7 @@ def check_video_route(truth: Truth, row: Sample) -> None:
     for p, q in zip(stops, stops[1:], strict=False):
         way = LineString([truth.place(p), truth.place(q)])
         assert way.length > 0.55 and Polygon(truth.room.polygon).contains(way)
-        for k in range(1, len(truth.room.items) + 1):  # nothing stands in the way
+        for k in range(1, len(truth.room.items) + 1):  # no object blocks the way
             low = truth.vertices(k)[:, 2].min()
             high = truth.vertices(k)[:, 2].max()
             assert k in (p, q) or high < 0.11 or low > 1.89 or not truth.outline(k).intersects(way)
@@ -134,7 +134,7 @@ def check_video_route(truth: Truth, row: Sample) -> None:
 
 
 def path(truth: Truth) -> tuple[float, float]:
-    """Length of the camera's path in metres, and by how many degrees it turned to the left."""
+    """Length of the camera's path in metres, and its total turn to the left in degrees."""
     poses = [np.linalg.inv(homogeneous(truth.scene.views[v].camera)) for v in truth.scene.walk]
     length = sum(math.dist(a[:3, 3], b[:3, 3]) for a, b in zip(poses, poses[1:], strict=False))
     bearings = np.unwrap([math.atan2(p[1, 2], p[0, 2]) for p in poses])
@@ -216,7 +216,7 @@ def test_letters_are_balanced_over_four_thousand_rows(walked: list[Scene]) -> No
     letters: dict[int, Counter] = {2: Counter(), 3: Counter(), 4: Counter()}
     rng = np.random.default_rng(3)
     config = TaskConfig(easy=0.0)
-    for number, scene in enumerate(walked):  # one scene after the other: its frames are made once
+    for number, scene in enumerate(walked):  # one scene after another: its frames are rendered once
         while sum(sum(c.values()) for c in letters.values()) < 1000 * (number + 1):
             for name in ("video_order", "video_route", "video_object_object", "video_counting"):
                 row = WALKS[name](scene, rng, config, "0")
@@ -238,7 +238,9 @@ def test_the_walk_is_a_walk(walked: list[Scene]) -> None:
         ]
         assert max(steps) < 0.26 and max(turns) < 26
         assert all(Polygon(scene.polygon).buffer(-0.25).contains_properly(_point(c.position)) for c in cameras)
-        assert all(scene.views[k].depth.min() > 0.2 for k in scene.walk)  # never inside or right before a thing
+        assert all(
+            scene.views[k].depth.min() > 0.2 for k in scene.walk
+        )  # never inside an object or directly in front of one
 
 
 def _point(position: np.ndarray):

@@ -1,4 +1,4 @@
-"""Grounding, captions and multi-view tasks: every answer found a second time by rays, vertices and poses."""
+"""Grounding, captions and multi-view tasks: every answer is derived again from rays, vertices and poses."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def make_all(scene: Scene, tries: int) -> list[Sample]:
 
 
 def tight(truth: Truth, view: int, object_id: int, box: np.ndarray, parsed: np.ndarray) -> None:
-    """The exact box holds the mesh without slack in this view's camera frame; the text says the same to two
-    decimals."""
+    """The exact box contains the mesh tightly in this view's camera frame; the text equals it to two decimals."""
     points = np.c_[truth.vertices(object_id), np.ones(len(truth.vertices(object_id)))]
     local = points @ homogeneous(truth.scene.views[view].camera).T[:, :3]
     turn = Rotation.from_euler("xyz", box[6:9], degrees=True)
@@ -60,17 +59,17 @@ def check_grounding_3d(truth: Truth, row: Sample) -> None:
     boxes, labels = parse_boxes(reply(row))
     assert labels == [truth.scene.object(object_id).name] and meta["referring"] in question(row)
     tight(truth, view, object_id, np.array(row.answer["value"][0]["bbox_3d"]), boxes[0])
-    picture = np.asarray(row.parts("image")[0]["image"])
+    image = np.asarray(row.parts("image")[0]["image"])
     name = labels[0]
     if meta["form"] == "point":
         u, v = meta["point"]
         colour = meta["referring"].split("(")[1].split()[0]
-        assert tuple(picture[int(v), int(u)]) == COLOURS[colour]
+        assert tuple(image[int(v), int(u)]) == COLOURS[colour]
         assert truth.cast(truth.scene.views[view].camera, np.array([[u, v]]))[1][0] == object_id
         return
     if meta["form"] == "box":
         colour = meta["referring"].split("(")[1].split()[0]
-        assert (picture == np.array(COLOURS[colour])).all(-1).sum() > 20
+        assert (image == np.array(COLOURS[colour])).all(-1).sum() > 20
         return
     same = [i for i in truth.named(name) if truth.pixels(view, i) >= GHOST]
     assert object_id in same
@@ -103,7 +102,7 @@ def check_scene_caption(truth: Truth, row: Sample) -> None:
     view = row.metadata["view"]
     camera = truth.scene.views[view].camera
     by_title = dict(zip(meta["titles"], meta["objects"], strict=True))
-    picture = np.asarray(row.parts("image")[0]["image"])
+    image = np.asarray(row.parts("image")[0]["image"])
     depths: dict[str, float] = {}
     facts = {"depth": 0, "distance": 0, "nearer": 0, "height": 0, "seen": 0}
     text = reply(row)
@@ -115,7 +114,7 @@ def check_scene_caption(truth: Truth, row: Sample) -> None:
             depth, seen = truth.cast(camera, np.array([[u, v]]))
             depths[title] = depth[0]
             assert seen[0] == by_title[title]
-            assert tuple(picture[int(v), int(u)]) == COLOURS[re.search(r"\((\w+) point", title)[1]]
+            assert tuple(image[int(v), int(u)]) == COLOURS[re.search(r"\((\w+) point", title)[1]]
             sentence = next(
                 s for s in text.split(". ") if title in s and ("deep" in s or "depth" in s or "viewing" in s)
             )
@@ -154,7 +153,7 @@ def check_detection_multi(truth: Truth, row: Sample) -> None:
     for box, parsed, object_id in zip(exact, boxes, meta["objects"], strict=True):
         tight(truth, meta["views"][0], object_id, box, parsed)
     assert (np.diff(np.linalg.norm(exact[:, :3], axis=1)) >= -1e-3).all()
-    for name in meta["classes"]:  # nothing of the class that either picture shows was left out
+    for name in meta["classes"]:  # no visible object of the class is missing
         shown = {i for i in truth.named(name) for v in meta["views"] if truth.pixels(v, i) >= 3 * GHOST}
         assert shown <= set(meta["objects"]) and name in question(row)
     sizes = [(truth.scene.views[v].camera.width, truth.scene.views[v].camera.height) for v in meta["views"]]
@@ -175,18 +174,20 @@ def check_object_object(truth: Truth, row: Sample) -> None:
     else:
         origin = truth.place(meta["objects"][2])
     north = clockwise(origin + np.array([0, 1]) - origin, anchor - origin) - 45 * COMPASS.index(meta["given"])
-    bearing = clockwise(np.array([0.0, 1.0]), target - origin) - north  # so that the anchor lies where the text says
+    bearing = (
+        clockwise(np.array([0.0, 1.0]), target - origin) - north
+    )  # rotated so that the anchor has the direction of the text
     answer = row.answer["value"]
     assert off(bearing, 45 * COMPASS.index(answer)) < 12.6 + 1.0
     assert min(np.linalg.norm(anchor - origin), np.linalg.norm(target - origin)) > 0.45
-    for i, title, colour, (picture, u, v) in zip(
+    for i, title, colour, (image, u, v) in zip(
         meta["objects"], meta["titles"], meta["colours"], meta["marks"], strict=True
     ):
         assert title in text and title.startswith(truth.scene.object(i).name)
-        drawn = np.asarray(row.parts("image")[picture]["image"])
+        drawn = np.asarray(row.parts("image")[image]["image"])
         assert tuple(drawn[int(v), int(u)]) == COLOURS[colour]
-        assert truth.cast(truth.scene.views[meta["views"][picture]].camera, np.array([[u, v]]))[1][0] == i
-    for v in meta["views"]:  # no picture alone is enough
+        assert truth.cast(truth.scene.views[meta["views"][image]].camera, np.array([[u, v]]))[1][0] == i
+    for v in meta["views"]:  # one image alone must not be enough
         assert any(truth.pixels(v, i) < GHOST for i in meta["objects"])
     assert meta["given"] in text
     check_choice(row)
@@ -338,7 +339,7 @@ def test_facts_are_scored_by_name_and_number() -> None:
     assert score_facts("The bed (red point-1) is here. Nothing else.", answer) == 0.0
 
 
-def test_a_picture_without_a_world_gets_no_directions(walked: list[Scene]) -> None:
+def test_an_image_without_a_world_gets_no_directions(walked: list[Scene]) -> None:
     from dataclasses import replace
 
     scene = replace(walked[0], pairs=(), walk=(), views=walked[0].views[:1])
