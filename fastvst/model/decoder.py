@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvst.model.config import ModelConfig
-from fastvst.model.layers import Attend, GatedMLP, Norm, norm_linear, run_block
+from fastvst.model.layers import Attend, GatedMLP, Norm, run_block
 from fastvst_kernels import mrope
+from fastvst_kernels.recompute import norm_qkv, project_add_norm
 
 
 class Attention(nn.Module):
-    """The weights of a layer's attention."""
+    """The projections of a layer's attention, and its rotary embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -23,10 +24,28 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(size, config.num_key_value_heads * head_dim)
         self.v_proj = nn.Linear(size, config.num_key_value_heads * head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=False)
+        # transformers' tables are float32 in every model, then cast to the model's dtype.
+        self.rotate = partial(
+            mrope,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            sections=config.mrope_section,
+            theta=config.rope_theta,
+            rope_dtype=torch.float32,
+        )
+
+    @property
+    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def rope(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (T, heads, head_dim) of the fused projection (T, width) without bias, and positions (3, T)."""
+        return self.rotate(qkv, torch.cat([projection.bias for projection in self.qkv]), positions)
 
 
 class DecoderLayer(nn.Module):
-    """One layer. How queries meet keys is the caller's affair: packed sequences in training, a cache in decoding."""
+    """One layer. The caller defines how queries meet keys: packed sequences in training, a KV cache in decoding."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -35,25 +54,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.index = index
-        # transformers' tables are float32 in every model, then cast to its dtype.
-        self.rope = partial(
-            mrope,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            sections=config.mrope_section,
-            theta=config.rope_theta,
-            rope_dtype=torch.float32,
-        )
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, *, light: bool) -> Tensor:
         """(T, hidden) and (3, T) positions -> (T, hidden)"""
         attn = self.self_attn
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        qkv = norm_linear(x, self.input_layernorm, projections, bias=False, light=light)
-        q, k, v = self.rope(qkv, torch.cat([p.bias for p in projections]), positions)
-        attended = attend(self.index, q, k, v).flatten(1)
-        return self.mlp(attended, attn.o_proj, x, self.post_attention_layernorm, light=light)
+        q, k, v = attn.rope(norm_qkv(x, self.input_layernorm, attn.qkv, light=light), positions)
+        a = attend(self.index, q, k, v).flatten(1)
+        x, h = project_add_norm(a, attn.o_proj, x, self.post_attention_layernorm, light=light)
+        return x + self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -71,7 +79,7 @@ class Decoder(nn.Module):
         Args:
             x: (T, hidden_size).
             positions: (3, T) integer M-RoPE positions.
-            attend: called by layer i as `attend(i, q, k, v)` with (T, heads, head_dim) tensors.
+            attend: layer i calls `attend(i, q, k, v)` with (T, heads, head_dim) tensors.
 
         Returns:
             (T, hidden_size) after the final norm.

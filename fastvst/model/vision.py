@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvst.model.config import VisionConfig
-from fastvst.model.layers import GatedMLP, Norm, norm_linear, run_block
+from fastvst.model.layers import GatedMLP, Norm, run_block
 from fastvst_kernels import packed_attention, vision_rope, window_attention
+from fastvst_kernels.recompute import norm_qkv, project_add_norm
 
 NORM_EPS = 1e-6  # Qwen2_5_VLVisionBlock: fixed, not in config.json
 
@@ -23,7 +24,7 @@ class PatchKernel(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The published kernel of a strided 3-D convolution; on patches cut out beforehand it is one matrix product."""
+    """The published strided 3-D convolution; on patches that are already cut out it is one matrix product."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -36,45 +37,50 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """The weights of a block's attention."""
+    """The projections of a block's attention, and the attention between them, in windows or in whole frames."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, *, windowed: bool) -> None:
         super().__init__()
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.num_heads = config.num_heads
+        self.windowed = windowed
+
+    def forward(self, qkv: Tensor, positions: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """(P, 3 * hidden) projection without bias -> (P, hidden); `offsets` of windows or frames (see VisionBlock)."""
+        bias = self.qkv.bias
+        heads = self.num_heads
+        rope = torch.float32  # as transformers rotates in every model (apply_rotary_pos_emb_vision)
+        if self.windowed:
+            return window_attention(qkv, bias, positions, offsets, num_heads=heads, max_window=longest, rope_dtype=rope)
+        q, k, v = vision_rope(qkv, bias, positions, num_heads=heads, rope_dtype=rope)
+        return packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
 
 
 class VisionBlock(nn.Module):
-    """Attention in windows (or whole frames) and a gated MLP, each behind a norm and around a residual."""
+    """Attention and a gated MLP, each behind a norm and around a residual."""
 
     def __init__(self, config: VisionConfig, *, windowed: bool) -> None:
         super().__init__()
         self.norm1 = Norm(config.hidden_size, NORM_EPS)
         self.norm2 = Norm(config.hidden_size, NORM_EPS)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config, windowed=windowed)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
-        self.num_heads = config.num_heads
-        self.windowed = windowed
+
+    @property
+    def windowed(self) -> bool:
+        return self.attn.windowed
 
     def forward(self, x: Tensor, positions: Tensor, offsets: Tensor, longest: int, *, light: bool) -> Tensor:
-        """(P, hidden) -> (P, hidden); `offsets` of windows or frames, the longest of them as an int."""
-        qkv = norm_linear(x, self.norm1, [self.attn.qkv], bias=False, light=light)
-        # transformers rotates in float32 whatever the model's dtype (apply_rotary_pos_emb_vision).
-        bias = self.attn.qkv.bias
-        heads = self.num_heads
-        rope = torch.float32
-        if self.windowed:
-            attended = window_attention(
-                qkv, bias, positions, offsets, num_heads=heads, max_window=longest, rope_dtype=rope
-            )
-        else:
-            q, k, v = vision_rope(qkv, bias, positions, num_heads=heads, rope_dtype=rope)
-            attended = packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
-        return self.mlp(attended, self.attn.proj, x, self.norm2, light=light)
+        """(P, hidden) -> (P, hidden); `offsets` of windows or frames, and the length of the longest of them."""
+        qkv = norm_qkv(x, self.norm1, [self.attn.qkv], light=light)
+        a = self.attn(qkv, positions, offsets, longest)
+        x, h = project_add_norm(a, self.attn.proj, x, self.norm2, light=light)
+        return x + self.mlp(h)
 
 
 class Merger(nn.Module):
-    """Norm, then 2 x 2 neighbouring patches to one token of the decoder."""
+    """Norm, then 2 x 2 neighbouring patches become one token of the decoder."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -90,7 +96,7 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches in tower order to merged tokens in tower order."""
+    """From patches in tower order to merged tokens in tower order."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -111,13 +117,14 @@ class VisionTower(nn.Module):
         max_image: int,
         recompute: str = "none",
     ) -> Tensor:
-        """Run the tower on all pictures of a pack at once; the arguments are fields of `PackedBatch`.
+        """Run the tower on all images and videos of a pack at once; the arguments are fields of `PackedBatch`.
 
         Args:
             patches: (P, channels * frames * height * width) of any floating dtype, in tower order.
             positions: (P, 2) integer (row, column) in the frame.
-            cu_windows, cu_images: (W + 1,), (F + 1,) int32 patch offsets of windows and frames.
-            max_window, max_image: patches in the largest window and frame.
+            cu_windows: (W + 1,) int32 patch offsets of the windows.
+            cu_images: (F + 1,) int32 patch offsets of the frames.
+            max_window, max_image: patches in the largest window and in the largest frame.
 
         Returns:
             (P / 4, out_hidden_size) in tower order.
