@@ -1,4 +1,4 @@
-"""RL on the tiny model: the update with shared and repeated prompts, and a whole GRPO step beside TRL's trainer."""
+"""RL on the tiny model: the update with shared and repeated prompts, and a GRPO step compared with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastvst.rollout import Engine, SamplingParams
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig, World
 
-# Prompt 1,600 and answers 128 x 8, divided by four; 300 of the prompt's 400 tokens are one picture.
+# A prompt of 1,600 tokens and 8 completions of 128, divided by four; one image has 300 of the prompt's 400 tokens.
 PROMPT = 400
 ANSWER = 32
 N = 8
@@ -36,11 +36,13 @@ def words(tokens: int, processor: Processor, rng: np.random.Generator) -> str:
     return processor.decode(processor.tokenizer.encode(text, add_special_tokens=False).ids[:tokens])
 
 
-def question(processor: Processor, number: int, *, picture: bool) -> Sample:
-    """A prompt of PROMPT tokens, give or take the template."""
+def question(processor: Processor, number: int, *, with_image: bool) -> Sample:
+    """A prompt of about PROMPT tokens."""
     rng = np.random.default_rng(number)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": words(PROMPT - (330 if picture else 30), processor, rng)}]
-    if picture:
+    parts: list[dict[str, Any]] = [
+        {"type": "text", "text": words(PROMPT - (330 if with_image else 30), processor, rng)}
+    ]
+    if with_image:
         pixels = rng.integers(0, 255, (15 * 28, 20 * 28, 3), dtype=np.uint8)
         parts.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
     return Sample.from_messages([{"role": "user", "content": parts}], id=str(number))
@@ -50,10 +52,11 @@ def sampled_groups(processor: Processor) -> list[Group]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for number in range(GROUPS):
-        prompt = processor.encode(question(processor, number, picture=True), add_generation_prompt=True)
+        prompt = processor.encode(question(processor, number, with_image=True), add_generation_prompt=True)
         tokens = torch.randint(100, 2000, (N, ANSWER), generator=generator, dtype=torch.int32)
         values = torch.randn(N, generator=generator).tolist()
-        made.append(Group(prompt, tuple(Answer(t, torch.full((ANSWER,), -2.0), v) for t, v in zip(tokens, values))))
+        logprobs = torch.full((ANSWER,), -2.0)
+        made.append(Group(prompt, tuple(Answer(t, logprobs, v) for t, v in zip(tokens, values, strict=True))))
     return made
 
 
@@ -89,7 +92,7 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
         rounds=3,
     )
     record(
-        f"update, {GROUPS} prompts of {len(groups[0].prompt)} tokens (one picture), {N} answers of {ANSWER}",
+        f"update, {GROUPS} prompts of {len(groups[0].prompt)} tokens (one image), {N} completions of {ANSWER}",
         shared_s=seconds["shared"],
         repeated_s=seconds["repeated"],
         seconds_ratio=seconds["repeated"] / seconds["shared"],
@@ -98,7 +101,7 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
     )
 
 
-# --------------------------------------------------------------------------------------------- a whole step beside TRL
+# ---------------------------------------------------------------------------------------- a step compared with TRL's
 
 
 def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], None]:
@@ -129,7 +132,7 @@ def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], 
 
 
 def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], object]:
-    """TRL's trainer with its own generation (transformers' generate), one optimizer step at a time."""
+    """One optimizer step of TRL's trainer, which samples with transformers' `generate`."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -159,7 +162,7 @@ def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], obj
     def reward(completions: list[Any], **more: Any) -> list[float]:
         return [float(completion[0]["content"].count("e")) for completion in completions]
 
-    # A trainer for each round, made beforehand: only `train` is timed.
+    # One trainer for each round is made in advance, so that only `train` is timed.
     trainers = [
         trl.GRPOTrainer(
             model=model,
@@ -173,14 +176,14 @@ def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], obj
     return lambda: trainers.pop().train()
 
 
-def test_a_grpo_step_beside_trl(record: Callable[..., None], device: torch.device, tmp_path: Path) -> None:
+def test_a_grpo_step_compared_with_trl(record: Callable[..., None], device: torch.device, tmp_path: Path) -> None:
     if device.type != "cpu":
         pytest.skip("the comparison is set up for the CPU")
     torch.manual_seed(0)
     config = ModelConfig.preset("tiny")
     processor = Processor.preset("tiny", max_seq_len=2048)
     Qwen25VL(config).save_pretrained(tmp_path / "model", processor=processor)
-    samples = [question(processor, number, picture=False) for number in range(GROUPS)]
+    samples = [question(processor, number, with_image=False) for number in range(GROUPS)]
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     steps = {
         "ours": our_step(tmp_path / "model", samples, world),
@@ -189,7 +192,7 @@ def test_a_grpo_step_beside_trl(record: Callable[..., None], device: torch.devic
     seconds = interleaved(steps, rounds=ROUNDS)
     lengths = [len(processor.encode(s, add_generation_prompt=True)) for s in samples]
     record(
-        f"GRPO step, {GROUPS} text prompts of {lengths[0]} tokens, {N} answers of {ANSWER}",
+        f"GRPO step, {GROUPS} text prompts of {lengths[0]} tokens, {N} completions of {ANSWER}",
         ours_s=seconds["ours"],
         trl_s=seconds["trl"],
         ratio=seconds["trl"] / seconds["ours"],

@@ -1,83 +1,36 @@
-"""Groups in packs: nothing lost, and the update on shared prompts equals the one on repeated prompts."""
+"""Groups in packs: every completion is in one pack, and both layouts have the same targets."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from torch.distributed.tensor import DTensor
 
 from fastvst.data import Processor, Sample, pack
-from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rl.packing import Answer, Group, divide_into_packs, make_pack
-from fastvst.rl.policy_update import UpdateConfig, make_minibatches, make_objective, policy_head, reduce_stats
-from fastvst.train import distributed
-from fastvst.train.distributed import ParallelConfig
-from fastvst_kernels import linear_policy_loss
-from ranks import run_ranks
-from small_run import small_config, write_model
-
-PIXELS = {"max_pixels": 84 * 84, "max_seq_len": 256}
-
-
-def prompt_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Questions with 1, 0, 2, 1, ... pictures."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for index in range(count):
-        pictures = [
-            Image.fromarray(rng.integers(0, 255, (*rng.integers(40, 90, 2), 3), dtype=np.uint8))
-            for _ in range((1, 0, 2)[index % 3])
-        ]
-        parts: list[dict[str, Any]] = [{"type": "image", "image": p} for p in pictures]
-        parts.append({"type": "text", "text": "how far is the chair " * (1 + index % 3)})
-        samples.append(Sample.from_messages([{"role": "user", "content": parts}], id=str(index)))
-    return samples
-
-
-def make_groups(processor: Processor, count: int, answers: int = 4, seed: int = 0) -> list[Group]:
-    rng = torch.Generator().manual_seed(seed)
-    groups = []
-    for sample in prompt_samples(count, seed):
-        prompt = processor.encode(sample, add_generation_prompt=True)
-        lengths = torch.randint(1, 12, (answers,), generator=rng).tolist()
-        groups.append(
-            Group(
-                prompt,
-                tuple(
-                    Answer(
-                        torch.randint(10, 300, (length,), generator=rng, dtype=torch.int32),
-                        -3 * torch.rand(length, generator=rng),
-                        float(torch.randn((), generator=rng)),
-                    )
-                    for length in lengths
-                ),
-            )
-        )
-    return groups
+from rl_groups import make_groups, prompt_samples, small_processor
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    return Processor.preset("tiny", model_config=small_config(), **PIXELS)
+    return small_processor()
 
 
-# ------------------------------------------------------------------------------------------------------------- plans
+class PromptOfLength:
+    """All that `divide_into_packs` reads of a prompt."""
 
-
-class _Prompt:
     def __init__(self, length: int) -> None:
         self.length = length
 
     def __len__(self) -> int:
         return self.length
+
+
+def marked(mark: int, length: int) -> Answer:
+    return Answer(torch.full((length,), mark), torch.zeros(length))
 
 
 @given(
@@ -86,11 +39,9 @@ class _Prompt:
     st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_answer_is_in_one_pack_once_and_packs_keep_their_budget(shapes: Any, budget: int, shared: bool) -> None:
+def test_every_completion_is_in_one_pack_and_no_pack_exceeds_its_budget(shapes: Any, budget: int, shared: bool) -> None:
     groups = [
-        Group(
-            _Prompt(length), tuple(Answer(torch.full((n,), 100 * g + a), torch.zeros(n)) for a, n in enumerate(sizes))
-        )  # type: ignore[arg-type]
+        Group(PromptOfLength(length), tuple(marked(100 * g + a, n) for a, n in enumerate(sizes)))  # type: ignore[arg-type]
         for g, (length, sizes) in enumerate(shapes)
     ]
     packs, sharing = divide_into_packs(groups, budget, shared=shared)
@@ -104,8 +55,8 @@ def test_every_answer_is_in_one_pack_once_and_packs_keep_their_budget(shapes: An
     assert not shared or sharing.split == alone.count(False)
 
 
-def test_an_answer_goes_on_where_its_prompt_ends(processor: Processor) -> None:
-    """Tokens and positions of the repeated layout are those of encoding question and answer as one conversation."""
+def test_a_completion_continues_its_prompt(processor: Processor) -> None:
+    """Tokens and positions of the repeated layout equal those of the encoded conversation with the completion."""
     (sample,) = prompt_samples(1)
     prompt = processor.encode(sample, add_generation_prompt=True)
     whole = Sample.from_messages([*sample.messages, {"role": "assistant", "content": "two metres"}], id="0")
@@ -116,7 +67,7 @@ def test_an_answer_goes_on_where_its_prompt_ends(processor: Processor) -> None:
     assert made.num_targets == len(answer.tokens) and torch.equal(made.targets, answer.tokens.long())
 
 
-def test_both_layouts_have_the_same_targets_and_say_what_they_cost(processor: Processor) -> None:
+def test_both_layouts_have_the_same_targets_and_count_their_flops(processor: Processor) -> None:
     groups = make_groups(processor, 5)
     shared, repeated = (make_pack(groups, processor.model_config, shared=s) for s in (True, False))
     shared.batch.validate()
@@ -127,144 +78,3 @@ def test_both_layouts_have_the_same_targets_and_say_what_they_cost(processor: Pr
     assert shared.batch.flops < 0.5 * repeated.batch.flops
     again = pack([processor.encode(s, add_generation_prompt=True) for s in prompt_samples(5)])
     assert shared.batch.num_images == again.num_images and make_pack([], processor.model_config).batch.num_tokens == 1
-
-
-# --------------------------------------------------------------------------------------------------- the same update
-
-UPDATES = {
-    "dapo": UpdateConfig(kl="k3", entropy_coef=0.01, importance="token", tokens_per_pack=250),
-    "gspo": UpdateConfig(objective="gspo", dual_clip=None, tokens_per_pack=250),
-}
-
-
-def update_of(
-    model: Any, groups: list[Group], config: UpdateConfig, world: Any, *, share_prompts: bool = True
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and all gradients, as the essay computes them."""
-    objective = make_objective(config, 12)
-    (batch,), _ = make_minibatches(groups, config, objective, model.config, world, share_prompts=share_prompts)
-    losses = []
-    stats = []
-    for part in batch.packs:
-        part = dataclasses.replace(part, ref_logprobs=0.9 * part.rollout_logprobs, old_logprobs=part.rollout_logprobs)
-        loss, found = model(part.batch, head=policy_head(part, objective, 1.0, first=False))
-        loss.backward()
-        losses.append(loss.detach())
-        stats.append(found)
-    row = reduce_stats(stats, world, loss=world.sum(torch.stack(losses).sum()))
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        gradients[name] = grad.numpy().copy()
-    model.zero_grad()
-    return row["loss"], gradients
-
-
-def assert_same(one: tuple[float, dict[str, np.ndarray]], two: tuple[float, dict[str, np.ndarray]]) -> None:
-    assert one[0] == pytest.approx(two[0], rel=1e-5, abs=1e-6)
-    for name, gradient in one[1].items():
-        scale = max(np.abs(two[1][name]).max(), 1e-3)
-        np.testing.assert_allclose(gradient / scale, two[1][name] / scale, atol=1e-5, rtol=0, err_msg=name)
-
-
-@pytest.mark.parametrize("name", UPDATES)
-def test_shared_prompts_give_the_loss_and_every_gradient_of_repeated_ones(processor: Processor, name: str) -> None:
-    torch.manual_seed(0)
-    model = Qwen25VL(small_config())
-    model.vision_on_every_rank = True
-    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    groups = make_groups(processor, 6)
-    config = UPDATES[name]
-    (batch,), sharing = make_minibatches(groups, config, make_objective(config, 12), model.config, world)
-    assert len(batch.packs) > 1 and max(p.groups for p in batch.packs) > 1 and sharing.split == 0
-    shared = update_of(model, groups, config, world)
-    assert_same(shared, update_of(model, groups, config, world, share_prompts=False))
-    split = dataclasses.replace(config, tokens_per_pack=70)
-    assert make_minibatches(groups, split, make_objective(split, 12), model.config, world)[1].split > 0
-    assert_same(shared, update_of(model, groups, split, world))
-    wrong = [Group(g.prompt, (*g.answers[1:], g.answers[0])) for g in groups]  # the comparison can fail
-    wrong = [Group(g.prompt, tuple(dataclasses.replace(a, advantage=-a.advantage) for a in g.answers)) for g in wrong]
-    with pytest.raises(AssertionError):
-        assert_same(shared, update_of(model, wrong, config, world))
-
-
-def _on_a_rank(env: dict[str, str], folder: str, groups: list[Group], config: UpdateConfig) -> Any:
-    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
-    source = Qwen25VL.from_pretrained(folder) if world.is_main else None
-    with torch.device("meta"):
-        skeleton = Qwen25VL(ModelConfig.from_pretrained(folder))
-    model = distributed.place(source, skeleton, world)
-    mine = groups[:4] if world.rank == 0 else groups[4:]  # not the same number, and rank 1 has fewer packs
-    result = update_of(model, mine, config, world)
-    distributed.stop(world)
-    return result
-
-
-@pytest.mark.slow
-def test_two_ranks_with_sharded_weights_give_the_same_update(processor: Processor, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
-    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    groups = make_groups(processor, 6)
-    config = UPDATES["dapo"]
-    one = Qwen25VL.from_pretrained(folder)
-    one.vision_on_every_rank = True
-    alone = update_of(one, groups, config, world, share_prompts=False)
-    for found in run_ranks(_on_a_rank, 2, str(folder), groups, config):
-        assert_same(found, alone)
-
-
-# ------------------------------------------------------------------------------------------------------ what it means
-
-
-def test_the_first_update_is_the_advantage_weighted_negative_log_likelihood(processor: Processor) -> None:
-    """And it is divided by all answer tokens, also by those of groups that were left out for having no advantage."""
-    torch.manual_seed(0)
-    model = Qwen25VL(small_config())
-    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    groups = make_groups(processor, 3)
-    flat = Group(groups[1].prompt, tuple(dataclasses.replace(a, advantage=0.0) for a in groups[1].answers))
-    groups[1] = flat
-    config = UpdateConfig()
-    objective = make_objective(config, 12)
-    (batch,), _ = make_minibatches(groups, config, objective, model.config, world)
-    assert sum(p.groups for p in batch.packs) == 2
-    loss = sum(model(p.batch, head=policy_head(p, objective, 1.0, first=True))[0] for p in batch.packs)
-    loss.backward()  # type: ignore[union-attr]
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    total = sum(g.answer_tokens for g in groups)
-    expected = torch.zeros(())
-    for group in groups:
-        for answer in group.answers:
-            made = make_pack([Group(group.prompt, (answer,))], model.config, shared=False).batch
-            logprobs = torch.log_softmax(model.logits(made)[made.loss_rows], -1).gather(1, made.targets[:, None])
-            expected = expected - answer.advantage * logprobs.sum() / total
-    expected.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name in found:
-            scale = max(float(parameter.grad.abs().max()), 1e-3)
-            torch.testing.assert_close(found[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0)
-
-
-def test_a_kept_vision_tower_gives_the_same_hidden_states(processor: Processor) -> None:
-    model = Qwen25VL(small_config()).eval()
-    batch = make_pack(make_groups(processor, 3), model.config).batch
-    with torch.no_grad():
-        assert torch.equal(model(batch), model(batch, vision=model(batch, images_only=True)))
-        text = make_pack(make_groups(processor, 2)[1:], model.config).batch
-        assert torch.equal(model(text), model(text, vision=model(text, images_only=True)))
-
-
-def test_the_gap_to_the_sampler_is_reported() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(6, 4)
-    weight = torch.randn(9, 4)
-    targets = torch.arange(6)
-    logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None]).squeeze(1)
-    gap = torch.tensor([0.1, -0.3, 0.0, 0.2, 0.0, 0.0])
-    objective = make_objective(UpdateConfig(), 12)
-    _, stats = linear_policy_loss(
-        hidden, weight, targets, objective, advantages=torch.ones(6), sampler_logprobs=logprobs + gap
-    )
-    assert stats["sampler_gap"].item() == pytest.approx(0.1, abs=1e-5)
-    assert stats["sampler_gap_max"].item() == pytest.approx(0.3, abs=1e-5)

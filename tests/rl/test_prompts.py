@@ -1,4 +1,4 @@
-"""The stream of questions: dealt to ranks, found again exactly, with a ledger of what cannot be asked."""
+"""The stream of prompts: dealt to ranks, restored exactly, with a ledger of unusable rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epoch
     return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size, answer_tokens=answers)
 
 
-def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: Path, processor: Processor) -> None:
+def test_ranks_share_one_stream_and_a_checkpoint_restores_its_place(tmp_path: Path, processor: Processor) -> None:
     path = write_questions(tmp_path, 15)
     whole = [p.number for _ in range(4) for p in stream(path, processor).take(5)][:5]
     assert whole == [0, 1, 2, 3, 4]
@@ -31,7 +31,7 @@ def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: P
     for count in (5, 3, 9):
         everything = [p.sample.id for p in one.take(count)]
         shares = [[p.sample.id for p in s.take(count)] for s in (first, second)]
-        assert sorted(shares[0] + shares[1]) == sorted(everything), "each question goes to one rank"
+        assert sorted(shares[0] + shares[1]) == sorted(everything), "each prompt goes to one rank"
         assert all(s == [i for i in everything if i in s] for s in shares), "in the order of the stream"
     state = json.loads(json.dumps(one.state_dict()))
     following = [(p.number, p.sample.id) for p in one.take(20)]
@@ -40,8 +40,8 @@ def test_ranks_deal_the_same_stream_and_a_saved_place_is_found_again(tmp_path: P
     assert [(p.number, p.sample.id) for p in again.take(20)] == following
 
 
-def test_questions_are_dealt_by_their_expected_work(tmp_path: Path, processor: Processor) -> None:
-    """Every fourth question is long, so that dealing in turn would give all of them to one rank of two."""
+def test_prompts_are_dealt_by_their_expected_work(tmp_path: Path, processor: Processor) -> None:
+    """Every fourth prompt is long: dealing in turn would give all long ones to one rank of two."""
     words = ["word " * (120 if i % 4 == 0 else 2) for i in range(16)]
     rows = [{"id": str(i), "question": q, "answer": "x", "type": "qa"} for i, q in enumerate(words)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -57,10 +57,10 @@ def test_questions_are_dealt_by_their_expected_work(tmp_path: Path, processor: P
     first, second = dealt(0)
     assert abs(sum(first) - sum(second)) <= max(first) / 4 and sum(n > 100 for n in first) == 2
     first, second = dealt(100_000)
-    assert len(first) == len(second) == 8, "long answers weigh the same for every question"
+    assert len(first) == len(second) == 8, "with long completions every prompt has the same work"
 
 
-def test_rows_that_cannot_be_asked_are_in_the_ledger(tmp_path: Path, processor: Processor) -> None:
+def test_unusable_rows_are_in_the_ledger(tmp_path: Path, processor: Processor) -> None:
     path = write_questions(tmp_path, 4)
     meta = json.dumps({"mode": ["relaxed_score"]})
     bad = [
@@ -82,7 +82,7 @@ def test_rows_that_cannot_be_asked_are_in_the_ledger(tmp_path: Path, processor: 
     assert len(asked.encode(found)) == 3 and asked.ledger.counts["missing_image"] == 1
 
 
-def test_kinds_choose_the_system_prompt_and_the_format(tmp_path: Path, processor: Processor) -> None:
+def test_the_kind_chooses_the_system_prompt_and_the_format(tmp_path: Path, processor: Processor) -> None:
     rows = [
         {"id": "t", "question": "why", "answer": "B", "meta_info": json.dumps({"mode": ["multi_choices_score"]})},
         {"id": "b", "question": "boxes", "answer": "[]", "meta_info": json.dumps({"mode": ["bbox3d"]})},
@@ -101,7 +101,7 @@ def test_kinds_choose_the_system_prompt_and_the_format(tmp_path: Path, processor
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts.values())
 
 
-def test_of_several_checked_turns_one_is_asked_with_the_true_ones_before_it() -> None:
+def test_one_of_several_checkable_turns_is_asked_after_the_true_ones() -> None:
     turns = [{"type": "number", "value": value} for value in (1, 2, 3)]
     messages = [{"role": r, "content": f"{r} {k}"} for k in range(3) for r in ("user", "assistant")]
     sample = Sample.from_messages(messages, id="x", answer=turns[-1], metadata={"turn_answers": turns, "task": "size"})

@@ -1,4 +1,4 @@
-"""Whole runs of examples/rl.py on a small model: it learns, it survives, and it can be followed."""
+"""Whole runs of examples/rl.py on a small model: learning, resuming, and the files of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESTING = '''
 import pathlib, time
 
 def letters(responses, rows):
-    """As slow as a step, and it says that it is running."""
+    """As slow as a step; touches a file while it runs."""
     pathlib.Path(__file__).with_name("resting").touch()
     time.sleep(0.15)
     return [min(1.0, 3 * text.count("e") / max(len(text), 1)) for text in responses]
@@ -63,7 +63,7 @@ def rows_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
-def test_a_run_writes_everything_down(whole: Path, model: Path) -> None:
+def test_a_run_writes_its_files(whole: Path, model: Path) -> None:
     rows = rows_of(whole)
     assert [r["step"] for r in rows] == list(range(8))
     keys = "reward accuracy format length length_max clipped entropy grad_norm clip_low clip_high kl_old_k3 too_easy "
@@ -71,7 +71,9 @@ def test_a_run_writes_everything_down(whole: Path, model: Path) -> None:
     keys += "decode_tokens_per_s update_tokens_per_s token_saving split_groups kept_share reward/relaxed"
     assert set(keys.split()) <= set(rows[-1]), set(keys.split()) - set(rows[-1])
     assert max(r["sampler_gap_max"] for r in rows) < 1e-4 and rows[-1]["token_saving"] > 1.5
-    assert all(r["ratio_max"] == 1.0 for r in rows if "ratio_max" in r)  # one on-policy update: no old logprobs
+    assert all(
+        r["ratio_max"] == 1.0 for r in rows if "ratio_max" in r
+    )  # the only update of a step is on policy: no old log-probabilities
     asked = rows_of(whole, "rollouts.jsonl")
     assert {g["step"] for g in asked} == set(range(8)) and all(len(g["answers"]) == 4 for g in asked)
     kept = [g for g in asked if g["verdict"] == "keep"]
@@ -138,11 +140,11 @@ def test_killed_in_rollout_reward_or_update_a_run_resumes_with_the_same_curve(
         done = _lines(out / "metrics.jsonl")
         resting.unlink(missing_ok=True)
         process = _start(killed)
-        if phase == "rollout":  # a step's row is written, so the next one samples
+        if phase == "rollout":  # the row of a step is written, so the next step samples
             _wait(lambda done=done: _lines(out / "metrics.jsonl") > done, process)
-        elif phase == "reward":  # a reward process is at work
+        elif phase == "reward":  # a reward process is running
             _wait(resting.exists, process)
-        else:  # the step's rollouts are written just before its update
+        else:  # the rollouts of a step are written just before its update
             known = _lines(out / "rollouts.jsonl")
             _wait(lambda known=known: _lines(out / "rollouts.jsonl") > known, process)
         assert process.pid is not None and process.is_alive()
@@ -157,7 +159,7 @@ def test_killed_in_rollout_reward_or_update_a_run_resumes_with_the_same_curve(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on(model: Path, data: Path, reward: Path, whole: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_run_resumes(model: Path, data: Path, reward: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = rl_arguments(out, data, model, reward, "steps=8", "resume=auto")
     process = _start(command)
@@ -172,7 +174,7 @@ def test_sigterm_saves_and_the_run_goes_on(model: Path, data: Path, reward: Path
     assert rl_curve(out) == rl_curve(whole)
 
 
-# ------------------------------------------------------------------------------------------------- many ways to update
+# --------------------------------------------------------------------------------------------- objectives and options
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_every_objective_and_advantage_runs(model: Path, data: Path, reward: Pat
         rows = rows_of(out)
         assert all(abs(r["loss"]) < 100 and r["grad_norm"] > 0 for r in rows), objective
         assert rows[0]["updates"] == 2 ** len({"update.epochs=2", "update.minibatches=2"} & set(more))
-        if "update.old_logprobs=recompute" in more:  # what is recomputed belongs to the weights that sampled
+        if "update.old_logprobs=recompute" in more:  # recomputed log-probabilities are those of the sampling weights
             assert all(r["sampler_gap_max"] < 1e-4 and r["ratio_max"] > 1.001 for r in rows)
         assert ("kl_ref_k3" in rows[0]) == ("update.kl=k3" in more)
         assert rows[0]["token_saving"] > 1
@@ -217,7 +219,7 @@ def test_every_objective_and_advantage_runs(model: Path, data: Path, reward: Pat
 
 
 def _with_a_nan(env: dict[str, str], command: list[str], steps: tuple[int, ...]) -> str:
-    """Rank 1 (or the only one) finds a NaN in the advantages of some steps."""
+    """The last rank gets NaN advantages in some steps."""
     real = rl.collect
     calls = []
 
@@ -238,7 +240,7 @@ def _with_a_nan(env: dict[str, str], command: list[str], steps: tuple[int, ...])
     return "finished"
 
 
-def test_a_nan_skips_the_step_and_names_the_questions(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
+def test_a_nan_skips_the_step_and_names_the_prompts(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     _with_a_nan({}, rl_arguments(out, data, model, reward, "steps=3"), (1,))
     rows = rows_of(out)
@@ -252,7 +254,7 @@ def test_a_nan_skips_the_step_and_names_the_questions(model: Path, data: Path, r
         _with_a_nan({}, rl_arguments(tmp_path / "b", data, model, reward, "guard.patience=2"), (0, 1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------- strange answers
+# ---------------------------------------------------------------------------------------------------- unusual rewards
 
 
 def test_rewards_that_fail_stop_the_run_with_the_reason(model: Path, data: Path, tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_equal_rewards_leave_the_weights_alone(model: Path, data: Path, tmp_path
 # ------------------------------------------------------------------------------------------------------------ options
 
 
-def test_dry_run_says_what_a_step_costs(
+def test_dry_run_prints_the_cost_of_a_step(
     model: Path, data: Path, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rl.main(rl_arguments(tmp_path / "run", data, model, reward, "--dry-run"))
@@ -287,7 +289,7 @@ def test_dry_run_says_what_a_step_costs(
     assert not (tmp_path / "run").exists()
 
 
-def test_options_that_cannot_work_are_refused(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
+def test_contradicting_options_are_refused(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="update.tokens_per_pack is 100"):
         rl.main(rl_arguments(tmp_path / "run", data, model, reward, "update.tokens_per_pack=100"))
     with pytest.raises(ConfigError, match="set update.importance to token"):

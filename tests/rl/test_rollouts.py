@@ -1,4 +1,4 @@
-"""RL steps on answers of a real HTTP server, which speaks OpenAI's API and samples from a model of its own."""
+"""RL steps on completions of an HTTP server with OpenAI's API, which samples from its own copy of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ rl = load_rl()
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the engine; `shift` is added to the log-probabilities, as stale weights would shift them."""
+    """Samples with an engine; `shift` is added to the log-probabilities, as if its weights were old."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         def part(given: dict[str, Any]) -> dict[str, Any]:
             if given["type"] == "text":
                 return given
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply(server.status, server.answer(body) if server.status == 200 else {"error": "no such model"})
+        self.reply(server.status, server.complete(body) if server.status == 200 else {"error": "no such model"})
 
     def reply(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
@@ -114,36 +114,36 @@ def run(server: Server, parts: tuple[Path, Path, Path], out: Path, *more: str) -
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_step_on_the_servers_answers(server: Server, parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_step_on_the_completions_of_a_server(server: Server, parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     first, second = run(server, parts, tmp_path / "run", "steps=2")
     sent = [p["type"] for b in server.bodies for m in b["messages"] for p in m["content"]]
     assert "image_url" in sent and {b["model"] for b in server.bodies} == {"mine"} and server.bodies[0]["n"] == 4
     assert len(server.bodies[0]["logit_bias"]) == 2
-    # The server's weights are those of step 0: its log-probabilities are the trainer's, pictures and template included.
+    # At step 0 the server has the trainer's weights, so images and template give equal log-probabilities.
     assert first["sampler_gap_max"] < 1e-4 and first["grad_norm"] > 0 and first["answer_tokens"] > 0
-    assert second["sampler_gap_max"] > 1e-3, "nobody sends it the new weights, and the figure says so"
+    assert second["sampler_gap_max"] > 1e-3, "the server still has the old weights"
     groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert len(groups[0]["answers"]) == 4 and any(a["text"] for g in groups for a in g["answers"])
 
 
-def test_importance_weights_are_those_of_the_server(
+def test_importance_weights_use_the_servers_log_probabilities(
     server: Server, parts: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     plain = run(server, parts, tmp_path / "plain", "steps=1", "optimizer.clip=1e9")
-    server.shift = 0.5  # the server claims exp(0.5) times the probability: every weight is exp(-0.5)
+    server.shift = 0.5  # the server reports exp(0.5) times the probability: every weight is exp(-0.5)
     (shifted,) = run(server, parts, tmp_path / "shifted", "steps=1", "optimizer.clip=1e9")
     ratio = shifted["grad_norm"] / plain[0]["grad_norm"]
     assert abs(ratio - 0.60653) < 1e-3 and abs(shifted["sampler_gap"] - 0.5) < 1e-3
 
 
-def test_the_served_model_is_the_first_of_the_servers_list(server: Server) -> None:
+def test_the_served_model_is_the_first_in_the_servers_list(server: Server) -> None:
     assert served_model(server.url) == served_model(server.url + "/") == "mine"
     for wrong in (server.url.removesuffix("/v1"), "http://127.0.0.1:9/v1"):
         with pytest.raises(RolloutError, match=r"/models does not list a model .*sampling.base_url"):
             served_model(wrong)
 
 
-def test_a_refusal_ends_the_run_and_names_the_question(
+def test_a_refused_request_ends_the_run_and_names_the_prompt(
     server: Server, parts: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     server.status = 404

@@ -1,4 +1,4 @@
-"""Questions with checkable answers, and the essay `examples/rl.py` as functions, for tests of whole RL runs."""
+"""Rows with checkable answers, and the training script `examples/rl.py` as a module, for tests of whole RL runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from small_run import ROOT, WORDS
 
-# Favours the letter e: any model can learn to earn it, whatever it was trained on.
+# Rewards the letter e, which any model can learn.
 REWARD = """
 def letters(responses, rows):
     return [min(1.0, 3 * text.count("e") / max(len(text), 1)) for text in responses]
@@ -22,16 +22,16 @@ def letters(responses, rows):
 
 def load_rl() -> ModuleType:
     """`examples/rl.py` as a module."""
-    if "rl_essay" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("rl_essay", ROOT / "examples" / "rl.py")
+    if "rl_script" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("rl_script", ROOT / "examples" / "rl.py")
         assert spec is not None and spec.loader is not None
-        sys.modules["rl_essay"] = module = importlib.util.module_from_spec(spec)
+        sys.modules["rl_script"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules["rl_essay"]
+    return sys.modules["rl_script"]
 
 
 def write_questions(folder: Path, rows: int = 24, *, image_every: int = 2, seed: int = 0) -> Path:
-    """RL rows (question, answer, meta_info with modes); every `image_every`-th one shows a picture."""
+    """RL rows (question, answer, meta_info with modes); every `image_every`-th one has an image."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = []
@@ -82,7 +82,7 @@ def rl_arguments(out: Path, data: Path, model: Path, reward: Path, *more: str) -
 
 
 def run_rl(env: dict[str, str], command: list[str]) -> str:
-    """The essay's main, in the form that `ranks.run_ranks` calls."""
+    """The main function of the script, in the form that `ranks.run_ranks` calls."""
     load_rl().main(command, env)
     return "finished"
 

@@ -1,4 +1,4 @@
-"""User rewards in processes: whatever they do, the run gets numbers, in time, with the reason."""
+"""User rewards in processes: any failure gives reward 0 in time, with the reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_function_sees_rows_and_returns_numbers_or_dicts(file: Path) -> None:
     assert (second.accuracy, second.format) == (0, 0)
 
 
-def test_whatever_a_function_does_its_rows_get_zero_and_the_others_their_reward(file: Path) -> None:
+def test_rows_of_a_failed_call_get_zero_and_the_others_their_reward(file: Path) -> None:
     bad = ["raise", "hang", "spin", "fill", "leak", "exit", "daemon", "short", "nan", "inf", "text", "none"]
     calls = [call for name in bad for call in (rows(name), rows("fine", "also fine"))]
     config = RewardConfig(function=f"{file}:ugly", time_limit=8.0, memory_gib=1.0, workers=2)
@@ -93,12 +93,12 @@ def test_whatever_a_function_does_its_rows_get_zero_and_the_others_their_reward(
         assert word in reasons[name], reasons
     assert "MemoryError" in reasons["fill"] and ("MemoryError" in reasons["leak"] or "ended" in reasons["leak"])
     assert pool.failed == len(bad) and "by design" in pool.summary()
-    assert seconds < 120 and all(process.poll() is not None for process in processes)  # nothing is left running
+    assert seconds < 120 and all(process.poll() is not None for process in processes)  # no process is left
 
 
 def test_too_many_failures_stop_the_run(file: Path) -> None:
     with RewardPool(RewardConfig(function=f"{file}:ugly"), max_failed=0.3) as pool:
-        assert pool.score([rows(*["nan"] * 30)])[0][0].overall == 0  # too few to judge
+        assert pool.score([rows(*["nan"] * 30)])[0][0].overall == 0  # too few rows to stop
         with pytest.raises(RewardError, match=r"(?s)60 of 70.*30%.*raise reward.time_limit or reward.memory_gib"):
             pool.score([rows(*["nan"] * 30, *["fine"] * 10)])
 
@@ -107,7 +107,7 @@ def test_too_many_failures_stop_the_run(file: Path) -> None:
     ("function", "message"),
     [("nowhere.py:f", "no file"), ("mine.py:nothing", "no function 'nothing'"), ("mine", "expected file.py:function")],
 )
-def test_a_function_that_cannot_be_found_is_an_error_at_the_start(file: Path, function: str, message: str) -> None:
+def test_a_missing_function_is_an_error_at_the_start(file: Path, function: str, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         RewardPool(RewardConfig(function=function.replace("mine.py", str(file))))
 

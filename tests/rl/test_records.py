@@ -1,0 +1,47 @@
+"""rollouts.jsonl, and the figures of a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fastvst.rl.records import RolloutLog, progress_text, step_figures
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig
+from rl_records import UGLY_TEXTS, record
+
+WORLD = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
+
+
+def test_the_log_has_every_completion_and_a_resumed_run_replaces_its_steps(tmp_path: Path) -> None:
+    group = record(0, UGLY_TEXTS, [0, 0, 1, 0, 0])
+    group.advantages = [-0.5, -0.5, 2.0, -0.5, -0.5]
+    log = RolloutLog(tmp_path, rank=0, first_step=0)
+    for step in range(3):
+        log.write(step, [group, record(1, ["3"], [1], "too_easy")])
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 0, 1, 1, 2, 2] and [r["verdict"] for r in rows[:2]] == ["keep", "too_easy"]
+    assert [a["text"] for a in rows[0]["answers"]] == UGLY_TEXTS and rows[0]["answers"][2]["advantage"] == 2
+    assert len(rows[0]["pictures"]) == 1 and rows[1]["pictures"] == [] and (tmp_path / rows[0]["pictures"][0]).exists()
+    with (tmp_path / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 2, "torn')
+    log = RolloutLog(tmp_path, rank=0, first_step=2)
+    log.write(2, [group])
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 0, 1, 1, 2]
+
+
+def test_the_figures_of_a_step_are_means_over_all_completions() -> None:
+    groups = [record(0, ["ab", "x" * 200], [1.0, 0.0]), record(1, ["c", "d"], [0, 0], "too_hard")]
+    groups[0].penalties = [0.0, -0.5]
+    found = step_figures(groups, WORLD)
+    assert (found["questions"], found["kept"], found["too_hard"], found["answers"]) == (2, 1, 1, 4)
+    assert found["reward"] == (1.0 + 0.0 + 0.5 + 0.5) / 4 == found["reward/mra"]
+    assert (found["accuracy"], found["clipped"], found["length_max"]) == (0.25, 0.25, 200)
+    assert found["answer_tokens"] == 204 and step_figures([], WORLD)["reward"] == 0
+    parts = ("prefill", "decode", "reward", "update")
+    timing = {f"{p}_seconds": 1.0 for p in parts} | {f"{p}_tokens_per_s": 5.0 for p in parts}
+    update = {"step": 0, "loss": 0.1, "lr": 1e-3, "grad_norm": 1.0, "token_saving": 2.5, "split_groups": 3.0}
+    text = progress_text(found | timing | update | {"seconds": 4.0, "memory_gib": 1.0, "eta": 60.0}, 10)
+    for part in ("reward 0.5000 (mra 0.500)", "groups 1/2", "max 200", "2.50x", "decode 1.0", "3 groups did not fit"):
+        assert part in text
