@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvst_kernels import packed_attention
-from fastvst_kernels.attention.plan import AttentionPlan, prepare
+from fastvst_kernels import AttentionPlan, packed_attention, prepare
 
 
 class Block(nn.Module):

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases.attention import CASES, Case
-from fastvst_kernels import packed_attention
-from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels import packed_attention, prepare
 
 Contender = Callable[[], Tensor]
 

@@ -1,7 +1,7 @@
-"""`fastvst::packed_attention` as an operator of torch: eager, autograd, fake tensors, torch.compile, checkpointing.
+"""`fastvst::packed_attention` as a torch operator: eager, autograd, fake tensors, torch.compile, checkpointing.
 
-The rule of who computes it: with tile tables the Triton kernels (a GPU, or Triton's interpreter on the CPU), without
-them the CPU's plain PyTorch path. The logsumexp is (Hq, T) here, as the kernels write it.
+With tile tables the Triton kernels compute it (on a GPU, or in Triton's interpreter on the CPU), without tables the
+plain PyTorch path of the CPU. The logsumexp is (Hq, T) here, as the kernels write it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.attention import cpu as attention_cpu
+from fastvst_kernels.attention import cpu
+from fastvst_kernels.attention.plan import AttentionPlan, ForwardState, kernel_tiles
+from fastvst_kernels.attention.segments import LengthBatch, batch_by_length
 from fastvst_kernels.shared.checks import check_attention_values
-from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
-
-
-def tile(kernel: str, q: Tensor) -> Tile:
-    """The configuration of one attention kernel for q (T, Hq, D) on q's device."""
-    return Tile(*config(kernel, shape_class(q.shape[-1], q.dtype), q.device))
 
 
 @torch.library.custom_op("fastvst::packed_attention", mutates_args=(), device_types="cuda")
@@ -34,7 +30,7 @@ def attention_op(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(T, Hq, D) output and (Hq, T) logsumexp. The tables are those of an `AttentionPlan` for `tile(kernel, q)`."""
+    """(T, Hq, D) output and (Hq, T) logsumexp. The tables are `AttentionPlan.tables(kernel_tiles(q), q.device)`."""
     if forward_tiles is None:
         raise ValueError("packed attention on a GPU needs tile tables; call fastvst_kernels.packed_attention")
     return _triton_forward(q, k, v, groups, forward_tiles, causal, scale)
@@ -45,15 +41,14 @@ def _(q, k, v, cu_seqlens, groups, forward_tiles, query_tiles, key_tiles, causal
     check_attention_values(cu_seqlens, groups, q.shape[0])
     if forward_tiles is not None:
         return _triton_forward(q, k, v, groups, forward_tiles, causal, scale)
-    return attention_cpu.forward(q, k, v, cu_seqlens.tolist(), _host(groups), causal, scale)
+    return cpu.forward(q, k, v, _batches(cu_seqlens, groups, causal), scale)
 
 
 @attention_op.register_fake
 def _(q, k, v, cu_seqlens, groups, forward_tiles, query_tiles, key_tiles, causal, scale):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[1], q.shape[0]), dtype=dtype
-    )
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastvst::packed_attention_backward", mutates_args=(), device_types="cuda")
@@ -75,14 +70,16 @@ def attention_backward_op(
     """dq, dk, dv, contiguous; `dlse` (Hq, T) is the gradient of the logsumexp or None."""
     if query_tiles is None or key_tiles is None:
         raise ValueError("packed attention on a GPU needs tile tables; call fastvst_kernels.packed_attention")
-    return _triton_backward(dout, dlse, q, k, v, out, lse, groups, query_tiles, key_tiles, causal, scale)
+    state = ForwardState(q, k, v, out, lse)
+    return _triton_backward(dout, dlse, state, groups, query_tiles, key_tiles, causal, scale)
 
 
 @attention_backward_op.register_kernel("cpu")
 def _(dout, dlse, q, k, v, out, lse, cu_seqlens, groups, query_tiles, key_tiles, causal, scale):
+    state = ForwardState(q, k, v, out, lse)
     if query_tiles is not None:
-        return _triton_backward(dout, dlse, q, k, v, out, lse, groups, query_tiles, key_tiles, causal, scale)
-    return attention_cpu.backward(dout, dlse, q, k, v, out, lse, cu_seqlens.tolist(), _host(groups), causal, scale)
+        return _triton_backward(dout, dlse, state, groups, query_tiles, key_tiles, causal, scale)
+    return cpu.backward(dout, dlse, state, _batches(cu_seqlens, groups, causal), scale)
 
 
 @attention_backward_op.register_fake
@@ -97,50 +94,37 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    q, k, v, out, lse, cu_seqlens, groups, query_tiles, key_tiles = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 10
-    # Gradients may come expanded (stride 0) from a sum; the kernels read rows.
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    # A gradient may be expanded (stride 0, from a sum), but the kernels read dense rows.
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = attention_backward_op(
-        dout, dlse, q, k, v, out, lse, cu_seqlens, groups, query_tiles, key_tiles, ctx.causal, ctx.scale
-    )
+    grads = attention_backward_op(dout, dlse, q, k, v, out, lse, *tables, ctx.causal, ctx.scale)
     return (*grads, *(None,) * 7)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _host(groups: Tensor | None) -> list[int] | None:
-    return None if groups is None else groups.tolist()
+def _batches(cu_seqlens: Tensor, groups: Tensor | None, causal: bool) -> list[LengthBatch]:
+    return batch_by_length(cu_seqlens.tolist(), None if groups is None else groups.tolist(), causal)
 
 
-# Triton is imported when a kernel is launched: the package also imports where there is no Triton.
-def _triton_forward(q, k, v, groups, tiles, causal, scale):
-    from fastvst_kernels.attention import forward as attention_forward
+# The launchers are imported when a kernel is launched, because the package must import where there is no Triton.
+def _triton_forward(q, k, v, groups, forward_tiles, causal, scale):
+    from fastvst_kernels.attention.forward import forward
 
-    return attention_forward.forward(
-        q, k, v, tiles, causal=causal, shared=groups is not None, scale=scale, tile=tile("attention_forward", q)
-    )
+    tile = kernel_tiles(q).forward
+    plan = AttentionPlan(q.shape[0], causal, groups is not None, {tile.block_m: forward_tiles}, {})
+    return forward(q, k, v, plan, scale=scale, tile=tile)
 
 
-def _triton_backward(dout, dlse, q, k, v, out, lse, groups, query_tiles, key_tiles, causal, scale):
-    from fastvst_kernels.attention import backward as attention_backward
+def _triton_backward(dout, dlse, state, groups, query_tiles, key_tiles, causal, scale):
+    from fastvst_kernels.attention.backward import backward
 
-    return attention_backward.backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        query_tiles,
-        key_tiles,
-        causal=causal,
-        shared=groups is not None,
-        scale=scale,
-        query_tile=tile("attention_backward_queries", q),
-        key_tile=tile("attention_backward_keys", q),
-    )
+    _, query_tile, key_tile = kernel_tiles(state.q)
+    queries = {query_tile.block_m: query_tiles}
+    keys = {key_tile.block_n: key_tiles}
+    plan = AttentionPlan(state.q.shape[0], causal, groups is not None, queries, keys)
+    return backward(dout, dlse, state, plan, scale=scale, query_tile=query_tile, key_tile=key_tile)

@@ -1,18 +1,49 @@
 """The tile tables of packed attention: which rows of the pack each program works on, longest work first.
 
-They depend on the sequence boundaries only, so one plan serves all layers, forward and backward. The loader makes it
-on the CPU and moves it with the batch; made on the device it takes a few small kernels and never waits for the host.
+The tables depend on the sequence boundaries only, so one plan serves all layers, forward and backward. The loader makes
+it on the CPU and moves it with the batch. Made on a device it takes a few small kernels and never waits for the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
+
 BLOCKS = (16, 32, 64, 128)  # every number of rows that a tile of a shipped or tunable configuration has
+
+
+class KernelTiles(NamedTuple):
+    """The configurations of the forward, the dQ and the dK/dV kernel."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+def kernel_tiles(q: Tensor) -> KernelTiles:
+    """The configurations of the three kernels for q (T, Hq, D) on q's device."""
+    shape = shape_class(q.shape[-1], q.dtype)
+    return KernelTiles(
+        Tile(*config("attention_forward", shape, q.device)),
+        Tile(*config("attention_backward_queries", shape, q.device)),
+        Tile(*config("attention_backward_keys", shape, q.device)),
+    )
+
+
+class ForwardState(NamedTuple):
+    """What the forward leaves for the backward: q, out (T, Hq, D), k, v (T, Hkv, D) and the logsumexp (Hq, T)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,12 +52,12 @@ class AttentionPlan:
 
     Attributes:
         num_tokens: T, the rows of the pack.
-        causal: what the plan was made for.
+        causal: whether the mask is causal.
         shared: whether there are shared-prompt groups.
-        queries: for each block size a (n, 6) int32 table, a row for each tile of queries: first row, end row,
-            first key, end key, first and end key of the shared prompt (equal where there is none).
-        keys: for each block size a (n, 4) int32 table, a row for each tile of keys: first row, end row, first query,
-            end query. A shared prompt's queries run to the end of its last answer.
+        queries: for each block size an (n, 6) int32 table with one row per tile of queries: first row, end row, first
+            key, end key, first and end key of the shared prompt (equal where there is none).
+        keys: for each block size an (n, 4) int32 table with one row per tile of keys: first row, end row, first query,
+            end query. The queries of a shared prompt run to the end of its last completion.
     """
 
     num_tokens: int
@@ -35,10 +66,20 @@ class AttentionPlan:
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        queries = {block: fn(table) for block, table in self.queries.items()}
-        keys = {block: fn(table) for block, table in self.keys.items()}
-        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys)
+    def tables(self, tiles: KernelTiles, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables that the three kernels read with these configurations.
+
+        Raises:
+            ValueError: the plan has no table of that block size, or is on another device.
+        """
+        missing = [t.block_m for t in (tiles.forward, tiles.queries) if t.block_m not in self.queries]
+        missing += [tiles.keys.block_n] if tiles.keys.block_n not in self.keys else []
+        if missing:
+            raise ValueError(f"the plan has no tables for tiles of {missing} rows; prepare() makes all by default")
+        forward = self.queries[tiles.forward.block_m]
+        if forward.device != device:
+            raise ValueError(f"the plan is on {forward.device}, q on {device}; move it with plan.to({str(device)!r})")
+        return forward, self.queries[tiles.queries.block_m], self.keys[tiles.keys.block_n]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> AttentionPlan:
         """The same plan on `device`; asynchronous where the memory is pinned."""
@@ -47,6 +88,11 @@ class AttentionPlan:
     def pin_memory(self) -> AttentionPlan:
         """The same plan in page-locked memory."""
         return self._map(lambda t: t.pin_memory())
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        queries = {block: fn(table) for block, table in self.queries.items()}
+        keys = {block: fn(table) for block, table in self.keys.items()}
+        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys)
 
 
 def prepare(
@@ -63,12 +109,12 @@ def prepare(
 
     Args:
         cu_seqlens: (S + 1,) offsets from 0 to T.
-        groups: (S,) index of the sequence that is each one's shared prompt, or -1; see `packed_attention`.
+        groups: (S,) index of the sequence that is the shared prompt of each, or -1; see `packed_attention`.
         causal: as given to `packed_attention` later.
-        num_tokens: T. Needed when `cu_seqlens` is on a device: reading it there would stop the device.
-        padded: give every table the upper bound of rows, T // block + S; those too many are empty tiles at the end.
-            Then shapes depend on T and S only (CUDA graphs) and the host needs no value. Default: on a device only.
-        query_blocks, key_blocks: tile sizes to make tables for; by default every one that a kernel may want.
+        num_tokens: T. Needed when `cu_seqlens` is on a device, because reading it there would stop the device.
+        padded: give every table its upper bound of rows, T // block + S; the surplus rows are empty tiles at the end.
+            Shapes then depend on T and S only (CUDA graphs) and the host needs no value. Default: on a device only.
+        query_blocks, key_blocks: tile sizes to make tables for; by default every one that a kernel may use.
 
     Returns:
         The plan, on `cu_seqlens`' device.
@@ -85,15 +131,15 @@ def prepare(
         if cu_seqlens.device.type != "cpu":
             raise ValueError(f"prepare() needs num_tokens (an int) for cu_seqlens on {cu_seqlens.device}")
         num_tokens = int(cu_seqlens[-1])
-    # Offsets and groups that are wrong must not become wild addresses: they are clamped here, which costs no
-    # synchronisation; `validate=True` of packed_attention reports them.
+    # Wrong offsets and groups must not become addresses outside the tensors. Clamping costs no synchronisation;
+    # `validate=True` of packed_attention reports wrong values.
     offsets = cu_seqlens.long().clamp(0, num_tokens).cummax(0).values
     starts = offsets[:-1]
     ends = offsets[1:]
     sequence = torch.arange(len(starts), device=offsets.device)
     prompts = torch.full_like(sequence, -1) if groups is None else groups.long()
     prompts = torch.where((prompts >= 0) & (prompts < sequence), prompts, -1)
-    # The last row that attends to a sequence: its own end, or the end of the last answer of a shared prompt.
+    # The last row that attends to a sequence: its own end, or the end of the last completion of a shared prompt.
     owner = torch.where(prompts >= 0, prompts, sequence)
     group_ends = ends.scatter_reduce(0, owner, ends, "amax") if causal else ends
     prompt_starts = torch.where(prompts >= 0, starts[prompts], 0)
@@ -116,7 +162,7 @@ def prepare(
 
 
 def _tiles(starts: Tensor, ends: Tensor, num_tokens: int, block: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """First row, end row and sequence of every tile; `padded`: as many as there can be, some of them empty."""
+    """First row, end row and sequence of every tile; with `padded` the most that there can be, some of them empty."""
     if len(starts) == 0:
         nothing = starts.new_zeros(0)
         return nothing, nothing, nothing
@@ -126,11 +172,12 @@ def _tiles(starts: Tensor, ends: Tensor, num_tokens: int, block: int, padded: bo
     tile = torch.arange(total, device=starts.device)
     owner = torch.searchsorted(cumulative, tile, right=True).clamp(max=len(starts) - 1)
     begin = starts[owner] + (tile - (cumulative - counts)[owner]) * block
-    begin = torch.minimum(begin, ends[owner])  # a tile too many begins where it ends
+    begin = torch.minimum(begin, ends[owner])  # a surplus tile begins where it ends
     return begin, torch.minimum(begin + block, ends[owner]), owner
 
 
 def _longest_first(table: Tensor, work: Tensor) -> Tensor:
+    """The rows of a table as int32 in falling order of `work`, empty tiles last."""
     work = torch.where(table[:, 1] > table[:, 0], work, -1)
     order = torch.sort(work, descending=True, stable=True).indices
     return table[order].to(torch.int32).contiguous()

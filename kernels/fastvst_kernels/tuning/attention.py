@@ -7,24 +7,19 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels.attention import backward as attention_backward
-from fastvst_kernels.attention import forward as attention_forward
-from fastvst_kernels.attention.plan import prepare
-from fastvst_kernels.shared.tile_tables import (
-    DESCRIPTORS,
-    PERSISTENT,
-    SLICES,
-    WIDTHS,
-    Tile,
-    most_registers,
-    pieces,
-)
-from fastvst_kernels.tuning.aot import Compiled, bare_name, compile_kernel, is_pointer
+from fastvst_kernels.attention.backward import backward
+from fastvst_kernels.attention.backward_keys import attention_backward_keys_kernel
+from fastvst_kernels.attention.backward_queries import attention_backward_queries_kernel
+from fastvst_kernels.attention.forward import attention_forward_kernel, forward
+from fastvst_kernels.attention.plan import ForwardState, prepare
+from fastvst_kernels.attention.tiles import head_constants, launch_options, tile_constants
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile
+from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 KERNELS = {
-    "attention_forward": attention_forward.attention_forward_kernel,
-    "attention_backward_queries": attention_backward.attention_backward_queries_kernel,
-    "attention_backward_keys": attention_backward.attention_backward_keys_kernel,
+    "attention_forward": attention_forward_kernel,
+    "attention_backward_queries": attention_backward_queries_kernel,
+    "attention_backward_keys": attention_backward_keys_kernel,
 }
 SHAPES = tuple(f"{bits}x{width}" for bits in (16, 32) for width in WIDTHS)
 # Head dimensions that share a class but not its pieces: they must compile without spills with the same numbers.
@@ -87,7 +82,7 @@ DESCRIPTOR_CANDIDATES: tuple[Numbers, ...] = (
     (128, 64, 8, 2, PERSISTENT),
 )
 FIRST_WITH_DESCRIPTORS = 90
-# float32 products run on the ordinary cores at full precision; see `attention_forward.sliced_product`. Larger tiles
+# float32 products run on the ordinary cores at full precision; see `attention.tiles.sliced_product`. Larger tiles
 # spill at some head dimensions (forward of D = 240 on sm_90, 32 x 32 tiles, 8 warps: 168 bytes).
 FLOAT32_CANDIDATES: tuple[Numbers, ...] = (
     (16, 16, 8, 1, SLICES),
@@ -108,13 +103,11 @@ def candidates(kernel: str, shape: str, arch: int) -> tuple[Numbers, ...]:
 
 def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool) -> dict[str, Any]:
     """Every `tl.constexpr` of one variant."""
-    d0, d1 = pieces(width)
-    values: dict[str, Any] = {"D0": d0, "D1": d1, "MASK_COLUMNS": d0 + d1 != width, "CAUSAL": causal}
-    values |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SLICED": tile.path == SLICES}
+    values: dict[str, Any] = {**head_constants(width), **tile_constants(tile), "CAUSAL": causal}
     if kernel == "attention_forward":
         described = tile.path in (DESCRIPTORS, PERSISTENT)
-        values |= {"DESCRIBED": described, "STAY": tile.path == PERSISTENT}
-        values |= {} if described else dict.fromkeys(("K0", "K1", "V0", "V1"))
+        values |= {"DESCRIBED": described, "PERSISTENT": tile.path == PERSISTENT}
+        values |= {} if described else dict.fromkeys(("k0_desc", "k1_desc", "v0_desc", "v1_desc"))
     if kernel != "attention_backward_keys":
         values["SHARED"] = shared
     if kernel == "attention_backward_queries":
@@ -123,14 +116,14 @@ def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool
 
 
 def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
-    """Argument types of one variant; pointers end in `_ptr` (or are written in capitals)."""
-    known = {"LSE": "*fp32", "DLSE": "*fp32", "DELTA": "*fp32", "TILES": "*i32", "WIDTH": "i32"}
-    known |= {"SCALE": "fp32", "QK_SCALE": "fp32"}
+    """Argument types of one variant; the names of pointers end with _ptr, those of tensor descriptors with _desc."""
+    known = {"lse_ptr": "*fp32", "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32"}
+    known |= {"scale": "fp32", "qk_scale": "fp32"}
     for piece, columns in (("0", constexprs["D0"]), ("1", constexprs["D1"] or constexprs["D0"])):
         block = f"tensordesc<{dtype}[{constexprs['BLOCK_N']}, 1, {columns}]>"
-        known |= {f"K{piece}": block, f"V{piece}": block}
+        known |= {f"k{piece}_desc": block, f"v{piece}_desc": block}
     names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
-    return {n: known.get(bare_name(n), f"*{dtype}" if is_pointer(n) else "i32") for n in names}
+    return {n: known.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
 
 
 def compile_variant(
@@ -144,10 +137,8 @@ def compile_variant(
         types(kernel, dtype, values),
         values,
         arch=arch,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=most_registers(tile.num_warps, torch.float32 if dtype == "fp32" else torch.bfloat16),
-        unaligned=("num_tokens", "tiles", "heads", "kv_heads", "group"),
+        unaligned=("num_tokens", "num_tiles", "heads", "kv_heads", "repeat"),
+        **launch_options(tile, torch.float32 if dtype == "fp32" else torch.bfloat16),
     )
 
 
@@ -181,30 +172,17 @@ def problem(kernel: str, shape: str, device: torch.device) -> Any:
     plan = prepare(cu, causal=not vision).to(device)
     q = torch.randn(length * count, heads, width, device=device, dtype=dtype)
     k, v = (torch.randn(length * count, kv_heads, width, device=device, dtype=dtype) for _ in range(2))
-    common = {"causal": plan.causal, "shared": False, "scale": width**-0.5}
+    scale = width**-0.5
     if kernel == "attention_forward":
-        return lambda n: attention_forward.forward(q, k, v, plan.queries[n[0]], tile=Tile(*n), **common)
+        return lambda numbers: forward(q, k, v, plan, scale=scale, tile=Tile(*numbers))
     small = Tile(32, 32, 4, 1)
-    out, lse = attention_forward.forward(q, k, v, plan.queries[32], tile=small, **common)
+    state = ForwardState(q, k, v, *forward(q, k, v, plan, scale=scale, tile=small))
 
     # The two backward kernels are launched together; the one that is not tuned keeps a small tile.
     def run(numbers: Numbers) -> object:
         tile = Tile(*numbers)
         queries = tile if kernel == "attention_backward_queries" else small
         keys = tile if kernel == "attention_backward_keys" else small
-        return attention_backward.backward(
-            out,
-            None,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            plan.queries[queries.block_m],
-            plan.keys[keys.block_n],
-            query_tile=queries,
-            key_tile=keys,
-            **common,
-        )
+        return backward(state.out, None, state, plan, scale=scale, query_tile=queries, key_tile=keys)
 
     return run

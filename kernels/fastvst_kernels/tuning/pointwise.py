@@ -14,6 +14,7 @@ from fastvst_kernels.rope.op import inverse_frequencies
 from fastvst_kernels.shared.tile_tables import ROWS, WIDTHS, next_power
 from fastvst_kernels.tuning.aot import Compiled, bare_name, compile_kernel, is_pointer
 from fastvst_kernels.window import kernels as window_triton
+from fastvst_kernels.window.inputs import LARGEST_WINDOW, WindowInputs
 
 Numbers = tuple[int, ...]
 KERNELS = {
@@ -76,14 +77,14 @@ def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any]
         values = {"SECTION0": width // 4, "SECTION1": width // 4, "HAS_BIAS": True, "TOKENS": numbers[0]}
         values |= {"HALF": width // 2, "PAIRS": next_power(width // 2)}
         return values, {"num_warps": numbers[1], "num_stages": 3}
-    values = {"HAS_BIAS": True, "HALF": width // 2, "PAIRS": window_triton.pairs(width // 2, numbers[0])}
-    values["ROWS"] = window_triton.LARGEST_WINDOW
+    values = {"HAS_BIAS": True, "HALF": width // 2, "PAIRS": window_triton.pairs_per_step(width // 2, numbers[0])}
+    values["ROWS"] = LARGEST_WINDOW
     return values, {"num_warps": numbers[1], "num_stages": numbers[2]}
 
 
 def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]:
     """Argument types of one variant; pointers end in `_ptr` (or are written in capitals)."""
-    known = {"INVERSE": "*fp32", "PARTIAL": "*fp32", "FREQUENCIES": "*fp32", "POSITIONS": "*i32", "WINDOWS": "*i32"}
+    known = {"INVERSE": "*fp32", "PARTIAL": "*fp32", "FREQUENCIES": "*fp32", "POSITIONS": "*i32", "CU_WINDOWS": "*i32"}
     known |= {"WIDTH": "i32", "EPS": "fp32", "SCALE": "fp32"}
     names = [n for n in KERNELS[kernel].arg_names if n not in constexprs]
     return {n: known.get(bare_name(n), f"*{dtype}" if is_pointer(n) else "i32") for n in names}
@@ -146,9 +147,8 @@ def problem(kernel: str, shape: str, device: torch.device) -> Callable[[Numbers]
     bias = random(48 * width)
     dout = random(40_960, 16 * width)
     positions = torch.randint(0, 90, (40_960, 2), device=device, dtype=torch.int32)
-    windows = torch.arange(0, 40_961, 64, device=device, dtype=torch.int32)
-    table = inverse_frequencies(width, 2, 1e4, torch.float32, device)
-    same: dict[str, Any] = {"heads": 16, "scale": width**-0.5, "max_window": 64}
+    offsets = torch.arange(0, 40_961, 64, device=device, dtype=torch.int32)
+    inputs = WindowInputs(qkv, bias, positions, offsets, 16, 1e4, width**-0.5, 64, torch.float32)
     if not backward:
-        return lambda n: window_triton.forward(qkv, bias, positions, table, windows, numbers=n, **same)
-    return lambda n: window_triton.backward(dout, qkv, bias, positions, table, windows, numbers=n, **same)
+        return lambda n: window_triton.forward(inputs, n)
+    return lambda n: window_triton.backward(dout, inputs, n)

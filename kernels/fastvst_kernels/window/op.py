@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention.api import packed_attention
-from fastvst_kernels.rope.op import check_vision_rope, default_dtype, inverse_frequencies, vision_rope
+from fastvst_kernels.rope.op import check_vision_rope, default_dtype, vision_rope
 from fastvst_kernels.shared.backend import say_once, uses_kernel
 from fastvst_kernels.shared.checks import check_offset_values, check_offsets
 from fastvst_kernels.shared.tile_tables import config, shape_class
-from fastvst_kernels.window import cpu as window_cpu
-
-# What a program of the kernel holds without spilling: patches of a window, channels of a head, 16-bit values.
-LARGEST_WINDOW = 64
-LARGEST_WIDTH = 80
+from fastvst_kernels.window import cpu
+from fastvst_kernels.window.inputs import LARGEST_WIDTH, LARGEST_WINDOW, WindowInputs
 
 
 def window_attention(
@@ -33,48 +30,45 @@ def window_attention(
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    """QKV bias, 2-D rotary and full attention inside every window (Qwen2.5-VL, arXiv 2502.13923 §2.1.1).
+    """QKV bias, 2-D rotary embedding and full attention inside every window (Qwen2.5-VL, arXiv 2502.13923 §2.1.1).
 
     Args:
         qkv: (P, 3 * num_heads * D), the projection without bias, patches in window order.
         bias: (3 * num_heads * D,) or None.
         positions: (P, 2) integer (row, column) of each patch in its frame.
         cu_windows: (W + 1,) int32 offsets of the windows, from 0 to P.
-        scale: default `D ** -0.5`.
+        scale: of the scores; default `D ** -0.5`.
         max_window: patches in the largest window, as an int; needed on CUDA.
         rope_dtype: see `vision_rope`.
-        backend: "triton" (bf16 and fp16, windows of up to 64 patches, D up to 80: one program for each window and
-            head, nothing but the inputs kept for the backward), "torch" (CPU: one call of the fused CPU attention for
-            all windows of one length), "reference", or "auto": Triton on CUDA, torch on the CPU. What that can not
-            take goes through `vision_rope` and `packed_attention`, which get the backend's name;
-            it is logged once.
+        backend: "triton" (bf16 and fp16, windows of up to 64 patches, D up to 80: one program per window and head,
+            only the inputs kept for the backward), "torch" (CPU: one call of the fused CPU attention for all windows
+            of equal length), "reference", or "auto": Triton on CUDA, torch on the CPU. What these cannot take goes
+            through `vision_rope` and `packed_attention` with the same backend; that is logged once.
         validate: also check offsets on CUDA, which waits for the device (always checked on the CPU).
 
     Returns:
-        (P, num_heads * D). There is no loop over windows on the host.
+        (P, num_heads * D). The host does not loop over windows.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit; a backend that can not run here.
+        ValueError: shapes, dtypes, devices or offsets that do not fit; a backend that cannot run here.
     """
     check_offsets("cu_windows", cu_windows, qkv)
-    sections = check_vision_rope(qkv, bias, positions, num_heads)
-    width = 4 * sections[0]
+    width = 4 * check_vision_rope(qkv, bias, positions, num_heads)[0]
     on_host = qkv.device.type == "cpu"
     if validate:
         check_offset_values("cu_windows", cu_windows, qkv.shape[0])
     if max_window is None and not on_host:
         raise ValueError("window_attention needs max_window (an int, from the loader) on a GPU")
-    fits = (max_window or LARGEST_WINDOW) <= LARGEST_WINDOW and width <= LARGEST_WIDTH and qkv.itemsize == 2
+    longest = max_window or LARGEST_WINDOW
+    fits = longest <= LARGEST_WINDOW and width <= LARGEST_WIDTH and qkv.itemsize == 2
     kernel = backend in ("auto", "triton") and fits and uses_kernel("window_attention", qkv, backend)
     if kernel or (on_host and backend in ("auto", "torch")):
         dtype = rope_dtype or default_dtype(qkv)
-        longest = max_window or LARGEST_WINDOW
         scale = width**-0.5 if scale is None else float(scale)
         return window_op(qkv, bias, positions, cu_windows, num_heads, theta, scale, longest, dtype, kernel)[0]
     if not fits and backend in ("auto", "triton"):
-        say_once(
-            "window_attention", "packed_attention", qkv.device.type, f"windows of {max_window}, D {width}, {qkv.dtype}"
-        )
+        why = f"windows of {max_window}, D {width}, {qkv.dtype}"
+        say_once("window_attention", "packed_attention", qkv.device.type, why)
     q, k, v = vision_rope(qkv, bias, positions, num_heads=num_heads, theta=theta, rope_dtype=rope_dtype)
     out = packed_attention(q, k, v, cu_windows, causal=False, scale=scale, max_seqlen=max_window, backend=backend)
     return out.flatten(1)
@@ -94,28 +88,15 @@ def window_op(
     kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(P, heads * D) output; of the plain path also the rotated QKV (P, 3 heads, D) and the logsumexp (P * heads,)."""
-    if qkv.device.type == "cpu":  # here and not in the public function, which torch.compile traces
-        offsets = check_offset_values("cu_windows", cu_windows, qkv.shape[0])
-        longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
-        if kernel and longest > max_window:
-            raise ValueError(f"a window has {longest} patches, max_window says {max_window}")
-    width = qkv.shape[1] // (3 * num_heads)
-    if kernel:
-        from fastvst_kernels.window import kernels as window_triton
+    if qkv.device.type == "cpu":  # checked here because torch.compile traces the public function
+        _check_windows(cu_windows, qkv.shape[0], max_window if kernel else None)
+    inputs = WindowInputs(qkv, bias, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype)
+    if not kernel:
+        return cpu.forward(inputs)
+    from fastvst_kernels.window import kernels
 
-        out = window_triton.forward(
-            _dense(qkv),
-            bias,
-            positions,
-            inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
-            cu_windows,
-            heads=num_heads,
-            scale=scale,
-            max_window=max_window,
-            numbers=config("window_forward", shape_class(width, qkv.dtype), qkv.device),
-        )
-        return out, qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
-    return window_cpu.forward(qkv, bias, positions, cu_windows, num_heads, theta, scale, rope_dtype)
+    numbers = config("window_forward", shape_class(inputs.width, qkv.dtype), qkv.device)
+    return kernels.forward(inputs, numbers), qkv.new_empty(0), qkv.new_empty(0, dtype=torch.float32)
 
 
 @window_op.register_fake
@@ -146,48 +127,25 @@ def window_backward_op(
     needs_bias: bool,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the projection and of its bias (empty if not needed). The plain path is given the rotated QKV."""
-    grad = grad.contiguous()
-    width = grad.shape[1] // num_heads
-    if kernel:
-        from fastvst_kernels.window import kernels as window_triton
+    """Gradients of the projection and of its bias (empty if not needed).
 
-        grad_qkv, grad_bias = window_triton.backward(
-            grad,
-            _dense(qkv),
-            bias,
-            positions,
-            inverse_frequencies(width, 2, theta, torch.float32, qkv.device),
-            cu_windows,
-            heads=num_heads,
-            scale=scale,
-            max_window=max_window,
-            numbers=config("window_backward", shape_class(width, qkv.dtype), qkv.device),
-        )
-        return grad_qkv, grad_bias if needs_bias else grad_bias.new_empty(0)
-    assert out is not None and logsums is not None
-    return window_cpu.backward(
-        grad, qkv, out, logsums, positions, cu_windows, num_heads, theta, scale, rope_dtype, needs_bias
-    )
+    `qkv` is the projection for the kernel and the rotated QKV (P, 3 heads, D) for the plain path.
+    """
+    grad = grad.contiguous()
+    inputs = WindowInputs(qkv.flatten(1), bias, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype)
+    if not kernel:
+        assert out is not None and logsums is not None
+        return cpu.backward(grad, inputs, qkv, out, logsums, needs_bias)
+    from fastvst_kernels.window import kernels
+
+    numbers = config("window_backward", shape_class(inputs.width, qkv.dtype), qkv.device)
+    grad_qkv, grad_bias = kernels.backward(grad, inputs, numbers)
+    return grad_qkv, grad_bias if needs_bias else grad_bias.new_empty(0)
 
 
 @window_backward_op.register_fake
-def _(
-    grad,
-    qkv,
-    bias,
-    out,
-    logsums,
-    positions,
-    cu_windows,
-    num_heads,
-    theta,
-    scale,
-    max_window,
-    rope_dtype,
-    needs_bias,
-    kernel,
-):
+def _(grad, qkv, *arguments):
+    *_, needs_bias, kernel = arguments
     hidden = 3 * grad.shape[1]
     dtype = torch.float32 if kernel else grad.dtype
     return grad.new_empty(grad.shape[0], hidden), grad.new_empty(hidden if needs_bias else 0, dtype=dtype)
@@ -195,15 +153,15 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, bias, positions, cu_windows, *ctx.options, ctx.kernel = inputs
-    out, fused, logsums = output
-    # The kernel computes the window again from its inputs; the plain path keeps what it has rotated.
-    kept = (qkv, bias, None, None) if ctx.kernel else (fused, None, out, logsums)
+    out, rotated, logsums = output
+    # The kernel computes the window again from its inputs; the plain path keeps the rotated QKV.
+    kept = (qkv, bias, None, None) if ctx.kernel else (rotated, None, out, logsums)
     ctx.save_for_backward(*kept, positions, cu_windows)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _fused: Any, _logsums: Any) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, _rotated: Any, _logsums: Any) -> tuple:
     if grad is None:
         return (None,) * 10
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
@@ -214,5 +172,9 @@ def _backward(ctx: Any, grad: Tensor | None, _fused: Any, _logsums: Any) -> tupl
 window_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _dense(qkv: Tensor) -> Tensor:
-    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+def _check_windows(cu_windows: Tensor, patches: int, max_window: int | None) -> None:
+    """What only the values of the offsets tell; no window may be longer than `max_window` if that is given."""
+    offsets = check_offset_values("cu_windows", cu_windows, patches)
+    longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
+    if max_window is not None and longest > max_window:
+        raise ValueError(f"a window has {longest} patches, max_window says {max_window}")

@@ -10,9 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attention_oracle import Pack, group, join
-from fastvst_kernels import packed_attention
+from fastvst_kernels import packed_attention, prepare
 from fastvst_kernels.attention.op import attention_backward_op, attention_op
-from fastvst_kernels.attention.plan import prepare
 
 PACK = join(group(9, 4, 0, 5), Pack((6,)))
 OFFSETS = PACK.offsets()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attention_kernels import attention_with
 from attention_oracle import Pack, Results, assert_as_good_as_plain, group, join
-from fastvst_kernels import packed_attention
-from fastvst_kernels.attention import backward as attention_backward
-from fastvst_kernels.attention import forward as attention_forward
-from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels import packed_attention, prepare
+from fastvst_kernels.attention.plan import KernelTiles
 from fastvst_kernels.shared.tile_tables import Tile
 from fastvst_kernels.tuning.attention import KERNELS, candidates
 
@@ -43,30 +42,7 @@ def with_tile(pack: Pack, causal: bool, kernel: str, chosen: Tile):
     """compute(q, k, v) -> (out, lse) where one of the three kernels runs with a given configuration."""
     plan = prepare(pack.offsets(), pack.groups(), causal=causal).to("cuda")
     tiles = dict.fromkeys(KERNELS, Tile(32, 32, 8, 1)) | {kernel: chosen}
-    first, queries, keys = (tiles[name] for name in KERNELS)
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            ctx.options = {"causal": causal, "shared": plan.shared, "scale": q.shape[-1] ** -0.5}
-            out, lse = attention_forward.forward(q, k, v, plan.queries[first.block_m], tile=first, **ctx.options)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out, lse.transpose(0, 1)
-
-        @staticmethod
-        def backward(ctx, dout, dlse):
-            return attention_backward.backward(
-                dout.contiguous(),
-                dlse.transpose(0, 1).contiguous(),
-                *ctx.saved_tensors,
-                plan.queries[queries.block_m],
-                plan.keys[keys.block_n],
-                query_tile=queries,
-                key_tile=keys,
-                **ctx.options,
-            )
-
-    return Attention.apply
+    return attention_with(plan, KernelTiles(*tiles.values()))
 
 
 @pytest.mark.parametrize("shape", ["16x80", "16x128", "32x80", "32x128"])

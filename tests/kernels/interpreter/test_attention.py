@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attention_kernels import attention_with
 from attention_oracle import Pack, Results, assert_as_good_as_plain, formula, group, join
-from fastvst_kernels.attention import backward as attention_backward
-from fastvst_kernels.attention import forward as attention_forward
-from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels import prepare
+from fastvst_kernels.attention.forward import forward
+from fastvst_kernels.attention.plan import KernelTiles
 from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, POINTERS, SLICES, Tile
 from fastvst_kernels.tuning.attention import CANDIDATES, DESCRIPTOR_CANDIDATES, FLOAT32_CANDIDATES
 
@@ -21,31 +22,9 @@ TILES = sorted({(m, n, path[0] if path else POINTERS) for many in ALL for m, n, 
 
 def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int, int] = (64, 64, POINTERS), padded: bool = False):
     """compute(q, k, v) -> (out, lse) of the Triton kernels, all three with one tile shape."""
+    block_m, block_n, path = tile
     plan = prepare(pack.offsets(), pack.groups(), causal=causal, padded=padded)
-    numbers = Tile(*tile[:2], 4, 1, tile[2])
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            ctx.options = {"causal": causal, "shared": plan.shared, "scale": q.shape[-1] ** -0.5}
-            out, lse = attention_forward.forward(q, k, v, plan.queries[tile[0]], tile=numbers, **ctx.options)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out, lse.transpose(0, 1)
-
-        @staticmethod
-        def backward(ctx, dout, dlse):
-            return attention_backward.backward(
-                dout.contiguous(),
-                dlse.transpose(0, 1).contiguous(),
-                *ctx.saved_tensors,
-                plan.queries[tile[0]],
-                plan.keys[tile[1]],
-                query_tile=numbers,
-                key_tile=numbers,
-                **ctx.options,
-            )
-
-    return Attention.apply
+    return attention_with(plan, KernelTiles(*[Tile(block_m, block_n, 4, 1, path)] * 3))
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]} path {t[2]}")
@@ -80,8 +59,7 @@ def test_what_no_descriptor_can_point_at_is_read_by_pointers():
     wide = torch.randn(70, 3, 17)
     q, k, v = wide[:, :, 1:].split(1, 1)
     plan = prepare(torch.tensor([0, 70], dtype=torch.int32), causal=True)
-    options = {"causal": True, "shared": False, "scale": 0.25, "tile": Tile(32, 32, 4, 1, DESCRIPTORS)}
-    out, _ = attention_forward.forward(q, k, v, plan.queries[32], **options)
+    out, _ = forward(q, k, v, plan, scale=0.25, tile=Tile(32, 32, 4, 1, DESCRIPTORS))
     expected, _ = formula(q.double(), k.double(), v.double(), Pack((70,)), causal=True, scale=0.25)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 

@@ -10,22 +10,24 @@ from hypothesis import strategies as st
 from fastvst_kernels import window_attention
 from fastvst_kernels.tuning.pointwise import CANDIDATES
 from fastvst_kernels.window import op as window
+from fastvst_kernels.window.inputs import WindowInputs
+from fastvst_kernels.window.kernels import forward
 from fastvst_kernels.window.op import window_op
 from pointwise_oracle import angles, assert_as_good_as_plain, windows
 
-# The interpreter knows no warps and stages: what candidates differ in for it is how many pairs a step takes.
+# The interpreter has no warps and stages, so candidates differ only in the pairs of a step.
 STEPS = sorted({step for kernel in ("window_forward", "window_backward") for step, _, _ in CANDIDATES[kernel]})
 
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch, request):
-    """One step for both kernels, the test's `step` or the smallest, also at shapes that no table holds."""
+    """One step for both kernels, the test's `step` or the smallest, even at shapes that no table holds."""
     step = request.getfixturevalue("step") if "step" in request.fixturenames else STEPS[0]
     monkeypatch.setattr(window, "config", lambda kernel, shape, device: (step, 4, 1))
 
 
 def check(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, *, direct: bool, seed: int = 0) -> None:
-    """`direct`: the operator itself, also in float32, which the public function leaves to packed_attention."""
+    """`direct` calls the operator itself, which takes float32 too (the public function uses packed_attention there)."""
     g = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     width = 3 * heads * dim
@@ -84,20 +86,8 @@ def test_it_keeps_its_inputs_only():
 
 def test_offsets_that_leave_the_pack_stay_inside_the_tensors():
     """Without validation wrong offsets give wrong numbers, but the kernels read and write no other memory."""
-    from fastvst_kernels.rope.op import inverse_frequencies
-    from fastvst_kernels.window import kernels as window_triton
-
-    table = inverse_frequencies(16, 2, 1e4, torch.float32, torch.device("cpu"))
     wild = torch.tensor([-7, 4, 1 << 30], dtype=torch.int32)
-    out = window_triton.forward(
-        torch.zeros(9, 48),
-        None,
-        torch.zeros(9, 2, dtype=torch.int32),
-        table,
-        wild,
-        heads=1,
-        scale=1.0,
-        max_window=64,
-        numbers=(16, 4, 1),
-    )
+    positions = torch.zeros(9, 2, dtype=torch.int32)
+    inputs = WindowInputs(torch.zeros(9, 48), None, positions, wild, 1, 1e4, 1.0, 64, torch.float32)
+    out = forward(inputs, (16, 4, 1))
     assert out.shape == (9, 16) and out.isfinite().all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_oracle import Pack, group, join
-from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels import prepare
 
 lengths = st.integers(0, 40)
 groups = st.builds(lambda p, a: group(p, *a), lengths, st.lists(lengths, min_size=1, max_size=4))

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attention_oracle import Pack, assert_as_good_as_plain, group, join
-from fastvst_kernels import packed_attention
-from fastvst_kernels.attention.op import attention_op, tile
-from fastvst_kernels.attention.plan import prepare
+from fastvst_kernels import packed_attention, prepare
+from fastvst_kernels.attention.op import attention_op
+from fastvst_kernels.attention.plan import kernel_tiles
 
 PACK = join(group(20, 5, 0, 9), Pack((7,)))
 OFFSETS = PACK.offsets()
@@ -31,8 +31,7 @@ def test_the_public_function_with_views_and_logsumexp():
 def test_opcheck():
     q, k, v = (torch.randn(PACK.tokens, h, 16, requires_grad=True) for h in (2, 1, 1))
     plan = prepare(OFFSETS, GROUPS, causal=True)
-    sizes = [tile(f"attention_{name}", q) for name in ("forward", "backward_queries", "backward_keys")]
-    tables = plan.queries[sizes[0].block_m], plan.queries[sizes[1].block_m], plan.keys[sizes[2].block_n]
+    tables = plan.tables(kernel_tiles(q), q.device)
     torch.library.opcheck(attention_op, (q, k, v, OFFSETS, GROUPS, *tables, True, 0.25))
 
 
