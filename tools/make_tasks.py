@@ -1,11 +1,12 @@
-"""Write docs/tasks.html: one real example of every task with its drawing, question, answer; traces with the plan.
+"""Write docs/tasks.html: an example of every task, and of every reasoning trace with the plan of the room.
 
-python tools/make_tasks.py            # the same page every time, for one renderer backend
+python tools/make_tasks.py            # one renderer backend always gives the same page
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -26,38 +27,19 @@ from fastvst.spatial import draw
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS, TaskConfig
 
+PAGE = Path(__file__).parents[1] / "docs" / "tasks.html"
 SEEDS = range(40, 60)
 SHOTS = ShotConfig(width=448, height=336, views=2, overlap=1.0)
-PAIRS_BELOW = "<style>.pair{grid-template-columns:1fr}</style>"  # beside each other their labels are too small to read
+# The two images of a pair go below each other: next to each other their labels are too small to read.
+PAIRS_BELOW = "<style>.pair{grid-template-columns:1fr}</style>"
 GROUPS = {"Single image": SINGLE, "Two images": PAIRS, "Video": WALKS}
 
 
-def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("tasks.html")
-    wanted = {*SINGLE, *PAIRS, *WALKS}
-    traces = set(geometric.TRACES)
-    cards: dict[str, str] = {}
-    thoughts: dict[str, str] = {}
-    config = RoomsConfig(shots=SHOTS, tasks=TaskConfig(easy=0.3), rows=ALL_TASKS.rows, walk=WalkConfig())
-    renderer = open_renderer()
-    for seed in SEEDS:
-        scene = shoot(seed, renderer, SHOTS, config.walk)
-        rng = np.random.default_rng(seed)
-        here = 0  # at most four tasks a room, so that the page shows different rooms
-        for sample in scene_samples(scene, seed, config):
-            task = sample.metadata["task"]
-            if task not in cards and here < 4:
-                cards[task] = card(sample)
-                here += 1
-            if task in traces and task not in thoughts:
-                made = geometric.compose(scene, sample, rng)
-                if made is not None:
-                    thoughts[task] = thought_card(scene, made)
-        if set(cards) == wanted and set(thoughts) == traces:
-            break
-    missing = sorted((wanted - set(cards)) | (traces - set(thoughts)))
-    if missing:
-        raise SystemExit(f"make_tasks.py: no example of {missing} in rooms {SEEDS}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", type=Path, nargs="?", default=PAGE, help="file to write (default: docs/tasks.html)")
+    target = parser.parse_args(arguments).target
+    cards, thoughts = examples()
     sections = []
     for title, tasks in GROUPS.items():
         style = STYLE + PAIRS_BELOW if not sections else ""
@@ -70,8 +52,35 @@ def main() -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
+def examples() -> tuple[dict[str, str], dict[str, str]]:
+    """The first card of every task, and the first card of every task's reasoning, from the rooms SEEDS."""
+    wanted = {*SINGLE, *PAIRS, *WALKS}
+    traces = set(geometric.TRACES)
+    cards: dict[str, str] = {}
+    thoughts: dict[str, str] = {}
+    config = RoomsConfig(shots=SHOTS, tasks=TaskConfig(easy=0.3), rows=ALL_TASKS.rows, walk=WalkConfig())
+    renderer = open_renderer()
+    for seed in SEEDS:
+        scene = shoot(seed, renderer, SHOTS, config.walk)
+        rng = np.random.default_rng(seed)
+        of_this_room = 0  # at most four, so that the page shows different rooms
+        for sample in scene_samples(scene, seed, config):
+            task = sample.metadata["task"]
+            if task not in cards and of_this_room < 4:
+                cards[task] = card(sample)
+                of_this_room += 1
+            if task in traces and task not in thoughts:
+                made = geometric.compose(scene, sample, rng)
+                if made is not None:
+                    thoughts[task] = thought_card(scene, made)
+        if set(cards) == wanted and set(thoughts) == traces:
+            return cards, thoughts
+    missing = sorted((wanted - set(cards)) | (traces - set(thoughts)))
+    raise SystemExit(f"make_tasks.py: no example of {missing} in rooms {SEEDS}")
+
+
 def card(sample: Sample) -> str:
-    """Pictures as stored (boxes drawn on them for the 3D tasks), the question without the camera text, the answer."""
+    """HTML of a row: the stored images, with the boxes of 3D tasks drawn in; the question without the camera text."""
     task = sample.metadata["task"]
     share = VST_P[task]
     head = f'<p class="task"><b>{task}</b> · type {escape(sample.kind)} · {share} K rows in VST-P</p>'
@@ -89,31 +98,33 @@ def card(sample: Sample) -> str:
 
 
 def _with_boxes(sample: Sample) -> Sample:
+    """The sample with its boxes drawn on the first image."""
     first = sample.parts("image")[0]["image"]
     boxes, labels = parse_boxes(sample.messages[-1]["content"][0]["text"])
     front = boxes[:, 2] > 0
     names = [label for label, ahead in zip(labels, front, strict=True) if ahead]
-    picture = draw.boxes_3d(first, boxes[front], names, tuple(sample.metadata["intrinsics"]))
+    image = draw.boxes_3d(first, boxes[front], names, tuple(sample.metadata["intrinsics"]))
     others = [part["image"] for part in sample.parts("image")[1:]]
-    return _pictures(sample, [picture, *others])
+    return _with_images(sample, [image, *others])
 
 
-def _pictures(sample: Sample, pictures: list[Image.Image]) -> Sample:
-    content = [{"type": "image", "image": picture} for picture in pictures]
+def _with_images(sample: Sample, images: list[Image.Image]) -> Sample:
+    content = [{"type": "image", "image": image} for image in images]
     return Sample(sample.id, sample.source, sample.kind, [{"role": "user", "content": content}])
 
 
 def thought_card(scene: Scene, sample: Sample) -> str:
-    if "frames" in sample.metadata:  # of a video the frames that the trace describes
+    """HTML of a reasoned row: its images and the plan of the room."""
+    if "frames" in sample.metadata:  # of a video only the frames that the trace describes
         keys = walks.key_frames(scene, sample)
         views = [scene.walk[k] for k in keys]
-        pictures = [(sample.parts("video")[0]["video"][k], f"Frame {k + 1}") for k in keys]
+        images = [(sample.parts("video")[0]["video"][k], f"Frame {k + 1}") for k in keys]
     else:
         views = list(sample.metadata.get("views", [sample.metadata.get("view")]))
-        pictures = [(part["image"], "") for part in sample.parts("image")]
+        images = [(part["image"], "") for part in sample.parts("image")]
     tags = [
-        html.image_tag(picture, "view", width=300, quality=80) + (f'<p class="task">{title}</p>' if title else "")
-        for picture, title in pictures
+        html.image_tag(image, "view", width=300, quality=80) + (f'<p class="task">{title}</p>' if title else "")
+        for image, title in images
     ]
     plan = html.image_tag(draw_bev(scene, views, 440), "plan", width=440, quality=90)
     question = "".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")

@@ -1,1 +1,1 @@
-"""Rows from scenes: rendered rooms and scans, their presets, and rows for RL."""
+"""Rows from scenes: rendered rooms, scans, presets, and rows for RL."""

@@ -1,5 +1,4 @@
-"""What to make of the rooms beside the default six tasks: all nineteen, VST-P's proportions, reasoning for a cold
-start."""
+"""Named configurations: the default tasks, all tasks, VST-P's proportions, reasoned rows for a cold start."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ from fastvst.generate.rooms import THOUGHT, RoomsConfig
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 
-# Every task, once for each still, pair or video.
+# One attempt of every task for each still, pair or video.
 ALL_TASKS = RoomsConfig(rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig())
 
-# VST-P's proportions in every file of 500 rows. The tries are set so that no task is far more plentiful than its share:
+# VST-P's proportions in every file. The numbers of attempts are set so that no task yields far more than its share:
 # 3D boxes are 57 % of VST-P.
 VST_P_MIX = RoomsConfig(
     shots=ShotConfig(overlap=1.0),
@@ -41,16 +40,16 @@ VST_P_MIX = RoomsConfig(
     shares={name: float(count) for name, count in VST_P.items()},
 )
 
-# Of these, what the published vst_500k lacks, for a mixture with it (examples/vst_p.toml).
-_NOT_PUBLIC = ("detection_3d", "grounding_3d", "detection_multi", "camera_camera")
+# The tasks that the published vst_500k lacks, in the same proportions, to mix with it (examples/vst_p.toml).
+_NOT_PUBLISHED = ("detection_3d", "grounding_3d", "detection_multi", "camera_camera")
 VST_P_REST = dataclasses.replace(
     VST_P_MIX,
-    rows={name: VST_P_MIX.rows[name] for name in _NOT_PUBLIC},
-    shares={name: float(VST_P[name]) for name in _NOT_PUBLIC},
+    rows={name: VST_P_MIX.rows[name] for name in _NOT_PUBLISHED},
+    shares={name: float(VST_P[name]) for name in _NOT_PUBLISHED},
 )
 
-# The spatial half of VST-R's 106 K traces (single image 15, camera motion 6, object-object 15, camera-camera 6), with a
-# sixth of direct rows replayed so that the model keeps answering directly in the default mode (vst-spec section 7, 4).
+# The spatial part of VST-R's traces (arXiv 2511.05491; thousands: single image 15, camera motion 6, object-object 15,
+# camera-camera 6). A sixth of the rows are direct, so that the model keeps answering directly in the default mode.
 _REASONED = {"depth_comparison": 8, "distance": 7, "camera_motion": 6, "object_object": 15, "camera_camera": 6}
 _REPLAY = {
     "depth_comparison": 2,

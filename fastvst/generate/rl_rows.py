@@ -1,7 +1,7 @@
-"""Rows for reinforcement learning (vst-spec 2.4) from direct rows with a checkable answer, with how hard they are.
+"""Rows for reinforcement learning, made of samples with a checkable answer, with their difficulty.
 
-An RL row has id, images, question, thought, answer, answer_gt, data_source and meta_info, a JSON string
-{"mode": [reward names], "question_type": ..., "answer": the checkable answer, "difficulty": {...}}.
+The columns are those of VST-R's RL rows (arXiv 2511.05491). `meta_info` is a JSON string:
+{"mode": [reward names], "question_type": ..., "task": ..., "answer": the checkable answer, "difficulty": {...}}.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from fastvst import atomic
 from fastvst.data.sample import Sample
-from fastvst.generate.rooms import IMAGE_PLACEHOLDER, RoomsConfig, encode, room_seed, scene_samples
+from fastvst.generate.parquet import IMAGE_PLACEHOLDER, encode_image, write_rows
+from fastvst.generate.rooms import RoomsConfig, room_seed, scene_samples
 from fastvst.reasoning import claims
 from fastvst.scenes.rooms.render import open_renderer
 from fastvst.scenes.rooms.shoot import shoot
@@ -38,7 +37,7 @@ SCHEMA = pa.schema(
         ("meta_info", pa.string()),
     ]
 )
-# The rewards of VST's list that can score each form of answer; captions ("facts") have none.
+# VST's rewards that can score each form of answer; none can score captions ("facts").
 MODES = {
     "choice": ["multi_choices_score", "vqa_score"],
     "text": ["vqa_score"],
@@ -48,15 +47,16 @@ MODES = {
 
 
 def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | None = None) -> dict[str, Any]:
-    """A row of SCHEMA. Of several turns it is the first; the frames of a video stand as pictures where the video was,
-    because VST's RL rows know pictures only.
+    """A row of SCHEMA from the first turn of a sample.
+
+    VST's RL rows hold images only, so the frames of a video become images in its place.
 
     Args:
-        quality: JPEG quality of the pictures, 0 for PNG.
+        quality: JPEG quality of the images, 0 for PNG.
         difficulty: see `difficulty_of`.
 
     Raises:
-        ValueError: a row without a checkable answer, or several turns without an answer of each.
+        ValueError: a sample without a checkable answer, or with several turns but no answer for each.
     """
     sample = first_turn(sample)
     if sample.answer is None or sample.answer["type"] not in MODES:
@@ -65,14 +65,13 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
     text = ""
     images: list[Image.Image] = []
     for part in parts:
-        here = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
-        images += here
-        text += IMAGE_PLACEHOLDER * len(here) + part.get("text", "")
+        shown = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
+        images += shown
+        text += IMAGE_PLACEHOLDER * len(shown) + part.get("text", "")
     reply = "".join(part["text"] for part in sample.messages[1]["content"])
     thought, _, answer = reply.rpartition("</think>")
-    answer = (
-        answer.strip().rsplit("So, the answer is ", 1)[-1].rstrip(".") if sample.answer["type"] != "boxes" else answer
-    )
+    if sample.answer["type"] != "boxes":
+        answer = answer.strip().rsplit("So, the answer is ", 1)[-1].rstrip(".")
     choice = bool(sample.metadata.get("choice", sample.metadata.get("form") == "choice"))
     kind = "multi_choices" if choice else {"number": "number", "boxes": "bbox3d"}.get(sample.answer["type"], "open")
     modes = MODES[sample.answer["type"]] if choice or sample.answer["type"] != "choice" else ["vqa_score"]
@@ -85,7 +84,7 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
     }
     return {
         "id": sample.id,
-        "images": [{"bytes": encode(image, quality), "path": None} for image in images],
+        "images": [{"bytes": encode_image(image, quality), "path": None} for image in images],
         "question": text,
         "thought": thought.removeprefix("<think>").strip(),
         "answer": answer,
@@ -96,13 +95,14 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
 
 
 def difficulty_of(scene: Scene, sample: Sample) -> dict[str, float]:
-    """How hard a direct row is.
+    """How hard the question of a sample is.
 
     Returns:
-        margin: how far the right answer is ahead, relative, in [0, 1] (depths, distances, axes of a motion, or degrees
-            to the border of the sector over half its width), 1 where the task knows no margin; occlusion: 1 - the
-            smallest visibility of the things asked about in the view that shows them best; objects: things to choose
-            from or to find; clutter: things seen in the pictures.
+        margin: relative lead of the right answer in [0, 1], from depths, distances, the axes of a motion, or the angle
+            to the border of a sector over half its width; 1 if the task has no margin.
+        occlusion: 1 - the smallest visibility of the objects in question, each in the view that shows it best.
+        objects: number of objects to choose from or to find.
+        clutter: number of objects visible in the images.
     """
     meta = first_turn(sample).metadata
     shown = meta.get("views", meta.get("frames", [meta["view"]] if "view" in meta else []))
@@ -128,13 +128,13 @@ def _margin(scene: Scene, meta: dict[str, Any], answer: dict[str, Any]) -> float
     if "points" in meta:
         depths = np.sort([p[2] for p in meta["points"]])
         return float((np.diff(depths) / depths[1:]).min())
-    if "shift" in meta:  # camera motion: the weakest axis that is named against the strongest that is not
+    if "shift" in meta:  # camera motion: the strongest axis that is not named against the weakest that is
         axes = np.sort(np.abs([meta["pan"], meta["tilt"]] if meta["mode"] == "turn" else meta["shift"]))[::-1]
         named = len(str(answer["value"]).split(" and "))
         return float(1 - axes[named] / axes[named - 1]) if named < len(axes) else 1.0
-    if "angle" in meta:  # camera-camera: distance to the border of the hour or compass sector
+    if "angle" in meta:  # camera-camera: angle to the border of the hour or compass sector
         return _from_border(meta["angle"], 45 if meta.get("mode") == "compass" else 30)
-    if "anchor" in meta:  # object-object: of the compass sector
+    if "anchor" in meta:  # object-object: angle to the border of the compass sector
         origin = {"camera": meta["views"][meta["eye"]]} if meta["anchor"] == "camera" else meta["objects"][2]
         return _from_border(_turn(scene, origin, *meta["objects"][:2]), 45)
     if str(meta.get("form")).startswith("direction_"):
@@ -145,28 +145,27 @@ def _margin(scene: Scene, meta: dict[str, Any], answer: dict[str, Any]) -> float
 
 
 def _turn(scene: Scene, origin: Any, anchor: int, target: int) -> float:
+    """Degrees clockwise from the direction of `anchor` to that of `target`, seen from `origin`."""
     return claims.turn_between(*(claims.place_of(scene, who) for who in (origin, anchor, target)))
 
 
 def _from_border(angle: float, width: float) -> float:
-    """Distance of an angle to the border of its sector, over half the sector's width; sectors are centred on 0."""
+    """Angle to the border of its sector over half the width of a sector; one sector is centred on 0."""
     return 1 - abs((angle + width / 2) % width - width / 2) / (width / 2)
 
 
 def write_rl_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
     """Write rows of SCHEMA as one parquet file, whole or not at all; returns their number."""
-    path = Path(path)
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    with atomic.file(path) as partial:
-        pq.write_table(table, partial, compression="none", row_group_size=100)
-    return table.num_rows
+    made = list(rows)
+    write_rows(Path(path), made, SCHEMA)
+    return len(made)
 
 
 def make_rl_rows(path: str | Path, samples: int, seed: int, config: RoomsConfig, *, split: str = "train") -> int:
-    """RL rows about rendered rooms in one parquet file: those of `config.rows` that have an answer that a reward can
-    check (all tasks but the captions), with their difficulty; returns their number (`samples`).
+    """Write one parquet file of RL rows about rendered rooms, with their difficulty; returns their number (`samples`).
 
-    VST-R's spatial RL rows are single image 2, camera motion 1, object-object 5, camera-camera 2 (thousands).
+    The rows are those of `config.rows` whose answer a reward can check: all tasks except captions. VST-R's spatial RL
+    rows are, in thousands: single image 2, camera motion 1, object-object 5, camera-camera 2.
     """
     renderer = open_renderer(config.backend)
 

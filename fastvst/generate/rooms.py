@@ -1,10 +1,9 @@
 """Rendered rooms as VST parquet: deterministic by seed, parallel over processes, cached, resumable.
 
-    path = make_rooms(None, samples=2000, seed=0, workers=2, config=RoomsConfig())              # training rooms
-    held = make_rooms(None, samples=400, seed=0, workers=2, config=RoomsConfig(), split="heldout")
+    train = make_rooms(None, samples=2000, seed=0, workers=2)
+    heldout = make_rooms(None, samples=400, seed=0, workers=2, split="heldout")
 
-The result is a folder of parquet files of 500 rows with VST's columns (conversations, id, data_source, images, type,
-meta_info) and one more, `answer`: a JSON string {"answer": ..., "metadata": ...}.
+The result is a folder of parquet files with 500 rows each; `fastvst.generate.parquet.SCHEMA` lists their columns.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -23,73 +21,64 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 from fastvst import atomic
 from fastvst.data.sample import Sample
+from fastvst.generate.parquet import to_row, write_rows
 from fastvst.reasoning import geometric
-from fastvst.scenes.rooms.render import Renderer, open_renderer
+from fastvst.scenes.rooms.render import open_renderer
+from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
 from fastvst.tasks.box_forms import BoxForm
 
-GENERATOR_VERSION = 6  # raise it when the same seed gives other rows: caches are keyed by it
+GENERATOR_VERSION = 6  # part of the key of cached folders; raise it when the same seed gives other rows
 ROWS_PER_FILE = 500
-IMAGE_PLACEHOLDER = "<|image_pad|>"
-VIDEO_PLACEHOLDER = "<|video_pad|>"
-FIRST_SIX = ("camera_motion", "correspondence", "depth_comparison", "detection_3d", "distance", "measurement")
-THOUGHT = "thought_"  # + task: the row of that task, reasoned by its geometry
-SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # "tower": see build_tower.py
-_SEED_BLOCK = 1 << 20  # rooms per seed; blocks of different seeds and splits never meet
+SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # first room seed; "tower": tools/build_tower.py
+ROOMS_PER_SEED = 1 << 20
+THOUGHT = "thought_"  # prefix of a task whose rows carry the geometric reasoning
 
-SCHEMA = pa.schema(
-    [
-        ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
-        ("id", pa.string()),
-        ("data_source", pa.string()),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("type", pa.string()),
-        ("meta_info", pa.string()),
-        ("answer", pa.string()),
-    ]
-)
+# Most rows go to tasks with short answers. A list of 3D boxes is a hundred tokens long, so such rows would dominate the
+# loss. Half of the rows are depth comparisons: with a third, 1,300 steps of the tiny model do not get beyond guessing
+# which point is nearer.
+DEFAULT_ROWS: dict[str, float] = {
+    "depth_comparison": 7,
+    "distance": 2,
+    "measurement": 3,
+    "detection_3d": 0.15,
+    "correspondence": 0.6,
+    "camera_motion": 0.4,
+}
 
 
 @dataclass(frozen=True)
 class RoomsConfig:
-    """What to make of every room. `rows`: tries per still (single-image tasks) or per pair of views (the others), on
-    average where it is a fraction; a try whose answer would be doubtful gives no row. The default gives most rows to
-    the tasks with short answers (3D boxes are a hundred tokens long and would make up most of the loss), and half of
-    them to depth: with a third, 1,300 steps of the tiny model do not get beyond guessing which point is nearer.
-    `quality`: JPEG quality, or 0 for PNG. `backend`: see render.open_renderer.
+    """Which rows to make of every room.
 
-    A name in `rows` may be any of the nineteen tasks (see presets.py), or "thought_" and one of those that can be
-    reasoned about. `walk` adds the video that the video tasks need. `shares`: of each task in every file, whatever the
-    tries yield; rows above the share are dropped. `boxes`: another form of the single-image 3D box rows. `videos`:
-    "mp4" stores a video as one file, as VST's own rows do (PyAV encodes it: needs the extra [video], and is lossy);
-    None stores its frames as pictures."""
+    Attributes:
+        shots: the still images of a room.
+        tasks: forms of the questions, and thresholds below which an object is not asked about.
+        rows: task -> attempts per still (single-image tasks), per pair of views or per video. A fraction is the average
+            number of attempts. An attempt whose answer would be doubtful gives no row. The tasks are the nineteen of
+            `fastvst.tasks`; "thought_<task>" adds the reasoning, see `fastvst.reasoning.geometric`.
+        quality: JPEG quality, or 0 for PNG.
+        backend: renderer, see `open_renderer`.
+        walk: the video of a room, which the video tasks need; None renders none.
+        shares: task -> share of the rows in every file. Rows above the share are dropped. None keeps all rows.
+        boxes: another form of the single-image 3D box rows; None is VST's form.
+        videos: "mp4" stores a video as one file, as VST's own rows do: lossy, and needs PyAV (extra [video]). None
+            stores its frames as images.
+    """
 
     shots: ShotConfig = field(default_factory=ShotConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
-    rows: dict[str, float] = field(
-        default_factory=lambda: {
-            "depth_comparison": 7,
-            "distance": 2,
-            "measurement": 3,
-            "detection_3d": 0.15,
-            "correspondence": 0.6,
-            "camera_motion": 0.4,
-        }
-    )
+    rows: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_ROWS))
     quality: int = 95
     backend: str = "auto"
     walk: WalkConfig | None = None
@@ -102,29 +91,33 @@ class RoomsConfig:
             raise ValueError(f"rooms: videos {self.videos!r}; expected None (frames) or 'mp4'")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One room
+
+
 def room_seed(split: str, seed: int, number: int) -> int:
-    """Seed of the `number`-th room. Ranges of different splits and different seeds are disjoint.
+    """Seed of the `number`-th room. Different splits and different seeds have no room in common.
 
     Raises:
         ValueError: an unknown split, or a seed or number outside [0, 2**20).
     """
     if split not in SPLITS:
         raise ValueError(f"rooms: split {split!r}; expected one of {sorted(SPLITS)}")
-    if not 0 <= seed < _SEED_BLOCK or not 0 <= number < _SEED_BLOCK:
-        raise ValueError(f"rooms: seed {seed} and room number {number} must be in [0, {_SEED_BLOCK})")
-    return SPLITS[split] + seed * _SEED_BLOCK + number
+    if not 0 <= seed < ROOMS_PER_SEED or not 0 <= number < ROOMS_PER_SEED:
+        raise ValueError(f"rooms: seed {seed} and room number {number} must be in [0, {ROOMS_PER_SEED})")
+    return SPLITS[split] + seed * ROOMS_PER_SEED + number
 
 
 def room_samples(seed: int, renderer: Renderer, config: RoomsConfig) -> list[Sample]:
-    """All rows of one room, in a fixed order; pictures are PIL images."""
+    """All samples of the room with this seed, in a fixed order; images are PIL images."""
     return scene_samples(shoot(seed, renderer, config.shots, config.walk), seed, config)
 
 
 def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
-    """All rows of one annotated scene, wherever it comes from, in a fixed order; pictures are PIL images.
+    """All samples of one scene, rendered or read, in a fixed order; images are PIL images.
 
     Raises:
-        ValueError: a name in `config.rows` that is no task.
+        ValueError: a name in `config.rows` that is not a task.
     """
     samples: list[Sample] = []
     for name, tries in sorted(config.rows.items()):
@@ -133,9 +126,9 @@ def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
             raise ValueError(f"rooms: no task {name!r}; known: {sorted([*SINGLE, *PAIRS, *WALKS])}")
         rng = _stream(seed, name, config)
         for k, target in enumerate(_targets(scene, task)):
-            whole = int(tries) + int(rng.uniform() < tries % 1)
-            for attempt in range(whole):
-                sample = _make(scene, task, target, rng, config.tasks, f"{k}-{attempt}")
+            attempts = int(tries) + int(rng.uniform() < tries % 1)
+            for attempt in range(attempts):
+                sample = _make_sample(scene, task, target, rng, config.tasks, f"{k}-{attempt}")
                 if sample is not None and name != task:
                     sample = geometric.compose(scene, sample, rng)
                 if sample is not None:
@@ -145,20 +138,24 @@ def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
 
 
 def _stream(seed: int, name: str, config: RoomsConfig) -> np.random.Generator:
-    """The random numbers of one task in one room: the same whichever other tasks are made beside it. (The first six are
-    numbered among themselves, so that rows made before there were others stay what they were.)"""
-    if name in FIRST_SIX:
-        return np.random.default_rng([seed, 4, sorted(set(config.rows) & set(FIRST_SIX)).index(name)])
+    """The random stream of one task in one room.
+
+    A default task takes its index among the default tasks in `config.rows`, every other task the CRC-32 of its name.
+    Adding other tasks therefore never changes the rows of the default ones.
+    """
+    if name in DEFAULT_ROWS:
+        return np.random.default_rng([seed, 4, sorted(config.rows.keys() & DEFAULT_ROWS.keys()).index(name)])
     return np.random.default_rng([seed, 6, zlib.crc32(name.encode())])
 
 
 def _targets(scene: Scene, task: str) -> list[Any]:
+    """What a task asks about: indices of stills, pairs of views, or None for the video."""
     if task in WALKS:
         return [None] if scene.walk else []
     return scene.stills() if task in SINGLE else list(scene.pairs)
 
 
-def _make(
+def _make_sample(
     scene: Scene, task: str, target: Any, rng: np.random.Generator, config: TaskConfig, index: str
 ) -> Sample | None:
     if task in WALKS:
@@ -166,86 +163,33 @@ def _make(
     return (SINGLE[task] if task in SINGLE else PAIRS[task])(scene, target, rng, config, index)
 
 
-def to_row(
-    sample: Sample, quality: int, encoded: dict[int, bytes] | None = None, videos: str | None = None
-) -> dict[str, Any]:
-    """A row of SCHEMA. Image marks come before the text of the first user message, as VST stores them.
-
-    encoded: bytes of videos or their frames that were met before, by id; for rows that share them. videos: see
-    RoomsConfig.
-    """
-    known = {} if encoded is None else encoded
-    images: list[dict[str, Any]] = []
-    sizes: list[dict[str, int]] = []
-    conversations = []
-    for message in sample.messages:
-        text = ""
-        for part in message["content"]:
-            if part["type"] == "image":
-                image = part["image"]
-                images.append({"bytes": encode(image, quality), "path": None})
-                asked = {key: part.get(key, -1) for key in ("resized_width", "resized_height")}
-                sizes.append({**asked, "width": image.width, "height": image.height})
-                text += IMAGE_PLACEHOLDER
-            elif part["type"] == "video":
-                frames = part["video"]
-                one_file = videos == "mp4"  # a file is known by its first frame
-                for frame in frames[:1] if one_file else frames:
-                    if id(frame) not in known:
-                        known[id(frame)] = (
-                            encode_video(frames, part.get("fps", 2.0)) if one_file else encode(frame, quality)
-                        )
-                    images.append({"bytes": known[id(frame)], "path": None})
-                text += VIDEO_PLACEHOLDER
-            else:
-                text += part["text"]
-        conversations.append({"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": text})
-    return {
-        "conversations": conversations,
-        "id": sample.id,
-        "data_source": sample.source,
-        "images": images,
-        "type": sample.kind,
-        "meta_info": json.dumps(sizes),
-        "answer": json.dumps({"answer": sample.answer, "metadata": sample.metadata}),
-    }
+def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
+    """The rows of the room with this seed, drawn by the renderer of this process."""
+    samples = room_samples(seed, process_renderer(config.backend), config)
+    encoded: dict[int, bytes] = {}
+    return [to_row(sample, config.quality, encoded, config.videos) for sample in samples]
 
 
-def encode(image: Image.Image, quality: int) -> bytes:
-    """JPEG without chroma subsampling (coloured dots keep their colour), or PNG for quality 0."""
-    buffer = io.BytesIO()
-    if quality:
-        image.save(buffer, format="JPEG", quality=quality, subsampling=0)
-    else:
-        image.save(buffer, format="PNG", compress_level=3)
-    return buffer.getvalue()
+@cache
+def process_renderer(backend: str) -> Renderer:
+    """The renderer of this process for `backend`; the first call opens it."""
+    return open_renderer(backend)
 
 
-def encode_video(frames: list[Image.Image], fps: float) -> bytes:
-    """H.264 in MP4, of good quality (crf 16); the same bytes for the same frames.
+_renderer = process_renderer  # for callers outside this repository
 
-    Raises:
-        RuntimeError: PyAV is not installed.
-    """
-    try:
-        import av  # an extra: only those who ask for files need it
-    except ImportError as error:
-        raise RuntimeError("rooms: videos 'mp4' needs PyAV: pip install 'fastvst[video]'") from error
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width = frames[0].width
-        stream.height = frames[0].height
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16", "threads": "1"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+
+def start_worker() -> None:
+    """Initializer of a rendering process: llvmpipe uses one thread instead of one per core."""
+    os.environ["LP_NUM_THREADS"] = "1"  # read when the GL context is created
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of rows
 
 
 def cache_root() -> Path:
-    """$XDG_CACHE_HOME/fastvst, by default ~/.cache/fastvst."""
+    """$XDG_CACHE_HOME/fastvst; by default ~/.cache/fastvst."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fastvst"
 
@@ -260,30 +204,35 @@ def make_rooms(
     split: str = "train",
     progress: TextIO | None = sys.stderr,
 ) -> Path:
-    """Make `samples` rows, or find them made; returns the folder of parquet files.
+    """The folder of parquet files with `samples` rows, found in `out_dir` or made there.
 
-    out_dir: parent folder; None is the per-user cache. The folder's name carries a hash of everything that decides its
-    content, so a change of configuration never reuses old rows. Interrupted work continues where its last whole file
-    ended. Several processes may call this at once: one works, the others wait for it.
-    workers: processes; 0 works in this one. The bytes do not depend on it.
-    progress: where the progress line goes, None for silence.
+    The name of the folder contains a hash of everything that decides its content, so another configuration never finds
+    these rows. Interrupted work resumes after the last complete file. If several processes call this at once, one works
+    and the others wait.
+
+    Args:
+        out_dir: parent folder; None is `cache_root()`.
+        seed: rooms of different seeds are different.
+        workers: rendering processes; 0 renders in this process. The bytes do not depend on it.
+        config: None is `RoomsConfig()`.
+        split: "train", "heldout" or "tower". Rooms of different splits are different.
+        progress: stream for the progress line; None prints nothing.
 
     Raises:
         ValueError: samples < 1, workers < 0, an unknown split, task or backend.
-        RuntimeError: no renderer works, or 50 rooms in a row gave no row.
+        RuntimeError: no renderer works, or too many rooms in succession gave no row.
     """
     config = config or RoomsConfig()
     if samples < 1 or workers < 0:
         raise ValueError(f"rooms: samples {samples} must be >= 1 and workers {workers} >= 0")
-    room_seed(split, seed, 0)
-    backend = _renderer(config.backend).name
-    config = dataclasses.replace(config, backend=backend)
+    room_seed(split, seed, 0)  # raises before any work
+    config = dataclasses.replace(config, backend=process_renderer(config.backend).name)
     described = {
         "version": GENERATOR_VERSION,
         "samples": samples,
         "seed": seed,
         "split": split,
-        # what is not asked for is not part of the name: folders made before there was such an option are found again
+        # An option that is None is left out, so that a new option does not change the names of existing folders.
         **{key: value for key, value in dataclasses.asdict(config).items() if value is not None},
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
@@ -294,7 +243,9 @@ def make_rooms(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             partial = parent / f".{target.name}.partial"
-            _fill(partial, samples, split, seed, workers, config, _Progress(progress, samples, target.name))
+            _fill(partial, samples, split, seed, workers, config, _ProgressLine(progress, samples, target.name))
+            for leftover in partial.glob(".*"):  # of killed processes
+                leftover.unlink()
             (partial / "progress.json").unlink()
             (partial / "rooms.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
             atomic.replace(partial, target)
@@ -302,55 +253,72 @@ def make_rooms(
 
 
 def _fill(
-    folder: Path, samples: int, split: str, seed: int, workers: int, config: RoomsConfig, report: _Progress
+    folder: Path, samples: int, split: str, seed: int, workers: int, config: RoomsConfig, progress: _ProgressLine
 ) -> None:
-    """Write the files of `folder` that are not there yet. progress.json: files done, and where in which room they
-    ended."""
+    """Write the missing files of `folder`.
+
+    progress.json holds the number of complete files, and the room and the row in it at which the next file starts.
+    """
     folder.mkdir(exist_ok=True)
     state_file = folder / "progress.json"
     state = json.loads(state_file.read_text()) if state_file.exists() else {"files": 0, "room": 0, "skip": 0}
     done = state["files"] * ROWS_PER_FILE
     total_files = -(-samples // ROWS_PER_FILE)
-    plan = None if config.shares is None else apportion(config.shares, samples)
-    wanted = _file_plan(plan, done)
     rows: list[dict[str, Any]] = []
+    rooms = _rooms(split, seed, state["room"], workers, config)
+    for row, room, position in _select(rooms, state["skip"], done, samples, config):
+        rows.append(row)
+        progress.show(done + len(rows))
+        if len(rows) == ROWS_PER_FILE or done + len(rows) == samples:
+            write_rows(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
+            done += len(rows)
+            state = {"files": state["files"] + 1, "room": room, "skip": position + 1}
+            atomic.write_text(state_file, json.dumps(state))
+            rows = []
+    progress.finish(done)
+
+
+def _select(
+    rooms: Iterator[tuple[int, list[dict[str, Any]]]], skip: int, done: int, samples: int, config: RoomsConfig
+) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """Rows number `done` to `samples` - 1, each with the number of its room and its position there.
+
+    `skip`: rows of the first room to leave out. With `config.shares` every file gets the rows that `apportion` plans.
+    """
+    if done == samples:  # an earlier run wrote every file and was killed before it renamed the folder
+        return
+    tasks = None if config.shares is None else apportion(config.shares, samples)
+    quota = None if tasks is None else Counter(tasks[done : done + ROWS_PER_FILE])
+    most_empty = 50 if tasks is None else 500  # the rarest task of a mixture may need many rooms
     empty = 0
-    most_empty = 50 if plan is None else 500  # the rarest task of a mixture may need many rooms
-    for number, room_rows in _rooms(split, seed, state["room"], workers, config):
-        skip = state["skip"] if number == state["room"] else 0
-        before = done + len(rows)
-        for position in range(skip, len(room_rows)):
-            if done + len(rows) == samples:
-                break
-            if wanted is not None:
-                task = json.loads(room_rows[position]["answer"])["metadata"]["task"]
-                if wanted[task] == 0:
+    for number, rows in rooms:
+        empty += 1
+        for position in range(skip, len(rows)):
+            if quota is not None:
+                task = json.loads(rows[position]["answer"])["metadata"]["task"]
+                if quota[task] == 0:
                     continue
-                wanted[task] -= 1
-            rows.append(room_rows[position])
-            if len(rows) == ROWS_PER_FILE or done + len(rows) == samples:
-                write_file(folder / f"rooms-{state['files']:05d}-of-{total_files:05d}.parquet", rows)
-                done += len(rows)
-                state = {"files": state["files"] + 1, "room": number, "skip": position + 1}
-                atomic.write_text(state_file, json.dumps(state))
-                rows = []
-                wanted = _file_plan(plan, done)
-        empty = empty + 1 if before == done + len(rows) else 0
-        report.show(done + len(rows))
-        if done == samples:
-            report.finish(done)
-            return
+                quota[task] -= 1
+            yield rows[position], number, position
+            empty = 0
+            done += 1
+            if done == samples:
+                return
+            if tasks is not None and done % ROWS_PER_FILE == 0:
+                quota = Counter(tasks[done : done + ROWS_PER_FILE])
+        skip = 0
         if empty >= most_empty:
-            missing = sorted(config.rows) if wanted is None else sorted(task for task, n in wanted.items() if n)
+            missing = sorted(config.rows) if quota is None else sorted(task for task, n in quota.items() if n)
             raise RuntimeError(
-                f"rooms: {empty} rooms in a row (last seed {room_seed(split, seed, number)}) gave no row of {missing}; "
+                f"rooms: {empty} rooms in a row (up to number {number}) gave no row of {missing}; "
                 f"check {config.rows} and {config.tasks}"
             )
 
 
 def apportion(shares: dict[str, float], samples: int) -> list[str]:
-    """Which task each of `samples` rows belongs to, so that after any number of rows every task has its share to within
-    a row or two: each row goes to the task that is farthest behind.
+    """The task of each of `samples` rows. Every row goes to the task that is farthest behind its share.
+
+    After any number of rows every task has its share to within a row or two.
 
     Raises:
         ValueError: no positive share, or a negative one.
@@ -359,7 +327,8 @@ def apportion(shares: dict[str, float], samples: int) -> list[str]:
     weights = np.array(list(shares.values()), dtype=np.float64)
     if not len(weights) or (weights < 0).any() or weights.sum() <= 0:
         raise ValueError(f"rooms: shares {shares}; expected non-negative numbers, one of them positive")
-    weights, made = weights / weights.sum(), np.zeros(len(weights))
+    weights = weights / weights.sum()
+    made = np.zeros(len(weights))
     order = []
     for row in range(samples):
         behind = int(np.argmax(weights * (row + 1) - made))
@@ -368,15 +337,10 @@ def apportion(shares: dict[str, float], samples: int) -> list[str]:
     return order
 
 
-def _file_plan(plan: list[str] | None, done: int) -> Counter | None:
-    return None if plan is None else Counter(plan[done : done + ROWS_PER_FILE])
-
-
 def _rooms(
     split: str, seed: int, first: int, workers: int, config: RoomsConfig
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(number, rows) of rooms first, first + 1, ... in order, made in `workers` spawned processes, a few ahead at
-    most."""
+    """(number, rows) of rooms `first`, `first` + 1, ... in order, made by `workers` processes a few rooms ahead."""
     number = first
     if workers == 0:
         while True:
@@ -384,7 +348,7 @@ def _rooms(
             number += 1
     pending: deque[tuple[int, Future]] = deque()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         try:
             while True:
                 while len(pending) < 2 * workers + 2:
@@ -397,33 +361,8 @@ def _rooms(
                 future.cancel()
 
 
-def _start_worker() -> None:
-    # One thread a process: llvmpipe would start one per core in each of them. It reads this when its context is made.
-    os.environ["LP_NUM_THREADS"] = "1"
-
-
-@cache
-def _renderer(backend: str) -> Renderer:
-    return open_renderer(backend)
-
-
-def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
-    """Finished rows of one room seed, with this process's renderer (kept between calls)."""
-    encoded: dict[int, bytes] = {}
-    samples = room_samples(seed, _renderer(config.backend), config)  # kept, so that no id is used twice
-    return [to_row(sample, config.quality, encoded, config.videos) for sample in samples]
-
-
-def write_file(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One parquet file of rows of SCHEMA, whole or not at all."""
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    with atomic.file(path) as partial:
-        # JPEG does not compress further; row groups of 100 keep a reader's memory small
-        pq.write_table(table, partial, compression="none", row_group_size=100)
-
-
-class _Progress:
-    """A line with count, rate and remaining time: rewritten in place on a terminal, else printed every ten seconds."""
+class _ProgressLine:
+    """Rows, rate and remaining time: one line, rewritten, on a terminal; otherwise a line every ten seconds."""
 
     def __init__(self, stream: TextIO | None, total: int, name: str):
         self.stream = stream
@@ -435,7 +374,7 @@ class _Progress:
     def show(self, done: int) -> None:
         if self.stream is None:
             return
-        if self.first is None:  # resumed rows do not count for the rate
+        if self.first is None:  # rows of an earlier run do not count for the rate
             self.first = done
         now = time.monotonic()
         live = self.stream.isatty()
@@ -444,13 +383,8 @@ class _Progress:
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - done) / rate if rate > 0 else float("inf")
-        lead = "\r" if live else ""
-        print(
-            f"{lead}{self.name}: {done}/{self.total} rows, {rate:.1f}/s, {left:.0f} s left",
-            end="   " if live else "\n",
-            file=self.stream,
-            flush=True,
-        )
+        line = f"{self.name}: {done}/{self.total} rows, {rate:.1f}/s, {left:.0f} s left"
+        print(f"\r{line}" if live else line, end="   " if live else "\n", file=self.stream, flush=True)
 
     def finish(self, done: int) -> None:
         if self.stream is not None:

@@ -1,5 +1,5 @@
-"""Rows as VST's own loader takes them: the strict schema of the published parquet, streamed through `datasets`, and the
-recipe of docs/generating.md."""
+"""VST's own loader accepts the rows: the strict schema of the published parquet, streamed through `datasets`; and the
+recipe in docs/generating.md runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ROWS = dict.fromkeys(
 
 
 def official(row: dict) -> tuple[list, list[bytes]]:
-    """A row as the published training code reads it (VST's data transform at VeOmni v0.1.3, written out from its
-    description): turns of human and gpt, one `<|image_pad|>` a picture or one `<|video_pad|>` a file, and sizes."""
+    """A row as the published training code reads it: turns of human and gpt, one `<|image_pad|>` an image or one
+    `<|video_pad|>` a file, and sizes. Written from the description of VST's data transform for VeOmni v0.1.3."""
     assert list(row) == ["conversations", "id", "data_source", "images", "type", "meta_info", "answer"]
     roles = [turn["from"] for turn in row["conversations"]]
     assert roles == ["human", "gpt"] * (len(roles) // 2) and roles
@@ -44,8 +44,8 @@ def official(row: dict) -> tuple[list, list[bytes]]:
     else:
         assert len(marks) == len(media) == len(sizes)
         for data, size in zip(media, sizes, strict=True):
-            picture = Image.open(io.BytesIO(data))
-            assert picture.size == (size["width"], size["height"]) and min(picture.size) >= 28
+            image = Image.open(io.BytesIO(data))
+            assert image.size == (size["width"], size["height"]) and min(image.size) >= 28
             assert {size["resized_width"], size["resized_height"]} == {-1} or size["resized_width"] > 0
     return pieces, media
 
@@ -64,7 +64,7 @@ def streamed(folder: str) -> Iterable[dict]:
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
-def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
+def test_the_official_loader_accepts_the_rows(folder: str) -> None:
     ours = {s.id: s for s in open_source(folder)}
     kinds = set()
     for row in streamed(folder):
@@ -72,13 +72,13 @@ def test_rows_are_what_the_official_loader_takes(folder: str) -> None:
         sample = ours.pop(row["id"])
         assert [m["role"] for m in sample.messages] == [{"human": "user", "gpt": "assistant"}[r] for r, _ in pieces]
         stored = [p[p["type"]] for m in sample.messages for p in m["content"] if p["type"] != "text"]
-        assert stored == media, "our loader hands on the same bytes"
+        assert stored == media, "our loader passes the same bytes on"
         kinds.add(row["type"])
     assert not ours and {"video", "bbox_3d", "depth"} <= kinds
 
 
 def test_the_published_code_makes_the_same_messages(folder: str) -> None:
-    """VST's own conversion (github.com/Yangr116/VST, vst/preprocess.py), where that repository is on the path."""
+    """VST's own conversion (github.com/Yangr116/VST, vst/preprocess.py), if that repository is on the path."""
     theirs = pytest.importorskip("vst.preprocess", reason="VST's repository (and its VeOmni) is not on the path")
     ours = {s.id: s for s in open_source(folder)}
     for row in streamed(folder):
@@ -88,13 +88,13 @@ def test_the_published_code_makes_the_same_messages(folder: str) -> None:
 
 
 def parts_of(message: dict) -> tuple[str, list[tuple[str, str]]]:
-    """Role, and type and stripped text of the parts that are not empty."""
+    """Role, and (type, stripped text) of the parts that are not empty."""
     parts = [(part["type"], part.get("text", "").strip()) for part in message["content"]]
     return message["role"], [part for part in parts if part != ("text", "")]
 
 
 def test_a_video_file_shows_the_frames(folder: str, tmp_path: Path) -> None:
-    """The same rows with frames stored as pictures; a file of them is decoded to nearly the same pixels."""
+    """A video file decodes to nearly the pixels that the same row has when its frames are stored as images."""
     import av
     import numpy as np
 
@@ -104,12 +104,12 @@ def test_a_video_file_shows_the_frames(folder: str, tmp_path: Path) -> None:
         if sample.kind != "video":
             continue
         (stored,) = (p["video"] for m in sample.messages for p in m["content"] if p["type"] == "video")
-        (pictures,) = (p["video"] for m in frames[sample.id].messages for p in m["content"] if p["type"] == "video")
+        (images,) = (p["video"] for m in frames[sample.id].messages for p in m["content"] if p["type"] == "video")
         with av.open(io.BytesIO(stored)) as container:
             decoded = [f.to_ndarray(format="rgb24").astype(int) for f in container.decode(video=0)]
             assert container.streams.video[0].average_rate == 2
-        assert len(decoded) == len(pictures) == 20
-        for made, data in zip(decoded, pictures, strict=True):
+        assert len(decoded) == len(images) == 20
+        for made, data in zip(decoded, images, strict=True):
             assert np.abs(made - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)).mean() < 6
         return
     raise AssertionError("no video row")

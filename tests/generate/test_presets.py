@@ -1,4 +1,4 @@
-"""All nineteen tasks from one generator: presets, shares of every file, independent random streams, video rows."""
+"""Presets: all nineteen tasks, the share of each task in every file, independent random streams, video rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -21,8 +22,9 @@ from fastvst.config import load_config
 from fastvst.data import MixtureConfig, Processor, open_source
 from fastvst.evaluate.rooms import questions
 from fastvst.generate import rooms as generate
+from fastvst.generate.parquet import SCHEMA
 from fastvst.generate.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
-from fastvst.generate.rooms import FIRST_SIX, RoomsConfig, apportion, make_rooms, room_rows, room_seed
+from fastvst.generate.rooms import DEFAULT_ROWS, RoomsConfig, apportion, make_rooms, room_rows, room_seed
 from fastvst.reasoning.geometric import TRACES
 from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
@@ -60,18 +62,18 @@ def test_there_are_nineteen_tasks(everything: list[dict]) -> None:
 
 
 def test_the_default_rows_do_not_depend_on_what_else_is_made(renderer: Renderer) -> None:
-    """The six first tasks give the same rows alone, beside all others, and with a video."""
+    """The six default tasks give the same rows alone, together with other tasks, and with a video."""
     plain = RoomsConfig(shots=SMALL)
     alone = {r["id"]: r for r in room_rows(room_seed("train", 5, 1), plain)}
     more = dataclasses.replace(plain, rows={**plain.rows, **dict.fromkeys(WALKS, 1.0), "object_object": 2}, walk=SHORT)
-    beside = {r["id"]: r for r in room_rows(room_seed("train", 5, 1), more)}
-    assert set(alone) < set(beside) and all(beside[i] == row for i, row in alone.items())
-    assert {task_of(r) for r in beside.values()} - {task_of(r) for r in alone.values()} >= {"video_order"}
-    assert set(plain.rows) == set(FIRST_SIX)
+    together = {r["id"]: r for r in room_rows(room_seed("train", 5, 1), more)}
+    assert set(alone) < set(together) and all(together[i] == row for i, row in alone.items())
+    assert {task_of(r) for r in together.values()} - {task_of(r) for r in alone.values()} >= {"video_order"}
+    assert plain.rows == DEFAULT_ROWS
 
 
 def test_the_default_rows_are_what_they_were(renderer: Renderer) -> None:
-    """Text, ids and answers of one room, as examples/sft.py was tuned with; pictures may differ between drivers."""
+    """Text, ids and answers of one room are those that examples/sft.py was tuned with; images depend on the driver."""
     rows = room_rows(room_seed("train", 0, 3), RoomsConfig())
     if json.loads(rows[0]["answer"])["metadata"]["backend"] != "gl":
         pytest.skip("recorded with OpenGL")
@@ -79,11 +81,10 @@ def test_the_default_rows_are_what_they_were(renderer: Renderer) -> None:
     assert (len(rows), hashlib.sha256(text.encode()).hexdigest()[:16]) == RECORDED
 
 
-RECORDED = (28, "ac1e3c3407c0e532")  # of generator version 6
+RECORDED = (28, "ac1e3c3407c0e532")  # generator version 6
 
 
-def test_folders_of_the_default_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options that are not asked for are not part of the name: rooms made before there were any are found again."""
+def test_options_that_are_none_are_not_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described: list[dict] = []
     monkeypatch.setattr(
         generate, "_fill", lambda folder, *_: (folder.mkdir(), (folder / "progress.json").write_text("{}"))
@@ -99,7 +100,7 @@ def test_video_rows_are_read_as_videos(everything: list[dict], tmp_path: Path) -
     import pyarrow as pa
 
     videos = [row for row in everything if row["type"] == "video"]
-    pq.write_table(pa.Table.from_pylist(videos, schema=generate.SCHEMA), tmp_path / "v.parquet")
+    pq.write_table(pa.Table.from_pylist(videos, schema=SCHEMA), tmp_path / "v.parquet")
     processor = Processor.preset("tiny", video_min_pixels=28 * 28, video_max_pixels=56 * 56)
     for row, sample in zip(videos, open_source(tmp_path), strict=True):
         assert row["conversations"][0]["value"].startswith("<|video_pad|>These are frames of a video.\n")
@@ -171,7 +172,7 @@ def test_every_file_has_its_shares_and_resumes(
 
 
 @pytest.mark.slow
-def test_the_published_proportions(tmp_path: Path, renderer: Renderer) -> None:
+def test_a_file_has_the_published_proportions(tmp_path: Path, renderer: Renderer) -> None:
     config = dataclasses.replace(VST_P_MIX, shots=dataclasses.replace(VST_P_MIX.shots, width=160, height=120))
     made = Counter(
         task_of(row) for rows in rows_of(make_rooms(tmp_path, 500, 1, 0, config, progress=None)) for row in rows
@@ -200,6 +201,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert np.char.startswith(Path(capsys.readouterr().out.strip()).name, "rooms-heldout-6-")
 
 
+def test_the_docs_list_the_presets() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "generating.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(PRESETS)
+    words = {4: "four", 5: "five", 6: "six", 7: "seven"}
+    assert f"the {words[len(PRESETS)]} presets" in text
+
+
 def test_every_task_is_asked_in_ten_ways_or_more() -> None:
     from fastvst import tasks
 
@@ -218,13 +226,13 @@ def test_every_task_is_asked_in_ten_ways_or_more() -> None:
         "video_route": tuple(a + b for a in tasks.video_route.START for b in tasks.video_route.FILL),
         "video_other": tasks.video_other.ROOM + tasks.video_other.WAY + tasks.video_other.TURN + tasks.video_other.LAST,
     }
-    assert set(banks) == set(VST_P) - set(FIRST_SIX)
+    assert set(banks) == set(VST_P) - set(DEFAULT_ROWS)
     assert min(len(set(bank)) for bank in banks.values()) >= 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The part of a run's configuration that the mixture file is about."""
+    """The part of a run's configuration that the mixture file sets."""
 
     data: MixtureConfig = MixtureConfig(sources=())
 
@@ -252,7 +260,7 @@ def test_the_mixture_file_has_the_published_proportions() -> None:
 
 
 def test_the_page_of_tasks_shows_every_task() -> None:
-    """docs/tasks.html is written by tools/make_tasks.py; it must not fall behind the tasks."""
+    """tools/make_tasks.py writes docs/tasks.html; the page must show the current tasks."""
     html = (Path(__file__).parents[2] / "docs" / "tasks.html").read_text()
     for name, thousands in VST_P.items():
         assert f"<b>{name}</b>" in html and f"{thousands} K rows" in html

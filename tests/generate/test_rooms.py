@@ -1,10 +1,11 @@
-"""Parquet out of rooms: schema, determinism, worker count, resuming, splits, caching."""
+"""Rendered rooms as parquet: schema, determinism, number of workers, resuming, splits, caching."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -57,7 +58,7 @@ def test_rows_follow_the_published_schema(made: Path) -> None:
         }
         assert row["type"] == kind[extra["metadata"]["task"]]
         if row["type"] == "bbox_3d":
-            assert "f_x=" in first and "hfov" not in first  # the stored form
+            assert "f_x=" in first and "hfov" not in first  # the stored form of the prompt
 
 
 def test_the_same_seed_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
@@ -113,7 +114,9 @@ def test_interrupted_work_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(generate, "room_rows", failing)
     with pytest.raises(KeyboardInterrupt):
         make_rooms(tmp_path / "b", 50, seed=3, workers=0, config=SMALL, progress=None)
-    assert not list((tmp_path / "b").glob("rooms-*"))  # nothing that looks finished
+    assert not list((tmp_path / "b").glob("rooms-*"))  # no folder under a final name
+    (partial,) = (tmp_path / "b").glob(".rooms-*.partial")
+    (partial / ".rooms-00001-of-00003.parquet.partial-1").touch()  # what a killed process leaves
     first_run = len(made_rooms)
     made_rooms.clear()
     made_rooms.append(-1)
@@ -125,7 +128,20 @@ def test_interrupted_work_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(generate, "room_rows", counting)
     resumed = make_rooms(tmp_path / "b", 50, seed=3, workers=0, config=SMALL, progress=None)
     assert bytes_of(resumed) == bytes_of(whole)
-    assert room_seed("train", 3, 0) not in made_rooms and first_run == 3  # whole files were not made again
+    assert sorted(f.name for f in resumed.iterdir()) == sorted(f.name for f in whole.iterdir())
+    assert room_seed("train", 3, 0) not in made_rooms and first_run == 3  # the complete file was not made again
+
+
+def test_a_folder_that_only_lacks_its_name_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process was killed after the last file and before the folder was renamed."""
+    whole = make_rooms(tmp_path / "a", 5, seed=3, workers=0, config=SMALL, progress=None)
+    partial = tmp_path / "b" / f".{whole.name}.partial"
+    shutil.copytree(whole, partial)
+    (partial / "rooms.json").unlink()
+    (partial / "progress.json").write_text(json.dumps({"files": 1, "room": 0, "skip": 5}))
+    monkeypatch.setattr(generate, "ROWS_PER_FILE", 5)
+    again = make_rooms(tmp_path / "b", 5, seed=3, workers=0, config=SMALL, progress=None)
+    assert bytes_of(again) == bytes_of(whole) and not partial.exists()
 
 
 def test_png_and_progress(tmp_path: Path) -> None:
