@@ -44,7 +44,7 @@ from fastvst.rl import dry_run as arithmetic
 from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
 from fastvst.rl.filtering import FilterConfig, FilterState, verdict
-from fastvst.rl.heldout import COMPLETIONS, EvaluationConfig, evaluation_row, read_questions, write_evaluation
+from fastvst.rl.heldout import HELD_OUT_COMPLETIONS, EvaluationConfig, evaluation_row, read_prompts, write_evaluation
 from fastvst.rl.packing import Group, Sharing
 from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts, PromptStream
@@ -336,9 +336,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     reference = None if config.update.kl == "none" else policy.as_reference(build_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
-    answer_tokens = config.sampling.answers * config.sampling.max_tokens
+    completion_tokens = config.sampling.answers * config.sampling.max_tokens
     stream = PromptStream(
-        open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size, answer_tokens=answer_tokens
+        open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size, completion_tokens=completion_tokens
     )
     first = 0
     recent = guard.Recent()
@@ -351,7 +351,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         stream.load_state_dict(rank_state["stream"])
         say(world, f"resumed from {resume_from}")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
-    questions = read_questions(test_rows, config.evaluation.questions, ledger) if test_rows else []
+    questions = read_prompts(test_rows, config.evaluation.questions, ledger) if test_rows else []
 
     def write_hf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         hf.save(path, model.config, tensors, processor=processor)
@@ -376,7 +376,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         every = config.evaluation.every
         if every and questions and (step % every == 0 or step == config.steps):
             mine = stream.encode(questions[world.rank :: world.size])
-            found, _ = sample_and_score(mine, config.sampling.params(COMPLETIONS, 987_654_321), engine, pool)
+            found, _ = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), engine, pool)
             row = evaluation_row(step, questions, [one for one, _ in found], world)
             say(world, f"held out, step {step}: {write_evaluation(out, row, world)}")
 

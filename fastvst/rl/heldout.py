@@ -17,7 +17,7 @@ from fastvst.rl.prompts import Prompt, make_prompt
 from fastvst.rl.records import GroupRecord
 from fastvst.train.distributed import World
 
-COMPLETIONS = 2  # sampled for each held-out prompt
+HELD_OUT_COMPLETIONS = 2  # sampled for each held-out prompt
 
 
 @dataclass(frozen=True)
@@ -37,37 +37,37 @@ class EvaluationConfig:
     questions: int = 200
 
 
-def read_questions(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:
+def read_prompts(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:
     """The first `count` usable prompts of a data set, numbered from 0; unusable rows are recorded in the ledger."""
-    questions: list[Prompt] = []
+    prompts: list[Prompt] = []
     for sample in open_source(path, ledger=ledger):
-        if len(questions) == count:
+        if len(prompts) == count:
             break
         try:
-            questions.append(make_prompt(sample, turn=len(questions), number=len(questions)))
+            prompts.append(make_prompt(sample, turn=len(prompts), number=len(prompts)))
         except SampleError as error:
             ledger.record(error, where=str(path))
-    return questions
+    return prompts
 
 
 def evaluation_row(
-    step: int, questions: Sequence[Prompt], records: Sequence[GroupRecord], world: World
+    step: int, prompts: Sequence[Prompt], records: Sequence[GroupRecord], world: World
 ) -> dict[str, Any]:
     """Mean reward and accuracy over all ranks, in total and by task, with 95 % intervals. Every rank calls it.
 
     Args:
-        questions: all held-out prompts, numbered 0, 1, ... in `Prompt.number`.
+        prompts: all held-out prompts, numbered 0, 1, ... in `Prompt.number`.
         records: the groups that this rank sampled. Prompts that no rank could encode (broken images) do not count.
 
     Raises:
         ValueError: no rank has a group.
     """
-    values = torch.zeros(len(questions), 3, dtype=torch.float64)
+    values = torch.zeros(len(prompts), 3, dtype=torch.float64)
     for record in records:
         n = len(record.texts)
         values[record.prompt.number] = torch.tensor([sum(record.totals) / n, sum(record.accuracies) / n, 1.0])
     table = world.sum(values.to(world.device)).tolist()
-    rows = [(q, reward, accuracy) for q, (reward, accuracy, seen) in zip(questions, table, strict=True) if seen]
+    rows = [(q, reward, accuracy) for q, (reward, accuracy, seen) in zip(prompts, table, strict=True) if seen]
     if not rows:
         raise ValueError("no held-out prompt could be used; the ledger holds the reasons")
     tasks = sorted({q.task for q, _, _ in rows})

@@ -29,6 +29,9 @@ class Answer:
     logprobs: Tensor
     advantage: float = 0.0
 
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -38,18 +41,18 @@ class Group:
     answers: tuple[Answer, ...]
 
     @property
-    def answer_tokens(self) -> int:
-        return sum(a.tokens.shape[0] for a in self.answers)
+    def completion_tokens(self) -> int:
+        return sum(len(c) for c in self.answers)
 
     @property
     def tokens(self) -> int:
         """Tokens of the group in a pack: the prompt once, and all completions."""
-        return len(self.prompt) + self.answer_tokens
+        return len(self.prompt) + self.completion_tokens
 
     @property
     def is_zero_variance(self) -> bool:
         """Every advantage is 0, so the group has no policy gradient."""
-        return all(a.advantage == 0.0 for a in self.answers)
+        return all(c.advantage == 0.0 for c in self.answers)
 
 
 @dataclass(frozen=True)
@@ -128,30 +131,30 @@ def divide_into_packs(
     split = 0
     repeated = 0
     for group in groups:
-        answers = [a for a in group.answers if a.tokens.shape[0]]
-        if not answers:
+        completions = [c for c in group.answers if len(c)]
+        if not completions:
             continue
-        parts = _split(group.prompt, answers, budget if shared else 0)
+        parts = _split(group.prompt, completions, budget if shared else 0)
         pieces += parts
         used += 1
         split += shared and len(parts) > 1
-        repeated += sum(len(group.prompt) + a.tokens.shape[0] for a in answers)
+        repeated += sum(len(group.prompt) + len(c) for c in completions)
     members = _first_fit([piece.tokens for piece in pieces], budget)
     packs = [[pieces[i] for i in sorted(chosen)] for chosen in members]
     tokens = sum(piece.tokens for piece in pieces)
     return packs, Sharing(tokens, repeated, pieces=len(pieces), groups=used, split=split, packs=len(packs))
 
 
-def _split(prompt: EncodedSample, answers: Sequence[Answer], budget: int) -> list[Group]:
+def _split(prompt: EncodedSample, completions: Sequence[Answer], budget: int) -> list[Group]:
     """Pieces of consecutive completions that fit into `budget` tokens with the prompt; each has at least one."""
     runs: list[list[Answer]] = []
     used = 0
-    for answer in answers:
-        length = answer.tokens.shape[0]
+    for completion in completions:
+        length = len(completion)
         if not runs or len(prompt) + used + length > budget:
             runs.append([])
             used = 0
-        runs[-1].append(answer)
+        runs[-1].append(completion)
         used += length
     return [Group(prompt, tuple(run)) for run in runs]
 
@@ -180,22 +183,23 @@ def make_pack(groups: Sequence[Group], config: ModelConfig, *, shared: bool = Tr
     if not groups:
         none = torch.zeros(0)
         return PolicyPack(pack([empty_sample()]), none, none, none.long(), 0)
-    encoded = [
-        (g.prompt, [completion_sample(g.prompt, a.tokens, flops=answer_flops(config, g.prompt, a)) for a in g.answers])
-        for g in groups
-    ]
-    answers = [a for g in groups for a in g.answers]
-    lengths = torch.tensor([a.tokens.shape[0] for a in answers])
+    encoded = [(g.prompt, [_encode(g.prompt, c, config) for c in g.answers]) for g in groups]
+    completions = [c for g in groups for c in g.answers]
+    lengths = torch.tensor([len(c) for c in completions])
     return PolicyPack(
         batch=pack_groups(encoded, shared=shared),
-        advantages=torch.repeat_interleave(torch.tensor([a.advantage for a in answers]), lengths),
-        rollout_logprobs=torch.cat([a.logprobs.float() for a in answers]),
-        sequence_ids=torch.repeat_interleave(torch.arange(len(answers)), lengths),
+        advantages=torch.repeat_interleave(torch.tensor([c.advantage for c in completions]), lengths),
+        rollout_logprobs=torch.cat([c.logprobs.float() for c in completions]),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         groups=len(groups),
     )
 
 
-def answer_flops(config: ModelConfig, prompt: EncodedSample, answer: Answer) -> float:
-    """Training FLOPs that a completion adds to its prompt: causal attention over both, and the LM head."""
-    length = answer.tokens.shape[0]
-    return TRAINING * (decoder_flops(config, [length], [len(prompt)]) + head_flops(config, length))
+def _encode(prompt: EncodedSample, completion: Answer, config: ModelConfig) -> EncodedSample:
+    """A completion as a sequence of its own.
+
+    Its FLOPs are the training FLOPs that it adds to its prompt: causal attention over both, and the LM head.
+    """
+    length = len(completion)
+    flops = TRAINING * (decoder_flops(config, [length], [len(prompt)]) + head_flops(config, length))
+    return completion_sample(prompt, completion.tokens, flops=flops)

@@ -96,12 +96,12 @@ class Minibatch:
     Attributes:
         packs: on the CPU, with their row weights.
         tokens: completion tokens of the minibatch on all ranks, zero-variance groups included.
-        answers: completions of the minibatch on all ranks, zero-variance groups included.
+        completions: of the minibatch on all ranks, zero-variance groups included.
     """
 
     packs: list[PolicyPack]
     tokens: float
-    answers: float
+    completions: float
 
 
 def make_minibatches(
@@ -132,13 +132,13 @@ def make_minibatches(
         divided.append(packs)
         sharing = sharing + counts
     made = []
-    for packs, (tokens, answers, *lengths) in zip(divided, _global_counts(parts, divided, world), strict=True):
-        packs = packs + [[] for _ in range(int(max(lengths)) - len(packs))]
+    for packs, (tokens, completions, *pack_counts) in zip(divided, _global_counts(parts, divided, world), strict=True):
+        packs = packs + [[] for _ in range(int(max(pack_counts)) - len(packs))]
         policy_packs = [make_pack(pack, model_config, shared=share_prompts) for pack in packs]
         weighted = [
-            dataclasses.replace(p, row_weights=_row_weights(p, objective, tokens, answers)) for p in policy_packs
+            dataclasses.replace(p, row_weights=_row_weights(p, objective, tokens, completions)) for p in policy_packs
         ]
-        made.append(Minibatch(weighted, tokens, answers))
+        made.append(Minibatch(weighted, tokens, completions))
     return made, sharing
 
 
@@ -148,16 +148,16 @@ def _global_counts(
     """For each minibatch: completion tokens and completions of all ranks, then the number of packs of each rank."""
     counts = torch.zeros(len(parts), 2 + world.size, dtype=torch.float64)
     for k, part in enumerate(parts):
-        answers = [a for g in part for a in g.answers if a.tokens.shape[0]]
-        counts[k, 0] = sum(a.tokens.shape[0] for a in answers)
-        counts[k, 1] = len(answers)
+        completions = [c for g in part for c in g.answers if len(c)]
+        counts[k, 0] = sum(len(c) for c in completions)
+        counts[k, 1] = len(completions)
         counts[k, 2 + world.rank] = len(divided[k])
     return world.sum(counts.to(world.device)).tolist()
 
 
-def _row_weights(pack: PolicyPack, objective: Objective, tokens: float, answers: float) -> Tensor:
+def _row_weights(pack: PolicyPack, objective: Objective, tokens: float, completions: float) -> Tensor:
     mask = torch.ones(pack.sequence_ids.shape[0], dtype=torch.bool)
-    return objective.row_weights(mask, pack.sequence_ids, tokens=max(tokens, 1.0), sequences=max(answers, 1.0))
+    return objective.row_weights(mask, pack.sequence_ids, tokens=max(tokens, 1.0), sequences=max(completions, 1.0))
 
 
 def policy_head(pack: PolicyPack, objective: Objective, temperature: float, *, first: bool) -> Any:

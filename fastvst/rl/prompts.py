@@ -113,19 +113,19 @@ class PromptStream:
         *,
         rank: int = 0,
         size: int = 1,
-        answer_tokens: int = 0,
+        completion_tokens: int = 0,
     ) -> None:
         """
         Args:
-            answer_tokens: most tokens of all completions of one prompt. The work of a prompt is this number plus its
-                own tokens: a video has a hundred times the tokens of a text, and every rank waits for the slowest.
+            completion_tokens: most tokens of all completions of one prompt. The work of a prompt is this number plus
+                its own tokens: a video has a hundred times the tokens of a text, and every rank waits for the slowest.
         """
         self.mixture = mixture
         self.processor = processor
         self.ledger = ledger
         self.rank = rank
         self.size = size
-        self.answer_tokens = answer_tokens
+        self.completion_tokens = completion_tokens
         self.asked = 0
         self.drawn = 0
 
@@ -146,7 +146,7 @@ class PromptStream:
                 break
             prompt, tokens = found
             taken.append(prompt)
-            work.append(tokens + self.answer_tokens)
+            work.append(tokens + self.completion_tokens)
         self.ledger.check()
         return [taken[i] for i in share(work, self.size)[self.rank]]
 

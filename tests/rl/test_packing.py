@@ -47,7 +47,7 @@ def test_every_completion_is_in_one_pack_and_no_pack_exceeds_its_budget(shapes: 
     packs, sharing = divide_into_packs(groups, budget, shared=shared)
     marks = [int(a.tokens[0]) for members in packs for g in members for a in g.answers]
     assert sorted(marks) == [100 * g + a for g, (_, sizes) in enumerate(shapes) for a, n in enumerate(sizes) if n]
-    sizes = [sum(len(g.prompt) + g.answer_tokens for g in members) for members in packs]
+    sizes = [sum(len(g.prompt) + g.completion_tokens for g in members) for members in packs]
     assert all(size <= budget for size in sizes) and sum(sizes) == sharing.shared <= sharing.repeated
     if not shared:
         assert sharing.shared == sharing.repeated and sharing.split == 0

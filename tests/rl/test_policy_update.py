@@ -124,7 +124,7 @@ def test_the_first_update_is_the_advantage_weighted_negative_log_likelihood(proc
     loss.backward()  # type: ignore[union-attr]
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    total = sum(g.answer_tokens for g in groups)
+    total = sum(g.completion_tokens for g in groups)
     expected = torch.zeros(())
     for group in groups:
         for answer in group.answers:

@@ -20,7 +20,7 @@ def processor() -> Processor:
 
 def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epochs: int | None = None, answers: int = 0):
     config = MixtureConfig(sources=(SourceConfig(str(path)),), shuffle_buffer=7, epochs=epochs)
-    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size, answer_tokens=answers)
+    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size, completion_tokens=answers)
 
 
 def test_ranks_share_one_stream_and_a_checkpoint_restores_its_place(tmp_path: Path, processor: Processor) -> None:
@@ -49,7 +49,7 @@ def test_prompts_are_dealt_by_their_expected_work(tmp_path: Path, processor: Pro
     def dealt(answers: int) -> list[list[int]]:
         config = MixtureConfig(sources=(SourceConfig(str(tmp_path / "rows.jsonl")),), shuffle_buffer=1, epochs=1)
         ranks = [
-            PromptStream(open_mixture(config), processor, Ledger(), rank=r, size=2, answer_tokens=answers)
+            PromptStream(open_mixture(config), processor, Ledger(), rank=r, size=2, completion_tokens=answers)
             for r in (0, 1)
         ]
         return [[len(s) for _, s in r.encode(r.take(16))] for r in ranks]

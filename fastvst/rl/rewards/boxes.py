@@ -21,14 +21,14 @@ def score_boxes(text: str, answer: Any) -> tuple[float, float, str]:
     numbers in `bbox_3d`. Without boxes in the response or in the truth the accuracy is 0, as in VST.
     """
     entries = fenced_entries(text)
-    shape = float(bool(entries) and all(_well_formed(entry) for entry in entries or ()))
+    format_reward = float(bool(entries) and all(_well_formed(entry) for entry in entries or ()))
     boxes, _ = parse_boxes(text)
     truth = true_boxes(answer)
     if not len(boxes):
-        return 0.0, shape, "no boxes"
+        return 0.0, format_reward, "no boxes"
     if not len(truth):
-        return 0.0, shape, "the truth has no boxes"
-    return box_accuracy(boxes, truth), shape, "bbox3d" if shape else "bbox3d; format"
+        return 0.0, format_reward, "the truth has no boxes"
+    return box_accuracy(boxes, truth), format_reward, "bbox3d" if format_reward else "bbox3d; format"
 
 
 def fenced_entries(text: str) -> list[Any] | None:

@@ -80,13 +80,15 @@ def score(
     """
     chosen = normalise_modes(modes, answer)
     if BOXES in chosen:
-        accuracy, shape, reason = score_boxes(final_answer(response), answer)
+        accuracy, format_reward, reason = score_boxes(final_answer(response), answer)
     else:
         accuracy, reason = _score_text(response, answer, chosen)
-        shape = thinking_format(response) if thinking is not False else float(bool(response.strip()))
-        if not shape:
+        direct = thinking is False
+        format_reward = float(bool(response.strip())) if direct else thinking_format(response)
+        if not format_reward:
             reason = f"{reason}; format"
-    return Reward(accuracy, shape, (1 - format_weight) * accuracy + format_weight * shape, reason)
+    overall = (1 - format_weight) * accuracy + format_weight * format_reward
+    return Reward(accuracy, format_reward, overall, reason)
 
 
 def normalise_modes(modes: Sequence[str], answer: Any) -> tuple[str, ...]:

@@ -72,14 +72,14 @@ def _user_reward(value: Any, known: list[Any]) -> list[Any]:
     given = dict(value) if isinstance(value, dict) else {"accuracy": value}
     try:
         accuracy = float(given.get("accuracy", known[0]))
-        shape = float(given.get("format", known[1]))
-        mixed = (1 - rewards.FORMAT_WEIGHT) * accuracy + rewards.FORMAT_WEIGHT * shape
+        format_reward = float(given.get("format", known[1]))
+        mixed = (1 - rewards.FORMAT_WEIGHT) * accuracy + rewards.FORMAT_WEIGHT * format_reward
         overall = float(given.get("overall", mixed))
     except (TypeError, ValueError) as error:
         return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}: {error}"[:300]]
-    if not all(map(math.isfinite, (accuracy, shape, overall))):
+    if not all(map(math.isfinite, (accuracy, format_reward, overall))):
         return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}"[:300]]
-    return [accuracy, shape, overall, str(given.get("reason", "reward function"))[:300]]
+    return [accuracy, format_reward, overall, str(given.get("reason", "reward function"))[:300]]
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -99,20 +99,21 @@ def main(settings: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"fatal": fatal}), file=out, flush=True)
     for line in sys.stdin:
-        reply: dict[str, Any]
-        end = False
-        try:
-            reply = {"rewards": score_rows(json.loads(line), function)}
-        except ImportError as error:
-            reply = {"fatal": str(error)}
-        except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
-            reply = {"failed": f"MemoryError: more than {settings['memory_gib']} GiB", "dead": True}
-            end = True
-        except Exception as error:
-            reply = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        reply = _reply(line, function, settings["memory_gib"])
         print(json.dumps(reply), file=out, flush=True)
-        if end:
+        if reply.get("dead"):
             return
+
+
+def _reply(line: str, function: Callable[..., Any] | None, memory_gib: float) -> dict[str, Any]:
+    try:
+        return {"rewards": score_rows(json.loads(line), function)}
+    except ImportError as error:
+        return {"fatal": str(error)}
+    except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
+        return {"failed": f"MemoryError: more than {memory_gib} GiB", "dead": True}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 if __name__ == "__main__":
