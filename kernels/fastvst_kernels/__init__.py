@@ -1,6 +1,6 @@
-"""Operators for packed vision-language training: each public function has its plain PyTorch reference beside it.
+"""Operators for packed vision-language training, each with a plain PyTorch reference in its folder.
 
-Needs torch (and triton for the GPU kernels), and knows nothing of any model or trainer.
+Needs torch and numpy, and triton for the GPU kernels. Nothing here depends on a model or a trainer.
 """
 
 from fastvst_kernels.activation.op import swiglu
@@ -17,8 +17,8 @@ from fastvst_kernels.sampling.op import sample_tokens
 from fastvst_kernels.window.op import window_attention
 
 __all__ = [
-    "VocabularyShard",
     "AttentionPlan",
+    "VocabularyShard",
     "add_rms_norm",
     "attention_reference",
     "decode_attention",

@@ -1,4 +1,4 @@
-"""SwiGLU in Triton: elementwise, so bound by memory; the activation is computed again in the backward."""
+"""SwiGLU in Triton. It is elementwise, so memory limits it; the backward pass computes the activation again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def tile_offsets(stride_a, stride_b, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets of one (ROWS, BLOCK) tile in two layouts of the rows, and which of its values exist."""
+    """Offsets of one (ROWS, BLOCK) tile in rows that are stride_a or stride_b apart, and the mask of its values."""
     begin = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -19,33 +19,53 @@ def tile_offsets(stride_a, stride_b, rows, width, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def swiglu_forward_kernel(GATE, UP, OUT, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """OUT (rows, width) = silu(GATE) * UP, whose rows lie `stride` apart."""
+def swiglu_forward_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    rows,
+    width,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (rows, width) = silu(gate) * up; rows of gate and up are `stride` apart."""
     inputs, outputs, mask = tile_offsets(stride, width, rows, width, ROWS, BLOCK)
-    gate = tl.load(GATE + inputs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(UP + inputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + outputs, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty), mask=mask)
+    gate = tl.load(gate_ptr + inputs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + inputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + outputs, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    DOUT, GATE, UP, DGATE, DUP, rows, width, stride_dout, stride, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    dout_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    rows,
+    width,
+    stride_dout,
+    stride,
+    stride_d,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Both gradients; silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
+    """dgate and dup; silu'(g) = s + g s (1 - s) with s = sigmoid(g)."""
     inputs, outputs, mask = tile_offsets(stride, stride_dout, rows, width, ROWS, BLOCK)
     _, gradients, _ = tile_offsets(stride, stride_d, rows, width, ROWS, BLOCK)
-    gate = tl.load(GATE + inputs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(UP + inputs, mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(DOUT + outputs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + inputs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + inputs, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     silu = gate * share
-    tl.store(DUP + gradients, (dout * silu).to(DUP.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + gradients, (dout * silu).to(dup_ptr.dtype.element_ty), mask=mask)
     slope = share + silu * (1.0 - share)
-    tl.store(DGATE + gradients, (dout * up * slope).to(DGATE.dtype.element_ty), mask=mask)
+    tl.store(dgate_ptr + gradients, (dout * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(gate: Tensor, up: Tensor, numbers: tuple[int, ...]) -> Tensor:
-    """silu(gate) * up of (N, I) tensors with dense rows, equally far apart; numbers: rows, columns, warps."""
+    """silu(gate) * up of (N, I) tensors with dense rows and equal strides; `numbers`: rows, columns, warps."""
     rows, width = gate.shape
     out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
     block_rows, block, warps = numbers
@@ -58,7 +78,7 @@ def forward(gate: Tensor, up: Tensor, numbers: tuple[int, ...]) -> Tensor:
 
 
 def backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, numbers: tuple[int, ...]) -> None:
-    """Write the gradients into dgate and dup (N, I), whose rows are equally far apart; dout has dense rows."""
+    """Write the gradients into dgate and dup (N, I), which have equal strides; dout has dense rows."""
     rows, width = gate.shape
     block_rows, block, warps = numbers
     if dout.numel():

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastvst_kernels.shared.backend import uses_kernel
-from fastvst_kernels.shared.cpu import rows_at_once
+from fastvst_kernels.shared.cpu import rows_apart, rows_at_once
 from fastvst_kernels.shared.tensors import dense_rows
 from fastvst_kernels.shared.tile_tables import bits_class, config
 
@@ -18,15 +17,15 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     """`gate * sigmoid(gate) * up`, elementwise.
 
     Args:
-        gate, up: (..., I) of one dtype, views are fine. Without `up`, gate is the fused (..., 2 I) projection
-            [gate | up], whose gradient is then written into one buffer.
+        gate, up: (..., I) of one dtype; views are allowed. Without `up`, gate is the fused (..., 2 I) projection
+            [gate | up], and its gradient is one buffer.
         backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
-        (..., I) contiguous. Backward saves gate and up, not the activation.
+        (..., I) contiguous. Autograd saves gate and up, not the activation.
 
     Raises:
-        ValueError: shapes that differ, an odd fused width; a backend that can not run here.
+        ValueError: shapes that differ, an odd fused width; a backend that cannot run here.
     """
     if up is None:
         if gate.dim() < 1 or gate.shape[-1] % 2:
@@ -39,7 +38,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up of `swiglu(gate, up)`, for operators that compute it again in their backward."""
+    """Gradients of gate and up, for functions that compute `swiglu(gate, up)` again in their backward pass."""
     return swiglu_backward_op(grad, gate, up, uses_kernel("swiglu", gate, "auto"))
 
 
@@ -50,20 +49,20 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastvst::swiglu", mutates_args=())
 def swiglu_op(gate: Tensor, up: Tensor | None, kernel: bool) -> Tensor:
-    """silu(gate) * up, or of the two halves of gate; `kernel`: by Triton."""
+    """silu(gate) * up, or of the two halves of gate; `kernel`: use Triton."""
     if kernel:
-        from fastvst_kernels.activation import kernels as swiglu_triton
+        from fastvst_kernels.activation import kernels as swiglu_kernels
 
         first, second = _halves(gate, up)
-        out = swiglu_triton.forward(first, second, config("swiglu_forward", bits_class(gate.dtype), gate.device))
+        out = swiglu_kernels.forward(first, second, config("swiglu_forward", bits_class(gate.dtype), gate.device))
         return out.view(*gate.shape[:-1], first.shape[-1])
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = rows_apart(gate)
     rows = rows_at_once(gate)
     for part in zip(gate.split(rows), up.split(rows), out.split(rows), strict=True):
         torch.ops.aten.silu.out(part[0], out=part[2]).mul_(part[1])
-    return out
+    return out.contiguous()
 
 
 @swiglu_op.register_fake
@@ -73,23 +72,25 @@ def _(gate, up, kernel):
 
 @torch.library.custom_op("fastvst::swiglu_backward", mutates_args=())
 def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; of the fused projection and nothing where up is None."""
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
+    """Gradients of gate and up; of the fused projection and an empty tensor if up is None."""
     if kernel:
-        from fastvst_kernels.activation import kernels as swiglu_triton
+        from fastvst_kernels.activation import kernels as swiglu_kernels
 
+        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
         inputs = _halves(gate, up)
         outputs = _halves(grad_gate, None if up is None else grad_up)
-        swiglu_triton.backward(dense_rows(grad), *inputs, *outputs, numbers)
+        swiglu_kernels.backward(dense_rows(grad), *inputs, *outputs, numbers)
         return grad_gate, grad_up
     if up is None:
-        first, second = gate.chunk(2, dim=-1)
-        _backward_plain(grad, first, second, *grad_gate.chunk(2, dim=-1))
-    else:
-        _backward_plain(grad, gate, up, grad_gate, grad_up)
-    return grad_gate, grad_up
+        fused = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        _backward_plain(grad, *gate.chunk(2, dim=-1), *fused.chunk(2, dim=-1))
+        return fused, gate.new_empty(0)
+    grad_gate = rows_apart(gate)
+    grad_up = rows_apart(up)
+    _backward_plain(grad, gate, up, grad_gate, grad_up)
+    return grad_gate.contiguous(), grad_up.contiguous()
 
 
 @swiglu_backward_op.register_fake
@@ -100,7 +101,7 @@ def _(grad, gate, up, kernel):
 def _backward_plain(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     rows = rows_at_once(gate)
     for d, g, u, dg, du in zip(*(x.split(rows) for x in (grad, gate, up, grad_gate, grad_up)), strict=True):
-        torch.mul(F.silu(g), d, out=du)
+        torch.ops.aten.silu.out(g, out=du).mul_(d)
         torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
 
 
@@ -119,7 +120,7 @@ swiglu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gate and up as (N, I) views whose dense rows lie equally far apart; copies where strides do not allow it."""
+    """gate and up as (N, I) views with dense rows and equal strides; copies if their strides do not allow it."""
     if up is None:
         first, second = dense_rows(gate).chunk(2, dim=-1)
         return first, second

@@ -1,7 +1,7 @@
-"""RMSNorm in Triton, alone and behind a residual addition: one pass over memory in each direction.
+"""RMSNorm in Triton, alone and after a residual addition: one pass over memory in each direction.
 
 A row lies in registers as up to three pieces whose sizes are powers of two: 3584 is 2048 + 1024 + 512, 1280 is
-1024 + 256. No lane is idle at such widths (a padded tile wastes 12 % at 3584 and 37 % at 1280).
+1024 + 256. No thread is idle at such widths (a padded tile wastes 12 % at 3584 and 37 % at 1280).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_WIDTH = 8192  # what the widest class of the tables is compiled for
+LARGEST_WIDTH = 8192  # the widest shape class of the tables
 
 
 def row_pieces(width: int) -> tuple[int, int, int]:
-    """A width as three powers of two of falling size, 0 for none; the last one is rounded up."""
+    """A width as three powers of two, largest first; an unused piece is 0, the last one is rounded up."""
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     second = 0 if rest == 0 else 1 << (rest.bit_length() - 1)
@@ -24,41 +24,51 @@ def row_pieces(width: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def load_piece(base, row, limit, stride, width, START: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
-    """(rows, SIZE) values as float32, from column START on; 0 outside."""
+def load_piece(base_ptr, row, limit, stride, width, START: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """(rows, SIZE) values as float32, from column START; 0 outside of the tensor."""
     column = START + tl.arange(0, SIZE)
     mask = row[:, None] < limit
     if MASK:
         mask = mask & (column[None, :] < width)
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_weight(base, width, START: tl.constexpr, SIZE: tl.constexpr, WEIGHTED: tl.constexpr, MASK: tl.constexpr):
-    """(1, SIZE) scales as float32; ones without a weight."""
+def load_weight(base_ptr, width, START: tl.constexpr, SIZE: tl.constexpr, WEIGHTED: tl.constexpr, MASK: tl.constexpr):
+    """(1, SIZE) values of the weight as float32; ones if there is no weight."""
     column = START + tl.arange(0, SIZE)
     if WEIGHTED:
         if MASK:
-            return tl.load(base + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        return tl.load(base + column).to(tl.float32)[None, :]
+            return tl.load(base_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+        return tl.load(base_ptr + column).to(tl.float32)[None, :]
     else:
         return tl.full([1, SIZE], 1.0, tl.float32)
 
 
 @triton.jit
-def store_piece(base, values, row, limit, stride, width, START: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
+def store_piece(
+    base_ptr,
+    values,
+    row,
+    limit,
+    stride,
+    width,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    MASK: tl.constexpr,
+):
     column = START + tl.arange(0, SIZE)
     mask = row[:, None] < limit
     if MASK:
         mask = mask & (column[None, :] < width)
-    tl.store(base + row[:, None] * stride + column[None, :], values.to(base.dtype.element_ty), mask=mask)
+    tl.store(base_ptr + row[:, None] * stride + column[None, :], values.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def input_piece(
-    x_base,
-    r_base,
-    total_base,
+    x_ptr,
+    residual_ptr,
+    total_ptr,
     row,
     limit,
     stride_x,
@@ -69,24 +79,24 @@ def input_piece(
     SIZE: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """A piece of what is normed; x + residual is rounded to its dtype, as it is written, before it is normed."""
-    x = load_piece(x_base, row, limit, stride_x, width, START, SIZE, MASK)
+    """A piece of the norm's input. With ADD it is x + residual, stored to total and rounded as it is stored."""
+    x = load_piece(x_ptr, row, limit, stride_x, width, START, SIZE, MASK)
     if ADD:
-        x += load_piece(r_base, row, limit, stride_r, width, START, SIZE, MASK)
-        x = x.to(total_base.dtype.element_ty)
-        store_piece(total_base, x, row, limit, width, width, START, SIZE, MASK)
+        x += load_piece(residual_ptr, row, limit, stride_r, width, START, SIZE, MASK)
+        x = x.to(total_ptr.dtype.element_ty)
+        store_piece(total_ptr, x, row, limit, width, width, START, SIZE, MASK)
         x = x.to(tl.float32)
     return x
 
 
 @triton.jit
 def rms_norm_forward_kernel(
-    X,
-    RESIDUAL,
-    WEIGHT,
-    Y,
-    TOTAL,
-    INVERSE,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    total_ptr,
+    inverse_ptr,
     eps,
     rows,
     width,
@@ -100,34 +110,35 @@ def rms_norm_forward_kernel(
     D2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """INVERSE = 1 / sqrt(mean(x^2) + eps), Y = x * INVERSE * WEIGHT; with ADD x is X + RESIDUAL, written to TOTAL."""
+    """y = x * inverse * weight, inverse = 1 / sqrt(mean(x^2) + eps); with ADD total = x + residual replaces x."""
     begin = tl.program_id(0).to(tl.int64) * ROWS
     limit = rows - begin
     row = tl.arange(0, ROWS)
-    x_base = X + begin * stride_x
-    r_base = RESIDUAL + begin * stride_r
-    y_base = Y + begin * width
-    total_base = TOTAL + begin * width
+    x_ptr += begin * stride_x
+    residual_ptr += begin * stride_r
+    y_ptr += begin * width
+    total_ptr += begin * width
+    LAST0: tl.constexpr = MASK and D1 == 0
     LAST1: tl.constexpr = MASK and D2 == 0
-    x0 = input_piece(x_base, r_base, total_base, row, limit, stride_x, stride_r, width, ADD, 0, D0, MASK and D1 == 0)
+    x0 = input_piece(x_ptr, residual_ptr, total_ptr, row, limit, stride_x, stride_r, width, ADD, 0, D0, LAST0)
     squares = tl.sum(x0 * x0, 1)
     if D1 > 0:
-        x1 = input_piece(x_base, r_base, total_base, row, limit, stride_x, stride_r, width, ADD, D0, D1, LAST1)
+        x1 = input_piece(x_ptr, residual_ptr, total_ptr, row, limit, stride_x, stride_r, width, ADD, D0, D1, LAST1)
         squares += tl.sum(x1 * x1, 1)
     if D2 > 0:
-        x2 = input_piece(x_base, r_base, total_base, row, limit, stride_x, stride_r, width, ADD, D0 + D1, D2, MASK)
+        x2 = input_piece(x_ptr, residual_ptr, total_ptr, row, limit, stride_x, stride_r, width, ADD, D0 + D1, D2, MASK)
         squares += tl.sum(x2 * x2, 1)
     inverse = tl.rsqrt(squares / width + eps)
-    tl.store(INVERSE + begin + row, inverse, mask=row < limit)
+    tl.store(inverse_ptr + begin + row, inverse, mask=row < limit)
     scale = inverse[:, None]
-    w0 = load_weight(WEIGHT, width, 0, D0, WEIGHTED, MASK and D1 == 0)
-    store_piece(y_base, x0 * scale * w0, row, limit, width, width, 0, D0, MASK and D1 == 0)
+    w0 = load_weight(weight_ptr, width, 0, D0, WEIGHTED, LAST0)
+    store_piece(y_ptr, x0 * scale * w0, row, limit, width, width, 0, D0, LAST0)
     if D1 > 0:
-        w1 = load_weight(WEIGHT, width, D0, D1, WEIGHTED, LAST1)
-        store_piece(y_base, x1 * scale * w1, row, limit, width, width, D0, D1, LAST1)
+        w1 = load_weight(weight_ptr, width, D0, D1, WEIGHTED, LAST1)
+        store_piece(y_ptr, x1 * scale * w1, row, limit, width, width, D0, D1, LAST1)
     if D2 > 0:
-        w2 = load_weight(WEIGHT, width, D0 + D1, D2, WEIGHTED, MASK)
-        store_piece(y_base, x2 * scale * w2, row, limit, width, width, D0 + D1, D2, MASK)
+        w2 = load_weight(weight_ptr, width, D0 + D1, D2, WEIGHTED, MASK)
+        store_piece(y_ptr, x2 * scale * w2, row, limit, width, width, D0 + D1, D2, MASK)
 
 
 @triton.jit
@@ -136,8 +147,8 @@ def gradient_piece(
     g,
     inverse,
     slope,
-    dtotal_base,
-    dx_base,
+    dtotal_ptr,
+    dx_ptr,
     row,
     limit,
     width,
@@ -148,19 +159,19 @@ def gradient_piece(
 ):
     dx = g * inverse[:, None] + x * slope[:, None]
     if ADD:
-        dx += load_piece(dtotal_base, row, limit, width, width, START, SIZE, MASK)
-    store_piece(dx_base, dx, row, limit, width, width, START, SIZE, MASK)
+        dx += load_piece(dtotal_ptr, row, limit, width, width, START, SIZE, MASK)
+    store_piece(dx_ptr, dx, row, limit, width, width, START, SIZE, MASK)
 
 
 @triton.jit
 def rms_norm_backward_kernel(
-    DY,
-    DTOTAL,
-    X,
-    WEIGHT,
-    INVERSE,
-    DX,
-    PARTIAL,
+    dy_ptr,
+    dtotal_ptr,
+    x_ptr,
+    weight_ptr,
+    inverse_ptr,
+    dx_ptr,
+    partial_ptr,
     rows,
     width,
     stride_x,
@@ -172,68 +183,71 @@ def rms_norm_backward_kernel(
     D2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """DX (+ DTOTAL with ADD), and into PARTIAL (programs, width) each program's share of the weight's gradient.
+    """dx (+ dtotal with ADD), and into partial (programs, width) each program's share of the weight's gradient.
 
-    With g = dy * w and r = INVERSE: dx = r g - x r^3 mean(g x), dw = sum over rows of dy x r.
+    With g = dy * w and r = inverse: dx = r g - x r^3 mean(g x), dw = sum over rows of dy x r.
     """
+    LAST0: tl.constexpr = MASK and D1 == 0
     LAST1: tl.constexpr = MASK and D2 == 0
     row = tl.arange(0, ROWS)
-    w0 = load_weight(WEIGHT, width, 0, D0, WEIGHTED, MASK and D1 == 0)
+    w0 = load_weight(weight_ptr, width, 0, D0, WEIGHTED, LAST0)
     dw0 = tl.zeros([ROWS, D0], tl.float32)
     if D1 > 0:
-        w1 = load_weight(WEIGHT, width, D0, D1, WEIGHTED, LAST1)
+        w1 = load_weight(weight_ptr, width, D0, D1, WEIGHTED, LAST1)
         dw1 = tl.zeros([ROWS, D1], tl.float32)
     if D2 > 0:
-        w2 = load_weight(WEIGHT, width, D0 + D1, D2, WEIGHTED, MASK)
+        w2 = load_weight(weight_ptr, width, D0 + D1, D2, WEIGHTED, MASK)
         dw2 = tl.zeros([ROWS, D2], tl.float32)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     for step in tl.range(0, tl.cdiv(tl.cdiv(rows, ROWS) - program, programs)):
         begin = (program + step * programs) * ROWS
         limit = rows - begin
-        x_base = X + begin * stride_x
-        dy_base = DY + begin * width
-        dtotal_base = DTOTAL + begin * width
-        dx_base = DX + begin * width
-        inverse = tl.load(INVERSE + begin + row, mask=row < limit, other=0.0)
-        x0 = load_piece(x_base, row, limit, stride_x, width, 0, D0, MASK and D1 == 0)
-        g0 = load_piece(dy_base, row, limit, width, width, 0, D0, MASK and D1 == 0)
+        x_rows_ptr = x_ptr + begin * stride_x
+        dy_rows_ptr = dy_ptr + begin * width
+        dtotal_rows_ptr = dtotal_ptr + begin * width
+        dx_rows_ptr = dx_ptr + begin * width
+        inverse = tl.load(inverse_ptr + begin + row, mask=row < limit, other=0.0)
+        x0 = load_piece(x_rows_ptr, row, limit, stride_x, width, 0, D0, LAST0)
+        g0 = load_piece(dy_rows_ptr, row, limit, width, width, 0, D0, LAST0)
         if WEIGHTED:
             dw0 += g0 * x0 * inverse[:, None]
             g0 *= w0
         dot = tl.sum(g0 * x0, 1)
         if D1 > 0:
-            x1 = load_piece(x_base, row, limit, stride_x, width, D0, D1, LAST1)
-            g1 = load_piece(dy_base, row, limit, width, width, D0, D1, LAST1)
+            x1 = load_piece(x_rows_ptr, row, limit, stride_x, width, D0, D1, LAST1)
+            g1 = load_piece(dy_rows_ptr, row, limit, width, width, D0, D1, LAST1)
             if WEIGHTED:
                 dw1 += g1 * x1 * inverse[:, None]
                 g1 *= w1
             dot += tl.sum(g1 * x1, 1)
         if D2 > 0:
-            x2 = load_piece(x_base, row, limit, stride_x, width, D0 + D1, D2, MASK)
-            g2 = load_piece(dy_base, row, limit, width, width, D0 + D1, D2, MASK)
+            x2 = load_piece(x_rows_ptr, row, limit, stride_x, width, D0 + D1, D2, MASK)
+            g2 = load_piece(dy_rows_ptr, row, limit, width, width, D0 + D1, D2, MASK)
             if WEIGHTED:
                 dw2 += g2 * x2 * inverse[:, None]
                 g2 *= w2
             dot += tl.sum(g2 * x2, 1)
         slope = -dot * inverse * inverse * inverse / width
-        gradient_piece(x0, g0, inverse, slope, dtotal_base, dx_base, row, limit, width, ADD, 0, D0, MASK and D1 == 0)
+        gradient_piece(x0, g0, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, 0, D0, LAST0)
         if D1 > 0:
-            gradient_piece(x1, g1, inverse, slope, dtotal_base, dx_base, row, limit, width, ADD, D0, D1, LAST1)
+            gradient_piece(x1, g1, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, D0, D1, LAST1)
         if D2 > 0:
-            gradient_piece(x2, g2, inverse, slope, dtotal_base, dx_base, row, limit, width, ADD, D0 + D1, D2, MASK)
+            gradient_piece(
+                x2, g2, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, D0 + D1, D2, MASK
+            )
     if WEIGHTED:
         one = tl.arange(0, 1)
-        partial = PARTIAL + tl.program_id(0).to(tl.int64) * width
-        store_piece(partial, tl.sum(dw0, 0)[None, :], one, 1, width, width, 0, D0, MASK and D1 == 0)
+        partial_ptr += tl.program_id(0).to(tl.int64) * width
+        store_piece(partial_ptr, tl.sum(dw0, 0)[None, :], one, 1, width, width, 0, D0, LAST0)
         if D1 > 0:
-            store_piece(partial, tl.sum(dw1, 0)[None, :], one, 1, width, width, D0, D1, LAST1)
+            store_piece(partial_ptr, tl.sum(dw1, 0)[None, :], one, 1, width, width, D0, D1, LAST1)
         if D2 > 0:
-            store_piece(partial, tl.sum(dw2, 0)[None, :], one, 1, width, width, D0 + D1, D2, MASK)
+            store_piece(partial_ptr, tl.sum(dw2, 0)[None, :], one, 1, width, width, D0 + D1, D2, MASK)
 
 
 def constants(width: int) -> dict[str, int | bool]:
-    """The constants of both kernels that follow from the width."""
+    """The constants of both kernels that the width determines."""
     d0, d1, d2 = row_pieces(width)
     return {"D0": d0, "D1": d1, "D2": d2, "MASK": d0 + d1 + d2 != width}
 
@@ -244,7 +258,9 @@ def forward(
     """Launch the forward kernel.
 
     Args:
-        x: (N, H) with a dense last dimension; residual: the same shape and dtype, or None.
+        x: (N, H) with a dense last dimension.
+        residual: the same shape and dtype, or None.
+        weight: (H,) or None.
         numbers: rows of a program, warps.
 
     Returns:
@@ -285,7 +301,10 @@ def backward(
     """Launch the backward kernel.
 
     Args:
-        dy, dtotal: (N, H) contiguous gradients of the norm and, or None, of the sum; x: what was normed.
+        dy: (N, H) contiguous gradient of the norm.
+        dtotal: (N, H) contiguous gradient of the sum, or None.
+        x: (N, H), the norm's input.
+        inverse: (N,) float32, 1 / rms.
         numbers: rows of a program step, warps, programs.
 
     Returns:
@@ -313,5 +332,5 @@ def backward(
         num_warps=warps,
         **constants(width),
     )
-    # Each program summed its own rows in order, and this sums the programs in order: the same bits in every run.
+    # Each program sums its rows in order, and this sums the programs in order: the same bits in every run.
     return dx, partial.sum(0) if weight is not None else partial.new_empty(0)

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) with float32 arithmetic inside, alone and behind a residual addition."""
+"""RMSNorm (arXiv 1910.07467) with float32 arithmetic inside, alone and after a residual addition."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
         backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
-        (..., H) of x's dtype. Backward needs x and one number for each row; nothing else is saved.
+        (..., H) of x's dtype. Autograd saves x and one number for each row.
 
     Raises:
-        ValueError: shapes or devices that differ; a backend that can not run here.
+        ValueError: shapes or devices that differ; a backend that cannot run here.
     """
     _check(x, None, weight)
     return rms_norm_op(x, None, weight, eps, uses_kernel("rms_norm", x, backend))[0]
@@ -33,17 +33,21 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`s = x + residual; return rms_norm(s), s`. Shapes, dtypes and errors as in `rms_norm`; s has x's dtype."""
+    """`s = x + residual; return rms_norm(s), s`: first the norm, then the sum.
+
+    Shapes, dtypes and errors as in `rms_norm`; the sum has x's dtype. Autograd saves the sum and one number for each
+    row.
+    """
     _check(x, residual, weight)
     y, total, _ = rms_norm_op(x, residual, weight, eps, uses_kernel("add_rms_norm", x, backend))
     return y, total
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` without autograd, for operators that compute the norm again in their own backward.
+    """`rms_norm` without autograd, for functions that compute the norm again in their own backward pass.
 
     Returns:
-        The norm, and 1 / rms of each row, which `rms_norm_backward` wants.
+        The norm, and 1 / rms of each row for `rms_norm_backward`.
     """
     y, _, inverse = rms_norm_op(x, None, weight, eps, uses_kernel("rms_norm", x, "auto"))
     return y, inverse
@@ -52,7 +56,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tens
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, inverse: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of the weight; None where they are not needed."""
+    """Gradients of x and of the weight; None if not needed."""
     kernel = uses_kernel("rms_norm", x, "auto")
     grad_x, grad_weight = rms_norm_backward_op(grad, None, x, weight, inverse, needs_x, needs_weight, kernel)
     return grad_x if needs_x else None, grad_weight if needs_weight and weight is not None else None
@@ -68,13 +72,13 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rms_norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, kernel: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(norm of x (+ residual), x + residual or nothing, 1 / rms of each row); `kernel`: by Triton."""
+    """norm(x) or norm(x + residual), x + residual or an empty tensor, 1 / rms of each row; `kernel`: use Triton."""
     if kernel:
-        from fastvst_kernels.norm import kernels as norm_triton
+        from fastvst_kernels.norm import kernels as norm_kernels
 
         numbers = config("rms_norm_forward", row_class(x.shape[-1], x.dtype), x.device)
         flat = None if residual is None else dense_rows(residual)
-        y, total, inverse = norm_triton.forward(dense_rows(x), flat, weight, eps, numbers)
+        y, total, inverse = norm_kernels.forward(dense_rows(x), flat, weight, eps, numbers)
         return y.view(x.shape), x.new_empty(0) if residual is None else total.view(x.shape), inverse
     total = x if residual is None else (x + residual).contiguous()
     wide = total if total.dtype == torch.float64 else total.float()
@@ -103,20 +107,20 @@ def rms_norm_backward_op(
     needs_weight: bool,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of what was normed (+ grad_total) and of the weight; empty where they are not needed."""
+    """Gradients of the norm's input (plus grad_total) and of the weight; empty if not needed."""
     if kernel:
-        from fastvst_kernels.norm import kernels as norm_triton
+        from fastvst_kernels.norm import kernels as norm_kernels
 
         numbers = config("rms_norm_backward", row_class(x.shape[-1], x.dtype), x.device)
         width = x.shape[-1]
         dense = grad.contiguous().view(-1, width)
         more = None if grad_total is None else grad_total.contiguous().view(-1, width)
-        grad_x, grad_weight = norm_triton.backward(dense, more, dense_rows(x), weight, inverse, numbers)
+        grad_x, grad_weight = norm_kernels.backward(dense, more, dense_rows(x), weight, inverse, numbers)
         if weight is None or not needs_weight:
             return grad_x.view(x.shape), inverse.new_empty(0)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype)
-    # The order of operations is that of autograd on the plain formula, so that without a weight the result is bit
-    # for bit the same: in float64 models transformers rounds to float32 around the norm, and we have to follow.
+    # The order of operations is that of autograd on the plain formula, so that without a weight the bits are the same:
+    # transformers rounds float64 models to float32 around the norm, and `norm.float32` has to agree with it.
     inverse = inverse.view(*x.shape[:-1], 1)
     wide = x.to(inverse.dtype)
     grad = grad.to(inverse.dtype)
@@ -171,7 +175,7 @@ rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _slope(dot: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """d y / d x through the mean square, for each row; doubling is exact, so it is done on the small tensor."""
+    """The factor of x in its gradient, for each row: the part through the mean square."""
     return 2 * ((-0.5 * dot * inverse.pow(3)) / size)
 
 

@@ -1,7 +1,7 @@
 """QKV bias, split into heads and rotary embedding in Triton, for both towers; cosines and sines stay in registers.
 
-One program takes a few tokens, computes their angles once, and walks over all heads: rotating every head costs two
-products a value beside the memory traffic. A pair is (i, i + D / 2), i below D / 2.
+One program takes a few tokens, computes their angles once, and loops over all heads: rotating a value then costs two
+products in addition to its memory traffic. A pair is (i, i + D / 2), i below D / 2.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastvst_kernels.shared.tile_tables import next_power
 def cosine_sine(angles):
     """Cosines and sines of float32 angles, each within 2 units in the last place up to angles of 2^30.
 
-    The angle is reduced to a quarter turn in float64 (tl.cos keeps a table on the stack for it), then come the
-    polynomials of Cephes' sinf and cosf (Moshier 1992, netlib.org/cephes). It is done once for all heads of a token.
+    The angle is reduced to a quarter turn in float64 (for this tl.cos keeps a table on the stack). The polynomials are
+    those of Cephes' sinf and cosf (Moshier 1992, netlib.org/cephes). A program does this once for all heads of a token.
     """
     wide = angles.to(tl.float64)
     two_over_pi = tl.full(angles.shape, 0.63661977236758134308, tl.float64)
@@ -39,8 +39,8 @@ def cosine_sine(angles):
 
 @triton.jit
 def pair_angles(
-    POSITIONS,
-    FREQUENCIES,
+    positions_ptr,
+    frequencies_ptr,
     token,
     limit,
     stride_axis,
@@ -50,19 +50,19 @@ def pair_angles(
     SECTION0: tl.constexpr,
     SECTION1: tl.constexpr,
 ):
-    """(tokens, pairs) angles; the first SECTION0 pairs turn with axis 0, the next SECTION1 with 1, the rest with 2."""
+    """(tokens, pairs) angles; the first SECTION0 pairs follow axis 0, the next SECTION1 axis 1, the rest axis 2."""
     axis = (pair >= SECTION0).to(tl.int32) + (pair >= SECTION0 + SECTION1).to(tl.int32)
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
     at = token[:, None] * stride_token + axis[None, :] * stride_axis
-    positions = tl.load(POSITIONS + at, mask=mask, other=0).to(tl.float32)
-    return positions * tl.load(FREQUENCIES + pair, mask=pair < HALF, other=0.0)[None, :]
+    positions = tl.load(positions_ptr + at, mask=mask, other=0).to(tl.float32)
+    return positions * tl.load(frequencies_ptr + pair, mask=pair < HALF, other=0.0)[None, :]
 
 
 @triton.jit
-def turn_heads(
-    source,
-    bias,
-    target,
+def rotate_heads(
+    source_ptr,
+    bias_ptr,
+    target_ptr,
     cos,
     sin,
     token,
@@ -76,35 +76,35 @@ def turn_heads(
     HAS_BIAS: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """target heads 0 .. count - 1 = (source heads from `first` on + bias), rotated where ROTATE."""
+    """target heads 0 .. count - 1 = (source heads first .. first + count - 1) + bias, rotated if ROTATE."""
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
     read = token[:, None] * stride_source + pair[None, :]
     write = token[:, None] * stride_target + pair[None, :]
     for head in tl.range(0, count):
         column = (first + head) * (2 * HALF)
-        a = tl.load(source + read + column, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(source + read + column + HALF, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(source_ptr + read + column, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(source_ptr + read + column + HALF, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            a += tl.load(bias + column + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
-            b += tl.load(bias + column + HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+            a += tl.load(bias_ptr + column + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+            b += tl.load(bias_ptr + column + HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
         left = a
         right = b
         if ROTATE:
             left = a * cos - b * sin
             right = b * cos + a * sin
-        tl.store(target + write + head * (2 * HALF), left.to(target.dtype.element_ty), mask=mask)
-        tl.store(target + write + head * (2 * HALF) + HALF, right.to(target.dtype.element_ty), mask=mask)
+        tl.store(target_ptr + write + head * (2 * HALF), left.to(target_ptr.dtype.element_ty), mask=mask)
+        tl.store(target_ptr + write + head * (2 * HALF) + HALF, right.to(target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rope_forward_kernel(
-    QKV,
-    BIAS,
-    POSITIONS,
-    FREQUENCIES,
-    Q,
-    K,
-    V,
+    qkv_ptr,
+    bias_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
     tokens,
     heads,
     kv_heads,
@@ -118,14 +118,14 @@ def rope_forward_kernel(
     PAIRS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Q (tokens, heads, D), K and V (tokens, kv_heads, D) from QKV (tokens, (heads + 2 kv_heads) * D), D = 2 HALF."""
+    """q (tokens, heads, D), k and v (tokens, kv_heads, D) from qkv (tokens, (heads + 2 kv_heads) * D), D = 2 HALF."""
     begin = tl.program_id(0).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)
     limit = tokens - begin
     pair = tl.arange(0, PAIRS)
     angles = pair_angles(
-        POSITIONS + begin * stride_token,
-        FREQUENCIES,
+        positions_ptr + begin * stride_token,
+        frequencies_ptr,
         token,
         limit,
         stride_axis,
@@ -136,13 +136,13 @@ def rope_forward_kernel(
         SECTION1,
     )
     cos, sin = cosine_sine(angles)
-    source = QKV + begin * stride_qkv
+    qkv_ptr += begin * stride_qkv
     stride_q = heads * (2 * HALF)
     stride_k = kv_heads * (2 * HALF)
-    turn_heads(
-        source,
-        BIAS,
-        Q + begin * stride_q,
+    rotate_heads(
+        qkv_ptr,
+        bias_ptr,
+        q_ptr + begin * stride_q,
         cos,
         sin,
         token,
@@ -156,10 +156,10 @@ def rope_forward_kernel(
         HAS_BIAS,
         True,
     )
-    turn_heads(
-        source,
-        BIAS,
-        K + begin * stride_k,
+    rotate_heads(
+        qkv_ptr,
+        bias_ptr,
+        k_ptr + begin * stride_k,
         cos,
         sin,
         token,
@@ -173,10 +173,10 @@ def rope_forward_kernel(
         HAS_BIAS,
         True,
     )
-    turn_heads(
-        source,
-        BIAS,
-        V + begin * stride_k,
+    rotate_heads(
+        qkv_ptr,
+        bias_ptr,
+        v_ptr + begin * stride_k,
         cos,
         sin,
         token,
@@ -193,10 +193,10 @@ def rope_forward_kernel(
 
 
 @triton.jit
-def turn_back(
-    gradient,
-    target,
-    partial,
+def rotate_back(
+    gradient_ptr,
+    target_ptr,
+    partial_ptr,
     cos,
     sin,
     token,
@@ -211,35 +211,35 @@ def turn_back(
     HAS_BIAS: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Gradients of heads 0 .. count - 1 turned back into the columns of heads from `first` on, and their sums."""
+    """target heads first .. first + count - 1 = gradient heads 0 .. count - 1, rotated back; sums go to partial."""
     mask = (token < limit)[:, None] & (pair < HALF)[None, :]
     read = token[:, None] * stride_t + pair[None, :]
     write = token[:, None] * stride_target + pair[None, :]
     for head in tl.range(0, count):
-        a = tl.load(gradient + read + head * stride_h, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(gradient + read + head * stride_h + HALF, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(gradient_ptr + read + head * stride_h, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(gradient_ptr + read + head * stride_h + HALF, mask=mask, other=0.0).to(tl.float32)
         left = a
         right = b
         if ROTATE:
             left = a * cos + b * sin
             right = b * cos - a * sin
         column = (first + head) * (2 * HALF)
-        tl.store(target + write + column, left.to(target.dtype.element_ty), mask=mask)
-        tl.store(target + write + column + HALF, right.to(target.dtype.element_ty), mask=mask)
+        tl.store(target_ptr + write + column, left.to(target_ptr.dtype.element_ty), mask=mask)
+        tl.store(target_ptr + write + column + HALF, right.to(target_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
-            tl.store(partial + column + pair, tl.sum(left, 0), mask=pair < HALF)
-            tl.store(partial + column + HALF + pair, tl.sum(right, 0), mask=pair < HALF)
+            tl.store(partial_ptr + column + pair, tl.sum(left, 0), mask=pair < HALF)
+            tl.store(partial_ptr + column + HALF + pair, tl.sum(right, 0), mask=pair < HALF)
 
 
 @triton.jit
 def rope_backward_kernel(
-    DQ,
-    DK,
-    DV,
-    POSITIONS,
-    FREQUENCIES,
-    DQKV,
-    PARTIAL,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    dqkv_ptr,
+    partial_ptr,
     tokens,
     heads,
     kv_heads,
@@ -258,14 +258,14 @@ def rope_backward_kernel(
     PAIRS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """DQKV, rotated back by the negative angle; PARTIAL (programs, width) holds each program's sum over its tokens."""
+    """dqkv, rotated back by the negative angle; partial (programs, width) holds each program's sum over its tokens."""
     begin = tl.program_id(0).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)
     limit = tokens - begin
     pair = tl.arange(0, PAIRS)
     angles = pair_angles(
-        POSITIONS + begin * stride_token,
-        FREQUENCIES,
+        positions_ptr + begin * stride_token,
+        frequencies_ptr,
         token,
         limit,
         stride_axis,
@@ -277,12 +277,12 @@ def rope_backward_kernel(
     )
     cos, sin = cosine_sine(angles)
     row = (heads + 2 * kv_heads) * (2 * HALF)
-    target = DQKV + begin * row
-    partial = PARTIAL + tl.program_id(0).to(tl.int64) * row
-    turn_back(
-        DQ + begin * stride_qt,
-        target,
-        partial,
+    dqkv_ptr += begin * row
+    partial_ptr += tl.program_id(0).to(tl.int64) * row
+    rotate_back(
+        dq_ptr + begin * stride_qt,
+        dqkv_ptr,
+        partial_ptr,
         cos,
         sin,
         token,
@@ -297,10 +297,10 @@ def rope_backward_kernel(
         HAS_BIAS,
         True,
     )
-    turn_back(
-        DK + begin * stride_kt,
-        target,
-        partial,
+    rotate_back(
+        dk_ptr + begin * stride_kt,
+        dqkv_ptr,
+        partial_ptr,
         cos,
         sin,
         token,
@@ -315,10 +315,10 @@ def rope_backward_kernel(
         HAS_BIAS,
         True,
     )
-    turn_back(
-        DV + begin * stride_vt,
-        target,
-        partial,
+    rotate_back(
+        dv_ptr + begin * stride_vt,
+        dqkv_ptr,
+        partial_ptr,
         cos,
         sin,
         token,
@@ -350,8 +350,9 @@ def forward(
 
     Args:
         qkv: (T, (heads + 2 kv_heads) * D), dense rows.
-        positions: (axes, T) integers, any strides; frequencies: (D / 2,) float32.
-        sections: pairs that turn with axis 0 and with axis 1; the rest turns with axis 2.
+        positions: (axes, T) integers, any strides.
+        frequencies: (D / 2,) float32.
+        sections: how many pairs follow axis 0 and axis 1; the rest follows axis 2.
         numbers: tokens of a program, warps.
 
     Returns:
@@ -402,7 +403,7 @@ def backward(
     """Launch the backward kernel on gradients (T, heads, D) whose last dimension is dense.
 
     Returns:
-        (T, (heads + 2 kv_heads) * D) gradient of the projection, and that of its bias (float32; empty if not `bias`).
+        Gradients of the projection (T, (heads + 2 kv_heads) * D) and of its bias (float32; empty if not `bias`).
     """
     (tokens, heads, _) = dq.shape
     kv_heads = dk.shape[1]

@@ -1,7 +1,7 @@
-"""Rotary embeddings of both towers, applied to a fused QKV projection from integer positions.
+"""Rotary embeddings of both towers: integer positions rotate a fused QKV projection.
 
-Angles are `position * inverse_frequency` with both factors rounded to `rope_dtype`, as transformers computes them: at
-position 30,000 the rounding moves an angle by about 1e-3 rad, so it is part of what published weights were trained on.
+Angles are `position * inverse_frequency` with both factors rounded to `rope_dtype`, as transformers computes them. At
+position 30,000 the rounding moves an angle by about 1e-3 rad, and published weights were trained with it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def mrope(
         qkv: (T, (num_heads + 2 * num_kv_heads) * head_dim), the projection without bias; q heads, then k, then v.
         bias: the projection's bias or None.
         positions: (3, T) integers.
-        sections: how many of the head_dim / 2 frequencies turn with t, h and w; in order of falling frequency.
+        sections: how many of the head_dim / 2 frequencies follow t, h and w; the highest frequencies come first.
         rope_dtype: of angles, cosines and sines; default float32 (float64 if qkv is float64).
         backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
         q (T, num_heads, head_dim), k and v (T, num_kv_heads, head_dim), contiguous, of qkv's dtype.
-        Backward saves the positions only.
+        Autograd saves the positions only.
 
     Raises:
-        ValueError: widths, sections and positions that do not fit each other; a backend that can not run here.
+        ValueError: widths, sections and positions that do not fit each other; a backend that cannot run here.
     """
     heads = num_heads + 2 * num_kv_heads
     check_rope(qkv, bias, positions, heads * head_dim, 3)
@@ -71,10 +71,10 @@ def vision_rope(
 
     Args:
         qkv: (P, 3 * num_heads * D), the projection without bias.
-        positions: (P, 2) integers. A quarter of the D channels turns with the row and a quarter with the column, in
-            pairs (i, i + D / 2).
-        rope_dtype: of angles *and* of the rotation; default float32 (float64 if qkv is float64). transformers
-            rotates in float32 whatever the model's dtype.
+        bias: the projection's bias or None.
+        positions: (P, 2) integers. Half of the D / 2 pairs (i, i + D / 2) follow the row, half the column.
+        rope_dtype: of angles *and* of the rotation; default float32 (float64 if qkv is float64). transformers rotates
+            in float32 in every model.
         backend: "triton", "torch" or "auto", see `fastvst_kernels.shared.backend.uses_kernel`.
 
     Returns:
@@ -87,11 +87,12 @@ def vision_rope(
 
 
 def default_dtype(qkv: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 tensors."""
     return torch.float64 if qkv.dtype == torch.float64 else torch.float32
 
 
 def check_vision_rope(qkv: Tensor, bias: Tensor | None, positions: Tensor, num_heads: int) -> list[int]:
-    """Check the inputs of `vision_rope`; how many pairs of a head turn with the row and with the column."""
+    """Check the inputs of `vision_rope`; returns how many pairs of a head follow the row and the column."""
     if positions.dim() != 2:
         raise ValueError(f"positions have shape {tuple(positions.shape)}; expected (patches, 2)")
     check_rope(qkv, bias, positions.transpose(0, 1), qkv.shape[-1], 2)
@@ -121,7 +122,7 @@ def check_rope(qkv: Tensor, bias: Tensor | None, positions: Tensor, width: int, 
 def inverse_frequencies(head_dim: int, axes: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(head_dim / 2,) frequency of every pair: `theta ** (-2 i / head_dim)`, or for 2 axes one such run for each axis.
 
-    Computed on the CPU so that every device has the same table, and kept, so that it is copied there once.
+    The CPU computes it, so that every device has the same table. The cache avoids a second copy to the device.
     """
     runs = 2 if axes == 2 else 1
     size = head_dim // runs
@@ -133,7 +134,7 @@ def inverse_frequencies(head_dim: int, axes: int, theta: float, dtype: torch.dty
 def angle_table(
     positions: Tensor, head_dim: int, sections: list[int], theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, head_dim / 2) of (axes, T) positions, `sections[a]` pairs turning with axis a."""
+    """Cosines and sines (T, head_dim / 2) for (axes, T) positions; `sections[a]` pairs follow axis a."""
     frequencies = inverse_frequencies(head_dim, len(sections), theta, dtype, positions.device).split(sections)
     parts = [p.to(dtype)[:, None] * f for p, f in zip(positions, frequencies, strict=True)]
     angles = torch.cat(parts, dim=1)
@@ -151,7 +152,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> None:
     """Rotate (T, heads, D) in place by (T, D / 2) angles, computing in `compute`.
 
-    Each result is two rounded products and their sum, as transformers' formula rounds them (addcmul_ would fuse one).
+    Each result is the sum of two rounded products, as in transformers' formula (addcmul_ would not round one of them).
     """
     tokens = rows_at_once(x)
     for part in zip(x.split(tokens), cos.split(tokens), sin.split(tokens), strict=True):
@@ -172,7 +173,7 @@ def _rotate_tokens_(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -
 
 
 def compute_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """In what a rotation is computed: `wanted`, or at least float32."""
+    """The dtype of the rotation: `wanted`, or at least float32."""
     return wanted or max(x.dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
 
 
@@ -189,12 +190,12 @@ def rope_op(
     compute: torch.dtype | None,
     kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of a fused projection: + bias, split, q and k rotated by (axes, T) positions; `kernel`: by Triton."""
+    """q, k, v of a fused projection: add the bias, split, rotate q, k by (axes, T) positions; `kernel`: use Triton."""
     width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     if kernel:
-        from fastvst_kernels.rope import kernels as rope_triton
+        from fastvst_kernels.rope import kernels as rope_kernels
 
-        return rope_triton.forward(
+        return rope_kernels.forward(
             qkv if qkv.stride(-1) == 1 else qkv.contiguous(),
             bias,
             positions,
@@ -236,14 +237,14 @@ def rope_backward_op(
     bias: bool,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the fused projection and of its bias (of at least float32; empty if not `bias`)."""
+    """Gradients of the fused projection and of its bias (empty if not `bias`)."""
     (tokens, heads, width) = dq.shape
     kv_heads = dk.shape[1]
     if kernel:
-        from fastvst_kernels.rope import kernels as rope_triton
+        from fastvst_kernels.rope import kernels as rope_kernels
 
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-        return rope_triton.backward(
+        return rope_kernels.backward(
             dq,
             dk,
             dv,

@@ -1,4 +1,4 @@
-"""Who computes an operator: this package's Triton kernels or plain PyTorch; chosen once and said once."""
+"""The backend of an operator: this package's Triton kernels or plain PyTorch. Each choice is logged once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("fastvst_kernels")
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -21,18 +21,18 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch.config
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined] # see tile_tables.config
 
 
 def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
     """Whether `op` runs its Triton kernels on x.
 
     Args:
-        backend: "triton", "torch" (the plain path, any device and dtype), or "auto": Triton on CUDA where it is
-            installed, for bfloat16, float16 and float32; else torch. What auto chose is logged once for each device.
+        backend: "triton", "torch" (the plain path, any device and dtype), or "auto": Triton for bfloat16, float16 and
+            float32 on CUDA if it is installed, else torch. The choice of "auto" is logged once for each device.
 
     Raises:
-        ValueError: an unknown backend, or "triton" where it can not run.
+        ValueError: an unknown backend, or "triton" where it cannot run.
     """
     if backend == "torch":
         return False
@@ -56,5 +56,5 @@ def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
 
 @functools.cache
 def say_once(op: str, backend: str, device: str, why: str = "") -> None:
-    """Log a choice, the first time that it is made."""
+    """Log a choice the first time that it is made."""
     logger.info("%s on %s uses backend %r%s", op, device, backend, f": {why}" if why else "")

@@ -1,4 +1,4 @@
-"""Checks of what the public functions are given: an error here, never an illegal memory access in a kernel."""
+"""Checks of the public functions' arguments: an error here, never an illegal memory access in a kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_attention_inputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, groups: Tensor | None, *, causal: bool
 ) -> None:
-    """Everything that shapes, dtypes and devices can tell (no device synchronisation).
+    """Check shapes, dtypes and devices, without waiting for the device.
 
     Raises:
-        ValueError: what came and what is expected.
+        ValueError: what came and what was expected.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
@@ -24,7 +24,7 @@ def check_attention_inputs(
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: k and v must have one shape, "
-            "and the tokens and head_dim of q"
+            "with the tokens and head_dim of q"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype")
@@ -48,7 +48,7 @@ def check_attention_inputs(
 
 
 def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
-    """(n + 1,) int32 or int64 offsets on `like`'s device."""
+    """Check that offsets are (n + 1,) int32 or int64 on `like`'s device."""
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{name} is {offsets.dtype} of shape {tuple(offsets.shape)}; expected int32 offsets of shape (n + 1,)"
@@ -58,10 +58,10 @@ def check_offsets(name: str, offsets: Tensor, like: Tensor) -> None:
 
 
 def check_offset_values(name: str, offsets: Tensor, total: int) -> list[int]:
-    """The offsets as a list, which runs from 0 to `total` and never decreases. Reads the values."""
+    """The offsets as a list, after a check that they rise from 0 to `total`. Waits for the device."""
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"{name} runs from {values[0]} to {values[-1]}; expected from 0 to {total}, the rows given")
+        raise ValueError(f"{name} runs from {values[0]} to {values[-1]}; expected from 0 to {total}, the row count")
     for index, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
         if b < a:
             raise ValueError(f"{name} decreases from {a} to {b} at entry {index + 1}")
@@ -69,7 +69,7 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> list[int]:
 
 
 def check_attention_values(cu_seqlens: Tensor, groups: Tensor | None, total: int) -> None:
-    """What only the values tell: offsets in order, groups that are [prompt | answers...] inside the pack."""
+    """Check the values of offsets, and that groups are [prompt | completions ...]. Waits for the device."""
     check_offset_values("cu_seqlens", cu_seqlens, total)
     if groups is None:
         return
@@ -80,9 +80,11 @@ def check_attention_values(cu_seqlens: Tensor, groups: Tensor | None, total: int
         if not 0 <= prompt < index:
             raise ValueError(f"groups[{index}] is {prompt}; expected -1 or a sequence before {index}")
         if prompts[prompt] != -1:
-            raise ValueError(f"groups[{index}] names sequence {prompt}, which is itself an answer of {prompts[prompt]}")
+            raise ValueError(
+                f"groups[{index}] names sequence {prompt}, which is itself a completion of {prompts[prompt]}"
+            )
         if any(p != prompt for p in prompts[prompt + 1 : index]):
             raise ValueError(
                 f"groups[{index}] names prompt {prompt}, but another sequence lies between them; "
-                "the layout is [prompt | answer 1 | ... | answer n]"
+                "the layout is [prompt | completion 1 | ... | completion n]"
             )

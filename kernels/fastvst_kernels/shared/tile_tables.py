@@ -1,9 +1,9 @@
-"""Which tile configuration a kernel runs with: a look-up in JSON tables, by GPU name, else by nearest architecture.
+"""The tile configuration of a kernel: a look-up in JSON tables, by GPU name, else by the nearest architecture.
 
-Nothing is tuned at run time. `tables/sm_XX.json` ship with the package; `python -m fastvst_kernels.tuning` makes a
-table for the GPU it runs on. A table is
-`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [numbers]}}}`; what the numbers are is each kernel's own,
-for attention those of `Tile`.
+Nothing is tuned at run time. The package contains `tables/sm_XX.json`; `python -m fastvst_kernels.tuning` writes a
+table for the GPU of its machine. A table is
+`{"gpu", "arch", "measured", "configs": {kernel: {shape class: [numbers]}}}`. Each kernel defines the meaning of its
+numbers; those of attention are the fields of `Tile`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import torch
 
 logger = logging.getLogger("fastvst_kernels")
 TABLES = Path(__file__).parents[1] / "tables"
-# Classes of head dimension: a head runs with the configuration of the first class that holds it.
+# Classes of head dimension: a head uses the configuration of the first class that is wide enough.
 WIDTHS = (64, 80, 96, 128, 256)
-# Classes of row width (RMSNorm): the vision tower's, the 3b's, the 7b's, and anything wider.
+# Classes of row width (RMSNorm): the vision tower, the 3b, the 7b, and anything wider.
 ROWS = (1280, 2048, 3584, 8192)
 
-
-# How an attention kernel comes by its operands: whole rows by pointers; the scores' operands by pointers in slices of
-# the head; keys and values of blocks that need no mask by tensor descriptors (TMA); the same with a persistent grid.
+# How an attention kernel loads its operands: whole rows by pointers; the operands of the scores by pointers in slices
+# of the head; keys and values of blocks without a mask by tensor descriptors (TMA); the same with a persistent grid.
 POINTERS, SLICES, DESCRIPTORS, PERSISTENT = range(4)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of queries and keys of one program step, warps of a program, stages of the load pipeline, how it loads."""
+    """Query rows and key rows of one program step, warps of a program, stages of the load pipeline, how it loads."""
 
     block_m: int
     block_n: int
@@ -44,7 +43,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """One JSON table. `configs[kernel][shape class]` is the list of numbers that the kernel's launcher reads."""
+    """One JSON table. The kernel's launcher reads the numbers `configs[kernel][shape class]`."""
 
     name: str
     arch: int
@@ -53,23 +52,24 @@ class Table:
 
 
 def most_registers(num_warps: int, dtype: torch.dtype) -> int | None:
-    """`maxnreg` of an attention kernel: what a thread gets of 65,536 registers when one program fills a multiprocessor.
+    """`maxnreg` of an attention kernel: a thread's share of 65,536 registers if one program fills a multiprocessor.
 
-    Only for float32. Left alone, ptxas aims at more resident programs and spills what the loops do not use: 16 bytes at
-    80 registers (D = 128, sm_100, triton 3.7). In 16 bits it would only cost programs (122 become 172 registers).
+    Only for float32. Without it ptxas aims at more resident programs and spills values that the loops do not use: 16
+    bytes at 80 registers (D = 128, sm_100, triton 3.7). For 16-bit values it would only cost resident programs (122
+    registers become 172).
     """
     return min(255, 65536 // (32 * num_warps) // 8 * 8) if dtype == torch.float32 else None
 
 
 def next_power(size: int) -> int:
-    """The least power of two that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def pieces(width: int) -> tuple[int, int]:
     """A head dimension (multiple of 16) as two powers of two, the second 0 or at least 16: 80 is 64 + 16.
 
-    Where the rest is no power of two (112, 176, 208, 240) it is rounded up, and the kernels mask columns.
+    If the rest is no power of two (112, 176, 208, 240), it is rounded up, and the kernels mask columns.
     """
     first = 1 << (width.bit_length() - 1)
     rest = width - first
@@ -82,12 +82,12 @@ def shape_class(width: int, dtype: torch.dtype) -> str:
 
 
 def bits_class(dtype: torch.dtype) -> str:
-    """ "16" or "32": the class of kernels that only care how wide a value is."""
+    """ "16" or "32": the class of kernels that depend only on the width of a value."""
     return "32" if dtype == torch.float32 else "16"
 
 
 def row_class(width: int, dtype: torch.dtype) -> str:
-    """Class of kernels that hold a whole row of `width` values: "16x3584" holds rows of 2049 to 3584, and so on."""
+    """The class of kernels that hold a whole row of `width` values: "16x3584" is for rows of 2049 to 3584 values."""
     return f"{bits_class(dtype)}x{next((w for w in ROWS if width <= w), ROWS[-1])}"
 
 
@@ -97,10 +97,10 @@ def gpu_slug(name: str) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """One table from its file.
+    """Read one table.
 
     Raises:
-        ValueError: not a table; names the file.
+        ValueError: the file is no table; names the file.
     """
     try:
         raw = json.loads(path.read_text())
@@ -110,14 +110,14 @@ def read_table(path: Path) -> Table:
         }
         return Table(str(raw["gpu"]), int(raw["arch"]), bool(raw["measured"]), configs)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of kernel configurations ({error!r}); see dispatch.py") from error
+        raise ValueError(f"{path} is no table of kernel configurations ({error!r}); see tile_tables.py") from error
 
 
 @functools.cache
 def table_for(gpu: str, arch: int) -> Table:
     """The table of the GPU called `gpu` of compute capability `arch` (90 for 9.0), or of the nearest architecture.
 
-    Says once in the log which table is used where it is not the GPU's own.
+    Logs once if the table is not the GPU's own.
     """
     own = TABLES / f"{gpu_slug(gpu)}.json"
     if own.exists():
@@ -131,10 +131,10 @@ def table_for(gpu: str, arch: int) -> Table:
 def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
     """The numbers of `kernel` for a shape class on `device`.
 
-    Without a GPU, where only Triton's interpreter can run a kernel, it is that of sm_90.
+    Without a GPU only Triton's interpreter can run a kernel; it uses the table of sm_90.
 
     Raises:
-        ValueError: the table has none.
+        ValueError: the table has no such entry.
     """
     table = _table_of(device)
     numbers = table.configs.get(kernel, {}).get(shape)
@@ -150,6 +150,6 @@ def _table_of(device: torch.device) -> Table:
     return read_table(TABLES / "sm_90.json")
 
 
-# torch.compile takes the answer as a constant instead of tracing into files. It is what the decorator
-# torch.compiler.assume_constant_result sets, which would import torch._dynamo (and triton) with this package.
+# torch.compile takes the result as a constant instead of tracing the reading of files. The decorator
+# torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo (and triton) with this package.
 config._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -155,7 +155,7 @@ BAD = [
     ({"groups": i32(-1)}, "groups is torch.int32 of shape .1,."),
     ({"groups": i32(-1, -1), "causal": False}, "need causal=True"),
     ({"groups": i32(-1, 1)}, r"groups\[1\] is 1; expected -1 or a sequence before 1"),
-    ({"groups": i32(-1, 0, 1), "cu_seqlens": i32(0, 3, 5, 8)}, "is itself an answer"),
+    ({"groups": i32(-1, 0, 1), "cu_seqlens": i32(0, 3, 5, 8)}, "is itself a completion"),
     ({"groups": i32(-1, -1, 0), "cu_seqlens": i32(0, 3, 5, 8)}, "another sequence lies between"),
     ({"backend": "triton"}, "backend 'triton' has no kernels for 'cpu'"),
     ({"backend": "flash"}, "needs the flash-attn package"),
