@@ -31,7 +31,7 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     held = jsonl.read(out / "evaluation.jsonl") if (out / "evaluation.jsonl").exists() else []
     sections = []
     if held:
-        sections.append(("Reward on questions that training never saw", _held_out(held)))
+        sections.append(("Reward on held-out questions", _held_out(held)))
     steps = [float(r["step"]) for r in rows]
     smooth = max(1, len(rows) // 20)
     for title, key, unit in CURVES:
@@ -76,10 +76,11 @@ def _interval(row: dict[str, Any]) -> str:
 def _rollouts(groups: Sequence[dict[str, Any]], out: Path) -> str:
     """Up to SHOWN groups with images, evenly spread over the run."""
     with_images = [g for g in groups if g["pictures"]]
-    last = len(with_images) - 1
-    picked = [with_images[round(i * last / max(SHOWN - 1, 1))] for i in range(min(SHOWN, len(with_images)))]
-    if not picked:
+    if not with_images:
         return "<p>No kept group has images.</p>"
+    count = min(SHOWN, len(with_images))
+    gap = (len(with_images) - 1) / max(count - 1, 1)
+    picked = [with_images[round(i * gap)] for i in range(count)]
     return f'<div class="grid">{"".join(_card(g, out) for g in picked)}</div>'
 
 

@@ -26,3 +26,12 @@ def test_the_page_escapes_completions_rows_and_settings(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in html and "\u2400\u241b[31m\ufffd" in html and "(empty)" in html
     assert len(html) < 60_000 and "data:image/jpeg;base64," in html and "advantage" in html
     assert visible("a\tb\nc") == "a\tb\nc"
+
+
+def test_the_page_shows_each_of_a_few_groups_once(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path, rank=0, first_step=0)
+    for step in range(3):
+        log.write(step, [record(step, [f"completion {step}"], [0.0])])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "answers": 3}\n')
+    html = write_report(tmp_path, {}).read_text(encoding="utf-8")
+    assert [html.count(f"completion {step}") for step in range(3)] == [1, 1, 1]
