@@ -14,7 +14,7 @@ from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.rl.rewards.pool import Row
 from fastvst.rl.rewards.verifiable import BOXES, normalise_modes
-from fastvst.rollout.fsdp_engine import share
+from fastvst.rollout.fsdp_engine import divide_by_work
 
 MAX_REJECTED = 1000  # rows in a row without a usable prompt, after which the run ends
 
@@ -148,7 +148,7 @@ class PromptStream:
             taken.append(prompt)
             work.append(tokens + self.completion_tokens)
         self.ledger.check()
-        return [taken[i] for i in share(work, self.size)[self.rank]]
+        return [taken[i] for i in divide_by_work(work, self.size)[self.rank]]
 
     def _next(self) -> tuple[Prompt, int] | None:
         """The next usable prompt and its number of tokens; None at the end of the data."""

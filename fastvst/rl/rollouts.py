@@ -21,10 +21,10 @@ from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
 from fastvst.rl.rewards.verifiable import Reward, overlong
 from fastvst.rollout import Engine, EngineConfig, Rollout, RolloutError, SamplingParams
-from fastvst.rollout.fsdp_engine import gather, is_sharded
+from fastvst.rollout.fsdp_engine import gather_parameters, is_sharded
 from fastvst.rollout.kv_cache import memory_bytes, page_bytes
-from fastvst.rollout.numerics import NUMERICS
 from fastvst.rollout.openai_client import connect
+from fastvst.rollout.runner import NUMERICS
 from fastvst.train.distributed import World
 
 EncodedPrompt = tuple[Prompt, EncodedSample]
@@ -106,7 +106,7 @@ class RankEngine:
         """`params.n` completions of each prompt. Raises RolloutError as `Engine.generate` does."""
         model = self.model
         if is_sharded(model):
-            model = gather(model, dtype=self.dtype)
+            model = gather_parameters(model, dtype=self.dtype)
         engine = self._engine = self._engine or Engine(model, self.processor, self.config)
         prefill_before = engine.stats.prefill_seconds
         decode_before = engine.stats.decode_seconds

@@ -1,4 +1,4 @@
-"""Generating answers from the trainer's own weights."""
+"""Sampling completions from the trainer's own weights."""
 
 from fastvst.rollout.engine import Engine, EngineConfig
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams

@@ -1,8 +1,12 @@
-"""One token for every running answer: the tables of a batch, and the step that reads and moves them on."""
+"""The decode step: one token for every running completion.
+
+`DecodeTables` are what a step reads on the device, `DecodeBatch` moves them from step to step, and `RunningCompletions`
+owns the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,22 +16,28 @@ from torch import Tensor
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.kv_cache import PagePool
-from fastvst.rollout.request import Sequence
-from fastvst.rollout.sampler import Rows, make_rows
+from fastvst.rollout.request import Completion
+from fastvst.rollout.sampler import Drawn, make_rows
 from fastvst_kernels import decode_attention
 from fastvst_kernels.decode.cpu import Piece
 from fastvst_kernels.decode.op import DecodePlan, own_pieces, prefix_pieces
 
+SPARE_COLUMNS = 8  # of a page table, so that completions can grow before it has to be rebuilt
+
 
 @dataclass(frozen=True)
-class Tables:
-    """What a decode step of B rows and G prompts reads on the device; all tensors are int64.
+class DecodeTables:
+    """What a decode step of B rows and G prompts reads on the device. All tensors are int64.
 
     Attributes:
-        tokens: (B,) drawn last and fed next; positions: (B,) its M-RoPE position on all axes.
-        lengths: (B,) tokens in each row's own pages; page_table: (B, W) those pages.
-        prefix_pages: (G, P), prefix_lengths: (G,) pages and tokens of the prompts.
-        group_offsets: (G + 1,) rows of each prompt; max_group: the most that one has.
+        max_group: the largest number of rows of one prompt.
+        tokens: (B,) the tokens drawn last, which this step feeds to the model.
+        positions: (B,) their M-RoPE positions, the same on all axes.
+        lengths: (B,) number of tokens in each row's own pages.
+        page_table: (B, W) each row's own pages.
+        prefix_pages: (G, P) pages of the prompts.
+        prefix_lengths: (G,) tokens of the prompts.
+        group_offsets: (G + 1,) rows of each prompt.
     """
 
     max_group: int
@@ -40,20 +50,20 @@ class Tables:
     group_offsets: Tensor
 
 
-def forward_tables(model: Qwen25VL, pool: PagePool, tables: Tables, plan: DecodePlan | None = None) -> Tensor:
-    """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. No host waits for the device.
+def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, plan: DecodePlan | None = None) -> Tensor:
+    """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. The host does not wait.
 
     Args:
         plan: CPU only, see `decode_attention`.
     """
-    at = store_rows(pool, tables)
+    slots = new_slots(pool, tables)
     lengths = tables.lengths + 1
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = pool.keys[layer]
         values = pool.values[layer]
-        keys.flatten(0, 1).index_copy_(0, at, k)
-        values.flatten(0, 1).index_copy_(0, at, v)
+        keys.flatten(0, 1).index_copy_(0, slots, k)
+        values.flatten(0, 1).index_copy_(0, slots, v)
         return decode_attention(
             q,
             keys,
@@ -70,135 +80,217 @@ def forward_tables(model: Qwen25VL, pool: PagePool, tables: Tables, plan: Decode
     return run_decoder(model, tables, attend)
 
 
-def run_decoder(model: Qwen25VL, tables: Tables, attend: Attend) -> Tensor:
+def run_decoder(model: Qwen25VL, tables: DecodeTables, attend: Attend) -> Tensor:
+    """(B, hidden) of the tokens drawn last, with the given attention."""
     return model.model(model.model.embed_tokens(tables.tokens), tables.positions.expand(3, -1), attend)
 
 
-def store_rows(pool: PagePool, tables: Tables) -> Tensor:
-    """(B,) rows of the flattened pages where this step's keys and values go."""
+def new_slots(pool: PagePool, tables: DecodeTables) -> Tensor:
+    """(B,) where this step's keys and values go in the flattened pages."""
     page = tables.page_table.gather(1, (tables.lengths // pool.page_size)[:, None]).squeeze(1)
     return page * pool.page_size + tables.lengths % pool.page_size
 
 
-class Batch:
-    """The running answers of one stretch of steps, sorted so that answers to one prompt are neighbours.
+class DecodeBatch:
+    """The tables of a fixed set of running completions, sorted so that completions of one prompt are neighbours.
 
-    The host keeps NumPy copies of what it needs to plan; on the CPU its page table is the tensor's memory.
+    The host keeps NumPy copies of what it needs to plan; on the CPU its page table is the tensor's memory. Drawn tokens
+    collect in `history` until `hand_over` gives them to the completions.
 
     Attributes:
-        tables: of the next step. steps: (B,) int64 tokens drawn so far.
-        seen: (B, V) bool tokens of prompt and answer, only with a repetition penalty.
-        history: what each step since the last `flush` drew: tokens (B,) and log-probabilities (2, B) or None.
+        completions: one per row.
+        tables: of the next step.
+        rows: the sampling parameters.
+        steps: (B,) int64 number of tokens drawn so far.
+        seen: (B, V) bool tokens of prompt and completion, only if there is a repetition penalty.
+        watched: rows that must hand over after every step: they have stop strings, or a caller reads along.
+        age: number of steps since the batch was made.
+        history: tokens (B,) and log-probabilities (2, B) (or None) of each step since the last `hand_over`.
     """
 
-    def __init__(
-        self, sequences: Many[Sequence], pool: PagePool, vocabulary: int, stops: np.ndarray, dtype: torch.dtype
-    ) -> None:
-        self.sequences = sorted(sequences, key=lambda s: (s.prompt.order, s.index))
+    def __init__(self, completions: Iterable[Completion], pool: PagePool, is_eos: np.ndarray) -> None:
+        """
+        Args:
+            is_eos: (V,) bool.
+        """
+        self.completions = sorted(completions, key=lambda c: (c.prompt.order, c.index))
         self.pool = pool
-        self.vocabulary = vocabulary
-        self.stops = stops
-        self.dtype = dtype
+        self.is_eos = is_eos
         self.device = pool.keys.device
-        rows = self.sequences
-        self.host_lengths = np.array([s.stored for s in rows], dtype=np.int64)
-        self.host_steps = np.array([len(s.tokens) for s in rows], dtype=np.int64)
-        self.limits = np.array([s.params.max_tokens for s in rows], dtype=np.int64)
-        self.endless = np.array([s.params.ignore_eos for s in rows])
-        self.watched = [i for i, s in enumerate(rows) if s.params.stops or s.request.watched]
-        self.capacity = np.array([len(s.pages) for s in rows], dtype=np.int64) * pool.page_size
-        width = max(len(s.pages) for s in rows) + 8  # room to grow before the table has to be made anew
-        self.host_table = np.zeros((len(rows), width), dtype=np.int64)
-        for row, sequence in enumerate(rows):
-            self.host_table[row, : len(sequence.pages)] = sequence.pages
-        starts = [i for i, s in enumerate(rows) if i == 0 or s.prompt is not rows[i - 1].prompt]
-        prompts = [rows[i].prompt for i in starts]
-        self.host_offsets = np.array([*starts, len(rows)], dtype=np.int64)
-        shared = np.zeros((len(prompts), max(len(p.pages) for p in prompts)), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            shared[row, : len(prompt.pages)] = prompt.pages
+        self.age = 0
+        self.history: list[tuple[np.ndarray, np.ndarray | None]] = []
+        members = self.completions
+        self.watched = [i for i, c in enumerate(members) if c.params.stops or c.request.streamed]
+        self.host_lengths = np.array([c.stored for c in members], dtype=np.int64)
+        self.host_steps = np.array([len(c.tokens) for c in members], dtype=np.int64)
+        self.host_table = _page_table([c.pages for c in members], SPARE_COLUMNS)
+        self.limits = np.array([c.params.max_tokens for c in members], dtype=np.int64)
+        self.ignore_eos = np.array([c.params.ignore_eos for c in members])
+        self.capacity = np.array([len(c.pages) for c in members], dtype=np.int64) * pool.page_size
+        starts = [i for i, c in enumerate(members) if i == 0 or c.prompt is not members[i - 1].prompt]
+        prompts = [members[i].prompt for i in starts]
+        offsets = np.array([*starts, len(members)], dtype=np.int64)
+        prefix_pages = _page_table([p.pages for p in prompts])
         prefix_lengths = np.array([p.length for p in prompts], dtype=np.int64)
-        first = np.array([s.prompt.position for s in rows], dtype=np.int64)
-        last = np.array([s.tokens[-1] for s in rows], dtype=np.int64)
-        columns = (last, first + self.host_lengths, self.host_lengths, self.host_table, shared, prefix_lengths)
-        tensors = [torch.from_numpy(x).to(self.device) for x in (*columns, self.host_offsets, self.host_steps)]
-        self.tables = Tables(int(np.diff(self.host_offsets).max()), *tensors[:-1])
-        self.steps = tensors[-1]
-        self.rows: Rows = make_rows([s.params for s in rows], [s.seed for s in rows], vocabulary, self.device)
-        self.seen = seen_tokens(rows, vocabulary).to(self.device) if self.rows.penalty is not None else None
+        first = np.array([c.prompt.position for c in members], dtype=np.int64)
+        self.tables = DecodeTables(
+            max_group=int(np.diff(offsets).max()),
+            tokens=self._on_device(np.array([c.tokens[-1] for c in members], dtype=np.int64)),
+            positions=self._on_device(first + self.host_lengths),
+            lengths=self._on_device(self.host_lengths),
+            page_table=self._on_device(self.host_table),
+            prefix_pages=self._on_device(prefix_pages),
+            prefix_lengths=self._on_device(prefix_lengths),
+            group_offsets=self._on_device(offsets),
+        )
+        self.steps = self._on_device(self.host_steps)
+        self.rows = make_rows([c.params for c in members], [c.seed for c in members], len(is_eos), self.device)
+        self.seen = None if self.rows.penalty is None else seen_tokens(members, len(is_eos)).to(self.device)
         self.prefix: tuple[Piece, ...] = ()
         if self.device.type == "cpu":
-            self.prefix = prefix_pieces(shared, prefix_lengths, self.host_offsets, pool.page_size, dtype)
-        self.history: list[tuple[np.ndarray, np.ndarray | None]] = []
+            self.prefix = prefix_pieces(prefix_pages, prefix_lengths, offsets, pool.page_size, pool.keys.dtype)
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.completions)
 
-    def full(self) -> list[Sequence]:
-        """Rows whose next token needs another page."""
-        return [self.sequences[i] for i in np.flatnonzero(self.host_lengths >= self.capacity)]
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
-    def grown(self, sequences: Many[Sequence]) -> bool:
-        """Write the new pages of `sequences` into the table; False if it has become too narrow."""
-        places = {id(s): i for i, s in enumerate(self.sequences)}
-        for sequence in sequences:
-            row = places[id(sequence)]
-            count = len(sequence.pages)
+    def without_room(self) -> list[Completion]:
+        """Completions whose next token needs another page."""
+        return [self.completions[i] for i in np.flatnonzero(self.host_lengths >= self.capacity)]
+
+    def add_pages(self, grown: Sequence[Completion]) -> bool:
+        """Write the newest page of each grown completion into the table; False if the table is too narrow."""
+        places = {id(c): i for i, c in enumerate(self.completions)}
+        for completion in grown:
+            row = places[id(completion)]
+            count = len(completion.pages)
             if count > self.host_table.shape[1]:
                 return False
-            self.host_table[row, count - 1] = sequence.pages[-1]
+            self.host_table[row, count - 1] = completion.pages[-1]
             self.capacity[row] = count * self.pool.page_size
         if self.device.type != "cpu":
             self.tables.page_table.copy_(torch.from_numpy(self.host_table))
         return True
 
-    def plan(self) -> DecodePlan | None:
-        """The pieces of the next step's attention, on the CPU."""
+    def decode_plan(self) -> DecodePlan | None:
+        """The pieces of the next step's attention; None on a GPU, which needs no plan."""
         if self.device.type != "cpu":
             return None
-        own = own_pieces(self.host_table, self.host_lengths + 1, self.pool.page_size, self.dtype)
+        own = own_pieces(self.host_table, self.host_lengths + 1, self.pool.page_size, self.pool.keys.dtype)
         return DecodePlan(self.prefix, own)
 
-    def advance(self, tokens: Tensor, own: Tensor | None, raw: Tensor | None) -> np.ndarray:
-        """Take over what was drawn; the one place of a step where the host waits for the device.
+    def advance(self, drawn: Drawn) -> list[int]:
+        """Take the tokens of a step; the host waits for the device here.
 
         Returns:
-            (B,) bool, rows that ended: an end token, or max_tokens.
+            the rows that may have finished: an EOS token, max_tokens, or a watched row.
         """
-        drawn = tokens.cpu().numpy()
-        logprobs = None if own is None or raw is None else torch.stack([own, raw]).cpu().numpy()
-        self.history.append((drawn, logprobs))
+        tokens = drawn.tokens.cpu().numpy()
+        logprobs = None
+        if drawn.logprobs is not None and drawn.raw_logprobs is not None:
+            logprobs = torch.stack([drawn.logprobs, drawn.raw_logprobs]).cpu().numpy()
+        self.history.append((tokens, logprobs))
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, drawn.tokens[:, None], True)
         now = self.tables
-        self.tables = replace(now, tokens=tokens, positions=now.positions + 1, lengths=now.lengths + 1)
+        self.tables = replace(now, tokens=drawn.tokens, positions=now.positions + 1, lengths=now.lengths + 1)
         self.steps = self.steps + 1
+        self.age += 1
         self.host_lengths = self.host_lengths + 1
         self.host_steps = self.host_steps + 1
-        return (self.stops[drawn] & ~self.endless) | (self.host_steps >= self.limits)
+        over = (self.is_eos[tokens] & ~self.ignore_eos) | (self.host_steps >= self.limits)
+        return sorted({*np.flatnonzero(over).tolist(), *self.watched})
 
-    def flush(self) -> None:
-        """Hand what the steps since the last flush drew to the sequences."""
+    def hand_over(self) -> None:
+        """Give the completions the tokens and log-probabilities of the steps since the last call."""
         if not self.history:
             return
         drawn = np.stack([tokens for tokens, _ in self.history], axis=1).tolist()
         count = len(self.history)
-        for sequence, tokens in zip(self.sequences, drawn, strict=True):
-            sequence.tokens.extend(tokens)
-            sequence.stored += count
+        for completion, tokens in zip(self.completions, drawn, strict=True):
+            completion.tokens.extend(tokens)
+            completion.stored += count
         if self.history[0][1] is not None:
             values = np.stack([found for _, found in self.history if found is not None], axis=2)  # (2, B, steps)
-            for sequence, own, raw in zip(self.sequences, values[0].tolist(), values[1].tolist(), strict=True):
-                if sequence.params.logprobs:
-                    sequence.logprobs.extend(own)
-                    sequence.raw_logprobs.extend(raw)
+            for completion, own, raw in zip(self.completions, values[0].tolist(), values[1].tolist(), strict=True):
+                if completion.params.logprobs:
+                    completion.logprobs.extend(own)
+                    completion.raw_logprobs.extend(raw)
         self.history = []
 
 
-def seen_tokens(rows: Many[Sequence], vocabulary: int) -> Tensor:
-    """(B, vocabulary) bool: what prompt and answer hold."""
-    seen = torch.zeros((len(rows), vocabulary), dtype=torch.bool)
-    for row, sequence in enumerate(rows):
-        seen[row, sequence.prompt.sample.tokens.long()] = True
-        seen[row, torch.tensor(sequence.tokens, dtype=torch.int64)] = True
+def _page_table(lists: Sequence[Sequence[int]], spare: int = 0) -> np.ndarray:
+    """(lists, longest + spare) int64 page numbers, padded with page 0."""
+    table = np.zeros((len(lists), max(map(len, lists)) + spare), dtype=np.int64)
+    for row, pages in enumerate(lists):
+        table[row, : len(pages)] = pages
+    return table
+
+
+def seen_tokens(completions: Sequence[Completion], vocabulary: int) -> Tensor:
+    """(B, vocabulary) bool: the tokens that prompt and completion contain."""
+    seen = torch.zeros((len(completions), vocabulary), dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        seen[row, completion.prompt.sample.tokens.long()] = True
+        seen[row, torch.tensor(completion.tokens, dtype=torch.int64)] = True
     return seen
+
+
+class RunningCompletions:
+    """The completions that decode, in order of admission, and the DecodeBatch of the current members.
+
+    The batch holds tokens that the completions do not have yet. This class owns the rule that follows from it: a batch
+    hands over its tokens before it is dropped, and every change of members drops it.
+    """
+
+    def __init__(self, pool: PagePool, is_eos: np.ndarray) -> None:
+        self.pool = pool
+        self.is_eos = is_eos
+        self._members: list[Completion] = []
+        self._batch: DecodeBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Completion]:
+        return iter(self._members)
+
+    def __getitem__(self, index: int) -> Completion:
+        return self._members[index]
+
+    def add(self, completion: Completion) -> None:
+        self._drop_batch()
+        self._members.append(completion)
+
+    def remove(self, completion: Completion) -> None:
+        """Take a completion out; it has all its tokens then."""
+        self._drop_batch()
+        self._members.remove(completion)
+
+    def batch(self) -> DecodeBatch:
+        """The batch of the current members."""
+        if self._batch is None:
+            self._batch = DecodeBatch(self._members, self.pool, self.is_eos)
+        return self._batch
+
+    def hand_over(self) -> None:
+        """Give the completions all tokens drawn so far."""
+        if self._batch is not None:
+            self._batch.hand_over()
+
+    def without_room(self) -> list[Completion]:
+        """Completions whose next token needs another page."""
+        if self._batch is not None:
+            return self._batch.without_room()
+        return [c for c in self._members if c.stored >= len(c.pages) * self.pool.page_size]
+
+    def add_pages(self, grown: Sequence[Completion]) -> None:
+        """Tell the batch, if there is one, that each of these members has one page more."""
+        if self._batch is not None and not self._batch.add_pages(grown):
+            self._drop_batch()
+
+    def _drop_batch(self) -> None:
+        self.hand_over()
+        self._batch = None

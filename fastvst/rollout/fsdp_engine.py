@@ -1,9 +1,9 @@
-"""The engine on every rank of an FSDP2 model: parameters gathered once for a rollout phase, prompts shared out by work.
+"""The engine on every rank of an FSDP2 model: parameters gathered once per rollout phase, prompts divided by work.
 
-Between phases each rank holds its shard only. For a phase every parameter is gathered once into a plain model (FSDP2's
-own unsharded buffers move with every all-gather, and decoding calls each layer thousands of times); afterwards it is
-given back. With `keep=True` the plain model stays and later phases copy into the same memory, so that its addresses,
-and with them captured CUDA graphs, survive optimizer steps.
+Between phases each rank holds only its shard. At the start of a phase every parameter is gathered once into a plain
+model, because FSDP2's own unsharded buffers move with every all-gather, and decoding calls each layer thousands of
+times. The plain model is freed at the end. With `keep=True` it stays, and later phases copy into the same memory: then
+its addresses, and the CUDA graphs captured on them, survive optimizer steps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from fastvst.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import Qwen25VL
-from fastvst.rollout.engine import Engine, EngineConfig
-from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
+from fastvst.rollout.engine import Engine, EngineConfig, prompt_tokens
+from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, params_of_each
 
 if TYPE_CHECKING:
     from fastvst.data.processor import Processor
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes before a phase, while the parameters are gathered, and after it.
+    """Bytes before a phase, while the parameters are gathered, and after the phase.
 
-    On CUDA what torch has allocated on the device; on the CPU the bytes of the gathered parameters.
+    On CUDA: what torch has allocated on the device. On the CPU: the bytes of the gathered parameters.
     """
 
     before: int
@@ -45,12 +45,12 @@ def is_sharded(model: Qwen25VL) -> bool:
 
 
 @torch.no_grad()
-def gather(model: Qwen25VL, into: Qwen25VL | None = None, dtype: torch.dtype | None = None) -> Qwen25VL:
-    """A plain model with the whole parameters of a sharded one. A collective: every rank calls it.
+def gather_parameters(model: Qwen25VL, into: Qwen25VL | None = None, dtype: torch.dtype | None = None) -> Qwen25VL:
+    """A plain model with the full parameters of a sharded one. This is a collective: every rank calls it.
 
     Args:
-        into: a plain model of an earlier call, whose memory is written in place.
-        dtype: of the plain model (the dtype that the sharded one computes in); default the parameters' own.
+        into: the plain model of an earlier call; its memory is overwritten in place.
+        dtype: of the plain model (the dtype in which the sharded one computes); default: that of the parameters.
     """
     if into is None:
         with torch.device("meta"):
@@ -70,8 +70,8 @@ def gather(model: Qwen25VL, into: Qwen25VL | None = None, dtype: torch.dtype | N
     return into
 
 
-def share(work: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices for each rank: the largest first, each to the rank with the least work so far (Graham 1969)."""
+def divide_by_work(work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices for each rank: the largest item first, each to the rank with the least work so far (Graham, 1969)."""
     heap = [(0.0, rank) for rank in range(ranks)]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
@@ -85,7 +85,7 @@ class ParallelEngine:
     """`generate` as `Engine` has it, over all ranks of the default process group (or alone without one).
 
     Attributes:
-        memory: of the last phase. stats: of this rank's engine in the last phase.
+        memory: of the last phase.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class ParallelEngine:
     ) -> None:
         """
         Args:
-            dtype: of the gathered parameters, if the model is sharded. keep: see the module's text.
+            dtype: of the gathered parameters, if the model is sharded.
+            keep: keep the gathered parameters between phases, see the module's docstring.
         """
         self.model = model
         self.processor = processor
@@ -116,15 +117,15 @@ class ParallelEngine:
         *,
         progress: Callable[[int, list[Rollout]], None] | None = None,
     ) -> list[list[Rollout]]:
-        """Answers to all prompts, on every rank. Every rank gives the same prompts and params.
+        """Completions of all prompts, on every rank. Every rank passes the same prompts and params.
 
         Args:
-            progress: called with this rank's prompts as they end.
+            progress: called for this rank's prompts as they finish.
 
         Raises:
-            RolloutError: on every rank, where any rank's part failed; names the rank and its error.
+            RolloutError: on every rank, if any rank failed; names the ranks and their errors.
         """
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        each = params_of_each(params, len(prompts))
         many = dist.is_initialized() and dist.get_world_size() > 1
         rank, size = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         before = self._allocated()
@@ -133,7 +134,7 @@ class ParallelEngine:
         made: dict[int, list[Rollout]] = {}
         problem = ""
         try:
-            mine = share([self._work(p, q) for p, q in zip(prompts, each, strict=True)], size)[rank]
+            mine = divide_by_work([self._work(p, q) for p, q in zip(prompts, each, strict=True)], size)[rank]
 
             def relay(index: int, rollouts: list[Rollout]) -> None:
                 if progress is not None:
@@ -146,38 +147,32 @@ class ParallelEngine:
                 raise
             problem = f"rank {rank}: {type(error).__name__}: {error}"
         finally:
-            self._give_back()
+            self._free()
             self.memory = PhaseMemory(before, gathered, self._allocated())
         if not many:
             return [made[i] for i in range(len(prompts))]
-        # Every rank comes here, also after an error: the others would wait for it until their time is over.
-        everything: list[Any] = [None] * size
-        dist.all_gather_object(everything, (problem, made))
-        problems = [p for p, _ in everything if p]
+        # Every rank gets here, even after an error: the others would wait for it until their timeout.
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(parts, (problem, made))
+        problems = [p for p, _ in parts if p]
         if problems:
             raise RolloutError("; ".join(problems))
-        together = {index: rollouts for _, part in everything for index, rollouts in part.items()}
+        together = {index: rollouts for _, part in parts for index, rollouts in part.items()}
         return [together[i] for i in range(len(prompts))]
 
     def _work(self, prompt: Sample | EncodedSample, params: SamplingParams) -> float:
-        """Expected work in tokens: a prompt token is computed once, an answer may go to its limit."""
-        if isinstance(prompt, EncodedSample):
-            tokens = len(prompt)
-        elif self.processor is None:
-            raise ValueError(f"{prompt.source}/{prompt.id} is a Sample; without a processor prompts are EncodedSamples")
-        else:
-            tokens = self.processor.measure(prompt, add_generation_prompt=True).tokens
-        return tokens + params.n * params.max_tokens
+        """Expected work in tokens: a prompt is computed once, each completion may reach its limit."""
+        return prompt_tokens(prompt, self.processor) + params.n * params.max_tokens
 
     def _gathered(self) -> Engine:
         if not is_sharded(self.model):
             self._engine = self._engine or Engine(self.model, self.processor, self.config)
             return self._engine
-        plain = gather(self.model, None if self._engine is None else self._engine.model, self.dtype)
+        plain = gather_parameters(self.model, None if self._engine is None else self._engine.model, self.dtype)
         self._engine = self._engine or Engine(plain, self.processor, self.config)
         return self._engine
 
-    def _give_back(self) -> None:
+    def _free(self) -> None:
         if self._engine is None:
             return
         self._engine.release()

@@ -1,4 +1,4 @@
-"""How far the sampler's log-probabilities are from the trainer's on the same tokens."""
+"""Difference between the sampler's and the trainer's log-probabilities of the same tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Of all tokens: mean and largest |trainer - sampler| in nats, KL(sampler || trainer) in nats a token, the count.
+    """Figures over all tokens.
 
-    outside: share of tokens whose probability ratio leaves [0.9, 1.1].
+    Attributes:
+        mean, max: of |trainer - sampler|, in nats.
+        kl: KL(sampler || trainer), in nats per token.
+        outside: share of tokens whose probability ratio is outside [0.9, 1.1].
+        tokens: their number.
     """
 
     mean: float
@@ -30,21 +34,23 @@ class Mismatch:
 
 
 def mismatch(trainer: Tensor, sampler: Tensor) -> Mismatch:
-    """Compare teacher-forced log-probabilities of the trainer with those the sampler reported.
+    """Compare teacher-forced log-probabilities of the trainer with those that the sampler reported.
 
     Args:
         trainer, sampler: (N,) log-probabilities of the same tokens, which the sampler drew.
 
     Returns:
-        the figures; the KL is the mean of `r - 1 - log r`, r = p_trainer / p_sampler, which is unbiased for tokens that
+        The figures. The KL is the mean of `r - 1 - log r`, r = p_trainer / p_sampler, which is unbiased for tokens that
         the sampler drew and never negative (Schulman, "Approximating KL divergence", 2020).
 
     Raises:
-        ValueError: other shapes, or no tokens.
+        ValueError: different shapes, not one-dimensional, or no tokens.
     """
     if trainer.shape != sampler.shape or trainer.dim() != 1 or not trainer.numel():
-        raise ValueError(f"trainer {tuple(trainer.shape)} and sampler {tuple(sampler.shape)} must be one (N,), N > 0")
-    # Subtracted in the wider of the two types: equal float32 numbers stay equal.
+        raise ValueError(
+            f"trainer is {tuple(trainer.shape)}, sampler is {tuple(sampler.shape)}; expected one shape (N,), N > 0"
+        )
+    # In float64, so that equal float32 numbers give exactly 0.
     log_ratio = (trainer.detach().double() - sampler.detach().double()).cpu()
     ratio = torch.exp(log_ratio)
     return Mismatch(

@@ -1,7 +1,7 @@
-"""The same `generate` on somebody else's server: vLLM, SGLang or anything else that speaks OpenAI's chat completions.
+"""The same `generate` on a server with OpenAI's chat completions API: vLLM, SGLang and others.
 
-For those who outgrow one node. Tokens come from the server (`return_tokens_as_token_ids`, which vLLM and SGLang know),
-so that training sees what was drawn and not what decoding and encoding again make of it.
+It serves rollouts beyond one node. Token ids come from the server (`return_tokens_as_token_ids`, which vLLM and SGLang
+support), so that training gets the tokens that were sampled: encoding the decoded text again may give others.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from fastvst.data.chat import system_prompt
 from fastvst.data.images import load_rgb
 from fastvst.data.processor import unify_fov_messages
 from fastvst.data.sample import Message, Part, Sample
-from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
+from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, params_of_each
 
 if TYPE_CHECKING:
     from fastvst.data.processor import Processor
 
-RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as OpenAI's own client: the server may answer the next time
+RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as in OpenAI's own client: the next try may succeed
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where the server is and how patient to be.
+    """Address of the server, and limits.
 
     Attributes:
-        base_url: up to and with "/v1". model: the name under which it serves. api_key: sent as a bearer token.
-        timeout: seconds for one answer. retries: tries after the first; waits of 0.5 s, 1 s, 2 s, ... between them, or
-            what the server's Retry-After says. concurrency: requests at the same time.
+        base_url: up to and including "/v1".
+        model: the name under which the server serves the model.
+        api_key: sent as a bearer token.
+        timeout: seconds for one request.
+        retries: tries after the first one, with waits of 0.5 s, 1 s, 2 s, ... or what the server's Retry-After says.
+        concurrency: requests at the same time.
     """
 
     base_url: str
@@ -53,12 +56,12 @@ class ServerConfig:
 
 
 class OpenAIEngine:
-    """`generate` as `Engine` has it, over HTTP."""
+    """`Engine.generate` over HTTP."""
 
     def __init__(self, config: ServerConfig, processor: Processor | None = None) -> None:
         """
         Args:
-            processor: finds token ids where the server gives only texts of tokens, and sizes pictures of 3D boxes.
+            processor: finds token ids if the server sends only texts of tokens, and resizes images of 3D box prompts.
         """
         self.config = config
         self.processor = processor
@@ -70,15 +73,14 @@ class OpenAIEngine:
         *,
         progress: Callable[[int, list[Rollout]], None] | None = None,
     ) -> list[list[Rollout]]:
-        """As `Engine.generate`; `raw_logprobs` are what the server reports, as are `logprobs`.
+        """As `Engine.generate`; `logprobs` and `raw_logprobs` are both what the server reports.
 
         Raises:
-            ValueError: an EncodedSample (the server wants messages), or a wrong number of params.
-            RolloutError: the server refuses a request, or does not answer after all tries; names prompt and answer.
+            ValueError: an EncodedSample (the server takes messages), or len(params) != len(prompts).
+            RolloutError: the server refuses a request, or does not answer after all tries; names the prompt and the
+                response.
         """
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} SamplingParams for {len(prompts)} prompts; give one, or one for each")
+        each = params_of_each(params, len(prompts))
         for prompt in prompts:
             if not isinstance(prompt, Sample):
                 raise ValueError(f"{prompt.source}/{prompt.id} is an EncodedSample; a server takes Samples only")
@@ -86,7 +88,8 @@ class OpenAIEngine:
         pool = ThreadPoolExecutor(min(self.config.concurrency, max(1, len(prompts))))
         try:
             running: dict[Future, int] = {
-                pool.submit(self._one, prompt, p): i for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
+                pool.submit(self._complete, prompt, p): i
+                for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
             }
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -99,20 +102,20 @@ class OpenAIEngine:
             pool.shutdown(wait=False, cancel_futures=True)
         return results
 
-    def _one(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
+    def _complete(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
         name = f"{prompt.source}/{prompt.id}"
         begin = time.perf_counter()
-        answer = self._post(name, self._body(prompt, params))
+        response = self._post(name, self._body(prompt, params))
         seconds = time.perf_counter() - begin
         try:
-            choices = sorted(answer["choices"], key=lambda c: c.get("index", 0))
+            choices = sorted(response["choices"], key=lambda c: c.get("index", 0))
             rollouts = [self._rollout(name, choice, params, seconds) for choice in choices]
         except (KeyError, TypeError, AttributeError) as error:
-            raise RolloutError(f"{name}: {self.config.base_url} sent {_short(answer)}, which is no answer") from error
-        if len(rollouts) != params.n:
             raise RolloutError(
-                f"{name}: {self.config.base_url} sent {len(rollouts)} answers; {params.n} were asked for"
-            )
+                f"{name}: {self.config.base_url} sent {_short(response)}; expected a chat completion"
+            ) from error
+        if len(rollouts) != params.n:
+            raise RolloutError(f"{name}: {self.config.base_url} sent {len(rollouts)} completions; expected {params.n}")
         return rollouts
 
     def _body(self, prompt: Sample, params: SamplingParams) -> dict[str, Any]:
@@ -126,7 +129,7 @@ class OpenAIEngine:
             "seed": params.seed,
             "stop": list(params.stops),
             "logprobs": params.logprobs,
-            # Beyond OpenAI's own; vLLM and SGLang know them. -1 is their "all tokens".
+            # Not in OpenAI's API; vLLM and SGLang support them. Their top_k -1 means all tokens.
             "top_k": params.top_k if params.top_k > 0 else -1,
             "min_p": params.min_p,
             "repetition_penalty": params.repetition_penalty,
@@ -134,7 +137,7 @@ class OpenAIEngine:
             "return_tokens_as_token_ids": True,
             "include_stop_str_in_output": False,
         }
-        if self.processor is not None:  # pictures stand in prompts only; -100 is OpenAI's "never"
+        if self.processor is not None:  # never sample placeholders; -100 is OpenAI's value for that
             names = ("<|image_pad|>", "<|video_pad|>")
             body["logit_bias"] = {str(self.processor.token_id(name)): -100 for name in names}
         return body
@@ -159,7 +162,7 @@ class OpenAIEngine:
             headers["Authorization"] = f"Bearer {config.api_key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(config.retries + 1):
-            pause = 0.5 * 2**attempt * random.uniform(0.8, 1.2)  # many clients must not come back all at once
+            pause = 0.5 * 2**attempt * random.uniform(0.8, 1.2)  # so that many clients do not retry at the same time
             try:
                 with urllib.request.urlopen(request, timeout=config.timeout) as response:
                     return json.loads(response.read())
@@ -174,7 +177,7 @@ class OpenAIEngine:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 problem = f"{url} does not answer ({reason})"
             except ValueError as error:
-                problem = f"{url} sends something that is not JSON ({error})"
+                problem = f"{url} sends a body that is not JSON ({error})"
             if attempt < config.retries:
                 time.sleep(pause)
         raise RolloutError(f"{name}: {problem}; tried {config.retries + 1} times")
@@ -183,7 +186,7 @@ class OpenAIEngine:
         text = choice["message"].get("content") or ""
         content = (choice.get("logprobs") or {}).get("content") or []
         if params.logprobs and not content and text:
-            raise RolloutError(f"{name}: {self.config.base_url} sends no logprobs although they were asked for")
+            raise RolloutError(f"{name}: {self.config.base_url} sends no logprobs; they were requested")
         tokens = [self._token_id(name, entry["token"]) for entry in content]
         logprobs = [float(entry["logprob"]) for entry in content]
         reason = "length" if choice.get("finish_reason") == "length" else "stop"
@@ -195,20 +198,21 @@ class OpenAIEngine:
         found = self.processor.tokenizer.token_to_id(token) if self.processor is not None else None
         if found is None:
             raise RolloutError(
-                f"{name}: {self.config.base_url} names a token {_short(token)} instead of its id. Training needs "
-                "ids: use a server that knows return_tokens_as_token_ids (vLLM, SGLang), or logprobs=False"
+                f"{name}: {self.config.base_url} sends the text of a token ({_short(token)}) instead of its id. "
+                "Training needs ids: use a server that supports return_tokens_as_token_ids (vLLM, SGLang), or "
+                "logprobs=False"
             )
         return found
 
 
 def _part(part: Part) -> dict[str, Any]:
-    """A part as OpenAI's API has it; media travel inside as base64."""
+    """A part in the form of OpenAI's API, with media as base64."""
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
     if part["type"] == "image":
         return {"type": "image_url", "image_url": {"url": _image_url(part)}}
     video = part["video"]
-    if isinstance(video, (list, tuple)):  # vLLM's form of single frames
+    if isinstance(video, (list, tuple)):  # vLLM's form of a list of frames
         frames = ",".join(_image_url({"image": f}, "JPEG").split(",", 1)[1] for f in video)
         return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
     data = bytes(video) if isinstance(video, (bytes, bytearray)) else Path(video).read_bytes()
@@ -225,7 +229,7 @@ def _image_url(part: Part, form: str = "PNG") -> str:
 
 
 def connect(base_url: str, processor: Processor | None = None, **options: Any) -> OpenAIEngine:
-    """`OpenAIEngine` from the fields of ServerConfig."""
+    """An `OpenAIEngine`; the options are the other fields of ServerConfig."""
     known = {f.name for f in dataclasses.fields(ServerConfig)}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown server options {unknown}; expected some of {sorted(known)}")
@@ -233,6 +237,6 @@ def connect(base_url: str, processor: Processor | None = None, **options: Any) -
 
 
 def _short(value: Any) -> str:
-    """A short form of any value for error messages."""
+    """The beginning of a value's repr, for error messages."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

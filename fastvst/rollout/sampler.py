@@ -1,14 +1,15 @@
-"""Drawing tokens: on a GPU by `fastvst_kernels.sample_tokens`, on the CPU by the inverse of the cumulative softmax.
+"""Draws the next token of each row: `fastvst_kernels.sample_tokens` on a GPU, the cumulative softmax on the CPU.
 
-A row's random numbers are hashes of its own seed and of how many tokens it has drawn, so they do not depend on the
-batch. On the CPU one number a row and a two-level sum over the vocabulary take the place of Gumbel noise for every
-token: for 256 rows of 4,096 tokens that is 256 hashes instead of a million, and 3.5 times as fast.
+The random number of a row is a hash of its own seed and of the number of tokens drawn so far. So it does not depend on
+the batch. The CPU needs one random number per row and a two-level sum over the vocabulary, instead of Gumbel noise for
+every token: for 256 rows of 4,096 tokens 256 hashes instead of a million, and 3.5 times as fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,27 +19,43 @@ from fastvst.rollout.request import SamplingParams
 from fastvst_kernels import sample_tokens
 from fastvst_kernels.sampling.op import cut_, head_logits
 
-Found = tuple[Tensor, Tensor | None, Tensor | None]  # tokens, and log-probabilities of two kinds
-BLOCK = 64  # entries of the lower level of the sum
+BLOCK = 64  # entries of a block of the two-level sum
+
+
+class Drawn(NamedTuple):
+    """One token for each of B rows.
+
+    Attributes:
+        tokens: (B,) int64.
+        logprobs, raw_logprobs: (B,) under the sampling distribution and under the model's own (see `Rollout`); None if
+            no row asks for them.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    raw_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Rows:
+class SamplingRows:
     """The sampling parameters of B rows as tensors; None where no row needs one.
 
     Attributes:
         seeds: (B,) int64.
-        greedy: (B,) bool. temperature: (B,) float32, 0 in greedy rows; scaled: some are neither 0 nor 1.
-        cut: (c,) int64 rows with top_k, top_p or min_p, and (c,) of each; penalty: (B,) float32.
-        all_greedy: no row draws at random. logprobs: some row wants log-probabilities.
-        common_temperature: of all rows, 0 where they differ.
+        greedy: (B,) bool.
+        temperature: (B,) float32, 0 in greedy rows; scaled: whether any is neither 0 nor 1.
+        filtered: (F,) int64, the rows with top_k, top_p or min_p; top_k, top_p, min_p: (F,) values of these rows.
+        penalty: (B,) float32, the repetition penalties.
+        all_greedy: no row draws at random.
+        logprobs: whether any row asks for log-probabilities.
+        common_temperature: the temperature of all rows, 0 if they differ.
     """
 
     seeds: Tensor
     greedy: Tensor | None
     temperature: Tensor | None
     scaled: bool
-    cut: Tensor | None
+    filtered: Tensor | None
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
@@ -50,31 +67,32 @@ class Rows:
     @property
     def plain(self) -> bool:
         """The sampling distribution of every row is the model's own."""
-        return not self.scaled and self.cut is None and self.penalty is None
+        return not self.scaled and self.filtered is None and self.penalty is None
 
 
-def make_rows(params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int, device: torch.device) -> Rows:
-    """Parameters of the rows of a batch, in order."""
+def make_rows(
+    params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int, device: torch.device
+) -> SamplingRows:
+    """The parameters of a batch, one row after the other."""
 
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
     greedy = [p.temperature == 0 for p in params]
     temperature = [p.temperature for p in params]
     penalty = [p.repetition_penalty for p in params]
-    cut = [i for i, p in enumerate(params) if p.filters]
-    chosen = [params[i] for i in cut]
-    return Rows(
-        seeds=torch.tensor(seeds, dtype=torch.int64).to(device),
-        greedy=torch.tensor(greedy).to(device) if any(greedy) else None,
+    filtered = [i for i, p in enumerate(params) if p.filters]
+    chosen = [params[i] for i in filtered]
+    top_k = [min(p.top_k if p.top_k > 0 else vocabulary, vocabulary) for p in chosen]
+    return SamplingRows(
+        seeds=column(list(seeds), torch.int64),
+        greedy=column(greedy, torch.bool) if any(greedy) else None,
         temperature=column(temperature) if any(x != 1 for x in temperature) else None,
         scaled=any(x not in (0, 1) for x in temperature),
-        cut=torch.tensor(cut).to(device) if cut else None,
-        top_k=column([min(p.top_k if p.top_k > 0 else vocabulary, vocabulary) for p in chosen], torch.int64)
-        if cut
-        else None,
-        top_p=column([p.top_p for p in chosen]) if cut else None,
-        min_p=column([p.min_p for p in chosen]) if cut else None,
+        filtered=column(filtered, torch.int64) if filtered else None,
+        top_k=column(top_k, torch.int64) if filtered else None,
+        top_p=column([p.top_p for p in chosen]) if filtered else None,
+        min_p=column([p.min_p for p in chosen]) if filtered else None,
         penalty=column(penalty) if any(x != 1 for x in penalty) else None,
         all_greedy=all(greedy),
         logprobs=any(p.logprobs for p in params),
@@ -83,7 +101,7 @@ def make_rows(params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
-    """(B,) float64 in [0, 1): the splitmix64 hash (Steele et al., OOPSLA 2014) of int64 seeds and step numbers."""
+    """(B,) float64 in [0, 1): the splitmix64 hash (Steele et al., OOPSLA 2014) of int64 seeds and steps."""
     x = seeds + (steps + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
     x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
@@ -97,19 +115,19 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def next_tokens(
-    hidden: Tensor, weight: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
-) -> Found:
-    """As `sample`, from hidden states (B, H) and the head's weight (V, H): one operator on a GPU."""
+    hidden: Tensor, weight: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
+) -> Drawn:
+    """As `sample`, from hidden states (B, H) and the LM head's weight (V, H)."""
     if hidden.is_cuda:
         return sample_fused(hidden, weight, rows, steps, forbidden, seen)
     return sample(head_logits(hidden, weight), rows, steps, forbidden, seen)
 
 
 def sample_fused(
-    hidden: Tensor, weight: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
-) -> Found:
+    hidden: Tensor, weight: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
+) -> Drawn:
     """`next_tokens` by `fastvst_kernels.sample_tokens`; log-probabilities in float32."""
-    tokens, own, raw = sample_tokens(
+    tokens, logprobs, raw_logprobs = sample_tokens(
         hidden,
         weight,
         rows.seeds,
@@ -118,28 +136,24 @@ def sample_fused(
         forbidden=forbidden,
         penalty=rows.penalty,
         seen=None if rows.penalty is None else seen,
-        filtered=rows.cut,
+        filtered=rows.filtered,
         top_k=rows.top_k,
         top_p=rows.top_p,
         min_p=rows.min_p,
     )
-    return (tokens, own, raw) if rows.logprobs else (tokens, None, None)
+    return Drawn(tokens, logprobs, raw_logprobs) if rows.logprobs else Drawn(tokens)
 
 
-def sample(logits: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None) -> Found:
-    """Draw one token for each row of logits.
+def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None) -> Drawn:
+    """Draw one token for each row of logits; log-probabilities in float64.
 
     Args:
-        logits: (B, V) float32 (float64 in checks); overwritten.
-        steps: (B,) int64, tokens that each row has drawn before.
+        logits: (B, V) float32 (float64 in tests); overwritten.
+        steps: (B,) int64, number of tokens that each row has drawn before.
         forbidden: (f,) int64 tokens that are never drawn.
-        seen: (B, V) bool tokens of prompt and answer, for the repetition penalty.
-
-    Returns:
-        tokens (B,) int64; log-probabilities (B,) float64 under the sampling distribution and under the model's own
-        (see `Rollout`), or None if no row asks for them.
+        seen: (B, V) bool, tokens of prompt and completion, for the repetition penalty.
     """
-    shadow = logits.index_select(1, forbidden).double()
+    forbidden_logits = logits.index_select(1, forbidden).double()  # they keep their share of the softmax
     raw = None
     if rows.logprobs and not rows.plain:
         raw = logits.clone()
@@ -150,40 +164,40 @@ def sample(logits: Tensor, rows: Rows, steps: Tensor, forbidden: Tensor, seen: T
     if rows.all_greedy:
         tokens = logits.argmax(1)
         if not rows.logprobs:
-            return tokens, None, None
-        own = _log_softmax_at(raw, tokens) if raw is not None else _log_softmax_at(logits, tokens, shadow)
-        return tokens, own, own
+            return Drawn(tokens)
+        own = _log_softmax_at(raw, tokens) if raw is not None else _log_softmax_at(logits, tokens, forbidden_logits)
+        return Drawn(tokens, own, own)
     best = logits.argmax(1) if rows.greedy is not None else None
     if rows.scaled and rows.temperature is not None:
         scale = torch.where(rows.temperature == 0, 1.0, 1 / rows.temperature)[:, None]
         logits = logits * scale
-        shadow = shadow * scale
-    if rows.cut is not None and rows.top_k is not None and rows.top_p is not None and rows.min_p is not None:
-        part = logits.index_select(0, rows.cut)
+        forbidden_logits = forbidden_logits * scale
+    if rows.filtered is not None and rows.top_k is not None and rows.top_p is not None and rows.min_p is not None:
+        part = logits.index_select(0, rows.filtered)
         cut_(part, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
-        logits.index_copy_(0, rows.cut, part)
-        shadow = shadow.index_fill(0, rows.cut, float("-inf"))
+        logits.index_copy_(0, rows.filtered, part)
+        forbidden_logits = forbidden_logits.index_fill(0, rows.filtered, float("-inf"))
     tokens, top, total = draw(logits, uniform(rows.seeds, steps))
     if best is not None and rows.greedy is not None:
         tokens = torch.where(rows.greedy, best, tokens)
     if not rows.logprobs:
-        return tokens, None, None
-    lse = torch.logaddexp(torch.log(total) + top.squeeze(1), torch.logsumexp(shadow, 1))
+        return Drawn(tokens)
+    lse = torch.logaddexp(torch.log(total) + top.squeeze(1), torch.logsumexp(forbidden_logits, 1))
     own = logits.gather(1, tokens[:, None]).squeeze(1).double() - lse
     if raw is None:
-        return tokens, own, own
+        return Drawn(tokens, own, own)
     plain = _log_softmax_at(raw, tokens)
-    return tokens, own if rows.greedy is None else torch.where(rows.greedy, plain, own), plain
+    return Drawn(tokens, own if rows.greedy is None else torch.where(rows.greedy, plain, own), plain)
 
 
 def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token of each row at which the cumulative softmax passes u.
+    """The token of each row at which the cumulative softmax exceeds u.
 
     Args:
         logits: (B, V), -inf = impossible; u: (B,) float64 in [0, 1).
 
     Returns:
-        tokens (B,), the rows' largest logits (B, 1) float64, and their sums of exp(logit - largest) (B,) float64.
+        tokens (B,); the largest logit of each row, (B, 1) float64; the sum of exp(logit - largest), (B,) float64.
     """
     top = logits.amax(1, keepdim=True)
     weights = torch.exp_(logits - top)
@@ -192,21 +206,22 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = weights.view(weights.shape[0], -1, BLOCK)
     upper = blocks.sum(2).double().cumsum(1)
     total = upper[:, -1]
-    # u * total may round up to total: then nothing would lie above it.
+    # u * total may round up to total; no cumulative sum would exceed that.
     goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))[:, None]
     block = torch.searchsorted(upper, goal, right=True)
     lower = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
     below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = (lower.cumsum(1) <= goal - below).sum(1)
-    # The block's float32 sum may exceed its float64 one: then the last possible entry is meant.
+    # A block's float32 sum may exceed its float64 sum: then take the last possible entry.
     last = BLOCK - 1 - (lower > 0).flip(1).int().argmax(1)
     return block.squeeze(1) * BLOCK + torch.minimum(inside, last), top.double(), total
 
 
-def _log_softmax_at(logits: Tensor, tokens: Tensor, shadow: Tensor | None = None) -> Tensor:
-    """(B,) float64 log-probabilities of tokens; `shadow` (B, f) are logits that `logits` does not hold any more."""
+def _log_softmax_at(logits: Tensor, tokens: Tensor, removed: Tensor | None = None) -> Tensor:
+    """(B,) float64 log-probabilities of tokens; `removed` (B, f) are logits that belong to the softmax but not to
+    `logits`, which is overwritten."""
     top = logits.amax(1, keepdim=True)
     lse = torch.log(torch.exp_(logits - top).sum(1).double()) + top.squeeze(1).double()
-    if shadow is not None:
-        lse = torch.logaddexp(lse, torch.logsumexp(shadow, 1))
+    if removed is not None:
+        lse = torch.logaddexp(lse, torch.logsumexp(removed, 1))
     return logits.gather(1, tokens[:, None]).squeeze(1).double() - lse

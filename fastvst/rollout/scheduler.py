@@ -1,168 +1,249 @@
-"""Who computes next: admission, growth and preemption of answers under a fixed number of pages.
+"""Decides what is computed next: admission, growth and preemption of completions under a fixed number of pages.
 
-First come, first served. Under pressure prompts without running answers leave first, then the answers that came last;
-what leaves is copied to the host and comes back bit for bit. The oldest answer can always go on, because `check`
-refuses what would not fit alone: so nothing ever fails half-way for lack of pages.
+Continuous batching: a sequence starts as soon as another one finishes. First come, first served. When pages run out,
+prompts without active completions are swapped to the host first, then the newest completions; both are restored
+exactly. The oldest completion always has enough pages, because `check` refuses what does not fit alone. So no request
+fails half-way for lack of pages.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from fastvst.rollout.kv_cache import OutOfPages, PagePool
-from fastvst.rollout.prefix import find_donor, forsake
-from fastvst.rollout.request import Prompt, Request, RolloutError, Sequence
+from fastvst.rollout.decode import DecodeBatch, RunningCompletions
+from fastvst.rollout.kv_cache import OutOfPages, PagePool, ResidentPrompts
+from fastvst.rollout.request import Chunk, Completion, PromptState, Request, RolloutError, Status
+from fastvst.rollout.sampler import Drawn
+from fastvst.rollout.stop_strings import StopRules
+
+
+@dataclass(frozen=True)
+class PrefillWork:
+    """A step that computes chunks of prompts, then draws the first tokens of completions whose prompts are complete."""
+
+    chunks: list[Chunk]
+    completions: list[Completion]
+
+    @property
+    def tokens(self) -> int:
+        """Number of prompt tokens that are computed."""
+        return sum(c.end - c.begin for c in self.chunks)
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """A step that draws one token for every running completion."""
+
+    batch: DecodeBatch
+
+    @property
+    def completions(self) -> list[Completion]:
+        return self.batch.completions
+
+
+Work = PrefillWork | DecodeWork
 
 
 class Scheduler:
-    """Sequences by state: waiting -> (starting ->) running -> gone. `prefilling` holds the prompts under way."""
+    """`schedule` the next step, then `update` with its tokens. The status of a completion says in which list it is.
 
-    def __init__(self, pool: PagePool, max_sequences: int) -> None:
+    Attributes:
+        waiting: completions that are WAITING or SWAPPED, the next one first.
+        prefilling: completions that are PREFILLING.
+        running: completions that are RUNNING, in order of admission.
+        prompts: the prompts that have pages.
+        preemptions: how often a completion was swapped to the host.
+    """
+
+    def __init__(self, pool: PagePool, stops: StopRules, *, max_sequences: int, prefill_tokens: int) -> None:
+        """
+        Args:
+            max_sequences: completions that may be active (PREFILLING or RUNNING) at the same time.
+            prefill_tokens: prompt tokens of one step.
+        """
         self.pool = pool
+        self.stops = stops
         self.max_sequences = max_sequences
-        self.waiting: deque[Sequence] = deque()
-        self.starting: list[Sequence] = []  # active, no token drawn yet
-        self.running: list[Sequence] = []  # in order of admission
-        self.prefilling: list[Prompt] = []
-        self._resident: list[Prompt] = []  # prompts with pages
-        self.preemptions = self.shared_tokens = 0
+        self.prefill_tokens = prefill_tokens
+        self.waiting: deque[Completion] = deque()
+        self.prefilling: list[Completion] = []
+        self.running = RunningCompletions(pool, stops.is_eos)
+        self.prompts = ResidentPrompts(pool)
+        self.preemptions = 0
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.starting or self.running)
+        return not (self.waiting or self.prefilling or self.running)
 
     @property
     def active(self) -> int:
-        return len(self.starting) + len(self.running)
+        return len(self.prefilling) + len(self.running)
 
     def check(self, name: str, prompt_tokens: int, max_tokens: int) -> None:
-        """Raises RolloutError, with the numbers, where a prompt and one answer do not fit even alone."""
+        """Raises RolloutError if a prompt and one completion do not fit even alone, ValueError for an empty prompt."""
+        if not prompt_tokens:
+            raise ValueError(f"the prompt {name} has no tokens")
         pool = self.pool
         need = pool.needed(prompt_tokens) + pool.needed(max_tokens)
         if need > pool.pages:
             room = pool.pages * pool.page_size
             raise RolloutError(
-                f"{name}: a prompt of {prompt_tokens} tokens and an answer of up to {max_tokens} need {need} pages of "
-                f"{pool.page_size} tokens; the budget has {pool.pages} ({room} tokens, {pool.bytes / 1e6:.1f} MB). "
+                f"{name}: a prompt of {prompt_tokens} tokens and a completion of up to {max_tokens} need {need} pages "
+                f"of {pool.page_size} tokens; the budget has {pool.pages} ({room} tokens, {pool.bytes / 1e6:.1f} MB). "
                 "Raise memory, or lower max_tokens or the prompt's pixels"
             )
 
     def submit(self, request: Request) -> None:
-        """Queue the answers of a request that `check` let pass."""
-        self.waiting.extend(request.sequences)
+        """Queue the completions of a request that passed `check`."""
+        self.waiting.extend(request.completions)
 
-    def admit(self) -> bool:
-        """Move waiting answers in while rows and pages last; returns whether any came in."""
+    def schedule(self) -> Work | None:
+        """The next step, or None if there is nothing to do.
+
+        Prompts go first, so that the decode batch is as large as possible.
+        """
+        self._admit()
+        if self.prefilling:
+            chunks = next_chunks(self.prompts.incomplete(), self.prefill_tokens)
+            completed = {c.prompt for c in chunks if c.end == c.prompt.length}
+            return PrefillWork(chunks, [c for c in self.prefilling if c.prompt.ready or c.prompt in completed])
+        if self.running:
+            full = self.running.without_room()
+            if full:
+                self._grow(full)
+                self.running.add_pages(full)
+            return DecodeWork(self.running.batch())
+        return None
+
+    def update(self, work: Work, drawn: Drawn | None) -> list[Completion]:
+        """Take the tokens of a step (None if it drew none); returns the completions that finished with it."""
+        if drawn is None:
+            return []
+        if isinstance(work, PrefillWork):
+            self._start(work.completions, drawn)
+            candidates = work.completions
+        else:
+            rows = work.batch.advance(drawn)
+            if rows:
+                self.running.hand_over()
+            candidates = [work.completions[row] for row in rows]
+        finished = []
+        for completion in candidates:
+            reason = self.stops.finish_reason(completion)
+            if reason is not None:
+                self.finish(completion, reason)
+                finished.append(completion)
+        return finished
+
+    def finish(self, completion: Completion, reason: str) -> None:
+        """Take a completion out, whatever its status; its prompt leaves with its last completion."""
+        prompt = completion.prompt
+        if completion.status is Status.FINISHED:
+            return
+        if completion.status in (Status.WAITING, Status.SWAPPED):
+            self.waiting.remove(completion)
+            prompt.waiting -= 1
+        else:
+            self._deactivate(completion)
+            self._free_pages(completion)
+        completion.status = Status.FINISHED
+        completion.finish_reason = reason
+        completion.saved = None
+        if prompt.over:
+            self.prompts.drop(prompt)
+            prompt.saved = None
+            prompt.last_hidden = None
+            prompt.embedded = None
+
+    def _start(self, completions: Sequence[Completion], drawn: Drawn) -> None:
+        """Give completions their first tokens; they are RUNNING from now on."""
+        own = None if drawn.logprobs is None else drawn.logprobs.tolist()
+        raw = None if drawn.raw_logprobs is None else drawn.raw_logprobs.tolist()
+        now = time.perf_counter()
+        for row, (completion, token) in enumerate(zip(completions, drawn.tokens.tolist(), strict=True)):
+            completion.tokens.append(token)
+            completion.first_token_time = now
+            if own is not None and raw is not None and completion.params.logprobs:
+                completion.logprobs.append(own[row])
+                completion.raw_logprobs.append(raw[row])
+            completion.status = Status.RUNNING
+            self.running.add(completion)
+        self.prefilling = [c for c in self.prefilling if c.status is Status.PREFILLING]
+
+    def _admit(self) -> None:
+        """Activate waiting completions as long as rows and pages last."""
         pool = self.pool
-        before = self.active
         while self.waiting and self.active < self.max_sequences:
-            sequence = self.waiting[0]
-            prompt = sequence.prompt
-            own = pool.needed(sequence.stored + 1)
-            donor, shared = (None, 0) if prompt.pages else find_donor(prompt, self._resident, pool.page_size)
+            completion = self.waiting[0]
+            prompt = completion.prompt
+            own = pool.needed(completion.stored + 1)
+            donor, shared = (None, 0) if prompt.pages else self.prompts.find_donor(prompt)
             need = own + (0 if prompt.pages else pool.needed(prompt.length) - shared)
-            # One free page for each running answer, so that the next step does not preempt what came in by this one.
-            if not self._make_room(need + self.active, keep=prompt):
+            # One free page for each active completion, so that the next step does not swap out what enters in this one.
+            if not self.prompts.make_room(need + self.active, keep=prompt):
                 if self.active:
                     break
-                if not self._make_room(need, keep=prompt):
+                if not self.prompts.make_room(need, keep=prompt):
                     raise OutOfPages(f"{prompt.name}: {need} pages are not free although nothing runs")
             self.waiting.popleft()
-            self._enter(prompt, donor, shared)
+            if not prompt.pages:
+                self.prompts.load(prompt, donor, shared)
             pool.retain(prompt.pages)
-            sequence.pages = pool.allocate(own)
-            if sequence.saved is not None:
-                pool.restore(sequence.saved, sequence.pages[: pool.needed(sequence.stored)])
-                sequence.saved = None
-            prompt.active = prompt.active + 1
-            prompt.waiting = prompt.waiting - 1
-            (self.running if sequence.tokens else self.starting).append(sequence)
-        return self.active > before
-
-    def grow(self, sequences: Iterable[Sequence]) -> bool:
-        """Give each of the running `sequences` one more page, oldest first; returns whether any had to leave for it."""
-        left = False
-        wanting = set(map(id, sequences))
-        for sequence in [s for s in self.running if id(s) in wanting]:
-            while sequence.prompt.active and sequence.pages:  # else it has left for an older one
-                if self._make_room(1):
-                    sequence.pages += self.pool.allocate(1)
-                    break
-                self.preempt(self.running[-1])
-                left = True
-        return left
-
-    def preempt(self, sequence: Sequence) -> None:
-        """Copy a running answer to the host and queue it before all others."""
-        pool = self.pool
-        if sequence.stored:
-            sequence.saved = pool.save(sequence.pages[: pool.needed(sequence.stored)])
-        sequence.preemptions += 1
-        self.preemptions += 1
-        self._leave(sequence)
-        sequence.prompt.waiting += 1
-        self.waiting.appendleft(sequence)
-
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out in whatever state it is; its prompt goes with its last answer."""
-        prompt = sequence.prompt
-        if sequence.pages:
-            self._leave(sequence)
-        else:
-            self.waiting.remove(sequence)
+            completion.pages = pool.allocate(own)
+            if completion.saved is not None:
+                pool.restore(completion.saved, completion.pages[: pool.needed(completion.stored)])
+                completion.saved = None
+            prompt.active += 1
             prompt.waiting -= 1
-        sequence.saved = None
-        if not prompt.active and not prompt.waiting:
-            self._drop(prompt)
-            prompt.saved = prompt.last_hidden = prompt.embedded = None
+            if completion.status is Status.SWAPPED:
+                completion.status = Status.RUNNING
+                self.running.add(completion)
+            else:
+                completion.status = Status.PREFILLING
+                self.prefilling.append(completion)
 
-    def _leave(self, sequence: Sequence) -> None:
-        (self.running if sequence in self.running else self.starting).remove(sequence)
-        self.pool.release(sequence.pages)
-        self.pool.release(sequence.prompt.pages)
-        sequence.pages = []
-        sequence.prompt.active -= 1
+    def _grow(self, completions: Iterable[Completion]) -> None:
+        """Give each of the running `completions` one more page, oldest first; the newest are swapped out if need be."""
+        wanting = set(completions)
+        for completion in [c for c in self.running if c in wanting]:
+            while completion.status is Status.RUNNING:  # else it was swapped out for an older one
+                if self.prompts.make_room(1):
+                    completion.pages += self.pool.allocate(1)
+                    break
+                self._swap_out(self.running[-1])
 
-    def _enter(self, prompt: Prompt, donor: Prompt | None, shared: int) -> None:
-        """Give a prompt its pages, `shared` of them from `donor`, with their content if it has been computed before."""
-        if prompt.pages:
-            return
-        pool = self.pool
-        if donor is not None:
-            pool.retain(donor.pages[:shared])
-            prompt.pages = donor.pages[:shared]
-            prompt.donor = donor
-            prompt.shared = shared * pool.page_size
-            prompt.computed = prompt.shared
-            self.shared_tokens += prompt.shared
-        prompt.pages = prompt.pages + pool.allocate(pool.needed(prompt.length) - shared)
-        self._resident.append(prompt)
-        if prompt.saved is not None:
-            self.pool.restore(prompt.saved, prompt.pages)
-            prompt.saved = None
-        if not prompt.ready:
-            self.prefilling.append(prompt)
+    def _swap_out(self, completion: Completion) -> None:
+        """Copy a running completion to the host and queue it before all others."""
+        self._deactivate(completion)
+        if completion.stored:
+            completion.saved = self.pool.save(completion.pages[: self.pool.needed(completion.stored)])
+        self._free_pages(completion)
+        completion.status = Status.SWAPPED
+        completion.preemptions += 1
+        self.preemptions += 1
+        completion.prompt.waiting += 1
+        self.waiting.appendleft(completion)
 
-    def _drop(self, prompt: Prompt) -> None:
-        if prompt.pages:
-            self.pool.release(prompt.pages)
-            prompt.pages = []
-            self._resident.remove(prompt)
-            forsake(prompt, self._resident)
-            if prompt in self.prefilling:
-                self.prefilling.remove(prompt)
+    def _deactivate(self, completion: Completion) -> None:
+        (self.running if completion.status is Status.RUNNING else self.prefilling).remove(completion)
+        completion.prompt.active -= 1
 
-    def _make_room(self, pages: int, keep: Prompt | None = None) -> bool:
-        """Send prompts without active answers to the host, last first, until that many pages are free."""
-        if self.pool.free >= pages:
-            return True
-        for prompt in sorted(self._resident, key=lambda p: -p.order):
-            if prompt.active or prompt is keep or not prompt.pages:
-                continue
-            if prompt.computed:
-                prompt.saved = self.pool.save(prompt.pages)
-            self._drop(prompt)
-            if self.pool.free >= pages:
-                return True
-        return False
+    def _free_pages(self, completion: Completion) -> None:
+        self.pool.release(completion.pages)
+        self.pool.release(completion.prompt.pages)
+        completion.pages = []
+
+
+def next_chunks(prompts: Sequence[PromptState], budget: int) -> list[Chunk]:
+    """The next `budget` tokens of incomplete prompts, in order."""
+    chunks = []
+    for prompt in prompts:
+        take = min(budget, prompt.length - prompt.computed)
+        if take <= 0:
+            break
+        chunks.append(Chunk(prompt, prompt.computed, prompt.computed + take))
+        budget -= take
+    return chunks

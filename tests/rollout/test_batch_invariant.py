@@ -1,4 +1,4 @@
-"""The trainer's log-probabilities minus the sampler's: exactly 0.0 in bitwise mode, small in fast mode."""
+"""The trainer's minus the sampler's log-probabilities: exactly 0.0 in bitwise mode, small in fast mode."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_bitwise_is_exactly_zero(model, config, shared):
 
     loose = teacher_forced(model, samples, rollouts, shared=shared)
     close = mismatch(loose, sampled)
-    assert 0 < close.max < 1e-4, "the plain forward rounds differently, and by no more than float32 does"
+    assert 0 < close.max < 1e-4, "the plain forward rounds differently, within float32 precision"
     fast = Engine(model, **options).generate(samples, params)
     assert [[r.tokens for r in m] for m in fast] == [[r.tokens for r in m] for m in rollouts]
     found = torch.tensor([x for many in fast for r in many for x in r.logprobs], dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_a_gradient_flows_through_the_invariant_forward(model, config):
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the products that reach torch."""
+    """Records the names of the matrix products that reach torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_every_product_is_invariant(model, config):
 
     with Recorder() as plain:
         run()
-    assert {"aten.mm", "aten.addmm", "aten.addmm_"} <= plain.products, "the recorder sees those of a plain run"
+    assert {"aten.mm", "aten.addmm", "aten.addmm_"} <= plain.products, "the recorder sees the products of a plain run"
     with Recorder() as tiled, batch_invariant():
         run()
     assert tiled.products == {"fastvst.invariant_mm"}
@@ -111,7 +111,7 @@ def test_packed_attention_in_the_mode_is_the_same_function():
     torch.testing.assert_close(lse, expected_lse)
 
 
-def test_the_report_says_what_it_says():
+def test_mismatch_figures():
     sampler = torch.log(torch.tensor([0.5, 0.25, 0.2]))
     trainer = torch.log(torch.tensor([0.5, 0.5, 0.1]))
     report = mismatch(trainer, sampler)
@@ -119,5 +119,5 @@ def test_the_report_says_what_it_says():
     assert report.mean == pytest.approx(2 * math.log(2) / 3) and report.max == pytest.approx(math.log(2))
     assert report.kl == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 3, rel=1e-5)
     assert report.outside == pytest.approx(2 / 3) and "3 tokens" in report.describe()
-    with pytest.raises(ValueError, match="must be one"):
+    with pytest.raises(ValueError, match="expected one shape"):
         mismatch(trainer, sampler[:2])

@@ -1,4 +1,4 @@
-"""What can be tested of CUDA graphs without a GPU: buckets, and that padded tables give the same hidden states."""
+"""CUDA graphs as far as a CPU can test them: buckets, and padded tables that give the same hidden states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvst.rollout.decode import forward_tables
 from hf_parity import make_models, make_sample, small_config
 
 
-def test_buckets_hold_and_waste_little():
+def test_buckets_are_large_enough_and_waste_little():
     for rows in range(1, 600):
         size = bucket(rows)
         assert size >= rows and (rows < 3 or size <= 2 * rows) and (rows < 64 or size <= 1.25 * rows)
@@ -26,21 +26,22 @@ def test_padded_tables_give_the_same_hidden_states():
         engine.add(make_sample(small_config(), [("text", length)], seed=seed), SamplingParams(n=n, max_tokens=40))
     for _ in range(9):
         engine.step()
-    batch = engine._grown_batch()
+    pool = engine.scheduler.pool
+    batch = engine.scheduler.schedule().batch
     tables = batch.tables
     key = key_of(tables)
     assert key[0] == 8 > len(batch) and key[3] == 4
     static = empty_tables(key, torch.device("cpu"))
     before = {f.name: getattr(static, f.name) for f in dataclasses.fields(static)}
     with torch.no_grad():
-        forward_tables(model, engine._pool, static)  # padding only
-        expected = forward_tables(model, engine._pool, tables, batch.plan())
-        keys = engine._pool.keys[:, 1:].clone()
+        forward_tables(model, pool, static)  # padding only
+        expected = forward_tables(model, pool, tables, batch.decode_plan())
+        keys = pool.keys[:, 1:].clone()
         for _ in range(2):
             fill(static, tables)
-            found = forward_tables(model, engine._pool, static)
-    assert all(getattr(static, name) is value for name, value in before.items()), "filled in place"
+            found = forward_tables(model, pool, static)
+    assert all(getattr(static, name) is value for name, value in before.items()), "they are filled in place"
     torch.testing.assert_close(found[: len(batch)], expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(engine._pool.keys[:, 1:], keys, rtol=1e-12, atol=1e-12)
-    assert found.isfinite().all(), "padding stays finite"
+    torch.testing.assert_close(pool.keys[:, 1:], keys, rtol=1e-12, atol=1e-12)
+    assert found.isfinite().all(), "padding rows stay finite"
     assert static.group_offsets.tolist() == [0, 3, 4, 5, 6, 7, 8, 8, 8]

@@ -1,4 +1,4 @@
-"""The engine against `transformers.generate`, token for token, and against itself alone, batched and under pressure."""
+"""The engine against `transformers.generate`, token by token, and against itself: alone, batched, short of pages."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def samples(config):
 
 @pytest.fixture(scope="module")
 def expected(config, models, samples):
-    """transformers' greedy tokens, without an end token, of every prompt alone."""
+    """Greedy tokens of transformers for every prompt alone, without an EOS token."""
     found = []
     for sample, parts in zip(samples, PROMPTS, strict=True):
         inputs = hf_inputs(config, sample, models[1])
-        del inputs["position_ids"]  # generate() makes its own
+        del inputs["position_ids"]  # generate() computes them
         seconds = [p[4] for p in parts if p[0] == "video"]
         if seconds:
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
@@ -56,9 +56,9 @@ def expected(config, models, samples):
             suppress_tokens=[90, 91],
         )
         logits = torch.stack(out.logits)[:, 0]
-        logits[:, 90:92] = -torch.inf  # placeholders are never drawn
+        logits[:, 90:92] = -torch.inf  # placeholders are never sampled
         best = logits.topk(2, dim=-1).values
-        assert (best[:, 0] - best[:, 1]).min() > 1e-9, "the comparison means something"
+        assert (best[:, 0] - best[:, 1]).min() > 1e-9, "the two best tokens are clearly apart"
         found.append(out.sequences[0, len(sample) :].tolist())
     return found
 
@@ -85,20 +85,20 @@ def test_greedy_equals_transformers(models, samples, expected, options):
     made = engine(models[0], **options)
     found = made.generate(samples, GREEDY)
     assert [r[0].tokens for r in found] == expected
-    assert made.used_pages == 0 and made.idle
+    assert made.scheduler.pool.used == 0 and made.idle
     assert made.stats.vision_runs == 3
 
 
-def test_greedy_equals_transformers_when_answers_are_preempted(models, samples, expected):
+def test_greedy_equals_transformers_under_preemption(models, samples, expected):
     made = engine(models[0], memory=pages(models[0], 25))
     found = made.generate(samples, SamplingParams(**{**GREEDY.__dict__, "n": 3}))
     assert [[r.tokens for r in many] for many in found] == [[tokens] * 3 for tokens in expected]
-    assert made.stats.preemptions > 3 and made.used_pages == 0
+    assert made.stats.preemptions > 3 and made.scheduler.pool.used == 0
     assert max(r.preemptions for many in found for r in many) > 0
-    assert made.stats.vision_runs == 3, "what leaves the device is saved, not computed again"
+    assert made.stats.vision_runs == 3, "pages that leave the device are saved, not computed again"
 
 
-def test_end_tokens_end_and_stay(models, samples, expected):
+def test_eos_tokens_end_a_completion_and_are_kept(models, samples, expected):
     model = models[0]
     stops = {expected[0][3], expected[2][0], expected[4][9]}
     made = engine(model)
@@ -111,7 +111,7 @@ def test_end_tokens_end_and_stay(models, samples, expected):
         assert rollouts[0].finish_reason == ("length" if end is None else "stop")
 
 
-def test_seeds_fix_an_answer_whatever_else_is_in_the_batch(models, samples):
+def test_a_seed_fixes_a_completion_whatever_else_is_in_the_batch(models, samples):
     params = SamplingParams(n=3, max_tokens=9, seed=5, ignore_eos=True)
     together = engine(models[0]).generate(samples, params)
     alone = [engine(models[0]).generate([s], params)[0] for s in samples]
@@ -119,22 +119,22 @@ def test_seeds_fix_an_answer_whatever_else_is_in_the_batch(models, samples):
     first = [[r.tokens for r in many] for many in together]
     assert first == [[r.tokens for r in many] for many in alone]
     assert first == [[r.tokens for r in many] for many in squeezed]
-    assert len({tuple(t) for many in first for t in many}) == 15, "answers differ from each other"
+    assert len({tuple(t) for many in first for t in many}) == 15, "completions differ from each other"
     other = engine(models[0]).generate(samples, SamplingParams(n=3, max_tokens=9, seed=6, ignore_eos=True))
     assert all(a.tokens != b.tokens for m, n in zip(together, other, strict=True) for a, b in zip(m, n, strict=True))
 
 
-def test_forms_of_parameters_that_mean_the_same(models, samples):
+def test_equivalent_parameters_give_the_same_tokens(models, samples):
     made = engine(models[0])
     tokens = [
         made.generate(samples[:1], SamplingParams(max_tokens=9, ignore_eos=True, **extra))[0][0].tokens
         for extra in ({}, {"top_k": -1, "stop": None}, {"top_k": 10**9}, {"seed": None}, {"seed": None})
     ]
-    assert tokens[0] == tokens[1] == tokens[2] and tokens[3] != tokens[4], "no seed: another one each time"
+    assert tokens[0] == tokens[1] == tokens[2] and tokens[3] != tokens[4], "seed=None takes a new seed each time"
 
 
 def test_logprobs_are_those_of_the_full_forward(models, samples, config):
-    """Teacher forcing by transformers: one forward over prompt and answer."""
+    """Teacher forcing by transformers: one forward over prompt and completion."""
     temperature = 0.7
     for sample in (samples[0], samples[1]):
         params = SamplingParams(max_tokens=6, temperature=temperature, ignore_eos=True)
@@ -153,8 +153,8 @@ def test_logprobs_are_those_of_the_full_forward(models, samples, config):
             torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted.double(), rtol=1e-6, atol=1e-8)
 
 
-def test_placeholders_are_never_drawn(models, config):
-    """Even where the model wants nothing else."""
+def test_placeholders_are_never_sampled(models, config):
+    """Not even if the model gives them nearly all probability."""
     model = models[0]
     sample = make_sample(config, PROMPTS[0])
     saved = model.head_weight.clone()
@@ -181,21 +181,10 @@ def test_placeholders_are_never_drawn(models, config):
             model.lm_head.weight.copy_(saved)
 
 
-def test_equal_pictures_go_through_the_tower_once(models, config):
-    same = [make_sample(config, [("text", n), ("image", 2, 3), ("text", 2)], seed=7) for n in (3, 4, 5)]
-    other = make_sample(config, [("text", 3), ("image", 2, 3), ("text", 2)], seed=8)
-    made = engine(models[0])
-    together = made.generate([*same, other], GREEDY)
-    assert made.stats.vision_runs == 2
-    alone = [engine(models[0]).generate([s], GREEDY)[0] for s in (*same, other)]
-    assert [r[0].tokens for r in together] == [r[0].tokens for r in alone]
-    assert not made._vision.features and not made._vision.users
-
-
-def test_what_cannot_fit_is_refused_before_anything_is_computed(models, samples):
+def test_prompts_that_cannot_fit_are_refused_before_anything_is_computed(models, samples):
     made = engine(models[0], memory=pages(models[0], 10))
     with pytest.raises(
-        RolloutError, match="memory/1: a prompt of 31 tokens and an answer of up to 14 need 12 pages of 4"
+        RolloutError, match="memory/1: a prompt of 31 tokens and a completion of up to 14 need 12 pages of 4"
     ):
         made.generate(samples, GREEDY)
     assert made.stats.prefill_tokens == 0 and made.idle
@@ -204,37 +193,37 @@ def test_what_cannot_fit_is_refused_before_anything_is_computed(models, samples)
         engine(models[0], memory=100).generate(samples, GREEDY)
 
 
-def test_an_exception_in_the_middle_of_a_step_leaves_the_engine_usable(models, samples, expected):
+def test_an_exception_inside_a_step_leaves_the_engine_usable(models, samples, expected):
     made = engine(models[0], max_sequences=3)
     calls = []
 
     def fail(module, inputs):
         calls.append(1)
         if len(calls) == 9:
-            raise MemoryError("in the middle")
+            raise MemoryError("inside a step")
 
     handle = models[0].model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
         made.generate(samples, GREEDY)
     handle.remove()
-    assert made.used_pages == 0 and made.idle
+    assert made.scheduler.pool.used == 0 and made.idle
     assert [r[0].tokens for r in made.generate(samples, GREEDY)] == expected
 
 
-def test_weights_that_are_not_finite_are_named_and_forgotten(models, samples, expected):
+def test_nonfinite_weights_are_named_and_leave_nothing_behind(models, samples, expected):
     made = engine(models[0])
     weight = models[0].model.layers[0].self_attn.v_proj.weight
     saved = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] = torch.nan
-    with pytest.raises(RolloutError, match="memory/0: the logits after 0 answer tokens are not finite"):
+    with pytest.raises(RolloutError, match="memory/0: the logits after 0 completion tokens are not finite"):
         made.generate(samples, GREEDY)
     with torch.no_grad():
         weight.copy_(saved)
     assert [r[0].tokens for r in made.generate(samples, GREEDY)] == expected, "no NaN stays in the pages"
 
 
-def test_requests_may_be_cancelled_and_mixed(models, samples, expected):
+def test_requests_can_be_mixed_and_cancelled(models, samples, expected):
     made = engine(models[0], max_sequences=4)
     first = made.add(samples[0], SamplingParams(n=2, temperature=0, max_tokens=COUNT, ignore_eos=True))
     for _ in range(5):
@@ -250,7 +239,7 @@ def test_requests_may_be_cancelled_and_mixed(models, samples, expected):
     assert second.rollouts[0].tokens == expected[4]
     assert all(r.finish_reason == "cancelled" and r.tokens == expected[0][: len(r.tokens)] for r in first.rollouts)
     assert 0 < len(first.rollouts[0].tokens) < COUNT
-    assert made.used_pages == 0 and made.idle
+    assert made.scheduler.pool.used == 0 and made.idle
 
 
 def test_bad_arguments_are_named(models, samples):

@@ -1,4 +1,4 @@
-"""Two ranks with a sharded model against one process with the whole one."""
+"""Two ranks with a sharded model against one process with the whole model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Engine, EngineConfig, SamplingParams
-from fastvst.rollout.fsdp_engine import ParallelEngine, gather, share
+from fastvst.rollout.fsdp_engine import ParallelEngine, divide_by_work, gather_parameters
 from fastvst.train import distributed
 from hf_parity import make_models, make_sample, small_config
 from ranks import run_ranks
@@ -41,7 +41,7 @@ def _rank(env) -> dict:
         first = [[r.tokens for r in many] for many in engine.generate(prompts(), PARAMS)]
         address = engine._engine.model.head_weight.data_ptr()
         memory = engine.memory
-        with torch.no_grad():  # a step of an optimizer
+        with torch.no_grad():  # stands for an optimizer step
             for parameter in model.parameters():
                 parameter.mul_(1.05)
         second = [[r.tokens for r in many] for many in engine.generate(prompts(), PARAMS)]
@@ -54,7 +54,7 @@ def _rank(env) -> dict:
             error = ""
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-        sharded = gather(model).state_dict()
+        sharded = gather_parameters(model).state_dict()
         return {
             "first": first,
             "second": second,
@@ -68,7 +68,7 @@ def _rank(env) -> dict:
         distributed.stop(world)
 
 
-def test_two_ranks_give_the_answers_of_one():
+def test_two_ranks_give_the_completions_of_one():
     ranks = run_ranks(_rank, 2)
     model = whole_model()
     expected = [[r.tokens for r in many] for many in Engine(model, config=CONFIG).generate(prompts(), PARAMS)]
@@ -80,7 +80,7 @@ def test_two_ranks_give_the_answers_of_one():
     assert expected != later
     for found in ranks:
         assert found["first"] == expected and found["second"] == later
-        assert found["same_address"], "kept parameters are written in place"
+        assert found["same_address"], "parameters that are kept are written in place"
         assert found["memory"] == (0, size, size) and found["freed"] == (0, size, 0)
         assert "RolloutError: rank" in found["error"] and "memory/3 has no tokens" in found["error"]
         assert abs(found["sum"] - float(sum(v.double().sum() for v in model.state_dict().values()))) < 1e-2
@@ -99,14 +99,14 @@ def test_without_a_process_group_it_is_the_engine():
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.floats(1, 1000), max_size=40), st.integers(1, 8))
 def test_shares_are_even(work, ranks):
-    shares = share(work, ranks)
+    shares = divide_by_work(work, ranks)
     assert sorted(i for s in shares for i in s) == list(range(len(work)))
     loads = [sum(work[i] for i in s) for s in shares]
-    # Graham's bound for the largest-first rule: 4/3 of the optimum, which is at least mean and largest.
+    # Graham's bound for largest first: 4/3 of the optimum, which is at least the mean and the largest item.
     assert max(loads) <= (4 / 3) * max(sum(work) / ranks, max(work, default=0), _pair(work, ranks)) + 1e-6
 
 
 def _pair(work: list[float], ranks: int) -> float:
-    """With more items than ranks, two of the ranks + 1 largest share a rank."""
+    """With more items than ranks, two of the (ranks + 1) largest are on one rank: a lower bound of the optimum."""
     ordered = sorted(work, reverse=True)
     return ordered[ranks - 1] + ordered[ranks] if len(work) > ranks else 0.0

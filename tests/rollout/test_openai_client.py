@@ -1,4 +1,4 @@
-"""The engine over HTTP against a real server on this machine that counts, refuses, stumbles and answers."""
+"""The client against a local HTTP server that can also refuse and fail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RED = Image.new("RGB", (30, 20), (255, 0, 0))
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps what it was sent; `failures` are (status, headers) to answer with before it works."""
+    """Keeps the requests; `failures` are (status, headers) of its first responses, before it works."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -88,7 +88,7 @@ def ask(text: str, image: Image.Image | None = None, kind: str = "qa") -> Sample
     return Sample.from_messages([*messages, {"role": "assistant", "content": "secret"}], id=text, kind=kind)
 
 
-def test_answers_in_order_with_tokens_and_logprobs(server: Server) -> None:
+def test_completions_come_in_order_with_tokens_and_logprobs(server: Server) -> None:
     engine = connect(server.url, model="m", api_key="k")
     seen: list[int] = []
     params = SamplingParams(n=2, temperature=0.7, top_k=5, max_tokens=9, stop="END", seed=3)
@@ -118,7 +118,7 @@ def test_answers_in_order_with_tokens_and_logprobs(server: Server) -> None:
     assert "secret" not in json.dumps(server.bodies)
 
 
-def test_pictures_and_system_prompts_travel(server: Server) -> None:
+def test_images_and_system_prompts_are_sent(server: Server) -> None:
     connect(server.url).generate([ask("what?", RED, kind="thought_spatial")])
     system, user = server.bodies[0]["messages"]
     assert system["role"] == "system" and "<think>" in system["content"][0]["text"]
@@ -127,7 +127,7 @@ def test_pictures_and_system_prompts_travel(server: Server) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == RED.tobytes()
 
 
-def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
+def test_temporary_failures_are_retried(server: Server) -> None:
     server.failures = [(503, {"Retry-After": "0.01"}), (429, {"Retry-After": "0.01"})]
     ((rollout,),) = connect(server.url).generate([ask("q")])
     assert rollout.text == "q-0" and len(server.bodies) == 3
@@ -140,14 +140,14 @@ def test_errors_name_prompt_and_server(server: Server) -> None:
     server.failures = [(400, {})]
     with pytest.raises(RolloutError, match="memory/bad: .*chat/completions answers 400: .*not now"):
         connect(server.url).generate([ask("bad")])
-    assert len(server.bodies) == 1, "a refusal is final"
+    assert len(server.bodies) == 1, "a refusal is not retried"
     server.failures = [(500, {"Retry-After": "0"})] * 3
     with pytest.raises(RolloutError, match="answers 500.*tried 3 times"):
         connect(server.url, retries=2).generate([ask("q")])
     with pytest.raises(RolloutError, match="does not answer .*tried 1 times"):
         connect("http://127.0.0.1:9/v1", retries=0).generate([ask("q")])
     server.token = "word{}"
-    with pytest.raises(RolloutError, match="names a token 'word10' instead of its id"):
+    with pytest.raises(RolloutError, match=r"the text of a token \('word10'\) instead of its id"):
         connect(server.url).generate([ask("q")])
     with pytest.raises(ValueError, match=r"unknown server options \['port'\]"):
         connect(server.url, port=3)

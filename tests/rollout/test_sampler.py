@@ -1,4 +1,4 @@
-"""Drawing tokens: frequencies, cuts against transformers' own, log-probabilities, random numbers."""
+"""Drawing tokens: frequencies, filters against those of transformers, log-probabilities, random numbers."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_the_ends_of_the_unit_interval():
     assert draw(wide, torch.tensor([1 - 2.0**-53], dtype=torch.float64))[0].item() == 500
 
 
-def test_random_numbers_are_uniform_and_their_own():
+def test_random_numbers_are_uniform_and_independent():
     seeds = torch.arange(300)[:, None].expand(-1, 300).reshape(-1)
     steps = torch.arange(300).repeat(300)
     u = uniform(seeds, steps)
     assert u.min() >= 0 and u.max() < 1 and u.unique().numel() == 90_000
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.std() - 12**-0.5) < 0.003
     grid = u.view(300, 300)
-    for shifted in (grid[1:], grid[:, 1:]):  # neighbours in seed or step do not go together
+    for shifted in (grid[1:], grid[:, 1:]):  # neighbours in seed or step are not correlated
         same = grid[: shifted.shape[0], : shifted.shape[1]]
         assert abs(torch.corrcoef(torch.stack([same.flatten(), shifted.flatten()]))[0, 1]) < 0.02
     big = uniform(torch.tensor([-(2**63), 2**63 - 1]), torch.tensor([0, 2**40]))
@@ -67,7 +67,7 @@ def test_random_numbers_are_uniform_and_their_own():
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 30), st.floats(0.05, 1.0), st.floats(0.0, 0.9), st.floats(0.2, 3.0), st.integers(0, 999))
-def test_cuts_are_those_of_transformers(top_k, top_p, min_p, temperature, seed):
+def test_filters_are_those_of_transformers(top_k, top_p, min_p, temperature, seed):
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 / temperature
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
     expected = logits.clone()
@@ -78,15 +78,15 @@ def test_cuts_are_those_of_transformers(top_k, top_p, min_p, temperature, seed):
     ):
         expected = expected if warper is None else warper(None, expected)
     rows = rows_of(params, params, vocabulary=50)
-    if rows.cut is not None:
+    if rows.filtered is not None:
         cut_(logits, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
     different = (logits == -torch.inf) != (expected == -torch.inf)
-    # Cumulative sums round differently: only a token at the very border may differ.
+    # Cumulative sums round differently, so one token at the border may differ.
     assert different.sum() <= 1
     assert torch.equal(logits[~different], expected[~different])
 
 
-def test_logprobs_of_scaled_and_cut_rows():
+def test_logprobs_of_scaled_and_filtered_rows():
     torch.manual_seed(0)
     logits = 3 * torch.randn(4, 101)
     params = [
@@ -115,7 +115,7 @@ def test_logprobs_of_scaled_and_cut_rows():
     torch.testing.assert_close(own[[0, 2, 3]], torch.stack([scaled, cut, last]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside():
+def test_a_row_does_not_depend_on_other_rows():
     torch.manual_seed(1)
     logits = torch.randn(6, 101)
     params = [SamplingParams(), SamplingParams(temperature=0.3), SamplingParams(top_k=2)] * 2
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_rows_beside():
 
 
 def test_the_fused_operator_draws_from_the_same_distributions():
-    """What a GPU runs, by its plain path: greedy tokens agree, and log-probabilities of whatever token came."""
+    """The operator of a GPU, on its plain path: greedy tokens agree, and log-probabilities of equal tokens agree."""
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(6, 16, generator=g)
     weight = torch.randn(101, 16, generator=g)
@@ -149,7 +149,7 @@ def test_the_fused_operator_draws_from_the_same_distributions():
     plain = next_tokens(hidden, weight, rows, steps, forbidden, seen)
     assert tokens[1] == plain[0][1]
     matched = 0
-    for step in range(400):  # until the other way has drawn every one of these tokens
+    for step in range(400):  # until the CPU sampler has drawn each of these tokens
         found = next_tokens(hidden, weight, rows, steps + step, forbidden, seen)
         for row in (found[0] == tokens).nonzero()[:, 0].tolist():
             matched |= 1 << row
@@ -160,6 +160,6 @@ def test_the_fused_operator_draws_from_the_same_distributions():
     assert none[1] is None and none[2] is None
 
 
-def test_without_logprobs_none_come():
+def test_without_logprobs_none_are_computed():
     tokens, own, raw = sample(torch.randn(1, 101), rows_of(SamplingParams(logprobs=False)), torch.zeros(1).long(), NONE)
     assert own is None and raw is None and tokens.shape == (1,)

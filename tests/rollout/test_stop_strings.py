@@ -1,4 +1,4 @@
-"""Text of answers: stop strings across token borders, incomplete characters, streaming, endless repetition."""
+"""Text of completions: stop strings across token borders, incomplete characters, streaming, endless repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvst.rollout.stop_strings import cut_at_stop, visible_tokens
 
 VOCABULARY = 4096
 BITS = 12
-CODES = (torch.arange(VOCABULARY)[:, None] >> torch.arange(BITS) & 1) * 2.0 - 1  # a token is most like itself
+CODES = (torch.arange(VOCABULARY)[:, None] >> torch.arange(BITS) & 1) * 2.0 - 1  # every token is closest to itself
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def processor() -> Processor:
 
 
 class Script(Qwen25VL):
-    """A model that says what it is told: its i-th answer token is `script[i]`, whatever the prompt."""
+    """A model whose i-th completion token is `script[i]`, whatever the prompt."""
 
     script: list[int]
     first: int
@@ -34,7 +34,7 @@ class Script(Qwen25VL):
 
 @pytest.fixture
 def say(processor):
-    """say(script, **params) -> (engine, prompt, params) of a model that answers with the script."""
+    """say(script, **params) -> (engine, prompt, params) of a model that samples the script."""
     config = ModelConfig.preset("tiny")
     prompt = processor.encode(
         Sample.from_messages([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}]),
@@ -73,8 +73,8 @@ def test_a_stop_string_across_token_borders(say, processor):
     ((rollout,),) = engine.generate([prompt], params)
     assert rollout.text == "the answer is " and rollout.finish_reason == "stop"
     assert rollout.tokens == ids[: len(rollout.tokens)] and "</answer>" in processor.decode(rollout.tokens)
-    assert "</answer>" not in processor.decode(rollout.tokens[:-1]), "and it ended with that token"
-    assert engine.used_pages == 0
+    assert "</answer>" not in processor.decode(rollout.tokens[:-1]), "it ended with that token"
+    assert engine.scheduler.pool.used == 0
 
 
 def test_streaming_shows_whole_characters_and_no_part_of_a_stop_string(say, processor):
@@ -84,13 +84,13 @@ def test_streaming_shows_whole_characters_and_no_part_of_a_stop_string(say, proc
     pieces = list(engine.stream(prompt, params))
     assert "".join(pieces) == "caf\u00e9 \U0001f600 \u4f60\u597d " and len(pieces) > 3
     assert all("\ufffd" not in p and "S" not in p for p in pieces)
-    assert engine.idle and engine.used_pages == 0
+    assert engine.idle and engine.scheduler.pool.used == 0
 
 
-def test_invalid_utf8_empty_and_endless_answers(say, processor):
+def test_invalid_utf8_empty_and_endless_completions(say, processor):
     emoji = processor.tokenizer.encode("\U0001f600", add_special_tokens=False).ids
     end = processor.token_id("<|im_end|>")
-    if len(emoji) > 1:  # its bytes are several tokens: the first alone is no character
+    if len(emoji) > 1:  # several tokens: the first alone is no complete character
         engine, prompt, params = say([emoji[0], end], max_tokens=9)
         ((broken,),) = engine.generate([prompt], params)
         assert broken.tokens == [emoji[0], end] and broken.text == "\ufffd"
@@ -103,15 +103,15 @@ def test_invalid_utf8_empty_and_endless_answers(say, processor):
     assert endless.tokens == [word] * 300 and endless.finish_reason == "length" and endless.text == "a" * 300
 
 
-def test_leaving_a_stream_early_frees_everything(say, processor):
+def test_closing_a_stream_early_frees_everything(say, processor):
     ids = processor.tokenizer.encode("one two three four five six", add_special_tokens=False).ids
     engine, prompt, params = say(ids, max_tokens=len(ids))
     stream = engine.stream(prompt, params)
     next(stream)
     stream.close()
-    assert engine.idle and engine.used_pages == 0
+    assert engine.idle and engine.scheduler.pool.used == 0
 
 
-def test_cutting():
+def test_text_is_cut_at_stop_strings_and_eos():
     assert cut_at_stop("abc", ("c", "b")) == "a" and cut_at_stop("abc", ()) == "abc"
     assert visible_tokens([1, 2, 9], {9}) == [1, 2] and visible_tokens([1, 9, 2], {9}) == [1, 9, 2]

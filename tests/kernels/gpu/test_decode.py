@@ -52,9 +52,9 @@ def test_graphs_give_the_eager_tokens_and_survive_new_weights():
     for _ in range(2):
         found = [[[r.tokens for r in m] for m in e.generate(samples, params)] for e in (graphs, eager)]
         assert found[0] == found[1]
-        captures = graphs._graphs.captures
+        captures = graphs.runner.graphs.captures
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.03)
     graphs.generate(samples, params)
-    assert graphs._graphs.captures == captures, "in-place updates need no new capture"
+    assert graphs.runner.graphs.captures == captures, "in-place updates need no new capture"
