@@ -1,4 +1,4 @@
-"""`fastvst rooms`, `fastvst data` and `fastvst evaluate`: thin commands around library functions."""
+"""The `fastvst` command: rooms, data, evaluate, chat and generate. Each command is a thin layer over the library."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastvst", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    rooms = commands.add_parser("rooms", help="render furnished rooms and write their questions as VST parquet")
+    rooms = commands.add_parser("rooms", help="render furnished rooms and write questions about them as VST parquet")
     rooms_command.add_arguments(rooms)
-    data = commands.add_parser("data", help="look a data set over before training on it")
+    data = commands.add_parser("data", help="inspect a data set before training on it")
     gallery.add_arguments(data)
 
-    evaluate = commands.add_parser("evaluate", help="answer a benchmark's questions and score them, or score a file")
+    evaluate = commands.add_parser("evaluate", help="answer and score a benchmark, or score predictions")
     command.add_arguments(evaluate)
     compare_rooms.add_arguments(evaluate)
 
-    rollout_command.add_chat_arguments(commands.add_parser("chat", help="talk to a model about pictures and video"))
-    rollout_command.add_generate_arguments(commands.add_parser("generate", help="answer the rows of a JSON-lines file"))
+    rollout_command.add_chat_arguments(commands.add_parser("chat", help="talk to a model about images and videos"))
+    rollout_command.add_generate_arguments(commands.add_parser("generate", help="answer the rows of a JSONL file"))
 
     arguments = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""`fastvst evaluate rooms`: checkpoints of one run side by side on rooms that none of them saw in training."""
+"""`fastvst evaluate rooms`: compare checkpoints on rooms that none of them saw in training."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from pathlib import Path
 
 from fastvst.evaluate.rooms import RoomResults
 
-STAGES = {"SFT": "runs/sft/hf", "cold start": "runs/cold_start/hf", "RL": "runs/rl/hf"}  # where the examples write
+STAGES = {
+    "SFT": "runs/sft/hf",
+    "cold start": "runs/cold_start/hf",
+    "RL": "runs/rl/hf",
+}
 QUESTIONS = 600
 TRAINING = 2000
-SEED = 0  # rows, as examples/sft.py makes them: its rooms are found, not made again
+SEED = 0  # the seed of examples/sft.py, so that its cached rooms are used
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that only `fastvst evaluate rooms` has."""
-    parser.add_argument("--train-data", help="rooms: the training rows, from which the baselines are made")
+    parser.add_argument("--train-data", help="rooms: training rows; the baselines are computed from them")
     parser.add_argument(
-        "--preset", default="default", help="rooms without --data: default (six tasks) or all (nineteen), rendered once"
+        "--preset",
+        default="default",
+        help="rooms without --data: default (six tasks) or all (nineteen); rendered once",
     )
 
 
 def checkpoints(given: list[str] | None) -> dict[str, Path]:
-    """Name -> directory of the checkpoints to compare: `NAME=DIR` or `DIR`, else those that the examples left.
+    """Name -> directory of the checkpoints to compare: `NAME=DIR` or `DIR`, else the outputs of the training scripts.
 
     Raises:
-        FileNotFoundError: a directory is missing, or none was given and the examples left none.
+        FileNotFoundError: a directory is missing, or none was given and the training scripts have written none.
     """
     if not given:
         found = {name: Path(path) for name, path in STAGES.items() if Path(path).is_dir()}
         if not found:
             raise FileNotFoundError(
-                f"no checkpoint in {', '.join(STAGES.values())}: run `torchrun examples/sft.py`, or give --model DIR"
+                f"no checkpoint in {', '.join(STAGES.values())}: run `torchrun examples/sft.py` or pass --model DIR"
             )
         return found
     named = {}
@@ -47,7 +53,7 @@ def checkpoints(given: list[str] | None) -> dict[str, Path]:
 
 
 def render(preset: str, samples: int, split: str) -> str:
-    """The folder of `samples` rows of a preset, made or found."""
+    """The folder of `samples` rows of a preset; rendered if it is not cached."""
     from fastvst.generate.presets import PRESETS
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
@@ -57,7 +63,7 @@ def render(preset: str, samples: int, split: str) -> str:
 
 
 def table(results: Mapping[str, RoomResults]) -> str:
-    """Markdown: one row for each task, one column for each checkpoint, then the baselines. Bold: above both."""
+    """Markdown table: one row per task, one column per checkpoint, then the baselines. Bold: above both baselines."""
     names = list(results)
     lines = ["| task | n | " + " | ".join(names) + " | majority | random |", "| --- |" * (len(names) + 4)]
     lines[1] = "| --- " * (len(names) + 4) + "|"
@@ -75,7 +81,7 @@ def table(results: Mapping[str, RoomResults]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
-    """Answer, score, print the table; with --out also results.json, results.md and index.html with the picture.
+    """Answer, score, print the table. With --out, write results.json, results.md, rooms.svg and index.html.
 
     Raises:
         ValueError, FileNotFoundError: wrong arguments, missing checkpoints or rows.
@@ -87,7 +93,7 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
 
     models = checkpoints(arguments.model)
     if (arguments.data is None) != (arguments.train_data is None):
-        raise ValueError("evaluate rooms needs both --data and --train-data, or neither (then rooms are rendered)")
+        raise ValueError("evaluate rooms needs both --data and --train-data, or neither (then it renders rooms)")
     data = arguments.data or render(arguments.preset, QUESTIONS, "heldout")
     training = arguments.train_data or render(arguments.preset, TRAINING, "train")
     device = arguments.devices[0]
@@ -105,6 +111,6 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: r.to_json() for name, r in results.items()}, indent=1)
         (out / "results.json").write_text(text, encoding="utf-8")
-        (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
-        print(f"picture: {write_comparison(out, results)}")
+        (out / "results.md").write_text(table(results) + "\n\nSampling: greedy decoding.\n", encoding="utf-8")
+        print(f"page: {write_comparison(out, results)}")
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -34,43 +35,40 @@ BENCHMARKS = {
     "mindcube": "fastvst.evaluate.mindcube",
     "sunrgbd_det": "fastvst.evaluate.sunrgbd_det",
 }
-THINKING_TOKENS = 2048  # of a thinking answer, where the benchmark's own limit is for direct ones
+THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst evaluate`."""
     names = ", ".join(BENCHMARKS)
     parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms")
-    parser.add_argument("--data", help="the published file, or the folder that holds the published files")
+    parser.add_argument("--data", help="the published file, or the folder of the published files")
     parser.add_argument(
         "--model",
         nargs="+",
-        help="a Hugging Face directory, as training writes it (not with score); rooms: several, "
-        "each DIR or NAME=DIR, to compare",
+        help="Hugging Face directory, as training writes it (not with score); rooms: one or more, each DIR or NAME=DIR",
     )
-    parser.add_argument(
-        "--out", help="folder for predictions, results and the page of errors; a stopped run goes on there"
-    )
-    parser.add_argument("--predictions", nargs="+", help="score: JSON lines with id and prediction")
+    parser.add_argument("--out", help="folder of predictions, results and the error page; a stopped run resumes there")
+    parser.add_argument("--predictions", nargs="+", help="score: JSONL files with id and prediction")
     parser.add_argument("--thinking", action="store_true", help="thinking prompt; the text after </think> is scored")
     parser.add_argument("--limit", type=int, help="only the first N questions")
-    parser.add_argument("--extraction", help="another way to read answers, where the benchmark has several")
-    parser.add_argument("--devices", nargs="+", default=["cpu"], help="one process for each, e.g. cuda:0 cuda:1")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, help="default: the paper's for this benchmark")
+    parser.add_argument("--extraction", help="rule that extracts the answer, if the benchmark has several")
+    parser.add_argument("--devices", nargs="+", default=["cpu"], help="devices, one process each, e.g. cuda:0 cuda:1")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions decoded together")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer in tokens (default: the paper's limit)")
     parser.add_argument(
         "--pixels",
         choices=["paper", "model"],
         default="paper",
-        help="picture and video limits: the paper's, or the model's",
+        help="pixel limits of images and videos: the paper's, or those of the model directory",
     )
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Answer (unless scoring), score, write the results, print the table.
+    """Answer (not with `score`), score, write the results, print the table.
 
     Raises:
-        ValueError, FileNotFoundError: wrong arguments, or files that are missing or not what they should be.
+        ValueError, FileNotFoundError: wrong arguments; missing or malformed files.
     """
     words = [word.lower().replace("-", "_") for word in arguments.benchmark]
     scoring = words[0] == "score"
@@ -85,6 +83,8 @@ def run(arguments: argparse.Namespace) -> Report:
         raise ValueError(f"{name} takes one --model; only rooms compares several")
     benchmark = importlib.import_module(BENCHMARKS[name])
     rows = benchmark.load(arguments.data)[: arguments.limit]
+    from fastvst.evaluate.run import sampling_of, sampling_settings
+
     if scoring:
         if not arguments.predictions:
             raise ValueError("score needs --predictions FILE")
@@ -100,6 +100,9 @@ def run(arguments: argparse.Namespace) -> Report:
     texts, failures = predictions.for_rows(rows, [p for file in files for p in predictions.read(file)])
     options = {"extraction": arguments.extraction} if arguments.extraction else {}
     report: Report = benchmark.score(rows, texts, thinking=arguments.thinking, failures=failures, **options)
+    if not scoring:
+        sampling = sampling_settings(sampling_of(benchmark.__name__), _answer_limit(benchmark, arguments))
+        report = dataclasses.replace(report, sampling=sampling)
     if out is not None:
         save(report, rows, out)
     print(report.markdown())
@@ -115,15 +118,20 @@ def save(report: Report, rows: Sequence[Row], out: Path) -> None:
     write_errors(out / "errors.html", report, rows)
 
 
+def _answer_limit(benchmark: Any, arguments: argparse.Namespace) -> int:
+    """The longest answer in tokens."""
+    return arguments.max_new_tokens or max(benchmark.MAX_NEW_TOKENS, THINKING_TOKENS if arguments.thinking else 0)
+
+
 def _check_media(rows: Sequence[Row], download: str) -> None:
     missing = missing_media(rows)
     if missing:
         shown = ", ".join(str(p) for p in missing[:3])
-        raise FileNotFoundError(f"{len(missing)} pictures or videos are missing, e.g. {shown}. {download}")
+        raise FileNotFoundError(f"{len(missing)} images or videos are missing, e.g. {shown}. {download}")
 
 
 def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
-    """Write down what the predictions in `out` are made with, or refuse to mix them with those of other settings."""
+    """Record the settings of the predictions in `out`; refuse to mix predictions of different settings."""
     settings = {
         "benchmark": name,
         "model": str(Path(arguments.model[0]).resolve()),
@@ -142,7 +150,7 @@ def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
 
 
 def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace, out: Path) -> list[Path]:
-    """Let every device answer its share of what is left; all prediction files of `out`."""
+    """Each device answers its share of the open questions; returns all prediction files of `out`."""
     devices = arguments.devices
     for path in out.glob("predictions*.jsonl"):
         jsonl.drop_torn_line(path)
@@ -161,7 +169,7 @@ def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace,
 def _work(
     rank: int, module: str, rows: Sequence[Row] | None, ids: Sequence[Sequence[str]], arguments: Any, out: Path
 ) -> None:
-    """One device: load the model, answer its share. Rows are read again in a new process, not sent to it."""
+    """One device: load the model and answer a share of the rows. The process reads the rows itself."""
     import torch
 
     from fastvst.data.processor import Processor
@@ -177,7 +185,7 @@ def _work(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = Qwen25VL.from_pretrained(arguments.model[0], dtype=dtype, device=device)
     options = benchmark.PROCESSOR if arguments.pixels == "paper" else {}
-    limit = arguments.max_new_tokens or max(benchmark.MAX_NEW_TOKENS, THINKING_TOKENS if arguments.thinking else 0)
+    limit = _answer_limit(benchmark, arguments)
     last = [0.0]
 
     def log(line: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastvst.rollout.engine import Engine
 
 BASE_WIDTH = 960
-BASE_HFOV = 69.16  # the unified camera of VST §1.6, taken where the prompt names no camera
+BASE_HFOV = 69.16  # degrees; the virtual camera of VST (arXiv 2511.05491), used if the prompt names no camera
 HELP = "/image PATH  /video PATH  /think on|off  /reset  /quit; a line ends a message"
 
 
@@ -28,29 +28,31 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst chat`."""
     _add_model_arguments(parser)
     parser.add_argument("--think", action="store_true", help="start with the thinking prompt")
-    parser.add_argument("--out", default="chat", help="folder for pictures with drawn boxes (default: chat)")
+    parser.add_argument("--out", default="chat", help="folder for images with drawn boxes (default: chat)")
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst generate`."""
     _add_model_arguments(parser)
-    parser.add_argument("--input", required=True, help='JSON lines: {"messages": [...]} or {"prompt", "images"}, "id"')
-    parser.add_argument("--output", required=True, help="JSON lines, appended; a stopped run goes on there")
-    parser.add_argument("--n", type=int, default=1, help="answers for each prompt")
-    parser.add_argument("--batch", type=int, default=256, help="answers that decode at the same time")
+    parser.add_argument(
+        "--input", required=True, help='JSONL of {"id", "messages": [...]} or {"id", "prompt", "images"}'
+    )
+    parser.add_argument("--output", required=True, help="JSONL; lines are appended, and a stopped run resumes there")
+    parser.add_argument("--n", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--batch", type=int, default=256, help="answers decoded together")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a Hugging Face directory, as training writes it")
+    parser.add_argument("--model", required=True, help="Hugging Face directory, as training writes it")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling; 1 (default) keeps all tokens")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer in tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Engine:
-    """The engine on a model directory: float32 on the CPU, bfloat16 on a GPU."""
+    """The engine of a model directory: float32 on the CPU, bfloat16 on a GPU."""
     import torch
 
     from fastvst.data.processor import Processor
@@ -81,7 +83,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Counts:
-    """Rows of a file by what became of them."""
+    """Counts of rows by outcome."""
 
     answered: int = 0
     failed: int = 0
@@ -93,8 +95,8 @@ def generate_file(
 ) -> Counts:
     """Append one line for each row of `source` to `output`: {"id", "answers": [...]} or {"id", "error"}.
 
-    Rows whose id `output` holds are skipped, so a stopped run goes on; a last line without its end is cut off first. A
-    row that cannot be read, encoded or fitted gets its reason, and the others go on.
+    Rows whose id is in `output` are skipped, so a stopped run resumes. A torn last line is dropped first. A row that
+    cannot be read, encoded or fitted into memory gets its error; the other rows are answered.
     """
     jsonl.append(output, [])
     done = {row["id"] for row in jsonl.read(output)}
@@ -135,7 +137,7 @@ def generate_file(
 
 
 def row_sample(row: Any, name: str, folder: Path) -> Sample:
-    """A row as a Sample; media paths are relative to the input's folder. Raises ValueError where it is none."""
+    """A row as a Sample; media paths are relative to the input's folder. Raises ValueError for an invalid row."""
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}; expected an object with messages or prompt")
     if "messages" in row:
@@ -150,7 +152,7 @@ def row_sample(row: Any, name: str, folder: Path) -> Sample:
     for kind in ("image", "video"):
         for part in sample.parts(kind):
             if isinstance(part[kind], str):
-                part[kind] = folder / part[kind]  # an absolute path stays what it is
+                part[kind] = folder / part[kind]  # an absolute path is not changed
     return sample
 
 
@@ -160,7 +162,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _windows(source: Path, size: int, done: set[str], counts: Counts) -> Iterator[list[tuple[str, Any]]]:
-    """Rows that are not done, `size` at a time; a line that is no JSON comes as its text."""
+    """Rows without an answer, `size` at a time. A line that is not JSON is returned as text."""
     window: list[tuple[str, Any]] = []
     for number, line in enumerate(_lines(source)):
         try:
@@ -181,7 +183,7 @@ def _windows(source: Path, size: int, done: set[str], counts: Counts) -> Iterato
 
 @dataclass
 class Chat:
-    """A conversation: what has been said, pictures waiting for the next message, the thinking mode."""
+    """A conversation: its messages, the images for the next message, the thinking mode."""
 
     messages: list[Message] = field(default_factory=list)
     media: list[Part] = field(default_factory=list)
@@ -193,7 +195,7 @@ class Chat:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    """Read lines from the terminal and answer them until /quit or the end of the input."""
+    """Answer lines from the terminal until /quit or the end of the input."""
     params = SamplingParams(
         temperature=arguments.temperature, top_p=arguments.top_p, max_tokens=arguments.max_tokens, seed=arguments.seed
     )
@@ -215,7 +217,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
 def converse(
     engine: Engine, state: Chat, line: str, params: SamplingParams, out: Path, write: Callable[[str], Any]
 ) -> None:
-    """One line of a chat: a command, or a message that is answered piece by piece through `write`."""
+    """Handle one line of a chat: a command, or a message. `write` receives the answer piece by piece."""
     word, _, rest = line.partition(" ")
     if word in ("/image", "/video"):
         path = Path(rest.strip()).expanduser()
@@ -252,11 +254,11 @@ def _answer(
             pieces.append(piece)
             write(piece)
     except KeyboardInterrupt:
-        write(" ...")  # what has been said stays said
+        write(" ...")  # the part that was written remains in the conversation
     except (ValueError, RolloutError, OSError) as error:
         write(f"{error}\n")
         state.messages = before
-        state.media = []  # a picture that cannot be read must not stand in every later turn
+        state.media = []  # an unreadable image must not fail every later turn
         return
     write("\n")
     answer = "".join(pieces)
@@ -268,7 +270,7 @@ def _answer(
 
 
 def draw_boxes(messages: Sequence[Message], answer: str, path: Path) -> Path | None:
-    """Save the conversation's last picture with the answer's 3D or 2D boxes drawn in; None if it has none of either."""
+    """Save the conversation's last image with the answer's 3D or 2D boxes; None without boxes or without an image."""
     from fastvst.data.images import load_rgb
     from fastvst.spatial import draw
     from fastvst.spatial.boxes import parse_boxes

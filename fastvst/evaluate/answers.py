@@ -1,4 +1,4 @@
-"""score(response, answer): is this text the answer? One rule for each machine-checkable form of `Sample.answer`."""
+"""score(response, answer): one rule per checkable form of `Sample.answer`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BOX_IOU = 0.15  # the threshold of the paper's AP@15
 def score(response: str, answer: dict[str, Any]) -> float:
     """Score of one response in [0, 1].
 
-    choice, text: 1 if the normalised texts are equal, or, where the true answer is "letter. text", if the letter is.
-        Working lines before a line "So, the answer is X." are ignored.
+    choice, text: 1 if the normalised texts are equal. If the true answer is "letter. text", the letter alone is enough.
+        Lines before a line "So, the answer is X." are ignored.
     number: 1 if the first number, converted to the answer's unit, is within the relative `tolerance` of the value.
     boxes: F1 of one-to-one matches with oriented IoU >= 0.15, greedy by IoU, labels compared.
-    facts: share of a caption's checkable facts that the text states (see spatial.tasks.facts).
+    facts: share of a caption's checkable facts that the text states (see fastvst/tasks/facts.py).
     """
     response = response.rsplit("</think>", 1)[-1].strip()
     kind = answer["type"]
@@ -40,7 +40,7 @@ def score(response: str, answer: dict[str, Any]) -> float:
 
 
 def normalise(text: str) -> str:
-    """Lower case, NFKC, without the sentence around the answer, quotes, articles and closing punctuation."""
+    """Lower case, NFKC; removes the sentence around the answer, quotes, articles and closing punctuation."""
     text = unicodedata.normalize("NFKC", text).strip().lower()
     marker = "answer is "
     if marker in text:

@@ -1,14 +1,15 @@
 """Average precision of 3D boxes as the Omni3D evaluator computes it (COCO's rules with 3D IoU and depth ranges).
 
-Every function works on one category at a time; nothing here knows of files. Written from the definition:
+Every function works on one category. The rules:
 
-- A question's detections are taken in the order given (all scores tie, the sort is stable), at most 100.
-- Each detection takes the free ground truth of highest IoU >= threshold (the later one of equals); ignored ground truth
-  only if no other fits. A detection on ignored ground truth, or an unmatched one outside the depth range, is ignored.
-- True and false positives are cumulated over all questions in their order, precision is made monotone from the right
-  and read at 101 recall points (the first detection that reaches the recall; 0 where none does).
+- A question's detections keep their order (all scores are equal, and the sort is stable); at most 100 count.
+- Each detection matches the free ground truth of the highest IoU >= threshold (of equals, the later one). It matches
+  ignored ground truth only if no other fits. A detection on ignored ground truth, or an unmatched one outside the depth
+  range, is ignored.
+- True and false positives are accumulated over all questions in order. Precision is made monotone from the right and
+  read at 101 recall points: at the first detection that reaches the recall, 0 if none does.
 
-Because all scores tie, the order of questions and of boxes inside an answer changes the result: it is part of the data.
+All scores are equal, so the result depends on the order of the questions and of the boxes inside an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DEPTHS = {
     "near": (0.0, 10.0),
     "medium": (10.0, 35.0),
     "far": (35.0, 1e5),
-}  # metres, both ends inside
+}  # metres, both ends included
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Question:
     Attributes:
         iou: (D, G) float64, detections in emission order.
         detection_depth, truth_depth: (D,), (G,) metres.
-        ignored: (G,) bool, ground truth that neither counts nor punishes.
+        ignored: (G,) bool, ground truth that is neither a positive nor a miss.
     """
 
     iou: np.ndarray
@@ -50,9 +51,9 @@ class Matches:
     """Result of one question in one depth range.
 
     Attributes:
-        hit: (T, D) bool, matched to any ground truth.
+        hit: (T, D) bool, matched to a ground truth.
         skipped: (T, D) bool, neither true nor false positive.
-        positives: ground truth that counts.
+        positives: number of ground truths that count.
     """
 
     hit: np.ndarray
@@ -66,7 +67,7 @@ def match(question: Question, depth: tuple[float, float]) -> Matches:
 
 
 def match_all(questions: Sequence[Question], depth: tuple[float, float]) -> list[Matches]:
-    """`match` of every question; those with equally many detections and ground truths go through it together."""
+    """`match` of every question. Questions of equal numbers of detections and ground truths are computed together."""
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, question in enumerate(questions):
         shapes.setdefault(question.iou[:MAX_DETECTIONS].shape, []).append(i)
@@ -94,7 +95,7 @@ def _match_alike(questions: Sequence[Question], depth: tuple[float, float]) -> l
         bad = ignored[:, None]
         fits = free & (overlap >= THRESHOLDS[:, None])
         counted = fits & ~bad
-        fits = np.where(counted.any(2, keepdims=True), counted, fits)  # ignored ones only where no other fits
+        fits = np.where(counted.any(2, keepdims=True), counted, fits)  # ignored ground truth only where no other fits
         best = truths - 1 - np.where(fits, overlap, -1.0)[..., ::-1].argmax(2)  # (Q, T), the last of equals
         hit[..., d] = fits.any(2)
         skipped[..., d] = hit[..., d] & np.take_along_axis(ignored, best, axis=1)
@@ -110,9 +111,10 @@ class Pool:
     """All questions of one category, in order.
 
     Attributes:
-        hit, counted: (T, N) bool of all detections; a detection that does not count is neither true nor false.
-        starts, lengths: (Q,) where the detections of each question lie.
-        positives: (Q,) ground truth that counts.
+        hit, counted: (T, N) bool of all detections; a detection that does not count is neither a true nor a false
+            positive.
+        starts, lengths: (Q,) first detection and number of detections of each question.
+        positives: (Q,) numbers of ground truths that count.
     """
 
     hit: np.ndarray
@@ -123,7 +125,7 @@ class Pool:
 
 
 def pool(matches: Sequence[Matches]) -> Pool:
-    """Put the questions of one category together."""
+    """Join the questions of one category."""
     lengths = np.array([m.hit.shape[1] for m in matches], dtype=np.int64)
     return Pool(
         hit=np.concatenate([m.hit for m in matches], axis=1),
@@ -135,8 +137,11 @@ def pool(matches: Sequence[Matches]) -> Pool:
 
 
 def match_ranges(questions: Sequence[Question]) -> dict[str, list[Matches]]:
-    """`match_all` in every range of DEPTHS, matching again only where a question lies partly inside. A range that holds
-    every question has the very list of "all"."""
+    """`match_all` in every range of DEPTHS.
+
+    Only questions that lie partly inside a range are matched again. A range that contains every question shares the
+    list of "all".
+    """
     depths = [[*q.detection_depth.tolist(), *q.truth_depth.tolist()] for q in questions]
     spans = np.array([(min(d), max(d)) if d else (np.nan, np.nan) for d in depths]).reshape(-1, 2)
     made = {"all": match_all(questions, DEPTHS["all"])}
@@ -164,7 +169,7 @@ def average_precision(category: Pool) -> np.ndarray | None:
     right = category.hit & category.counted
     true = np.cumsum(right, axis=1)
     false = np.cumsum(~category.hit & category.counted, axis=1)
-    # Precision changes for the better only at true positives, so column k holds that of the k-th one, k = 1 ...
+    # Precision rises only at true positives: column k holds the precision at the k-th one, k = 1 ...
     table = np.zeros((len(right), positives + 2))
     rows, columns = np.nonzero(right)
     k = true[rows, columns]
@@ -178,21 +183,22 @@ def average_precision(category: Pool) -> np.ndarray | None:
 def resampled(category: Pool, times: np.ndarray) -> np.ndarray:
     """(B, T) average precision of B bootstrap draws; nan in a draw without ground truth that counts.
 
-    Each detection weighs as often as its question was drawn, and a draw's true and false positives are sums of weights.
-    Only the columns of true positives are looked at: between two of them precision falls and recall stands still.
-    Memory is about B x N x 16 bytes.
+    The weight of a detection is the number of times that its question was drawn; true and false positives of a draw are
+    sums of weights. Only the columns of true positives matter: between two of them precision falls and recall does not
+    change. Memory is about B x N x 16 bytes.
 
-    times: (B, Q), how often each question was drawn.
+    Args:
+        times: (B, Q), how often each question was drawn.
     """
     positives = times @ category.positives
     drawn = np.nonzero(positives > 0)[0]
     weights = np.repeat(times[drawn], category.lengths, axis=1).astype(np.int32)  # (b, N)
     reached = _recalls_reached(positives[drawn])
-    first = np.arange(len(drawn))[:, None] * reached.shape[1]  # where each draw's part of the flat table begins
+    first = np.arange(len(drawn))[:, None] * reached.shape[1]  # first index of each draw in the flat table
     result = np.full((len(times), len(category.hit)), np.nan)
     total = np.zeros((0, 0), dtype=np.int32)
     for t, (hit, counted) in enumerate(zip(category.hit, category.counted, strict=True)):
-        if t == 0 or (counted != category.counted[t - 1]).any():  # they differ only where ignored ground truth was hit
+        if t == 0 or (counted != category.counted[t - 1]).any():  # they differ only if ignored ground truth was matched
             total = np.cumsum(np.where(counted, weights, 0), axis=1, dtype=np.int32)
         columns = np.nonzero(hit & counted)[0]
         true = np.cumsum(weights[:, columns], axis=1, dtype=np.int32)

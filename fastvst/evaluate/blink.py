@@ -1,4 +1,4 @@
-"""BLINK: fourteen perception tasks over one to four pictures; accuracy over all questions, and the mean of the tasks.
+"""BLINK: fourteen perception tasks on one to four images; accuracy over all questions, and the mean of the tasks.
 
 Files as published: <Task>/val-*.parquet of BLINK-Benchmark/BLINK, or VLMEvalKit's BLINK.tsv. The test split has no
 answers, so only the validation split is read.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, picture, read_parquet
+from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
 from fastvst.evaluate.report import (
     Report,
     Score,
@@ -37,7 +37,7 @@ PROCESSOR = choice.PIXELS
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of every task. Errors say what to download."""
+    """Rows of every task. Errors name the file to download."""
     rows: list[Row] = []
     for file in locate(path, FILES, DOWNLOAD):
         if file.suffix == ".tsv":
@@ -50,7 +50,7 @@ def load(path: str | Path) -> list[Row]:
                     question=cell["question"],
                     answer=cell["answer"],
                     category=cell["sub_task"],
-                    images=tuple(picture(cell[k], file.parent) for k in PICTURES if cell.get(k) is not None),
+                    images=tuple(read_image(cell[k], file.parent) for k in PICTURES if cell.get(k) is not None),
                     options=choice.lettered(cell["choices"]),
                 )
             )
@@ -58,13 +58,15 @@ def load(path: str | Path) -> list[Row]:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Pictures, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+    """Images, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
     return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
 
 
 def stated_letter(text: str, letters: str) -> str:
-    """lmms-eval's reading: a first line that is only a letter, "answer is X" (the last), "(X)" (the last), a leading
-    letter. `letters` are the row's options."""
+    """The rule of lmms-eval: a first line of one letter, the last "answer is X", the last "(X)", or a leading letter.
+
+    `letters` are the options of the row.
+    """
     text = text.strip()
     first = text.split("\n", 1)[0].strip()
     options = f"([{re.escape(letters)}])"
@@ -93,10 +95,10 @@ def score(
     failures: Mapping[str, str] | None = None,
     extraction: str = "vlmevalkit",
 ) -> Report:
-    """Accuracy over all questions (VLMEvalKit, hence the paper), the mean of the tasks beside it.
+    """Accuracy over all questions (VLMEvalKit and the paper), and the mean of the tasks.
 
     Raises:
-        ValueError: an unknown `extraction`, or not one prediction for each row.
+        ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
     """
     read = choice.pick(NAME, EXTRACTIONS, extraction)
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)

@@ -1,12 +1,13 @@
-"""Multiple choice as VLMEvalKit does it: the prompt that Qwen2.5-VL gets, and the letter in a free answer.
+"""Multiple choice by the rules of VLMEvalKit: the prompt for Qwen2.5-VL, and the letter in a free answer.
 
-The paper ran CV-Bench, BLINK, 3DSRBench, RealWorldQA, MMStar, MMBench, MMMU and AI2D this way (vst-spec section 4.4).
+The paper (arXiv 2511.05491) ran CV-Bench, BLINK, 3DSRBench, RealWorldQA, MMStar, MMBench, MMMU and AI2D this way.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ Way = TypeVar("Way")
 INSTRUCTION = "Please select the correct answer from the options above."
 INSTRUCTION_CHINESE = "请直接回答选项字母。"
 PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# Sentences by which some served models decline; VLMEvalKit takes them for the answer Z, which is always wrong.
+# Refusals of some served models. VLMEvalKit reads them as the answer Z, which is always wrong.
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -39,15 +40,15 @@ REFUSALS = (
 )
 API_FAILURE = "Failed to obtain answer via API"
 LAST_TOKENS = 5  # a lone letter counts if it starts in the last five tokens
-# Settings of the paper for these suites (vst-spec section 4.4): answer length, and pixels of one picture.
+# Settings of the paper for these suites: answer length, and pixels of one image.
 MAX_NEW_TOKENS = 2048
 THINKING_NOTE = "; thinking mode: the text after </think> is scored"
-# Pictures of one question do not share a budget here, as in VLMEvalKit; above 65,536 tokens a question fails.
+# As in VLMEvalKit, the images of one question share no budget; a question above 65,536 tokens fails.
 PIXELS = {"min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28, "share_pixels": False, "max_seq_len": 65536}
 
 
 def question_text(row: Row) -> str:
-    """Hint, question, options and instruction, as VLMEvalKit's Qwen2-VL wrapper writes them."""
+    """Hint, question, options and instruction, in the format of VLMEvalKit's Qwen2-VL wrapper."""
     lines = [f"Hint: {row.fields['hint']}"] if row.fields.get("hint") else []
     lines.append(f"Question: {row.question}")
     if row.options:
@@ -58,11 +59,11 @@ def question_text(row: Row) -> str:
 
 
 def sample(row: Row, text: str, *, source: str, thinking: bool = False, kind: str = "qa", **video: Any) -> Sample:
-    """Pictures, then the text, as one user turn; with `thinking`, under VST's thinking system prompt.
+    """One user turn of images, then text; with `thinking`, after VST's thinking system prompt.
 
     Args:
-        kind: the Sample's kind ("bbox_3d" turns the field-of-view conversion on).
-        video: keys of the video part, where the row has a video (`fps`).
+        kind: the Sample's kind ("bbox_3d" enables the field-of-view conversion).
+        video: keys of the video part (`fps`), if the row has a video.
     """
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in row.images]
     if row.video is not None:
@@ -71,7 +72,7 @@ def sample(row: Row, text: str, *, source: str, thinking: bool = False, kind: st
 
 
 def wrap(row: Row, parts: Sequence[dict[str, Any]], *, source: str, thinking: bool = False, kind: str = "qa") -> Sample:
-    """Content parts in any order as one user turn."""
+    """One user turn of content parts in any order."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": list(parts)}]
     if thinking:
         messages.insert(0, {"role": "system", "content": THINK_SYSTEM})
@@ -79,19 +80,19 @@ def wrap(row: Row, parts: Sequence[dict[str, Any]], *, source: str, thinking: bo
 
 
 def final_answer(prediction: str, thinking: bool) -> str:
-    """What is scored: with `thinking` the text after the last `</think>` (all of it if there is none), stripped."""
+    """The scored text, stripped: with `thinking` the part after the last `</think>` (everything if there is none)."""
     return prediction.rsplit("</think>", 1)[-1].strip() if thinking else prediction
 
 
 def infer(answer: str, options: Mapping[str, str]) -> str:
-    """The chosen letter by VLMEvalKit's rules, "Z" for a refusal, "" when nothing can be inferred.
+    """The chosen letter by VLMEvalKit's rules, "Z" for a refusal, "" if no rule applies.
 
-    1. Punctuation becomes blanks. If exactly one of the option letters stands alone, and it stands in the last five
-       tokens, it is the answer.
-    2. Else, if exactly one option's text occurs in the answer (lower case), and the answer is at most twice as long as
-       all options together, it is that option.
+    1. Punctuation becomes blanks. If exactly one option letter is a token of its own and is among the last five tokens,
+       it is the answer.
+    2. Otherwise, if exactly one option's text occurs in the answer (lower case), and the answer is at most twice as
+       long as all options together, that option is the answer.
 
-    VLMEvalKit (can_infer) then asks a language model if one is configured; here nothing more is tried.
+    VLMEvalKit (can_infer) then asks a language model if one is configured; this function does not.
     """
     letter = _lone_letter(answer, options)
     return letter if letter else _option_text(answer, options)
@@ -128,7 +129,7 @@ def lettered(texts: Sequence[str]) -> dict[str, str]:
 
 
 def read(path: str | Path, names: Sequence[str], required: Sequence[str], download: str) -> list[Row]:
-    """Rows of the TSV at `path`: the file, or the first of `names` that the folder has."""
+    """Rows of the TSV at `path`: the file itself, or the first of `names` in the folder."""
     return load_rows(locate(path, names, download)[0], ["answer", *required], download)
 
 
@@ -147,8 +148,8 @@ def score(
     """Accuracy of a multiple-choice benchmark: all questions, and each category.
 
     Args:
-        column: of the paper's main table; "" where the paper does not report the benchmark.
-        extract: the letter that an answer chooses; default: `infer` with the row's options.
+        column: column of the paper's main table; "" if the paper does not report the benchmark.
+        extract: function from an answer to its letter (default: `infer` with the row's options).
     """
     lines = judge(rows, predictions, thinking=thinking, failures=failures, extract=extract)
     clusters = clusters_of(rows)
@@ -163,8 +164,48 @@ def score(
     )
 
 
+@dataclass(frozen=True)
+class ChoiceSet:
+    """A multiple-choice benchmark in VLMEvalKit's TSV without rules of its own.
+
+    Attributes:
+        name: name of the benchmark, and of its column in the paper's main table.
+        file: the TSV as published by VLMEvalKit.
+        required: columns that the file must have, besides the usual ones.
+    """
+
+    name: str
+    file: str
+    required: tuple[str, ...] = ()
+
+    @property
+    def download(self) -> str:
+        """What to download, for error messages."""
+        source = f"{self.file} (VLMEvalKit's copy of {self.name})"
+        return f"Download {source} and pass the file or its folder as the data path."
+
+    def load(self, path: str | Path) -> list[Row]:
+        """Rows of the TSV, or of the folder that holds it. Errors name the file to download."""
+        return read(path, (self.file,), self.required, self.download)
+
+    def prompt(self, row: Row, *, thinking: bool = False) -> Sample:
+        """Image, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+        return sample(row, question_text(row), source=self.name, thinking=thinking)
+
+    def score(
+        self,
+        rows: Sequence[Row],
+        predictions: Sequence[str | None],
+        *,
+        thinking: bool = False,
+        failures: Mapping[str, str] | None = None,
+    ) -> Report:
+        """Accuracy, as VLMEvalKit reports it."""
+        return score(rows, predictions, benchmark=self.name, column=self.name, thinking=thinking, failures=failures)
+
+
 def pick(benchmark: str, extractions: Mapping[str, Way], name: str) -> Way:
-    """The named way of reading an answer. Raises ValueError for an unknown name."""
+    """The extraction rule of this name. Raises ValueError for an unknown name."""
     if name not in extractions:
         raise ValueError(f"{benchmark}: extraction is {name!r}; expected one of {', '.join(extractions)}")
     return extractions[name]
@@ -178,7 +219,7 @@ def judge(
     failures: Mapping[str, str] | None = None,
     extract: Callable[[str, Row], str] | None = None,
 ) -> tuple[Scored, ...]:
-    """One `Scored` for each row: 1 if the letter read out of the answer is the right one."""
+    """One `Scored` per row: score 1 if the extracted letter is the right one."""
     texts, reasons = align(rows, predictions, failures)
     read_letter = extract or (lambda text, row: infer(text, row.options))
     letters = [read_letter(final_answer(text, thinking), row) for text, row in zip(texts, rows, strict=True)]

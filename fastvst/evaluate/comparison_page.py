@@ -1,4 +1,4 @@
-"""Checkpoints side by side: one bar for each checkpoint and task, its interval, and what a blind guesser scores."""
+"""The page that compares checkpoints: one bar per checkpoint and task, its interval, and the blind baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TOP = 46
 
 def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
     """Write `out/index.html` (one static file) and `out/rooms.svg`; return the page."""
-    picture = bars(results)
-    atomic.write_text(out / "rooms.svg", picture)
+    chart = bars(results)
+    atomic.write_text(out / "rooms.svg", chart)
     note = (
         "<p>Bars: accuracy on rooms that training never saw; lines: 95 % intervals, bootstrapped over rooms. Grey: the "
         "upper end of the interval of the best constant answer. Dotted: a random answer.</p>"
@@ -35,14 +35,14 @@ def write_comparison(out: Path, results: Mapping[str, RoomResults]) -> Path:
         ("task", *(f"{n}, % [95 %]" for n in names), "majority answer", "random answer", "questions"), rows
     )
     target = out / "index.html"
-    sections = [("By task", picture + note), ("Figures", table)]
+    sections = [("By task", chart + note), ("Figures", table)]
     lead = f"{', '.join(names)} on the same held-out questions"
     atomic.write_text(target, html.page("fastvst: rooms", lead, sections))
     return target
 
 
 def bars(results: Mapping[str, RoomResults]) -> str:
-    """The picture as one SVG element."""
+    """The chart as one SVG element."""
     names = list(results)
     rows = list(zip(*(r.tasks for r in results.values()), strict=True))
     block = len(names) * BAR + GAP

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, picture, read_parquet
+from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
 from fastvst.evaluate.report import (
     Report,
     Score,
@@ -37,7 +37,7 @@ PROCESSOR = choice.PIXELS
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of both parts. Errors say what to download."""
+    """Rows of both parts. Errors name the file to download."""
     rows: list[Row] = []
     for file in locate(path, FILES, DOWNLOAD):
         rows += _tsv(file) if file.suffix == ".tsv" else _parquet(file)
@@ -61,7 +61,7 @@ def _parquet(file: Path) -> list[Row]:
             question=cell["question"],
             answer=cell["answer"],
             category=cell["task"],
-            images=(picture(cell["image"], file.parent),),
+            images=(read_image(cell["image"], file.parent),),
             options=choice.lettered(cell["choices"]),
             fields={k: cell[k] for k in ("type", "prompt", "source")},
         )
@@ -70,12 +70,12 @@ def _parquet(file: Path) -> list[Row]:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture and the data set's own prompt, as it is."""
+    """Image and the data set's own prompt, unchanged."""
     return choice.sample(row, row.fields["prompt"], source=NAME, thinking=thinking)
 
 
 def leading_letter(text: str) -> str:
-    """The answer's first letter, after blanks and an opening bracket ("apple" is A): lmms-eval's reading."""
+    """The first letter of the answer, after blanks and an opening bracket ("apple" is A); the rule of lmms-eval."""
     found = re.match(r"[(\s]*([A-Z])", text.strip(), re.IGNORECASE)
     return found[1].upper() if found else ""
 
@@ -97,7 +97,7 @@ def score(
     """Mean of 2D (mean of its sources) and 3D.
 
     Raises:
-        ValueError: an unknown `extraction`, or not one prediction for each row.
+        ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
     """
     read = choice.pick(NAME, EXTRACTIONS, extraction)
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)
@@ -109,7 +109,7 @@ def score(
     groups = []
     others = []
     for part in sorted(parts):
-        # Only 2D averages its sources first; 3D is one source as published, and the plain mean in any case.
+        # Only 2D averages its sources first; 3D has one source and is a plain mean.
         split = list(parts[part].values()) if part == "2D" else [[i for g in parts[part].values() for i in g]]
         groups += [(1.0 / len(parts) / len(split), group) for group in split]
         used = [i for group in split for i in group]

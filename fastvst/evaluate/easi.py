@@ -1,7 +1,7 @@
-"""How EASI (the spatial sets of VLMEvalKit) reads a letter or a number out of a free answer.
+"""The rules of EASI (the spatial sets of VLMEvalKit) that extract a letter or a number from a free answer.
 
-Both look for an <answer> tag first, then at the text after the last </think>, from its end. Written from the described
-behaviour; tests compare with the installed package where there is one.
+Both rules first look for an <answer> tag, then read the text after the last </think> from its end. The tests compare
+them with the installed package if there is one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def option(answer: str) -> str:
 
 
 def _from_lines(text: str) -> str:
-    """The letter of the lowest of the last six lines that names one unmistakably."""
+    """The letter of the lowest of the last six lines that names exactly one."""
     for line in reversed([part.strip() for part in text.splitlines()[-TAIL_LINES:]]):
         if not line or OPTION_LINE.search(line):
             continue
@@ -98,7 +98,7 @@ def _from_lines(text: str) -> str:
 
 
 def number(answer: str) -> float | None:
-    """The number that an answer gives, or None. "1,200" becomes 200: the last number is taken, commas end numbers."""
+    """The last number of an answer, or None. "1,200" becomes 200: a comma ends a number."""
     text = answer
     if text.strip().startswith("[") and text.strip().endswith("]"):
         try:
@@ -115,7 +115,7 @@ def number(answer: str) -> float | None:
 
 
 def _after_think(text: str) -> str:
-    """What follows the last </think>; without one, what follows the last <think>; without either, everything."""
+    """The text after the last </think>; without one, after the last <think>; without either, the whole text."""
     for pattern in (THINK_END, THINK_START):
         marks = list(pattern.finditer(text))
         if marks:

@@ -1,4 +1,4 @@
-"""A static page of wrong answers, with the pictures that were asked about."""
+"""A static page of wrong answers with the images of their questions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
 from fastvst.html import image_tag, page, table
 
-PICTURES = 4
+IMAGES = 4
 WIDTH = 360
-CHARACTERS = 1500  # of one card: pictures, their width in pixels, characters of its texts
-FRAMES = VideoConfig(min_frames=PICTURES, max_frames=PICTURES, max_pixels=WIDTH * WIDTH, min_pixels=28 * 28)
+CHARACTERS = 1500  # limits of one card: images, their width in pixels, characters per text
+FRAMES = VideoConfig(min_frames=IMAGES, max_frames=IMAGES, max_pixels=WIDTH * WIDTH, min_pixels=28 * 28)
 
 
 def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int = 60) -> None:
-    """The scores, then up to `limit` questions that did not get the full score: failed ones first, then spread evenly
-    over the wrong ones in file order."""
+    """Write the scores, then up to `limit` questions without full score.
+
+    Failed questions come first; the rest are spread evenly over the wrong answers in file order.
+    """
     wrong = [i for i, line in enumerate(report.rows) if line.score < 1]
     failed = [i for i in wrong if report.rows[i].failed]
     answered = [i for i in wrong if not report.rows[i].failed]
@@ -51,30 +53,25 @@ def _card(line: Scored, row: Row) -> str:
         lines.append(f'<p class="wrong">failed: {_short(line.failed)}</p>')
     else:
         lines.append(f'<p class="wrong">read as {_short(line.extracted) or "nothing"}: {_short(line.prediction)}</p>')
-    return f'<div class="card"><div class="pair">{"".join(_pictures(row))}</div>{"".join(lines)}</div>'
+    return f'<div class="card"><div class="pair">{"".join(_images(row))}</div>{"".join(lines)}</div>'
 
 
 def _short(text: str) -> str:
     return escape(text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …")
 
 
-def _pictures(row: Row) -> list[str]:
-    """<img> elements; what cannot be opened is said in words."""
+def _images(row: Row) -> list[str]:
+    """<img> elements; a file that cannot be opened becomes a message."""
     try:
-        pictures = [_open(image) for image in row.images[:PICTURES]]
+        images = [_open(file) for file in row.images[:IMAGES]]
         if row.video is not None and row.video.is_file():
             part = {"type": "video", "video": row.video}
-            plan = plan_video(
-                part, FRAMES, total_pixels=FRAMES.max_pixels * PICTURES, factor=28, max_source_pixels=10**8
-            )
+            plan = plan_video(part, FRAMES, total_pixels=FRAMES.max_pixels * IMAGES, factor=28, max_source_pixels=10**8)
             frames = load_frames(part, plan, time_limit=30.0, max_source_pixels=10**8)
-            pictures += [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:PICTURES]]
+            images += [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:IMAGES]]
     except (OSError, MediaError) as error:
-        return [f"<p>no picture: {escape(str(error))}</p>"]
-    return [
-        image_tag(picture, f"picture {i + 1} of {row.id}", width=WIDTH, quality=75)
-        for i, picture in enumerate(pictures)
-    ]
+        return [f"<p>no image: {escape(str(error))}</p>"]
+    return [image_tag(image, f"image {i + 1} of {row.id}", width=WIDTH, quality=75) for i, image in enumerate(images)]
 
 
 def _open(image: bytes | Path) -> Image.Image:

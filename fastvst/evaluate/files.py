@@ -1,6 +1,6 @@
 """Row, and the containers that benchmarks are published in: Parquet with image bytes, JSON and JSON lines.
 
-Every reader takes the files as downloaded. What is missing is said with the name of the download and where it goes.
+Every reader takes the files as downloaded. An error names the download and where to put it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Row:
     Attributes:
         id: unique in its benchmark.
         question: as published, without the prompt around it.
-        answer: as published; what its scorer compares with.
+        answer: as published; the scorer compares with it.
         category: the group of the per-category scores.
-        images: encoded bytes, or paths. Rows that share a picture share one bytes object.
+        images: encoded bytes, or paths. Rows that share an image share one bytes object.
         video: path of the video, or None.
         options: letter -> text of a multiple-choice question.
-        scene: what the bootstrap resamples; empty: the question itself.
+        scene: the unit that the bootstrap resamples; if empty, the question itself.
         fields: any other published column that the prompt or the scorer uses.
     """
 
@@ -42,10 +42,10 @@ class Row:
 
 
 def locate(path: str | Path, patterns: Sequence[str], download: str) -> list[Path]:
-    """The published files at `path`: the file itself, or the matches of the first pattern that a folder has.
+    """The published files at `path`: the file itself, or the matches of the first pattern that matches in the folder.
 
     Raises:
-        FileNotFoundError: nothing there, with `download`, the sentence that says what to fetch and where to put it.
+        FileNotFoundError: no such file; the message ends with `download`, which says what to fetch and where to put it.
     """
     path = Path(path)
     if path.is_file():
@@ -110,11 +110,11 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
     return rows
 
 
-def picture(value: Any, folder: Path) -> bytes | Path:
-    """One published picture: bytes, {"bytes", "path"} as Hugging Face stores it, or a path relative to `folder`.
+def read_image(value: Any, folder: Path) -> bytes | Path:
+    """One published image: bytes, {"bytes", "path"} as Hugging Face stores it, or a path relative to `folder`.
 
     Raises:
-        ValueError: none of these.
+        ValueError: another type.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -122,11 +122,11 @@ def picture(value: Any, folder: Path) -> bytes | Path:
         return bytes(value)
     if isinstance(value, str) and value:
         return folder / value
-    raise ValueError(f"a picture is {type(value).__name__}; expected bytes, {{'bytes', 'path'}} or a relative path")
+    raise ValueError(f"an image is {type(value).__name__}; expected bytes, {{'bytes', 'path'}} or a relative path")
 
 
 def check_unique(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """The rows, if there are any and their ids are distinct; else ValueError."""
+    """The rows. Raises ValueError if there are none, or if two have the same id."""
     if not rows:
         raise ValueError(f"{path} has no questions")
     seen: set[str] = set()
@@ -138,6 +138,6 @@ def check_unique(rows: Sequence[Row], path: str | Path) -> list[Row]:
 
 
 def missing_media(rows: Sequence[Row]) -> list[Path]:
-    """Pictures and videos that rows name and that are not on disk."""
+    """Images and videos that the rows name and that are not on disk."""
     paths = {p for row in rows for p in row.images if isinstance(p, Path)} | {r.video for r in rows if r.video}
     return sorted(p for p in paths if not p.is_file())

@@ -1,7 +1,7 @@
 """MindCube: spatial models from few views; three categories (rotation, among, around).
 
-Files as published (MLL-Lab/MindCube, data.zip): raw/MindCube_tinybench.jsonl or raw/MindCube.jsonl, with the pictures
-at the paths that its rows name, below the folder that holds raw/. The paper does not report it.
+Files as published (MLL-Lab/MindCube, data.zip): raw/MindCube_tinybench.jsonl or raw/MindCube.jsonl, with the images
+at the paths that its rows name, relative to the folder that contains raw/. The paper does not report it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _category(identifier: str) -> str:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Pictures where the text has `<image>`, else all in front; `input_prompt` as it is, else our own around it."""
+    """Images at the places of `<image>`, or all in front; text of `input_prompt`, or our prompt and the question."""
     text = row.question if row.fields["has_prompt"] else f"{INSTRUCTION}\n{row.question}"
     pieces = text.split("<image>")
     parts = [] if len(pieces) > 1 else [{"type": "image", "image": image} for image in row.images]
@@ -81,8 +81,11 @@ def prompt(row: Row, *, thinking: bool = False) -> Sample:
 
 
 def letter(text: str) -> str:
-    """The authors' reading, always the last match of the first pattern that matches: "X.", inside <Answer>, a line
-    that begins with the letter, a quoted one, "Answer: X", "answer is X", at last a lone letter from the bottom up."""
+    """The rule of the authors: the last match of the first pattern that matches.
+
+    The patterns: "X.", inside <Answer>, a line that begins with the letter, a quoted letter, "Answer: X", "answer is
+    X", and a lone letter, searched from the bottom up.
+    """
     dotted = re.findall(r"([A-E])\.", text)
     if dotted:
         return dotted[-1]

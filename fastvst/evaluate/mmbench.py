@@ -1,6 +1,7 @@
-"""MMBench (DEV_EN): circular evaluation, every rotation of the options must be answered right; vanilla beside it.
+"""MMBench (DEV_EN): circular evaluation (every rotation of the options must be answered correctly), and vanilla.
 
-The TSV holds the rotations of question i under the indices i + k * 1,000,000 (or names the question in `g_index`).
+The TSV holds the rotations of question i under the indices i + k * 1,000,000 (or names the question in the column
+`g_index`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ ROTATION = 1_000_000
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV, rotations included. Errors say what to download."""
+    """Rows of the TSV, rotations included. Errors name the file to download."""
     return choice.read(path, FILES, ["category"], DOWNLOAD)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture, hint, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+    """Image, hint, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
     return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
 
 
@@ -37,7 +38,7 @@ def group_of(row: Row) -> str:
     """The id of the question that this row is a rotation of.
 
     Raises:
-        ValueError: an index that is not a number.
+        ValueError: an index is not a number.
     """
     if "g_index" in row.fields:
         return str(int(float(row.fields["g_index"])))
@@ -55,7 +56,7 @@ def score(
     failures: Mapping[str, str] | None = None,
     circular: bool = True,
 ) -> Report:
-    """Circular accuracy over questions (the paper's number), or with `circular=False` accuracy of unrotated ones."""
+    """Circular accuracy over questions (the paper's number); `circular=False`: accuracy of the unrotated questions."""
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures)
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -84,7 +85,7 @@ def score(
 
 
 def _all(base: Scored, members: Sequence[Scored]) -> Scored:
-    """The question's line with score 1 only if every rotation has score 1."""
+    """The line of the question; its score is 1 only if every rotation has score 1."""
     return Scored(
         base.id, base.category, base.answer, base.prediction, base.extracted, min(m.score for m in members), base.failed
     )

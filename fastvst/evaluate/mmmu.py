@@ -1,8 +1,8 @@
 """MMMU, dev and validation in VLMEvalKit's TSV: 900 validation questions are the paper's number.
 
 Open questions have no options. VLMEvalKit scores them as a choice between A (the answer's text) and B ("Other
-Answers"), so an answer that contains the text is right; a lone letter "A" also is. Kept, because the published numbers
-were made so.
+Answers"), so an answer that contains the text is correct, and so is a lone letter "A". The published numbers were made
+this way.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ HEADLINE = "validation"
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV. Errors say what to download."""
+    """Rows of the TSV. Errors name the file to download."""
     return choice.read(path, FILES, ["split"], DOWNLOAD)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """All pictures first, then the question with its "<image 1>" marks left in the text (VLMEvalKit's Qwen2-VL)."""
+    """All images first, then the question with the "<image 1>" marks in its text (VLMEvalKit's Qwen2-VL)."""
     return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
 
 
 def closed(row: Row) -> Row:
-    """The row with the options it is scored with: an open question becomes A (its answer) against B."""
+    """The row with the options for scoring: an open question becomes A (its answer) against B."""
     if "A" not in row.options:
         options = {**row.options, "A": row.answer, "B": "Other Answers"}
         row = dataclasses.replace(row, options=dict(sorted(options.items())))
@@ -51,7 +51,7 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
 ) -> Report:
-    """Accuracy on the validation split (on all rows where the file has none), each split beside it."""
+    """Accuracy on the validation split (on all rows if the file has none), and on each split."""
     lines = choice.judge([closed(row) for row in rows], predictions, thinking=thinking, failures=failures)
     lines = tuple(dataclasses.replace(line, answer=row.answer) for line, row in zip(lines, rows, strict=True))
     clusters = clusters_of(rows)

@@ -1,7 +1,7 @@
-"""MMSI-Bench: 1,000 multiple-choice questions over two or more pictures, eleven categories.
+"""MMSI-Bench: 1,000 multiple-choice questions on two or more images, eleven categories.
 
 Files as published: the Parquet of RunsenXu/MMSI-Bench (MMSI_Bench.parquet), or MMSI_Bench.tsv of the authors'
-evaluation code. The question holds its options. Non-circular, as in the paper.
+evaluation code. The question contains its options. Non-circular, as in the paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice, easi
-from fastvst.evaluate.files import Row, check_unique, locate, picture, read_parquet
+from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
 from fastvst.evaluate.report import Report
 from fastvst.evaluate.tsv import load_rows
 
@@ -28,7 +28,7 @@ PROCESSOR = choice.PIXELS
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the Parquet file or TSV. Errors say what to download."""
+    """Rows of the Parquet file or TSV. Errors name the file to download."""
     files = locate(path, FILES, DOWNLOAD)
     if files[0].suffix == ".tsv":
         return load_rows(files[0], ["answer", "category"], DOWNLOAD)
@@ -41,16 +41,16 @@ def load(path: str | Path) -> list[Row]:
                     question=cell["question"],
                     answer=cell["answer"],
                     category=cell["question_type"],
-                    images=tuple(picture(image, file.parent) for image in cell["images"]),
+                    images=tuple(read_image(image, file.parent) for image in cell["images"]),
                 )
             )
     return check_unique(rows, path)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Pictures, the question with its options, and the official instruction."""
+    """Images, the question with its options, and the official instruction."""
     text = row.question.strip()
-    if row.options:  # EASI's TSV keeps the options apart
+    if row.options:  # EASI's TSV has the options in columns
         text += "\nOptions: " + "".join(f"{letter}: {option}, " for letter, option in row.options.items())
     return choice.sample(row, f"{text}\n{INSTRUCTION}", source=NAME, thinking=thinking)
 
@@ -68,7 +68,7 @@ def lone_letter(text: str, *, letters: str, braces: bool = True, ignore_case: bo
     return found[0].upper() if found else ""
 
 
-# How the letter is read. "official": the authors' README; "vst": the rule of VST's reward (A-F, no braces).
+# How the letter is extracted. "official": the authors' README; "vst": the rule of VST's reward (A-F, no braces).
 EXTRACTIONS: dict[str, Callable[[str], str]] = {
     "official": lambda text: lone_letter(text, letters="A-D"),
     "vst": lambda text: lone_letter(text, letters="A-F", braces=False),
@@ -85,10 +85,10 @@ def score(
     failures: Mapping[str, str] | None = None,
     extraction: str = "official",
 ) -> Report:
-    """Accuracy over all questions; no letter is wrong.
+    """Accuracy over all questions. An answer without a letter is wrong.
 
     Raises:
-        ValueError: an unknown `extraction`, or not one prediction for each row.
+        ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
     """
     read = choice.pick(NAME, EXTRACTIONS, extraction)
     return choice.score(

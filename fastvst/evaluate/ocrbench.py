@@ -1,6 +1,6 @@
-"""OCRBench: 1,000 questions; an answer is right if it contains one of the accepted texts.
+"""OCRBench: 1,000 questions; an answer is correct if it contains one of the accepted texts.
 
-The score of 1,000 is the number of right answers; the paper gives it divided by ten, as here (per cent).
+The score of 1,000 is the number of correct answers; the paper divides it by ten, as this module does (per cent).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ORDER = (*RECOGNITION, "Scene Text-centric VQA", "Doc-oriented VQA", "Key Inform
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV. Errors say what to download.
+    """Rows of the TSV. Errors name the file to download.
 
     Raises:
         ValueError: an answer that is not a list of texts.
@@ -55,12 +55,12 @@ def load(path: str | Path) -> list[Row]:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture, question, and VLMEvalKit's request for a short answer."""
+    """Image, question, and VLMEvalKit's request for a short answer."""
     return choice.sample(row, row.question + INSTRUCTION, source=NAME, thinking=thinking)
 
 
 def accepted(row: Row) -> list[str]:
-    """The texts that count, of an answer cell like "['CENTRE', 'center']". Raises ValueError for anything else."""
+    """The accepted texts of an answer cell like "['CENTRE', 'center']". Raises ValueError for another format."""
     try:
         value = ast.literal_eval(row.answer)
     except (ValueError, SyntaxError) as error:
@@ -71,7 +71,7 @@ def accepted(row: Row) -> list[str]:
 
 
 def is_right(prediction: str, answers: Sequence[str], category: str) -> bool:
-    """Containment after folding: formulas without any blanks, all else in lower case with line feeds as blanks."""
+    """Whether the prediction contains an accepted text. Formulas ignore blanks, other texts ignore case."""
     if category == FORMULA:
         folded = prediction.strip().replace("\n", " ").replace(" ", "")
         return any(a.strip().replace("\n", " ").replace(" ", "") in folded for a in answers)
@@ -86,7 +86,7 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
 ) -> Report:
-    """Share of right answers, each of the ten categories, and text recognition (the first six together)."""
+    """Share of correct answers: overall, in each of the ten categories, and in text recognition (the first six)."""
     texts, reasons = align(rows, predictions, failures)
     final = [choice.final_answer(text, thinking) for text in texts]
     hits = [is_right(text, accepted(row), row.category) for text, row in zip(final, rows, strict=True)]

@@ -1,5 +1,7 @@
-"""Predictions on disk: JSON lines {"id", "prediction", "failed", "tokens"}, appended as they are made, read to go on or
-to score. Files of other programs are read too."""
+"""Predictions on disk: JSONL of {"id", "prediction", "failed", "tokens"}, appended as they are made.
+
+They are read to resume a run and to score it. Files of other programs can be read too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ TEXTS = ("prediction", "response", "predictions_raw", "answer_text", "output")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. `failed` is the reason why there is none ("" otherwise); `tokens` is the length of the answer."""
+    """One answer. `failed` is the reason for a missing answer ("" otherwise); `tokens` is the length of the answer."""
 
     id: str
     prediction: str | None
@@ -32,7 +34,7 @@ def append(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read(path: Path) -> list[Prediction]:
-    """Predictions of a JSON-lines file or a JSON list of objects; ids and texts under any of IDS and TEXTS.
+    """Predictions of a JSONL file or a JSON list of objects; ids and texts have any of the keys IDS and TEXTS.
 
     Raises:
         ValueError: a line that is not JSON, or has no id or no text.
@@ -60,10 +62,10 @@ def _prediction(cell: Any, where: str) -> Prediction:
 
 
 def for_rows(rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[list[str | None], dict[str, str]]:
-    """One text (or None) for each row, and id -> reason of the rows without one; the last of equal ids is taken.
+    """One text (or None) per row, and id -> reason for rows without a text. Of equal ids the last one counts.
 
     Raises:
-        ValueError: ids that no row has: the predictions are of another benchmark or version.
+        ValueError: no row has an id: the predictions belong to another benchmark or version.
     """
     known = {row.id for row in rows}
     strange = [p.id for p in predictions if p.id not in known]

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row
-from fastvst.evaluate.report import Report
 
-NAME = "RealWorldQA"
-DOWNLOAD = (
-    "Download RealWorldQA.tsv (VLMEvalKit's copy of RealWorldQA) and pass the file or its folder as the data path."
-)
-FILES = ("RealWorldQA.tsv",)
+SET = choice.ChoiceSet("RealWorldQA", file="RealWorldQA.tsv")
+NAME = SET.name
+DOWNLOAD = SET.download
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 
-
-def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV, or of the folder that holds it. Errors say what to download."""
-    return choice.read(path, FILES, [], DOWNLOAD)
-
-
-def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
-    return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
-
-
-def score(
-    rows: Sequence[Row],
-    predictions: Sequence[str | None],
-    *,
-    thinking: bool = False,
-    failures: Mapping[str, str] | None = None,
-) -> Report:
-    """Accuracy, as VLMEvalKit reports it."""
-    return choice.score(rows, predictions, benchmark=NAME, column="RealWorldQA", thinking=thinking, failures=failures)
+load = SET.load
+prompt = SET.prompt
+score = SET.score

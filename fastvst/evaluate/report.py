@@ -1,4 +1,4 @@
-"""Report: what a benchmark run gave, with intervals, every prediction, and the paper's numbers beside it."""
+"""Report: the scores of a benchmark run with intervals, every prediction, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.statistics import Interval, bootstrap
 
-# The models of the paper that stand beside ours: its own four, and the two that they were tuned from.
+# Models of the paper in the table: its own four, and the two base models.
 BESIDE = ("VST-3B-SFT", "VST-3B-RL", "VST-7B-SFT", "VST-7B-RL", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
-Groups = Sequence[tuple[float, Sequence[int]]]  # weight, and which questions the mean is over
+Groups = Sequence[tuple[float, Sequence[int]]]  # weight, and the questions of the mean
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a report. `paper`: the same number in the paper by model, per cent."""
+    """One number of a report. `paper`: model -> the same number in the paper, per cent."""
 
     name: str
     questions: int
@@ -30,7 +30,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scored:
-    """One question: what was asked for, what came, what was read out of it, and its score in [0, 1]."""
+    """One question: the true answer, the prediction, the extracted answer, and the score in [0, 1]."""
 
     id: str
     category: str
@@ -38,7 +38,7 @@ class Scored:
     prediction: str
     extracted: str
     score: float
-    failed: str = ""  # why there is no prediction
+    failed: str = ""  # reason for a missing prediction
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Report:
     """Scores of one model on one benchmark.
 
     Attributes:
-        benchmark, protocol: what was scored, and by which rules.
+        benchmark, protocol: the benchmark and the rules of scoring.
         overall: the number of the paper's main table.
         categories: per-category scores.
         others: the same predictions under other rules of the same benchmark (circular, per split, ...).
         rows: every question.
-        source: where the paper's numbers come from.
+        source: source of the paper's numbers.
+        sampling: the sampling parameters of the predictions; None if they are not known.
     """
 
     benchmark: str
@@ -61,18 +62,19 @@ class Report:
     others: tuple[Score, ...]
     rows: tuple[Scored, ...]
     source: str
+    sampling: dict[str, Any] | None = field(default=None, compare=False)  # two reports are equal by their scores
 
     @property
     def failed(self) -> tuple[Scored, ...]:
-        """Questions without a prediction: counted as wrong, never left out."""
+        """Questions without a prediction. They count as wrong."""
         return tuple(row for row in self.rows if row.failed)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-able; values in [0, 1]."""
+        """The report as JSON; values in [0, 1]."""
         return asdict(self) | {"questions": len(self.rows), "failed": [asdict(row) for row in self.failed]}
 
     def markdown(self) -> str:
-        """A Markdown table in per cent with 95 % intervals, the paper's numbers for the same benchmark beside it."""
+        """A Markdown table in per cent with 95 % intervals and the paper's numbers for the same benchmark."""
         lines = [self.overall, *self.categories, *self.others]
         models = [m for m in BESIDE if any(m in line.paper for line in lines)]
         head = ["", "n", "this run [95 %]", *(f"{m} (paper)" for m in models)]
@@ -81,21 +83,29 @@ class Report:
             beside = [f"{line.paper[m]:.1f}" if m in line.paper else "–" for m in models]
             table.append([line.name, str(line.questions), str(line.value), *beside])
         text = [f"# {self.benchmark}", "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
-        text += [f"Protocol: {self.protocol}", "", f"Paper: {self.source}.", ""]
+        text += [f"Protocol: {self.protocol}", "", f"Sampling: {self._sampling_text()}.", ""]
+        text += [f"Paper: {self.source}.", ""]
         if self.failed:
             named = "; ".join(f"{row.id} ({row.failed})" for row in self.failed[:20])
             more = f"; and {len(self.failed) - 20} more, see the JSON" if len(self.failed) > 20 else ""
             text += [f"{len(self.failed)} questions failed and count as wrong: {named}{more}.", ""]
         return "\n".join(text)
 
+    def _sampling_text(self) -> str:
+        if self.sampling is None:
+            return "not known, the predictions were made elsewhere"
+        if self.sampling["temperature"] == 0.0:
+            return f"greedy decoding, at most {self.sampling['max_tokens']} new tokens"
+        return ", ".join(f"{name} {value}" for name, value in self.sampling.items())
+
 
 def paper(table: str, column: str) -> dict[str, float]:
-    """Model -> per cent of one column of the paper's tables ("main", "vsi" or "sunrgbd")."""
+    """Model -> per cent in one column of the paper's tables ("main", "vsi" or "sunrgbd")."""
     return {model: row[column] for model, row in _paper()[table].items() if column in row}
 
 
 def paper_source() -> str:
-    """Which paper, and which of its tables."""
+    """The paper and the table."""
     return _paper()["source"]
 
 
@@ -106,15 +116,15 @@ def _paper() -> dict[str, Any]:
 def align(
     rows: Sequence[Row], predictions: Sequence[str | None], failures: Mapping[str, str] | None
 ) -> tuple[list[str], dict[str, str]]:
-    """Predictions as texts, and id -> reason of those that failed (None, or named in `failures`).
+    """Predictions as texts, and id -> reason of the failed ones (None, or listed in `failures`).
 
     Raises:
-        ValueError: not one prediction for each row.
+        ValueError: the number of predictions is not the number of rows.
     """
     if len(rows) != len(predictions):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(rows)} questions; give one for each question, in order, "
-            "and None where there is none"
+            f"{len(predictions)} predictions for {len(rows)} questions; give one per question, in order, "
+            "and None for a missing one"
         )
     reasons = dict(failures or {})
     for row, prediction in zip(rows, predictions, strict=True):
@@ -130,7 +140,7 @@ def scored(
     scores: Sequence[float],
     reasons: Mapping[str, str],
 ) -> tuple[Scored, ...]:
-    """One `Scored` for each row; a failed one has score 0 whatever its empty text would have earned."""
+    """One `Scored` per row. A failed row has score 0, even if an empty text would score more."""
     return tuple(
         Scored(r.id, r.category, r.answer, p, e, 0.0 if r.id in reasons else float(s), reasons.get(r.id, ""))
         for r, p, e, s in zip(rows, predictions, extracted, scores, strict=True)
@@ -140,7 +150,7 @@ def scored(
 def mean_score(
     name: str, lines: Sequence[Scored], clusters: Sequence[str], paper: Mapping[str, float] | None = None
 ) -> Score:
-    """The plain mean over questions, bootstrapped by cluster."""
+    """The plain mean over questions; the bootstrap draws clusters."""
     value = bootstrap([line.score for line in lines], clusters)
     return Score(name, len(lines), value, dict(paper or {}))
 
@@ -152,7 +162,7 @@ def by_category(
     order: Sequence[str] = (),
     paper: Mapping[str, Any] | None = None,
 ) -> tuple[Score, ...]:
-    """Mean of each category: those of `order` first, then the others by name."""
+    """Mean of each category: first those of `order`, then the others by name."""
     names = {line.category for line in lines}
     ordered = [n for n in order if n in names] + sorted(names - set(order) - {""})
     result = []
@@ -164,7 +174,7 @@ def by_category(
 
 
 def clusters_of(rows: Sequence[Row]) -> list[str]:
-    """What the bootstrap draws: the scene where a row names one, else the question."""
+    """Units of the bootstrap: the scene if a row names one, otherwise the question."""
     return [row.scene or row.id for row in rows]
 
 
@@ -176,8 +186,8 @@ def grouped_mean(
     Args:
         scores: (n,) each in [0, 1].
         clusters: (n,) the scene or question of each score.
-        groups: (weight, indices) of every group that is averaged first; weights need not sum to one. A group that a
-            draw misses altogether is left out of that draw, with its weight.
+        groups: (weight, indices) of every group that is averaged first; weights need not sum to one. If a draw contains
+            nothing of a group, that draw leaves the group and its weight out.
     """
     values = np.asarray(scores, dtype=np.float64)
     names, inverse = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)

@@ -1,4 +1,4 @@
-"""The rooms benchmark: questions about rooms that training never saw, beside what a blind guesser would score."""
+"""The rooms benchmark: questions about rooms that training never saw, and the scores of blind baselines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastvst.evaluate.statistics import Interval, best_constant, bootstrap
 if TYPE_CHECKING:
     from fastvst.model import Qwen25VL
 
-MAX_NEW_TOKENS = 96  # a two-box answer in the tiny tokenizer is about 80 tokens
-THINKING_TOKENS = 768  # a trace of 150 to 500 words, and the answer
+MAX_NEW_TOKENS = 96  # an answer of two boxes has about 80 tokens in the tiny tokenizer
+THINKING_TOKENS = 768  # a trace of 150 to 500 words, then the answer
 
 
 @dataclass(frozen=True)
 class Question:
-    """One turn of one row: the conversation up to this question, the true answer and the room it is about."""
+    """One turn of one row: the conversation up to this question, the true answer, the room."""
 
     sample: Sample  # ends with the true assistant message of this turn
     task: str
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy of one task, with the best constant answer (chosen on training rows) and random answers beside it."""
+    """Accuracy of one task, and two baselines: the best constant answer (from training rows) and random answers."""
 
     task: str
     questions: int
@@ -53,7 +53,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out question for the report."""
+    """One held-out question for the page."""
 
     question: Question
     prediction: str
@@ -66,11 +66,11 @@ class RoomResults:
     examples: tuple[Example, ...] = field(default_factory=tuple)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One dict for each task, for `results.json`."""
+        """One dict per task, for `results.json`."""
         return [dataclasses.asdict(task) | {"above_majority": task.above_majority} for task in self.tasks]
 
     def table(self) -> str:
-        """The table that the terminal shows."""
+        """The table for the terminal."""
         lines = [f"{'task':<18} {'n':>5}  {'model':<20} {'majority':<20} {'random':<20}"]
         for t in self.tasks:
             mark = "  above both baselines" if t.above_majority else ""
@@ -79,7 +79,7 @@ class RoomResults:
 
 
 def questions(samples: Iterable[Sample]) -> list[Question]:
-    """Split rows into questions. A row of k turns gives k questions, each with the true answers of the turns before."""
+    """Split rows into questions. A row of k turns gives k questions; each follows the true answers of earlier turns."""
     found = []
     for sample in samples:
         if sample.answer is None:
@@ -89,7 +89,7 @@ def questions(samples: Iterable[Sample]) -> list[Question]:
         if len(ends) != len(turns):
             raise ValueError(
                 f"{sample.source}/{sample.id}: {len(ends)} assistant turns but {len(turns)} checkable answers; "
-                "the answer column does not belong to this conversation"
+                "the answer column does not fit this conversation"
             )
         for number, (end, answer) in enumerate(zip(ends, turns, strict=True)):
             row = dataclasses.replace(sample, id=f"{sample.id}#{number}", messages=sample.messages[: end + 1])
@@ -111,20 +111,18 @@ def evaluate(
     examples: int = 24,
     thinking: bool = False,
 ) -> RoomResults:
-    """Answer every question under `path` greedily and score it.
+    """Answer every question in `path` by greedy decoding and score the answers.
 
     Args:
         path: held-out rows with checkable answers (VST parquet as `fastvst.generate.rooms` writes it).
-        train_path: the training rows; the majority and random baselines are made from them, never from held-out ones.
+        train_path: the training rows; both baselines are computed from them, never from held-out rows.
         batch_size: questions decoded together.
-        examples: how many questions to keep for the report, spread over the tasks.
-        thinking: ask under the thinking system prompt and score the text after `</think>`.
+        examples: number of questions for the page, spread over the tasks.
+        thinking: use the thinking system prompt and score the text after `</think>`.
     """
     held_out = questions(open_source(path))
     if not held_out:
-        raise ValueError(
-            f"{path} has no row with a checkable answer; expected the parquet that the room generator writes"
-        )
+        raise ValueError(f"{path} has no row with a checkable answer; expected parquet files of `fastvst rooms make`")
     predictions = answer_all(model, processor, held_out, batch_size=batch_size, thinking=thinking)
     scores = [score(p, q.answer) for p, q in zip(predictions, held_out, strict=True)]
     return summarise(held_out, predictions, scores, questions(open_source(train_path)), examples=examples)
@@ -155,7 +153,7 @@ def answer_all(
 
 
 def _think(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation under VST's thinking system prompt, whatever system prompt it had."""
+    """The conversation with VST's thinking system prompt in place of its own."""
     system = {"role": "system", "content": [{"type": "text", "text": THINK_SYSTEM}]}
     return [system, *(m for m in messages if m["role"] != "system")]
 
@@ -169,7 +167,7 @@ def summarise(
     examples: int,
     seed: int = 0,
 ) -> RoomResults:
-    """Scores, intervals and baselines for each task. No model is involved."""
+    """Scores, intervals and baselines of each task. No model is involved."""
     rng = np.random.default_rng(seed)
     tasks: list[TaskScore] = []
     kept: list[Example] = []
@@ -199,6 +197,6 @@ def _gold_text(question: Question) -> str:
 
 
 def _random_score(answer: dict[str, Any], texts: Sequence[str], rng: np.random.Generator, draws: int = 20) -> float:
-    """Expected score of a random answer: among the question's candidates, else among the training answers."""
+    """Expected score of a random answer among the question's candidates, or among the training answers."""
     pool = [str(c) for c in answer.get("candidates", ())] or [texts[j] for j in rng.integers(0, len(texts), draws)]
     return float(np.mean([score(text, answer) for text in pool]))

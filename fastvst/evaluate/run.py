@@ -1,4 +1,4 @@
-"""Let a model answer a benchmark: rows to prompts to predictions on disk, batched, going on where a run stopped."""
+"""A model answers a benchmark: rows, prompts, predictions on disk. Batched; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Prompt = Callable[[Row], Sample]
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What a call of `answer` did: questions, generated tokens, failed questions, seconds."""
+    """Counts of one call of `answer`: questions, generated tokens, failed questions, seconds."""
 
     questions: int
     tokens: int
@@ -40,7 +40,7 @@ class Speed:
     seconds: float
 
 
-# Sampling of the paper's runs (its evaluation configs); benchmarks that are not named here decode with top_k 1.
+# Sampling of the paper's evaluation configs. All other benchmarks used top_k 1, which is greedy decoding.
 SAMPLING = {
     "vsi_bench": SamplingParams(temperature=0.1, top_p=0.001, repetition_penalty=1.05),
     "sunrgbd_det": SamplingParams(temperature=0.2, top_p=0.95),
@@ -49,8 +49,14 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def sampling_of(benchmark: str) -> SamplingParams:
-    """The paper's sampling of a benchmark, by the (last part of the) name of its module."""
+    """The paper's sampling parameters of a benchmark; `benchmark` is its module name, with or without the package."""
     return SAMPLING.get(benchmark.rpartition(".")[2], GREEDY)
+
+
+def sampling_settings(sampling: SamplingParams, max_new_tokens: int) -> dict[str, Any]:
+    """The parameters that decide how answers are drawn, for results.json and results.md."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(sampling, name) for name in names} | {"max_tokens": max_new_tokens}
 
 
 def answer(
@@ -65,17 +71,17 @@ def answer(
     sampling: SamplingParams = GREEDY,
     log: Callable[[str], None] = lambda line: None,
 ) -> Speed:
-    """Answer `rows` and append one line each to `path`; rows that `path` already answers are skipped.
+    """Answer `rows` and append one line each to `path`. Rows that `path` already answers are skipped.
 
-    A question that cannot be encoded, or that does not fit into memory even alone, gets a line with its reason and no
-    prediction. Questions about the same pictures or video are asked one after the other: those are decoded once, and go
-    through the vision tower once.
+    A question that cannot be encoded, or that does not fit into memory alone, gets a line with the reason and no
+    prediction. Questions about the same images or video are neighbours: the media are decoded once and go through the
+    vision tower once.
 
     Args:
         prompt: row to Sample (a benchmark's `prompt`).
-        batch_size: answers that decode at the same time.
-        sampling: how tokens are drawn; max_tokens is `max_new_tokens`.
-        log: gets a progress line whenever answers are complete.
+        batch_size: answers decoded together.
+        sampling: sampling parameters; their max_tokens is replaced by `max_new_tokens`.
+        log: receives a progress line whenever answers are complete.
     """
     jsonl.drop_torn_line(path)
     done = {p.id for p in predictions.read(path)} if path.exists() else set()
@@ -101,12 +107,12 @@ def answer(
 def _answers(
     engine: Engine, encoded: Iterator[tuple[Row, EncodedSample | str]], params: SamplingParams, batch_size: int
 ) -> Iterator[list[Prediction]]:
-    """Predictions as they are complete; new questions enter as others end."""
+    """Predictions as they are complete; a new question starts as soon as another finishes."""
     live: list[tuple[Row, EncodedSample, Request]] = []
     over = False
     while live or not over:
         ready: list[tuple[Row, EncodedSample]] = []
-        wanted = len(live) <= batch_size  # then many at once: equal pictures are found among what comes together
+        wanted = len(live) <= batch_size  # then many at once, so that equal images meet
         while wanted and not over and len(live) + len(ready) < 2 * batch_size:
             row, sample = next(encoded, (None, ""))
             if row is None:
@@ -136,7 +142,7 @@ def _answers(
 
 
 def _alone(engine: Engine, row: Row, sample: EncodedSample, params: SamplingParams) -> Prediction:
-    """A question asked by itself, after a batch with it in has run out of memory."""
+    """Answer one question alone, after a batch that contained it ran out of memory."""
     try:
         ((rollout,),) = engine.generate([sample], params)
     except torch.OutOfMemoryError:
@@ -146,25 +152,25 @@ def _alone(engine: Engine, row: Row, sample: EncodedSample, params: SamplingPara
 
 def _prediction(row: Row, request: Request) -> Prediction:
     (rollout,) = request.rollouts
-    assert rollout is not None  # the request is done
+    assert rollout is not None  # the request is finished
     return Prediction(row.id, rollout.text, "", len(rollout.tokens))
 
 
 def in_order_of_media(rows: Sequence[Row]) -> list[Row]:
-    """Rows with equal pictures (or the same video) next to each other, groups in order of first appearance."""
+    """The rows, sorted so that equal images (or videos) are neighbours; groups are in order of first appearance."""
     places: dict[Any, int] = {}
     keys = [places.setdefault(_media_key(row), len(places)) for row in rows]
     return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (keys[i], i))]
 
 
 def _media_key(row: Row) -> Any:
-    """Equal for rows that hold the same bytes objects and paths; distinct for rows without any."""
+    """A key that is equal for rows with the same bytes objects and paths, and unique for rows without media."""
     media = tuple(str(m) if isinstance(m, Path) else id(m) for m in (*row.images, *([row.video] if row.video else [])))
     return media or ("row", row.id)
 
 
 def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Iterator[tuple[Row, EncodedSample | str]]:
-    """Rows with their encoded prompt, or with the reason why there is none; neighbours share decoded pictures."""
+    """Rows with their encoded prompt, or with the reason for a missing one. Neighbours share decoded images."""
     decoded: dict[Any, Any] = {}
     key: Any = None
     for row in rows:
@@ -178,9 +184,9 @@ def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Itera
 
 
 def _with_decoded(sample: Sample, decoded: dict[Any, Any], processor: Processor) -> Sample:
-    """The sample with its pictures decoded, taken from `decoded` where they already are.
+    """The sample with decoded images, from `decoded` if they are there.
 
-    A part that cannot be decoded stays as it is: encoding it then names the reason.
+    A part that cannot be decoded is not changed; encoding it later gives the reason.
     """
     messages = []
     for message in sample.messages:
@@ -209,7 +215,7 @@ def _decode_part(part: Part, decoded: dict[Any, Any], processor: Processor) -> P
 
 
 def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
-    """The frames that the processor would take, as a list of pictures of their final size, with their own rate."""
+    """The frames that the processor selects, as images of their final size, with their own frame rate."""
     config = processor.config
     factor = processor.geometry.factor
     plan = plan_video(
@@ -221,7 +227,7 @@ def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
     )
     decoded = load_frames(part, plan, time_limit=config.video_time_limit, max_source_pixels=config.max_source_pixels)
     frames = [Image.fromarray(f.transpose(1, 2, 0)) for f in decoded]
-    area = plan.size[0] * plan.size[1]  # as both limits, it keeps the frames at their size
+    area = plan.size[0] * plan.size[1]  # as both limits it keeps the size of the frames
     return {"video": frames, "fps": 2 / plan.seconds_per_grid, "min_pixels": area, "max_pixels": area}
 
 

@@ -1,8 +1,8 @@
-"""3DSRBench: 3D spatial reasoning with flipped pictures and rotated options; four accuracies.
+"""3DSRBench: 3D spatial reasoning with flipped images and rotated options; four accuracies.
 
 `qid` is eight characters for a question, followed by "-flip" for its mirrored copy and by a rotation suffix. Vanilla:
-every row by itself (the scale of the paper's table). Flip, circular, both: a question counts only if all of its
-mirrored, rotated, or mirrored and rotated copies are right (VLMEvalKit's 3DSRBench).
+every row alone (the scale of the paper's table). Flip, circular, both: a question is correct only if all of its
+mirrored, rotated, or mirrored and rotated copies are correct (VLMEvalKit's 3DSRBench).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 QUESTION = 8
 FLIP = "-flip"
-# Setting -> the key that copies of one question share (lengths as VLMEvalKit cuts them).
+# Setting -> key that copies of one question share (prefix lengths of VLMEvalKit).
 KEYS: dict[str, Callable[[str], str]] = {
     "flip": lambda qid: qid.replace(FLIP, ""),
     "circular": lambda qid: qid[: QUESTION + len(FLIP)] if FLIP in qid else qid[:QUESTION],
@@ -35,7 +35,7 @@ KEYS: dict[str, Callable[[str], str]] = {
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV; the bootstrap draws questions with all of their copies. Errors say what to download."""
+    """Rows of the TSV. The bootstrap draws a question with all of its copies. Errors name the file to download."""
     rows = choice.read(path, FILES, ["qid", "category"], DOWNLOAD)
     for row in rows:
         if len(row.fields.get("qid", "")) < QUESTION:
@@ -44,7 +44,7 @@ def load(path: str | Path) -> list[Row]:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
+    """Image, question, options and the instruction of VLMEvalKit's Qwen2-VL prompt."""
     return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
 
 
@@ -55,7 +55,7 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
 ) -> Report:
-    """Vanilla accuracy, and the three stricter ones beside it."""
+    """Vanilla accuracy, and the three stricter ones."""
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures)
     clusters = [row.scene or row.id for row in rows]
     qids = [row.fields["qid"] for row in rows]

@@ -1,4 +1,4 @@
-"""Intervals and baselines that stand beside every score."""
+"""Intervals and baselines of scores."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Interval:
 def bootstrap(scores: Sequence[float], clusters: Sequence[Any], *, draws: int = 2000, seed: int = 0) -> Interval:
     """Mean of `scores` with a 95 % percentile interval, resampling whole clusters.
 
-    Questions about one room share its pictures and objects, so they are not independent; drawing rooms instead of
-    questions (Efron & Tibshirani 1993, ch. 8) keeps the interval honest.
+    Questions about one room share its images and objects and are not independent. The bootstrap therefore draws rooms
+    instead of questions (Efron & Tibshirani 1993, ch. 8).
 
     Args:
         scores: (n,) each in [0, 1].
@@ -46,8 +46,10 @@ def bootstrap(scores: Sequence[float], clusters: Sequence[Any], *, draws: int = 
 def best_constant(
     answers: Sequence[str], gold: Sequence[Any], score: Callable[[str, Any], float], *, candidates: int = 40
 ) -> str:
-    """The one answer that scores best on the *training* rows: the majority answer for exact matches, and for numbers
-    the constant with the most training answers inside its tolerance. Only the most frequent `candidates` are tried.
+    """The constant answer that scores best on the *training* rows.
+
+    For exact matches it is the majority answer, for numbers the constant with the most training answers in its
+    tolerance. Only the most frequent `candidates` are tried.
     """
     values, counts = np.unique(np.asarray(answers), return_counts=True)
     frequent = values[np.argsort(-counts, kind="stable")[:candidates]]

@@ -1,10 +1,10 @@
-"""SUN RGB-D monocular 3D detection, AP@15 with the Omni3D protocol as VST's evaluator runs it (vst-spec section 4.5).
+"""SUN RGB-D monocular 3D detection, AP@15 by the Omni3D protocol of VST's evaluator.
 
 Two published files (rayruiyang/vst_3d_grounding_benchmark): ground truth `*metaqa*.json` (uid, image_path, width,
 height, category, camera_intrinsics, answer: boxes of nine numbers with angles in degrees) and prompts
-`*prompt*.json` (uid or id, image_path, question). One question names one category that is present in one picture; each
-is an image of its own to the evaluator. Predicted angles are fractions of 180 degrees. The ARKitScenes pair of the
-same data set has the same form.
+`*prompt*.json` (uid or id, image_path, question). One question names one category that is present in one image. The
+evaluator treats each question as an image of its own. Predicted angles are fractions of 180 degrees. The two
+ARKitScenes files of the same data set have the same format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastvst.spatial.prompts import detection_prompt
 NAME = "SUN RGB-D 3D detection"
 DOWNLOAD = (
     "Download the ground truth (*metaqa*.json) and the prompts (*prompt*.json) of the data set "
-    "rayruiyang/vst_3d_grounding_benchmark into one folder, put the pictures below it at the paths that the files "
+    "rayruiyang/vst_3d_grounding_benchmark into one folder, put the images below it at the paths that the files "
     "name, and pass that folder as the data path."
 )
 TRUTH = ("*metaqa*.json", "annotations/*metaqa*.json")
@@ -41,20 +41,20 @@ PROMPTS = ("*prompt*.json", "annotations/*prompt*.json")
 FIELDS = ("uid", "image_path", "width", "height", "category", "camera_intrinsics", "answer")
 MAX_NEW_TOKENS = 1024
 PROCESSOR = {"enable_fov": True, "fov_base_width": 960.0}
-HEIGHT_LIMIT = 10.5  # ground truth whose projection is this many picture heights tall is ignored
-FACE_AREA = 1e-8  # square metres; a predicted box with a smaller triangle on a face has IoU 0
+HEIGHT_LIMIT = 10.5  # ground truth whose projection is at least this many image heights tall is ignored
+FACE_AREA = 1e-8  # square metres; a predicted box with a smaller face triangle has IoU 0
 AT = 2  # index of IoU 0.15 in THRESHOLDS
-DRAWS = 200  # of the bootstrap; each is a whole evaluation of every category
+DRAWS = 200  # draws of the bootstrap; each one evaluates every category
 
 
 def load(path: str | Path) -> list[Row]:
-    """Questions in the order of the ground-truth file, which the result depends on.
+    """Questions in the order of the ground-truth file. The result depends on the order.
 
-    `path` is the folder, or the ground-truth file alone; without a prompt file the prompt is built from the intrinsics.
+    `path` is the folder or the ground-truth file. Without a prompt file the prompt is built from the intrinsics.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing, what to download and where to put it; a box that is not nine
-            numbers; a prompt whose uid the ground truth lacks, or the other way round.
+        FileNotFoundError, ValueError: a file is missing (the message says what to download and where to put it); a box
+            is not nine numbers; the two files have different uids.
     """
     truth = locate(path, TRUTH, DOWNLOAD)[0]
     table = read_json(truth, FIELDS, DOWNLOAD)
@@ -96,7 +96,7 @@ def _is_boxes(value: object) -> bool:
 
 
 def _prompts(path: Path, truth: Path) -> dict[str, str] | None:
-    """uid -> question of the prompt file, None where only the ground truth was given."""
+    """uid -> question of the prompt file; None if only the ground truth was given."""
     if path.is_file():
         return None
     table = read_json(locate(path, PROMPTS, DOWNLOAD)[0], ["question"], DOWNLOAD)
@@ -104,16 +104,22 @@ def _prompts(path: Path, truth: Path) -> dict[str, str] | None:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Picture and the stored prompt. The kind "bbox_3d" makes the processor unify the field of view (960 px, 69.16
-    degrees). VST evaluates detection without thinking; with `thinking` the answer is taken after `</think>`."""
+    """Image and the stored prompt.
+
+    The kind "bbox_3d" makes the processor unify the field of view (960 px, 69.16 degrees). VST evaluates detection
+    without thinking; with `thinking` the text after `</think>` is the answer.
+    """
     return choice.sample(row, row.question, source=NAME, thinking=thinking, kind="bbox_3d")
 
 
 def is_ignored(boxes: np.ndarray, fy: np.ndarray | float, cy: np.ndarray | float, height: np.ndarray | float):
-    """(G,) bool: ground truth with a size <= 0, or whose eight projected corners span >= 10.5 picture heights.
+    """(G,) bool: ground truth with a size <= 0, or whose eight projected corners span >= 10.5 image heights.
 
-    Corners behind the camera are projected like any other, as upstream. boxes (G, 9) metres and degrees; the others are
-    pixels, (G,) or numbers.
+    As in VST's evaluator, corners behind the camera are projected like any other.
+
+    Args:
+        boxes: (G, 9) metres and degrees.
+        fy, cy, height: pixels, (G,) or numbers.
     """
     points = corners(boxes)
     fy, cy, height = (np.broadcast_to(x, len(boxes)) for x in (fy, cy, height))
@@ -124,7 +130,7 @@ def is_ignored(boxes: np.ndarray, fy: np.ndarray | float, cy: np.ndarray | float
 
 
 def _ignored(rows: Sequence[Row], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`is_ignored` of every question, all boxes in one go."""
+    """`is_ignored` of every question; all boxes are computed together."""
     counts = [len(boxes) for boxes in truth]
     camera = [(r.fields["intrinsics"]["fy"], r.fields["intrinsics"]["cy"], r.fields["height"]) for r in rows]
     every = np.concatenate([np.zeros((0, 9)), *truth])
@@ -133,8 +139,10 @@ def _ignored(rows: Sequence[Row], truth: Sequence[np.ndarray]) -> list[np.ndarra
 
 
 def overlaps(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """(D, G) exact IoU of every question. A predicted size counts by its absolute value; boxes with a face triangle of
-    at most 1e-8 square metres have IoU 0."""
+    """(D, G) exact IoU of every question.
+
+    A predicted size counts by its absolute value. Boxes with a face triangle of at most 1e-8 square metres have IoU 0.
+    """
     counts = [len(found) for found in predicted]
     every = np.concatenate([np.zeros((0, 9)), *predicted])
     x, y, z = every[:, 3:6].T
@@ -157,8 +165,8 @@ def score(
 ) -> Report:
     """AP@15 as the mean over categories, and AP25, AP50, AP (mean of all thresholds), near, medium and far.
 
-    An answer that cannot be parsed has no boxes. A question's own score is the F1 of its boxes at IoU 0.15; it is only
-    for finding errors. Intervals draw pictures with all of their questions.
+    An answer that cannot be parsed has no boxes. The score of a single question is the F1 of its boxes at IoU 0.15; it
+    only sorts the error page. Intervals draw images with all of their questions.
     """
     texts, reasons = align(rows, predictions, failures)
     boxes = [
@@ -178,16 +186,13 @@ def score(
     matches = match_ranges(questions)
     f1 = [_f1(m) for m in matches["all"]]
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
-    pictures = [row.scene for row in rows]
-    whole = _table(matches["all"], members, pictures)
+    images = [row.scene for row in rows]
+    whole = _table(matches["all"], members, images)
     tables = {
-        label: whole if found is matches["all"] else _table(found, members, pictures)
-        for label, found in matches.items()
+        label: whole if found is matches["all"] else _table(found, members, images) for label, found in matches.items()
     }
     if not whole:
-        raise ValueError(
-            f"{NAME}: no ground truth counts in these {len(rows)} questions; the file is not the right one"
-        )
+        raise ValueError(f"{NAME}: no ground truth counts in these {len(rows)} questions; this is not the right file")
     others = [Score(f"AP{cut}", len(rows), _mean(whole, k)) for cut, k in ((25, 4), (50, 9))]
     others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), _mean(whole)))
     others += [
@@ -212,11 +217,13 @@ def _f1(found: Matches) -> float:
 
 
 def _table(
-    matches: Sequence[Matches], members: Mapping[str, Sequence[int]], pictures: Sequence[str], seed: int = 0
+    matches: Sequence[Matches], members: Mapping[str, Sequence[int]], images: Sequence[str], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Category -> (1 + DRAWS, T) average precision: of the data, then of each bootstrap draw of whole pictures (the
-    order stays); nan in a draw without ground truth. Categories without any ground truth are left out."""
-    names, inverse = np.unique(pictures, return_inverse=True)
+    """Category -> (1 + DRAWS, T) average precision: of the data, then of each bootstrap draw of whole images.
+
+    The order is kept. A draw without ground truth gives nan. Categories without ground truth are left out.
+    """
+    names, inverse = np.unique(images, return_inverse=True)
     rng = np.random.default_rng(seed)
     times = np.stack([np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names)) for _ in range(DRAWS)])
     table = {}

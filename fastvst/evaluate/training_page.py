@@ -1,4 +1,4 @@
-"""report/index.html of a training run: loss curve, accuracy beside the baselines, held-out samples with pictures."""
+"""report/index.html of an SFT run: loss curve, accuracy and baselines, held-out questions with their images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvst.evaluate.rooms import Example, Question, RoomResults
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
-MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 TRUTH = (26, 127, 55)
 GUESS = (207, 34, 46)  # green, red
 
@@ -61,11 +61,11 @@ def _score_table(results: RoomResults) -> str:
 def _card(example: Example) -> str:
     question = example.question
     parts = question.sample.parts("image")
-    pictures = [load_rgb(p["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0) for p in parts]
+    images = [load_rgb(p["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0) for p in parts]
     truth = " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
     if question.answer["type"] == "boxes":
-        pictures = [_with_boxes(pictures[0], question, example.prediction)] + pictures[1:]
-    tags = [html.image_tag(p, question.task) for p in pictures]
+        images = [_with_boxes(images[0], question, example.prediction)] + images[1:]
+    tags = [html.image_tag(p, question.task) for p in images]
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"
     short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]
@@ -77,7 +77,7 @@ def _card(example: Example) -> str:
 
 
 def _with_boxes(image: Image.Image, question: Question, prediction: str) -> Image.Image:
-    """The picture with the true boxes in green and the predicted ones in red."""
+    """The image with the true boxes in green and the predicted boxes in red."""
     intrinsics = question.sample.metadata["intrinsics"]
     truth = question.answer["value"]
     drawn = boxes_3d(image, [t["bbox_3d"] for t in truth], [t["label"] for t in truth], intrinsics, TRUTH)

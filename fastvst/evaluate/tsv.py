@@ -1,8 +1,8 @@
-"""VLMEvalKit's TSV: one row a question, pictures as base64 inside the file.
+"""VLMEvalKit's TSV: one row per question, images as base64 inside the file.
 
-Columns: index, question, answer, A, B, C, ..., category, and where they apply hint, l2-category, split, image_path,
+Columns: index, question, answer, A, B, C, ..., category, and optionally hint, l2-category, split, image_path,
 prompt, source. `image` holds base64, a Python list of base64 strings, or (at most 64 characters) the index of the row
-that holds the picture (vst-spec section 4.4; VLMEvalKit's ImageBaseDataset).
+that holds the image (VLMEvalKit's ImageBaseDataset).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 1 << 28  # bytes; larger than any published row (MMMU's largest is about
 
 
 def read_tsv(path: Path, required: Sequence[str], download: str) -> list[dict[str, str]]:
-    """Rows of a TSV as text; empty cells are left out. Unlike pandas, "None" and "NA" stay what they are.
+    """Rows of a TSV as text; empty cells are left out. Unlike in pandas, "None" and "NA" are ordinary texts.
 
     Raises:
         ValueError: a missing column, or a file that is not a TSV.
@@ -50,10 +50,10 @@ def read_tsv(path: Path, required: Sequence[str], download: str) -> list[dict[st
 
 
 def load_rows(path: Path, required: Sequence[str], download: str, *, category: str = "category") -> list[Row]:
-    """A TSV as rows. Options are the one-letter columns that a row fills; other columns stay in `fields`.
+    """A TSV as rows. Options are the filled one-letter columns; other columns go to `fields`.
 
     Raises:
-        ValueError: see `read_tsv`; a picture that is not base64, or that refers to a row that has none.
+        ValueError: see `read_tsv`; an image is not base64, or refers to a row without an image.
     """
     table = read_tsv(path, ["index", "question", *required], download)
     cells = {row["index"]: row.get("image", "") for row in table}
@@ -90,7 +90,7 @@ def _images(
         owner = text
         text = cells.get(text, "")
         if len(text) <= REFERENCE:
-            raise ValueError(f"{path}, row {cell['index']}: its image is row {owner!r}, which holds no picture")
+            raise ValueError(f"{path}, row {cell['index']}: its image is row {owner!r}, which has no image")
     if owner not in decoded:
         try:
             decoded[owner] = tuple(base64.b64decode(part, validate=False) for part in _as_list(text))

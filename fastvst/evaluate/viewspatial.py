@@ -1,6 +1,6 @@
 """ViewSpatial-Bench: 5,712 questions from the camera's or a person's viewpoint, five types.
 
-Files as published (lidingm/ViewSpatial-Bench): ViewSpatial-Bench.json with the pictures unzipped beside it.
+Files as published (lidingm/ViewSpatial-Bench): ViewSpatial-Bench.json with the images unzipped in the same folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LETTER = re.compile(r"\b([A-D])\b", re.IGNORECASE)
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the JSON file; the id is the position. Picture paths are taken below the file's folder."""
+    """Rows of the JSON file; the id is the position. Image paths are relative to the file's folder."""
     file = locate(path, FILES, DOWNLOAD)[0]
     table = read_json(file, ["question_type", "image_path", "question", "answer", "choices"], DOWNLOAD)
     rows = []
@@ -53,20 +53,20 @@ def load(path: str | Path) -> list[Row]:
 
 
 def _below(folder: Path, path: str) -> Path:
-    """Published paths start with the name of the data set's folder; that folder may be the one we were given."""
+    """Published paths start with the name of the data set's folder; `folder` may be that folder or its parent."""
     parts = Path(path.lstrip("/")).parts
     return folder.joinpath(*parts[1:]) if parts and parts[0] == folder.name else folder.joinpath(*parts)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Pictures, and the text of the authors' code."""
+    """Images, and the text of the authors' code."""
     choices = row.fields["choices"]
     text = f"Question: {row.question}\nChoices: {choices}\nReply only to the corresponding option.\nAnswer:"
     return choice.sample(row, text, source=NAME, thinking=thinking)
 
 
 def letter(text: str) -> str:
-    """The first lone letter A-D of the last line, in either case."""
+    """The first lone letter A-D of the last line, upper or lower case."""
     found = LETTER.search(text.split("\n")[-1])
     return found[1].upper() if found else ""
 

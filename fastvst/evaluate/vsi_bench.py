@@ -1,7 +1,7 @@
 """VSI-Bench: 5,130 questions about 288 videos of rooms; accuracy for choices, mean relative accuracy for numbers.
 
-Files as published (nyu-visionx/VSI-Bench): test.jsonl or test-*.parquet, and the videos unpacked beside it, as
-<dataset>/<scene_name>.mp4. Scoring: thinking-in-space, as VST's own script has it (vst-spec section 4.2).
+Files as published (nyu-visionx/VSI-Bench): test.jsonl or test-*.parquet, and the videos unpacked in the same folder as
+<dataset>/<scene_name>.mp4. Scoring follows thinking-in-space, as VST's own script does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = ("id", "dataset", "scene_name", "question_type", "question", "ground_t
 DIRECTIONS = ("object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard")
 CHOICES = (*DIRECTIONS, "object_rel_distance", "route_planning", "obj_appearance_order")
 NUMBERS = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
-# Our category -> its question types and the paper's column; in the order of the paper's table.
+# Category -> question types and column of the paper's table, in the paper's order.
 CATEGORIES = {
     "object_counting": (("object_counting",), "Count"),
     "object_abs_distance": (("object_abs_distance",), "AbsDist"),
@@ -52,16 +52,17 @@ BEFORE = "These are frames of a video."
 AFTER_CHOICE = "Answer with the option's letter from the given choices directly."
 AFTER_NUMBER = "Please answer the question using a single word or phrase."
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-# Of VST's script: 4 frames a second, 8192 merged patches for a video (0.8 x 10240), at least 16 for a frame.
+# From VST's script: 4 frames per second, 8192 merged patches per video (0.8 x 10240), at least 16 per frame.
 MAX_NEW_TOKENS = 256
 PROCESSOR = {"fps": 4.0, "video_min_pixels": 16 * 28 * 28, "max_seq_len": 10240}
 
 
 def load(path: str | Path) -> list[Row]:
-    """Questions of the folder (or of the file). Videos are looked for when a model is asked, not here.
+    """Questions of the folder (or of the file). Missing videos are reported when a model is asked, not here.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing, what to download and where to put it; an unknown question type.
+        FileNotFoundError, ValueError: a file is missing (the message says what to download and where to put it); an
+            unknown question type.
     """
     rows = []
     for file in locate(path, FILES, DOWNLOAD):
@@ -90,7 +91,7 @@ def load(path: str | Path) -> list[Row]:
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Video, then the official text: introduction, question, options of a choice, instruction."""
+    """Video, then the official text: introduction, question, options, instruction."""
     lines = [BEFORE, row.question]
     if row.category in CHOICES:
         lines += ["Options:", *row.fields["options"], AFTER_CHOICE]
@@ -102,7 +103,7 @@ def prompt(row: Row, *, thinking: bool = False) -> Sample:
 def mean_relative_accuracy(given: float | None, truth: float) -> float:
     """Share of the thresholds 0.50, 0.55, ... 0.95 at which |given - truth| / truth <= 1 - threshold; 0 for None.
 
-    5 for 4 is 0.6, 0.9 for 1 is 0.9. A truth of 0 (none is published) counts exact answers only.
+    5 for 4 is 0.6, 0.9 for 1 is 0.9. With a truth of 0 (none is published) only exact answers count.
     """
     if given is None:
         return 0.0
@@ -112,12 +113,12 @@ def mean_relative_accuracy(given: float | None, truth: float) -> float:
 
 
 def first_word(text: str) -> str:
-    """Text up to the first blank, without a closing dot. A leading blank gives "": as upstream."""
+    """Text up to the first blank, without a closing dot. A leading blank gives "", as in the authors' code."""
     return text.split(" ")[0].rstrip(".").strip()
 
 
 def first_word_number(text: str) -> float | None:
-    """The first word as Python reads a float ("four" and "There are 4" are None)."""
+    """The first word as a float ("four" and "There are 4" give None)."""
     try:
         return float(first_word(text))
     except ValueError:
@@ -137,7 +138,7 @@ _VALUES |= {"hundred": 100, "thousand": 1000}
 
 
 def first_number(text: str) -> float | None:
-    """The first number anywhere, in digits or in English words ("twenty-one", "three hundred and two")."""
+    """The first number of the text, in digits or in English words ("twenty-one", "three hundred and two")."""
     lowered = text.strip().lower()
     digits = _DIGITS.search(lowered)
     start = -1
@@ -165,7 +166,7 @@ def first_number(text: str) -> float | None:
     return float(total + current)
 
 
-# How an answer is read: (letter, number). "original" is the authors' and VST's; the others are what two tools do today.
+# Extraction rules: (letter, number). "original" is the rule of the authors and of VST; two tools use the others.
 EXTRACTIONS: dict[str, tuple[Callable[[str], str], Callable[[str], float | None]]] = {
     "original": (first_word, first_word_number),
     "lmms_eval": (first_word, first_number),
@@ -181,10 +182,10 @@ def score(
     failures: Mapping[str, str] | None = None,
     extraction: str = "original",
 ) -> Report:
-    """Mean of the eight categories (the three direction types are averaged first), each with an interval by scene.
+    """Mean of the eight categories (the three direction types are averaged first), with intervals by scene.
 
     Raises:
-        ValueError: an unknown `extraction`, or not one prediction for each row.
+        ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
     """
     letter, number = choice.pick(NAME, EXTRACTIONS, extraction)
     texts, reasons = align(rows, predictions, failures)

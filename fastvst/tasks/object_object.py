@@ -93,7 +93,7 @@ def _clear_choice(
         )
         if touching or len(set(names)) < count or in_one_view(scene, pair, ids):
             continue
-        origin = spot(scene, ids[2]) if eye < 0 else scene.views[pair[eye]].camera.position[:2]
+        origin = spot(scene, ids[2]) if eye < 0 else scene.views[pair[:2][eye]].camera.position[:2]
         place = relation(origin, spot(scene, ids[0]), spot(scene, ids[1]), given)
         if place is not None:
             return chosen, place

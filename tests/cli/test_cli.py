@@ -8,7 +8,12 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "rooms" in shown and "evaluate" in shown
+    listed = shown.partition("positional arguments:")[2]
+    for command in ("rooms", "data", "evaluate", "chat", "generate"):
+        assert command in listed, f"{command} is not in the list of commands"
+        assert command in shown.partition("positional arguments:")[0].replace(shown.splitlines()[0], ""), (
+            f"the description leaves {command} out"
+        )
 
 
 @pytest.mark.parametrize(

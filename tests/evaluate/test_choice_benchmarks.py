@@ -101,7 +101,7 @@ def test_tsv_errors_say_what_to_download(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the column category; it has .*index.* Download MMStar.tsv"):
         mmstar.load(tmp_path)
     write_tsv(tmp_path / "MMStar.tsv", [rows[0] | {"image": "77"}])
-    with pytest.raises(ValueError, match="its image is row '77', which holds no picture"):
+    with pytest.raises(ValueError, match="its image is row '77', which has no image"):
         mmstar.load(tmp_path)
     write_tsv(tmp_path / "MMStar.tsv", [rows[0], rows[0]])
     with pytest.raises(ValueError, match="two rows with id '0'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def test_command_answers_scores_and_writes(
     report = command.run(arguments(*words))
     results = json.loads((out / "results.json").read_text())
     assert results["questions"] == 7 and len(results["rows"]) == 7 and "VST-7B-RL (paper)" in capsys.readouterr().out
+    assert results["sampling"]["temperature"] == 0.0 and results["sampling"]["max_tokens"] == 3
+    assert "Sampling: greedy decoding, at most 3 new tokens." in (out / "results.md").read_text()
     page = (out / "errors.html").read_text()
     assert page.count("<img") >= 1 and "MMStar: errors" in page
     again = command.run(arguments(*words))
@@ -191,6 +194,14 @@ def test_command_answers_scores_and_writes(
     assert command.run(arguments("score", "mmstar", "--data", str(tmp_path), "--predictions", *files)) == report
     with pytest.raises(ValueError, match="holds predictions of another run .thinking: False, now True"):
         command.run(arguments(*words, "--thinking"))
+
+
+def test_sampling_of_the_paper_is_in_the_results(rows: list[Row]) -> None:
+    settings = run.sampling_settings(run.sampling_of("fastvst.evaluate.vsi_bench"), 256)
+    report = dataclasses.replace(mmstar.score(rows, [None] * len(rows)), sampling=settings)
+    assert "Sampling: temperature 0.1, top_p 0.001" in report.markdown()
+    assert report.to_json()["sampling"]["repetition_penalty"] == 1.05
+    assert "Sampling: not known" in mmstar.score(rows, [None] * len(rows)).markdown()
 
 
 @pytest.mark.slow
