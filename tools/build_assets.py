@@ -1,4 +1,4 @@
-"""Build `assets/furniture.npz` and `assets/CREDITS.md` from Sweet Home 3D's CC0 furniture library. Run once, by hand.
+"""Build `assets/furniture.npz` and `assets/CREDITS.md` from Sweet Home 3D's CC0 furniture library, once.
 
 The input is `BlendSwap-CC-0.sh3f` from the Debian package `sweethome3d-furniture` (1.8):
 
@@ -6,9 +6,10 @@ The input is `BlendSwap-CC-0.sh3f` from the Debian package `sweethome3d-furnitur
     python tools/build_assets.py \
         unpacked/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f fastvst/scenes/rooms/assets
 
-An .sh3f file is a zip of Wavefront OBJ models (y up, front towards +z) and one .properties catalogue with names, metric
-sizes in centimetres, the height of the surface that carries other things, and the makers. Meshes become at most 3,000
-triangles by vertex clustering and are stored as 16-bit fractions of their bounding box; textures become 128 px JPEGs.
+An .sh3f file is a zip of Wavefront OBJ models (y up, front towards +z) and one .properties catalogue with names, sizes
+in centimetres, the height of the surface that carries other objects, and the makers. Vertex clustering reduces a mesh
+to at most 3,000 triangles; its vertices are stored as 16-bit fractions of the bounding box. Textures become JPEGs of
+128 x 128 pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 MAX_TRIANGLES = 3000
 TEXTURE_SIZE = 128
 
-# Catalogue id -> class name as benchmarks and people call it. What is not here is not packed (trucks, fences, ...).
+# Catalogue id -> class name in common use. Models that are not listed are left out (trucks, fences, ...).
 CLASSES = {
     "armchair": "office chair",
     "bed1": "bed",
@@ -143,7 +144,7 @@ CLASSES = {
 
 
 def read_catalogue(text: str) -> list[dict[str, str]]:
-    """Entries of a Sweet Home 3D .properties catalogue, one dict per numbered model."""
+    """Entries of a Sweet Home 3D .properties catalogue: one dict for each numbered model."""
     entries: dict[int, dict[str, str]] = {}
     for line in text.splitlines():
         match = re.match(r"(\w+)#(\d+)=(.*)", line.strip())
@@ -153,7 +154,7 @@ def read_catalogue(text: str) -> list[dict[str, str]]:
 
 
 def read_materials(text: str, folder: str) -> dict[str, dict[str, Any]]:
-    """Diffuse colour (3 floats) and texture path of every material of an MTL file."""
+    """Material name -> {"rgb": diffuse colour (3 floats), "texture": path or None} of an MTL file."""
     materials: dict[str, dict[str, Any]] = {}
     current: dict[str, Any] = {}
     for line in text.splitlines():
@@ -219,10 +220,12 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
 
 
 def decimate(points: np.ndarray, size: np.ndarray, corners: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vertex clustering on a cubic grid, the finest that leaves at most `limit` triangles.
+    """Vertex clustering on the finest cubic grid that leaves at most `limit` triangles.
 
-    points (V, 3) in [0, 1]; size (3,) metres, so that cells are cubes; corners (F, 3) indices.
-    Returns new positions of all old points (V, 3) and the mask of surviving faces (F,).
+    points (V, 3) in [0, 1]; size (3,) of the model in metres; corners (F, 3) indices of points.
+
+    Returns:
+        New positions of all points (V, 3), and the mask of remaining faces (F,).
     """
     metric = points * size
 
@@ -250,7 +253,7 @@ def decimate(points: np.ndarray, size: np.ndarray, corners: np.ndarray, limit: i
 
 
 def load_texture(data: bytes) -> bytes:
-    """JPEG bytes at TEXTURE_SIZE x TEXTURE_SIZE; transparent pixels take the mean colour of the opaque ones."""
+    """A texture as JPEG of TEXTURE_SIZE x TEXTURE_SIZE; transparent pixels get the mean colour of the opaque ones."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     pixels = np.asarray(image).astype(np.float64)
     opaque = pixels[..., 3:] / 255.0
@@ -264,7 +267,7 @@ def load_texture(data: bytes) -> bytes:
 def convert(
     archive: zipfile.ZipFile, entry: dict[str, str], textures: dict[str, int], blobs: list[bytes]
 ) -> dict[str, Any]:
-    """One catalogue entry as quantised arrays (see `build` for the fields); new textures are appended to `blobs`."""
+    """One catalogue entry as quantised arrays, see `build` for the fields. Appends new textures to `blobs`."""
     path = entry["model"].lstrip("/")
     folder = posixpath.dirname(path)
     points, uvs, corners, face_material, names, libraries = read_obj(archive.read(path).decode("latin-1"))
@@ -293,7 +296,9 @@ def convert(
     layer = []
     for name in [*names, ""]:
         material = materials.get(name, {"rgb": (0.8, 0.8, 0.8), "texture": None})
-        texture = material["texture"] if material["texture"] in files else None  # some point to the maker's own disk
+        texture = (
+            material["texture"] if material["texture"] in files else None
+        )  # some paths point to the disk of the maker
         if texture is not None and texture not in textures:
             textures[texture] = len(blobs)
             blobs.append(load_texture(archive.read(texture)))
@@ -302,7 +307,7 @@ def convert(
     layer_array = np.array(layer, dtype=np.int16)
     textured = layer_array[face_material] >= 0
     corner_uv = np.where(textured[:, None, None], uvs[corners[..., 1]], 0.0)
-    corner_uv = corner_uv - np.floor(corner_uv.min(1, keepdims=True))  # tiles: keep the numbers small for float16
+    corner_uv = corner_uv - np.floor(corner_uv.min(1, keepdims=True))  # textures repeat; small numbers fit float16
     wedges = np.concatenate(
         [
             np.round(points[corners[..., 0]] * 65535),
@@ -327,10 +332,10 @@ def build(source: Path, folder: Path) -> Path:
     """Write furniture.npz and CREDITS.md into `folder`; returns the npz path.
 
     Arrays (N models, V vertices, F triangles, M materials, T textures): key, name (N,) str; size (N, 3) metres as
-    width, depth, height; elevation, drop (N,) metres, drop < 0 where nothing may stand on it; vertex_start,
+    width, depth, height; elevation, drop (N,) metres, drop < 0 if nothing can be put on it; vertex_start,
     triangle_start, material_start (N + 1,); positions (V, 3) uint16 fraction of the box; uv (V, 2) float16; material
     (V,) uint16 into the material tables; triangles (F, 3) uint16 into the model's own vertices; rgb (M, 3) uint8;
-    layer (M,) int16 texture or -1; texture_bytes uint8 and texture_start (T + 1,): JPEG files one after the other.
+    layer (M,) int16 texture or -1; texture_bytes uint8 and texture_start (T + 1,): concatenated JPEG files.
     """
     textures: dict[str, int] = {}
     blobs: list[bytes] = []

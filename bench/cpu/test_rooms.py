@@ -1,4 +1,4 @@
-"""Rows a second out of the rooms, all in: furnish, draw, ask, encode, write; and how the memory grows."""
+"""Rows per second of `make_rooms` (furnish, render, ask, encode, write), and the growth of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 
 def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float, float, float]:
-    """Seconds for the second half of the rows (start-up left out), and MiB of this process at half and at the end."""
+    """Seconds for the second half of the rows, without start-up; MiB of this process after half and at the end."""
     from fastvst.generate.presets import PRESETS
     from fastvst.generate.rooms import make_rooms
 
@@ -28,7 +28,7 @@ def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float
     ("preset", "workers", "samples"), [("default", 2, 4000), ("vst_p", 2, 3000), ("cold_start", 2, 1000)]
 )
 def test_rooms(record: Callable[..., None], tmp_path: Path, preset: str, workers: int, samples: int) -> None:
-    # A process of its own: Mesa and Triton bring two LLVMs, which crash in one process.
+    # In a subprocess: Mesa and Triton each bring an LLVM, and the two crash in one process.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         seconds, half, end = pool.submit(produce, str(tmp_path), samples, workers, preset).result()
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.parquet"))

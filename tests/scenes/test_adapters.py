@@ -1,4 +1,4 @@
-"""Adapters: Omni3D JSON and posed scans written from a rendered room come back as the same geometry."""
+"""Adapters: a rendered room written as Omni3D JSON or as a posed scan is read back with the same geometry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scene_truth import Truth
 
 
 def write_omni3d(scene: Scene, folder: Path) -> Path:
-    """The stills of a scene as Omni3D JSON. Corners come from the box sizes by hand; the reader never sees them."""
+    """Write the stills of a scene as Omni3D JSON, and the corners of its boxes to cuboids.npz for the comparison."""
     images = []
     annotations = []
     cuboids = {}
@@ -136,7 +136,7 @@ def test_bad_omni3d_is_named(walked: list[Scene], tmp_path: Path, change: dict, 
 
 
 def write_scan(scene: Scene, folder: Path, turn: float = 30.0) -> Path:
-    """The walk as a ScanNet-style folder in a world that is turned and moved; axis_alignment brings it back."""
+    """Write the walk as a ScanNet-style folder in a rotated and shifted world; axis_alignment undoes the change."""
     for name in ("color", "depth", "instance", "pose", "intrinsic"):
         (folder / name).mkdir(parents=True)
     moved = np.eye(4)

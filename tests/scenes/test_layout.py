@@ -1,4 +1,4 @@
-"""Placement by geometry that the layout does not use: shapely footprints, exact box intersection, mesh vertices."""
+"""Placement checked by other geometry than the layout uses: shapely footprints, exact box IoU, mesh vertices."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_same_seed_is_the_same_room() -> None:
     assert len(a.positions) != len(c.positions) or not np.array_equal(a.positions, c.positions)
 
 
-def test_boxes_are_tight_round_the_meshes() -> None:
+def test_boxes_are_tight_around_the_meshes() -> None:
     for seed in range(6):
         room = furnish(seed)
         geometry = build_geometry(room)
@@ -128,7 +128,7 @@ def test_inside_agrees_with_shapely() -> None:
     assert 100 < hits < 700
 
 
-def test_cameras_stand_in_free_air() -> None:
+def test_cameras_are_in_free_space() -> None:
     stills = 0
     for seed in range(40, 60):
         room = furnish(seed)

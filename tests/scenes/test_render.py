@@ -1,4 +1,4 @@
-"""Pictures and labels: the two backends agree, and depth, ids, boxes and poses tell one story."""
+"""Rendered images and labels: the two backends agree, and depth, ids, boxes and poses are consistent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from fastvst.spatial.camera import project, unproject
 
 
 def check_view(scene: Scene, view: View, slack: float) -> tuple[int, int]:
-    """(objects seen, stray pixels). Stray: a pixel whose world point is more than `slack` metres outside its object's
-    box. All others must lie in the box's projection and depth range too."""
+    """Number of visible objects and of stray pixels: world point more than `slack` metres outside the object's box.
+
+    Asserts that all other pixels are inside the projection and the depth range of the box.
+    """
     assert view.depth is not None and view.ids is not None
     assert (view.depth > 0).all()  # a closed room
     checked = stray = 0
@@ -40,8 +42,11 @@ def check_view(scene: Scene, view: View, slack: float) -> tuple[int, int]:
 
 
 def check_scenes(scenes: list[Scene]) -> int:
-    """Objects checked. A rasterised pixel may be stray where a sliver is seen edge-on: fewer than one in a million, and
-    ray casting the same view must have none at a twentieth of the slack. So the rooms are right, not nearly so."""
+    """Number of objects checked.
+
+    The rasteriser may have stray pixels where it sees a sliver edge-on: fewer than one in a million. Ray casting of the
+    same view must have none at a twentieth of the slack, which shows that the rooms are exact.
+    """
     embree = open_renderer("embree")
     seen = strays = pixels = 0
     for scene in scenes:
@@ -94,9 +99,7 @@ def test_backends_agree() -> None:
         same = same + int(equal.sum())
         total = total + equal.size
         worst.append(float(np.quantile(np.abs(a[1] - b[1])[equal], 0.999)))
-        assert (
-            np.abs(a[0].astype(int) - b[0].astype(int)).mean() < 12
-        )  # another shadow and texture filter, the same picture
+        assert np.abs(a[0].astype(int) - b[0].astype(int)).mean() < 12  # filters of shadows and textures differ
     assert same / total > 0.999
     assert max(worst) < 1e-4
 
@@ -142,7 +145,7 @@ def test_sightings_describe_the_pixels(scenes: list[Scene]) -> None:
 
 
 def test_visibility_is_the_uncovered_share(renderer: Renderer) -> None:
-    """An object rendered alone: every surface point in the picture lands on it, but for rim pixels."""
+    """Rendered alone, an object is visible at all its surface points in the image, except for rim pixels."""
     from dataclasses import replace
 
     seen = []

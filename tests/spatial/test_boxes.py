@@ -1,4 +1,4 @@
-"""Box geometry against SciPy: rotations, corners, exact IoU, distances; and the answer text."""
+"""Box geometry compared with SciPy: rotations, corners, exact IoU, distances; and the answer text."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_iou_against_halfspace_intersection() -> None:
 
 
 def moved(box: np.ndarray, local_shift: list[float], scale: float = 1.0) -> np.ndarray:
-    """The box shifted by multiples of its own sides along its own axes, and scaled."""
+    """The box, shifted along its own axes by multiples of its sides, and scaled."""
     result = box.copy()
     result[:3] += rotations(box[None, 6:9])[0] @ (np.array(local_shift) * box[3:6])
     result[3:6] *= scale
@@ -122,10 +122,10 @@ def test_iou_of_coplanar_faces_in_any_pose(seed: int) -> None:
     assert iou(moved(box, [0, 0, 0], 0.5)) == pytest.approx(1 / 8, abs=1e-9)
     assert iou(moved(box, [0.25, -0.25, 0.25], 0.5)) == pytest.approx(
         1 / 8, abs=1e-9
-    )  # nested in a corner: three shared faces
+    )  # in a corner: three shared faces
     assert iou(moved(box, [0, 1.0, 0])) == pytest.approx(0.0, abs=1e-9)  # touching
     assert iou(moved(box, [0, 0, 1.0001])) == 0.0
-    turned = box.copy()  # the same solid under another name: half a turn about its own Z
+    turned = box.copy()  # the same solid, described with half a turn about its own Z
     turned[6:9] = angles(rotations(box[None, 6:9]) @ Rotation.from_euler("z", 180, degrees=True).as_matrix())[0]
     assert iou(turned) == pytest.approx(1.0, abs=1e-9)
 
@@ -167,7 +167,9 @@ def test_box_distance_of_parallel_and_crossing_boxes() -> None:
     a = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0.0])
     assert box_distance(a, [3, 0, 0, 1, 1, 1, 0, 0, 0]) == pytest.approx(2.0)
     assert box_distance(a, [3, 4, 0, 1, 1, 1, 0, 0, 0]) == pytest.approx(np.hypot(2, 3))
-    assert box_distance(a, [0, 0, 0, 9, 0.1, 0.1, 0, 0, 0]) == 0  # a rod right through: no corner of either is inside
+    assert (
+        box_distance(a, [0, 0, 0, 9, 0.1, 0.1, 0, 0, 0]) == 0
+    )  # a rod through the box: no corner of one is inside the other
     assert box_distance(a, [1, 0, 0, 1, 1, 1, 0, 0, 0]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Projection against explicit matrices, and the worked examples of the field-of-view unification."""
+"""Projection compared with explicit matrices, and worked examples of the field-of-view unification."""
 
 from __future__ import annotations
 

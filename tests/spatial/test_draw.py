@@ -1,4 +1,4 @@
-"""Marks land where they are asked for, in the colour that the text names, at every image size."""
+"""Marks are drawn at the requested place, in the named colour, at every image size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_dots_scale_and_keep_their_colour(size: tuple[int, int], colour: str) ->
     assert tuple(pixels[int(centre[1]), int(centre[0])]) == draw.COLOURS[colour]
     area = (pixels == draw.COLOURS[colour]).all(-1).sum()
     assert area >= 0.7 * np.pi * draw.radius_of(image) ** 2
-    assert area <= 0.01 * size[0] * size[1] + 60  # and it hides little of the picture
+    assert area <= 0.01 * size[0] * size[1] + 60  # a dot hides little of the image
 
 
 def test_labels_stay_inside_the_image() -> None:
@@ -40,7 +40,7 @@ def test_circle_leaves_its_point_visible_and_box_outlines() -> None:
     pixels = np.asarray(image)
     assert tuple(pixels[30, 55]) == tuple(pixels[110, 55]) == tuple(pixels[70, 20]) == draw.COLOURS["red"]
     assert tuple(pixels[70, 55]) == (90, 90, 90)
-    draw.box_2d(image, (-50, -50, -10, -10), "red")  # nothing of it is in the picture
+    draw.box_2d(image, (-50, -50, -10, -10), "red")  # outside the image
 
 
 def test_wireframes_pass_through_the_projected_corners() -> None:

@@ -44,7 +44,7 @@ def pairs(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     a = random_boxes(rng, COUNTS[kind])
     n = COUNTS[kind]
     sizes = a[:, 3:6]
-    if kind == "touching":  # side by side along one axis, with a whole face, a part of it, or an edge in common
+    if kind == "touching":  # next to each other along one axis, sharing a face, a part of it, or an edge
         local = rng.choice([0.0, 0.5, 1.0], (n, 3)) * sizes
         which = rng.integers(0, 3, n)
         local[np.arange(n), which] = sizes[np.arange(n), which]
@@ -89,7 +89,7 @@ def halfspace_volume(a: np.ndarray, b: np.ndarray, turn_a: np.ndarray, turn_b: n
     )
     if centre.status != 0 or centre.x[3] < 1e-9:
         return 0.0
-    # About the inner point and in its own scale: Qhull's tolerances are absolute.
+    # Relative to the inner point and its distance from the faces, because the tolerances of Qhull are absolute.
     size = centre.x[3]
     room = (offsets - normals @ centre.x[:3]) / size
     return ConvexHull(HalfspaceIntersection(np.c_[normals, -room], np.zeros(3)).intersections).volume * size**3
@@ -135,14 +135,14 @@ def test_monte_carlo_within_its_error() -> None:
         points = (rng.random((count, 3)) - 0.5) * x[3:6] @ turn_x.T + x[:3]
         share = float((np.abs((points - y[:3]) @ turn_y) <= y[3:6] / 2).all(1).mean())
         volume = x[3:6].prod() + y[3:6].prod()
-        inside = iou * volume / (1 + iou) / x[3:6].prod()  # the exact share of a's points that lie in b
+        inside = iou * volume / (1 + iou) / x[3:6].prod()  # exact share of the points of a that are inside b
         error = np.sqrt(max(inside * (1 - inside), 1e-6) / count)
         assert abs(share - inside) < 5 * error + 1e-9
         strays += abs(share - inside) > 2 * error
     assert strays < 0.12 * len(a)  # 5 % expected
 
 
-def test_sets_equal_the_sets_one_by_one() -> None:
+def test_iou_of_sets_equals_iou_of_each_set() -> None:
     rng = np.random.default_rng(0)
     sets = [(random_boxes(rng, i), random_boxes(rng, j)) for i, j in ((3, 2), (0, 4), (5, 0), (0, 0), (1, 1), (7, 9))]
     for one, (a, b) in zip(iou_3d_sets(sets), sets, strict=True):

@@ -73,7 +73,7 @@ def test_unchanged_without_decimals_and_when_already_converted() -> None:
 
 
 def test_two_images_are_unified_together() -> None:
-    """Through the loader: a camera line for each image, each picture resized to the one focal length."""
+    """The processor resizes every image to the one focal length and rewrites its camera line."""
     import numpy as np
     from PIL import Image
 
@@ -98,4 +98,4 @@ def test_two_images_are_unified_together() -> None:
     text, sizes = to_fov_prompts(prompt, [(730, 530), (640, 480)])
     assert sizes == [(959, 696), (837, 628)] and "Image 2: Horizontal fov" in text and "Focal" not in text
     assert text.split("\n")[1].startswith("Image 1: Horizontal fov, hfov=69.1")
-    assert to_fov_prompts(prompt, [(730, 530)]) == (prompt, [(730, 530)])  # a line too many: as it was
+    assert to_fov_prompts(prompt, [(730, 530)]) == (prompt, [(730, 530)])  # one camera line too many: unchanged

@@ -57,7 +57,7 @@ def off(angle: float, other: float) -> float:
 
 
 class Truth:
-    """One room: its meshes, and what each view of a scene shows, by ray casting on every second pixel."""
+    """The meshes of one room, and what each view of its scene shows, by ray casting on every second pixel."""
 
     def __init__(self, scene: Scene):
         self.scene = scene
@@ -73,7 +73,7 @@ class Truth:
         return scene, self.geometry.ids[self.geometry.triangles[:, 0]]
 
     def cast(self, camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Depth (N,) along the viewing direction and object id (N,) under pixels (N, 2)."""
+        """Planar depth (N,) and object id (N,) at pixels (N, 2)."""
         scene, ids = self.rays
         pixels = np.asarray(pixels, dtype=np.float64)
         local = np.stack(
@@ -86,7 +86,7 @@ class Truth:
         return hit["tfar"].astype(np.float64) + 0.05, np.where(face >= 0, ids[face], -1)
 
     def look(self, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (H/2, W/2) and depths of a view."""
+        """Ids and depths of a view, (H/2, W/2) each."""
         if view not in self.maps:
             camera = self.scene.views[view].camera
             u, v = np.meshgrid(np.arange(0, camera.width, 2) + 0.5, np.arange(0, camera.height, 2) + 0.5)
@@ -108,14 +108,14 @@ class Truth:
         return self.geometry.positions[self.geometry.ids == object_id].astype(np.float64)
 
     def extents(self, object_id: int) -> np.ndarray:
-        """Size of the mesh along its own axes: across, along, up."""
+        """Size (3,) of the mesh along its own axes: width, depth, height."""
         points = self.vertices(object_id)
         yaw = math.radians(self.scene.object(object_id).box[8])
         flat = points[:, :2] @ np.array([[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]])
         return np.array([*np.ptp(flat, axis=0), np.ptp(points[:, 2])])
 
     def place(self, object_id: int) -> np.ndarray:
-        """Centre of the mesh on the floor (2,): middle of its extent along its own axes."""
+        """Centre (2,) of the mesh in plan: middle of its extent along its own axes."""
         if object_id not in self._places:
             points = self.vertices(object_id)
             yaw = math.radians(self.scene.object(object_id).box[8])
@@ -128,7 +128,7 @@ class Truth:
         return MultiPoint(self.vertices(object_id)[:, :2]).convex_hull
 
     def gap(self, a: int, b: int) -> float:
-        """Least distance of the boxes of two objects, as a bounded least-squares problem."""
+        """Smallest distance between the boxes of two objects, as a bounded least-squares problem."""
         one, two = (np.array(self.scene.object(i).box) for i in (a, b))
         turn = [Rotation.from_euler("xyz", x[6:9], degrees=True).as_matrix() for x in (one, two)]
         half = np.r_[one[3:6], two[3:6]] / 2
@@ -140,11 +140,11 @@ class Truth:
         return [k + 1 for k, item in enumerate(self.room.items) if item.piece.name == name]
 
     def shown(self, view: int) -> set[str]:
-        """Class names that a view shows with a dozen pixels or more."""
-        return {t.name for t in self.scene.objects if self.pixels(view, t.id) >= GHOST}
+        """Class names of which a view shows GHOST pixels or more."""
+        return {o.name for o in self.scene.objects if self.pixels(view, o.id) >= GHOST}
 
     def id_of(self, name: str, view: int | None = None) -> int:
-        """The one object of a class, in the room or among those that a view shows."""
+        """The id of the only object of a class, in the room or among those that a view shows."""
         ids = [i for i in self.named(name) if view is None or self.pixels(view, i) >= GHOST]
-        assert len(ids) == 1, f"{len(ids)} things called {name!r}"
+        assert len(ids) == 1, f"{len(ids)} objects called {name!r}"
         return ids[0]

@@ -1,4 +1,4 @@
-"""The furniture pack: meshes in metres at the origin, loaded once per process without unpickling anything."""
+"""The furniture pack: meshes in metres at the origin. Loading it unpickles nothing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from PIL import Image
 
 PACK = Path(__file__).parent / "assets" / "furniture.npz"
 TEXTURE_SIZE = 128
+# A block of `boxes_mesh`: low corner, high corner, and a colour: rgb or rgb + emission, each in [0, 1].
 Block = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Triangles of one piece. Frame: X width, Y from front (-Y) to back, Z up, the box's floor centre at the origin.
+    """Triangles of one piece. Frame: X is the width, Y goes from front (-Y) to back, Z is up; the origin is the centre
+    of the base of its box.
 
-    positions (V, 3) float32 metres; uv (V, 2) float32; rgba (V, 4) float32 linear-ish colour in [0, 1] with the share
-    of own light in the last channel; layer (V,) int32 texture index or -1; triangles (F, 3) int32.
+    positions (V, 3) float32 metres; uv (V, 2) float32; rgba (V, 4) float32, colour in [0, 1] with the emission in the
+    last channel; layer (V,) int32 texture index, or -1; triangles (F, 3) int32.
     """
 
     positions: np.ndarray
@@ -33,8 +35,11 @@ class Mesh:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A catalogue piece: `size` (width, depth, height) in metres, `drop` the height of a surface that carries things
-    (negative: none), `elevation` of the base above the floor, both at catalogue size."""
+    """A model of the catalogue, at catalogue size.
+
+    `size`: width, depth, height in metres. `drop`: height of the surface that carries other objects, negative for none.
+    `elevation`: height of the base above the floor.
+    """
 
     key: str
     name: str
@@ -58,7 +63,7 @@ class Pack:
 
 @cache
 def load_pack() -> Pack:
-    """Read the packaged npz (2 MB, about 0.2 s)."""
+    """The furniture pack of the package, read once per process (2 MB, about 0.2 s)."""
     with np.load(PACK, allow_pickle=False) as data:
         raw = {name: data[name] for name in data.files}
     blob = raw["texture_bytes"].tobytes()
@@ -92,7 +97,7 @@ def load_pack() -> Pack:
 
 
 def boxes_mesh(parts: Sequence[Block]) -> Mesh:
-    """A mesh of axis-aligned blocks: (low corner, high corner, rgb or rgb + own light) each."""
+    """A mesh of axis-aligned blocks."""
     quads = np.array([[0, 3, 2, 1], [4, 5, 6, 7], [0, 1, 5, 4], [2, 3, 7, 6], [1, 2, 6, 5], [3, 0, 4, 7]])
     faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
     unit = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
@@ -103,11 +108,11 @@ def boxes_mesh(parts: Sequence[Block]) -> Mesh:
         triangles.append(faces + 8 * len(positions))
         positions.append(np.array(low) + unit * (np.array(high) - np.array(low)))
         rgba.append(np.tile([*colour[:3], colour[3] if len(colour) > 3 else 0.0], (8, 1)))
-    return _plain(np.concatenate(positions), np.concatenate(rgba), np.concatenate(triangles))
+    return _untextured(np.concatenate(positions), np.concatenate(rgba), np.concatenate(triangles))
 
 
 def lathe_mesh(profiles: list[tuple[list[tuple[float, float]], tuple[float, ...]]], sides: int = 20) -> Mesh:
-    """A mesh of surfaces of revolution about Z: (list of (radius, height), rgb or rgb + own light) each."""
+    """A mesh of surfaces of revolution about Z, each (list of (radius, height), rgb or rgb + emission)."""
     turn = np.arange(sides) * 2 * np.pi / sides
     ring = np.stack([np.cos(turn), np.sin(turn)], 1)
     positions = []
@@ -127,7 +132,7 @@ def lathe_mesh(profiles: list[tuple[list[tuple[float, float]], tuple[float, ...]
             high_next = a + sides + (k + 1) % sides
             triangles += [np.stack([low, low_next, high_next], 1), np.stack([low, high_next, high], 1)]
         count += len(profile) * sides
-    return _plain(np.concatenate(positions), np.concatenate(rgba), np.concatenate(triangles))
+    return _untextured(np.concatenate(positions), np.concatenate(rgba), np.concatenate(triangles))
 
 
 def join(*meshes: Mesh) -> Mesh:
@@ -142,7 +147,7 @@ def join(*meshes: Mesh) -> Mesh:
     )
 
 
-def _plain(positions: np.ndarray, rgba: np.ndarray, triangles: np.ndarray) -> Mesh:
+def _untextured(positions: np.ndarray, rgba: np.ndarray, triangles: np.ndarray) -> Mesh:
     count = len(positions)
     return Mesh(
         positions.astype(np.float32),

@@ -1,5 +1,4 @@
-"""Where pictures are taken from: hand-held stills as in SUN RGB-D, second views with overlap, and small camera
-motions."""
+"""Camera placement: hand-held stills as in SUN RGB-D, overlapping second views, small motions, and walks."""
 
 from __future__ import annotations
 
@@ -10,11 +9,11 @@ import numpy as np
 from fastvst.scenes.rooms.layout import Prism, Room, inside, prism_of
 from fastvst.spatial.camera import Camera, look, place, project
 
-MARGIN = 0.3  # metres between a camera and anything that reaches up to it, or a wall
+MARGIN = 0.3  # metres, least horizontal distance of a camera from walls and from pieces at its height
 
 
 def clear(room: Room, position: np.ndarray) -> bool:
-    """Whether a camera may be at `position` (3,): inside the walls, under the ceiling, not in or close to a piece."""
+    """Whether a camera may be at `position` (3,): inside the room and not in or close to a piece."""
     x, y, z = (float(p) for p in position)
     if not 0.3 < z < room.height - 0.3:
         return False
@@ -38,11 +37,10 @@ def clear(room: Room, position: np.ndarray) -> bool:
 def still(
     room: Room, rng: np.random.Generator, width: int, height: int, tries: int = 40, keep: int = 8
 ) -> Camera | None:
-    """A still: height 1.2-1.7 m, pitch -25-0, roll +-3 degrees, focal length 0.75-0.94 of the width (480-600 px at
-    640).
+    """A hand-held still, or None if no clear position is found.
 
-    Of up to `keep` clear candidates the one that has most furniture in front of it; None if the room has no clear
-    place.
+    Height 1.2 to 1.7 m, pitch -25 to 0 degrees, roll -3 to 3 degrees, focal length 0.75 to 0.94 of the width (480-600
+    px at 640). Of up to `keep` clear candidates the one with the most pieces in view.
     """
     low = room.polygon.min(0)
     high = room.polygon.max(0)
@@ -74,12 +72,12 @@ def still(
 
 
 def nudge(camera: Camera, rng: np.random.Generator, degrees: float) -> np.ndarray:
-    """The camera's rotation, turned by up to `degrees` about each of its own axes."""
+    """The rotation (3, 3) of the camera, turned by up to `degrees` about each of its own axes."""
     return turned(*rng.uniform(-degrees, degrees, 3)) @ camera.rotation
 
 
 def turned(pitch: float, yaw: float, roll: float = 0.0) -> np.ndarray:
-    """Rotation (3, 3) from an old to a new camera frame: pitch > 0 looks up, yaw > 0 looks to the right; degrees."""
+    """Rotation (3, 3) from the old to the new camera frame; degrees. Positive pitch turns up, positive yaw right."""
     p, y, r = (math.radians(a) for a in (pitch, yaw, roll))
     about_x = np.array([[1, 0, 0], [0, math.cos(p), math.sin(p)], [0, -math.sin(p), math.cos(p)]])
     about_y = np.array([[math.cos(y), 0, -math.sin(y)], [0, 1, 0], [math.sin(y), 0, math.cos(y)]])
@@ -88,11 +86,13 @@ def turned(pitch: float, yaw: float, roll: float = 0.0) -> np.ndarray:
 
 
 def motion(
-    room: Room, camera: Camera, rng: np.random.Generator, rotate: float, two: float, tries: int = 24
+    room: Room, camera: Camera, rng: np.random.Generator, rotate: float, two_axes: float, tries: int = 24
 ) -> Camera | None:
-    """A second frame of a moving camera. With probability `rotate` it pans 12-25 or tilts 10-18 degrees on the spot,
-    else it shifts 0.3-0.8 m along one of its own axes (with probability `two` along two), turning by under 1.5
-    degrees."""
+    """A second frame of a moving camera, or None if no clear position is found.
+
+    With probability `rotate` the camera pans by 12-25 or tilts by 10-18 degrees on the spot. Otherwise it shifts by
+    0.3-0.8 m along one of its own axes, with probability `two_axes` along two, and turns by less than 1.5 degrees.
+    """
     if float(rng.uniform()) < rotate:
         side = 1.0 if rng.uniform() < 0.5 else -1.0
         pan = rng.uniform() < 0.5
@@ -100,12 +100,12 @@ def motion(
         return place(camera, camera.position + rng.uniform(-0.01, 0.01, 3), turn @ camera.rotation)
     order = rng.permutation(6)
     for attempt in range(tries):
-        k = int(order[attempt % 6])  # every direction gets its turn before one is tried again
+        k = int(order[attempt % 6])  # tries every direction once before it repeats one
         axis = k // 2
         side = 1.0 if k % 2 else -1.0
         step = rng.uniform(-0.02, 0.02, 3)
         step[axis] = side * rng.uniform(0.3, 0.8)
-        if float(rng.uniform()) < two:
+        if float(rng.uniform()) < two_axes:
             other = (axis + int(rng.integers(1, 3))) % 3
             step[other] = abs(step[axis]) * rng.uniform(0.75, 1.25) * (1.0 if rng.uniform() < 0.5 else -1.0)
         position = camera.position + camera.rotation.T @ step
@@ -115,8 +115,7 @@ def motion(
 
 
 def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Generator, tries: int = 40) -> Camera | None:
-    """Another still of the same thing: 0.5-1.6 m away from the first camera, aimed near the world point `target`
-    (3,)."""
+    """A still 0.5-1.6 m away from `camera` that looks near the world point `target` (3,), or None."""
     for _ in range(tries):
         angle = rng.uniform(0, 2 * math.pi)
         far = rng.uniform(0.5, 1.6)
@@ -140,31 +139,13 @@ def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Genera
 def walk(
     room: Room, rng: np.random.Generator, frames: int, width: int, height: int, tries: int = 60
 ) -> list[Camera] | None:
-    """A hand-held video: a slow walk (at most 0.25 m a frame) through clear places while the camera turns once round.
+    """A hand-held video: a slow walk through clear places during which the camera turns around once.
 
-    The turn is 370-400 degrees in all, to one side, so that every wall comes into view; height 1.3-1.65 m, pitch -18 to
-    -8 degrees. None if the room has no clear place to start from.
+    At most 0.25 m a frame; height 1.3 to 1.65 m, pitch -18 to -8 degrees. The camera turns by 370-400 degrees in one
+    direction, so every wall comes into view. None if the room has no clear place to start from.
     """
-    low = room.polygon.min(0)
-    high = room.polygon.max(0)
     eye = float(rng.uniform(1.3, 1.65))
-    stops: list[np.ndarray] = []
-    starts: list[np.ndarray] = []
-    for _ in range(tries):
-        spot = np.array([*rng.uniform(low, high), eye])
-        if not clear(room, spot):
-            continue
-        if len(starts) < 6:  # the one nearest the middle of the room sees most of it
-            starts.append(spot)
-            stops = [min(starts, key=lambda s: float(np.linalg.norm(s[:2] - (low + high) / 2)))]
-            continue
-        leg = spot - stops[-1]
-        length = float(np.linalg.norm(leg))
-        steps = [stops[-1] + leg * t for t in np.linspace(0, 1, max(2, math.ceil(length / 0.1)))]
-        if 0.4 <= length <= 2.0 and all(clear(room, step) for step in steps):
-            stops.append(spot)
-        if len(stops) == 4:
-            break
+    stops = _stops(room, rng, eye, tries)
     if not stops:
         return None
     lengths = [float(np.linalg.norm(b - a)) for a, b in zip(stops, stops[1:], strict=False)]
@@ -178,7 +159,34 @@ def walk(
     pitch = float(rng.uniform(-18, -8))
     cameras = []
     for t in np.linspace(0.0, 1.0, frames):
-        at = np.array([np.interp(t * reach, ends, [stop[k] for stop in stops]) for k in range(3)])
+        position = np.array([np.interp(t * reach, ends, [stop[k] for stop in stops]) for k in range(3)])
         shake = rng.uniform(-1.5, 1.5, 3)
-        cameras.append(place(base, at, look(yaw + turn * t + shake[0], pitch + shake[1], shake[2])))
+        cameras.append(place(base, position, look(yaw + turn * t + shake[0], pitch + shake[1], shake[2])))
     return cameras
+
+
+def _stops(room: Room, rng: np.random.Generator, eye: float, tries: int) -> list[np.ndarray]:
+    """Up to four points (3,) at height `eye`, joined by clear straight legs of 0.4-2 m; empty if nothing is clear.
+
+    The first is the most central of six clear points, because it sees most of the room.
+    """
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
+    starts: list[np.ndarray] = []
+    stops: list[np.ndarray] = []
+    for _ in range(tries):
+        spot = np.array([*rng.uniform(low, high), eye])
+        if not clear(room, spot):
+            continue
+        if len(starts) < 6:
+            starts.append(spot)
+            stops = [min(starts, key=lambda s: float(np.linalg.norm(s[:2] - (low + high) / 2)))]
+            continue
+        leg = spot - stops[-1]
+        length = float(np.linalg.norm(leg))
+        steps = [stops[-1] + leg * t for t in np.linspace(0, 1, max(2, math.ceil(length / 0.1)))]
+        if 0.4 <= length <= 2.0 and all(clear(room, step) for step in steps):
+            stops.append(spot)
+        if len(stops) == 4:
+            break
+    return stops

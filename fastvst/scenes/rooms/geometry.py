@@ -1,4 +1,4 @@
-"""One triangle soup per room for the renderers: furniture, walls, floor, ceiling, and the room's own textures."""
+"""The triangles of a room for the renderers: furniture, walls, floor, ceiling, and textures of floor and walls."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastvst.scenes.rooms.assets import TEXTURE_SIZE, Mesh, load_pack
 from fastvst.scenes.rooms.layout import Room, notch_of
 from fastvst.scenes.rooms.parts import hue, wood
 
-SURFACE_POINTS = 256  # per object, for visibility
+SURFACE_POINTS = 256  # per object, from which its visibility is estimated
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What a backend draws. V vertices, F triangles.
+    """What a renderer draws: V vertices, F triangles, T textures.
 
-    positions (V, 3) float32 world metres; uv (V, 2) float32; rgba (V, 4) float32, last channel own light; layer (V,)
-    int32 into `textures` (T, 128, 128, 3) uint8 or -1; ids (V,) int32 object id, 0 for the room itself; triangles (F,
-    3) int32; light (3,) position of the ceiling lamp; ambient and lamp strength; surface: sample points by object id
-    (S, 3).
+    positions (V, 3) float32, world, metres; uv (V, 2) float32; rgba (V, 4) float32, last channel emission; layer (V,)
+    int32 index into `textures` (T, 128, 128, 3) uint8, or -1; ids (V,) int32 object ids, 0 for the room itself;
+    triangles (F, 3) int32; light (3,) position of the ceiling lamp; ambient, lamp: strengths of the light; surface:
+    object id -> sample points (S, 3) on its surface, world.
     """
 
     positions: np.ndarray
@@ -38,7 +38,7 @@ class Geometry:
 
 
 def build_geometry(room: Room) -> Geometry:
-    """World-space triangles of a room. Object ids are 1 + the index of the item."""
+    """The triangles of a room in the world frame. The id of an object is 1 + the index of its item."""
     rng = np.random.default_rng([room.seed, 2])
     stack = load_pack().textures
     floor_texture = floor_pattern(rng)
@@ -81,7 +81,7 @@ def build_geometry(room: Room) -> Geometry:
 
 
 def sample_surface(rng: np.random.Generator, points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """(SURFACE_POINTS, 3) points spread evenly over the area of a mesh."""
+    """(SURFACE_POINTS, 3) points distributed evenly over the area of a mesh."""
     a = points[triangles[:, 0]]
     b = points[triangles[:, 1]]
     c = points[triangles[:, 2]]
@@ -94,69 +94,85 @@ def sample_surface(rng: np.random.Generator, points: np.ndarray, triangles: np.n
     return a[pick] + u * (b[pick] - a[pick]) + v * (c[pick] - a[pick])
 
 
+class _Quads:
+    """Collects quadrilaterals; `mesh` returns them as triangles."""
+
+    def __init__(self) -> None:
+        self.corners: list[np.ndarray] = []
+        self.uvs: list[np.ndarray] = []
+        self.colours: list[tuple[float, ...]] = []
+        self.layers: list[int] = []
+
+    def add(self, corners: list, colour: tuple[float, ...], uv: list | None = None, layer: int = -1) -> None:
+        """corners: four (x, y, z); colour: rgb and emission; uv: four (u, v), needed with a texture `layer`."""
+        self.corners.append(np.array(corners, dtype=np.float64))
+        self.uvs.append(np.array(uv or [(0, 0)] * 4, dtype=np.float64))
+        self.colours.append(colour)
+        self.layers.append(layer)
+
+    def mesh(self) -> Mesh:
+        first = np.arange(len(self.corners))[:, None] * 4
+        return Mesh(
+            np.concatenate(self.corners).astype(np.float32),
+            np.concatenate(self.uvs).astype(np.float32),
+            np.repeat(np.array(self.colours, np.float32), 4, axis=0),
+            np.repeat(np.array(self.layers, np.int32), 4),
+            np.concatenate([first + np.array([0, 1, 2]), first + np.array([0, 2, 3])]).astype(np.int32),
+        )
+
+
 def shell_mesh(room: Room, rng: np.random.Generator, floor_layer: int, wall_layer: int) -> Mesh:
-    """Floor, ceiling, walls and skirting boards (1.2 cm, thinner than the gap behind furniture), perhaps a rug."""
-    h = room.height
-    quads: list[np.ndarray] = []
-    uvs: list[np.ndarray] = []
-    colours: list[tuple[float, ...]] = []
-    layers: list[int] = []
-
-    def quad(corners: list, uv: list, colour: tuple[float, ...], layer: int) -> None:
-        quads.append(np.array(corners, dtype=np.float64))
-        uvs.append(np.array(uv, dtype=np.float64))
-        colours.append(colour)
-        layers.append(layer)
-
-    for x0, y0, x1, y1 in rectangles(room.polygon):  # a little larger than the room: no cracks along the walls
+    """Floor, ceiling, walls, skirting boards, and in 45 % of the rooms a rug."""
+    quads = _Quads()
+    for x0, y0, x1, y1 in rectangles(room.polygon):
+        # 5 mm larger than the room: no cracks along the walls.
         x0 = x0 - 0.005
         y0 = y0 - 0.005
         x1 = x1 + 0.005
         y1 = y1 + 0.005
         plan = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-        quad([(x, y, 0.0) for x, y in plan], [(x / 1.6, y / 1.6) for x, y in plan], (1, 1, 1, 0), floor_layer)
-        quad([(x, y, h) for x, y in plan], [(0, 0)] * 4, (0.93, 0.93, 0.92, 0.4), -1)
+        quads.add([(x, y, 0.0) for x, y in plan], (1, 1, 1, 0), [(x / 1.6, y / 1.6) for x, y in plan], floor_layer)
+        quads.add([(x, y, room.height) for x, y in plan], (0.93, 0.93, 0.92, 0.4))
+    _add_walls(quads, room, rng, wall_layer)
+    if rng.uniform() < 0.45:
+        _add_rug(quads, room, rng)
+    return quads.mesh()
+
+
+def _add_walls(quads: _Quads, room: Room, rng: np.random.Generator, layer: int) -> None:
+    """Walls with skirting boards of 1.2 cm, which is less than the gap behind furniture."""
     skirting = tuple(float(c) for c in np.array([0.9, 0.89, 0.87]) * rng.uniform(0.5, 1.0))
+    top = room.height + 0.005
     for p, q in zip(room.polygon, np.roll(room.polygon, -1, axis=0), strict=True):
         length = float(np.linalg.norm(q - p))
         n = np.array([-(q - p)[1], (q - p)[0]]) / length * 0.012
         u = length / 1.2
-        v = h / 1.2
-        quad(
-            [(*p, -0.005), (*q, -0.005), (*q, h + 0.005), (*p, h + 0.005)],
-            [(0, 0), (u, 0), (u, v), (0, v)],
-            (1, 1, 1, 0),
-            wall_layer,
-        )
-        quad([(*(p + n), 0), (*(q + n), 0), (*(q + n), 0.08), (*(p + n), 0.08)], [(0, 0)] * 4, (*skirting, 0), -1)
-        quad([(*(p + n), 0.08), (*(q + n), 0.08), (*q, 0.08), (*p, 0.08)], [(0, 0)] * 4, (*skirting, 0), -1)
-    if rng.uniform() < 0.45:  # a rug is paint on the floor: furniture may stand on it
-        low = room.polygon.min(0)
-        high = room.polygon.max(0)
-        centre = room.polygon.mean(0) + rng.uniform(-0.4, 0.4, 2)
-        half = np.minimum(rng.uniform(0.5, 1.3, 2), np.minimum(centre - low, high - centre) - 0.15)
-        edge = hue(rng, 0.6, 0.6)
-        middle = hue(rng, 0.5, 0.75)
-        for z, shrink, colour in ((0.004, 0.0, edge), (0.006, 0.12, middle)):
-            x, y = half - shrink
-            if min(x, y) > 0.1:
-                plan = [(centre[0] + a * x, centre[1] + b * y) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-                quad([(u, v, z) for u, v in plan], [(0, 0)] * 4, (*colour, 0), -1)
-    count = len(quads)
-    base = np.arange(count)[:, None] * 4
-    return Mesh(
-        np.concatenate(quads).astype(np.float32),
-        np.concatenate(uvs).astype(np.float32),
-        np.repeat(np.array([[*c, 0.0][:4] for c in colours], np.float32), 4, axis=0),
-        np.repeat(np.array(layers, np.int32), 4),
-        np.concatenate([base + np.array([0, 1, 2]), base + np.array([0, 2, 3])]).astype(np.int32),
-    )
+        v = room.height / 1.2
+        wall = [(*p, -0.005), (*q, -0.005), (*q, top), (*p, top)]
+        quads.add(wall, (1, 1, 1, 0), [(0, 0), (u, 0), (u, v), (0, v)], layer)
+        quads.add([(*(p + n), 0), (*(q + n), 0), (*(q + n), 0.08), (*(p + n), 0.08)], (*skirting, 0))
+        quads.add([(*(p + n), 0.08), (*(q + n), 0.08), (*q, 0.08), (*p, 0.08)], (*skirting, 0))
+
+
+def _add_rug(quads: _Quads, room: Room, rng: np.random.Generator) -> None:
+    """Two rectangles on the floor; furniture may be on them."""
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
+    centre = room.polygon.mean(0) + rng.uniform(-0.4, 0.4, 2)
+    half = np.minimum(rng.uniform(0.5, 1.3, 2), np.minimum(centre - low, high - centre) - 0.15)
+    edge = hue(rng, 0.6, 0.6)
+    middle = hue(rng, 0.5, 0.75)
+    for z, shrink, colour in ((0.004, 0.0, edge), (0.006, 0.12, middle)):
+        x, y = half - shrink
+        if min(x, y) > 0.1:
+            plan = [(centre[0] + a * x, centre[1] + b * y) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+            quads.add([(u, v, z) for u, v in plan], (*colour, 0))
 
 
 def rectangles(polygon: np.ndarray) -> list[tuple[float, float, float, float]]:
-    """Rectangles (x0, y0, x1, y1) that tile a rectangular or L-shaped outline."""
-    (x0, y0) = polygon.min(0)
-    (x1, y1) = polygon.max(0)
+    """Rectangles (x0, y0, x1, y1) that tile a rectangular or L-shaped outline (K, 2)."""
+    x0, y0 = polygon.min(0)
+    x1, y1 = polygon.max(0)
     notch = notch_of(polygon)
     if notch is None:
         return [(x0, y0, x1, y1)]
@@ -167,7 +183,7 @@ def rectangles(polygon: np.ndarray) -> list[tuple[float, float, float, float]]:
 
 
 def floor_pattern(rng: np.random.Generator) -> np.ndarray:
-    """Planks, tiles or carpet, (128, 128, 3) uint8, tileable."""
+    """A tileable texture of planks, tiles or carpet, (128, 128, 3) uint8."""
     n = TEXTURE_SIZE
     y, x = np.mgrid[0:n, 0:n]
     kind = int(rng.integers(3))
@@ -192,7 +208,7 @@ def floor_pattern(rng: np.random.Generator) -> np.ndarray:
 
 
 def wall_pattern(rng: np.random.Generator) -> np.ndarray:
-    """Paint, stripes or a faint weave in a light colour, (128, 128, 3) uint8, tileable."""
+    """A tileable texture of light paint, stripes or a faint weave, (128, 128, 3) uint8."""
     n = TEXTURE_SIZE
     y, x = np.mgrid[0:n, 0:n]
     base = np.array(hue(rng, 0.18, 0.9))

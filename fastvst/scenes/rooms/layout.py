@@ -1,5 +1,4 @@
-"""Seeded furniture layout: walls, wall-anchored pieces, groups, support, and collision tests between oriented
-prisms."""
+"""Furniture layout: the outline of a room, placement of pieces, and collision tests between upright boxes."""
 
 from __future__ import annotations
 
@@ -10,16 +9,19 @@ import numpy as np
 
 from fastvst.scenes.rooms.parts import Piece
 
-WALL_GAP = 0.02  # metres between a wall and what stands against it; skirting boards are thinner
-HANG_GAP = 0.004  # what hangs on the wall, just enough against z-fighting
-CLEARANCE = 0.03  # least distance between the footprints of two pieces that share a height
+# Metres.
+WALL_GAP = 0.02  # between a wall and a piece on the floor; skirting boards are thinner
+HANG_GAP = 0.004  # between a wall and a piece that hangs on it; prevents z-fighting
+CLEARANCE = 0.03  # least distance between the footprints of two pieces whose height ranges overlap
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A placed piece: `position` is the centre of its base (x, y, z) in the world, `yaw` degrees counter-clockwise;
-    at yaw 0 the front faces -Y. `anchored`: it stands against or hangs on a wall. `on`: index of the item that
-    carries it, or -1."""
+    """A placed piece.
+
+    `position`: centre of its base (x, y, z) in the world, metres. `yaw`: degrees counter-clockwise; at yaw 0 the front
+    faces -Y. `anchored`: its back is to a wall. `on`: index of the item that carries it, or -1.
+    """
 
     piece: Piece
     position: tuple[float, float, float]
@@ -29,15 +31,15 @@ class Item:
 
     @property
     def box(self) -> tuple[float, ...]:
-        """Nine numbers in the world frame, local axes as in scene.SceneObject (Y down, Z front to back)."""
-        (x, y, z) = self.position
-        (w, d, h) = self.piece.size
+        """Nine numbers in the world frame; local axes as in `SceneObject` (Y down, Z from front to back)."""
+        x, y, z = self.position
+        w, d, h = self.piece.size
         return (x, y, z + h / 2, w, h, d, -90.0, 0.0, self.yaw)
 
 
 @dataclass(frozen=True, eq=False)
 class Room:
-    """A furnished room. `polygon` (K, 2) counter-clockwise, metres. `keepouts`: prisms left free on purpose (doors)."""
+    """A furnished room: `polygon` is its outline (K, 2), counter-clockwise, metres; `height` is in metres."""
 
     kind: str
     seed: int
@@ -48,7 +50,7 @@ class Room:
 
 @dataclass(frozen=True, eq=False)
 class Prism:
-    """An upright box: plan centre, plan half sizes (along its own axes), yaw in degrees, height range."""
+    """An upright box: centre and half sizes in plan (half sizes along its own axes), yaw in degrees, height range."""
 
     x: float
     y: float
@@ -59,7 +61,7 @@ class Prism:
     high: float
 
     def outline(self, grow: float = 0.0) -> np.ndarray:
-        """Plan corners (4, 2), counter-clockwise."""
+        """Corners in plan (4, 2), counter-clockwise; `grow` metres are added on every side."""
         c = math.cos(math.radians(self.yaw))
         s = math.sin(math.radians(self.yaw))
         w = self.half_w + grow
@@ -69,14 +71,14 @@ class Prism:
 
 
 def prism_of(item: Item) -> Prism:
-    """The prism an item fills."""
-    (x, y, z) = item.position
-    (w, d, h) = item.piece.size
+    """The prism that an item occupies."""
+    x, y, z = item.position
+    w, d, h = item.piece.size
     return Prism(x, y, w / 2, d / 2, item.yaw, z, z + h)
 
 
 def collide(a: Prism, b: Prism, clearance: float = 0.0) -> bool:
-    """Whether two prisms come nearer than `clearance` in plan while sharing a height (separating axes)."""
+    """Whether two prisms overlap in height and are closer than `clearance` in plan (separating axes)."""
     if a.low >= b.high or b.low >= a.high:
         return False
     pa = a.outline(clearance)
@@ -94,8 +96,8 @@ def collide(a: Prism, b: Prism, clearance: float = 0.0) -> bool:
 def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
     """Whether a convex outline (4, 2) lies in a rectangular or L-shaped polygon (K, 2) with axis-aligned walls.
 
-    An L is its bounding rectangle without one corner, so the outline must be in the rectangle and must not meet the
-    corner; for a convex outline that is a separating-axis test on the outline's and the world's axes.
+    An L is its bounding rectangle without one corner. The outline must be in the rectangle and must not meet that
+    corner, which is tested on the axes of the outline and of the world (separating axes).
     """
     low = polygon.min(0)
     high = polygon.max(0)
@@ -115,7 +117,7 @@ def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
 
 
 def notch_of(polygon: np.ndarray) -> tuple[float, float, float, float] | None:
-    """The rectangle (x0, y0, x1, y1) that an L-shaped polygon lacks; None for a rectangle."""
+    """The rectangle (x0, y0, x1, y1) that an L-shaped polygon lacks; None for a rectangular polygon."""
     if len(polygon) == 4:
         return None
     low = polygon.min(0)
@@ -133,7 +135,7 @@ def notch_of(polygon: np.ndarray) -> tuple[float, float, float, float] | None:
 
 
 def outline_room(rng: np.random.Generator, low: float, high: float, l_shape: float) -> np.ndarray:
-    """A rectangle, or with probability `l_shape` an L, with sides between `low` and `high` metres; (K, 2)."""
+    """A random outline (K, 2): a rectangle, or with probability `l_shape` an L; sides of `low` to `high` metres."""
     w, d = rng.uniform(low, high, 2)
     if rng.uniform() >= l_shape or min(w, d) < 3.4:
         return np.array([[0, 0], [w, 0], [w, d], [0, d]])
@@ -146,7 +148,10 @@ def outline_room(rng: np.random.Generator, low: float, high: float, l_shape: flo
 
 
 class Builder:
-    """Places pieces one at a time; a piece that finds no free place after some tries is left out (returns -1)."""
+    """Places one piece after the other. Every method that places returns the index of the item.
+
+    A piece without a free place after some tries is left out; the method then returns -1.
+    """
 
     def __init__(self, rng: np.random.Generator, polygon: np.ndarray, height: float):
         self.rng = rng
@@ -165,14 +170,14 @@ class Builder:
         return result
 
     def free(self, prism: Prism, clearance: float = CLEARANCE) -> bool:
-        """Whether a prism is inside the room, clear of all items and kept-out space."""
+        """Whether a prism is inside the room and clear of all items and of space that is kept free."""
         if prism.high > self.height - 0.02 or not inside(self.polygon, prism.outline()):
             return False
         others = [prism_of(item) for item in self.items] + self.keepouts
         return not any(collide(prism, other, clearance) for other in others)
 
     def add(self, item: Item, clearance: float = CLEARANCE) -> int:
-        """Index of the item if it fits where it is, else -1."""
+        """Add the item if it fits at its position."""
         if not self.free(prism_of(item), clearance):
             return -1
         self.items.append(item)
@@ -189,8 +194,15 @@ class Builder:
         at: float | None = None,
         front: float = 0.0,
     ) -> int:
-        """Back to a (random) wall, base at `base` metres. `at`: metres along the wall of the centre, else random.
-        `front`: metres that must be free in front of it (kept free only at the time of placing)."""
+        """Place a piece with its back to a wall.
+
+        Args:
+            base: height of its base, metres.
+            gap: distance from the wall, metres.
+            wall: index of the wall; None tries random walls.
+            at: position of the centre along the wall, metres; None tries random positions.
+            front: metres that must be free in front of it now. Later pieces may use them.
+        """
         walls = self.walls()
         w, d, h = piece.size
         for _ in range(tries):
@@ -210,9 +222,14 @@ class Builder:
                 return index
         return -1
 
-    def beside(self, other: int, piece: Piece, *, right: float, front: float, turn: float = 0.0) -> int:
-        """Relative to another item, in its own axes: centre `right` metres to its local +X, `front` metres ahead of its
-        centre, its yaw plus `turn` degrees; stands on the floor."""
+    def next_to(self, other: int, piece: Piece, *, right: float, front: float, turn: float = 0.0) -> int:
+        """Place a piece on the floor relative to the item `other`, in the axes of that item.
+
+        Args:
+            right: metres along its +X between the two centres.
+            front: metres along its -Y, the side that it faces.
+            turn: degrees to add to its yaw.
+        """
         base = self.items[other]
         c = math.cos(math.radians(base.yaw))
         s = math.sin(math.radians(base.yaw))
@@ -221,7 +238,7 @@ class Builder:
         return self.add(Item(piece, (x, y, 0.0), (base.yaw + turn + 180) % 360 - 180), clearance=0.01)
 
     def anywhere(self, piece: Piece, *, margin: float = 0.05, tries: int = 25) -> int:
-        """On the floor at a random place and angle."""
+        """Place a piece on the floor at a random position and angle, `margin` metres inside the bounding rectangle."""
         low = self.polygon.min(0)
         high = self.polygon.max(0)
         for _ in range(tries):
@@ -235,7 +252,10 @@ class Builder:
     def on_top(
         self, other: int, piece: Piece, *, spread: float = 1.0, face: float | None = None, tries: int = 12
     ) -> int:
-        """On the flat top of another item, wholly inside its outline shrunk by `spread`; `face`: yaw relative to it."""
+        """Place a piece on the flat top of the item `other`, inside its outline scaled by `spread`.
+
+        `face`: yaw relative to the item; None tries random angles.
+        """
         base = self.items[other]
         if base.piece.top < 0:
             return -1
@@ -263,7 +283,7 @@ class Builder:
         return -1
 
     def keep_free(self, other: int, depth: float) -> None:
-        """Keep the floor in front of an item free (a door's swing, a fridge's access) up to 2 m height."""
+        """Keep `depth` metres in front of the item `other` free up to a height of 2 m, such as the swing of a door."""
         base = self.items[other]
         w, d, _ = base.piece.size
         s = math.sin(math.radians(base.yaw))

@@ -1,6 +1,6 @@
-"""Parametric pieces for what the furniture pack lacks: doors, windows, pictures, lamps, low tables, a bathtub, books.
+"""Parametric pieces that the furniture pack lacks: doors, windows, framed art, lamps, low tables, a bathtub, books.
 
-Every function takes a numpy Generator and returns a `Piece` whose mesh touches all six sides of its box.
+Every public function with only a Generator returns a random `Piece` whose mesh touches all six sides of its box.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from fastvst.scenes.rooms.assets import Block, Mesh, Model, boxes_mesh, join, la
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Something to place: class name, size (width, depth, height) in metres, mesh in the frame of `assets.Mesh`, and
-    `top`: the height at which things may stand on it over the whole footprint, or -1."""
+    """An object to place: class name, size (width, depth, height) in metres, mesh in the frame of `assets.Mesh`.
+
+    `top`: height of a flat top that covers the whole footprint and can carry objects, or -1.
+    """
 
     name: str
     size: tuple[float, float, float]
@@ -24,17 +26,18 @@ class Piece:
     top: float = -1.0
 
 
-def _piece(name: str, mesh: Mesh, stands: bool = False) -> Piece:
+def _piece(name: str, mesh: Mesh, carries: bool = False) -> Piece:
+    """A piece of the mesh, moved to the frame of `Mesh`; `carries`: its top is flat."""
     low = mesh.positions.min(0)
     high = mesh.positions.max(0)
     shift = np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]], dtype=np.float32)
     size = tuple(float(s) for s in high - low)
     centred = Mesh(mesh.positions - shift, mesh.uv, mesh.rgba, mesh.layer, mesh.triangles)
-    return Piece(name, (size[0], size[1], size[2]), centred, size[2] if stands else -1.0)
+    return Piece(name, (size[0], size[1], size[2]), centred, size[2] if carries else -1.0)
 
 
 def from_model(model: Model, rng: np.random.Generator, vary: float = 0.1) -> Piece:
-    """A catalogue model with sides scaled by up to `vary` and its colours shifted a little."""
+    """A model of the catalogue with its sides scaled by a factor of up to 1 +- `vary` and slightly changed colours."""
     plan, tall = rng.uniform(1 - vary, 1 + vary, 2)
     scale = np.array([plan * rng.uniform(1 - vary / 2, 1 + vary / 2), plan, tall], dtype=np.float32)
     tint = (np.array(hue(rng, 0.35, 0.9)) * 0.5 + 0.5) * rng.uniform(0.75, 1.15)
@@ -49,14 +52,14 @@ def from_model(model: Model, rng: np.random.Generator, vary: float = 0.1) -> Pie
 
 
 def hue(rng: np.random.Generator, saturation: float, value: float) -> tuple[float, float, float]:
-    """A random colour of about this saturation and brightness."""
+    """A random colour (rgb in [0, 1]) of about this saturation and brightness."""
     return colorsys.hsv_to_rgb(
         rng.uniform(), min(1.0, saturation * rng.uniform(0.4, 1.6)), min(1.0, value * rng.uniform(0.75, 1.1))
     )
 
 
 def wood(rng: np.random.Generator) -> tuple[float, float, float]:
-    """A wood-like brown, from pale birch to dark walnut."""
+    """A random brown (rgb in [0, 1]), from pale birch to dark walnut."""
     tone = np.array([0.72, 0.52, 0.34]) * rng.uniform(0.45, 1.25) + rng.uniform(-0.03, 0.03, 3)
     r, g, b = np.clip(tone, 0.05, 0.95)
     return float(r), float(g), float(b)
@@ -98,7 +101,7 @@ def picture(rng: np.random.Generator) -> Piece:
         ((-w / 2, -0.02, 0), (w / 2, 0.02, h), wood(rng)),
         ((-w / 2 + 0.04, -0.022, 0.04), (w / 2 - 0.04, 0.0, h - 0.04), hue(rng, 0.5, 0.8)),
     ]
-    for _ in range(int(rng.integers(2, 5))):  # a few flat shapes as the painting
+    for _ in range(int(rng.integers(2, 5))):  # flat shapes as the painting
         a = np.sort(rng.uniform(-w / 2 + 0.06, w / 2 - 0.06, 2))
         b = np.sort(rng.uniform(0.06, h - 0.06, 2))
         blocks.append(((a[0], -0.024, b[0]), (a[1], 0.0, b[1]), hue(rng, 0.7, 0.8)))
@@ -136,13 +139,13 @@ def coffee_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(0.8, 1.3)
     d = rng.uniform(0.5, 0.75)
     h = rng.uniform(0.35, 0.5)
-    return _piece("coffee table", _table(w, d, h, wood(rng)), stands=True)
+    return _piece("coffee table", _table(w, d, h, wood(rng)), carries=True)
 
 
 def side_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(0.4, 0.55)
     h = rng.uniform(0.45, 0.6)
-    return _piece("side table", _table(w, w, h, wood(rng)), stands=True)
+    return _piece("side table", _table(w, w, h, wood(rng)), carries=True)
 
 
 def work_desk(rng: np.random.Generator) -> Piece:
@@ -153,14 +156,14 @@ def work_desk(rng: np.random.Generator) -> Piece:
     drawers = [
         ((w / 2 - 0.42, -d / 2 + 0.05, 0.08), (w / 2 - 0.03, d / 2 - 0.03, h - 0.05), tuple(0.8 * c for c in colour))
     ]
-    return _piece("desk", join(_table(w, d, h, colour), boxes_mesh(drawers)), stands=True)
+    return _piece("desk", join(_table(w, d, h, colour), boxes_mesh(drawers)), carries=True)
 
 
 def dining_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(1.2, 1.9)
     d = rng.uniform(0.75, 1.0)
     h = rng.uniform(0.71, 0.77)
-    return _piece("table", _table(w, d, h, wood(rng)), stands=True)
+    return _piece("table", _table(w, d, h, wood(rng)), carries=True)
 
 
 def _table(w: float, d: float, h: float, colour: tuple[float, ...]) -> Mesh:
@@ -190,7 +193,7 @@ def _chest(name: str, w: float, d: float, h: float, rows: int, columns: int, col
             blocks.append(
                 (((x0 + x1) / 2 - 0.05, -d / 2, (z0 + z1) / 2), ((x0 + x1) / 2 + 0.05, 0, (z0 + z1) / 2 + 0.02), knob)
             )
-    return _piece(name, boxes_mesh(blocks), stands=True)
+    return _piece(name, boxes_mesh(blocks), carries=True)
 
 
 def tv_stand(rng: np.random.Generator) -> Piece:

@@ -1,4 +1,4 @@
-"""What stands in which kind of room. One function per kind; `furnish(seed)` picks one."""
+"""Recipes: one function furnishes each kind of room. `furnish(seed)` chooses the kind and runs its recipe."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ FLOOR_THINGS = (
 
 
 def model(b: Builder, *names: str, vary: float = 0.1) -> Piece:
-    """A random catalogue model among these class names."""
+    """A random model of the catalogue with one of these class names."""
     pack = load_pack()
     keys = pack.named(*names)
     return parts.from_model(pack.models[keys[int(b.rng.integers(len(keys)))]], b.rng, vary)
 
 
 def catalogue(b: Builder, *keys: str, vary: float = 0.0) -> Piece:
-    """A random model among these catalogue keys."""
+    """A random model with one of these catalogue keys."""
     return parts.from_model(load_pack().models[keys[int(b.rng.integers(len(keys)))]], b.rng, vary)
 
 
 def chance(b: Builder, probability: float) -> bool:
+    """True with this probability."""
     return float(b.rng.uniform()) < probability
 
 
 def shell(b: Builder, windows: int) -> None:
-    """A door with free floor before it, windows, perhaps a curtain and a radiator."""
+    """A door with free floor in front of it, and windows, some with a curtain."""
     index = b.on_wall(parts.door(b.rng), gap=HANG_GAP)
     if index >= 0:
         b.keep_free(index, 0.7)
@@ -59,7 +60,7 @@ def shell(b: Builder, windows: int) -> None:
             pane = b.items[index]
             drape = parts.curtain(b.rng)
             side = (pane.piece.size[0] + drape.size[0]) / 2 + 0.05
-            b.beside(index, drape, right=side if chance(b, 0.5) else -side, front=0.05 - pane.piece.size[1] / 2)
+            b.next_to(index, drape, right=side if chance(b, 0.5) else -side, front=0.05 - pane.piece.size[1] / 2)
 
 
 def pictures(b: Builder, count: int) -> None:
@@ -90,12 +91,14 @@ def bed_group(b: Builder) -> None:
     for side in (-1, 1):
         if chance(b, 0.8):
             gap = float(b.rng.uniform(0.05, 0.12))
-            index = b.beside(bed, stand, right=side * (w / 2 + gap + stand.size[0] / 2), front=-(d - stand.size[1]) / 2)
+            index = b.next_to(
+                bed, stand, right=side * (w / 2 + gap + stand.size[0] / 2), front=-(d - stand.size[1]) / 2
+            )
             if index >= 0 and chance(b, 0.7):
                 lamp_on(b, index)
     if chance(b, 0.3):
         bench = model(b, "bench")
-        b.beside(bed, bench, right=0.0, front=d / 2 + bench.size[1] / 2 + 0.06)
+        b.next_to(bed, bench, right=0.0, front=d / 2 + bench.size[1] / 2 + 0.06)
 
 
 def desk_group(b: Builder) -> None:
@@ -105,7 +108,7 @@ def desk_group(b: Builder) -> None:
         return
     chair = model(b, "office chair") if chance(b, 0.6) else model(b, "chair")
     reach = (table.size[1] + chair.size[1]) / 2 + float(b.rng.uniform(0.05, 0.2))
-    b.beside(
+    b.next_to(
         desk, chair, right=float(b.rng.uniform(-0.15, 0.15)), front=reach, turn=180 + float(b.rng.uniform(-25, 25))
     )
     b.on_top(desk, parts.monitor(b.rng) if chance(b, 0.5) else parts.laptop(b.rng), face=0.0)
@@ -113,7 +116,7 @@ def desk_group(b: Builder) -> None:
         lamp_on(b, desk)
     small_things(b, desk, int(b.rng.integers(0, 3)))
     if chance(b, 0.6):
-        b.beside(desk, model(b, "trash can"), right=table.size[0] / 2 + 0.25, front=0.0)
+        b.next_to(desk, model(b, "trash can"), right=table.size[0] / 2 + 0.25, front=0.0)
 
 
 def table_group(b: Builder) -> None:
@@ -139,7 +142,7 @@ def table_group(b: Builder) -> None:
     for right, side, _ in seats:
         if chance(b, 0.85):
             reach = (d + chair.size[1]) / 2 + float(b.rng.uniform(0.03, 0.12))
-            b.beside(
+            b.next_to(
                 index,
                 chair,
                 right=right,
@@ -149,7 +152,7 @@ def table_group(b: Builder) -> None:
     for side in (-1, 1):
         if chance(b, 0.5):
             reach = (w + chair.size[1]) / 2 + float(b.rng.uniform(0.03, 0.12))
-            b.beside(index, chair, right=side * reach, front=0.0, turn=side * 90.0)
+            b.next_to(index, chair, right=side * reach, front=0.0, turn=side * 90.0)
     small_things(b, index, int(b.rng.integers(1, 4)), spread=0.65)
 
 
@@ -160,23 +163,23 @@ def sofa_group(b: Builder) -> None:
         return
     w, d, _ = couch.size
     low = parts.coffee_table(b.rng)
-    index = b.beside(sofa, low, right=0.0, front=d / 2 + low.size[1] / 2 + float(b.rng.uniform(0.3, 0.45)))
+    index = b.next_to(sofa, low, right=0.0, front=d / 2 + low.size[1] / 2 + float(b.rng.uniform(0.3, 0.45)))
     if index >= 0:
         small_things(b, index, int(b.rng.integers(0, 3)))
     for side in (-1, 1):
         if chance(b, 0.45):
             seat = model(b, "armchair")
-            b.beside(sofa, seat, right=side * (w / 2 + 0.1), front=d / 2 + 0.75, turn=side * -70.0)
+            b.next_to(sofa, seat, right=side * (w / 2 + 0.1), front=d / 2 + 0.75, turn=side * -70.0)
         elif chance(b, 0.5):
             table = parts.side_table(b.rng)
-            index = b.beside(
+            index = b.next_to(
                 sofa, table, right=side * (w / 2 + table.size[0] / 2 + 0.06), front=-(d - table.size[1]) / 2
             )
             if index >= 0:
                 lamp_on(b, index)
         else:
             lamp = parts.floor_lamp(b.rng)
-            b.beside(sofa, lamp, right=side * (w / 2 + lamp.size[0] / 2 + 0.08), front=-(d - lamp.size[1]) / 2)
+            b.next_to(sofa, lamp, right=side * (w / 2 + lamp.size[0] / 2 + 0.08), front=-(d - lamp.size[1]) / 2)
 
 
 def television(b: Builder) -> None:
@@ -317,7 +320,7 @@ def hobby_room(b: Builder) -> None:
     fillers(b, int(b.rng.integers(4, 8)))
 
 
-# kind: (recipe, weight, least and greatest side in metres)
+# kind: (recipe, probability, smallest and largest side in metres)
 KINDS: dict[str, tuple[Callable[[Builder], None], float, float, float]] = {
     "bedroom": (bedroom, 0.26, 3.4, 5.0),
     "living room": (living_room, 0.28, 4.2, 6.5),
@@ -329,7 +332,7 @@ KINDS: dict[str, tuple[Callable[[Builder], None], float, float, float]] = {
 
 
 def furnish(seed: int, l_shape: float = 0.25) -> Room:
-    """The room of this seed: always the same outline and furniture, at least six pieces."""
+    """The room with this seed, with at least six pieces; the same seed always gives the same room."""
     rng = np.random.default_rng([seed, 1])
     while True:
         names = list(KINDS)
