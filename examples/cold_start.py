@@ -1,11 +1,12 @@
-"""Cold start: teach a model to think before it answers, from an SFT checkpoint and reasoned rows about rendered rooms.
+"""Cold start: train an SFT checkpoint to reason before it answers, on reasoning traces about rendered rooms.
 
     python examples/cold_start.py --model runs/sft/hf          # the model that examples/sft.py wrote; CPU or GPU
 
-It renders rows whose reasoning is composed from the rooms' geometry, with a sixth of direct rows among them, trains on
-them with examples/sft.py, and then counts on rooms that training never saw: in thinking mode, how many answers have the
-form `<think>...</think> answer`; in the default mode, how many questions are answered directly. The two modes differ in
-the system prompt only. The published checkpoints and data want examples/sft.py with examples/cold_start.toml instead.
+The script renders rows whose reasoning is composed from the rooms' geometry, mixed with one sixth of direct rows, and
+trains on them with examples/sft.py. On rooms that training never saw it then measures, in thinking mode, how many
+answers have the form `<think>...</think> answer` and, in the default mode, how many questions are answered directly.
+The two modes differ in the system prompt only. For published checkpoints and data use examples/sft.py with
+examples/cold_start.toml.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from typing import Any
 import sft
 import torch
 
-from fastvst.config import ConfigError, load_config, usage
+from fastvst.config import ConfigError
 from fastvst.data import Processor, Sample, open_source
 from fastvst.evaluate.answers import score
 from fastvst.model import Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
+from fastvst.train.run import read_config, run_script
 
 FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
 
@@ -38,13 +39,14 @@ class Config:
     Attributes:
         model: directory of the SFT checkpoint.
         out: run folder.
-        samples, heldout: rows to train on and to ask.
+        samples: rows to train on.
+        heldout: rows to evaluate.
         steps: optimizer steps.
         accumulation: packs of 1,024 tokens in a step.
         lr: peak learning rate. VST's 1e-5 is for billions of parameters and a thousand times as many tokens.
         workers: rendering processes.
-        folder: where the rows are kept; none = the per-user cache.
-        max_new_tokens: room for a trace; the longest in the data has about 500 tokens.
+        folder: where the rows are cached; none = the user's cache folder.
+        max_new_tokens: limit of an answer; the longest trace in the data has about 500 tokens.
     """
 
     model: str = "runs/sft/hf"
@@ -60,10 +62,9 @@ class Config:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nOptions:\n{usage(Config)}")
+    config = read_config(Config, arguments, __doc__)
+    if config is None:
         return None
-    config = load_config(Config, arguments)
     if not (Path(config.model) / "config.json").is_file():
         raise ConfigError(f"no checkpoint in {config.model}; run examples/sft.py first, or give --model DIR")
     train = rooms(config, "train", config.samples)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             "loader.tokens_per_pack=1024",
             f"loader.accumulation={config.accumulation}",
             f"optimizer.lr={config.lr}",
-            f"optimizer.vision_lr={config.lr / 10}",  # published: a tenth
+            f"optimizer.vision_lr={config.lr / 10}",  # a tenth, as published
             "optimizer.weight_decay=0.0",
             "schedule.warmup=0.03",
             "checkpoint.every=0",
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         environment,
     )
     if not (Path(config.out) / "hf").is_dir():
-        return None  # a signal stopped the training, which has said so
+        return None  # a signal stopped the training
     found = measure(Path(config.out) / "hf", heldout, config.max_new_tokens)
     print(json.dumps(found, indent=1))
     (Path(config.out) / "cold_start.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 
 def rooms(config: Config, split: str, samples: int) -> str:
-    """The folder of reasoned rows, made or found."""
+    """The folder of rows with reasoning traces, rendered once and cached."""
     from fastvst.generate.presets import COLD_START
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
@@ -104,9 +105,9 @@ def rooms(config: Config, split: str, samples: int) -> str:
 
 
 def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, Any]:
-    """Well-formed and right answers in thinking mode, direct and right answers in the default mode, on reasoned rows.
+    """Shares of well-formed and right answers in thinking mode, and of direct and right answers in the default mode.
 
-    Every question is asked in both modes: a kind with "thought" in it brings the thinking system prompt.
+    Every question is asked in both modes: rows of a kind "thought_*" get the thinking system prompt.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Qwen25VL.from_pretrained(model_path, device=device).eval()
@@ -127,7 +128,7 @@ def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, An
 
 
 def right(text: str, sample: Sample) -> float:
-    """Score against the checkable answer, or against the reply with its option letter."""
+    """Score against the checkable answer, or against the reply with its option letter, whichever is higher."""
     reply = sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip()
     return max(score(text, sample.answer or {}), score(text, {"type": "text", "value": reply}))
 
@@ -138,7 +139,4 @@ def answer(model: Qwen25VL, processor: Processor, samples: Sequence[Sample], max
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"cold_start.py: {error}")
+    run_script(main)

@@ -1,22 +1,22 @@
-"""Reinforcement learning of Qwen2.5-VL with verifiable rewards, from configuration to report. Read it top to bottom.
+"""Reinforcement learning of Qwen2.5-VL with verifiable rewards: a training script, from configuration to report.
 
-Without arguments it takes the model that examples/sft.py left in runs/sft/hf (and runs that first if there is none),
-asks it about furnished rooms, and trains on its own answers: GRPO with DAPO's clip. Then it writes
-runs/rl/report/index.html with the reward on rooms that no training ever saw.
+Without arguments it starts from the model that examples/sft.py wrote to runs/sft/hf (and runs that script first if
+there is none), asks it questions about furnished rooms, and trains on its own completions: GRPO with DAPO's clip. Then
+it writes runs/rl/report/index.html with the reward on rooms that training never saw.
 
     torchrun examples/rl.py                                        # one process, GPU or CPU
     torchrun --nproc-per-node 8 examples/rl.py                     # one node, 8 GPUs: FSDP2
 
-Your own rows and reward on a published checkpoint:
+Your own rows and reward function with a published checkpoint:
 
     torchrun --nproc-per-node 8 examples/rl.py --model.path DIR --data.sources '[{path = "rows.parquet"}]' \\
         --reward.function my_rewards.py:closeness --sampling.prompts 256 --optimizer.lr 1e-6
 
-A step: the engine samples n answers to each prompt with the trainer's own weights; processes score them; prompts that
-are always or never answered right are replaced; answers become advantages within their group; and the update runs on
-packs in which a prompt, its pictures included, stands once for all of its answers. `--help` lists all options,
-`--dry-run` says what a step would cost, `--resume auto` goes on from the newest complete checkpoint. SIGTERM and Ctrl-C
-save a checkpoint and leave.
+One step: the engine samples n completions of each prompt with the trainer's current weights; reward processes score
+them; prompts that are always or never answered right are replaced; rewards become advantages within each group; and the
+update runs on packs in which a prompt and its images are computed once for all of its completions. `--help` lists all
+options, `--dry-run` estimates the cost of a step, `--resume auto` continues from the newest complete checkpoint.
+SIGTERM and Ctrl-C save a checkpoint and end the run.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ from typing import Any, Literal
 
 import torch
 
-from fastvst.config import ConfigError, leaves, load_config, render, save_json, to_dict, usage
-from fastvst.data import Ledger, MixtureConfig, Processor, ProcessorConfig, SourceConfig
-from fastvst.data.ledger import TooManyBadSamples
+from fastvst.config import render, to_dict
+from fastvst.data import Ledger, MixtureConfig, ProcessorConfig, SourceConfig
 from fastvst.data.mixture import open_mixture
-from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model import weights as hf
-from fastvst.rl import dry_run as arithmetic
+from fastvst.model import Qwen25VL
+from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
 from fastvst.rl.filtering import FilterConfig, FilterState, verdict
@@ -48,28 +46,31 @@ from fastvst.rl.heldout import HELD_OUT_COMPLETIONS, EvaluationConfig, evaluatio
 from fastvst.rl.packing import Group, Sharing
 from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts, PromptStream
-from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures
+from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures, step_rates
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
 from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine, make_engine, sample_and_score
 from fastvst.rollout import RolloutError
-from fastvst.train import checkpoint, distributed, guard
+from fastvst.train import guard
+from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
+from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
-from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
+from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.run import Saver, build_model, build_processor, joined, open_run_folder, read_config, run_script
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
-from fastvst.train.watchdog import Watchdog
 
 # ------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model.
+    """The model to train.
 
     Attributes:
-        path: directory of a Qwen2.5-VL checkpoint; none = runs/sft/hf, made by examples/sft.py if it is not there.
-        recompute: what backward computes again instead of keeping: "light" = norms, activations, rope; "full" = blocks.
+        path: directory of a Qwen2.5-VL checkpoint; none = runs/sft/hf, which examples/sft.py writes if it is missing.
+        recompute: activations that backward computes again instead of keeping them: "light" = norms, activation
+            functions and rotary embeddings; "full" = whole blocks.
     """
 
     path: str | None = None
@@ -78,13 +79,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RoomsOptions:
-    """The embedded questions, used when data.sources is empty: depth, distance, measurement and 3D boxes.
+    """The rendered rooms (depth, distance, measurement, 3D boxes), which are used when data.sources is empty.
 
     Attributes:
-        samples: training rows, about other rooms than those of the supervised run.
-        seed: of the rooms.
+        samples: rows to train on, about other rooms than those of examples/sft.py.
+        seed: random seed of the rooms.
         workers: rendering processes.
-        folder: where they are kept; none = the per-user cache.
+        folder: where the rows are cached; none = the user's cache folder.
     """
 
     samples: int = 1200
@@ -95,15 +96,15 @@ class RoomsOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. The defaults are the rooms run on a small CPU.
+    """A whole run. The defaults train on rooms on a small CPU; examples/vst_rl.toml is the third stage of VST.
 
     Attributes:
-        out: run folder; a finished run found there is set aside, never overwritten.
+        out: run folder; an earlier run in it is renamed, never overwritten.
         steps: rounds of sampling and updating.
-        seed: of sampling.
+        seed: random seed of sampling.
         resume: "auto", a checkpoint folder, or empty.
         dry_run: print what a step would cost, and end.
-        bad_samples: stop when a larger share of the rows cannot be asked; <out>/ledger-*.jsonl lists all of them.
+        bad_samples: stop when a larger share of the rows cannot be used; <out>/ledger-*.jsonl lists them.
     """
 
     out: str = "runs/rl"
@@ -118,8 +119,8 @@ class Config:
     rooms: RoomsOptions = RoomsOptions()
     sampling: SamplingConfig = SamplingConfig(prompts=48)
     reward: RewardConfig = RewardConfig()
-    # The tiny model's boxes are never right, but their form can be learnt: groups without a right answer are kept.
-    # What it knows, it knows vaguely: a penalty on entropy makes it say the likely answer more often.
+    # The tiny model's boxes are never right, but it can learn their format: groups without a right completion are kept.
+    # Its probabilities are flat: a penalty on entropy makes it give the most likely answer more often.
     filter: FilterConfig = FilterConfig(low=-0.01, tries=1)
     update: policy.UpdateConfig = policy.UpdateConfig(
         objective="grpo", clip_high=0.28, entropy_coef=-0.1, minibatches=2
@@ -128,37 +129,34 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, weight_decay=0.01, freeze=("vision", "merger"))
     schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup=0.0)
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=30, hf=False)
-    guard: guard.GuardConfig = guard.GuardConfig(spike=50.0)
+    checkpoint: CheckpointConfig = CheckpointConfig(every=30, hf=False)
+    guard: GuardConfig = GuardConfig(spike=50.0)
     log: LogConfig = LogConfig(every=1)
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nOptions:\n{usage(Config)}")
+    config = read_config(Config, arguments, __doc__)
+    if config is None:
         return
-    config = load_config(Config, arguments)
-    arithmetic.check(config)
-    world = distributed.start(config.parallel, environment=environment)
-    with Watchdog(world), StopRequest() as stop:
+    budget.check(config)
+    with joined(config.parallel, environment) as (world, stop):
         if config.model.path is None:
             path = world.once_per_node("start model", supervised_model)
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-        say(world, render(config), world.describe())
+        world.say(render(config), world.describe())
         if config.dry_run:
             dry_run(config, world)
         else:
             run(config, world, stop)
-        distributed.stop(world)
 
 
-# --------------------------------------------------------------------------------------------------- model and data
+# ------------------------------------------------------------------------------------------------------ model and data
 
 
 def supervised_model(folder: Path = Path("runs/sft")) -> str:
-    """The directory that examples/sft.py writes; that script runs first, in a process of its own, if need be."""
+    """The directory that examples/sft.py writes. If it is missing, that script runs first, in a process of its own."""
     if not (folder / "hf" / "config.json").exists():
-        print(f"{folder / 'hf'} is not there: running examples/sft.py first", flush=True)
+        print(f"{folder / 'hf'} does not exist: running examples/sft.py first", flush=True)
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_"))}
         plain = {k: v for k, v in plain.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
         script = Path(__file__).with_name("sft.py")
@@ -166,41 +164,34 @@ def supervised_model(folder: Path = Path("runs/sft")) -> str:
     return str(folder / "hf")
 
 
-def build_model(config: Config, world: World) -> Qwen25VL:
-    """Rank 0 reads the weights on the CPU; the others receive their shards."""
-    source = None
-    if world.is_main:
-        source = Qwen25VL.from_pretrained(config.model.path, dtype=torch.float32)
-    with torch.device("meta"):
-        skeleton = Qwen25VL(ModelConfig.from_pretrained(config.model.path))
-    freeze(skeleton, config.optimizer.freeze)
-    model = distributed.place(source, skeleton, world, reshard=config.parallel.reshard)
-    model.recompute = config.model.recompute
-    return model
-
-
-def build_processor(config: Config) -> Processor:
-    options = dict(leaves(config.processor))
-    return Processor.from_pretrained(config.model.path, **options)
+def load_model(config: Config, world: World) -> Qwen25VL:
+    return build_model(
+        world,
+        path=config.model.path,
+        frozen=config.optimizer.freeze,
+        recompute=config.model.recompute,
+        reshard=config.parallel.reshard,
+    )
 
 
 def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
-    """The mixture to ask from, and the rows of the evaluation."""
+    """The mixture of the prompts, and the rows of the evaluation."""
     if config.data.sources:
         return config.data, config.evaluation.path
     from fastvst.generate.rooms import RoomsConfig
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
-    rooms = config.rooms
+    r = config.rooms
     kinds = RoomsConfig(rows={"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25})
 
     def make(split: str, samples: int, seed: int) -> str:
-        return make_rooms_in_subprocess(rooms.folder, samples, seed, rooms.workers, kinds, split=split)
+        return world.once_per_node(
+            f"rooms {split}",
+            lambda: make_rooms_in_subprocess(r.folder, samples, seed, r.workers, kinds, split=split),
+        )
 
-    train, test = (
-        world.once_per_node(f"rooms {split}", lambda split=split, n=n, s=s: make(split, n, s))
-        for split, n, s in (("train", rooms.samples, rooms.seed), ("heldout", config.evaluation.questions, 0))
-    )
+    train = make("train", r.samples, r.seed)
+    test = make("heldout", config.evaluation.questions, 0)
     source = SourceConfig(path=train, name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), config.evaluation.path or test
 
@@ -209,10 +200,18 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """One step's worth of answers on this rank: all that was asked, and the groups that the update sees."""
+class StepRollouts:
+    """The completions of one step on this rank.
 
-    asked: list[GroupRecord]
+    Attributes:
+        records: all groups that were sampled.
+        groups: the kept groups, with advantages.
+        seconds: by part of sampling and scoring.
+        prompt_tokens: of all sampled groups.
+        filtered: counts of the filter after this step, over all ranks.
+    """
+
+    records: list[GroupRecord]
     groups: list[Group]
     seconds: dict[str, float]
     prompt_tokens: int
@@ -227,9 +226,9 @@ def collect(
     pool: RewardPool,
     state: FilterState,
     world: World,
-) -> Rollouts:
-    """Ask until enough groups are worth learning from, or the tries are used up. Every rank calls it."""
-    asked: list[GroupRecord] = []
+) -> StepRollouts:
+    """Sample prompts until the filter has kept enough groups or filter.tries is reached. Every rank calls it."""
+    records: list[GroupRecord] = []
     kept: list[tuple[GroupRecord, Group]] = []
     seconds: dict[str, float] = {}
     prompt_tokens = 0
@@ -240,26 +239,26 @@ def collect(
         found, spent = sample_and_score(encoded, params, engine, pool, overlong_buffer=config.reward.overlong_buffer)
         seconds = {name: seconds.get(name, 0.0) + spent[name] for name in spent}
         prompt_tokens += sum(len(group.prompt) for _, group in found)
-        for one, group in found:
-            one.verdict = verdict(one.accuracies, config.filter)
-            if one.verdict == "keep":
-                kept.append((one, group))
-        asked += [one for one, _ in found]
-        counts = [len(found), *(sum(o.verdict == v for o, _ in found) for v in ("too_easy", "too_hard", "keep"))]
+        for record, group in found:
+            record.verdict = verdict(record.accuracies, config.filter)
+            if record.verdict == "keep":
+                kept.append((record, group))
+        records += [record for record, _ in found]
+        counts = [len(found), *(sum(r.verdict == v for r, _ in found) for v in ("too_easy", "too_hard", "keep"))]
         drawn, easy, hard, good = world.sum(torch.tensor(counts).to(world.device)).tolist()
         state = state.add(drawn, easy, hard)
-        missing = missing - good
+        missing -= good
         if missing <= 0:
             break
-    rewards = torch.tensor([one.totals for one, _ in kept], dtype=torch.float64).view(-1, config.sampling.answers)
+    rewards = torch.tensor([record.totals for record, _ in kept], dtype=torch.float64).view(-1, config.sampling.answers)
     squares, count = world.sum(torch.tensor(square_sum(rewards), dtype=torch.float64).to(world.device)).tolist()
     values = advantages(rewards, config.update.advantages, deviation=pooled_deviation(squares, count)).tolist()
     groups = []
-    for (one, group), row in zip(kept, values, strict=True):
-        one.advantages = row
+    for (record, group), row in zip(kept, values, strict=True):
+        record.advantages = row
         chosen = [dataclasses.replace(a, advantage=v) for a, v in zip(group.answers, row, strict=True)]
         groups.append(Group(group.prompt, tuple(chosen)))
-    return Rollouts(asked, groups, seconds, prompt_tokens, state)
+    return StepRollouts(records, groups, seconds, prompt_tokens, state)
 
 
 # ------------------------------------------------------------------------------------------------------------ update
@@ -275,12 +274,16 @@ def improve(
     step: int,
     world: World,
 ) -> tuple[dict[str, Any], Sharing, guard.Recent]:
-    """All optimizer steps on one batch of rollouts; the figures are means over them. Every rank calls it."""
+    """All optimizer steps on the groups of one step. Every rank calls it.
+
+    Returns:
+        (figures, averaged over the optimizer steps; token counts of the packs; the guard's state).
+    """
     objective = policy.make_objective(config.update, config.sampling.max_tokens)
     batches, sharing = policy.make_minibatches(groups, config.update, objective, model.config, world)
     temperature = config.sampling.temperature
     frozen = {"vision", "merger"} <= set(config.optimizer.freeze)
-    # Whatever needs the weights that sampled, or the frozen tower, is computed before the first of them changes.
+    # What depends on the sampling weights or on a frozen vision tower is computed before the first update.
     batches = [
         policy.complete(
             b, model, reference, config.update, temperature, world.device, keep_vision=frozen, first=index == 0
@@ -291,7 +294,7 @@ def improve(
     for epoch in range(config.update.epochs):
         for index, batch in enumerate(batches):
             if not batch.packs:
-                continue  # on all ranks alike: nobody has a group with an advantage
+                continue  # on all ranks: no rank has a group with an advantage
             first = epoch == 0 and index == 0
             losses = []
             stats = []
@@ -304,7 +307,7 @@ def improve(
                 stats.append(found)
             norm = clip_gradients(model.parameters(), config.optimizer.clip).to(world.device)
             row = policy.reduce_stats(stats, world, loss=world.sum(torch.stack(losses).sum()), grad_norm=norm)
-            # The loss of a policy is near 0 whatever happens, so only its norm can show a spike.
+            # A policy loss is always near 0, so only the gradient norm can show a spike.
             judged = row["loss"] if not math.isfinite(row["loss"]) else 0.0
             reason, recent = guard.check(config.guard, recent, judged, row["grad_norm"])
             if reason is None:
@@ -312,9 +315,9 @@ def improve(
             else:
                 shares = [float(p.row_weights.sum()) for p in batch.packs]
                 ids = [p.batch.sample_ids for p in batch.packs]
-                note = guard.report(world.rank, step, reason, [loss.item() for loss in losses], shares, ids)
+                skip = guard.skip_row(world.rank, step, reason, [loss.item() for loss in losses], shares, ids)
                 row["skipped"] = reason
-                guard.write_down(config.guard, recent, Path(config.out), note)
+                guard.record_skip(config.guard, recent, Path(config.out), skip)
             optimizer.zero_grad()
             rows.append(row)
     return policy.merge_updates(rows), sharing, recent
@@ -326,15 +329,13 @@ def improve(
 def run(config: Config, world: World, stop: StopRequest) -> None:
     out = Path(config.out)
     settings = to_dict(config)
-    resume_from = checkpoint.resolve(config.resume, out / "checkpoints")
-    if world.is_main and not config.resume:
-        checkpoint.set_aside(out)
-    world.barrier()
+    resume_from = open_run_folder(out, config.resume, world)
     mixture, test_rows = find_data(config, world)
-    processor = build_processor(config)
-    model = build_model(config, world)
-    reference = None if config.update.kl == "none" else policy.as_reference(build_model(config, world))
+    processor = build_processor(config.processor, config.model.path)
+    model = load_model(config, world)
+    reference = None if config.update.kl == "none" else policy.as_reference(load_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
+    saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
     stream = PromptStream(
@@ -344,49 +345,31 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     recent = guard.Recent()
     filtered = FilterState()
     if resume_from is not None:
-        state, rank_state = checkpoint.load(resume_from, model, optimizer, world)
+        state, rank_state = saver.load(resume_from)
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         filtered = FilterState(**state["filter"])
         stream.load_state_dict(rank_state["stream"])
-        say(world, f"resumed from {resume_from}")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
     questions = read_prompts(test_rows, config.evaluation.questions, ledger) if test_rows else []
 
-    def write_hf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        hf.save(path, model.config, tensors, processor=processor)
-
     def save(step: int) -> None:
-        path = checkpoint.save(
-            out / "checkpoints",
-            step,
-            model,
-            optimizer,
-            world,
-            state={"guard": recent.to_json(), "filter": filtered.to_json()},
-            rank_state={"stream": stream.state_dict()},
-            config=settings,
-            write_hf=write_hf if config.checkpoint.hf else None,
-            hf_dtype=world.dtype,
-            keep=config.checkpoint.keep,
-        )
-        say(world, f"saved {path}")
+        state = {"guard": recent.to_json(), "filter": filtered.to_json()}
+        saver.save(step, state=state, rank_state={"stream": stream.state_dict()})
 
     def evaluate(step: int) -> None:
         every = config.evaluation.every
         if every and questions and (step % every == 0 or step == config.steps):
             mine = stream.encode(questions[world.rank :: world.size])
             found, _ = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), engine, pool)
-            row = evaluation_row(step, questions, [one for one, _ in found], world)
-            say(world, f"held out, step {step}: {write_evaluation(out, row, world)}")
+            row = evaluation_row(step, questions, [record for record, _ in found], world)
+            world.say(f"held out, step {step}: {write_evaluation(out, row, world)}")
 
     metrics = Metrics(
         out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings, line=progress_text
     )
     log = RolloutLog(out, rank=world.rank, first_step=first)
     with metrics, RewardPool(config.reward) as pool:
-        if world.is_main:
-            save_json(config, out / "config.json")
         step = first
         stopped = False
         while step < config.steps and not stopped:
@@ -396,57 +379,59 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             try:
                 rollouts = collect(config, step, engine, stream, pool, filtered, world)
             except NoPrompts as end:
-                say(world, end)
+                world.say(end)
                 break
             filtered = rollouts.filtered
-            log.write(step, rollouts.asked)
+            log.write(step, rollouts.records)
             started = time.perf_counter()
             with config.sampling.numerics_context():
                 found, sharing, recent = improve(
                     config, model, reference, optimizer, rollouts.groups, recent, step, world
                 )
             seconds = {**rollouts.seconds, "update": time.perf_counter() - started, "step": time.perf_counter() - begin}
-            row = {"step": step, "lr": optimizer.param_groups[-1]["lr"], **step_figures(rollouts.asked, world), **found}
-            row |= arithmetic.rates(row, sharing, seconds, rollouts, config, world)
-            metrics.log(row | {"memory_gib": memory_gib(world.device), "kept_share": round(filtered.kept_share, 4)})
+            figures = step_figures(rollouts.records, world)
+            rates = step_rates(
+                sharing,
+                seconds,
+                world,
+                prompt_tokens=rollouts.prompt_tokens,
+                images=sum(group.prompt.grid.shape[0] for group in rollouts.groups),
+                answer_tokens=figures["answer_tokens"],
+                update=config.update,
+            )
+            metrics.log(
+                {
+                    "step": step,
+                    "lr": optimizer.param_groups[-1]["lr"],
+                    **figures,
+                    **found,
+                    **rates,
+                    "memory_gib": memory_gib(world.device),
+                    "kept_share": round(filtered.kept_share, 4),
+                }
+            )
             stopped = bool(world.sum(torch.tensor(float(stop.requested), device=world.device)).item())
             step += 1
-            if stopped or (config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.steps):
+            if stopped or saver.due(step, config.steps):
                 save(step)
         if stopped:
-            say(world, f"stopped by a signal after step {step}; go on with --resume auto")
+            world.say(f"stopped by a signal after step {step}; continue with --resume auto")
             return
         evaluate(config.steps)
-        say(world, pool.summary(), ledger.summary())
+        world.say(pool.summary(), ledger.summary())
     save(step)
-    checkpoint.save_hf(out / "hf", model, world, write_hf, world.dtype)
+    directory = saver.save_model()
     if world.is_main:
-        print(f"model: {out / 'hf'}\nreport: {write_report(out, settings)}", flush=True)
+        print(f"model: {directory}\nreport: {write_report(out, settings)}", flush=True)
 
 
 def dry_run(config: Config, world: World) -> None:
-    """Memory of weights, pages and activations, and the tokens of a step from the first 100 questions; nothing runs."""
+    """Memory and FLOPs of a step, estimated from the first 100 prompts; nothing is sampled, trained or written."""
     mixture, _ = find_data(config, world)
     if world.is_main:
-        stream = PromptStream(open_mixture(mixture), build_processor(config), Ledger())
-        print(arithmetic.describe(config, stream, world), flush=True)
-
-
-def say(world: World, *words: object) -> None:
-    if world.is_main:
-        print(*words, sep="\n", flush=True)
+        processor = build_processor(config.processor, config.model.path)
+        print(budget.dry_run(config, PromptStream(open_mixture(mixture), processor, Ledger()), world), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (
-        ConfigError,
-        distributed.ParallelError,
-        checkpoint.CheckpointError,
-        guard.GuardError,
-        TooManyBadSamples,
-        RewardError,
-        RolloutError,
-    ) as error:
-        sys.exit(f"rl.py: {type(error).__name__}: {error}")
+    run_script(main, RewardError, RolloutError)

@@ -1,28 +1,27 @@
-"""Supervised fine-tuning of Qwen2.5-VL, from configuration to report. Read it from top to bottom, then change it.
+"""Supervised fine-tuning of Qwen2.5-VL: a training script, from configuration to report.
 
 Without arguments it renders about 2,400 questions about furnished rooms (once; they are cached), trains the tiny model
-on them (a random decoder behind a vision tower that has seen other rooms), asks about rooms that training never saw,
+on them (a decoder with random weights and a pretrained vision tower), evaluates it on rooms that training never saw,
 and writes runs/sft/report/index.html.
 
     torchrun examples/sft.py                                       # one process, GPU or CPU
     torchrun --nproc-per-node 8 examples/sft.py                    # one node, 8 GPUs: FSDP2
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500 examples/sft.py   # HSDP
 
-Your own data on a published checkpoint; examples/vst.toml holds the rest of VST's first stage:
+Your own data and a published checkpoint; examples/vst.toml holds the settings of VST's first stage:
 
     torchrun --nproc-per-node 8 examples/sft.py --config examples/vst.toml --model.path DIR \\
         --data.sources '[{path = "a.jsonl"}, {path = "folder_of_parquet", weight = 2}]'
 
-Any option can be given as `--section.name value`; `--help` lists them. `--dry-run` says what a run would cost without
-training. `--resume auto` goes on from the newest complete checkpoint in --out, also on another number of GPUs.
-SIGTERM and Ctrl-C save a checkpoint and leave.
+Every option can be given as `--section.name value`; `--help` lists them. `--dry-run` estimates the cost of a run
+without training. `--resume auto` continues from the newest complete checkpoint in --out, also on another number of
+GPUs. SIGTERM and Ctrl-C save a checkpoint and end the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,44 +31,46 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvst.config import ConfigError, leaves, load_config, render, save_json, to_dict, usage
-from fastvst.data import (
-    Ledger,
-    LoaderConfig,
-    MixtureConfig,
-    PackedBatch,
-    Processor,
-    ProcessorConfig,
-    SourceConfig,
-)
-from fastvst.data.ledger import TooManyBadSamples
+from fastvst.config import render, to_dict
+from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
 from fastvst.data.loader import make_loader
 from fastvst.data.mixture import open_mixture
 from fastvst.evaluate import rooms as rooms_benchmark
 from fastvst.evaluate.training_page import write_report
-from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model import weights as hf
-from fastvst.train import budget, checkpoint, distributed, guard
+from fastvst.model import Qwen25VL
+from fastvst.train import budget, guard
+from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
-from fastvst.train.metrics import LogConfig, Metrics, memory_gib
-from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
+from fastvst.train.guard import GuardConfig
+from fastvst.train.metrics import LogConfig, Metrics, memory_gib, peak_flops
+from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.run import (
+    Saver,
+    build_model,
+    build_processor,
+    joined,
+    model_config,
+    open_run_folder,
+    read_config,
+    run_script,
+)
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
-from fastvst.train.watchdog import Watchdog
 from fastvst_kernels import linear_cross_entropy
 
-# ------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model.
+    """The model to train.
 
     Attributes:
         path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights
-            (and the tiny one's trained vision tower, see `Qwen25VL.fresh`).
-        preset: "tiny" (its tokenizer comes with this package); the published shapes need `path` for their tokenizer.
-        recompute: what backward computes again instead of keeping: "light" = norms, activations, rope; "full" = blocks.
+            (and, for "tiny", a pretrained vision tower: see `Qwen25VL.fresh`).
+        preset: "tiny", whose tokenizer is a part of this package. The published sizes need `path` for their tokenizer.
+        recompute: activations that backward computes again instead of keeping them: "light" = norms, activation
+            functions and rotary embeddings; "full" = whole blocks.
     """
 
     path: str | None = None
@@ -79,13 +80,14 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RoomsOptions:
-    """The embedded data, used when data.sources is empty.
+    """The rendered rooms, which are used when data.sources is empty.
 
     Attributes:
-        samples, heldout: training rows, and rows about other rooms for the evaluation.
-        seed: of the rooms.
+        samples: rows to train on.
+        heldout: rows about other rooms, for the evaluation.
+        seed: random seed of the rooms.
         workers: rendering processes.
-        folder: where they are kept; none = the per-user cache.
+        folder: where the rows are cached; none = the user's cache folder.
     """
 
     samples: int = 2400
@@ -97,11 +99,12 @@ class RoomsOptions:
 
 @dataclass(frozen=True)
 class BadSamples:
-    """When samples that cannot be used stop the run; all of them are listed in <out>/ledger-*.jsonl.
+    """When samples that cannot be used stop the run. All of them are listed in <out>/ledger-*.jsonl.
 
     Attributes:
-        max_fraction: stop above this share, once `min_samples` have been seen.
-        strict: stop at the first.
+        max_fraction: stop when their share is higher than this and `min_samples` samples have been read.
+        min_samples: see max_fraction.
+        strict: stop at the first one.
     """
 
     max_fraction: float = 0.01
@@ -111,12 +114,12 @@ class BadSamples:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. The defaults are the rooms run on a small CPU; examples/vst.toml is VST's first stage.
+    """A whole run. The defaults train on rooms on a small CPU; examples/vst.toml is the first stage of VST.
 
     Attributes:
-        out: run folder; a finished run found there is set aside, never overwritten.
+        out: run folder; an earlier run in it is renamed, never overwritten.
         steps: optimizer steps.
-        seed: of the random weights.
+        seed: random seed of the initial weights.
         resume: "auto", a checkpoint folder, or empty.
         dry_run: print what the run would cost, and end.
     """
@@ -128,7 +131,7 @@ class Config:
     dry_run: bool = False
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
-    # 320 x 240 pictures become 24 tokens; the virtual camera of 3D detection is scaled alike.
+    # Images of 320 x 240 become 24 tokens. The virtual camera of 3D detection has the same scale.
     processor: ProcessorConfig = ProcessorConfig(max_pixels=168 * 126, max_seq_len=1024, fov_base_width=200)
     loader: LoaderConfig = LoaderConfig(tokens_per_pack=1024, num_workers=1, buffer_samples=64)
     rooms: RoomsOptions = RoomsOptions()
@@ -136,83 +139,53 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, vision_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     schedule: ScheduleConfig = ScheduleConfig(warmup=0.05)
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: checkpoint.CheckpointConfig = checkpoint.CheckpointConfig(every=500)
-    guard: guard.GuardConfig = guard.GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every=500)
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nOptions:\n{usage(Config)}")
+    config = read_config(Config, arguments, __doc__)
+    if config is None:
         return
-    config = load_config(Config, arguments)
-    world = distributed.start(config.parallel, environment=environment)
-    with Watchdog(world), StopRequest() as stop:
-        if world.is_main:
-            print(render(config), world.describe(), sep="\n", flush=True)
+    with joined(config.parallel, environment) as (world, stop):
+        world.say(render(config), world.describe())
         if config.dry_run:
             dry_run(config, world)
         else:
             run(config, world, stop)
-        distributed.stop(world)
 
 
-# --------------------------------------------------------------------------------------------------- model and data
-
-
-def model_config(config: Config) -> ModelConfig:
-    path = config.model.path
-    return ModelConfig.from_pretrained(path) if path else ModelConfig.preset(config.model.preset)
-
-
-def build_model(config: Config, world: World) -> Qwen25VL:
-    """Rank 0 reads or draws the weights on the CPU; the others receive their shards."""
-    source = None
-    if world.is_main and config.model.path:
-        source = Qwen25VL.from_pretrained(config.model.path, dtype=torch.float32)
-    elif world.is_main:
-        torch.manual_seed(config.seed)
-        source = Qwen25VL.fresh(config.model.preset)
-    with torch.device("meta"):
-        skeleton = Qwen25VL(model_config(config))
-    freeze(skeleton, config.optimizer.freeze)
-    model = distributed.place(source, skeleton, world, reshard=config.parallel.reshard)
-    model.recompute = config.model.recompute
-    return model
-
-
-def build_processor(config: Config) -> Processor:
-    options = dict(leaves(config.processor))
-    if config.model.path:
-        return Processor.from_pretrained(config.model.path, **options)
-    return Processor.preset(config.model.preset, **options)
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, Path] | None]:
-    """The mixture to train on; for the rooms also their folders (training, held-out)."""
+    """The mixture to train on; for rooms also the folders of (training rows, held-out rows)."""
     if config.data.sources:
         return config.data, None
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
     r = config.rooms
 
-    def make(split: str, samples: int) -> str:
-        return make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, split=split)
+    def make(split: str, samples: int) -> Path:
+        return Path(
+            world.once_per_node(
+                split, lambda: make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, split=split)
+            )
+        )
 
-    train, heldout = (
-        Path(world.once_per_node(split, lambda s=split, n=n: make(s, n)))
-        for split, n in (("train", r.samples), ("heldout", r.heldout))
-    )
+    train = make("train", r.samples)
+    heldout = make("heldout", r.heldout)
     source = SourceConfig(path=str(train), name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), (train, heldout)
 
 
-# ----------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------------------ one step
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one optimizer step was, over all ranks; every rank holds the same numbers."""
+    """Figures of one optimizer step over all ranks; every rank has the same numbers."""
 
     loss: float
     grad_norm: float
@@ -226,10 +199,11 @@ class StepTotals:
 def accumulate(
     model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, stop: bool
 ) -> tuple[StepTotals, list[Tensor], list[float]]:
-    """Forward and backward of one global batch; gradients are left in the parameters, clipped.
+    """Forward and backward of one global batch; the clipped gradients are left in the parameters.
 
-    The loss is the mean over the supervised tokens of the *whole* global batch: every pack divides by the target weight
-    of all packs on all ranks, and gradients add up. So it does not matter how samples fall into packs and ranks.
+    The loss is the mean over the supervised tokens of the *whole* global batch: every pack is divided by the target
+    weight of all packs of all ranks, and the gradients are summed. The result does not depend on how samples are
+    distributed over packs and ranks.
 
     Returns:
         (totals, loss of each of this rank's packs (on the device), their shares of the target weight).
@@ -242,20 +216,20 @@ def accumulate(
     normaliser = totals[0].float().clamp(min=1e-9)
     losses = []
     for pack in packs:
-        batch = pack.to(world.device)
+        batch = pack.to(world.device)  # asynchronous: while the device computes, the host queues the next pack
         loss = model(batch, head=token_mean(batch, normaliser))
         loss.backward()
         losses.append(loss.detach())
     norm = clip_gradients(model.parameters(), clip)
     loss = world.sum(torch.stack(losses).sum())
-    # The only place where the host waits for the device: one read of eight numbers for the guard and the log.
+    # The only point where the host waits for the device: one read of eight numbers for the guard and the log.
     read = torch.cat([loss.double().view(1), norm.double().view(1).to(world.device), totals]).tolist()
     found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0)
     return found, losses, [w / max(read[2], 1e-9) for w in weights]
 
 
 def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss head: cross entropy of the supervised rows, weighted and divided by the global weight."""
+    """The loss head: cross entropy of the supervised rows, weighted and divided by the global target weight."""
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden[batch.loss_rows]
@@ -264,29 +238,34 @@ def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tens
     return head
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------------------------------------- the run
 
 
 def run(config: Config, world: World, stop: StopRequest) -> None:
     out = Path(config.out)
     settings = to_dict(config)
-    resume_from = checkpoint.resolve(config.resume, out / "checkpoints")
-    if world.is_main and not config.resume:
-        checkpoint.set_aside(out)
-    world.barrier()
+    resume_from = open_run_folder(out, config.resume, world)
     mixture, rooms = find_data(config, world)
-    processor = build_processor(config)
-    model = build_model(config, world)
+    processor = build_processor(config.processor, config.model.path, config.model.preset)
+    model = build_model(
+        world,
+        path=config.model.path,
+        preset=config.model.preset,
+        seed=config.seed,
+        frozen=config.optimizer.freeze,
+        recompute=config.model.recompute,
+        reshard=config.parallel.reshard,
+    )
     optimizer = make_optimizer(model, config.optimizer)
+    saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
     first = 0
     recent = guard.Recent()
-    data_state = None
+    loader_state = None
     if resume_from is not None:
-        state, rank_state = checkpoint.load(resume_from, model, optimizer, world)
+        state, rank_state = saver.load(resume_from)
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
-        data_state = rank_state["loader"]
-        say(world, f"resumed from {resume_from}")
+        loader_state = rank_state["loader"]
 
     bad = config.bad_samples
     loader = make_loader(
@@ -295,33 +274,24 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         dataclasses.replace(config.loader, pin_memory=world.device.type == "cuda"),
         rank=world.rank,
         world_size=world.size,
-        state=data_state,
+        state=loader_state,
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
     )
-    say(world, *loader.notes)
-
-    def write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
-        hf.save(path, model.config, tensors, processor=processor)
+    world.say(*loader.notes)
 
     def save(step: int) -> None:
-        path = checkpoint.save(
-            out / "checkpoints",
-            step,
-            model,
-            optimizer,
-            world,
-            state={"guard": recent.to_json()},
-            rank_state={"loader": loader.state_dict()},
-            config=settings,
-            write_hf=write_hf if config.checkpoint.hf else None,
-            hf_dtype=world.dtype,
-            keep=config.checkpoint.keep,
-        )
-        say(world, f"saved {path}")
+        saver.save(step, state={"guard": recent.to_json()}, rank_state={"loader": loader.state_dict()})
 
-    with Metrics(out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings) as metrics:
-        if world.is_main:
-            save_json(config, out / "config.json")
+    metrics = Metrics(
+        out,
+        config.log,
+        config.steps,
+        first_step=first,
+        is_main=world.is_main,
+        settings=settings,
+        peak_flops=peak_flops(world),
+    )
+    with metrics:
         model.train()
         batches: Iterator[PackedBatch] = iter(loader)
         begin = time.perf_counter()
@@ -332,7 +302,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             packs = list(itertools.islice(batches, config.loader.accumulation))
             waited = time.perf_counter() - waited
             if not packs:
-                say(world, f"the data end after {step} steps (data.epochs is {config.data.epochs})")
+                world.say(f"the data ended after {step} steps (data.epochs is {config.data.epochs})")
                 break
             set_learning_rates(optimizer, config.schedule, step, config.steps)
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
@@ -340,11 +310,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm)
             if reason is None:
                 optimizer.step()
-            else:  # on all ranks alike: the verdict rests on reduced numbers only
+            else:  # on all ranks: the decision depends on reduced numbers only
                 values = [loss.item() for loss in losses]
-                ids = [p.sample_ids for p in packs]
-                row = guard.report(world.rank, step, reason, values, shares, ids)
-                guard.write_down(config.guard, recent, out, row)
+                row = guard.skip_row(world.rank, step, reason, values, shares, [p.sample_ids for p in packs])
+                guard.record_skip(config.guard, recent, out, row)
             optimizer.zero_grad()
             metrics.log(
                 {
@@ -362,23 +331,23 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                     **({"skipped": reason} if reason else {}),
                 }
             )
-            step = step + 1
+            step += 1
             stopped = totals.stop
-            if stopped or (config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.steps):
+            if stopped or saver.due(step, config.steps):
                 save(step)
             begin = time.perf_counter()
     if stopped:
-        say(world, f"stopped by a signal after step {step}; go on with --resume auto")
+        world.say(f"stopped by a signal after step {step}; continue with --resume auto")
         return
     save(step)
-    checkpoint.save_hf(out / "hf", model, world, write_hf, world.dtype)
-    say(world, loader.report, loader.ledger.summary(), f"model: {out / 'hf'}")
+    directory = saver.save_model()
+    world.say(loader.report, loader.ledger.summary(), f"model: {directory}")
     if world.is_main:
         evaluate(config, processor, world, rooms)
 
 
 def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Path, Path] | None) -> None:
-    """Ask the written model about rooms that training never saw, and write the report."""
+    """Evaluate the saved model on rooms that training never saw, and write the report."""
     out = Path(config.out)
     results = None
     if rooms is not None:
@@ -390,31 +359,20 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Pa
 
 
 def dry_run(config: Config, world: World) -> None:
-    """Parameters, packing of the first 200 samples, FLOPs and memory; nothing is trained or written."""
+    """Parameters, packs of the first 200 samples, FLOPs and memory; nothing is trained or written."""
     mixture, _ = find_data(config, world)
-    if not world.is_main:
-        return
-    processor = build_processor(config)
-    policy = config.model.recompute
-    frozen = config.optimizer.freeze
-    data = open_mixture(mixture)
-    loader = config.loader
-    print(budget.dry_run(model_config(config), processor, data, loader, world, recompute=policy, frozen=frozen))
-
-
-def say(world: World, *lines: object) -> None:
     if world.is_main:
-        print(*lines, sep="\n", flush=True)
+        text = budget.dry_run(
+            model_config(config.model.path, config.model.preset),
+            build_processor(config.processor, config.model.path, config.model.preset),
+            open_mixture(mixture),
+            config.loader,
+            world,
+            recompute=config.model.recompute,
+            frozen=config.optimizer.freeze,
+        )
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (
-        ConfigError,
-        distributed.ParallelError,
-        checkpoint.CheckpointError,
-        guard.GuardError,
-        TooManyBadSamples,
-    ) as error:
-        sys.exit(f"sft.py: {type(error).__name__}: {error}")
+    run_script(main)

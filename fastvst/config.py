@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import tomllib
 import types
 import typing
@@ -106,11 +105,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that `to_dict` wrote, with the checks of `load_config`."""
     return _build(config_class, values, config_class(), "")
-
-
-def save_json(config: Any, path: str | os.PathLike[str]) -> None:
-    """Write the resolved configuration as JSON."""
-    Path(path).write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def usage(config_class: type[Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 
 from fastvst import jsonl
 from fastvst.data.images import load_rgb
+from fastvst.rl.packing import Sharing
+from fastvst.rl.policy_update import UpdateConfig
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.rewards.verifiable import BOXES, MODES, Reward
 from fastvst.train.distributed import World
@@ -174,6 +176,47 @@ def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]
         "clipped": total["clipped"] / count,
         "answer_tokens": total["answer_tokens"],
         **of_modes,
+    }
+
+
+def step_rates(
+    sharing: Sharing,
+    seconds: Mapping[str, float],
+    world: World,
+    *,
+    prompt_tokens: int,
+    images: int,
+    answer_tokens: float,
+    update: UpdateConfig,
+) -> dict[str, Any]:
+    """Timing of a step: tokens over all ranks, seconds of this rank. Every rank calls it.
+
+    Keys: seconds and <part>_seconds; tokens and update_tokens_per_s (tokens of the packs); prompt_tokens and
+    prefill_tokens_per_s; decode_tokens_per_s (completion tokens); token_saving (tokens with repeated prompts / tokens
+    of the packs), split_groups, images, fill.
+
+    Args:
+        sharing: counts of this rank's packs.
+        seconds: of the parts rollout, prefill, decode, reward, update, and of the whole step.
+        prompt_tokens: of this rank's prompts.
+        images: in this rank's kept groups.
+        answer_tokens: completion tokens of all ranks.
+    """
+    counts = [sharing.shared, sharing.repeated, sharing.split, prompt_tokens, images, sharing.packs]
+    summed = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device)).tolist()
+    shared, repeated, split, all_prompt_tokens, all_images, packs = summed
+    return {
+        "seconds": round(seconds["step"], 4),
+        **{f"{part}_seconds": round(seconds[part], 4) for part in ("rollout", "prefill", "decode", "reward", "update")},
+        "tokens": shared,
+        "images": all_images,
+        "prompt_tokens": all_prompt_tokens,
+        "prefill_tokens_per_s": round(all_prompt_tokens / max(seconds["prefill"], 1e-9), 1),
+        "decode_tokens_per_s": round(answer_tokens / max(seconds["decode"], 1e-9), 1),
+        "update_tokens_per_s": round(shared * update.epochs / max(seconds["update"], 1e-9), 1),
+        "token_saving": round(repeated / shared, 3) if shared else 1.0,
+        "split_groups": split,
+        "fill": shared / max(packs * update.tokens_per_pack, 1.0),
     }
 
 

@@ -1,1 +1,1 @@
-"""Everything around the model that a training run needs, as plain functions and small frozen dataclasses."""
+"""What a training run needs around the model: plain functions and small frozen dataclasses."""

@@ -1,7 +1,7 @@
-"""What a run costs before it starts: parameters, memory of every GPU by part, FLOPs of a pack, and how packs will fill.
+"""Estimates the cost of a run before it starts: parameters, memory by part of the model, FLOPs and fill of the packs.
 
-Memory is arithmetic on shapes: what torch's allocator adds (fragments, the CUDA context of about 0.5 GiB, cuBLAS
-workspaces) is not in it.
+Memory is computed from shapes. Not included is what the runtime adds: fragmentation of torch's allocator, the CUDA
+context of about 0.5 GiB, cuBLAS workspaces.
 """
 
 from __future__ import annotations
@@ -21,20 +21,46 @@ from fastvst.model.flops import pack_flops
 from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
 from fastvst.train.distributed import World
 from fastvst.train.optimizer import part_of
+from fastvst_kernels.lm_head.chunked import default_chunk_rows
 
 PARTS = ("vision", "merger", "decoder", "embeddings and head")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU.
+class Placement:
+    """How the model is placed on devices, as far as memory depends on it.
 
     Attributes:
-        weights, gradients, moments: by part, float32, this rank's shard.
-        gathered: whole weights and gradients that FSDP2 holds for a moment; 0 when the model is not sharded.
-        activations: what the forward pass keeps for the backward pass, by tower.
-        head: logits of one chunk and the gradients that the fused loss keeps.
+        shards: ranks that share one copy of the model.
+        sharded: FSDP2 is on (also with one shard, for mixed precision).
+        compute: dtype of activations and gathered weights.
+        device_type: "cpu" or "cuda".
+    """
+
+    shards: int
+    sharded: bool
+    compute: torch.dtype
+    device_type: str
+
+    @classmethod
+    def of(cls, world: World) -> Placement:
+        """The placement in a run."""
+        shards = world.mesh.size(-1) if world.mesh is not None else 1
+        return cls(shards, world.mesh is not None, world.dtype, world.device.type)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights: by part, float32, this rank's shard.
+        gradients: likewise.
+        moments: likewise, both Adam moments.
+        gathered: whole weights and gradients that FSDP2 holds temporarily; 0 when the model is not sharded.
+        activations: kept by the forward pass for the backward pass, by part.
+        head: logits of one chunk of the LM head, and the gradients that the fused loss keeps.
     """
 
     weights: dict[str, float]
@@ -63,7 +89,7 @@ class Memory:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of each of PARTS; a tied embedding counts once. Works on a model on the meta device."""
+    """Number of parameters of each of PARTS; a tied embedding counts once. The model may be on the meta device."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         counts[_part(name)] += parameter.numel()
@@ -72,23 +98,18 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def estimate_memory(
     config: ModelConfig,
+    placement: Placement,
     *,
     tokens: float,
     patches: float,
     targets: float,
     recompute: str,
-    shards: int,
-    sharded: bool,
-    compute: torch.dtype,
     frozen: Iterable[str] = (),
 ) -> Memory:
     """Memory of a rank for packs of `tokens` LLM tokens, `patches` patches and `targets` supervised tokens.
 
     Args:
         recompute: "none", "light" or "full", see `fastvst.model.layers`.
-        shards: ranks that share one copy of the model.
-        sharded: FSDP2 is on (also with one shard, for mixed precision).
-        compute: dtype of activations and gathered weights.
         frozen: parts without gradients, as in OptimizerConfig.freeze. A frozen vision tower keeps no activations.
     """
     with torch.device("meta"):
@@ -96,52 +117,72 @@ def estimate_memory(
     counts = count_parameters(model)
     fixed = set(frozen)
     trained = {p: 0 if ("decoder" if p.startswith("emb") else p) in fixed else n for p, n in counts.items()}
+    share = 4.0 / placement.shards
+    return Memory(
+        weights={p: n * share for p, n in counts.items()},
+        gradients={p: n * share for p, n in trained.items()},
+        moments={p: 2 * n * share for p, n in trained.items()},
+        gathered=_gathered_bytes(model, placement.compute) if placement.sharded else 0.0,
+        activations=_activation_bytes(config, tokens, patches, recompute, placement.compute, fixed),
+        head=_head_bytes(config, targets, placement, trains="decoder" not in fixed),
+    )
+
+
+def _gathered_bytes(model: Qwen25VL, compute: torch.dtype) -> float:
+    """Gathered weights of the root and of two blocks (the next block is fetched while one computes), and the float32
+    gradients of the root and of one block."""
+    blocks = [_numel(b) for b in [*model.visual.blocks, model.visual.merger, *model.model.layers]]
+    root = _numel(model) - sum(blocks)
+    return float((root + 2 * max(blocks)) * compute.itemsize + (root + max(blocks)) * 4)
+
+
+def _activation_bytes(
+    config: ModelConfig, tokens: float, patches: float, recompute: str, compute: torch.dtype, frozen: set[str]
+) -> dict[str, float]:
     size = compute.itemsize
-    gathered = 0.0
-    if sharded:
-        blocks = [_numel(b) for b in [*model.visual.blocks, model.visual.merger, *model.model.layers]]
-        root = sum(p.numel() for p in model.parameters()) - sum(blocks)
-        # the root and two blocks (the next one is fetched while one computes), and one block's float32 gradients
-        gathered = (root + 2 * max(blocks)) * size + (root + max(blocks)) * 4
     v = config.vision
     per_token, per_patch = kept_bytes(config, recompute, compute)
-    if recompute == "full":  # and, while backward works on it, one block in full
+    if recompute == "full":  # plus one block in full while backward works on it
         per_token += decoder_bytes_per_token(config, "none", compute) / config.num_hidden_layers
         per_patch += vision_bytes_per_patch(config, "none", compute) / v.depth
     activations = {
         "decoder": tokens * per_token,
         "vision": patches * (size * v.patch_values + per_patch),
-        # norm output, both sides of the GELU
+        # output of the norm, input and output of the GELU
         "merger": patches * size * (2 * v.hidden_size + 2 * v.hidden_size),
         "embeddings and head": tokens * size * 2 * config.hidden_size,
     }
-    if fixed >= {"vision"}:
+    if "vision" in frozen:
         activations["vision"] = 0.0
-    if fixed >= {"vision", "merger"}:
+    if frozen >= {"vision", "merger"}:
         activations["merger"] = 0.0
-    # one chunk of about 4 M logits, its exponentials and gradients in float32; gradients of rows and of the weight
-    head = 3 * 4 * float(1 << 22) + targets * config.hidden_size * (size + 4)
-    if "decoder" not in fixed:
-        head += config.vocab_size * config.hidden_size * 4
-    share = 4.0 / shards
-    return Memory(
-        weights={p: n * share for p, n in counts.items()},
-        gradients={p: n * share for p, n in trained.items()},
-        moments={p: 2 * n * share for p, n in trained.items()},
-        gathered=gathered,
-        activations=activations,
-        head=head,
-    )
+    return activations
+
+
+def _head_bytes(config: ModelConfig, targets: float, placement: Placement, *, trains: bool) -> float:
+    """Float32 logits of one chunk, which are overwritten by their gradient, and the gradients of rows and weight."""
+    rows = min(float(default_chunk_rows(config.vocab_size, placement.device_type)), targets)
+    logits = rows * config.vocab_size * 4
+    row_gradients = targets * config.hidden_size * (placement.compute.itemsize + 4)
+    weight_gradient = config.vocab_size * config.hidden_size * 4 if trains else 0
+    return logits + row_gradients + weight_gradient
 
 
 def kept_bytes(config: ModelConfig, recompute: str, compute: torch.dtype) -> tuple[float, float]:
-    """Bytes that the decoder keeps for each token and the vision tower for each patch, for the backward pass."""
+    """Bytes that the decoder keeps per token and the vision tower per patch for the backward pass."""
     return decoder_bytes_per_token(config, recompute, compute), vision_bytes_per_patch(config, recompute, compute)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the first samples of the data look like when packed."""
+class PackForecast:
+    """What packs of the first samples of the data look like.
+
+    Attributes:
+        samples: samples in these packs.
+        rejected: samples that cannot be used.
+        rows: rows of all sources.
+        tokens: of a pack, like patches, targets and flops (by part).
+    """
 
     report: PackingReport
     samples: int
@@ -154,7 +195,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps that one pass over all sources takes, if the rest is like the first samples."""
+        """Optimizer steps of one pass over all sources, if the other samples are like the first ones."""
         return self.rows / max(self.report.samples / max(self.report.steps, 1), 1e-9)
 
     def describe(self) -> str:
@@ -167,11 +208,13 @@ class Plan:
         )
 
 
-def plan_data(mixture: Mixture, processor: Any, config: LoaderConfig, *, world_size: int, samples: int = 200) -> Plan:
-    """Plan steps until `samples` samples are in packs; encode the first pack to know its targets and FLOPs.
+def forecast_packs(
+    mixture: Mixture, processor: Any, config: LoaderConfig, *, world_size: int, samples: int = 200
+) -> PackForecast:
+    """Pack the first `samples` samples; one pack is encoded to count its targets and FLOPs.
 
     Raises:
-        ValueError: no usable sample came up.
+        ValueError: no sample can be used.
     """
     planner = make_planner(mixture, processor, config, world_size)
     report = PackingReport()
@@ -194,7 +237,7 @@ def plan_data(mixture: Mixture, processor: Any, config: LoaderConfig, *, world_s
         batch.num_targets,
     )
     scale = report.tokens / max(report.packs, 1) / batch.num_tokens
-    return Plan(
+    return PackForecast(
         report=report,
         samples=report.samples,
         rejected=rejected,
@@ -216,35 +259,34 @@ def dry_run(
     recompute: str,
     frozen: Iterable[str] = (),
 ) -> str:
-    """What `--dry-run` prints: parameters, how the first 200 samples pack, FLOPs and memory. Nothing is trained."""
+    """The text of `--dry-run`: parameters, packs of the first 200 samples, FLOPs and memory. Nothing is trained."""
     with torch.device("meta"):
         counts = count_parameters(Qwen25VL(config))
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    plan = plan_data(mixture, processor, loader, world_size=world.size)
+    packs = forecast_packs(mixture, processor, loader, world_size=world.size)
     memory = estimate_memory(
         config,
-        tokens=plan.tokens,
-        patches=plan.patches,
-        targets=plan.targets,
+        Placement.of(world),
+        tokens=packs.tokens,
+        patches=packs.patches,
+        targets=packs.targets,
         recompute=recompute,
-        shards=world.mesh.size(-1) if world.mesh is not None else 1,
-        sharded=world.mesh is not None,
-        compute=world.dtype,
         frozen=frozen,
     )
     per_token, per_patch = kept_bytes(config, recompute, world.dtype)
     kept = f"kept for the backward pass (recompute {recompute}, {str(world.dtype).removeprefix('torch.')}): "
     kept += f"{per_token / 1e6:.4g} MB a token, {per_patch / 1e6:.4g} MB a patch"
-    return f"parameters: {sum(counts.values()):,} ({parts})\n{plan.describe()}\n{kept}\n{memory.table()}"
+    return f"parameters: {sum(counts.values()):,} ({parts})\n{packs.describe()}\n{kept}\n{memory.table()}"
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: int, recompute: str) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that says what to change.
+    """Replace torch's out-of-memory error by one that says what to change.
 
     Args:
-        packs: what was being computed; the largest is described.
-        budget: tokens_per_pack as configured; recompute: the policy.
+        packs: the packs of the step; the largest one is described.
+        budget: the configured tokens_per_pack.
+        recompute: the configured policy.
     """
     try:
         yield
@@ -253,7 +295,7 @@ def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: in
         advice += [
             f"--loader.tokens_per_pack {max(budget // 2, 1)} with twice the --loader.accumulation",
             "a smaller --processor.max_pixels",
-            "more GPUs, or --parallel.replicas 1 so that all of them share one copy",
+            "more GPUs, or --parallel.replicas 1 so that all of them share one copy of the model",
             "--optimizer.freeze vision",
         ]
         state = ""

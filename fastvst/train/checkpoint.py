@@ -1,16 +1,16 @@
-"""Resumable checkpoints, one folder each, that are either complete or not there.
+"""Resumable checkpoints: one folder each, either complete or absent.
 
     <folder>/step-000200/
         state/*.safetensors      weights and both Adam moments; every rank writes its own shards
-        rank-00000.json ...      what differs between ranks (random state, loader position)
+        rank-00000.json ...      state of each rank (random state, loader position)
         train.json               step, guard, names and shapes of the tensors, optimizer steps of every parameter
         config.json              the resolved configuration
         hf/                      optional: the model as a Hugging Face directory
         COMPLETE                 the marker: every file with its size
 
-The tensors go through torch.distributed.checkpoint in its safetensors form, so a run resumes on another number of
-ranks, bit for bit, and nothing is ever unpickled (DCP's default format reads a pickled .metadata file). A checkpoint is
-written beside (`.step-000200.partial`), flushed to disk, marked, and then renamed into place.
+The tensors are written by torch.distributed.checkpoint (DCP) in its safetensors format. A run can resume on another
+number of ranks, bit for bit, and nothing is unpickled (DCP's default format reads a pickled .metadata file). A
+checkpoint is written to `.step-000200.partial`, marked, flushed to the disk, and then renamed.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ WriteHF = Callable[[Path, dict[str, Tensor]], None]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which, why, and what is still good."""
+    """A checkpoint cannot be written or read; the message names it, the reason, and the checkpoints that remain."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is written to disk.
+    """When checkpoints are written.
 
     Attributes:
         every: optimizer steps between two checkpoints; 0 = only at the end.
-        keep: complete checkpoints that stay, the newest ones.
+        keep: number of complete checkpoints to keep, the newest ones.
         hf: also write a Hugging Face directory, in the compute dtype, into every checkpoint.
     """
 
@@ -76,17 +76,17 @@ def save(
     hf_dtype: torch.dtype = torch.float32,
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-XXXXXX`; every rank calls it. A complete checkpoint of the same step is left as it is.
+    """Write `folder/step-XXXXXX`; every rank calls it. An existing complete checkpoint of this step is not replaced.
 
     Args:
         step: optimizer steps done so far.
-        state: JSON-able state that all ranks share; rank 0's is written.
+        state: JSON-able state that all ranks share; the one of rank 0 is written.
         rank_state: JSON-able state of this rank.
-        write_hf: called on rank 0 with (directory, full state dict on the CPU in `hf_dtype`); None = no `hf/`.
-        keep: complete checkpoints to leave; older ones are deleted after this one is in place.
+        write_hf: called on rank 0 as write_hf(directory, full state dict on the CPU in `hf_dtype`); None = no `hf/`.
+        keep: complete checkpoints to keep; older ones are deleted after this one has been written.
 
     Raises:
-        CheckpointError: on every rank if any of them fails (disk full, ...); older checkpoints are untouched.
+        CheckpointError: on every rank if any rank fails (disk full, ...); older checkpoints are untouched.
     """
     target = folder / f"step-{step:06d}"
     if is_complete(target):
@@ -101,7 +101,7 @@ def save(
 
     def write_tensors() -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "single process" is no news
+            warnings.simplefilter("ignore")  # DCP warns that there is a single process
             writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
         rng = torch.get_rng_state().numpy().tobytes().hex()
@@ -128,10 +128,12 @@ def save(
 
 
 def save_hf(target: Path, model: nn.Module, world: World, write_hf: WriteHF, dtype: torch.dtype) -> Path:
-    """Gather the model and let rank 0 write it as the Hugging Face directory `target`; every rank calls it.
+    """Gather the model; rank 0 writes it as the Hugging Face directory `target`. Every rank calls it.
 
-    `write_hf` must leave an older directory intact when it fails (`fastvst.model.weights.save` does). Raises
-    CheckpointError like `save`.
+    `write_hf` must leave an older directory intact when it fails, as `fastvst.model.weights.save` does.
+
+    Raises:
+        CheckpointError: as `save`.
     """
     full = gather(model, world, dtype)
     _together(world, target, None, (lambda: write_hf(target, full)) if world.is_main else lambda: None)
@@ -143,13 +145,13 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint into the model and the optimizer, in place, on any number of ranks; every rank calls it.
 
-    The CPU random state is restored where the number of ranks is the same.
+    The CPU random state is restored if the number of ranks is unchanged.
 
     Returns:
-        (`state` and the keys step and world_size, `rank_state` of this rank; of rank 0 if this rank did not exist).
+        (`state` with the keys step and world_size, `rank_state` of this rank, or of rank 0 if this rank did not exist).
 
     Raises:
-        CheckpointError: the checkpoint is incomplete or damaged, or of another model or choice of frozen parts.
+        CheckpointError: the checkpoint is incomplete or damaged, or belongs to another model or other frozen parts.
     """
     check(path)
     state = json.loads((path / "train.json").read_text(encoding="utf-8"))
@@ -161,8 +163,8 @@ def load(
         extra = sorted(set(have) - set(want))
         other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
         raise CheckpointError(
-            f"{path} does not fit this model and optimizer (is it of another model.preset or optimizer.freeze?): "
-            f"it lacks {_some(missing)}; it has besides {_some(extra)}; other shapes: {_some(other)}"
+            f"{path} does not fit this model and optimizer (was model.preset or optimizer.freeze different?): "
+            f"missing: {_some(missing)}; unexpected: {_some(extra)}; other shapes: {_some(other)}"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,7 +183,7 @@ def load(
 
 
 def resolve(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means: "" none, "auto" the newest complete one in `folder` or none, else a path.
+    """The checkpoint of `--resume`: "" = none, "auto" = the newest complete one in `folder` if any, else a path.
 
     Raises:
         CheckpointError: the named checkpoint is not complete.
@@ -202,13 +204,13 @@ def complete(folder: Path) -> list[Path]:
 
 
 def set_aside(out: Path) -> Path | None:
-    """Rename the folder of an earlier run, if there is one, to `<out>-1`, `<out>-2`, ...; returns the new name."""
+    """Rename the folder of an earlier run, if any, to `<out>-1`, `<out>-2`, ...; returns the new path."""
     if not (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists():
         return None
     number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}-{n}").exists())
     moved = out.with_name(f"{out.name}-{number}")
     out.rename(moved)
-    print(f"{out} held an earlier run; it is {moved} now", flush=True)
+    print(f"{out} contained an earlier run, which was renamed to {moved}", flush=True)
     return moved
 
 
@@ -222,7 +224,7 @@ def check(path: Path) -> None:
         raise CheckpointError(f"there is no checkpoint {path}; --resume takes 'auto' or a folder step-XXXXXX")
     if not is_complete(path):
         raise CheckpointError(
-            f"{path} has no {MARKER} marker: it was never finished or is no checkpoint. Other checkpoints beside it: "
+            f"{path} has no {MARKER} marker: it was never finished or is not a checkpoint. Complete checkpoints there: "
             f"{_some([p.name for p in complete(path.parent)])}"
         )
     for name, size in json.loads((path / MARKER).read_text(encoding="utf-8"))["files"].items():
@@ -240,7 +242,7 @@ def commit(partial: Path, target: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints; the marker goes first, so a half-deleted one is none."""
+    """Delete all but the newest `keep` complete checkpoints, each marker first: a partly deleted one is incomplete."""
     for path in complete(folder)[:-keep]:
         (path / MARKER).unlink()
         shutil.rmtree(path, ignore_errors=True)
@@ -257,14 +259,14 @@ def gather(model: nn.Module, world: World, dtype: torch.dtype) -> dict[str, Tens
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """(everything saved as a tensor, optimizer steps by parameter). Creates Adam's moments where there are none."""
+    """(all tensors to save, optimizer steps by parameter). Creates Adam's moments where they do not exist yet."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     steps: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         state = optimizer.state[parameter]
-        if not state:  # as fused AdamW makes them at a parameter's first step
+        if not state:  # as fused AdamW creates them in the first step of a parameter
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -275,7 +277,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
 
 
 def _together(world: World, target: Path, partial: Path | None, action: Callable[[], None]) -> None:
-    """Run `action`; if it fails on any rank, the partial folder goes and every rank raises CheckpointError."""
+    """Run `action`. If it fails on any rank, delete the partial folder and raise CheckpointError on every rank."""
     error: BaseException | None = None
     try:
         action()
@@ -286,19 +288,19 @@ def _together(world: World, target: Path, partial: Path | None, action: Callable
         return
     if world.is_main and partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
-    why = _reason(error) if error is not None else "another rank failed; its message says why"
+    why = _reason(error) if error is not None else "another rank failed; see its message"
     try:
         free = f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB are free there"
     except OSError:
         free = "the folder cannot be read"
     raise CheckpointError(
         f"rank {world.rank}: could not write {target}: {why}; {free}. Complete checkpoints are untouched: "
-        f"{_some([p.name for p in complete(target.parent)])}. Make room or pass another --out, then --resume"
+        f"{_some([p.name for p in complete(target.parent)])}. Free disk space or pass another --out, then --resume"
     ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without DCP's wrapping (one exception for each rank)."""
+    """The error without DCP's wrapper, which holds one exception for each rank."""
     if isinstance(error, CheckpointException):
         parts = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
         return "; ".join(parts)

@@ -1,7 +1,7 @@
-"""Processes and devices: who am I, where do I compute, and how is the model divided.
+"""Distributed setup: rank, device, FSDP2/HSDP sharding.
 
-One process without a launcher, or N processes under torchrun; FSDP2 over all ranks, or HSDP (shards inside a group of
-ranks, replicas between the groups) over several nodes. Gradients are plain sums over ranks, because the loss is already
+A run is one process without a launcher, or N processes under torchrun. The model is sharded over all ranks (FSDP2), or
+within each node and replicated between nodes (HSDP). Gradients are summed over ranks, not averaged: the loss is already
 divided by the target weight of the whole global batch.
 """
 
@@ -24,22 +24,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ParallelError(RuntimeError):
-    """The processes or devices that were asked for cannot be had; the message says what to pass instead."""
+    """The requested processes or devices are not available; the message says what to pass instead."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the run is spread over devices.
+    """How the run is distributed over devices.
 
     Attributes:
-        device: "auto" takes the GPU if there is one.
-        dtype: what matrices multiply in; weights, gradients and moments stay float32. "auto" = bfloat16 on a GPU.
-        replicas: whole copies of the model (HSDP); 0 = one per node, so that shards travel inside a node only.
-        reshard: free gathered weights after the forward pass (less memory, one more all-gather per block).
-        threads: CPU threads per process for torch; 0 = its share of the machine's cores, at least 1. Loader workers are
-            not counted: the default run's one worker is busy a quarter of the time, and on 2 cores the run does 1.5
-            times as many steps with 2 threads as with 1.
-        timeout: seconds that a collective may wait for the slowest rank.
+        device: "auto" = the GPU if there is one.
+        dtype: compute dtype; weights, gradients and moments are float32. "auto" = bfloat16 on a GPU, else float32.
+        replicas: copies of the model (HSDP); 0 = one per node, so that weights are gathered within a node only.
+        reshard: free the gathered weights after the forward pass (less memory, one more all-gather per block).
+        threads: CPU threads of torch in each process; 0 = the process's share of the machine's cores. No core is
+            reserved for loader workers: the default run's worker is busy a quarter of the time, and with 2 threads on
+            2 cores the run is 1.5 times as fast as with 1.
+        timeout: seconds that a collective waits for the slowest rank.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -52,12 +52,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others.
+    """This process and the others of the run.
 
     Attributes:
-        rank, size: place among all processes.
-        local_rank, local_size: place among the processes of this node.
-        device: where the model lives.
+        rank: of this process.
+        size: number of processes.
+        local_rank: rank among the processes of this node.
+        local_size: number of processes of this node.
+        device: of the model.
         dtype: compute dtype.
         mesh: the mesh to shard over, or None when the model is a plain module (one process in float32).
         store: key-value store that all ranks share, or None for one process.
@@ -79,7 +81,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over all ranks, in place; does not wait for the device."""
+        """Sum `tensor` over all ranks, in place, and return it; does not wait for the device."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -88,8 +90,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def say(self, *lines: object) -> None:
+        """Print the lines on rank 0."""
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
+
     def once_per_node(self, key: str, make: Callable[[], str]) -> str:
-        """What `make` returns in the first process of this node; the other processes of the node wait for it."""
+        """The result of `make`, which runs in the first process of this node while the node's other processes wait."""
         if self.store is None:
             return make()
         place = f"{key}/{self.rank // self.local_size}"
@@ -105,15 +112,15 @@ class World:
 
 
 def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = None) -> World:
-    """Join the other processes.
+    """Join the other processes of the run.
 
     Args:
-        environment: what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
-            default `os.environ`. Without RANK it is a run of one process. INIT_FILE, a path on a shared disk, replaces
-            the two MASTER ones.
+        environment: the variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+            MASTER_PORT); default `os.environ`. Without RANK the run has one process. INIT_FILE, a path on a shared
+            disk, replaces MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ParallelError: no such GPU, more processes than GPUs, the port is taken, the replicas do not divide the ranks.
+        ParallelError: no GPU, more processes than GPUs, a port in use, or replicas that do not divide the ranks.
     """
     env = os.environ if environment is None else environment
     rank = int(env.get("RANK", 0))
@@ -132,7 +139,7 @@ def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = Non
     if size > 1:
         store = _rendezvous(env, rank, size, config.timeout)
     if size > 1 or DTYPES[name] != torch.float32:
-        # A single process shards over itself: FSDP2 then only keeps float32 weights and casts them for each block.
+        # A single process shards over itself: FSDP2 then only keeps float32 weights and casts them block by block.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.HashStore() if store is None else dist.PrefixStore("group", store),
@@ -152,7 +159,7 @@ def stop(world: World) -> None:
 
 
 def pick_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device of this process. Raises ParallelError if a GPU is asked for and absent."""
+    """The device of this process. Raises ParallelError if a GPU is requested and there is none."""
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
@@ -172,7 +179,7 @@ def pick_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.
 
 
 def make_mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
-    """1-D mesh of all ranks, or a 2-D one (replicas, ranks per replica) whose last axis holds the shards."""
+    """1-D mesh of all ranks, or a 2-D mesh (replicas, ranks per replica) whose last axis is sharded."""
     if replicas <= 1:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     if size % replicas:
@@ -181,17 +188,18 @@ def make_mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
 
 
 def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: bool = True) -> Any:
-    """The model on its device, divided over the mesh, with the values that rank 0 has.
+    """The model on its device, sharded over the mesh, with the weights of rank 0.
 
-    Every pack will go through the vision tower, pictures or not: with several ranks the collectives must match, and
-    with any number of ranks the optimizer must see the same gradients (zeros, not none).
+    Every pack goes through the vision tower, even without images: the collectives of all ranks must match, and the
+    optimizer must see the same gradients (zeros, not None) for any number of ranks.
 
     Args:
-        source: the whole model in float32 on the CPU, on rank 0 (None elsewhere). Only this node's memory must hold it.
-        skeleton: the same model on the meta device, with its frozen parameters marked; it is what comes back, filled.
+        source: the whole model in float32 on the CPU of rank 0; None on the other ranks.
+        skeleton: the same model on the meta device, with requires_grad set.
 
     Returns:
-        the sharded skeleton; without a mesh, `source` itself on the device, with the skeleton's frozen parameters.
+        The skeleton, sharded and with weights. Without a mesh: `source` on the device, with the skeleton's
+        requires_grad.
     """
     if world.mesh is None:
         assert source is not None
@@ -209,13 +217,13 @@ def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: boo
 
 
 def shard(model: Any, world: World, *, reshard: bool = True) -> None:
-    """Divide the model over `world.mesh`, in place: vision blocks, merger, decoder blocks, then the rest as the root.
+    """Shard the model over `world.mesh`, in place: vision blocks, merger, decoder blocks, then the rest as the root.
 
     Afterwards parameters are DTensors and gradients sum over ranks. Does nothing without a mesh.
     """
     if world.mesh is None:
         return
-    # Inputs are not cast: rotary tables must reach the blocks in float32.
+    # Inputs are not cast: the blocks need the rotary tables in float32.
     policy = MixedPrecisionPolicy(
         param_dtype=None if world.dtype == torch.float32 else world.dtype,
         reduce_dtype=torch.float32,
@@ -228,7 +236,7 @@ def shard(model: Any, world: World, *, reshard: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def _rendezvous(env: Mapping[str, str], rank: int, size: int, timeout: float) -> dist.Store:
@@ -239,14 +247,14 @@ def _rendezvous(env: Mapping[str, str], rank: int, size: int, timeout: float) ->
         raise ParallelError(f"WORLD_SIZE is {size}, but {missing} is not set; start the run with torchrun")
     host = env["MASTER_ADDR"]
     port = int(env["MASTER_PORT"])
-    # torchrun's own process serves the store when it says so; otherwise rank 0 does.
+    # Under torchrun its agent process may serve the store; otherwise rank 0 serves it.
     serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         return dist.TCPStore(host, port, size, serves, datetime.timedelta(seconds=timeout), wait_for_workers=False)
     except dist.DistNetworkError as error:
         if serves and "EADDRINUSE" in str(error):
             raise ParallelError(
-                f"port {port} on {host} is taken by another program; pass another one (torchrun --master-port "
-                f"{port + 1}), or leave it out on a single node and torchrun finds a free one"
+                f"port {port} on {host} is used by another program; pass another one (torchrun --master-port "
+                f"{port + 1}), or omit the option on a single node: torchrun then chooses a free port"
             ) from None
         raise ParallelError(f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}") from None

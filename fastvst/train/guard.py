@@ -1,4 +1,4 @@
-"""Skip the steps that would damage the model: a loss or gradient norm not finite or far above the recent ones."""
+"""Skips optimizer steps whose loss or gradient norm is not finite or far above the recent ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from fastvst import jsonl
 
-WINDOW = 64  # accepted steps that the median is taken over
-_ENOUGH = 16  # accepted steps before anything counts as a spike
+WINDOW = 64  # accepted steps in the median
+MIN_STEPS = 16  # accepted steps before a value can count as a spike
 
 
 class GuardError(RuntimeError):
@@ -24,7 +24,8 @@ class GuardConfig:
     """When an optimizer step is skipped.
 
     Attributes:
-        spike: a loss or gradient norm this many times the median of recent steps is a spike; 0 = only non-finite ones.
+        spike: skip a step whose loss or gradient norm is this many times the median of the recent steps; 0 = skip only
+            non-finite values.
         patience: stop the run after this many skipped steps in a row.
     """
 
@@ -34,7 +35,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Recent:
-    """What the guard remembers: losses and norms of the last accepted steps, skips in a row and in all."""
+    """The guard's state: losses and norms of the last accepted steps, skipped steps in a row and in total."""
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
@@ -57,17 +58,16 @@ class Recent:
 def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tuple[str | None, Recent]:
     """Judge one step by its global loss and gradient norm, before the optimizer runs.
 
-    Both numbers are reductions over all ranks, so every rank comes to the same verdict without talking: either all of
-    them step or none does.
+    Both numbers are reduced over all ranks, so every rank reaches the same decision without communication.
 
     Returns:
-        (why the step must be skipped or None, the memory for the next step).
+        (reason to skip the step, or None; the guard's state for the next step).
     """
     reason = None
     for name, value, known in (("loss", loss, recent.losses), ("gradient norm", norm, recent.norms)):
         if not math.isfinite(value):
             reason = reason or f"the {name} is {value}"
-        elif config.spike > 0 and len(known) >= _ENOUGH:
+        elif config.spike > 0 and len(known) >= MIN_STEPS:
             usual = statistics.median(known)
             if value > config.spike * usual > 0:
                 reason = reason or f"the {name} is {value:.4g}, {value / usual:.1f} times the recent median {usual:.4g}"
@@ -78,14 +78,14 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
     return None, Recent(losses, norms, 0, recent.skipped)
 
 
-def report(
+def skip_row(
     rank: int, step: int, reason: str, losses: Sequence[float], weights: Sequence[float], ids: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """One row of skipped.jsonl: what this rank's packs contributed to a skipped step.
+    """One row of skipped-*.jsonl: what the packs of this rank contributed to a skipped step.
 
     Args:
         losses: summed loss of each pack of this rank, already divided by the global target weight.
-        weights: the pack's share of the global target weight, same length.
+        weights: share of each pack in the global target weight.
         ids: "source/id" of the samples in each pack.
     """
     packs = []
@@ -95,8 +95,8 @@ def report(
     return {"step": step, "rank": rank, "reason": reason, "packs": packs}
 
 
-def write_down(config: GuardConfig, recent: Recent, out: Path, row: dict[str, Any]) -> None:
-    """Append a `report` to this rank's skipped-*.jsonl and print it.
+def record_skip(config: GuardConfig, recent: Recent, out: Path, row: dict[str, Any]) -> None:
+    """Append a `skip_row` to this rank's skipped-*.jsonl and print it.
 
     Raises:
         GuardError: `patience` steps in a row were skipped.

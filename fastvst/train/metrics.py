@@ -1,8 +1,9 @@
-"""What a run says while it works: a progress line, metrics.jsonl always, TensorBoard and W&B when asked for."""
+"""The figures of a run: a progress line, metrics.jsonl always, TensorBoard and W&B on request."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +13,29 @@ from typing import Any
 
 import torch
 
-from fastvst import jsonl
+from fastvst import atomic, jsonl
+from fastvst.train.distributed import World
+
+# Peak bfloat16 FLOP/s of the tensor cores without sparsity, by the product names that CUDA reports. Source: NVIDIA's
+# data sheets of A100 (2021), H100 (2023; PCIe: 2022) and H200 (2024), which state twice as much, with sparsity, for the
+# latter two.
+PEAK_BF16_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H200 NVL": 835.5e12,
+}
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where figures go.
+    """Where the figures of a run are written.
 
     Attributes:
         every: optimizer steps between two progress lines (metrics.jsonl has every step).
-        tensorboard: also write TensorBoard events under <out>/tensorboard.
+        tensorboard: also write TensorBoard events to <out>/tensorboard.
         wandb: also log to this Weights & Biases project; empty = no.
     """
 
@@ -31,13 +45,15 @@ class LogConfig:
 
 
 class Metrics:
-    """The open sinks of one run; on ranks other than 0 it swallows everything. Use as a context manager.
+    """Writes the figures of one run; on ranks other than 0 it does nothing. Use as a context manager.
 
     Args:
-        out: run folder; rows go to `out/metrics.jsonl`.
-        first_step: rows of this step and later ones, left by a run that was killed after its last checkpoint, are
-            dropped, so that the file reads like an uninterrupted run.
+        out: run folder; rows are appended to `out/metrics.jsonl`.
+        first_step: rows of this step and of later steps are dropped. A run that was killed after its last checkpoint
+            leaves such rows, and the resumed run writes them again.
+        settings: the resolved configuration; it is written to `out/config.json` and sent to W&B.
         line: makes the progress line of a row; default `progress_line`.
+        peak_flops: FLOP/s of all devices together, for the MFU; None = unknown.
     """
 
     def __init__(
@@ -50,32 +66,35 @@ class Metrics:
         is_main: bool,
         settings: dict[str, Any],
         line: Callable[[dict[str, Any], int], str] | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
         self.is_main = is_main
         self.line = line or progress_line
+        self.peak_flops = peak_flops
         self.path = out / "metrics.jsonl"
         self._seconds_per_step: float | None = None
-        self._board: Any = None
+        self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_main:
             return
-        out.mkdir(parents=True, exist_ok=True)
         if config.tensorboard:
             module = _optional("torch.utils.tensorboard", "tensorboard", "log.tensorboard")
-            self._board = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+            self._tensorboard = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
         if config.wandb:
             module = _optional("wandb", "wandb", "log.wandb")
+            out.mkdir(parents=True, exist_ok=True)
             self._wandb = module.init(project=config.wandb, dir=str(out), config=settings, resume="allow")
         jsonl.drop_from_step(self.path, first_step)
+        atomic.write_text(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
@@ -83,7 +102,7 @@ class Metrics:
         """Write one step. `row` needs step, loss, lr, grad_norm, seconds, tokens, images, fill; more keys are kept."""
         if not self.is_main:
             return
-        row = rates(row)
+        row = rates(row, self.peak_flops)
         step = row["step"]
         seconds = row["seconds"]
         old = self._seconds_per_step
@@ -91,32 +110,60 @@ class Metrics:
         row["eta"] = round((self.total_steps - step - 1) * self._seconds_per_step, 1)
         jsonl.append(self.path, [row])
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if step % self.config.every == 0 or step == self.total_steps - 1 or "skipped" in row:
             print(self.line(row, self.total_steps), flush=True)
 
 
-def rates(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with tokens_per_s, images_per_s and tflops_per_s, from its totals over all ranks and its seconds."""
+def rates(row: dict[str, Any], peak_flops: float | None = None) -> dict[str, Any]:
+    """The row with tokens_per_s, images_per_s, tflops_per_s and, where the peak is known, mfu.
+
+    They follow from the row's totals over all ranks and its seconds. MFU (model FLOPs utilization, arXiv 2204.02311) is
+    the share of the peak that the model's own operations use; what is computed again in backward does not count.
+    """
     seconds = max(row["seconds"], 1e-9)
     row = dict(row)
     row["tokens_per_s"] = round(row["tokens"] / seconds, 1)
     row["images_per_s"] = round(row["images"] / seconds, 2)
     if "flops" in row:
-        row["tflops_per_s"] = round(row.pop("flops") / seconds / 1e12, 4)
+        flops_per_s = row.pop("flops") / seconds
+        row["tflops_per_s"] = round(flops_per_s / 1e12, 4)
+        if peak_flops:
+            row["mfu"] = round(flops_per_s / peak_flops, 4)
     return row
 
 
+def peak_flops(world: World) -> float | None:
+    """Peak FLOP/s of all devices of a run together, or None where it is not known."""
+    if world.device.type != "cuda":
+        return None
+    peak = device_peak_flops(torch.cuda.get_device_name(world.device), world.dtype)
+    return peak and peak * world.size
+
+
+def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device for matrix products in `dtype`, or None where it is not known (CPU, MIG slices, ...).
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` reports it, such as "NVIDIA H100 80GB HBM3".
+    """
+    if dtype != torch.bfloat16 or "MIG" in device_name:
+        return None
+    known = [name for name in PEAK_BF16_FLOPS if f"{device_name} ".replace("-", " ").startswith(f"{name} ")]
+    return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
+
+
 def progress_line(row: dict[str, Any], total_steps: int) -> str:
-    """loss, lr, gradient norm, LLM tokens/s, images/s, pack fill, memory and time left, in one line."""
+    """Loss, learning rate, gradient norm, tokens/s, images/s, MFU if known, fill, memory and time left in one line."""
     width = len(str(total_steps))
+    mfu = f"mfu {100 * row['mfu']:.1f}%  " if "mfu" in row else ""
     text = (
         f"step {row['step'] + 1:>{width}}/{total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['images_per_s']:,.1f} img/s  "
+        f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['images_per_s']:,.1f} img/s  {mfu}"
         f"fill {100 * row['fill']:.1f}%  mem {row['memory_gib']:.1f} GiB  left {duration(row['eta'])}"
     )
     return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text

@@ -1,4 +1,4 @@
-"""AdamW with one learning rate per part of the model, frozen parts, and clipping by the global gradient norm."""
+"""AdamW with one learning rate for each part of the model, frozen parts, and clipping by the global gradient norm."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ EPS = 1e-8  # added to the root of the second moment; torch's and the paper's de
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) and what it may change. Defaults are VST's stage 1.
+    """AdamW (arXiv 1711.05101). Defaults: stage 1 of VST (arXiv 2511.05491).
 
     Attributes:
-        lr: peak rate of the decoder, the embeddings and the head.
-        vision_lr: peak rate of the vision tower.
-        merger_lr: peak rate of the merger; none = the vision rate (VST counts the merger as vision).
-        weight_decay: decoupled decay of matrices; norms and biases never decay.
-        betas: decay of the first and the second moment.
-        clip: largest global gradient norm; 0 = no clipping.
-        freeze: parts that do not train, of "vision", "merger", "decoder".
+        lr: peak learning rate of the decoder, the embeddings and the LM head.
+        vision_lr: peak learning rate of the vision tower.
+        merger_lr: peak learning rate of the merger; none = vision_lr (VST counts the merger as vision).
+        weight_decay: decoupled weight decay of matrices; norms and biases are not decayed.
+        betas: decay rates of the first and the second moment.
+        clip: limit of the global gradient norm; 0 = no clipping.
+        freeze: parts that are not trained, of "vision", "merger", "decoder".
     """
 
     lr: float = 5e-5
@@ -45,24 +45,24 @@ class OptimizerConfig:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its published name."""
+    """The part of the model that a parameter belongs to, by its published name."""
     if name.startswith("visual.merger."):
         return "merger"
     return "vision" if name.startswith("visual.") else "decoder"
 
 
 def freeze(model: nn.Module, parts: Iterable[str]) -> None:
-    """Switch gradients off for the parameters of `parts` (before sharding and before the optimizer is made)."""
+    """Switch off the gradients of `parts`. Call it before the model is sharded and the optimizer is created."""
     frozen = set(parts)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in frozen)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train, in groups of (part, decays or not).
+    """Fused AdamW over the trained parameters, in groups of (part, decayed or not).
 
-    Each group carries `part` and `peak_lr` beside torch's own keys; the schedule writes `lr`. A parameter decays if it
-    has two or more dimensions, so RMSNorm weights and biases do not.
+    Each group has the keys `part` and `peak_lr` in addition to torch's own; the schedule sets `lr`. Parameters with two
+    or more dimensions are decayed, RMSNorm weights and biases are not.
     """
     peaks = {
         "decoder": config.lr,
@@ -91,15 +91,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients to a global norm of at most `limit`; a limit of 0 only measures.
+    """Scale the gradients to a global norm of at most `limit`. With limit 0 the norm is only measured.
 
-    As `torch.nn.utils.clip_grad_norm_`, for plain and for sharded parameters (DTensor), but squares are summed in
-    float64: in float32 the norm of one embedding's gradient was off by 2e-5 on the CPU, and differently so for each
-    number of shards. Does not wait for the device.
+    Like `torch.nn.utils.clip_grad_norm_`, for plain and sharded (DTensor) parameters, but with squares summed in
+    float64: in float32 the norm of an embedding's gradient had a relative error of 2e-5 on the CPU, which depended on
+    the number of shards. Does not wait for the device.
 
     Returns:
-        () float64, the norm before clipping, the same on every rank; a non-finite one leaves non-finite gradients,
-        which the guard must skip.
+        () float64, the norm before clipping, the same on every rank. After a non-finite norm the gradients are not
+        finite, and the guard must skip the step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -107,7 +107,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     mesh = gradients[0].device_mesh if isinstance(gradients[0], DTensor) else None
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
-    if mesh is not None:  # replicas hold the same gradients, so only the shards add up
+    if mesh is not None:  # replicas hold equal gradients: sum over the shards only
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = squares.sqrt()
     if limit > 0:

@@ -11,12 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Shape of the learning rate over the run (VST stage 1: cosine, warm-up 0.1 of the steps from 0, floor 1e-7).
+    """Shape of the learning rate over the run. Defaults: stage 1 of VST (arXiv 2511.05491).
 
     Attributes:
-        kind: what follows the warm-up.
-        warmup: fraction of all steps (below 1) or number of steps (1 and above) of linear warm-up.
-        lr_min: the floor that cosine and linear decay to, absolute and the same for every group.
+        kind: shape after the warm-up.
+        warmup: linear warm-up, as a fraction of all steps (below 1) or a number of steps (1 and above).
+        lr_min: learning rate at the end of cosine and linear decay, the same for every parameter group.
     """
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
@@ -37,7 +37,7 @@ def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
 def learning_rate(config: ScheduleConfig, step: int, total_steps: int, peak: float) -> float:
     """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
 
-    Warm-up of W steps: peak * (step + 1) / W, so the first step already moves. Then with
+    Warm-up of W steps: peak * (step + 1) / W, so the first step is not zero. Then with
     t = (step - W) / max(1, total_steps - 1 - W) in [0, 1], cosine: floor + (peak - floor) * (1 + cos(pi t)) / 2, so
     the last step runs at the floor (SGDR, arXiv 1608.03983, eq. 5 without restarts). The floor is never above the peak.
     """
@@ -53,6 +53,6 @@ def learning_rate(config: ScheduleConfig, step: int, total_steps: int, peak: flo
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: ScheduleConfig, step: int, total_steps: int) -> None:
-    """Give every parameter group the rate of `step`; its peak is the group's `peak_lr`."""
+    """Set the learning rate of `step` in every parameter group, from the group's `peak_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total_steps, group["peak_lr"])

@@ -1,9 +1,8 @@
-"""When one rank dies, the others end within seconds and say which one it was.
+"""When one rank dies, the other ranks end within seconds and name it.
 
-Every rank holds a TCP connection to rank 0. The kernel ends the connection when its process dies, whatever the process
-was doing, so there are no heartbeats, and a rank that is merely slow is never taken for dead. A machine that vanishes
-without closing its connections is found by TCP keep-alive after about 30 seconds. Hangs of living processes end by the
-timeout of the collectives.
+Every rank keeps a TCP connection to rank 0. The kernel closes the connection when the process dies, in any state, so no
+heartbeats are needed and a slow rank is never mistaken for a dead one. TCP keep-alive detects a machine that disappears
+without closing its connections after about 30 seconds. A process that hangs is ended by the timeout of the collectives.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ import torch.distributed as dist
 
 from fastvst.train.distributed import World
 
-EXIT_STATUS = 17  # of a rank that ends because another one died
-_SETTLE = 5.0  # seconds that a broken collective waits for the news of who died
+EXIT_STATUS = 17  # exit status of a rank that ends because another rank died
+_SETTLE = 5.0  # seconds that a failed collective waits for the name of the dead rank
 _FAILED = "it failed with"
-_OWN_WORDS = 2.0  # seconds in which this rank may raise what another one has just raised
+_OWN_ERROR = 2.0  # seconds in which this rank may raise the error that another rank has just raised
 
 
 class Watchdog:
-    """Context manager around the whole of a distributed run; does nothing with one process.
+    """Context manager around a whole distributed run; does nothing with one process.
 
-    Leaving it normally says good-bye to the others; leaving it by an exception tells them the exception. When another
-    rank dies, this process prints which one and ends with status 17, without cleaning up, since its collectives can
-    never finish.
+    A normal exit is announced to the other ranks, and an exception is sent to them. When another rank dies, this
+    process prints its number and ends with status 17, without cleaning up: its collectives would never finish.
     """
 
     def __init__(self, world: World) -> None:
@@ -56,7 +54,7 @@ class Watchdog:
         if not self._links:
             return
         if error is not None and _from_another_rank(error):
-            # Most likely the echo of a death that the connections report at this moment; then this never returns.
+            # Probably another rank is dead; the connections report it now, and `_end` exits during the wait.
             print(f"rank {self.world.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             self._verdict.wait(_SETTLE)
         clean = error is None or (isinstance(error, SystemExit) and not error.code)
@@ -82,7 +80,7 @@ class Watchdog:
                 link, _ = server.accept()
                 link.settimeout(60)
                 words = _read_line(link).split(" ", 2)
-                if len(words) != 3 or words[0] != key:  # a stranger knocked on the port
+                if len(words) != 3 or words[0] != key:  # not a rank of this run
                     link.close()
                     continue
                 self._links[int(words[1])] = link
@@ -101,7 +99,7 @@ class Watchdog:
             link.settimeout(None)
             _keep_alive(link)
         self._sockets = list(self._links.values())
-        # Loader workers are forks: a copy of a connection in one of them would outlive this process and hide its death.
+        # Loader workers are forks: a copy of a connection in a worker would stay open after this process has died.
         alive = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_copies(alive()))
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
@@ -133,17 +131,17 @@ class Watchdog:
 
     def _end(self, dead: int, reason: str) -> None:
         if reason.startswith(_FAILED):
-            self._leaving.wait(_OWN_WORDS)  # some errors come up on all ranks at once: then each tells its own
+            self._leaving.wait(_OWN_ERROR)  # some errors occur on all ranks at once; then each rank reports its own
         with self._lock:
             if self.world.rank == 0:
                 self._send_all(f"dead {dead} {reason}")
-            if self._closing:  # this rank has finished its work and is leaving anyway
+            if self._closing:  # this rank has finished and is exiting
                 return
             self._verdict.set()
             name = f" on {self._names[dead]}" if dead in self._names else ""
             print(
                 f"rank {self.world.rank}: rank {dead}{name} is gone; {reason}. Ending this rank too. Start the run "
-                "again with --resume auto to go on from the last complete checkpoint",
+                "again with --resume auto to continue from the last complete checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -162,7 +160,7 @@ def _close_copies(watchdog: Watchdog | None) -> None:
 
 
 def _from_another_rank(error: BaseException) -> bool:
-    """True if the error is one that a collective raises when the other side is gone."""
+    """True if a collective raises this error when its peer is gone."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection", "timed out", "timeout")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))
@@ -179,7 +177,7 @@ def _read_line(link: socket.socket) -> str:
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Ask the other kernel every 5 s after 10 s of silence; four missing answers end the connection (30 s in all)."""
+    """Probe the connection every 5 s after 10 s of silence; after four probes without a reply (30 s) it is closed."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
         link.setsockopt(socket.IPPROTO_TCP, option, value)

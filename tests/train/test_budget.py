@@ -11,6 +11,7 @@ from fastvst.data import LoaderConfig, MixtureConfig, Processor, SourceConfig, o
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.train import budget
 from fastvst_kernels import linear_cross_entropy
+from fastvst_kernels.lm_head.chunked import default_chunk_rows
 from small_run import ROOT, load_essay, small_config, write_data
 
 
@@ -25,9 +26,12 @@ def test_parameters_of_the_published_models(preset: str, billions: float) -> Non
     assert counts["merger"] == sum(p.numel() for p in model.visual.merger.parameters())
 
 
+PLACEMENT = budget.Placement(shards=8, sharded=True, compute=torch.bfloat16, device_type="cuda")
+
+
 def _estimate(config: ModelConfig, **changes: object) -> budget.Memory:
-    options = {"tokens": 16384, "patches": 39322, "targets": 4000, "recompute": "none", "shards": 8, "sharded": True}
-    return budget.estimate_memory(config, compute=torch.bfloat16, **{**options, **changes})  # type: ignore[arg-type]
+    options = {"tokens": 16384, "patches": 39322, "targets": 4000, "recompute": "none"}
+    return budget.estimate_memory(config, PLACEMENT, **{**options, **changes})  # type: ignore[arg-type]
 
 
 def test_states_are_16_bytes_for_each_parameter_divided_by_the_shards() -> None:
@@ -40,8 +44,23 @@ def test_states_are_16_bytes_for_each_parameter_divided_by_the_shards() -> None:
     frozen = _estimate(config, frozen=("vision", "merger"))
     assert frozen.gradients["vision"] == frozen.moments["merger"] == frozen.activations["vision"] == 0
     assert frozen.weights == memory.weights and frozen.gradients["decoder"] == memory.gradients["decoder"]
-    assert _estimate(config, sharded=False).gathered == 0
+    options = {"tokens": 16384, "patches": 39322, "targets": 4000, "recompute": "none"}
+    whole = budget.estimate_memory(config, dataclasses.replace(PLACEMENT, shards=1, sharded=False), **options)
+    assert whole.gathered == 0 < memory.gathered
     assert [p for p in memory.table().split() if p == "decoder"] == ["decoder"]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "3b", "7b"])
+def test_the_head_counts_a_chunk_of_the_device(preset: str) -> None:
+    config = ModelConfig.preset(preset)
+    options = {"tokens": 16384, "patches": 0, "targets": 8000, "recompute": "none"}
+    cuda = budget.estimate_memory(config, PLACEMENT, **options)
+    cpu = budget.estimate_memory(config, dataclasses.replace(PLACEMENT, device_type="cpu"), **options)
+    rows = {kind: min(default_chunk_rows(config.vocab_size, kind), 8000) for kind in ("cuda", "cpu")}
+    assert cuda.head - cpu.head == (rows["cuda"] - rows["cpu"]) * config.vocab_size * 4
+    assert preset == "tiny" or cuda.head - cpu.head > 1.1 * budget.GIB
+    few = budget.estimate_memory(config, PLACEMENT, **options | {"targets": 10})
+    assert cuda.head - few.head > (rows["cuda"] - 10) * config.vocab_size * 4  # fewer rows than a chunk: only these
 
 
 def test_policies_keep_less_and_less() -> None:
@@ -71,24 +90,22 @@ def test_activations_are_near_what_autograd_keeps(tmp_path: Path, recompute: str
         hidden = model(batch)
     memory = budget.estimate_memory(
         config,
+        budget.Placement(shards=1, sharded=False, compute=torch.float32, device_type="cpu"),
         tokens=batch.num_tokens,
         patches=batch.num_patches,
         targets=batch.num_targets,
         recompute=recompute,
-        shards=1,
-        sharded=False,
-        compute=torch.float32,
     )
     measured = sum(kept.values())
     expected = sum(memory.activations.values())
-    if recompute == "full":  # the estimate holds one block at work besides, which the forward pass does not show
+    if recompute == "full":  # the estimate includes one block at work in backward, which the forward pass does not show
         per_token, per_patch = budget.kept_bytes(config, "none", torch.float32)
         expected -= batch.num_tokens * per_token / config.num_hidden_layers
         expected -= batch.num_patches * per_patch / config.vision.depth
     assert hidden.requires_grad and 0.7 < measured / expected < 1.3, (measured, expected)
 
 
-def test_the_plan_of_the_first_samples(tmp_path: Path) -> None:
+def test_packs_of_the_first_samples_are_forecast(tmp_path: Path) -> None:
     config = small_config()
     processor = Processor.preset("tiny", model_config=config, max_pixels=56 * 56)
     data = write_data(tmp_path, 60)
@@ -96,14 +113,14 @@ def test_the_plan_of_the_first_samples(tmp_path: Path) -> None:
     data.write_text("\n".join([*lines, lines[0].replace("0.png", "gone.png")]) + "\n")
     mixture = MixtureConfig(sources=(SourceConfig(path=str(data)),), shuffle_buffer=0, epochs=1)
     loader = LoaderConfig(tokens_per_pack=200, accumulation=2, buffer_samples=20)
-    plan = budget.plan_data(open_mixture(mixture), processor, loader, world_size=2, samples=200)
-    assert (plan.samples, plan.rejected, plan.rows) == (60, 1, 61)
+    packs = budget.forecast_packs(open_mixture(mixture), processor, loader, world_size=2, samples=200)
+    assert (packs.samples, packs.rejected, packs.rows) == (60, 1, 61)
     costs = [processor.measure(s) for s in list(open_source(data))[:60]]
-    assert plan.tokens * plan.report.packs == pytest.approx(sum(c.tokens for c in costs))
-    assert plan.patches * plan.report.packs == pytest.approx(sum(c.patches for c in costs))
-    assert set(plan.flops) == {"vision", "decoder", "head"} and min(plan.flops.values()) > 0
-    assert "60 samples (1 rejected)" in plan.describe()
-    few = budget.plan_data(open_mixture(mixture), processor, loader, world_size=1, samples=20)
+    assert packs.tokens * packs.report.packs == pytest.approx(sum(c.tokens for c in costs))
+    assert packs.patches * packs.report.packs == pytest.approx(sum(c.patches for c in costs))
+    assert set(packs.flops) == {"vision", "decoder", "head"} and min(packs.flops.values()) > 0
+    assert "60 samples (1 rejected)" in packs.describe()
+    few = budget.forecast_packs(open_mixture(mixture), processor, loader, world_size=1, samples=20)
     assert 20 <= few.samples < 60
 
 
@@ -114,7 +131,7 @@ def test_data_without_a_usable_sample_is_an_error(tmp_path: Path) -> None:
         picture.unlink()
     mixture = open_mixture(MixtureConfig(sources=(SourceConfig(path=str(data)),), epochs=1))
     with pytest.raises(ValueError, match="none of the first 5 samples"):
-        budget.plan_data(mixture, processor, LoaderConfig(tokens_per_pack=200), world_size=1)
+        budget.forecast_packs(mixture, processor, LoaderConfig(tokens_per_pack=200), world_size=1)
 
 
 def test_the_recipe_file_is_valid_and_says_what_vst_says() -> None:

@@ -112,7 +112,7 @@ def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with pytest.raises(ParallelError, match=rf"port {port} on 127.0.0.1 is taken.*--master-port"):
+        with pytest.raises(ParallelError, match=rf"port {port} on 127.0.0.1 is used.*--master-port"):
             distributed.start(CPU, environment=env)
 
 

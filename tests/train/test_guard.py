@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvst.train.guard import WINDOW, GuardConfig, GuardError, Recent, check, report, write_down
+from fastvst.train.guard import WINDOW, GuardConfig, GuardError, Recent, check, record_skip, skip_row
 
 
 def _after(values: list[float], config: GuardConfig | None = None) -> Recent:
@@ -56,17 +56,17 @@ def test_the_run_stops_after_k_skips_in_a_row(tmp_path: Path, capsys: pytest.Cap
     rows = []
     for step in range(3):
         reason, recent = check(config, recent, math.nan, 1.0)
-        rows.append(report(0, step, reason or "", [math.nan], [1.0], [["a/1"]]))
+        rows.append(skip_row(0, step, reason or "", [math.nan], [1.0], [["a/1"]]))
         if step < 2:
-            write_down(config, recent, tmp_path, rows[-1])
+            record_skip(config, recent, tmp_path, rows[-1])
     with pytest.raises(GuardError, match=r"step 3: 3 steps in a row.*loss is nan.*skipped-\*\.jsonl"):
-        write_down(config, recent, tmp_path, rows[-1])
+        record_skip(config, recent, tmp_path, rows[-1])
     assert [json.loads(line) for line in (tmp_path / "skipped-00000.jsonl").read_text().splitlines()] == rows
     assert "rank 0, step 1 skipped, the loss is nan" in capsys.readouterr().out
 
 
 def test_the_report_names_the_samples_and_is_json() -> None:
-    row = report(1, 7, "the loss is nan", [0.5, math.nan], [0.25, 0.75], [["a/1"], ["b/2", "b/3"]])
+    row = skip_row(1, 7, "the loss is nan", [0.5, math.nan], [0.25, 0.75], [["a/1"], ["b/2", "b/3"]])
     assert json.loads(json.dumps(row, allow_nan=False))["packs"] == [
         {"loss": 2.0, "samples": ["a/1"]},
         {"loss": "nan", "samples": ["b/2", "b/3"]},

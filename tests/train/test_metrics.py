@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastvst.train.metrics import LogConfig, Metrics, duration, progress_line, rates
+from fastvst.train.metrics import LogConfig, Metrics, device_peak_flops, duration, progress_line, rates
 
 
 def _row(step: int, **more: object) -> dict[str, object]:
@@ -55,6 +56,36 @@ def test_rates_and_line() -> None:
     assert "mem 1.5 GiB" in line and line.endswith("left 1:02:05")
     assert progress_line({**row, "eta": 3, "skipped": "nan"}, 10).endswith("left 0:03  SKIPPED: nan")
     assert duration(59.6) == "1:00"
+
+
+def test_mfu_is_shown_where_the_peak_is_known() -> None:
+    row = rates(_row(3), 8e12)  # 2e12 operations in 0.5 s
+    assert row["mfu"] == 0.5 and "img/s  mfu 50.0%  fill" in progress_line({**row, "eta": 3}, 10)
+    assert "mfu" not in rates(_row(3)) and "mfu" not in progress_line({**rates(_row(3)), "eta": 3}, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_of_known_devices(name: str, teraflops: float | None) -> None:
+    assert device_peak_flops(name, torch.bfloat16) == (teraflops and teraflops * 1e12)
+    assert device_peak_flops(name, torch.float32) is None
+
+
+def test_the_settings_are_kept_in_the_run_folder(tmp_path: Path) -> None:
+    config = LogConfig()
+    with Metrics(tmp_path, config, 10, first_step=0, is_main=True, settings={"steps": 10}):
+        assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 10}
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def make_head(
         index=index,
         targets=(targets if index is None else targets[index]).long(),
         scale=1 / temperature,
-        chunk_rows=chunk_rows or default_chunk_rows(weight),
+        chunk_rows=chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type),
         shard=shard,
     )
 
@@ -162,10 +162,10 @@ def subset(head: Head, index: Tensor) -> Head:
     return replace(head, index=index if head.index is None else head.index[index], targets=head.targets[index])
 
 
-def default_chunk_rows(weight: Tensor) -> int:
+def default_chunk_rows(vocabulary: int, device_type: str) -> int:
     """Rows of a chunk: a multiple of 64, or of 256 on CUDA."""
-    elements, multiple = (CUDA_CHUNK, 256) if weight.is_cuda else (CPU_CHUNK, 64)
-    return max(multiple, elements // max(weight.shape[0], 1) // multiple * multiple)
+    elements, multiple = (CUDA_CHUNK, 256) if device_type == "cuda" else (CPU_CHUNK, 64)
+    return max(multiple, elements // max(vocabulary, 1) // multiple * multiple)
 
 
 def make_gradients(head: Head, need_hidden: bool, need_weight: bool) -> Gradients:

@@ -1,0 +1,188 @@
+"""What all training scripts share around their loops: command line, processes, run folder, model, processor, saving."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvst.config import ConfigError, leaves, load_config, usage
+from fastvst.data import Processor, ProcessorConfig
+from fastvst.data.ledger import TooManyBadSamples
+from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.model import weights as hf
+from fastvst.train import checkpoint, distributed
+from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
+from fastvst.train.distributed import ParallelConfig, ParallelError, World
+from fastvst.train.guard import GuardError
+from fastvst.train.optimizer import freeze
+from fastvst.train.stop_signal import StopRequest
+from fastvst.train.watchdog import Watchdog
+
+C = TypeVar("C")
+
+# Errors whose message tells the user what to change; everything else ends with a traceback.
+USER_ERRORS: tuple[type[Exception], ...] = (ConfigError, ParallelError, CheckpointError, GuardError, TooManyBadSamples)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]) -> None:
+    """Call a script's `main` with the command line. USER_ERRORS and `errors` end it with one line, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except (*USER_ERRORS, *errors) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
+
+
+def read_config(config_class: type[C], arguments: Sequence[str], description: str | None) -> C | None:
+    """The configuration that the command line describes, or None after printing the help that it asks for.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if not {"-h", "--help"} & set(arguments):
+        return load_config(config_class, arguments)
+    try:
+        print(f"{description}\nOptions:\n{usage(config_class)}", flush=True)
+    except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more when it exits
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- start of a run
+
+
+@contextmanager
+def joined(parallel: ParallelConfig, environment: Mapping[str, str] | None) -> Iterator[tuple[World, StopRequest]]:
+    """This process as a rank of the run: process group, watchdog and stop signals, until the end of the block.
+
+    Args:
+        environment: see `distributed.start`.
+    """
+    world = distributed.start(parallel, environment=environment)
+    with Watchdog(world), StopRequest() as stop:
+        yield world, stop
+        distributed.stop(world)
+
+
+def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint to resume from, if any. Without `resume`, an earlier run in `out` is renamed, never overwritten.
+
+    Raises:
+        CheckpointError: the checkpoint that `resume` names is not complete.
+    """
+    found = checkpoint.resolve(resume, out / "checkpoints")
+    if world.is_main and not resume:
+        checkpoint.set_aside(out)
+    world.barrier()
+    return found
+
+
+def build_model(
+    world: World,
+    *,
+    path: str | None,
+    preset: str = "tiny",
+    seed: int = 0,
+    frozen: Iterable[str] = (),
+    recompute: str = "none",
+    reshard: bool = True,
+) -> Qwen25VL:
+    """The model on its device, sharded over the ranks. Rank 0 loads the weights, the other ranks receive their shards.
+
+    Args:
+        path: directory of a checkpoint; None = `preset` with random weights drawn from `seed`.
+        frozen: see `OptimizerConfig.freeze`.
+        recompute: see `fastvst.model.layers`.
+        reshard: see `ParallelConfig`.
+    """
+    source = None
+    if world.is_main and path:
+        source = Qwen25VL.from_pretrained(path, dtype=torch.float32)
+    elif world.is_main:
+        torch.manual_seed(seed)
+        source = Qwen25VL.fresh(preset)
+    with torch.device("meta"):
+        skeleton = Qwen25VL(model_config(path, preset))
+    freeze(skeleton, frozen)
+    model = distributed.place(source, skeleton, world, reshard=reshard)
+    model.recompute = recompute
+    return model
+
+
+def model_config(path: str | None, preset: str = "tiny") -> ModelConfig:
+    """The configuration of the model that `build_model` builds."""
+    return ModelConfig.from_pretrained(path) if path else ModelConfig.preset(preset)
+
+
+def build_processor(config: ProcessorConfig, path: str | None, preset: str = "tiny") -> Processor:
+    """The processor of a checkpoint or preset with the options of `config`; the rest comes from the checkpoint."""
+    options = dict(leaves(config))
+    return Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes the checkpoints of a run, and at its end the model as a Hugging Face directory.
+
+    Every rank calls `load`, `save` and `save_model`.
+
+    Attributes:
+        out: run folder.
+        settings: the resolved configuration, JSON-able; a part of every checkpoint.
+    """
+
+    out: Path
+    config: CheckpointConfig
+    settings: Mapping[str, Any]
+    model: Qwen25VL
+    optimizer: torch.optim.Optimizer
+    processor: Processor
+    world: World
+
+    def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint into model and optimizer; returns (state of all ranks, state of this rank)."""
+        found = checkpoint.load(path, self.model, self.optimizer, self.world)
+        self.world.say(f"resumed from {path}")
+        return found
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """True if the configuration asks for a checkpoint after `step` steps. The one at the end is not included."""
+        every = self.config.every
+        return every > 0 and step % every == 0 and step < total_steps
+
+    def save(self, step: int, *, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Write the checkpoint of `step`; for state and rank_state see `checkpoint.save`."""
+        path = checkpoint.save(
+            self.out / "checkpoints",
+            step,
+            self.model,
+            self.optimizer,
+            self.world,
+            state=state,
+            rank_state=rank_state,
+            config=self.settings,
+            write_hf=self._write_hf if self.config.hf else None,
+            hf_dtype=self.world.dtype,
+            keep=self.config.keep,
+        )
+        self.world.say(f"saved {path}")
+
+    def save_model(self) -> Path:
+        """Write the Hugging Face directory `out/hf` in the compute dtype."""
+        return checkpoint.save_hf(self.out / "hf", self.model, self.world, self._write_hf, self.world.dtype)
+
+    def _write_hf(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        hf.save(path, self.model.config, tensors, processor=self.processor)
