@@ -396,7 +396,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 world,
                 prompt_tokens=rollouts.prompt_tokens,
                 images=sum(group.prompt.grid.shape[0] for group in rollouts.groups),
-                answer_tokens=figures["answer_tokens"],
+                completion_tokens=figures["answer_tokens"],
                 update=config.update,
             )
             metrics.log(

@@ -186,7 +186,7 @@ def step_rates(
     *,
     prompt_tokens: int,
     images: int,
-    answer_tokens: float,
+    completion_tokens: float,
     update: UpdateConfig,
 ) -> dict[str, Any]:
     """Timing of a step: tokens over all ranks, seconds of this rank. Every rank calls it.
@@ -200,7 +200,7 @@ def step_rates(
         seconds: of the parts rollout, prefill, decode, reward, update, and of the whole step.
         prompt_tokens: of this rank's prompts.
         images: in this rank's kept groups.
-        answer_tokens: completion tokens of all ranks.
+        completion_tokens: of all ranks.
     """
     counts = [sharing.shared, sharing.repeated, sharing.split, prompt_tokens, images, sharing.packs]
     summed = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device)).tolist()
@@ -212,7 +212,7 @@ def step_rates(
         "images": all_images,
         "prompt_tokens": all_prompt_tokens,
         "prefill_tokens_per_s": round(all_prompt_tokens / max(seconds["prefill"], 1e-9), 1),
-        "decode_tokens_per_s": round(answer_tokens / max(seconds["decode"], 1e-9), 1),
+        "decode_tokens_per_s": round(completion_tokens / max(seconds["decode"], 1e-9), 1),
         "update_tokens_per_s": round(shared * update.epochs / max(seconds["update"], 1e-9), 1),
         "token_saving": round(repeated / shared, 3) if shared else 1.0,
         "split_groups": split,
