@@ -65,7 +65,7 @@ def test_score_5000(record: Callable[..., None]) -> None:
 
 
 def test_exact_iou(record: Callable[..., None]) -> None:
-    """Pairs of boxes that overlap, the costly ones; 9 degrees of freedom, float64, exact."""
+    """Overlapping pairs of boxes, the costly case; 9 degrees of freedom, float64, exact."""
     rng = np.random.default_rng(0)
     first = np.concatenate(
         [rng.normal(0, 0.2, (150, 3)), rng.uniform(0.5, 2, (150, 3)), rng.uniform(-180, 180, (150, 3))], 1
@@ -101,14 +101,14 @@ def test_score_5000_detection_questions(record: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("kilobytes", [60, 300])
 def test_read_tsv(record: Callable[..., None], tmp_path: Path, kilobytes: int) -> None:
-    picture = base64.b64encode(os.urandom(kilobytes * 1000)).decode("ascii")
+    image = base64.b64encode(os.urandom(kilobytes * 1000)).decode("ascii")
     head = "index\tquestion\tA\tB\tanswer\tcategory\timage\n"
     path = tmp_path / "MMStar.tsv"
     with open(path, "w", encoding="utf-8") as file:
         file.write(head)
-        file.writelines(f'{i}\t"Which one,\nof two?"\tleft\tright\tA\tx\t{i:04d}{picture}\n' for i in range(1000))
+        file.writelines(f'{i}\t"Which one,\nof two?"\tleft\tright\tA\tx\t{i:04d}{image}\n' for i in range(1000))
     record(
-        f"read a TSV of 1000 questions with {kilobytes} kB pictures",
+        f"read a TSV of 1000 questions with {kilobytes} kB images",
         seconds=best(lambda: mmstar.load(path)),
         file_MB=path.stat().st_size / 1e6,
         goal_s=5.0,

@@ -1,4 +1,4 @@
-"""Answering a benchmark: questions with pictures to predictions on disk, beside transformers' batched `generate`."""
+"""Answering a benchmark, from questions with images to predictions on disk, and transformers' batched `generate`."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def make_rows() -> list[Row]:
     for number in range(PICTURES):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (224, 280, 3), dtype=np.uint8)).save(buffer, format="PNG")
-        picture = buffer.getvalue()
+        image = buffer.getvalue()
         options = {"A": "left", "B": "right", "C": "front", "D": "back"}
         for k in range(QUESTIONS):
             text = f"Question {k}: on which side of the table is the chair?"
-            rows.append(Row(f"{number}-{k}", text, "A", "near", images=(picture,), options=options))
+            rows.append(Row(f"{number}-{k}", text, "A", "near", images=(image,), options=options))
     return rows
 
 
 def in_turns(ours: Callable[[], int], generate: Callable[[], int], tokens: int) -> dict[str, float]:
-    """Both twice, in alternating turns, each of `tokens` tokens; the figures of their faster runs."""
+    """Run both twice, alternating; each run makes `tokens` tokens. Returns the figures of the faster runs."""
     best: dict[str, float] = {}
     for _ in range(2):
         for name, function in {"evaluate": ours, "generate": generate}.items():
@@ -60,7 +60,7 @@ def in_turns(ours: Callable[[], int], generate: Callable[[], int], tokens: int) 
 
 
 def test_answers_beside_generate(record: Callable[..., None], tmp_path: Path) -> None:
-    """From rows to texts in both, decoding of pictures included; every answer has all its tokens. Alternating turns."""
+    """From rows to texts in both, image decoding included; all answers have the full length. The two alternate."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Qwen25VL(ModelConfig.preset("tiny"))
@@ -94,13 +94,15 @@ def test_answers_beside_generate(record: Callable[..., None], tmp_path: Path) ->
             count += sum(len(processor.decode(row.tolist())) >= 0 for row in made) * made.shape[1]
         return count
 
-    name = f"tiny, {PICTURES} pictures x {QUESTIONS} questions x {TOKENS} tokens"
+    name = f"tiny, {PICTURES} images x {QUESTIONS} questions x {TOKENS} tokens"
     record(name, **in_turns(ours, generate, len(rows) * TOKENS))
 
 
 def test_rooms_beside_generate(record: Callable[..., None], tmp_path: Path) -> None:
-    """The picture tasks of the rooms benchmark as they come: prompts of one and of two pictures, answers as long as the
-    true ones (a word, a list of boxes, a caption). Batches of `generate` wait for their longest answer."""
+    """The image tasks of the rooms benchmark: prompts with one or two images, answers as long as the true ones.
+
+    A true answer is a word, a list of boxes or a caption. A batch of `generate` waits for its longest answer.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Qwen25VL(ModelConfig.preset("tiny"))

@@ -178,12 +178,12 @@ def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Itera
             decoded = {}
             key = _media_key(row)
         try:
-            yield row, processor.encode(_with_decoded(prompt(row), decoded, processor), add_generation_prompt=True)
+            yield row, processor.encode(with_decoded_media(prompt(row), decoded, processor), add_generation_prompt=True)
         except SampleError as error:
             yield row, f"{error.reason}: {error.detail}"
 
 
-def _with_decoded(sample: Sample, decoded: dict[Any, Any], processor: Processor) -> Sample:
+def with_decoded_media(sample: Sample, decoded: dict[Any, Any], processor: Processor) -> Sample:
     """The sample with decoded images, from `decoded` if they are there.
 
     A part that cannot be decoded is not changed; encoding it later gives the reason.

@@ -35,7 +35,7 @@ def test_table_has_every_checkpoint_beside_both_baselines() -> None:
     assert cells[-1] == ["mean of tasks", "20", "30.0", "45.0", "20.0", "25.0"]
 
 
-def test_picture_bars_are_as_long_as_the_scores(tmp_path: Path) -> None:
+def test_image_bars_are_as_long_as_the_scores(tmp_path: Path) -> None:
     page = write_comparison(tmp_path, {"a<b": results(0.4), "RL": results(0.8)})
     assert "a&lt;b" in page.read_text() and "a<b" not in page.read_text()
     svg = ET.fromstring((tmp_path / "rooms.svg").read_text())

@@ -100,9 +100,9 @@ def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
     assert "on" in say("/think on") and state.sample().kind == "thought"
     say("And now?")
     assert len(state.messages) == 4
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     say(f"/image {tmp_path / 'bad.png'}")
-    assert "broken_image" in say("This?") and len(state.messages) == 4, "a bad picture does not stay"
+    assert "broken_image" in say("This?") and len(state.messages) == 4, "a bad image does not stay"
     say("/reset")
     assert not state.messages and command.HELP in say("/what")
     with av.open(str(tmp_path / "moving.mp4"), "w") as container:
@@ -126,8 +126,8 @@ def test_chat(engine, tmp_path, folder, monkeypatch, capsys):
 
 
 def test_boxes_are_drawn(tmp_path):
-    picture = Image.new("RGB", (200, 150))
-    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]}]
+    image = Image.new("RGB", (200, 150))
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
     flat = '```json\n[{"bbox_2d": [20, 30, 90, 100], "label": "chair"}, {"bbox_2d": [1, 2]}, 7]\n```'
     assert command.boxes_2d(flat) == [((20, 30, 90, 100), "chair")]
     path = command.draw_boxes(messages, flat, tmp_path / "a" / "flat.png")

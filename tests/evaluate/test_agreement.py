@@ -261,13 +261,8 @@ def test_readers_with_vlmevalkit() -> None:
         assert ours == theirs or (ours != ours and theirs != theirs)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_detection_with_pycocotools(seed: int) -> None:
-    """Their matching, accumulation and averaging; a box's area is replaced by its depth, their IoU by ours."""
-    peer("pycocotools", "pycocotools")
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+def detections(seed: int) -> tuple[list[Row], list[str]]:
+    """80 questions of five categories with three boxes each, and answers that miss, shift and invent boxes."""
     rng = np.random.default_rng(seed)
     rows = []
     texts = []
@@ -293,7 +288,14 @@ def test_detection_with_pycocotools(seed: int) -> None:
         found[:, :3] += rng.normal(0, 0.3, (len(found), 3))
         rng.shuffle(found)
         texts.append(format_boxes(found, ["x"] * len(found)) if i % 9 else "nothing")
-    report = sunrgbd_det.score(rows, texts)
+    return rows, texts
+
+
+def cocoeval(rows: list[Row], texts: list[str]) -> np.ndarray:
+    """pycocotools' precision (T, R, categories, depths): a box's area is its depth, the IoU is ours."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     names = sorted({r.category for r in rows})
     truth = []
     given = []
@@ -338,7 +340,16 @@ def test_detection_with_pycocotools(seed: int) -> None:
     )
     theirs.evaluate()
     theirs.accumulate()
-    precision = theirs.eval["precision"][..., -1]  # (T, R, categories, depths)
+    return theirs.eval["precision"][..., -1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_detection_with_pycocotools(seed: int) -> None:
+    """Their matching, accumulation and averaging; a box's area is replaced by its depth, their IoU by ours."""
+    peer("pycocotools", "pycocotools")
+    rows, texts = detections(seed)
+    report = sunrgbd_det.score(rows, texts)
+    precision = cocoeval(rows, texts)  # (T, R, categories, depths)
 
     def mean(values: np.ndarray) -> float:
         return float(values[values > -1].mean())

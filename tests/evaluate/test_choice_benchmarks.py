@@ -1,4 +1,4 @@
-"""The benchmarks that VLMEvalKit scores, against its formulas stated again here."""
+"""The benchmarks that VLMEvalKit scores, against its formulas restated here."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_plain_accuracy(module: ModuleType, file: str, tmp_path: Path) -> None:
     assert module.prompt(rows[1]).parts("image")[0]["image"] == png(1)
 
 
-def test_tsv_shares_pictures_and_keeps_words(tmp_path: Path) -> None:
+def test_tsv_shares_images_and_keeps_words(tmp_path: Path) -> None:
     table = [
         {
             "index": 1,
@@ -85,7 +85,7 @@ def test_tsv_shares_pictures_and_keeps_words(tmp_path: Path) -> None:
             "answer": "A",
             "category": "x",
         },
-        {"index": 2, "image": "1", "question": "same pictures", "A": "1.50", "answer": "A", "category": "x"},
+        {"index": 2, "image": "1", "question": "same images", "A": "1.50", "answer": "A", "category": "x"},
     ]
     first, second = mmstar.load(write_tsv(tmp_path / "MMStar.tsv", table))
     assert first.images == (png(1), png(2)) and second.images is first.images

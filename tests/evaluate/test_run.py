@@ -64,10 +64,10 @@ def test_goes_on_after_a_torn_line(model: Qwen25VL, processor: Processor, rows: 
     assert [p.prediction for p in made[:2]] == ["kept", "kept"]
 
 
-def test_a_broken_picture_is_a_named_failure(
+def test_a_broken_image_is_a_named_failure(
     model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
 ) -> None:
-    broken = [*rows[:2], Row("bad", "?", "A", "near", images=(b"not a picture",), options=OPTIONS)]
+    broken = [*rows[:2], Row("bad", "?", "A", "near", images=(b"not a image",), options=OPTIONS)]
     run.answer(model, processor, broken, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=2)
     texts, failures = predictions.for_rows(broken, predictions.read(tmp_path / "p.jsonl"))
     report = mmstar.score(broken, texts, failures=failures)
@@ -75,11 +75,11 @@ def test_a_broken_picture_is_a_named_failure(
     assert [line.id for line in report.failed] == ["bad"] and report.overall.questions == 3
 
 
-def test_shared_pictures_go_through_the_tower_once_and_memory_may_run_out(
+def test_shared_images_go_through_the_tower_once_and_memory_may_run_out(
     model: Qwen25VL, processor: Processor, tmp_path: Path
 ) -> None:
-    picture = png(1)
-    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(picture,), options=OPTIONS) for i in range(5)]
+    image = png(1)
+    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(image,), options=OPTIONS) for i in range(5)]
     calls: list[int] = []
 
     def count(module, inputs) -> None:
@@ -101,11 +101,11 @@ def test_shared_pictures_go_through_the_tower_once_and_memory_may_run_out(
     assert {p.id: p.prediction for p in first} == {p.id: p.prediction for p in again}
 
 
-def test_questions_of_one_picture_share_it_over_several_batches(
+def test_questions_of_one_image_share_it_over_several_batches(
     model: Qwen25VL, processor: Processor, tmp_path: Path
 ) -> None:
-    pictures = [png(1), png(2), png(3)]
-    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(pictures[i % 3],), options=OPTIONS) for i in range(27)]
+    images = [png(1), png(2), png(3)]
+    asked = [Row(str(i), f"Question {i}?", "A", "near", images=(images[i % 3],), options=OPTIONS) for i in range(27)]
     calls: list[int] = []
     handle = model.visual.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[0]))
     try:
@@ -113,7 +113,7 @@ def test_questions_of_one_picture_share_it_over_several_batches(
     finally:
         handle.remove()
     one = len(processor.encode(mmstar.prompt(asked[0])).patches)
-    assert sum(calls) == 3 * one, "each picture once, though its nine questions come in several batches"
+    assert sum(calls) == 3 * one, "each image once, though its nine questions come in several batches"
 
 
 def test_the_paper_s_sampling() -> None:
@@ -122,14 +122,14 @@ def test_the_paper_s_sampling() -> None:
     assert run.sampling_of("fastvst.evaluate.mmstar").temperature == 0
 
 
-def test_rows_about_the_same_picture_are_neighbours() -> None:
+def test_rows_about_the_same_image_are_neighbours() -> None:
     one = png(1)
     two = png(2)
     made = [Row(str(i), "?", "A", "", images=(one if i % 2 else two,)) for i in range(4)] + [Row("t", "?", "A", "")]
     assert [row.id for row in run.in_order_of_media(made)] == ["0", "2", "1", "3", "t"]
 
 
-def test_decoded_pictures_and_videos_encode_to_the_same_tensors(processor: Processor, tmp_path: Path) -> None:
+def test_decoded_images_and_videos_encode_to_the_same_tensors(processor: Processor, tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="writing a video needs PyAV")
     path = tmp_path / "scannet" / "scene.mp4"
     path.parent.mkdir()
@@ -138,9 +138,9 @@ def test_decoded_pictures_and_videos_encode_to_the_same_tensors(processor: Proce
         stream.width = 96
         stream.height = 64
         for i in range(37):
-            picture = np.full((64, 96, 3), i * 6, dtype=np.uint8)
-            picture[:, : 2 * i] = 255 - i
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+            image = np.full((64, 96, 3), i * 6, dtype=np.uint8)
+            image[:, : 2 * i] = 255 - i
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -149,7 +149,7 @@ def test_decoded_pictures_and_videos_encode_to_the_same_tensors(processor: Proce
     with_picture = Row("p", "Which?", "A", "", images=(png(3, (200, 100)),), options=OPTIONS)
     for row, prompt in ((with_video, vsi_bench.prompt), (with_picture, mmstar.prompt)):
         sample = prompt(row)
-        shared = run._with_decoded(sample, {}, small)
+        shared = run.with_decoded_media(sample, {}, small)
         assert shared.messages != sample.messages
         ours, theirs = (small.encode(s, add_generation_prompt=True) for s in (shared, sample))
         for name in ("tokens", "positions", "patches", "grid"):

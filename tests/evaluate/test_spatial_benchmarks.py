@@ -1,4 +1,4 @@
-"""MMSI-Bench, ViewSpatial-Bench and MindCube against their authors' formulas, stated again here."""
+"""MMSI-Bench, ViewSpatial-Bench and MindCube against their authors' formulas, restated here."""
 
 from __future__ import annotations
 

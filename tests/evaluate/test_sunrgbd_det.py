@@ -49,7 +49,7 @@ def questions(seed: int, count: int = 60, **more: tuple[float, float]) -> list[R
 
 
 def answers(rows: list[Row], seed: int) -> list[str]:
-    """Shifted ground truth, left out or invented boxes, wrong order, a broken answer here and there."""
+    """Shifted ground truth, missing and invented boxes, wrong order, some broken answers."""
     rng = np.random.default_rng(seed)
     texts = []
     for row in rows:
@@ -120,7 +120,7 @@ def test_perfect_and_empty_predictions() -> None:
 
 
 def test_order_is_part_of_the_data() -> None:
-    """All scores tie, so a wrong box costs more in front of right ones than behind them."""
+    """All scores are equal, so a wrong box costs more before the right ones than after them."""
     truth = boxes(4, np.random.default_rng(0))
     row = Row("u", "", "", "chair", scene="p", fields={"boxes": truth, "height": 530, "intrinsics": INTRINSICS})
     wrong = truth[:1] + np.array([50.0, 0, 0, 0, 0, 0, 0, 0, 0])

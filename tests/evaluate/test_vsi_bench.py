@@ -1,4 +1,4 @@
-"""VSI-Bench against the authors' formulas, stated again here."""
+"""VSI-Bench against the authors' formulas, restated here."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_failed_questions_are_wrong_named_and_kept(tmp_path: Path) -> None:
 
 
 def test_intervals_draw_scenes() -> None:
-    """Twenty questions of one scene that are all alike carry the information of one."""
+    """Twenty equal questions of one scene carry the information of one question."""
     rows = [Row(str(i), "", "4", "object_counting", scene=f"s{i // 20}") for i in range(200)]
     texts = ["4" if i // 20 % 2 else "9" for i in range(200)]
     by_scene = vsi_bench.score(rows, texts).overall.value

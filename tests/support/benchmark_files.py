@@ -1,4 +1,4 @@
-"""Tiny benchmark files in the published forms, written to a folder."""
+"""Tiny benchmark files in the published formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 32)) -> bytes:
-    """An encoded picture of one colour."""
+    """An encoded image of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (seed * 37 % 256, seed * 91 % 256, 120)).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -54,7 +54,7 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def mcq(
     count: int, options: dict[str, str], *, categories: Sequence[str] = ("near", "far"), **more: Any
 ) -> list[dict[str, Any]]:
-    """TSV rows of a multiple-choice benchmark; the right letter goes round."""
+    """TSV rows of a multiple-choice benchmark; the right letter cycles through the options."""
     letters = sorted(options)
     return [
         {

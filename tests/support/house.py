@@ -39,7 +39,7 @@ MAX_FILE = 500
 MAX_FUNCTION = 60
 MAX_CLASS = 200
 OLD_WORDS = re.compile(
-    r"\b(pictures?|essays?|whoever|forsake|hungry|lanes?|beside|vst-spec|goes on|what it knows|does not stand)\b",
+    r"\b(pictures?|essays?|whoever|forsake|hungry|lanes?|beside|vst-spec|VST §|goes on|what it knows|does not stand)\b",
     re.IGNORECASE,
 )
 

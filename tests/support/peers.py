@@ -14,7 +14,7 @@ def peer(name: str, install: str) -> ModuleType:
         _declare_torchvision_operators()
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a peer may fail to import in any way at all; that is not our failure
+    except Exception as error:  # a peer may fail to import in any way; that is not a failure of ours
         pytest.skip(f"{name} cannot be imported ({type(error).__name__}: {error}); pip install {install}")
 
 

@@ -1,4 +1,4 @@
-"""Answers as models write them when nobody looks: the inputs on which two scorers are most likely to differ."""
+"""Unusual model answers: the inputs on which two scorers are most likely to differ."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def numbers(count: int, seed: int = 0) -> list[str]:
 
 
 def _lengthen(text: str, rng: random.Random) -> str:
-    """One in twenty answers is long: the text before, after or in the middle of 10,000 characters."""
+    """One in twenty answers is long: the text is before, after or in the middle of 10,000 characters."""
     if rng.random() > 0.05:
         return text
     filler = " ".join(rng.choice(_FILLER) for _ in range(2200))[:10_000]
