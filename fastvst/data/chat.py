@@ -1,8 +1,8 @@
 r"""The chat template of Qwen2.5-VL, and which of its tokens are supervised.
 
-`<|im_start|>role\n` + content + `<|im_end|>\n` for every message; a conversation without a system message starts with
-the default one; a picture stands as `<|vision_start|>` + N pads + `<|vision_end|>`. The content is stripped, as VST
-does (the published template leaves it as it is, so the two agree on stripped text).
+Every message is `<|im_start|>role\n` + content + `<|im_end|>\n`; a conversation without a system message starts with
+the default one; an image is `<|vision_start|>` + N pads + `<|vision_end|>`. The content is stripped, as in VST. The
+published template does not strip, so the two agree on stripped text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastvst.data.images import MediaError
 from fastvst.data.sample import Message
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-# VST's thinking mode, for samples whose kind contains "thought": two sentences, the second with the pattern.
+# The system prompt of VST's thinking mode, for samples whose kind contains "thought".
 THINK_SYSTEM = (
     "You are a helpful assistant who first thinks about the reasoning process in the mind and then gives the user the "
     "answer. The reasoning process is enclosed within <think> </think> tags, i.e., "
@@ -24,7 +24,7 @@ THINK_SYSTEM = (
 SUPERVISE = ("message", "content")
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
-# The same template for transformers' apply_chat_template, saved with every model directory.
+# The same template for transformers' apply_chat_template; it is saved with every model directory.
 JINJA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -47,12 +47,12 @@ JINJA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the rendered conversation that is tokenised in one call.
+    """A piece of the rendered conversation that is tokenised in one call.
 
     Attributes:
-        kind: "text", "special" (`text` is one special token's name), "image" or "video" (the pads of one picture).
-        text: the text, or the special token.
-        supervised: the loss is taken on these tokens.
+        kind: "text", "special" (one special token), "image" or "video" (the pads of one image or video).
+        text: the text, or the name of the special token or pad.
+        supervised: whether the loss covers these tokens.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Segment:
 
 
 def system_prompt(kind: str) -> str:
-    """The system prompt of a sample that brings none: VST's thinking prompt if `kind` contains "thought"."""
+    """The system prompt of a sample without a system message: VST's thinking prompt if `kind` contains "thought"."""
     return THINK_SYSTEM if "thought" in kind else DEFAULT_SYSTEM
 
 
@@ -72,9 +72,9 @@ def render(
 
     Args:
         messages: role and parts as in `Sample.messages`.
-        system: put in front if the first message is not a system message.
-        supervise: "message": each assistant message with its `<|im_start|>assistant\n` header and its `<|im_end|>\n`
-            (VST); "content": the content and `<|im_end|>` only. Vision tokens are never supervised.
+        system: system prompt, used if the first message is not a system message.
+        supervise: "message": each assistant message, with its `<|im_start|>assistant\n` header and its `<|im_end|>\n`
+            (VST); "content": only the content and `<|im_end|>`. Vision tokens are never supervised.
         add_generation_prompt: end with `<|im_start|>assistant\n`, unsupervised.
 
     Raises:
@@ -107,7 +107,7 @@ def render(
 
 
 def _content(message: Message) -> list[tuple[str, str]]:
-    """(kind, text) of a message's parts: neighbouring texts joined, the whole stripped at both ends."""
+    """(kind, text) of a message's parts: adjacent texts are joined, and the message is stripped at both ends."""
     parts: list[tuple[str, str]] = []
     for part in message["content"]:
         kind = part["type"]
@@ -124,10 +124,10 @@ def _content(message: Message) -> list[tuple[str, str]]:
 
 
 def _merge(segments: list[Segment]) -> list[Segment]:
-    """Join neighbouring texts that are supervised alike.
+    """Join adjacent texts of equal supervision.
 
-    Where they are not ("content" mode: header | content), cutting is harmless: the header ends with a line feed, the
-    content starts with a non-blank, and the pre-tokeniser always cuts there.
+    Texts of different supervision ("content" mode: header | content) may be tokenised separately: the header ends with
+    a line feed, the content starts with a non-blank, and the pre-tokeniser always cuts between the two.
     """
     merged: list[Segment] = []
     for segment in segments:
@@ -140,10 +140,10 @@ def _merge(segments: list[Segment]) -> list[Segment]:
 
 
 def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> None:
-    """Refuse text that spells a special token: the tokenizer would turn it into that token without a word.
+    """Refuse text that contains the name of a special token; the tokenizer would silently turn it into that token.
 
     Args:
-        pattern: matches any special token's name.
+        pattern: matches the name of any special token.
 
     Raises:
         MediaError: "literal_special_token", naming the token and the message.
@@ -154,6 +154,6 @@ def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> Non
         if found:
             raise MediaError(
                 "literal_special_token",
-                f"message {index} ({message['role']}) contains {found.group()!r} as text; pictures are parts of type "
+                f"message {index} ({message['role']}) contains {found.group()!r} as text; images are parts of type "
                 '"image" or "video", and other special tokens must be removed or spelled differently',
             )

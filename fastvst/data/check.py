@@ -1,11 +1,11 @@
-"""Look a data set over before training on it: what is in it, what it costs, what is wrong with it, by row.
+"""Inspect a data set before training: its contents, its cost in tokens, and the problems of its rows.
 
-    found = check_source("folder_of_parquet", Processor.from_pretrained(DIR))
-    print(found.table())
+    report = check_source("folder_of_parquet", Processor.from_pretrained(DIR))
+    print(report.table())
 
-A row that the loader would refuse is named with the reason that the ledger would give. Some rows that it would take are
-named as well, because they are probably not what was meant: marks of two kinds, a literal `<image>` in an answer, an id
-that was there before, 3D boxes with angles outside [-1, 1], behind the camera, or without size.
+Rows that the loader would reject are listed with the reason that the ledger would give. Some rows that it would accept
+are listed too, because they are probably mistakes: marks of two kinds, a literal `<image>` in an answer, a repeated id,
+3D boxes with angles outside [-1, 1], behind the camera, or without size.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastvst.data.sources.source import Source
 
 OPTION = re.compile(r"(?:^|[\s(])([A-F])[.):]\s", re.MULTILINE)
 LETTER = re.compile(r"\s*\(?([A-F])(?:[.):\s]|$)")
-MOST_NAMED = 10_000  # problems kept with their ids; all are counted
-NOT_REFUSED = ("double_marks", "literal_mark", "duplicate_id", "angle_range", "behind_camera", "box_size", "bad_boxes")
+MOST_LISTED = 10_000  # problems that are kept with their ids; all are counted
+ACCEPTED = ("double_marks", "literal_mark", "duplicate_id", "angle_range", "behind_camera", "box_size", "bad_boxes")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one row."""
+    """One problem of one row: its reason code, the row's id and location, and the details."""
 
     reason: str
     id: str
@@ -51,17 +51,18 @@ class CheckReport:
 
     Attributes:
         path: the data set.
-        rows: looked at, good and bad.
-        usable: rows that the loader takes.
-        types: rows by VST's `type`.
-        sources: rows by `data_source`.
-        sizes: pictures by (width, height) as stored; of a video, its first frame.
-        pictures, videos: parts.
-        tokens: of every usable row.
-        vision_tokens: of all of them, merged patches.
-        letters: right answers of multiple-choice rows by number of options and letter.
-        problems: the first 10,000; `counts`: all, by reason.
-        examples: the first usable rows of every type, for a gallery.
+        rows: number of rows read, good and bad.
+        usable: number of rows that the loader accepts.
+        types: number of rows by VST's `type`.
+        sources: number of rows by `data_source`.
+        sizes: number of images by stored (width, height); a video counts with its first frame.
+        images, videos: number of images and videos in usable rows.
+        tokens: tokens of every usable row.
+        vision_tokens: merged patches in all usable rows.
+        letters: number of correct answers of multiple-choice rows, by number of options and letter.
+        problems: the first 10,000 problems.
+        counts: number of all problems, by reason.
+        examples: the first usable rows of every type, for a page.
     """
 
     path: str
@@ -70,7 +71,7 @@ class CheckReport:
     types: Counter = field(default_factory=Counter)
     sources: Counter = field(default_factory=Counter)
     sizes: Counter = field(default_factory=Counter)
-    pictures: int = 0
+    images: int = 0
     videos: int = 0
     tokens: list[int] = field(default_factory=list)
     vision_tokens: int = 0
@@ -80,18 +81,22 @@ class CheckReport:
     examples: dict[str, list[Sample]] = field(default_factory=dict)
 
     def add(self, reason: str, id: str, where: str, detail: str) -> None:
+        """Count one problem, and keep it if there are not too many."""
         self.counts[reason] += 1
-        if len(self.problems) < MOST_NAMED:
+        if len(self.problems) < MOST_LISTED:
             self.problems.append(Problem(reason, id, where, detail))
 
     @property
     def vision_share(self) -> float:
-        """Share of all tokens that are picture tokens."""
+        """Share of vision tokens among all tokens."""
         return self.vision_tokens / max(sum(self.tokens), 1)
 
     def balance(self) -> dict[int, float]:
-        """For each number of options, chi-square of the letters against an even spread divided by its degrees of
-        freedom: about 1 is even, VST's release (36 / 36 / 14 / 14 %) has 0.19 x rows / 3."""
+        """Balance of the answer letters for each number of options.
+
+        It is the chi-square of the letters against a uniform distribution, divided by its degrees of freedom. About 1
+        is balanced; VST's release (36 / 36 / 14 / 14 %) has 0.19 x rows / 3.
+        """
         found = {}
         for count, letters in sorted(self.letters.items()):
             seen = np.array([letters["ABCDEF"[k]] for k in range(count)], dtype=np.float64)
@@ -103,13 +108,13 @@ class CheckReport:
         """The report as text."""
         tokens = np.array(self.tokens or [0])
         lines = [
-            f"{self.path}: {self.rows} rows, {self.usable} usable, {self.pictures} pictures, {self.videos} videos",
+            f"{self.path}: {self.rows} rows, {self.usable} usable, {self.images} images, {self.videos} videos",
             "types: " + ", ".join(f"{name} {count}" for name, count in self.types.most_common()),
             "sources: " + ", ".join(f"{name} {count}" for name, count in self.sources.most_common(12)),
             "sizes: " + ", ".join(f"{w}x{h} {count}" for (w, h), count in self.sizes.most_common(8)),
             f"tokens: {int(tokens.sum())} in all; a row has {tokens.mean():.0f} on average, "
             f"{np.percentile(tokens, 95):.0f} at the 95th percentile, {tokens.max()} at most; "
-            f"{self.vision_share:.1%} are of pictures",
+            f"{self.vision_share:.1%} are vision tokens",
         ]
         for count, skew in self.balance().items():
             letters = self.letters[count]
@@ -121,13 +126,13 @@ class CheckReport:
         lines.append(f"problems: {sum(self.counts.values())}")
         for reason, count in self.counts.most_common():
             first = [p for p in self.problems if p.reason == reason][:3]
-            kind = "taken, but look at it" if reason in NOT_REFUSED else "refused"
+            kind = "accepted, but probably wrong" if reason in ACCEPTED else "rejected"
             lines.append(f"  {count:>8}  {reason} ({kind})")
             lines += [f"            {p.id} at {p.where}: {p.detail[:160]}" for p in first]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers and all named problems, JSON-able."""
+        """All numbers and all listed problems; JSON-able."""
         return {
             "path": self.path,
             "rows": self.rows,
@@ -135,7 +140,7 @@ class CheckReport:
             "types": dict(self.types),
             "sources": dict(self.sources),
             "sizes": {f"{w}x{h}": count for (w, h), count in self.sizes.items()},
-            "pictures": self.pictures,
+            "pictures": self.images,
             "videos": self.videos,
             "tokens": int(sum(self.tokens)),
             "vision_share": self.vision_share,
@@ -155,11 +160,11 @@ def check_source(
     limit: int | None = None,
     examples: int = 3,
 ) -> CheckReport:
-    """Go through a data set once. Pictures are measured by their headers, not decoded.
+    """Read a data set once. The headers of its images are read; no image is decoded.
 
     Args:
-        limit: rows to look at; all by default.
-        examples: usable rows of every type to keep.
+        limit: number of rows to read; None: all.
+        examples: number of usable rows of every type to keep.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
@@ -186,7 +191,7 @@ def check_source(
 
 
 def _rows(source: Source) -> Iterator[tuple[Any, Sample | SampleError, str]]:
-    """(raw row or ValueError, what the loader makes of it, file and row)."""
+    """(raw row or ValueError, the loader's sample or error, file and row) of every row."""
     for block, (table, inner) in enumerate(source.blocks):
         raw = source.tables[table].rows(inner)
         for number, (row, sample) in enumerate(zip(raw, source.samples(block), strict=True)):
@@ -207,7 +212,7 @@ def _measure(report: CheckReport, sample: Sample, where: str, processor: Process
         report.add(error.reason, sample.id, where, error.detail)
         return
     report.usable += 1
-    report.pictures += len(sample.parts("image"))
+    report.images += len(sample.parts("image"))
     report.videos += len(sample.parts("video"))
     report.tokens.append(cost.tokens)
     report.vision_tokens += cost.patches // processor.model_config.vision.spatial_merge_size**2
@@ -233,7 +238,7 @@ def _letters(report: CheckReport, sample: Sample) -> None:
 
 
 def _marks(row: Any) -> list[tuple[str, str]]:
-    """Marks that the loader passes over: `<image>` beside `<|image_pad|>`, or `<image>` in an answer."""
+    """Marks that the loader ignores: `<image>` in a text that has `<|image_pad|>`, or any mark in an answer."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     while isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], list):
         turns = turns[0]
@@ -244,16 +249,16 @@ def _marks(row: Any) -> list[tuple[str, str]]:
             continue
         tags = TAGS.findall(text)
         if turn.get("from") == "gpt" and (tags or PADS.search(text)):
-            found.append(("literal_mark", f"an answer holds a picture mark: {text[:80]!r}"))
+            found.append(("literal_mark", f"an answer contains an image mark: {text[:80]!r}"))
         elif tags and PADS.search(text):
             found.append(
-                ("double_marks", f"{len(tags)} <image> tags beside {len(PADS.findall(text))} pads; tags are removed")
+                ("double_marks", f"{len(tags)} <image> tags and {len(PADS.findall(text))} pads; the tags are removed")
             )
     return found
 
 
 def _boxes(sample: Sample) -> list[tuple[str, str]]:
-    """What is wrong with the 3D boxes in a row's answers."""
+    """Problems of the 3D boxes in a row's answers."""
     if sample.kind != "bbox_3d":
         return []
     found = []

@@ -1,4 +1,4 @@
-"""Rows of a data set as a static page: pictures, question, answer, and which tokens the loss is taken on."""
+"""Rows of a data set as a static page: images, question, answer, and the tokens that the loss covers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STYLE = (
     ".tokens .loss{background:#d2f4d9}.tokens .vision{color:#8250df}.strip{display:flex;gap:3px;flex-wrap:wrap}"
     ".strip img{width:23.5%}</style>"
 )
-FRAMES = 8  # shown of a video
+FRAMES = 8  # most frames shown of a video
 
 
 def write_gallery(report: CheckReport, processor: Processor, folder: str | Path) -> Path:
-    """`folder`/index.html with the report and its examples, and `folder`/check.json; returns the page."""
+    """Write `folder`/index.html with the report and its examples, and `folder`/check.json; return the page's path."""
     target = Path(folder) / "index.html"
     atomic.write_text(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
     sections = [("Report", f"{STYLE}<pre>{escape(report.table())}</pre>")]
@@ -45,16 +45,16 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
 
 
 def card(sample: Sample, processor: Processor) -> str:
-    """One row: its pictures, and its tokens with the supervised ones on green."""
-    pictures = media(sample, processor.config.max_source_pixels)
+    """One row: its images, and its tokens with the supervised ones in green."""
+    shown = media(sample, processor.config.max_source_pixels)
     return (
-        f'<div class="card">{pictures}<p class="task">{escape(sample.source)} · {escape(sample.id)}</p>'
+        f'<div class="card">{shown}<p class="task">{escape(sample.source)} · {escape(sample.id)}</p>'
         f'<div class="tokens">{tokens(sample, processor)}</div></div>'
     )
 
 
 def media(sample: Sample, max_source_pixels: int, width: int = 448) -> str:
-    """The row's pictures; of a video up to eight frames."""
+    """The row's images, and up to eight frames of each video."""
     tags: list[str] = []
     for part in sample.parts("image"):
         tags.append(_tag(part["image"], max_source_pixels, width))
@@ -62,30 +62,26 @@ def media(sample: Sample, max_source_pixels: int, width: int = 448) -> str:
     for part in sample.parts("video"):
         frames = part["video"]
         if not isinstance(frames, (list, tuple)):
-            strips.append(
-                f"<p>a video of {len(frames)} bytes</p>"
-                if isinstance(frames, bytes)
-                else f"<p>{escape(str(frames))}</p>"
-            )
+            name = f"a video of {len(frames)} bytes" if isinstance(frames, bytes) else str(frames)
+            strips.append(f"<p>{escape(name)}</p>")
             continue
         step = max(1, len(frames) // FRAMES)
-        strips.append(
-            f'<div class="strip">{"".join(_tag(f, max_source_pixels, 160) for f in frames[::step][:FRAMES])}</div>'
-        )
+        shown = "".join(_tag(frame, max_source_pixels, 160) for frame in frames[::step][:FRAMES])
+        strips.append(f'<div class="strip">{shown}</div>')
     images = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     return images + "".join(strips)
 
 
 def _tag(source: Image.Image | bytes | str, max_source_pixels: int, width: int) -> str:
     try:
-        picture = load_rgb(source, max_source_pixels=max_source_pixels, time_limit=10.0)
+        image = load_rgb(source, max_source_pixels=max_source_pixels, time_limit=10.0)
     except MediaError as error:
         return f"<p>{escape(error.reason)}: {escape(error.detail)}</p>"
-    return html.image_tag(picture, "picture", width=width, quality=80)
+    return html.image_tag(image, "image", width=width, quality=80)
 
 
 def tokens(sample: Sample, processor: Processor) -> str:
-    """The text as the model gets it; runs of picture tokens are counted, not shown."""
+    """The text that the model receives; runs of vision tokens are shown as their number."""
     try:
         encoded = processor.encode(sample)
     except SampleError as error:
@@ -97,7 +93,7 @@ def tokens(sample: Sample, processor: Processor) -> str:
     parts: list[str] = []
     for start, end in _runs(kinds):
         if kinds[start] == "vision":
-            parts.append(f'<span class="vision">[{end - start} picture tokens]</span>')
+            parts.append(f'<span class="vision">[{end - start} vision tokens]</span>')
             continue
         text = escape(processor.decode(ids[start:end], skip_special=False))
         parts.append(f'<span class="loss">{text}</span>' if kinds[start] == "loss" else text)
@@ -110,19 +106,22 @@ def _runs(kinds: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `fastvst data check PATH`."""
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("path", help="a file or folder that the loader reads")
-    parser.add_argument("--model", help="model directory whose tokenizer counts (default: the tiny preset's)")
-    parser.add_argument("--format", default="auto", help="auto, vst, llava, openai or hf")
-    parser.add_argument("--image-folder", help="where relative picture paths start")
-    parser.add_argument("--limit", type=int, help="rows to look at (default all)")
-    parser.add_argument("--max-seq-len", type=int, default=16384, help="longer rows are refused (default 16384)")
-    parser.add_argument("--out", help="folder for a page with examples, and check.json")
+    """The arguments of `fastvst data check PATH`."""
+    add = parser.add_argument
+    add("action", choices=["check"])
+    add("path", help="file or folder of the data set")
+    add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
+    add("--format", default="auto", help="format of the data set: auto, vst, llava, openai or hf (default: auto)")
+    add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
+    add("--limit", type=int, help="number of rows to check (default: all)")
+    add(
+        "--max-seq-len", type=int, default=16384, help="most tokens in a row; longer rows are rejected (default: 16384)"
+    )
+    add("--out", help="folder for a page with examples and for check.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, print the report, write the page; 1 if any row has a problem, else 0."""
+    """Check the data set, print the report and write the page. Returns 1 if any row has a problem, else 0."""
     options = {"max_seq_len": arguments.max_seq_len}
     model = arguments.model
     processor = Processor.from_pretrained(model, **options) if model else Processor.preset("tiny", **options)
@@ -131,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(report.table())
     if not model:
-        print("tokens are those of the tiny preset; --model DIR counts with another tokenizer")
+        print("tokens were counted with the tiny preset's tokenizer; --model DIR chooses another one")
     if arguments.out:
         print(f"page: {write_gallery(report, processor, arguments.out)}")
     return 1 if report.counts else 0

@@ -1,9 +1,9 @@
-"""Pictures to patches: size rule, decoding that cannot hurt, and the patch order that Qwen2.5-VL expects.
+"""Images to patches: size rule, decoding with limits on size and time, and the patch order of Qwen2.5-VL.
 
-Pixel values equal those of transformers' PIL image processor bit for bit (resizing tolerance 0): the resize is Pillow's
-bicubic in both, and `(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all
-256 inputs. `resize="torch"` trades that for speed (see resize_planar). EXIF orientation is not applied, as the Hugging
-Face image processor and VST do not apply it.
+Pixel values equal those of transformers' PIL image processor bit for bit: both resize with Pillow's bicubic filter, and
+`(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all 256 inputs.
+`resize="torch"` gives up that equality for speed (see resize_planar). EXIF orientation is not applied; neither the
+Hugging Face image processor nor VST applies it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 EXPLICIT_MIN_TOKENS = 4
-EXPLICIT_MAX_TOKENS = 16384  # qwen-vl-utils' limits where a row gives the size itself
-MAX_ASPECT = 200  # smart_resize of qwen-vl-utils and transformers
-TINY_SIDE = 28  # VST: a side below 28 px is enlarged so that both sides are at least 56
-ROWS_AT_ONCE = 64  # patches normalised at a time: 64 x 588 float32 = 150 KB stay in the L2 cache (1.4 ms against 2.1)
+EXPLICIT_MAX_TOKENS = 16384  # the limits of qwen-vl-utils for a size that a row gives itself
+MAX_ASPECT = 200  # as smart_resize of qwen-vl-utils and transformers
+TINY_SIDE = 28  # VST enlarges an image with a shorter side until both sides have at least 56 pixels
+ROWS_AT_ONCE = 64  # patches normalised at a time: 64 x 588 float32 = 150 KB fit the L2 cache (1.4 ms instead of 2.1)
 
 
 class MediaError(ValueError):
-    """A picture or video that cannot be used; `reason` is the ledger's code, `detail` what came and was expected."""
+    """An image or video that cannot be used: `reason` is the ledger's code, `detail` what came and was expected."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -42,7 +42,7 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class PatchGeometry:
-    """How pixels become patches: sizes in pixels, `mean` and `std` of the three channels on the 0..1 scale."""
+    """How pixels become patches: sizes in pixels; `mean` and `std` of the three channels on the 0..1 scale."""
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -64,15 +64,15 @@ class PatchGeometry:
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in multiples of `factor`, area within [min_pixels, max_pixels], aspect ratio nearly kept.
 
-    The rule of Qwen2.5-VL (same numbers as transformers' smart_resize).
+    This is the rule of Qwen2.5-VL; it gives the same numbers as transformers' smart_resize.
 
     Raises:
         MediaError: "aspect_ratio" if one side is more than 200 times the other, "empty_image" for a zero side.
     """
     if min(height, width) < 1:
-        raise MediaError("empty_image", f"the picture is {width} x {height} pixels")
+        raise MediaError("empty_image", f"the image is {width} x {height} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaError("aspect_ratio", f"the picture is {width} x {height}; at most {MAX_ASPECT}:1 is allowed")
+        raise MediaError("aspect_ratio", f"the image is {width} x {height}; at most {MAX_ASPECT}:1 is allowed")
     rows = round(height / factor)
     columns = round(width / factor)
     if rows * columns * factor**2 > max_pixels:
@@ -89,11 +89,11 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 def target_size(
     width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int, explicit: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """(width, height) that a picture of `width` x `height` is resized to.
+    """(width, height) to which an image of `width` x `height` is resized.
 
-    With `explicit` (width, height), given by the row or by the FoV unification, that size is rounded to the factor and
-    the processor's pixel limits do not apply (only 4 to 16,384 merged patches), as in VST. A picture with a side below
-    28 px is first scaled so that both sides are at least 56 (VST §1.3; transformers has no such rule).
+    `explicit` is a (width, height) from the row or from the FoV unification. It is rounded to the factor, and the pixel
+    limits do not apply (only 4 to 16,384 merged patches), as in VST. An image with a side below 28 pixels is first
+    scaled so that both sides have at least 56, as in VST; transformers has no such rule.
 
     Raises:
         MediaError: see `smart_resize`.
@@ -111,7 +111,7 @@ def target_size(
 
 
 class _DeadlineReader(io.BytesIO):
-    """Bytes that refuse to be read after a deadline: Pillow's stream decoders ask again for every 64 KB."""
+    """Bytes that cannot be read after a deadline. Pillow's stream decoders read them in pieces of 64 KB."""
 
     def __init__(self, data: bytes, deadline: float) -> None:
         super().__init__(data)
@@ -124,7 +124,7 @@ class _DeadlineReader(io.BytesIO):
 
 
 def image_size(source: Any, *, max_source_pixels: int) -> tuple[int, int]:
-    """(width, height) of a picture from its header; no pixel is decoded.
+    """(width, height) of an image from its header; no pixel is decoded.
 
     Args:
         source: PIL image, path, or encoded bytes.
@@ -145,13 +145,13 @@ def image_size(source: Any, *, max_source_pixels: int) -> tuple[int, int]:
 
 
 def load_rgb(source: Any, *, max_source_pixels: int, time_limit: float) -> Image.Image:
-    """Decode a picture to mode RGB, exactly as `Image.convert("RGB")` does (alpha is dropped, not blended).
+    """Decode an image to mode RGB, exactly as `Image.convert("RGB")` does (alpha is dropped, not blended).
 
     Args:
         source: PIL image, path, or encoded bytes (first frame of an animation).
-        max_source_pixels: larger pictures are refused from their header.
-        time_limit: seconds. Checked whenever the decoder asks for data, so formats that decode in one call (WebP,
-            TIFF) are only checked at the end.
+        max_source_pixels: larger images are refused before decoding.
+        time_limit: seconds. It is checked when the decoder reads data; formats that decode in one call (WebP, TIFF) are
+            checked only at the end.
 
     Raises:
         MediaError: as `image_size`, and "decode_timeout".
@@ -163,8 +163,8 @@ def load_rgb(source: Any, *, max_source_pixels: int, time_limit: float) -> Image
         data = _as_bytes(source)
         source = _open(data, lambda raw: Image.open(_DeadlineReader(raw, deadline)))
     _check_bomb(source.size, max_source_pixels)
-    image = _open(source, lambda picture: picture if picture.mode == "RGB" else picture.convert("RGB"))
-    _open(image, lambda picture: picture.load())
+    image = _open(source, lambda opened: opened if opened.mode == "RGB" else opened.convert("RGB"))
+    _open(image, lambda converted: converted.load())
     if time.monotonic() > deadline:
         raise MediaError("decode_timeout", f"decoding {image.size[0]} x {image.size[1]} took over {time_limit} s")
     return image
@@ -175,7 +175,7 @@ def _as_bytes(source: Any) -> bytes:
         raise MediaError("bad_image_type", f"got {type(source).__name__}; expected a PIL image, a path or bytes")
     data = bytes(source)
     if not data:
-        raise MediaError("empty_file", "the picture has 0 bytes")
+        raise MediaError("empty_file", "the image has 0 bytes")
     return data
 
 
@@ -186,7 +186,7 @@ def _open_path(path: str | Path) -> Image.Image:
 
 
 def _open(source: Any, step: Any) -> Any:
-    """Run one step of reading a picture; whatever it raises becomes a MediaError with a reason code."""
+    """Run one step of reading an image; every exception becomes a MediaError with a reason code."""
     try:
         return step(source)
     except MediaError:
@@ -203,18 +203,18 @@ def _check_bomb(size: tuple[int, int], max_source_pixels: int) -> None:
     if size[0] * size[1] > max_source_pixels:
         raise MediaError(
             "decompression_bomb",
-            f"the picture is {size[0]} x {size[1]} pixels; max_source_pixels allows {max_source_pixels}",
+            f"the image is {size[0]} x {size[1]} pixels; max_source_pixels allows {max_source_pixels}",
         )
 
 
 def resize_planar(image: Image.Image, size: tuple[int, int], method: str = "pillow") -> np.ndarray:
-    """Bicubic, antialiased resize of an RGB picture to `size` (width, height): (3, height, width) uint8.
+    """Bicubic, antialiased resize of an RGB image to `size` (width, height): (3, height, width) uint8.
 
     Args:
-        method: "pillow", as VST and qwen-vl-utils resize, or "torch", the operator behind torchvision's: three times
-            as fast, within 2 of 255 levels of Pillow's on smooth pictures that no pass clips (its weights have 16 bits
-            instead of 22). At edges from black to white both passes overshoot, and only Pillow always clips between
-            them: up to 32.
+        method: "pillow", as VST and qwen-vl-utils resize, or "torch", torchvision's operator. It is three times as fast
+            and within 2 of 255 levels of Pillow's on smooth images that no pass clips (its weights have 16 bits instead
+            of 22). At edges from black to white both passes overshoot and only Pillow always clips between them; there
+            the difference is up to 32 levels.
     """
     if method == "torch" and image.size != size:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -226,16 +226,16 @@ def resize_planar(image: Image.Image, size: tuple[int, int], method: str = "pill
 def patchify(
     frames: Sequence[np.ndarray] | np.ndarray, geometry: PatchGeometry, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Normalised patches of one picture (one frame) or one video (an even number of frames).
+    """Normalised patches of one image (one frame) or one video (an even number of frames).
 
     Args:
-        frames: F arrays (3, H, W) uint8, H and W multiples of the merged patch; a single frame fills every temporal
-            slot of its patches (as transformers does), several are taken `temporal_patch_size` at a time.
-        out: (P, patch_dim) float32 to write into; made if not given.
+        frames: F arrays (3, H, W) uint8, H and W multiples of the merged patch. A single frame fills every temporal
+            slot of its patches, as in transformers; several frames are taken `temporal_patch_size` at a time.
+        out: (P, patch_dim) float32 to write into; allocated if not given.
 
     Returns:
-        (P, patch_dim) float32. P runs over (t, block row, block column, row in block, column in block), one patch over
-        (channel, time, row, column).
+        (P, patch_dim) float32. P runs over (t, block row, block column, row in block, column in block), the elements of
+        a patch over (channel, time, row, column).
     """
     p = geometry.patch_size
     m = geometry.merge_size
@@ -250,7 +250,7 @@ def patchify(
     std = np.asarray(geometry.std, dtype=np.float32)[:, None]
     slots = out.reshape(steps, rows * columns, 3, times, p * p)
     for index, frame in enumerate(frames):
-        # A void type of patch_size bytes lets numpy move a whole patch row at once instead of byte by byte.
+        # A void type of patch_size bytes lets numpy copy a whole patch row at a time instead of single bytes.
         cells = frame.view(np.dtype((np.void, p))).reshape(3, rows // m, m, p, columns // m, m)
         ordered = np.ascontiguousarray(cells.transpose(1, 4, 2, 5, 0, 3)).view(np.uint8).reshape(-1, 3, p * p)
         step, time_slot = divmod(index, times)

@@ -1,4 +1,4 @@
-"""SampleError: what is wrong with one sample. Ledger: all samples that could not be used, and when it is too many."""
+"""SampleError: why a sample is unusable. Ledger: records rejected samples and aborts when their share is too high."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SampleError(ValueError):
 
     Attributes:
         reason: short code for counting ("broken_image", "mark_count", "too_long", ...).
-        source, id: which sample.
+        source, id: names of the data set and the sample.
         detail: what came and what was expected.
     """
 
@@ -27,24 +27,26 @@ class SampleError(ValueError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str]]:
-        return (SampleError, (self.reason, self.source, self.id, self.detail))  # crosses worker processes
+        return (SampleError, (self.reason, self.source, self.id, self.detail))  # workers send it to the trainer
 
 
 class TooManyBadSamples(RuntimeError):
-    """The share of unusable samples is above the limit, or no sample is usable at all. The message is the summary."""
+    """The share of unusable samples is above the limit, or no sample is usable. The message contains the summary."""
 
 
 @dataclass
 class Ledger:
-    """Counts and writes down samples that cannot be used; the run goes on until they are too many.
+    """Records rejected samples and ends the run when their share is too high.
 
     Attributes:
-        path: JSON lines file, one object {source, id, reason, detail, where} for each bad sample; None: count only.
-        max_fraction: the run stops when more than this share of the samples seen is bad ...
-        min_samples: ... once this many samples have been seen.
-        strict: raise the first SampleError instead.
-        seen: samples looked at, good and bad.
-        counts: bad samples by reason. A sample that comes again in a later epoch is counted again, not written again.
+        path: JSON lines file with one object {source, id, reason, detail, where} for each bad sample; None: no file.
+        max_fraction: largest allowed share of bad samples among those seen.
+        min_samples: the share is checked once this many samples were seen.
+        strict: raise the first SampleError.
+        seen: samples read so far, good and bad.
+        counts: bad samples by reason. A sample that returns in a later epoch is counted again, but not written again.
+        examples: the first bad sample of each reason.
+        weight: bad samples as compared with `max_fraction`.
     """
 
     path: str | Path | None = None
@@ -54,9 +56,9 @@ class Ledger:
     seen: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
-    weight: float = 0.0  # bad samples as the threshold counts them
+    weight: float = 0.0
     _written: set[tuple[str, str, str, str]] = field(default_factory=set, repr=False)
-    _bytes: int = field(default=-1, repr=False)  # length of the file as far as it is ours; -1: not opened yet
+    _bytes: int = field(default=-1, repr=False)  # length of the file that this run wrote; -1: nothing yet
 
     @property
     def total(self) -> int:
@@ -64,21 +66,21 @@ class Ledger:
         return sum(self.counts.values())
 
     def saw(self, count: int = 1) -> None:
-        """Count samples that were looked at, good or bad."""
+        """Count samples that were read, good or bad."""
         self.seen += count
 
     def record(self, error: SampleError, *, where: str = "", write: bool = True, weight: float = 1.0) -> None:
-        """Write one bad sample down.
+        """Record one bad sample.
 
         Args:
-            error: what is wrong with which sample.
+            error: the sample and what is wrong with it.
             where: file and row, for data sets whose ids are not unique.
-            write: False where another rank writes the same entry.
-            weight: samples that this one stands for in the threshold; a rank that finds broken pixels in its own
-                packs only sees 1 / world_size of them.
+            write: False if another rank writes the same entry.
+            weight: number of samples that this one represents in the threshold. Broken pixels are found only by the
+                rank that decodes the sample, so each counts world_size times.
 
         Raises:
-            SampleError: in strict mode, the error itself.
+            SampleError: `error` itself, in strict mode.
         """
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
         self.examples.setdefault(error.reason, f"{error.source}/{error.id}: {error.detail}")
@@ -91,26 +93,26 @@ class Ledger:
             raise error
 
     def check(self) -> None:
-        """Raise TooManyBadSamples when the limit is passed."""
+        """Raise TooManyBadSamples if the share of bad samples is above `max_fraction`."""
         if self.seen >= self.min_samples and self.weight > self.max_fraction * self.seen:
             raise TooManyBadSamples(
                 f"{self.weight / self.seen:.1%} of {self.seen} samples cannot be used (limit {self.max_fraction:.1%} "
-                f"after {self.min_samples}): repair or leave out the data, or raise max_fraction.\n{self.summary()}"
+                f"after {self.min_samples}): repair or remove the data, or raise max_fraction.\n{self.summary()}"
             )
 
     def summary(self) -> str:
-        """A table: reason, count, first example, and where the full list is."""
+        """A table of reason, count and first example, and the path of the full list."""
         if not self.counts:
             return f"ledger: {self.seen} samples seen, none rejected"
         lines = [f"ledger: {self.total} rejected of {self.seen} samples seen"]
         for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
             lines.append(f"  {count:>8}  {reason:<20} e.g. {self.examples[reason][:160]}")
         if self.path is not None:
-            lines.append(f"  all of them: {self.path}")
+            lines.append(f"  full list: {self.path}")
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and the length of the file, JSON-able."""
+        """Counts and the length of the file; JSON-able."""
         return {
             "seen": self.seen,
             "weight": self.weight,
@@ -120,7 +122,7 @@ class Ledger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state; the file is cut to its length then, so that replayed samples stand there once."""
+        """Return to a saved state. The file is cut to its length at that time, so that replayed samples appear once."""
         self.seen = int(state["seen"])
         self.weight = float(state["weight"])
         self.counts = dict(state["counts"])
@@ -137,7 +139,7 @@ class Ledger:
     def _append(self, row: dict[str, str]) -> None:
         if self.path is None:
             return
-        if self._bytes < 0:  # a new run begins a new list
+        if self._bytes < 0:  # a new run starts a new file
             jsonl.write(self.path, [])
         self._bytes = jsonl.append(self.path, [row])
 

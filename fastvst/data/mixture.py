@@ -1,9 +1,9 @@
-"""Several sources as one endless (or finite) shuffled stream, whose place can be saved and found again exactly.
+"""Several sources as one shuffled stream, endless or finite, whose position can be saved and restored exactly.
 
-At every step a source is drawn by weight, its next row goes into a bounded buffer, and a random row of the buffer comes
-out. Inside a source the order of its blocks (Parquet row groups, ...) is permuted anew in every epoch. Everything
-random follows from the seed; the state is the generator, one (epoch, block, row) for each source, and the references
-of the rows in the buffer, which are read again on restoring.
+For every row a source is drawn by weight, its next row enters a bounded buffer, and a random row leaves the buffer. The
+blocks of a source (Parquet row groups, ...) are permuted anew in every epoch. All randomness depends on the seed. The
+state is the generator, one (epoch, block, row) for each source, and the references of the rows in the buffer, which are
+read again when it is restored.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ class SourceConfig:
     """One data set of a mixture.
 
     Attributes:
-        path, format, name, image_folder, split: see `open_source`.
-        weight: share of the samples drawn, relative to the other sources; None (for all): the number of rows.
-        min_pixels, max_pixels: pixel limits of this source's pictures; None: the processor's.
+        path: a file, or a folder that is searched at all depths.
+        format: "auto", "vst", "llava", "openai" or "hf", see `open_source`.
+        weight: share of the drawn samples, relative to the other sources; None (for all sources): the number of rows.
+        name: data set name for ids and errors; None: the name of the folder or file.
+        image_folder: folder in which relative image paths start; None: the folder of the file that names them.
+        split: part of a `datasets.DatasetDict`; None: the only one, or "train".
+        min_pixels: least pixels of an image of this source after resizing; None: the processor's.
+        max_pixels: most pixels of an image of this source after resizing; None: the processor's.
     """
 
     path: str
@@ -43,13 +48,14 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """What is trained on, in which order.
+    """The training data and their order.
 
     Attributes:
-        sources: the data sets.
-        seed: of every shuffle and draw.
-        shuffle_buffer: rows held for shuffling (encoded pictures included, in every worker); 0: in order, unshuffled.
-        epochs: passes over every source, after which the stream ends; None: for ever.
+        sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels
+            and max_pixels; only path is required.
+        seed: seed of the shuffling and of the choice between sources.
+        shuffle_buffer: rows that every worker holds in memory for shuffling, encoded images included; 0 = no shuffling.
+        epochs: passes over every source after which the stream ends; none = endless.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -59,7 +65,7 @@ class MixtureConfig:
 
 
 class Ref(NamedTuple):
-    """A row of a mixture: which source, which block, which row of the block."""
+    """A row of a mixture: the indices of its source, its block and its row in the block."""
 
     source: int
     block: int
@@ -67,7 +73,7 @@ class Ref(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One row that the mixture yields; bad rows come as errors, so that everybody counts them alike."""
+    """One row that the mixture yields. Bad rows are yielded as errors, so that every rank counts the same."""
 
     ref: Ref
     sample: Sample | SampleError
@@ -75,7 +81,7 @@ class Drawn(NamedTuple):
 
 @dataclass
 class _Cursor:
-    """The place in one source: the next row is `row` of the `block`-th block of this epoch's order."""
+    """The position in one source: the next row is `row` of the `block`-th block in the order of this epoch."""
 
     source: Source
     index: int
@@ -88,7 +94,7 @@ class _Cursor:
     _rows: Iterator[Sample | SampleError] | None = field(default=None, repr=False)
 
     def next(self, epochs: int | None) -> Drawn | None:
-        """The next row, or None when all epochs are over."""
+        """The next row, or None after the last epoch."""
         while epochs is None or self.epoch < epochs:
             if self._rows is None:
                 count = len(self.source.blocks)
@@ -109,14 +115,14 @@ class _Cursor:
 
 
 class Mixture(Iterator[Drawn]):
-    """The stream. Iterate for `Drawn` rows; `state_dict` between any two of them."""
+    """The stream of `Drawn` rows. `state_dict` may be called between any two of them."""
 
     def __init__(self, sources: Sequence[Source], config: MixtureConfig) -> None:
         """Args:
             sources: the opened sources of `config.sources`, in that order.
 
         Raises:
-            ValueError: no sources, or weights that are not all given, or not positive.
+            ValueError: no sources, or weights that are only partly given or not positive.
         """
         self.config = config
         self.sources = list(sources)
@@ -142,7 +148,7 @@ class Mixture(Iterator[Drawn]):
         return sum(len(source) for source in self.sources)
 
     def where(self, ref: Ref) -> str:
-        """File and row in words."""
+        """File and row as text."""
         return self.sources[ref.source].where(ref.block, ref.row)
 
     def _draw(self) -> Drawn | None:
@@ -161,16 +167,16 @@ class Mixture(Iterator[Drawn]):
         return limit_pixels(sample, self.config.sources[index]) if isinstance(sample, Sample) else sample
 
     def read(self, refs: Sequence[Ref]) -> list[Drawn]:
-        """Rows by reference, in the order asked for."""
-        out: dict[int, Drawn] = {}
+        """Rows by reference, in the order of `refs`."""
+        found: dict[int, Drawn] = {}
         for index, source in enumerate(self.sources):
             places = [place for place, ref in enumerate(refs) if ref[0] == index]
             for place, sample in zip(places, source.get([refs[p][1:] for p in places]), strict=True):
-                out[place] = Drawn(Ref(*refs[place]), self._limited(index, sample))
-        return [out[place] for place in range(len(refs))]
+                found[place] = Drawn(Ref(*refs[place]), self._limited(index, sample))
+        return [found[place] for place in range(len(refs))]
 
     def state_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of some KB: the generator, the place in every source, the buffer's references."""
+        """The generator, the position in every source and the references of the buffer; JSON-able, some KB."""
         generator = self._rng.bit_generator.state
         return {
             "fingerprint": self._fingerprint(),
@@ -185,10 +191,10 @@ class Mixture(Iterator[Drawn]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the row that was yielded last before `state_dict`.
+        """Continue after the last row that was yielded before `state_dict`.
 
         Raises:
-            ValueError: the state belongs to other sources or settings; names the difference.
+            ValueError: the state belongs to other sources or settings; the message has the difference.
         """
         self.check_state(state)
         generator = state["generator"]
@@ -207,7 +213,7 @@ class Mixture(Iterator[Drawn]):
         self._buffer = self.read([Ref(*ref) for ref in state["buffer"]])
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state belongs to other sources or settings. Reads nothing."""
+        """Raise ValueError if a state belongs to other sources or settings. No row is read."""
         for key, now in self._fingerprint().items():
             if state["fingerprint"].get(key) != now:
                 raise ValueError(
@@ -235,7 +241,7 @@ def open_mixture(config: MixtureConfig) -> Mixture:
 
 
 def iterate_once(config: SourceConfig) -> Iterator[Sample]:
-    """The rows of one source, once and in order, with its pixel limits; for evaluation. Raises the first bad one."""
+    """The rows of one source, once and in order, with its pixel limits; for evaluation. Raises at the first bad row."""
     path = Path(config.path)
     for sample in open_source(
         path, config.format, name=config.name, image_folder=config.image_folder, split=config.split
@@ -244,7 +250,7 @@ def iterate_once(config: SourceConfig) -> Iterator[Sample]:
 
 
 def limit_pixels(sample: Sample, config: SourceConfig) -> Sample:
-    """Put the source's pixel limits into the picture parts that have none of their own. In place."""
+    """Add the source's pixel limits to image and video parts that have none of their own. In place."""
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     if limits:

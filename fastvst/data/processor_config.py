@@ -1,4 +1,4 @@
-"""ProcessorConfig, and the files of a model directory that hold a processor."""
+"""ProcessorConfig, and the processor's files in a model directory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastvst.data.video import VideoConfig
 from fastvst.model.config import ModelConfig
 
 OWN_FILE = "fastvst_processor.json"
-# Fields of preprocessor_config.json as published with Qwen2.5-VL; resample 3 is bicubic.
-HOW_PIXELS_ARE_MADE: dict[str, Any] = {
+# Fields of the preprocessor_config.json of Qwen2.5-VL; resample 3 is bicubic.
+PIXEL_STEPS: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_resize": True,
     "do_rescale": True,
@@ -31,20 +31,30 @@ HOW_PIXELS_ARE_MADE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    r"""How samples become tokens and patches. Pixels are of one picture or frame after resizing.
+    r"""How samples become tokens and patches.
 
     Attributes:
-        min_pixels, max_pixels: bounds of a picture; a part's own "min_pixels"/"max_pixels" win.
-        resize: "pillow" (VST's own, bit for bit) or "torch" (three times as fast, mostly within 2 of 255 levels).
-        image_mean, image_std: of the three channels on the 0..1 scale.
-        max_seq_len: longer samples are refused, never truncated.
-        supervise: "message" (VST: header, content and `<|im_end|>\n`) or "content" (content and `<|im_end|>`).
-        share_pixels: pictures of a multi-image sample share 80 % of max_seq_len (VST §3.2).
-        enable_fov, fov_base_width: FoV unification of kind "bbox_3d" (VST §1.6) and the width, in pixels, of its
-            virtual camera.
-        fps, min_frames, max_frames: video sampling; video_min_pixels, video_max_pixels: bounds of one frame.
-        max_source_pixels: larger picture files are refused as decompression bombs (Pillow's own warning level).
-        image_time_limit, video_time_limit: seconds for decoding one picture, one video.
+        min_pixels: least pixels of an image after resizing; an image's own "min_pixels" overrides it.
+        max_pixels: most pixels of an image after resizing; an image's own "max_pixels" overrides it.
+        resize: resize filter: "pillow" (bit for bit as in VST) or "torch" (three times as fast; pixels mostly within 2
+            of 255 levels).
+        image_mean: mean of the three colour channels on the 0..1 scale.
+        image_std: standard deviation of the three colour channels on the 0..1 scale.
+        max_seq_len: most tokens of a sample; longer samples are rejected, never truncated.
+        supervise: tokens that the loss covers: "message" (header, content and `<|im_end|>\n` of every assistant
+            message, as in VST) or "content" (content and `<|im_end|>`).
+        share_pixels: limit the images of a multi-image sample to a common 80 % of max_seq_len, as in VST.
+        enable_fov: rewrite samples of kind "bbox_3d" for one virtual camera (FoV unification, as in VST).
+        fov_base_width: image width of that virtual camera, in pixels.
+        fps: frames per second that are sampled from a video.
+        min_frames: least frames that are sampled from a video.
+        max_frames: most frames that are sampled from a video.
+        video_min_pixels: least pixels of a video frame after resizing.
+        video_max_pixels: most pixels of a video frame after resizing.
+        max_source_pixels: most pixels of an image file; larger files are rejected as decompression bombs (the default
+            is the size at which Pillow warns).
+        image_time_limit: most seconds for decoding one image.
+        video_time_limit: most seconds for decoding one video.
     """
 
     min_pixels: int = 56 * 56
@@ -85,7 +95,7 @@ class ProcessorConfig:
 
     @property
     def video(self) -> VideoConfig:
-        """The part of the configuration that concerns videos."""
+        """The configuration of videos."""
         return VideoConfig(
             fps=self.fps,
             min_frames=self.min_frames,
@@ -100,7 +110,7 @@ def make_config(options: dict[str, Any]) -> ProcessorConfig:
     """ProcessorConfig from keyword options.
 
     Raises:
-        ValueError: an unknown option (with the nearest valid name), a wrong type, or a value out of range.
+        ValueError: an unknown option (the message has the nearest valid name), a wrong type, or a value out of range.
     """
     fields = {field.name: field.default for field in dataclasses.fields(ProcessorConfig)}
     clean: dict[str, Any] = {}
@@ -121,14 +131,14 @@ def make_config(options: dict[str, Any]) -> ProcessorConfig:
 
 
 def read_preprocessor(directory: Path, model_config: ModelConfig) -> dict[str, Any]:
-    """Fields of ProcessorConfig that a model directory sets.
+    """The fields of ProcessorConfig that a model directory sets.
 
     Pixel limits and normalisation come from `preprocessor_config.json` (or transformers 5's `processor_config.json`),
     everything else from `fastvst_processor.json`, where the directory was written by fastvst.
 
     Raises:
-        FileNotFoundError: neither of the first two is there.
-        ValueError: invalid JSON, a patch size that is not the model's, or pixels made in another way than Qwen2.5-VL's.
+        FileNotFoundError: neither of the first two exists.
+        ValueError: invalid JSON, a patch size that is not the model's, or other pixel steps than Qwen2.5-VL's.
     """
     path = directory / "preprocessor_config.json"
     if path.is_file():
@@ -149,7 +159,7 @@ def read_preprocessor(directory: Path, model_config: ModelConfig) -> dict[str, A
     ):
         if values.get(name, expected) != expected:
             raise ValueError(f"{path} says {name} = {values[name]}, config.json says {expected}")
-    for name, published in HOW_PIXELS_ARE_MADE.items():
+    for name, published in PIXEL_STEPS.items():
         if values.get(name, published) != published:
             raise ValueError(f"{path} says {name} = {values[name]}; only {published} is supported")
     size = values.get("size") or {}
@@ -170,13 +180,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise ValueError(f"{path} contains a {type(content).__name__}; expected a JSON object")
     return content
 
 
 def write_files(directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, config: ProcessorConfig) -> None:
     """Write tokenizer.json, tokenizer_config.json, preprocessor_config.json, chat_template.json and .jinja, and
-    fastvst_processor.json, which holds the options that the Hugging Face files have no place for."""
+    fastvst_processor.json, which holds the options that have no place in the Hugging Face files."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     added = tokenizer.get_added_tokens_decoder()
@@ -202,7 +212,7 @@ def write_files(directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, 
     preprocessor_config = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
-        **HOW_PIXELS_ARE_MADE,
+        **PIXEL_STEPS,
         "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,

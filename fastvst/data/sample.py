@@ -1,4 +1,4 @@
-"""Sample: one conversation with its pictures, before it knows anything of tokens."""
+"""Sample: one conversation with its images, before tokenisation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass
 class Sample:
-    """One training, evaluation or RL row. Every source makes these; `Processor.encode` eats them.
+    """One training, evaluation or RL row. Every source yields Samples; `Processor.encode` takes them.
 
     Attributes:
-        id: unique within `source`; errors and the ledger name it.
+        id: name of the row, unique within `source`; errors and the ledger contain it.
         source: data set name (a folder, a file stem or VST's `data_source`).
-        kind: VST's `type` column ("bbox_3d", "depth", "thought_spatial", "video", "text", ...). It selects the
-            FoV unification ("bbox_3d") and the system prompt ("thought*").
+        kind: VST's `type` column ("bbox_3d", "depth", "thought_spatial", "video", "text", ...). It switches on the FoV
+            unification ("bbox_3d") and selects the system prompt ("thought*").
         messages: role and parts. A part is one of
             {"type": "text", "text": str},
             {"type": "image", "image": PIL.Image | path | encoded bytes, "min_pixels"?, "max_pixels"?,
              "resized_width"?, "resized_height"?},
             {"type": "video", "video": path | encoded bytes | list of images, "fps"?: of a list}.
         answer: the checkable form of the answer, or None. A dict with "type" ("choice", "text", "number", "boxes"),
-            "value", and where they apply "unit" and "tolerance".
-        metadata: anything else worth keeping (JSON-able).
+            "value", and for some types "unit" and "tolerance".
+        metadata: other JSON-able values of the row.
     """
 
     id: str
@@ -54,7 +54,7 @@ class Sample:
         """Build a sample from OpenAI-style messages; a string content becomes one text part.
 
         Raises:
-            ValueError: an unknown role or part type, or a part without its payload.
+            ValueError: an unknown role or part type, or a part without its content.
         """
         clean: list[Message] = []
         for index, message in enumerate(messages):
@@ -84,7 +84,7 @@ class Sample:
         return [p for m in self.messages for p in m["content"] if p["type"] == kind]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; pictures become base64 PNG (or the original encoded bytes). Inverse of `from_json`."""
+        """A JSON-able dict; images become base64 (PNG, or the original encoded bytes). Inverse of `from_json`."""
         messages = [{"role": m["role"], "content": [_part_to_json(p) for p in m["content"]]} for m in self.messages]
         return {
             "id": self.id,
@@ -97,7 +97,7 @@ class Sample:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Sample:
-        """Inverse of `to_json`; base64 payloads come back as bytes."""
+        """Inverse of `to_json`; base64 contents become bytes."""
         messages = [{"role": m["role"], "content": [_part_from_json(p) for p in m["content"]]} for m in row["messages"]]
         return cls.from_messages(
             messages,
@@ -115,7 +115,7 @@ def _short(part: Any) -> str:
 
 
 def _media_to_json(media: Any) -> Any:
-    from PIL import Image  # here: the engine and the kernels' benches also run where there is no Pillow
+    from PIL import Image  # not at the top: the engine and the kernels' benches run without Pillow
 
     if isinstance(media, (list, tuple)):
         return [_media_to_json(m) for m in media]

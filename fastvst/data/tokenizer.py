@@ -1,4 +1,4 @@
-"""Tokenizers: the tiny one that ships with fastvst, and the conversion of Qwen2.5's published ranks file.
+"""Tokenizers: the tiny one of this package, and the conversion of Qwen2.5's published ranks file.
 
 Both are byte-level BPEs with the regex, the NFC normaliser and the 22 added tokens of Qwen2.5-VL. Template, labels and
 checkpoints therefore use the same code for 4,096 tokens and for the published vocabulary.
@@ -99,7 +99,7 @@ def complete(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """The 4,096-token tokenizer of the tiny preset; ships inside the package."""
+    """The 4,096-token tokenizer of the tiny preset; it is part of the package."""
     return Tokenizer.from_file(str(TINY_TOKENIZER))
 
 
@@ -107,7 +107,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read `tokenizer.json` of a model directory and check that it is a Qwen2.5-VL tokenizer.
 
     Raises:
-        FileNotFoundError: no directory or no tokenizer.json in it; the message says what to do.
+        FileNotFoundError: no directory, or no tokenizer.json in it; the message says what to do.
         ValueError: not a tokenizer file, or a token that the chat template needs is missing.
     """
     directory = Path(directory)
@@ -155,12 +155,12 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
-    """The Hugging Face form of a rank-based BPE: every multi-byte token's merge is found by replaying the earlier ones.
+    """The Hugging Face form of a rank-based BPE. Replaying the earlier merges finds the merge of a multi-byte token.
 
     Takes about 5 s for Qwen2.5's 151,643 ranks.
 
     Raises:
-        ValueError: a token that no merge of two earlier tokens makes.
+        ValueError: a token that is not the merge of two earlier tokens.
     """
     symbols = byte_symbols()
     vocab = {}
@@ -175,7 +175,7 @@ def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
 
 
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that remain of `token` when only merges of a lower rank are allowed."""
+    """The two parts that remain of `token` if only merges of lower rank are allowed."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         best = rank

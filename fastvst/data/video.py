@@ -1,8 +1,8 @@
-"""Videos to patches: which frames, at what size, how many seconds apart. Decoding by PyAV, or stored frame lists.
+"""Videos to frames: which frames, at what size, how many seconds apart. Files are decoded by PyAV; or lists of frames.
 
-Sampling follows qwen-vl-utils as VST uses it (vst-spec §3.2): `fps` frames per second, an even number between 4 and
-768, uniformly spaced from the first to the last frame, with a pixel budget for the whole video. What a video costs is
-known from its header, before a frame is decoded.
+Sampling follows qwen-vl-utils as VST uses it: `fps` frames per second, an even number between 4 and 768, uniformly
+spaced from the first to the last frame, with a pixel budget for the whole video. The header of a video determines its
+cost; no frame is decoded for it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastvst.data.images import MediaError, image_size, load_rgb, resize_planar, target_size
 
-BUDGET_SLACK = 1.05  # qwen-vl-utils lets a frame have 5 % more than the smallest size
+BUDGET_SLACK = 1.05  # a frame may always have 5 % more pixels than the smallest size, as in qwen-vl-utils
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class VideoConfig:
 
     Attributes:
         fps: frames per second to sample from a file, and the rate of a frame list that does not name its own.
-        min_frames, max_frames: bounds of the number of sampled frames.
-        min_pixels, max_pixels: bounds of one frame.
+        min_frames, max_frames: least and most sampled frames.
+        min_pixels, max_pixels: least and most pixels of one frame.
         time_limit: seconds for decoding one video.
     """
 
@@ -44,12 +45,12 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
-class VideoPlan:
-    """What will be taken from a video.
+class FrameSelection:
+    """The frames that are taken from a video.
 
     Attributes:
-        indices: which frames, ascending; an even number of them (the last may repeat).
-        total: frames that the video has.
+        indices: frame numbers, ascending; an even number of them (the last may repeat).
+        total: frames of the video.
         size: (width, height) of every sampled frame.
         seconds_per_grid: seconds between temporal grid steps (two frames), for M-RoPE.
     """
@@ -61,12 +62,12 @@ class VideoPlan:
 
 
 def total_pixel_budget(max_seq_len: int, factor: int = 28) -> int:
-    """Pixels of all pictures of one sample: 80 % of the sequence as merged patches (VST; 10,276,044 for 16,384)."""
+    """Pixels of all images of one sample: 80 % of the sequence as merged patches (VST: 10,276,044 for 16,384)."""
     return int(0.8 * max_seq_len * factor**2)
 
 
 def frame_count(total: int, rate: Fraction, config: VideoConfig, total_pixels: int) -> int:
-    """How many frames to sample from `total` frames at `rate` per second; even, at least 2."""
+    """Number of frames to sample from `total` frames at `rate` per second; even, at least 2."""
     cap = total_pixels * 2 // max(int(BUDGET_SLACK * config.min_pixels), 1)
     most = max(min(config.max_frames, cap, total) // 2 * 2, 2)
     least = -(-config.min_frames // 2) * 2
@@ -75,21 +76,21 @@ def frame_count(total: int, rate: Fraction, config: VideoConfig, total_pixels: i
 
 
 def frame_pixels(frames: int, config: VideoConfig, total_pixels: int) -> int:
-    """Largest area of one frame when `frames` of them share `total_pixels` (two frames make one patch)."""
+    """Most pixels of one frame if `frames` of them share `total_pixels` (two frames make one patch)."""
     share = int(total_pixels / frames * 2)
     return max(min(config.max_pixels, share), int(BUDGET_SLACK * config.min_pixels))
 
 
-def plan_video(
+def select_frames(
     part: dict[str, Any], config: VideoConfig, *, total_pixels: int, factor: int, max_source_pixels: int
-) -> VideoPlan:
+) -> FrameSelection:
     """Frames, size and timing of a video part, from headers only.
 
     Args:
-        part: {"type": "video", "video": path | encoded bytes | list of pictures}, and optionally "fps" (of a frame
-            list: the rate at which its frames were taken; of a file: the rate to sample), "min_pixels", "max_pixels",
+        part: {"type": "video", "video": path | encoded bytes | list of images}, and optionally "fps" (the rate at which
+            the frames of a list were taken, or the rate to sample from a file), "min_pixels", "max_pixels",
             "resized_width" and "resized_height".
-        total_pixels: budget of the whole sample, see `total_pixel_budget`.
+        total_pixels: pixel budget of the whole sample, see `total_pixel_budget`.
 
     Raises:
         MediaError: "broken_video", "empty_file", "missing_video", "empty_video", or what `image_size` raises.
@@ -105,10 +106,11 @@ def plan_video(
     else:
         total, rate, (width, height) = _measure_file(source, max_source_pixels)
         count = frame_count(total, rate, dataclasses.replace(config, fps=asked), total_pixels)
-    indices = (
-        tuple(int(i) for i in np.round(np.linspace(0, total - 1, count))) if count < total else tuple(range(total))
-    )
-    indices += indices[-1:] * (len(indices) % 2)  # an odd number repeats the last frame, as transformers does
+    if count < total:
+        indices = tuple(int(i) for i in np.round(np.linspace(0, total - 1, count)))
+    else:
+        indices = tuple(range(total))
+    indices += indices[-1:] * (len(indices) % 2)  # repeat the last frame of an odd number, as transformers does
     size = target_size(
         width,
         height,
@@ -118,11 +120,11 @@ def plan_video(
         explicit=explicit_size(part),
     )
     spacing = Fraction(total, count) if count < total else Fraction(1)  # source frames per sampled frame
-    return VideoPlan(indices, total, size, float(2 * spacing / rate))
+    return FrameSelection(indices, total, size, float(2 * spacing / rate))
 
 
 def explicit_size(part: dict[str, Any]) -> tuple[int, int] | None:
-    """(width, height) that the row asks for; VST writes -1 for "unchanged"."""
+    """(width, height) that the row asks for, or None; VST writes -1 for "unchanged"."""
     width = part.get("resized_width")
     height = part.get("resized_height")
     if width is None or height is None or width < 1 or height < 1:
@@ -131,36 +133,47 @@ def explicit_size(part: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def load_frames(
-    part: dict[str, Any], plan: VideoPlan, *, time_limit: float, max_source_pixels: int, resize: str = "pillow"
+    part: dict[str, Any],
+    selection: FrameSelection,
+    *,
+    time_limit: float,
+    max_source_pixels: int,
+    resize: str = "pillow",
 ) -> list[np.ndarray]:
-    """Decode the planned frames: (3, height, width) uint8 each, one for every entry of `plan.indices`.
+    """Decode the selected frames: one (3, height, width) uint8 array for every entry of `selection.indices`.
 
-    `resize`: see `resize_planar`.
+    Up to 2 frames that are missing at the end are replaced by the last frame.
+
+    Args:
+        time_limit: seconds for the whole video.
+        resize: method of `resize_planar`.
 
     Raises:
-        MediaError: "broken_video" (undecodable, or more than 2 frames shorter than its header says; up to 2 missing
-            frames at the end are replaced by the last one there is), "decode_timeout", or what `load_rgb` raises.
+        MediaError: "broken_video" (undecodable, or more than 2 frames shorter than its header says), "decode_timeout",
+            or what `load_rgb` raises.
     """
     source = part["video"]
     deadline = time.monotonic() + time_limit
-    wanted = set(plan.indices)
+    wanted = set(selection.indices)
     decoded = {}
     last = -1
     latest = None
-    for index, picture in _pictures(source, wanted, deadline, max_source_pixels):
+    for index, load in _frames(source, wanted, deadline, max_source_pixels):
         last = index
-        latest = picture
+        latest = load
         if index in wanted:
-            decoded[index] = resize_planar(picture(), plan.size, resize)
+            decoded[index] = resize_planar(load(), selection.size, resize)
         if time.monotonic() > deadline:
-            raise MediaError("decode_timeout", f"decoding took over {time_limit} s, at frame {index} of {plan.total}")
-        if index == plan.indices[-1]:
+            raise MediaError(
+                "decode_timeout", f"decoding took over {time_limit} s, at frame {index} of {selection.total}"
+            )
+        if index == selection.indices[-1]:
             break
-    if latest is None or last < plan.indices[-1] - 2:
-        raise MediaError("broken_video", f"it ends after {last + 1} frames; its header promises {plan.total}")
+    if latest is None or last < selection.indices[-1] - 2:
+        raise MediaError("broken_video", f"it ends after {last + 1} frames; its header promises {selection.total}")
     for index in wanted - set(decoded):
-        decoded[index] = resize_planar(latest(), plan.size, resize)
-    return [decoded[index] for index in plan.indices]
+        decoded[index] = resize_planar(latest(), selection.size, resize)
+    return [decoded[index] for index in selection.indices]
 
 
 def _measure_list(frames: Any, rate: float, max_source_pixels: int) -> tuple[int, Fraction, tuple[int, int]]:
@@ -180,7 +193,7 @@ def _measure_file(source: Any, max_source_pixels: int) -> tuple[int, Fraction, t
         height = stream.codec_context.height
         rate = stream.average_rate or stream.guessed_rate
         total = stream.frames
-        if not total:  # a container without a frame count: count packets, still without decoding
+        if not total:  # a container without a frame count: count its packets, without decoding them
             total = sum(1 for packet in container.demux(stream) if packet.size)
     if not total or not rate or not width or not height:
         raise MediaError("broken_video", f"{total} frames of {width} x {height} at {rate} per second")
@@ -189,24 +202,26 @@ def _measure_file(source: Any, max_source_pixels: int) -> tuple[int, Fraction, t
     return int(total), Fraction(rate), (int(width), int(height))
 
 
-def _pictures(source: Any, wanted: set[int], deadline: float, max_source_pixels: int) -> Iterator[tuple[int, Any]]:
-    """(index, function that makes the RGB picture) of every frame in display order."""
+def _frames(
+    source: Any, wanted: set[int], deadline: float, max_source_pixels: int
+) -> Iterator[tuple[int, Callable[..., Image.Image]]]:
+    """(index, function that returns the RGB image) of every frame in display order."""
     if isinstance(source, (list, tuple)):
         for index in sorted(wanted):
             left = max(deadline - time.monotonic(), 0.0)
-            picture = load_rgb(source[index], max_source_pixels=max_source_pixels, time_limit=left)
-            yield index, lambda picture=picture: picture
+            image = load_rgb(source[index], max_source_pixels=max_source_pixels, time_limit=left)
+            yield index, lambda image=image: image
         return
     with _open_video(source) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # the loader's workers are the parallelism
+        stream.thread_type = "NONE"  # the loader has many workers already
         for index, frame in enumerate(container.decode(stream)):
             yield index, frame.to_image
 
 
 @contextlib.contextmanager
 def _open_video(source: Any) -> Iterator[Any]:
-    """An open PyAV container; every error of PyAV inside the block becomes a MediaError."""
+    """An open PyAV container; PyAV errors inside the block become MediaErrors."""
     try:
         import av
     except ImportError as error:
@@ -222,7 +237,7 @@ def _open_video(source: Any) -> Iterator[Any]:
         empty = len(source) == 0
         handle = io.BytesIO(bytes(source))
     else:
-        raise MediaError("bad_video_type", f"got {type(source).__name__}; expected a path, bytes or a list of pictures")
+        raise MediaError("bad_video_type", f"got {type(source).__name__}; expected a path, bytes or a list of images")
     if empty:
         raise MediaError("empty_file", "the video has 0 bytes")
     try:

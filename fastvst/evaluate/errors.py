@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastvst import atomic
 from fastvst.data.images import MediaError
-from fastvst.data.video import VideoConfig, load_frames, plan_video
+from fastvst.data.video import VideoConfig, load_frames, select_frames
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
 from fastvst.html import image_tag, page, table
@@ -66,7 +66,9 @@ def _images(row: Row) -> list[str]:
         images = [_open(file) for file in row.images[:IMAGES]]
         if row.video is not None and row.video.is_file():
             part = {"type": "video", "video": row.video}
-            plan = plan_video(part, FRAMES, total_pixels=FRAMES.max_pixels * IMAGES, factor=28, max_source_pixels=10**8)
+            plan = select_frames(
+                part, FRAMES, total_pixels=FRAMES.max_pixels * IMAGES, factor=28, max_source_pixels=10**8
+            )
             frames = load_frames(part, plan, time_limit=30.0, max_source_pixels=10**8)
             images += [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:IMAGES]]
     except (OSError, MediaError) as error:

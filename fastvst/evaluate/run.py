@@ -16,7 +16,7 @@ from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Part, Sample
-from fastvst.data.video import load_frames, plan_video, total_pixel_budget
+from fastvst.data.video import load_frames, select_frames, total_pixel_budget
 from fastvst.evaluate import predictions
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.predictions import Prediction
@@ -218,17 +218,19 @@ def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
     """The frames that the processor selects, as images of their final size, with their own frame rate."""
     config = processor.config
     factor = processor.geometry.factor
-    plan = plan_video(
+    selection = select_frames(
         part,
         config.video,
         total_pixels=total_pixel_budget(config.max_seq_len, factor),
         factor=factor,
         max_source_pixels=config.max_source_pixels,
     )
-    decoded = load_frames(part, plan, time_limit=config.video_time_limit, max_source_pixels=config.max_source_pixels)
+    decoded = load_frames(
+        part, selection, time_limit=config.video_time_limit, max_source_pixels=config.max_source_pixels
+    )
     frames = [Image.fromarray(f.transpose(1, 2, 0)) for f in decoded]
-    area = plan.size[0] * plan.size[1]  # as both limits it keeps the size of the frames
-    return {"video": frames, "fps": 2 / plan.seconds_per_grid, "min_pixels": area, "max_pixels": area}
+    area = selection.size[0] * selection.size[1]  # as both limits it keeps the size of the frames
+    return {"video": frames, "fps": 2 / selection.seconds_per_grid, "min_pixels": area, "max_pixels": area}
 
 
 def _progress(asked: int, total: int, tokens: int, failed: int, seconds: float) -> str:

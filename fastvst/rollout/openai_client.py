@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from fastvst.data.chat import system_prompt
+from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import load_rgb
-from fastvst.data.processor import unify_fov_messages
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, params_of_each
 

@@ -85,7 +85,7 @@ def test_every_problem_is_named_with_its_row(folder: Path) -> None:
     assert named == {reason: bad["id"] for reason, bad in BAD.items()}
     assert set(found.counts.values()) == {1}
     assert found.rows == 17 and found.usable == 17 - 3  # a wrong number of marks, a broken picture, a literal token
-    assert "b6 at a.parquet[2][" in found.table() and "refused" in found.table()
+    assert "b6 at a.parquet[2][" in found.table() and "rejected" in found.table()
     missing = check_source(folder / "json", TINY)
     assert missing.counts == {"missing_image": 1} and missing.problems[0].id == "m"
 
@@ -104,7 +104,7 @@ def test_counts_are_those_of_the_encoder(folder: Path) -> None:
     assert sum(found.tokens) == sum(len(e.tokens) for e in encoded) and len(found.tokens) == len(encoded)
     assert found.vision_tokens == sum(len(e.vision_slots) for e in encoded)
     assert found.letters == {4: {"A": 1, "B": 2, "D": 1}} and found.balance()[4] == pytest.approx(2 / 3)
-    assert found.sizes[(64, 56)] == found.pictures == 14 + 2 and found.types["bbox_3d"] == 6
+    assert found.sizes[(64, 56)] == found.images == 14 + 2 and found.types["bbox_3d"] == 6
     assert check_source(folder / "set", TINY, limit=3).rows == 3
 
 
@@ -115,7 +115,7 @@ def test_the_page_shows_where_the_loss_is(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "page" / "check.json").read_text())["counts"] == dict.fromkeys(BAD, 1)
     shown = tokens(found.examples["qa"][0], TINY)
     before, _, after = shown.partition('<span class="loss">')
-    assert "which? A. a B. b" in before and "picture tokens]" in before
+    assert "which? A. a B. b" in before and "vision tokens]" in before
     assert after.startswith("&lt;|im_start|&gt;assistant\nA. text&lt;|im_end|&gt;")
 
 

@@ -284,7 +284,7 @@ def test_literal_tokens_in_answers_are_refused_and_added_plain_ones_are_not() ->
 
 def test_too_long_says_the_numbers() -> None:
     processor = Processor.preset("tiny", max_seq_len=30)
-    with pytest.raises(SampleError, match=r"\d+ tokens \(24 of 1 pictures\) and max_seq_len is 30"):
+    with pytest.raises(SampleError, match=r"\d+ tokens \(24 of 1 images\) and max_seq_len is 30"):
         processor.encode(sample(image(112, 168), text("?")))
     short = sample(text("?"))
     length = len(TINY.encode(short))

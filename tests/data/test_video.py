@@ -17,7 +17,7 @@ from fastvst.data.video import (
     frame_count,
     frame_pixels,
     load_frames,
-    plan_video,
+    select_frames,
     total_pixel_budget,
 )
 
@@ -32,7 +32,8 @@ def movie(frames: int, rate: int = 30, size: tuple[int, int] = (64, 48), contain
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
         for k in range(frames):
             image = Image.new("RGB", size, (4 * k + 16,) * 3)
@@ -77,39 +78,39 @@ def test_number_of_frames_follows_the_formula(total, rate, fps, most) -> None:
 
 def test_frames_of_a_file_are_uniform_and_spacing_is_known() -> None:
     data = movie(60, rate=30)  # two seconds at 2 per second: 4 frames
-    plan = plan_video({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
-    assert plan.total == 60 and plan.indices == (0, 20, 39, 59)
-    assert plan.seconds_per_grid == 1.0  # exactly: floor(t * seconds * 2) would lose a step at 0.9999
-    frames = load_frames({"video": data}, plan, time_limit=30, max_source_pixels=10**7)
+    selection = select_frames({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
+    assert selection.total == 60 and selection.indices == (0, 20, 39, 59)
+    assert selection.seconds_per_grid == 1.0  # exactly: floor(t * seconds * 2) would lose a step at 0.9999
+    frames = load_frames({"video": data}, selection, time_limit=30, max_source_pixels=10**7)
     assert [number_of(f) for f in frames] == [0, 20, 39, 59]
-    assert all(f.shape == (3, plan.size[1], plan.size[0]) and f.dtype == np.uint8 for f in frames)
+    assert all(f.shape == (3, selection.size[1], selection.size[0]) and f.dtype == np.uint8 for f in frames)
 
 
 def test_rate_of_the_row_wins_and_changes_the_spacing() -> None:
-    plan = plan_video({"video": movie(40, rate=20), "fps": 5}, SMALL, total_pixels=BUDGET, **LIMITS)
-    assert len(plan.indices) == 10 and plan.seconds_per_grid == pytest.approx(2 / 5)
+    selection = select_frames({"video": movie(40, rate=20), "fps": 5}, SMALL, total_pixels=BUDGET, **LIMITS)
+    assert len(selection.indices) == 10 and selection.seconds_per_grid == pytest.approx(2 / 5)
 
 
 def test_short_videos_give_at_least_two_frames() -> None:
     for frames, expected in ((1, (0, 0)), (2, (0, 1)), (3, (0, 2)), (5, (0, 1, 3, 4))):
         data = movie(frames)
-        plan = plan_video({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
-        assert plan.indices == expected
-        assert len(load_frames({"video": data}, plan, time_limit=30, max_source_pixels=10**7)) == len(expected)
+        selection = select_frames({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
+        assert selection.indices == expected
+        assert len(load_frames({"video": data}, selection, time_limit=30, max_source_pixels=10**7)) == len(expected)
 
 
 def test_container_without_a_frame_count() -> None:
     data = movie(24, container="avi")
     raw = movie(24, container="m4v")  # a bare elementary stream: no header knows the number of frames
     for source in (data, raw):
-        plan = plan_video({"video": source}, SMALL, total_pixels=BUDGET, **LIMITS)
-        assert plan.total == 24
+        selection = select_frames({"video": source}, SMALL, total_pixels=BUDGET, **LIMITS)
+        assert selection.total == 24
 
 
 def test_path_and_bytes_are_the_same(tmp_path) -> None:
     data = movie(20)
     (tmp_path / "v.mp4").write_bytes(data)
-    assert plan_video({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS) == plan_video(
+    assert select_frames({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS) == select_frames(
         {"video": str(tmp_path / "v.mp4")}, SMALL, total_pixels=BUDGET, **LIMITS
     )
 
@@ -121,17 +122,19 @@ def stills(count: int, size: tuple[int, int] = (84, 56)) -> list[Image.Image]:
 
 def test_frame_lists_are_taken_whole_and_an_odd_one_repeats_its_last() -> None:
     pictures = stills(5)
-    plan = plan_video({"video": pictures, "fps": 4}, SMALL, total_pixels=BUDGET, **LIMITS)
-    assert plan.indices == (0, 1, 2, 3, 4, 4) and plan.seconds_per_grid == 0.5 and plan.size == (84, 56)
-    frames = load_frames({"video": pictures}, plan, time_limit=9, max_source_pixels=10**7)
-    for index, frame in zip(plan.indices, frames, strict=True):
+    selection = select_frames({"video": pictures, "fps": 4}, SMALL, total_pixels=BUDGET, **LIMITS)
+    assert selection.indices == (0, 1, 2, 3, 4, 4) and selection.seconds_per_grid == 0.5 and selection.size == (84, 56)
+    frames = load_frames({"video": pictures}, selection, time_limit=9, max_source_pixels=10**7)
+    for index, frame in zip(selection.indices, frames, strict=True):
         np.testing.assert_array_equal(frame, np.asarray(pictures[index]).transpose(2, 0, 1))
 
 
 def test_a_long_frame_list_is_thinned_and_the_spacing_follows() -> None:
-    plan = plan_video({"video": stills(20)}, VideoConfig(max_frames=8, min_pixels=784), total_pixels=BUDGET, **LIMITS)
-    assert plan.indices == tuple(np.round(np.linspace(0, 19, 8)).astype(int).tolist())
-    assert plan.seconds_per_grid == pytest.approx(2 / (2.0 * 8 / 20))
+    selection = select_frames(
+        {"video": stills(20)}, VideoConfig(max_frames=8, min_pixels=784), total_pixels=BUDGET, **LIMITS
+    )
+    assert selection.indices == tuple(np.round(np.linspace(0, 19, 8)).astype(int).tolist())
+    assert selection.seconds_per_grid == pytest.approx(2 / (2.0 * 8 / 20))
 
 
 def test_patches_of_a_video_by_the_index_formula() -> None:
@@ -167,28 +170,29 @@ def reason(action) -> str:
 
 
 def test_bad_videos_have_reason_codes(tmp_path) -> None:
-    def plan(part: dict, **limits: int) -> object:
-        return plan_video(part, SMALL, total_pixels=BUDGET, **{**LIMITS, **limits})
+    def select(part: dict, **limits: int) -> object:
+        return select_frames(part, SMALL, total_pixels=BUDGET, **{**LIMITS, **limits})
 
-    assert reason(lambda: plan({"video": b""})) == "empty_file"
-    assert reason(lambda: plan({"video": b"\0\1nonsense" * 50})) == "broken_video"
-    assert reason(lambda: plan({"video": tmp_path / "no.mp4"})) == "missing_video"
-    assert reason(lambda: plan({"video": []})) == "empty_video"
-    assert reason(lambda: plan({"video": 3})) == "bad_video_type"
-    assert reason(lambda: plan({"video": stills(2), "fps": -1})) == "bad_fps"
-    assert reason(lambda: plan({"video": movie(4)}, max_source_pixels=100)) == "decompression_bomb"
-    assert reason(lambda: plan({"video": [b"xx", b"xx"]})) == "broken_image"
+    assert reason(lambda: select({"video": b""})) == "empty_file"
+    assert reason(lambda: select({"video": b"\0\1nonsense" * 50})) == "broken_video"
+    assert reason(lambda: select({"video": tmp_path / "no.mp4"})) == "missing_video"
+    assert reason(lambda: select({"video": []})) == "empty_video"
+    assert reason(lambda: select({"video": 3})) == "bad_video_type"
+    assert reason(lambda: select({"video": stills(2), "fps": -1})) == "bad_fps"
+    assert reason(lambda: select({"video": movie(4)}, max_source_pixels=100)) == "decompression_bomb"
+    assert reason(lambda: select({"video": [b"xx", b"xx"]})) == "broken_image"
 
 
 def test_a_cut_file_and_a_slow_file_are_refused() -> None:
     data = movie(60, container="avi")
-    plan = plan_video({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
+    selection = select_frames({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
     cut = {"video": data[: len(data) // 3]}
-    assert reason(lambda: load_frames(cut, plan, time_limit=30, max_source_pixels=10**7)) == "broken_video"
+    assert reason(lambda: load_frames(cut, selection, time_limit=30, max_source_pixels=10**7)) == "broken_video"
     shorter = {"video": movie(20)}  # what a header that promises 60 would lead to
-    assert reason(lambda: load_frames(shorter, plan, time_limit=30, max_source_pixels=10**7)) == "broken_video"
-    nearly = load_frames({"video": movie(58)}, plan, time_limit=30, max_source_pixels=10**7)
+    assert reason(lambda: load_frames(shorter, selection, time_limit=30, max_source_pixels=10**7)) == "broken_video"
+    nearly = load_frames({"video": movie(58)}, selection, time_limit=30, max_source_pixels=10**7)
     assert [number_of(f) for f in nearly] == [0, 20, 39, 57]  # two frames short: the last one stands in
     assert (
-        reason(lambda: load_frames({"video": data}, plan, time_limit=-1, max_source_pixels=10**7)) == "decode_timeout"
+        reason(lambda: load_frames({"video": data}, selection, time_limit=-1, max_source_pixels=10**7))
+        == "decode_timeout"
     )

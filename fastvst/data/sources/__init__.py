@@ -1,4 +1,4 @@
-"""Data sets as they are on disk -> Samples, without a conversion step; `open_source` looks at what the files are."""
+"""Data sets on disk -> Samples, without a conversion step; `open_source` recognises the format of the files."""
 
 from fastvst.data.sources.source import FORMATS, Source, open_source
 

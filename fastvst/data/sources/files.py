@@ -1,8 +1,9 @@
-"""Tables on disk with random access: Parquet, Arrow (as `datasets.save_to_disk` writes it), JSON arrays, JSON lines.
+"""Tables on disk with random access: Parquet, Arrow (as `datasets.save_to_disk` writes it), JSON arrays, JSON Lines.
 
-Every table is a list of *blocks* (a Parquet row group, an Arrow record batch, 256 JSON rows). (block, row) names a row
-for good: a saved shuffle buffer is a list of such pairs. A table holds only offsets; files are opened while a block is
-read, so tables cross process boundaries and a worker holds some 64 rows at a time, not a row group.
+Every table is a list of *blocks* (a Parquet row group, an Arrow record batch, 256 JSON rows). (block, row) is the
+permanent reference of a row: a saved shuffle buffer is a list of such pairs. A table holds only offsets and opens its
+file while it reads a block, so tables can be sent to other processes, and a worker holds 64 rows at a time, not a whole
+row group.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import pyarrow.parquet as pq
 
 from fastvst.data.sources.rows import COLUMNS
 
-JSON_BLOCK = 256  # rows of a block of a JSON file
-BATCH = 64  # rows that become Python objects at a time
+JSON_BLOCK = 256  # rows in a block of a JSON file
+BATCH = 64  # rows that are converted to Python objects at a time
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """A Parquet file; its blocks are its row groups. Columns that no row form knows are not read."""
+    """A Parquet file; its blocks are its row groups. Only the columns of the row forms are read."""
 
     path: Path
     block_rows: list[int]
@@ -43,9 +44,9 @@ class ParquetTable:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
         columns = [c for c in self.columns if c in COLUMNS]
         at = 0
-        unreadable = (pa.ArrowException, OSError)  # held here: a generator may be closed after its module is gone
+        unreadable = (pa.ArrowException, OSError)  # a local: the generator may be closed after its module is unloaded
         try:
-            # buffer_size makes pyarrow stream a column's pages instead of holding the whole column chunk
+            # with buffer_size pyarrow streams the pages of a column instead of holding the whole column chunk
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 for batch in file.iter_batches(BATCH, row_groups=[block], columns=columns, use_threads=False):
                     skip = max(start - at, 0)
@@ -80,7 +81,7 @@ class ArrowTable:
 
 
 def _record_batches(path: Path) -> list[pa.RecordBatch]:
-    """All record batches, as views into the memory-mapped file: only their headers are read here."""
+    """All record batches as views into the memory-mapped file; only their headers are read here."""
     source = pa.memory_map(str(path))
     if source.read(6) == b"ARROW1":
         file = pa.ipc.open_file(source)
@@ -91,7 +92,7 @@ def _record_batches(path: Path) -> list[pa.RecordBatch]:
 
 @dataclass(frozen=True)
 class JsonTable:
-    """A JSON array or JSON lines file, by the byte span of every row. Its blocks are runs of 256 rows."""
+    """A JSON array or JSON Lines file, indexed by the byte span of every row. Its blocks are 256 rows each."""
 
     path: Path
     block_rows: list[int]
@@ -100,7 +101,7 @@ class JsonTable:
 
     @classmethod
     def open(cls, path: Path) -> JsonTable:
-        """Index the file: one pass over its lines, or one parse of the array (which needs its text in memory once).
+        """Index the file: one pass over its lines, or one parse of the array, which holds its whole text in memory.
 
         Raises:
             ValueError: neither an array of objects nor lines of objects.

@@ -1,12 +1,12 @@
-"""One row of somebody's data set -> Sample. Three row forms, told apart by their keys; the container does not matter.
+"""One row of a data set -> Sample. There are three row forms, distinguished by their keys; the file type is irrelevant.
 
-    conversations   VST (vst-spec: conversations, data_source, images, type, meta_info), LLaVA and ShareGPT
-    messages        OpenAI: role and content, a string or content parts
+    conversations   VST (conversations, data_source, images, type, meta_info), LLaVA and ShareGPT
+    messages        OpenAI: role and content, which is a string or content parts
     question        VST's RL rows: question, images, thought, answer, answer_gt, meta_info
 
-Pictures stand where their marks are. The marks of a row are `<|image_pad|>` and `<|video_pad|>` (with or without
-vision_start / vision_end around them) or, where it has none of these, `<image>` and `<video>`. A row with pictures
-and without marks gets all of them in front of its first human turn, as VST does.
+Marks in the text say where the images are. They are `<|image_pad|>` and `<|video_pad|>` (with or without vision_start /
+vision_end around them) or, in a row without these, `<image>` and `<video>`. In a row with images and without marks all
+images come before its first human turn, as in VST.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Message, Part, Sample
 
+# The columns that the row forms read; tables skip all others.
 COLUMNS = (
     "conversations",
     "messages",
@@ -39,7 +40,7 @@ COLUMNS = (
     "thought",
     "system",
     "fps",
-)  # fmt: skip  (the columns that any of the forms reads; containers skip all others)
+)
 FORMS = {"conversations": "conversations", "messages": "messages", "question": "question"}
 ROLE_NAMES = {
     "human": "user",
@@ -50,12 +51,13 @@ ROLE_NAMES = {
 }
 PADS = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 TAGS = re.compile(r"<(image|video)>")
-# First bytes of picture files: PNG, JPEG, GIF, BMP, TIFF (both orders); WebP is RIFF....WEBP.
-PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+PART_OPTIONS = ("min_pixels", "max_pixels", "resized_width", "resized_height", "fps")  # keys kept from a content part
+# First bytes of image files: PNG, JPEG, GIF, BMP, TIFF (both byte orders); WebP is RIFF....WEBP.
+IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 
 
 def row_form(columns: Any) -> str | None:
-    """The form of rows with these keys, or None if it is none of ours."""
+    """The form of rows with these keys, or None."""
     return next((form for key, form in FORMS.items() if key in columns), None)
 
 
@@ -64,9 +66,9 @@ def to_sample(row: dict[str, Any], *, source: str, where: str, folder: Path) -> 
 
     Args:
         row: the row as Python objects.
-        source: name of the data set, where the row has no `data_source`.
-        where: file and row; the sample's id where the row has none.
-        folder: relative paths of pictures start here.
+        source: name of the data set, used if the row has no `data_source`.
+        where: file and row; also the sample's id if the row has none.
+        folder: folder in which relative image paths start.
 
     Raises:
         SampleError: "bad_schema", "mark_count", "bad_base64", "remote_media".
@@ -119,7 +121,7 @@ def _json(value: Any, fail: Callable[[str, str], SampleError]) -> Any:
 def _turns(rows: Any, system: Any, fail: Callable[[str, str], SampleError]) -> list[tuple[str, Any]]:
     """(role, content) of every turn; content is a string or a list of parts."""
     while isinstance(rows, (list, tuple)) and len(rows) == 1 and isinstance(rows[0], (list, tuple)):
-        rows = rows[0]  # VST's first converter wrapped the list once more
+        rows = rows[0]  # VST's first converter put the list into another list
     if not isinstance(rows, (list, tuple)) or not rows:
         raise fail("bad_schema", f"expected a list of turns; got {_short(rows)}")
     turns: list[tuple[str, Any]] = [("system", system)] if isinstance(system, str) and system else []
@@ -139,7 +141,7 @@ def _turns(rows: Any, system: Any, fail: Callable[[str, str], SampleError]) -> l
 def _question_turns(
     row: dict[str, Any], meta_info: Any, fail: Callable[[str, str], SampleError]
 ) -> tuple[list[tuple[str, Any]], dict[str, Any] | None, str]:
-    """An RL row: user and assistant turn, the checkable answer, the kind.
+    """User and assistant turn, checkable answer and kind of an RL row.
 
     The kind is "thought" (VST's thinking system prompt) unless the row is rewarded as 3D boxes ("bbox3d" mode).
     """
@@ -179,14 +181,15 @@ def _answer(value: Any, metadata: dict[str, Any]) -> dict[str, Any] | None:
 def _media(
     row: dict[str, Any], kind: str, folder: Path, fail: Callable[[str, str], SampleError]
 ) -> tuple[list[Part], list[Part]]:
-    """The row's pictures and videos as parts, in order."""
+    """The row's images and videos as parts, in order."""
     images = [item for key in ("image", "images") for item in _as_list(row.get(key))]
     videos = [item for key in ("video", "videos") for item in _as_list(row.get(key))]
-    if "video" in kind and not videos:  # VST keeps whole files or frames of a video in `images`
+    if "video" in kind and not videos:  # VST stores video files or frames in `images`
         frames = [payload(item, folder, fail) for item in images if not isinstance(item, list)]
-        if frames and all(_is_picture(frame) for frame in frames):
+        if frames and all(_is_image(frame) for frame in frames):
             images = [frames]
-        images, videos = [], images
+        videos = images
+        images = []
     video_parts = [{"type": "video", "video": payload(item, folder, fail)} for item in videos]
     if isinstance(row.get("fps"), (int, float)):
         for part in video_parts:
@@ -198,17 +201,17 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None or value == "" else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _is_picture(media: Any) -> bool:
+def _is_image(media: Any) -> bool:
     if isinstance(media, bytes):
-        return media.startswith(PICTURE_MAGIC) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
+        return media.startswith(IMAGE_MAGIC) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
     return str(media).lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 def payload(item: Any, folder: Path, fail: Callable[[str, str], SampleError]) -> Any:
-    """What stands for a picture or video in a row -> encoded bytes, a path, or a list of these (frames).
+    """The value of an image or video in a row -> encoded bytes, a path, or a list of these (frames).
 
     Accepted: bytes; {bytes, path}; a path, relative to `folder`; a file:// URL; a base64 data URI; {"url": any of
-    these}; a list of frames. Nothing is opened or fetched here.
+    these}; a list of frames. No file is opened and nothing is downloaded.
     """
     if isinstance(item, dict):
         if item.get("bytes") is not None:
@@ -219,7 +222,7 @@ def payload(item: Any, folder: Path, fail: Callable[[str, str], SampleError]) ->
     if isinstance(item, (list, tuple)):
         return [payload(frame, folder, fail) for frame in item]
     if not isinstance(item, str) or not item:
-        raise fail("bad_schema", f"a picture is {_short(item)}; expected bytes, {{bytes, path}}, a path or a data URI")
+        raise fail("bad_schema", f"an image is {_short(item)}; expected bytes, {{bytes, path}}, a path or a data URI")
     if item.startswith("data:"):
         try:
             return base64.b64decode(item.partition(",")[2], validate=True)
@@ -232,7 +235,7 @@ def payload(item: Any, folder: Path, fail: Callable[[str, str], SampleError]) ->
 
 
 def _apply_sizes(images: list[Part], meta_info: Any) -> None:
-    """VST's meta_info: a list of {resized_width, resized_height, ...}, one for each image; -1 = unchanged."""
+    """Set the sizes of VST's meta_info: {resized_width, resized_height, ...} for each image; -1 = unchanged."""
     if not isinstance(meta_info, list) or len(meta_info) != len(images):
         return
     for part, info in zip(images, meta_info, strict=True):
@@ -248,14 +251,14 @@ def _place(
     folder: Path,
     fail: Callable[[str, str], SampleError],
 ) -> list[Message]:
-    """Put the pictures at the marks of the human turns; without marks, all in front of the first human turn."""
+    """Put the images at the marks of the human turns; without marks, all of them before the first human turn."""
     texts = [text for role, content in turns if role == "user" for text in _strings(content)]
     pieces = [piece for _, content in turns if isinstance(content, list) for piece in content]
     pads = any(PADS.search(text) for text in texts)
     marks = PADS if pads else TAGS
     found = [match.group(1) for text in texts for match in marks.finditer(text)]
     if not pads and not images and not videos and any(_part_kind(p) and not _is_empty(p) for p in pieces):
-        found = []  # the parts carry the pictures themselves: "<image>" is ordinary text
+        found = []  # the parts contain the images themselves, so "<image>" is ordinary text
     found += [_part_kind(piece) for piece in pieces if _is_empty(piece)]
     have = {"image": images, "video": videos}
     for kind, media in have.items():
@@ -283,7 +286,7 @@ def _place(
             front = []
         messages.append({"role": role, "content": parts})
     if front:
-        raise fail("mark_count", f"{len(front)} pictures, but no human turn to put them into")
+        raise fail("mark_count", f"{len(front)} images, but no human turn to put them into")
     return messages
 
 
@@ -294,7 +297,7 @@ def _strings(content: Any) -> list[str]:
 
 
 def _split(text: str, marks: re.Pattern[str], queues: dict[str, Any]) -> list[Part]:
-    """Text and pictures in reading order; a picture takes the place of each mark."""
+    """Text and images in reading order; each mark is replaced by an image."""
     parts: list[Part] = []
     at = 0
     for match in marks.finditer(text):
@@ -308,7 +311,7 @@ def _split(text: str, marks: re.Pattern[str], queues: dict[str, Any]) -> list[Pa
 
 
 def _part_kind(piece: Any) -> str:
-    """ "image" or "video" for a content part that is one (type image, image_url, input_image, video, ...), else ""."""
+    """The kind of a content part: "image" or "video" (type image, image_url, input_image, video, ...), else ""."""
     kind = str(piece.get("type", "")).removeprefix("input_").removesuffix("_url") if isinstance(piece, dict) else ""
     return kind if kind in ("image", "video") else ""
 
@@ -319,20 +322,17 @@ def _part_media(piece: Any) -> Any:
 
 
 def _is_empty(piece: Any) -> bool:
-    """A part {"type": "image"} without a picture is a mark: the row's `images` has the picture (TRL, ms-swift)."""
+    """Whether a part is only a mark, {"type": "image"}; the image is in the row's `images` (TRL, ms-swift)."""
     return bool(_part_kind(piece)) and _part_media(piece) is None
 
 
 def _content_part(piece: Any, folder: Path, fail: Callable[[str, str], SampleError]) -> Part:
-    """An OpenAI content part: {"type": "image_url", "image_url": {"url": ...}}, {"type": "image", "image": ...}, ..."""
+    """A part from {"type": "image_url", "image_url": {"url": ...}}, {"type": "image", "image": ...}, ... (OpenAI)."""
     kind = _part_kind(piece)
     if not kind:
         raise fail("bad_schema", f"a content part is {_short(piece)}; expected type text, image, image_url or video")
     keep = {k: v for k, v in piece.items() if k in PART_OPTIONS and v is not None}
     return {"type": kind, kind: payload(_part_media(piece), folder, fail), **keep}
-
-
-PART_OPTIONS = ("min_pixels", "max_pixels", "resized_width", "resized_height", "fps")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""open_source: find the files of a data set, tell what they are, and iterate over Samples in order or by reference."""
+"""open_source: finds the files of a data set, recognises their format, and reads Samples in order or by reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvst.data.sample import Sample
 from fastvst.data.sources.files import ArrowTable, JsonTable, ParquetTable, Table
 from fastvst.data.sources.rows import row_form, to_sample
 
-# What a named format promises: file types, and row forms (see rows.py).
+# The file types and row forms (rows.py) of each format.
 FORMATS = {
     "vst": ((".parquet", ".json", ".jsonl"), ("conversations", "question")),
     "llava": ((".json", ".jsonl", ".parquet"), ("conversations", "messages")),
@@ -21,7 +21,7 @@ FORMATS = {
     "hf": ((".arrow",), ("conversations", "messages", "question")),
 }
 ACCEPTED = (
-    "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON lines with `conversations` (LLaVA, "
+    "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON Lines with `conversations` (LLaVA, "
     "ShareGPT) or `messages` (OpenAI); a folder written by datasets.save_to_disk with any of these columns"
 )
 SUFFIXES = {".parquet": ".parquet", ".arrow": ".arrow", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
@@ -31,18 +31,18 @@ Ref = tuple[int, int]  # (block, row) in the data set
 
 @dataclass(frozen=True)
 class Source:
-    """An opened data set: an ordered list of blocks of rows. Holds offsets only, so it is cheap to send to workers.
+    """An opened data set: an ordered list of blocks of rows. It holds only offsets, so it is cheap to send to workers.
 
     Attributes:
-        name: data set name; ids and errors use it where a row has no `data_source`.
+        name: data set name; the source of rows without a `data_source`.
         format: "vst", "llava", "openai" or "hf".
-        path: what was opened.
+        path: the file or folder.
         tables: one for each file.
         blocks: (table, block of the table) of every block.
         block_rows: rows of every block.
-        problems: files that cannot be used ("empty_file", "unreadable_file"); the loader puts them into the ledger.
-        folder: relative picture paths start here; None: at the folder of the file that names them.
-        ledger: takes the bad rows while iterating; None: iteration raises them, and may be continued with next().
+        problems: unusable files ("empty_file", "unreadable_file"); the loader adds them to the ledger.
+        folder: folder in which relative image paths start; None: the folder of the file that names them.
+        ledger: records bad rows during iteration; None: iteration raises them and may be continued with next().
     """
 
     name: str
@@ -62,12 +62,12 @@ class Source:
         return SourceIterator(self)
 
     def where(self, block: int, row: int) -> str:
-        """File and row in words: "shard-00003.parquet[2][17]" is row 17 of the file's block 2."""
+        """File and row as text: "shard-00003.parquet[2][17]" is row 17 of block 2 of the file."""
         table, inner = self.blocks[block]
         return f"{self.tables[table].path.name}[{inner}][{row}]"
 
     def samples(self, block: int, start: int = 0) -> Iterator[Sample | SampleError]:
-        """All rows of a block from `start` on, in order; SampleErrors stand for the bad ones."""
+        """All rows of a block from `start` on, in order; bad rows are yielded as SampleErrors."""
         index, inner = self.blocks[block]
         table = self.tables[index]
         folder = self.folder or table.path.parent
@@ -85,11 +85,11 @@ class Source:
                 yield to_sample(content, source=self.name, where=where, folder=folder)
             except SampleError as error:
                 yield error
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # a row of a shape nobody thought of
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # a row of an unexpected structure
                 yield SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
 
     def get(self, refs: Sequence[Ref]) -> list[Sample | SampleError]:
-        """Rows by reference, in the order asked for; every block is read once, from its first row asked for."""
+        """Rows by reference, in the order of `refs`. Every block is read once, from its first requested row."""
         found: dict[Ref, Sample | SampleError] = {}
         for block in sorted({block for block, _ in refs}):
             rows = {row for b, row in refs if b == block}
@@ -106,13 +106,13 @@ class Source:
         return [found[block, row] for block, row in refs]
 
     def describe(self) -> str:
-        """One line: name, format, files, rows."""
+        """One line with name, format, files and rows."""
         bad = f", {len(self.problems)} files unusable" if self.problems else ""
         return f"{self.name}: {self.format}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
 
 
 class SourceIterator(Iterator[Sample]):
-    """Iterates once in order. A bad row goes to the source's ledger, or is raised; next() then continues after it."""
+    """Iterates once, in order. A bad row is recorded in the source's ledger, or raised; next() continues after it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -151,20 +151,21 @@ def open_source(
     split: str | None = None,
     ledger: Ledger | None = None,
 ) -> Source:
-    """Open a data set. Iterate over the result for its Samples, in order and once.
+    """Open a data set. Iterating over the result yields its Samples in order.
 
     Args:
         path: a file, or a folder that is searched at all depths.
-        format: "auto", "vst", "llava", "openai" or "hf" (see ACCEPTED). "auto" looks at file names, first bytes and
-            the columns of the first row.
-        name: data set name for ids and errors; default the folder's or file's name.
-        image_folder: where relative picture paths start; default the folder of the file that names them.
-        split: which part of a `datasets.DatasetDict`; not needed if there is one or one is called "train".
-        ledger: takes the bad rows while iterating; without one the first of them is raised.
+        format: "auto", "vst", "llava", "openai" or "hf" (see ACCEPTED). "auto" reads file names, first bytes and the
+            columns of the first row.
+        name: data set name for ids and errors; default: the name of the folder or file.
+        image_folder: folder in which relative image paths start; default: the folder of the file that names them.
+        split: part of a `datasets.DatasetDict`; not needed if there is only one, or one is called "train".
+        ledger: records bad rows during iteration; without it the first bad row is raised.
 
     Raises:
-        FileNotFoundError: no such path, or image folder.
-        ValueError: unknown format, no data files, no known row form, an empty data set; says what was found.
+        FileNotFoundError: the path or the image folder does not exist.
+        ValueError: unknown format, no data files, no known row form, or an empty data set; the message has what was
+            found.
     """
     root = Path(path)
     if format != "auto" and format not in FORMATS:
