@@ -19,8 +19,7 @@ from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Completion
 from fastvst.rollout.sampler import Drawn, make_rows
 from fastvst_kernels import decode_attention
-from fastvst_kernels.decode.cpu import Piece
-from fastvst_kernels.decode.op import DecodePlan, own_pieces, prefix_pieces
+from fastvst_kernels.decode.pieces import DecodePieces, Piece, own_pieces, prefix_pieces
 
 SPARE_COLUMNS = 8  # of a page table, so that completions can grow before it has to be rebuilt
 
@@ -50,11 +49,11 @@ class DecodeTables:
     group_offsets: Tensor
 
 
-def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, plan: DecodePlan | None = None) -> Tensor:
+def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, pieces: DecodePieces | None = None) -> Tensor:
     """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. The host does not wait.
 
     Args:
-        plan: CPU only, see `decode_attention`.
+        pieces: CPU only, see `decode_attention`.
     """
     slots = new_slots(pool, tables)
     lengths = tables.lengths + 1
@@ -74,7 +73,7 @@ def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, plan: 
             prefix_lengths=tables.prefix_lengths,
             group_offsets=tables.group_offsets,
             max_group=tables.max_group,
-            plan=plan,
+            pieces=pieces,
         )
 
     return run_decoder(model, tables, attend)
@@ -174,12 +173,12 @@ class DecodeBatch:
             self.tables.page_table.copy_(torch.from_numpy(self.host_table))
         return True
 
-    def decode_plan(self) -> DecodePlan | None:
-        """The pieces of the next step's attention; None on a GPU, which needs no plan."""
+    def decode_pieces(self) -> DecodePieces | None:
+        """The pieces of the next step's attention; None on a GPU, which needs none."""
         if self.device.type != "cpu":
             return None
         own = own_pieces(self.host_table, self.host_lengths + 1, self.pool.page_size, self.pool.keys.dtype)
-        return DecodePlan(self.prefix, own)
+        return DecodePieces(self.prefix, own)
 
     def advance(self, drawn: Drawn) -> list[int]:
         """Take the tokens of a step; the host waits for the device here.

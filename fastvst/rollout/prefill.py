@@ -15,7 +15,7 @@ from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Chunk
 from fastvst_kernels import decode_attention, packed_attention, prepare
 from fastvst_kernels.decode.cpu import merge
-from fastvst_kernels.decode.op import DecodePlan, prefix_pieces
+from fastvst_kernels.decode.pieces import DecodePieces, prefix_pieces
 
 ChunkAttention = Callable[[PagePool, Sequence[Chunk], Tensor], Attend]  # (pool, chunks, slots) -> a layer's attention
 
@@ -81,7 +81,7 @@ class EarlierTokens:
         lengths: (G,) int64 their tokens.
         offsets: (G + 1,) int64 their rows of `queries`.
         max_group: the largest number of rows of one list.
-        plan: the pieces of the attention; None on a GPU.
+        pieces: the work of the attention; None on a GPU.
     """
 
     queries: Tensor
@@ -91,7 +91,7 @@ class EarlierTokens:
     lengths: Tensor
     offsets: Tensor
     max_group: int
-    plan: DecodePlan | None
+    pieces: DecodePieces | None
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(R, Hq, D) and (R, Hq): attention of `queries` to their page lists, and its logsumexp."""
@@ -106,7 +106,7 @@ class EarlierTokens:
             group_offsets=self.offsets,
             max_group=self.max_group,
             return_lse=True,
-            plan=self.plan,
+            pieces=self.pieces,
         )
 
 
@@ -125,9 +125,9 @@ def _earlier_tokens(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray
         line[: len(key) - 1] = key[1:]
     lengths = np.array([key[0] for key in groups], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
-    plan = None
+    pieces = None
     if device.type == "cpu":
-        plan = DecodePlan(prefix_pieces(pages, lengths, starts, pool.page_size, pool.keys.dtype), ())
+        pieces = DecodePieces(prefix_pieces(pages, lengths, starts, pool.page_size, pool.keys.dtype), ())
     queries = torch.from_numpy(np.concatenate(rows)).to(device)
     own_pages = torch.zeros((len(queries), 1), dtype=torch.int64, device=device)
     return EarlierTokens(
@@ -138,5 +138,5 @@ def _earlier_tokens(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray
         lengths=torch.from_numpy(lengths).to(device),
         offsets=torch.from_numpy(starts).to(device),
         max_group=max(map(len, rows)),
-        plan=plan,
+        pieces=pieces,
     )

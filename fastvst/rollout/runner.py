@@ -48,7 +48,7 @@ class Numerics:
 
 def fast_forward(model: Qwen25VL, batch: DecodeBatch) -> Tensor:
     """(B, hidden) of one decode step."""
-    return forward_tables(model, batch.pool, batch.tables, batch.decode_plan())
+    return forward_tables(model, batch.pool, batch.tables, batch.decode_pieces())
 
 
 NUMERICS = {

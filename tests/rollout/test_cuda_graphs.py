@@ -35,7 +35,7 @@ def test_padded_tables_give_the_same_hidden_states():
     before = {f.name: getattr(static, f.name) for f in dataclasses.fields(static)}
     with torch.no_grad():
         forward_tables(model, pool, static)  # padding only
-        expected = forward_tables(model, pool, tables, batch.decode_plan())
+        expected = forward_tables(model, pool, tables, batch.decode_pieces())
         keys = pool.keys[:, 1:].clone()
         for _ in range(2):
             fill(static, tables)

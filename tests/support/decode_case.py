@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvst_kernels.decode.tables import PageTables
+
 
 @dataclass(frozen=True)
 class DecodeCase:
@@ -28,7 +30,13 @@ class DecodeCase:
     def max_group(self) -> int:
         return int(self.group_offsets.diff().max())
 
+    @property
+    def tables(self) -> PageTables:
+        given = (self.page_table, self.lengths, self.prefix_pages, self.prefix_lengths, self.group_offsets)
+        return PageTables(*given, self.max_group)
+
     def options(self) -> dict:
+        """The keywords of `decode_attention` for the shared prompts."""
         names = ("prefix_pages", "prefix_lengths", "group_offsets")
         return {name: getattr(self, name) for name in names} | {"max_group": self.max_group}
 
@@ -62,7 +70,7 @@ def make_case(
     page_size: int = 16,
     seed: int = 0,
 ) -> DecodeCase:
-    """A case of groups (prompt length, own lengths). Pages lie in random order; unused bytes are NaN."""
+    """A case of groups (prompt length, own lengths). Pages are in random order; unused values are NaN."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-n // page_size) for prompt, own in groups for n in (prompt, *own)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,5 +66,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
+    import numpy as np  # only here: the package must import where there is no numpy
+
     count = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""The decode kernels compiled for GPUs that are not there: no spills, fits, tensor cores, and nothing creeps up."""
+"""The decode kernels compiled for GPUs that are not there: no spills, tensor cores, and no figure rises."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def compile_partial(arch: int, width: int, dtype: str, queries: int, groups: boo
     padded = triton.next_power_of_2(width)
     constants = {"GROUPS": groups, "PAGE": 64, "D": padded, "MASK_COLUMNS": padded != width}
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    known = {"TABLE": "*i64", "LENGTHS": "*i64", "OFFSETS": "*i64", "OUT": "*fp32", "LSE": "*fp32", "qk_scale": "fp32"}
-    known |= dict.fromkeys("QKV", f"*{dtype}")
+    known = dict.fromkeys(("table_ptr", "lengths_ptr", "offsets_ptr"), "*i64")
+    known |= {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "qk_scale": "fp32"}
+    known |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
     types = {n: known.get(n, "i32") for n in decode_partial_kernel.arg_names if n not in constants}
     return compile_kernel(
         decode_partial_kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages, unaligned=UNALIGNED
@@ -30,8 +31,8 @@ def compile_partial(arch: int, width: int, dtype: str, queries: int, groups: boo
 
 def compile_merge(arch: int, width: int, dtype: str, parts: int) -> Compiled:
     padded = triton.next_power_of_2(width)
-    types = {"PARTS": "*fp32", "PART_LSE": "*fp32", "OUT": f"*{dtype}", "LSE": "*fp32"}
-    types |= dict.fromkeys(("count", "places", "WIDTH"), "i32")
+    types = {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
+    types |= dict.fromkeys(("count", "places", "width"), "i32")
     constants = {"D": padded, "MASK_COLUMNS": padded != width, "P": parts}
     return compile_kernel(
         decode_merge_kernel, types, constants, arch=arch, num_warps=4, num_stages=3, unaligned=UNALIGNED
@@ -55,16 +56,8 @@ def _jobs():
             name = f"sm_{arch} partial {dtype} {width} {queries} {'groups' if groups else 'own'}"
             options = {"width": width, "dtype": dtype, "queries": queries, "groups": groups}
             yield name, {"kind": "partial", "arch": arch, **options}
-        yield (
-            f"sm_{arch} merge bf16 128",
-            {
-                "kind": "merge",
-                "arch": arch,
-                "width": 128,
-                "dtype": "bf16",
-                "parts": 2 * MOST_SPLITS,
-            },
-        )
+        options = {"width": 128, "dtype": "bf16", "parts": 2 * MOST_SPLITS}
+        yield f"sm_{arch} merge bf16 128", {"kind": "merge", "arch": arch, **options}
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from decode_case import assert_close, make_case
 from fastvst_kernels import decode_attention
-from fastvst_kernels.decode import cpu as decode_cpu
-from fastvst_kernels.decode.op import DecodePlan, decode_attention_op, own_pieces, prefix_pieces
+from fastvst_kernels.decode import pieces
+from fastvst_kernels.decode.op import decode_attention_op
+from fastvst_kernels.decode.pieces import DecodePieces, own_pieces, prefix_pieces
 
 GROUPS = [(40, [3, 17, 0]), (0, [5]), (7, [1, 1]), (130, [33] * 5)]
 
@@ -49,10 +50,10 @@ def test_any_lengths(groups, page_size, seed):
 
 
 def test_long_lists_are_cut_into_pieces_of_similar_length(monkeypatch):
-    """Far more padding than work is avoided, and the pieces give what one gives."""
+    """Several pieces avoid padding, and their result is that of one piece."""
     case = make_case([(n, [n, 2 * n]) for n in (3, 9, 40, 41, 130)], (4, 2), 16, torch.float32)
     one = run(case)
-    monkeypatch.setattr(decode_cpu, "SMALL", 0)
+    monkeypatch.setattr(pieces, "ONE_PIECE", 0)
     made = own_pieces(case.page_table.numpy(), case.lengths.numpy(), 16, torch.float32)
     assert len(made) > 3 and sorted(r for p in made for r in p.place.tolist()) == list(range(10))
     assert sum(p.groups * p.length for p in made) < 1.35 * int(case.lengths.sum())
@@ -60,14 +61,14 @@ def test_long_lists_are_cut_into_pieces_of_similar_length(monkeypatch):
     torch.testing.assert_close(run(case)[0], one[0])
 
 
-def test_a_plan_gives_the_same_bits_and_no_groups_are_one_empty_prompt():
+def test_prepared_pieces_give_the_same_bits_and_no_groups_are_one_empty_prompt():
     case = make_case(GROUPS, (6, 2), 32, torch.float32)
     prefix = (case.prefix_pages.numpy(), case.prefix_lengths.numpy(), case.group_offsets.numpy())
-    plan = DecodePlan(
+    prepared = DecodePieces(
         prefix_pieces(*prefix, 16, torch.float32),
         own_pieces(case.page_table.numpy(), case.lengths.numpy(), 16, torch.float32),
     )
-    for a, b in zip(run(case), run(case, plan=plan), strict=True):
+    for a, b in zip(run(case), run(case, pieces=prepared), strict=True):
         assert torch.equal(a, b)
     alone = make_case([(0, [3, 17, 60, 1])], (4, 4), 16, torch.float32)
     found = decode_attention(alone.q, alone.k_pages, alone.v_pages, alone.page_table, alone.lengths, return_lse=True)

@@ -1,4 +1,4 @@
-"""The decode kernels and the engine's decode graphs on a GPU. Not run yet: no GPU was at hand."""
+"""The decode kernels and the engine's CUDA graphs on a GPU. Not run yet."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def test_real_sizes(heads, width, dtype):
 @pytest.mark.parametrize("splits", [1, 2, 16])
 def test_splits_and_bitwise_repeats(splits):
     case = make_case(SHARED, (28, 4), 128, torch.bfloat16, page_size=16).to("cuda")
-    tables = (case.page_table, case.lengths, case.prefix_pages, case.prefix_lengths, case.group_offsets)
-    first = decode(case.q, case.k_pages, case.v_pages, *tables, case.max_group, 128**-0.5, splits)
+    first = decode(case.q, case.k_pages, case.v_pages, case.tables, 128**-0.5, splits)
     assert_close(case, first)
     for _ in range(10):
-        again = decode(case.q, case.k_pages, case.v_pages, *tables, case.max_group, 128**-0.5, splits)
+        again = decode(case.q, case.k_pages, case.v_pages, case.tables, 128**-0.5, splits)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

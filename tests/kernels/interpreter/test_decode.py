@@ -12,19 +12,7 @@ from fastvst_kernels.decode.op import decode_attention_op
 
 
 def run(case, splits=None):
-    return decode(
-        case.q,
-        case.k_pages,
-        case.v_pages,
-        case.page_table,
-        case.lengths,
-        case.prefix_pages,
-        case.prefix_lengths,
-        case.group_offsets,
-        case.max_group,
-        case.q.shape[-1] ** -0.5,
-        splits,
-    )
+    return decode(case.q, case.k_pages, case.v_pages, case.tables, case.q.shape[-1] ** -0.5, splits)
 
 
 @pytest.mark.parametrize("splits", [None, 1, 3])
