@@ -1,7 +1,6 @@
-"""Compile Triton kernels for GPUs that are not there, and read what the compiler made of them.
+"""Compile Triton kernels for any GPU on any machine, and read registers, spills, shared memory and instructions.
 
-The wheels of triton ship ptxas, cuobjdump and nvdisasm, so registers, spills, shared memory and the instructions used
-can be checked on any machine. It needs a process without TRITON_INTERPRET=1.
+The wheels of triton contain ptxas, cuobjdump and nvdisasm. The process must not have TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -19,20 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory that one block may ask for, in bytes (CUDA programming guide, table "technical specifications").
+# Shared memory of one block at most, in bytes (CUDA programming guide, table "technical specifications").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {"HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "UTCHMMA": r"\bUTCHMMA\b|\bUTC\w*MMA\b"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became on one architecture.
+    """One kernel, compiled for one architecture.
 
     Attributes:
-        registers: of each thread; spill_bytes: of each thread's stack; shared_bytes: of each program.
+        registers: of each thread.
+        spill_bytes: of each thread's stack.
+        shared_bytes: shared memory of each program.
+        shared_limit: shared memory that a program may have.
         instructions: length of the machine code.
-        tensor_core: how many matrix instructions it has, by kind (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05).
-        descriptor_loads: how many loads by tensor descriptors (TMA).
+        tensor_core: number of matrix instructions by kind (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05).
+        descriptor_loads: number of loads by tensor descriptors (TMA).
     """
 
     registers: int
@@ -46,16 +48,6 @@ class Compiled:
     @property
     def fits(self) -> bool:
         return self.shared_bytes <= self.shared_limit
-
-
-def is_pointer(argument: str) -> bool:
-    """Whether an argument of a kernel is a pointer, by its name: `x_ptr` or X."""
-    return argument.endswith("_ptr") or argument.isupper()
-
-
-def bare_name(argument: str) -> str:
-    """`x_ptr`, x and X are all "X"."""
-    return argument.removesuffix("_ptr").upper()
 
 
 def compile_kernel(
@@ -73,14 +65,14 @@ def compile_kernel(
 
     Args:
         kernel: a `triton.jit` function.
-        types: the type of every argument that is no constant: "*bf16", "i32", "fp32", ...
+        types: the type of every other argument: "*bf16", "i32", "fp32", ...
         constants: the value of every `tl.constexpr`.
-        maxnreg: registers that a thread may have, as at the launch.
-        unaligned: arguments not known to be multiples of 16; all other pointers and integers are, as at a launch with
-            ordinary shapes (without it loads are not vectorised).
+        maxnreg: registers of a thread at most, as at the launch.
+        unaligned: arguments that need not be multiples of 16. All other pointers and integers are multiples of 16, as
+            at a launch with ordinary shapes; otherwise loads would not be vectorized.
 
     Raises:
-        RuntimeError: the kernel does not compile for that architecture; triton's message.
+        RuntimeError: the kernel does not compile for that architecture; with triton's message.
     """
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     if missing := [n for n in kernel.arg_names if n not in types and n not in constants]:
@@ -112,7 +104,7 @@ def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int) -> Compiled:
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in TENSOR_CORE.items()}
     return Compiled(
         registers=registers,
-        spill_bytes=stack + local,  # spills show as stack
+        spill_bytes=stack + local,  # spills appear as stack
         shared_bytes=shared_bytes,
         shared_limit=SHARED_LIMIT[arch],
         instructions=len(lines),

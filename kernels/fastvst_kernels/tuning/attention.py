@@ -1,4 +1,4 @@
-"""The attention kernels as things to compile, time and choose from: candidates, argument types, shape classes."""
+"""Tuning of the attention kernels: candidates, argument types, shape classes, problems to time."""
 
 from __future__ import annotations
 
@@ -146,14 +146,14 @@ def variants(kernel: str, shape: str, *, thorough: bool) -> Iterator[dict[str, A
     """The variants of a shape class that must compile cleanly, as arguments of `compile_variant`.
 
     Args:
-        thorough: also plain causal beside shared, and the other head dimensions of the class.
+        thorough: also causal attention without shared prompts, and the other head dimensions of the class.
     """
     bits, width = map(int, shape.split("x"))
     dtype = "bf16" if bits == 16 else "fp32"
     yield {"width": width, "dtype": dtype, "causal": True, "shared": True}
     yield {"width": width, "dtype": dtype, "causal": False, "shared": False}
     if thorough:
-        if kernel != "attention_backward_keys":  # it knows no prompts: their queries are one range
+        if kernel != "attention_backward_keys":  # it has no variant for prompts: their queries are one range
             yield {"width": width, "dtype": dtype, "causal": True, "shared": False}
         for other in RELATIVES[width]:
             yield {"width": other, "dtype": dtype, "causal": True, "shared": True}
@@ -162,7 +162,8 @@ def variants(kernel: str, shape: str, *, thorough: bool) -> Iterator[dict[str, A
 def problem(kernel: str, shape: str, device: torch.device) -> Any:
     """A function `run(numbers)` that launches `kernel` on tensors of real size, for timing on a GPU.
 
-    16k tokens: 8 causal sequences of 2,048 at 28/4 heads (text), or for D <= 80 16 pictures of 1,024 patches at 16/16.
+    16k tokens: 8 causal sequences of 2,048 with 28/4 heads (text), or for D <= 80 16 images of 1,024 patches with 16/16
+    heads.
     """
     bits, width = map(int, shape.split("x"))
     dtype = torch.bfloat16 if bits == 16 else torch.float32

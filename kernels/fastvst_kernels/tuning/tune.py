@@ -1,10 +1,11 @@
-"""Make the table of configurations of a GPU: `python -m fastvst_kernels.tuning`.
+"""Write the table of configurations for a GPU: `python -m fastvst_kernels.tuning`.
 
-Each kernel runs with every candidate on tensors of real size; the fastest that compiles without spills is kept. The
-table is written after each shape class, so it may be interrupted and goes on where it was. `--compile-only ARCH` needs
-no GPU: it takes the first candidate that compiles cleanly, as was done for the shipped `sm_XX.json`. With `--recheck`
-what a table holds is compiled again and moves down the candidates where it is not clean: run with one version of triton
-after the other until nothing moves, it gives a table that is clean with all of them.
+Each kernel runs with every candidate on tensors of real size; the fastest candidate without spills goes into the table.
+The table is written after each shape class, so the command can be interrupted; the same command then resumes.
+
+`--compile-only ARCH` needs no GPU: it takes the first candidate that compiles cleanly. The package's `sm_XX.json` are
+made this way. `--recheck` compiles the entries of a table again and replaces those that are not clean by the next clean
+candidate. Run it with one version of triton after the other until nothing changes: the table is then clean with all.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from typing import Any
 import torch
 
 from fastvst_kernels.shared.tile_tables import TABLES, gpu_slug
-from fastvst_kernels.tuning import attention as attention_build
-from fastvst_kernels.tuning import pointwise as pointwise_build
+from fastvst_kernels.tuning import attention, pointwise
 from fastvst_kernels.tuning.aot import Compiled
 
 Numbers = tuple[int, ...]
@@ -30,11 +30,11 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tunable:
-    """A kernel whose configuration comes from the tables.
+    """A kernel that has a configuration in the tables.
 
     Attributes:
         shapes: its shape classes.
-        candidates: (shape class, arch) -> the numbers to choose from, most promising first.
+        candidates: (shape class, arch) -> the configurations to choose from, most promising first.
         compiled: (shape class, numbers, arch) -> every variant that must be clean, compiled.
         problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size.
     """
@@ -47,37 +47,37 @@ class Tunable:
 
 def _attention(kernel: str) -> Tunable:
     def compiled(shape: str, numbers: Numbers, arch: int) -> Iterator[Compiled]:
-        for variant in attention_build.variants(kernel, shape, thorough=True):
-            yield attention_build.compile_variant(kernel, numbers=numbers, arch=arch, **variant)
+        for variant in attention.variants(kernel, shape, thorough=True):
+            yield attention.compile_variant(kernel, numbers=numbers, arch=arch, **variant)
 
     return Tunable(
-        shapes=attention_build.SHAPES,
-        candidates=lambda shape, arch: attention_build.candidates(kernel, shape, arch),
+        shapes=attention.SHAPES,
+        candidates=lambda shape, arch: attention.candidates(kernel, shape, arch),
         compiled=compiled,
-        problem=lambda shape, device: attention_build.problem(kernel, shape, device),
+        problem=lambda shape, device: attention.problem(kernel, shape, device),
     )
 
 
 def _pointwise(kernel: str) -> Tunable:
     return Tunable(
-        shapes=pointwise_build.shapes(kernel),
-        candidates=lambda shape, _arch: pointwise_build.candidates(kernel, shape),
-        compiled=lambda shape, numbers, arch: pointwise_build.compiled(kernel, shape, numbers, arch),
-        problem=lambda shape, device: pointwise_build.problem(kernel, shape, device),
+        shapes=pointwise.shapes(kernel),
+        candidates=lambda shape, _arch: pointwise.candidates(kernel, shape),
+        compiled=lambda shape, numbers, arch: pointwise.compiled(kernel, shape, numbers, arch),
+        problem=lambda shape, device: pointwise.problem(kernel, shape, device),
     )
 
 
 def tunables() -> dict[str, Tunable]:
-    """Every kernel that has configurations, by the name it has in the tables."""
-    found = {kernel: _attention(kernel) for kernel in attention_build.KERNELS}
-    return found | {kernel: _pointwise(kernel) for kernel in pointwise_build.KERNELS}
+    """Every kernel that has configurations, by its name in the tables."""
+    found = {kernel: _attention(kernel) for kernel in attention.KERNELS}
+    return found | {kernel: _pointwise(kernel) for kernel in pointwise.KERNELS}
 
 
 def is_clean(tunable: Tunable, shape: str, numbers: Numbers, arch: int) -> bool:
     """True if every variant compiles, spills nothing and fits shared memory."""
     try:
         return all(made.fits and not made.spill_bytes for made in tunable.compiled(shape, numbers, arch))
-    except RuntimeError:  # the compiler gave up on this configuration
+    except RuntimeError:  # the compiler fails on this configuration
         return False
 
 
@@ -94,7 +94,7 @@ def choose(
     """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
 
     Args:
-        start: the candidate to begin with (behind the last comes the first); what is no candidate: the first.
+        start: the candidate to begin with; the first one follows the last one. If it is no candidate, the first.
 
     Raises:
         RuntimeError: no candidate is clean.
@@ -110,7 +110,7 @@ def choose(
         if run is None:
             say(f"{kernel} {shape} {numbers}: clean, taken")
             return numbers, None
-        seconds = _time(lambda numbers=numbers: run(numbers))  # type: ignore[misc]
+        seconds = median_seconds(lambda numbers=numbers: run(numbers))  # type: ignore[misc]
         say(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
         if best is None or seconds < best[1]:
             best = (numbers, seconds)
@@ -119,8 +119,8 @@ def choose(
     return best
 
 
-def _time(run: Callable[[], object]) -> float:
-    """Median seconds of a launch, after warming up, from CUDA events."""
+def median_seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a launch after warm-up, from CUDA events."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=25, rep=100, return_mode="median") * 1e-3
@@ -137,10 +137,11 @@ def tune(
     *,
     recheck: bool = False,
 ) -> bool:
-    """Fill the table at `path`. Returns False if the deadline came first.
+    """Fill the table at `path`. Returns False if the deadline comes first.
 
     Args:
-        recheck: go through what the table already holds too, from the candidate that it names on; else that is kept.
+        only: a part of the kernel:shape names to tune; "" for all.
+        recheck: check the entries of the table too, starting with the candidate in the table; else they are kept.
     """
     table: dict[str, Any] = {"gpu": gpu, "arch": arch, "measured": device is not None, "configs": {}}
     if path.exists():
@@ -162,7 +163,7 @@ def tune(
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """JSON with one line for each shape class, replaced at once so that an interruption leaves a whole file."""
+    """Write JSON with one line for each shape class; the rename leaves a whole file after an interruption."""
     lines = []
     for kernel, shapes in sorted(table["configs"].items()):
         rows = ",\n".join(f"   {json.dumps(shape)}: {json.dumps(numbers)}" for shape, numbers in sorted(shapes.items()))
@@ -181,10 +182,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only kernel:shape names that contain this, e.g. forward:16x128")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop before a shape class after this time")
     parser.add_argument("--compile-only", type=int, metavar="ARCH", help="no GPU: first clean candidate for sm_ARCH")
-    parser.add_argument("--recheck", action="store_true", help="with --compile-only: replace what is not clean here")
+    parser.add_argument(
+        "--recheck", action="store_true", help="with --compile-only: replace entries that are not clean"
+    )
     arguments = parser.parse_args(argv)
     if arguments.recheck and not arguments.compile_only:
-        parser.error("--recheck needs --compile-only: it chooses without timing")
+        parser.error("--recheck needs --compile-only: it does not time")
     if arguments.compile_only:
         arch = arguments.compile_only
         device = None
@@ -197,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         gpu = torch.cuda.get_device_name()
         path = arguments.out or TABLES / f"{gpu_slug(gpu)}.json"
     else:
-        print("tuning needs a CUDA GPU, and torch sees none; --compile-only 90 chooses without timing", file=sys.stderr)
+        print("tuning needs a CUDA GPU, and torch sees none; --compile-only 90 needs none", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * arguments.minutes
     try:
@@ -212,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             recheck=arguments.recheck,
         )
     except KeyboardInterrupt:
-        print(f"interrupted; {path} holds what is known, and the same command goes on from there", file=sys.stderr)
+        print(f"interrupted; {path} is written; the same command resumes", file=sys.stderr)
         return 130
-    print(f"{path}" + ("" if complete else ": time is over; the same command goes on"))
+    print(f"{path}" + ("" if complete else ": out of time; the same command resumes"))
     return 0

@@ -88,7 +88,7 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
         ("a", "b"), lambda shape, arch: ((1,), (2,), (3,)), compiled, lambda shape, device: lambda n: n
     )
     monkeypatch.setattr(tune, "tunables", lambda: {"kernel": tunable})
-    monkeypatch.setattr(tune, "_time", lambda run: seconds[run()])
+    monkeypatch.setattr(tune, "median_seconds", lambda run: seconds[run()])
     path = tmp_path / "table.json"
     tune.write_table(path, {"gpu": "g", "arch": 90, "measured": True, "configs": {"kernel": {"a": [9]}}})
     said: list[str] = []
