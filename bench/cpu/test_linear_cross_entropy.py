@@ -1,4 +1,4 @@
-"""The fused cross entropy beside PyTorch that keeps its logits: seconds and peak extra memory, in the same run."""
+"""The fused cross entropy against PyTorch that keeps its logits: seconds and peak extra memory, in the same run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def three_products(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """The ceiling: what no implementation can leave out."""
+    """The upper limit: the products that every implementation needs."""
     with torch.no_grad():
         logits = hidden @ weight.t()
         torch.mm(logits, weight)
@@ -41,7 +41,7 @@ def three_products(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 @pytest.mark.parametrize("width", [256, 1024])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the goal of this one is the CPU's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
 def test_cpu(record: Callable[..., None], width: int) -> None:
     torch.set_num_threads(1)
     given = inputs(width)

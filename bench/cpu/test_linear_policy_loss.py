@@ -1,4 +1,4 @@
-"""The fused policy loss beside PyTorch that keeps its logits: seconds and peak extra memory, in the same run."""
+"""The fused policy loss against PyTorch that keeps its logits: seconds and peak extra memory, in the same run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def inputs(rows: int, vocabulary: int, width: int, zero: float = 0.0) -> dict[str, Tensor]:
-    """`zero` is the share of answers (of 64 tokens) whose advantage is 0."""
+    """Completions of 64 tokens; the advantage of the share `zero` of them is 0."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=g).requires_grad_()
     weight = (torch.randn(vocabulary, width, generator=g) / width**0.5).requires_grad_()
@@ -52,7 +52,7 @@ def logits_kept(objective: Objective, given: dict[str, Tensor]) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("name, zero", [("DAPO", 0.0), ("DAPO", 0.5), ("GRPO k3 entropy", 0.0), ("GSPO", 0.0)])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the goal of this one is the CPU's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
 def test_cpu(record: Callable[..., None], name: str, zero: float) -> None:
     torch.set_num_threads(1)
     rows = 4096

@@ -1,12 +1,13 @@
-"""The loss head on a GPU beside its peers: `python -m bench.gpu.lm_head --out FILE.json`. Needs torch and triton.
+"""The LM head on a GPU compared with its peers: `python -m bench.gpu.lm_head --out FILE.json`. Needs torch and triton.
 
-One step is loss, gradient of hidden and gradient of weight in bfloat16: 6 M H V floating-point operations at the least,
-which is what the TFLOP/s divide, whatever a contender really computes. Peers that are not installed say so.
+One step is the loss and the gradients by hidden and weight in bfloat16. TFLOP/s count 6 M H V floating-point
+operations, the least possible, for every contender. A peer that is not installed is recorded as not measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -60,7 +61,7 @@ def step_of(loss: Callable[[], Tensor], given: dict[str, Tensor]) -> Step:
 
 
 def three_products(given: dict[str, Tensor]) -> Step:
-    """The ceiling: the three products alone, 2,048 rows at a time, the weight's gradient summed in float32."""
+    """The upper limit: only the three products, 2,048 rows at a time, the weight's gradient summed in float32."""
     hidden = given["hidden"].detach()
     weight = given["weight"].detach()
     total = torch.zeros_like(weight, dtype=torch.float32)
@@ -77,7 +78,7 @@ def three_products(given: dict[str, Tensor]) -> Step:
 
 
 def supervised(given: dict[str, Tensor]) -> dict[str, Callable[[], Step]]:
-    """Contenders of cross entropy, each made only when its turn comes."""
+    """Contenders of cross entropy; each is built when it is measured."""
     hidden = given["hidden"]
     weight = given["weight"]
     targets = given["targets"]
@@ -102,22 +103,19 @@ def supervised(given: dict[str, Tensor]) -> dict[str, Callable[[], Step]]:
 
 
 def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable[[], Step]]:
-    """Contenders of a policy loss."""
+    """Contenders of a policy loss; each is built when it is measured."""
 
     def chunked() -> Tensor:
-        """One sequence of 512 tokens at a time, logits recomputed in backward: how TRL and verl bound their memory."""
+        """One sequence of 512 tokens at a time, logits recomputed in backward, as TRL and verl do to save memory."""
         from torch.utils.checkpoint import checkpoint
 
-        rows = [n for n in given if n not in ("weight",)]
+        rows = [n for n in given if n != "weight"]
         losses = []
         for part in zip(*(given[n].split(512) for n in rows), strict=True):
             some = dict(zip(rows, part, strict=True)) | {"weight": given["weight"]}
             some["sequence_ids"] = torch.zeros_like(some["sequence_ids"])
-            losses.append(
-                checkpoint(
-                    lambda some=some: linear_policy_loss_reference(objective=objective, **some), use_reentrant=False
-                )
-            )
+            loss = functools.partial(linear_policy_loss_reference, objective=objective, **some)
+            losses.append(checkpoint(loss, use_reentrant=False))
         return torch.stack(losses).sum()
 
     def liger() -> Step:
@@ -156,7 +154,7 @@ def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable
 
 
 def measure(made: dict[str, Callable[[], Step]], flops: float) -> dict[str, dict[str, Any]]:
-    """{contender: milliseconds, TFLOP/s of 6 M H V, extra GiB at the peak}; a contender that can not run says why."""
+    """{contender: milliseconds, TFLOP/s of 6 M H V, extra GiB at the peak}; or why a contender did not run."""
     figures: dict[str, dict[str, Any]] = {}
     for name, make in made.items():
         try:
@@ -170,9 +168,7 @@ def measure(made: dict[str, Callable[[], Step]], flops: float) -> dict[str, dict
             extra = torch.cuda.max_memory_allocated() - before
             ms = milliseconds(run, rounds=7)
             figures[name] = {"ms": ms, "tflops": flops / ms * 1e-9, "peak_extra_gib": extra / 2**30}
-        except (
-            Exception
-        ) as error:  # a peer that is not there, or does not fit, must not end the run; it is written down
+        except Exception as error:  # a peer that is not installed or runs out of memory must not end the run
             figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         torch.cuda.empty_cache()
     return figures
@@ -191,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}
     names = ["cross entropy", *OBJECTIVES]
-    # The middle size first: a run that is cut short has each loss once before it has any at other sizes.
+    # The middle size first, so that a run that ends early has measured each loss once.
     cases = [(s, m, n) for m in sorted(ROWS, key=lambda m: m != 16_384) for s in SHAPES for n in names]
     for shape, rows, name in cases:
         case = f"{name} {shape} M={rows}"

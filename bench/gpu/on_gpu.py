@@ -39,7 +39,7 @@ PARTS = (
     Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_attention.py"), 0.4),
     Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_attention.py"), 0.3),
     Part("bench-attention", "attention.json", ("bench/gpu/attention.py", *TIMED), 0.4),
-    Part("bench-loss-head", "loss_head.json", ("bench/gpu/lm_head.py", *TIMED), 0.4),
+    Part("bench-lm-head", "lm_head.json", ("bench/gpu/lm_head.py", *TIMED), 0.4),
     Part("bench-pointwise", "pointwise.json", ("bench/gpu/pointwise.py", *TIMED), 0.2),
     Part("bench-rollout", "rollout.json", ("bench/gpu/rollout.py", *TIMED), 0.3),
     Part("tune", "table.json", ("-m", "fastvst_kernels.tuning", *TIMED), 0.5),

@@ -27,7 +27,8 @@ from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Chunk
 from fastvst.rollout.sampler import Drawn, SamplingRows, next_tokens
 from fastvst_kernels import linear_logprobs
-from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, invariant_mm, make_tiles
+from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
+from fastvst_kernels.invariant.tiles import AttentionTiles, make_tiles
 
 aten = torch.ops.aten
 

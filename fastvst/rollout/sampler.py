@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastvst.rollout.request import SamplingParams
 from fastvst_kernels import sample_tokens
-from fastvst_kernels.sampling.op import cut_, head_logits
+from fastvst_kernels.sampling.reference import apply_filters_, head_logits
 
 BLOCK = 64  # entries of a block of the two-level sum
 
@@ -174,7 +174,7 @@ def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor,
         forbidden_logits = forbidden_logits * scale
     if rows.filtered is not None and rows.top_k is not None and rows.top_p is not None and rows.min_p is not None:
         part = logits.index_select(0, rows.filtered)
-        cut_(part, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
+        apply_filters_(part, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
         logits.index_copy_(0, rows.filtered, part)
         forbidden_logits = forbidden_logits.index_fill(0, rows.filtered, float("-inf"))
     tokens, top, total = draw(logits, uniform(rows.seeds, steps))

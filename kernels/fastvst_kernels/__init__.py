@@ -7,10 +7,10 @@ from fastvst_kernels.activation.op import swiglu
 from fastvst_kernels.attention.api import AttentionPlan, attention_reference, packed_attention, prepare
 from fastvst_kernels.decode.op import decode_attention
 from fastvst_kernels.linear import packed_linear
-from fastvst_kernels.lm_head.chunked import VocabularyShard
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
+from fastvst_kernels.lm_head.types import VocabularyShard
 from fastvst_kernels.norm.op import add_rms_norm, rms_norm
 from fastvst_kernels.rope.op import mrope, vision_rope
 from fastvst_kernels.sampling.op import sample_tokens

@@ -1,7 +1,7 @@
 """Policy objectives for `linear_policy_loss`: the loss of one token, in plain PyTorch on vectors.
 
-An objective sees log-probabilities, never logits, so it is written once and runs inside the fused head: the head
-differentiates it on the vectors of a chunk and carries the result through the softmax. A new one takes a few lines:
+An objective takes log-probabilities, never logits. The fused LM head differentiates it on the vectors of a chunk and
+applies the chain rule through the softmax. A new objective takes a few lines:
 
     @dataclass(frozen=True)
     class Tempered(Objective):
@@ -10,16 +10,16 @@ differentiates it on the vectors of a chunk and carries the result through the s
         def surrogate(self, ratio, logprobs, advantages):
             return -advantages * ratio.pow(self.power) / self.power
 
-KL, entropy and importance weights come from `Objective.loss`; override `loss` itself to have none of that.
+KL, entropy and importance weights come from `Objective.loss`; override `loss` itself to have none of them.
 
-Published names and what they are here (advantages are the caller's: group mean and deviation, leave-one-out, ...):
+Published objectives and their classes; the caller computes the advantages (group mean and deviation, leave-one-out):
 
 | paper | class | what differs |
 | --- | --- | --- |
-| GRPO, arXiv 2402.03300 | `GRPO` | clipped ratio, mean over the tokens of an answer, then over answers |
+| GRPO, arXiv 2402.03300 | `GRPO` | clipped ratio, mean over the tokens of a completion, then over completions |
 | DAPO, arXiv 2503.14476 | `DAPO` | clip_high 0.28, mean over all tokens of the global batch |
-| Dr.GRPO, arXiv 2503.20783 | `DrGRPO` | sum over tokens / (answers * max_length) |
-| GSPO, arXiv 2507.18071 | `GSPO` | ratio of the whole answer, length-normalised; needs sequence_ids and two passes |
+| Dr.GRPO, arXiv 2503.20783 | `DrGRPO` | sum over tokens / (completions * max_length) |
+| GSPO, arXiv 2507.18071 | `GSPO` | ratio of the whole completion, normalised by length; sequence_ids and two passes |
 | CISPO, arXiv 2506.13585 | `CISPO` | truncated ratio as a constant weight of -A log p: no token loses its gradient |
 | SAPO, arXiv 2511.20347 | `SAPO` | a sigmoid gate instead of a clip, steeper for negative advantages |
 | RLOO, arXiv 2402.14740 | `Reinforce` | -A log p, with leave-one-out advantages |
@@ -36,20 +36,22 @@ from torch import Tensor
 
 from fastvst_kernels.shared.sequence_sums import dense_ids, sequence_mean, sequence_sum
 
-LOG_LIMIT = 20.0  # log-ratios are bounded to +-20 before exp (verl's bound): exp(1e4) would make 0 * inf of a KL term
+LOG_LIMIT = 20.0  # bound of log-ratios before exp, as in verl: exp(1e4) is inf, which turns a KL term into 0 * inf
 KL_ESTIMATORS = ("none", "k1", "k2", "k3")
 NORMALISATIONS = ("token", "sequence", "constant")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Weights for samples from an inference engine whose probabilities differ from the trainer's.
+    """Weights for completions from a rollout engine whose probabilities differ from the trainer's.
 
     w = exp(old - sampler), detached, multiplies the policy term (not KL or entropy). A sampler log-probability that is
-    NaN (an engine that did not return it) counts as no difference.
+    NaN (the engine did not return it) counts as no difference.
 
-    level: "token"; "sequence": the sum of the log-ratios over the answer; "geometric": their mean.
-    mode: "truncate" clamps w to [low, high]; "mask" gives 0 outside of it.
+    Attributes:
+        level: "token"; "sequence": the sum of the log-ratios over the completion; "geometric": their mean.
+        mode: "truncate" clamps w to [low, high]; "mask" sets w to 0 outside of [low, high].
+        low, high: the bounds.
     """
 
     level: str = "token"
@@ -64,7 +66,7 @@ class Importance:
             raise ValueError(f"importance bounds are {self.low} and {self.high}; expected 0 <= low < high")
 
     def weights(self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor | None) -> Tensor:
-        """(m,) detached weights; `sequence_ids` (m,) is needed by the two levels above the token."""
+        """(m,) detached weights; the levels "sequence" and "geometric" need `sequence_ids` (m,)."""
         difference = (old_logprobs - sampler_logprobs).detach()
         difference = torch.where(difference.isnan(), 0.0, difference)
         if self.level != "token":
@@ -79,16 +81,20 @@ class Importance:
 
 @dataclass(frozen=True)
 class Objective:
-    """What all objectives share. The plain base is PPO's clipped ratio (arXiv 1707.06347 eq. 7).
+    """What all objectives share. The base class itself is PPO's clipped ratio (arXiv 1707.06347 eq. 7).
 
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-    dual_clip: for A < 0 the loss is at most dual_clip * |A| (arXiv 1912.09729); None = no bound.
-    kl: "none", "k1", "k2", "k3": the estimator of KL(policy || reference) added to the loss (J. Schulman,
-        "Approximating KL divergence", 2020). With samples from the policy the gradient of k1 has expectation
-        zero; k2's is that of the KL. `kl_coef` is its factor, used when kl is not "none".
-    entropy_coef: the loss gains -entropy_coef * entropy: above 0 a bonus, below 0 a penalty; its gradient is exact.
-    normalise: what `row_weights` makes: "token", "sequence" or "constant" (which needs max_length).
-    importance: truncated importance weights against the sampler's log-probabilities, or None.
+    Attributes:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: for A < 0 the loss is at most dual_clip * |A| (arXiv 1912.09729); None = no bound.
+        kl: "none", "k1", "k2", "k3": the estimator of KL(policy || reference) that is added to the loss (J. Schulman,
+            "Approximating KL divergence", 2020). On samples from the policy the gradient of k1 has expectation zero and
+            that of k2 is the gradient of the KL.
+        kl_coef: factor of the KL term, used when kl is not "none".
+        entropy_coef: adds -entropy_coef * entropy to the loss: above 0 a bonus, below 0 a penalty; its gradient is
+            exact.
+        normalise: the normaliser that `row_weights` computes: "token", "sequence" or "constant".
+        max_length: the longest completion, which "constant" divides by.
+        importance: importance weights that correct for the rollout engine's probabilities, or None.
     """
 
     clip_low: float = 0.2
@@ -103,8 +109,8 @@ class Objective:
 
     # True: `log_ratio` mixes the tokens of a sequence, so the head needs sequence_ids and computes logits twice.
     sequence_level: ClassVar[bool] = False
-    # True: where the advantage is 0 the surrogate and its gradient are 0 whatever the policy says, so that the head may
-    # leave those rows out before any product. False by default: a new objective has to claim it.
+    # True: where the advantage is 0 the surrogate and its gradient are 0 for any policy, so the head may skip such rows
+    # before any product. False by default: a new objective has to state it.
     skips_zero_advantage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -115,22 +121,24 @@ class Objective:
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(f"dual_clip is {self.dual_clip}; expected more than 1 + clip_high = {1 + self.clip_high}")
         if self.normalise == "constant" and not self.max_length:
-            raise ValueError("normalise='constant' divides by max_length; give max_length, the longest answer allowed")
+            raise ValueError("normalise='constant' divides by max_length; give max_length, the longest completion")
 
     @property
     def uses_entropy(self) -> bool:
-        """Whether the loss has a gradient towards the entropy (the head then computes it)."""
+        """Whether the loss depends on the entropy (the head then computes its gradient)."""
         return self.entropy_coef != 0
 
     @property
     def uses_reference(self) -> bool:
+        """Whether the loss needs the reference policy's log-probabilities."""
         return self.kl != "none" and self.kl_coef != 0
 
     def log_ratio(self, logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor | None) -> Tensor:
+        """(m,) log of the ratio of current and old policy, bounded to +-LOG_LIMIT."""
         return _bounded(logprobs - old_logprobs)
 
     def surrogate(self, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """The policy term of each token, (m,) to be minimised."""
+        """The policy term of each token, (m,), which training minimises."""
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = torch.maximum(-advantages * ratio, -advantages * clipped)
         if self.dual_clip is None:
@@ -159,14 +167,16 @@ class Objective:
         """Loss of each token.
 
         Args:
-            logprobs: (m,) of the current policy, differentiable; old_logprobs, ref_logprobs, advantages: (m,) constants
-                (old_logprobs is `logprobs.detach()` on the first update).
+            logprobs: (m,) of the current policy, differentiable.
+            old_logprobs, ref_logprobs, advantages: (m,) constants; old_logprobs is `logprobs.detach()` on the first
+                update.
             entropy: (m,), differentiable when `uses_entropy`.
-            importance: (m,) constant weights or None. sequence_ids: (m,) or None.
+            importance: (m,) constant weights or None.
+            sequence_ids: (m,) or None.
 
         Returns:
-            (m,); the head sums row_weights * loss. A token-level objective must treat every token by itself: the head
-            calls it chunk by chunk.
+            (m,); the head sums row_weights * loss. The loss of a token must not depend on other tokens unless
+            `sequence_level` is True, because the head computes it for one chunk at a time.
         """
         ratio = self.log_ratio(logprobs, old_logprobs, sequence_ids).exp()
         loss = self.surrogate(ratio, logprobs, advantages)
@@ -191,9 +201,10 @@ class Objective:
         """The normaliser of this objective as `row_weights` for the head.
 
         Args:
-            mask: (M,) bool, the answer tokens; sequence_ids: (M,) integers, needed by "sequence".
-            tokens, sequences: answer tokens and answers of the *global* batch (all ranks and micro-steps). None: those
-                of this call; `sequences` is then counted from sequence_ids.
+            mask: (M,) bool, the tokens of completions.
+            sequence_ids: (M,) integers, needed by "sequence".
+            tokens, sequences: completion tokens and completions of the *global* batch (all ranks and micro-steps).
+                None: those of this call; `sequences` is then counted from sequence_ids.
 
         Returns:
             (M,) of `dtype`, 0 outside the mask. Their sum over ranks and micro-steps is 1, except for "constant".
@@ -230,7 +241,7 @@ class DAPO(Objective):
 
 @dataclass(frozen=True)
 class DrGRPO(Objective):
-    """GRPO without the bias of the length, arXiv 2503.20783: sum over tokens / (answers * max_length)."""
+    """GRPO without its length bias, arXiv 2503.20783: sum over tokens / (completions * max_length)."""
 
     normalise: str = "constant"
     max_length: int | None = 2048
@@ -241,8 +252,8 @@ class DrGRPO(Objective):
 class GSPO(Objective):
     """The ratio of a sequence: exp(mean over its tokens of log p - log p_old), arXiv 2507.18071.
 
-    The clip range is the paper's. A token's gradient depends on all tokens of its answer, so the head
-    makes two passes: log-probabilities of all rows first, then logits again with the gradients (8 M H V operations).
+    The clip range is the paper's. A token's gradient depends on all tokens of its completion, so the head makes two
+    passes: the log-probabilities of all rows first, then logits again with the gradients (8 M H V operations).
     """
 
     clip_low: float = 3e-4
@@ -275,7 +286,7 @@ class CISPO(Objective):
 
 @dataclass(frozen=True)
 class SAPO(Objective):
-    """-A * 4/t * sigmoid(t * (ratio - 1)), t by the sign of A, arXiv 2511.20347. Nothing is clipped."""
+    """-A * 4/t * sigmoid(t * (ratio - 1)), arXiv 2511.20347; t depends on the sign of A. Nothing is clipped."""
 
     temperature_positive: float = 1.0
     temperature_negative: float = 1.05
@@ -294,7 +305,7 @@ class SAPO(Objective):
 
 @dataclass(frozen=True)
 class Reinforce(Objective):
-    """-A log p: RLOO and other on-policy gradients (arXiv 2402.14740). The ratio is only measured."""
+    """-A log p: RLOO and other on-policy gradients (arXiv 2402.14740). The ratio enters only the statistics."""
 
     skips_zero_advantage: ClassVar[bool] = True
 

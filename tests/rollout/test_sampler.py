@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 
 from fastvst.rollout import SamplingParams
 from fastvst.rollout.sampler import draw, make_rows, next_tokens, sample, sample_fused, uniform
-from fastvst_kernels.sampling.op import cut_
+from fastvst_kernels.sampling.reference import apply_filters_
 
 CPU = torch.device("cpu")
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -79,7 +79,7 @@ def test_filters_are_those_of_transformers(top_k, top_p, min_p, temperature, see
         expected = expected if warper is None else warper(None, expected)
     rows = rows_of(params, params, vocabulary=50)
     if rows.filtered is not None:
-        cut_(logits, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
+        apply_filters_(logits, rows.top_k[:, None], rows.top_p[:, None], rows.min_p[:, None])
     different = (logits == -torch.inf) != (expected == -torch.inf)
     # Cumulative sums round differently, so one token at the border may differ.
     assert different.sum() <= 1

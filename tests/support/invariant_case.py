@@ -1,4 +1,4 @@
-"""Checks of `fastvst_kernels.invariant.op` for every lane: float64 truths, and one row beside many or alone."""
+"""Checks of `fastvst_kernels.invariant` on any device: against float64, and one row alone against one among many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst_kernels.invariant.op import AttentionTiles, invariant_attention, invariant_mm, make_tiles
+from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
+from fastvst_kernels.invariant.tiles import AttentionTiles, make_tiles
 
 
 def assert_invariant_mm(
@@ -20,9 +21,9 @@ def assert_invariant_mm(
     backend: str = "auto",
     moves: bool = True,
 ) -> None:
-    """Against float64, with transposed factors, with a wide result, and rows beside others than before.
+    """Check against float64, with transposed factors, with a wide result, and rows among other rows than before.
 
-    moves: also check rows that change their place in a tile. Not in Triton's interpreter, whose products are NumPy's.
+    moves: also check rows that change their place in a tile. Not in Triton's interpreter, which multiplies with NumPy.
     """
     torch.manual_seed(rows)
     a = torch.randn(rows, width, device=device).to(dtype)
@@ -53,7 +54,7 @@ def assert_invariant_mm(
 
 @dataclass(frozen=True)
 class InvariantCase:
-    """q (T, Hq, D), k and v (T, Hkv, D) of a packed row; for each sequence its rows and the rows of its prompt."""
+    """q (T, Hq, D), k and v (T, Hkv, D) of one pack; for each sequence the rows of its prompt and its own rows."""
 
     q: Tensor
     k: Tensor
@@ -77,15 +78,15 @@ class InvariantCase:
 def make_case(
     groups: list[tuple[int, list[int]]], heads: tuple[int, int], width: int, dtype: torch.dtype, device: str = "cpu"
 ) -> InvariantCase:
-    """Prompts with answers, as lengths; all of one packed row. Keys and values are views into one tensor."""
+    """One pack of prompts with completions; `groups` are their lengths. Keys and values are views into one tensor."""
     torch.manual_seed(len(groups))
     sequences = []
     at = 0
-    for prompt, answers in groups:
+    for prompt, completions in groups:
         shared = np.arange(at, at + prompt)
         at = at + prompt
         sequences.append((shared[:0], shared))
-        for length in answers:
+        for length in completions:
             sequences.append((shared, np.arange(at, at + length)))
             at += length
     q = torch.randn(at, heads[0], width, device=device).to(dtype)
@@ -94,7 +95,7 @@ def make_case(
 
 
 def assert_attention(case: InvariantCase, found: tuple[Tensor, Tensor]) -> None:
-    """Against softmax in float64; the error of plain PyTorch in the same dtype is the measure (float64: rounding)."""
+    """Against softmax in float64: at most twice the error of plain PyTorch in the same dtype, plus rounding."""
     repeat = case.q.shape[1] // case.k.shape[1]
     exact = []
     plain = []
@@ -119,7 +120,7 @@ def assert_attention(case: InvariantCase, found: tuple[Tensor, Tensor]) -> None:
 
 
 def assert_invariant_attention(case: InvariantCase, backend: str = "auto") -> None:
-    """One query alone, and the last sequences alone, give the bits that the whole row gives."""
+    """The first, middle and last query of each sequence have the same bits alone as in the pack."""
     out, lse = invariant_attention(*case.qkv, case.tiles, case.scale, backend=backend)
     for prompt, own in case.sequences:
         for at in {0, len(own) // 2, len(own) - 1} if len(own) else ():

@@ -1,6 +1,7 @@
 """Sampling by plain formulas in float64: the hash in NumPy's uint32, one row at a time, filters by definition.
 
-A GPU machine may have no transformers; tests/rollout/test_sampler.py compares the filters with transformers' own.
+These checks also run on GPU machines without transformers; tests/rollout/test_sampler.py compares the filters with
+those of transformers.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def make_case(
     filters: bool = False,
     penalty: bool = False,
 ) -> SamplingCase:
-    """Random rows; `mixed`: temperatures 0, 0.5, 1, 2 in turn; filters in every row that is not greedy, five kinds."""
+    """Random rows. mixed: temperatures 0.5, 1, 0, 2 in turn; filters: five kinds, in every row that is not greedy."""
     g = torch.Generator().manual_seed(seed)
     heat = torch.tensor([0.5, 1.0, 0.0, 2.0])[torch.arange(rows) % 4] if mixed else None
     kinds = ((5, 1.0, 0.0), (vocabulary, 0.7, 0.0), (vocabulary, 1.0, 0.1), (40, 0.9, 0.02), (1, 1.0, 0.0))
@@ -97,7 +98,7 @@ def noise(seeds: Tensor, steps: Tensor, vocabulary: int) -> np.ndarray:
 
 
 def _filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The k likeliest, of these the fewest that hold top_p of the mass, of these all above min_p of the best."""
+    """The top_k likeliest tokens; of these the fewest with a mass of top_p; of these all above min_p of the best."""
     order = logits.argsort(descending=True)[:top_k]
     mass = logits[order].softmax(0)
     kept = [i for i in range(len(order)) if mass[:i].sum() < top_p and mass[i] >= min_p * mass[0]]
@@ -106,7 +107,7 @@ def _filtered(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """Tokens, how far each lay above the second (noise included), and full log-probabilities (B, V) of both kinds."""
+    """Tokens (B,), their lead over the second best (B,), noise included, and both kinds of log-probabilities (B, V)."""
 
     tokens: Tensor
     gap: Tensor
@@ -115,7 +116,7 @@ class Expected:
 
 
 def expected(case: SamplingCase) -> Expected:
-    """The answer in float64."""
+    """What `sample_tokens` must return, in float64."""
     raw = case.hidden.double() @ case.weight.double().t()
     shares = []
     scores = []
@@ -142,7 +143,7 @@ def expected(case: SamplingCase) -> Expected:
 
 
 def assert_drawn(case: SamplingCase, found: tuple[Tensor, ...], plain: tuple[Tensor, ...] | None = None) -> None:
-    """The same tokens wherever the gap is above rounding, their log-probabilities within 2x the plain path's error."""
+    """The same tokens where the gap exceeds rounding; at most twice the plain path's error of the log-probabilities."""
     tokens, own, raw = (x.cpu() for x in found)
     want = expected(case)
     rounding = 1e-12 if own.dtype == torch.float64 else 2e-5

@@ -1,27 +1,22 @@
-"""Cross entropy fused with the language-model head: logits never exist outside a chunk of rows."""
+"""Cross entropy fused with the LM head: the logits exist for one chunk of rows at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastvst_kernels.lm_head.autograd import Computed, gradient_in_forward
+from fastvst_kernels.lm_head.checks import check_inputs, check_row_vector
 from fastvst_kernels.lm_head.chunked import (
-    IGNORE,
-    Coefficients,
-    Computed,
-    VocabularyShard,
-    check_inputs,
-    check_row_vector,
     chunk_backward,
     chunk_statistics,
     chunks,
     finish_gradients,
-    gradient_in_forward,
     make_gradients,
     make_head,
     rows_where,
-    wide_dtype,
 )
+from fastvst_kernels.lm_head.types import IGNORE, Coefficients, VocabularyShard, wide_dtype
 
 
 def linear_cross_entropy(
@@ -39,17 +34,18 @@ def linear_cross_entropy(
     """Cross entropy of `hidden @ weight.T` against `targets`, in float32 (float64 for float64 inputs).
 
     Args:
-        hidden: (M, H), weight: (V, H), one floating dtype.
+        hidden: (M, H); weight: (V, H), one floating dtype.
         targets: (M,) integers in 0..V-1; -100 = ignored.
-        row_weights: (M,) float or None. Given: loss = sum(row_weights * loss_of_row), the caller having put the
-            global normaliser into them. None: the mean over rows that are not ignored (0 if there are none).
-        chunk_rows: rows at a time; default 16 MiB of logits on the CPU, 1.25 GiB on CUDA.
+        row_weights: (M,) float or None. Given: loss = sum(row_weights * loss_of_row); the weights contain the global
+            normaliser. None: the mean over the rows that are not ignored (0 if there are none).
+        chunk_rows: rows of one chunk; default 16 MiB of logits on the CPU, 1.25 GiB on CUDA.
         z_loss: adds `z_loss * logsumexp^2` to the loss of each row (arXiv 2204.02311 §5).
-        label_smoothing: the share of the target spread over all V, as in `torch.nn.functional.cross_entropy`.
+        label_smoothing: the share of the target that is spread over all V, as in `torch.nn.functional.cross_entropy`.
         shard: `weight` is one rank's part of the vocabulary.
-        validate: check on CUDA, too, that targets are in range (a synchronisation); always checked on the CPU.
+        validate: check on CUDA, too, that targets are in range (a synchronisation). The CPU always checks.
 
-    Rows with target -100 or weight 0 meet no product. The gradients are made in the forward pass (6 M H V operations).
+    Rows with target -100 or weight 0 skip all products. The gradients are computed in the forward pass (6 M H V
+    operations).
 
     Returns:
         scalar, float32 or float64. Gradients flow to hidden and weight (a frozen one skips its product), not to
@@ -91,7 +87,7 @@ def linear_cross_entropy(
             losses[part] = w * loss
             coefficients = Coefficients(a=a, c=-(1 - label_smoothing) * w, u=u)
             chunk_backward(head, part, rows, buffer, found, coefficients, gradients, as_exp=True)
-        return losses.sum(), finish_gradients(head, gradients), ()
+        return Computed(losses.sum(), finish_gradients(head, gradients))
 
     return gradient_in_forward(hidden, weight, compute)[0]
 

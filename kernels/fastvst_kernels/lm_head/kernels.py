@@ -1,6 +1,6 @@
-"""The two passes over a chunk's logits on a GPU: statistics of each row, and the gradient in place of the logits.
+"""Triton kernels for a chunk's logits: the statistics of each row, and the gradient in place of the logits.
 
-Both are bound by memory (8 FLOP for 4 bytes), so one program takes one row and walks along the vocabulary.
+Both are bound by memory (8 operations for 4 bytes), so one program takes one row and walks along the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,19 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvst_kernels.lm_head.chunked import Coefficients
+from fastvst_kernels.lm_head.types import Coefficients, Statistics
 
-BLOCK = 2048  # logits a program step; 8 warps hold 8 of them in each thread
+BLOCK = 2048  # logits of one step of a program; with 8 warps a thread holds 8 of them
 NUM_WARPS = 8
 
 
 @triton.jit
-def partial_statistics_kernel(LOGITS, TARGETS, OUT, scale, rows, vocabulary, BLOCK: tl.constexpr):
-    """OUT (5, rows): maximum, sum e, sum e * (x - maximum), target's x - maximum, sum x; e = exp(x - maximum)."""
+def partial_statistics_kernel(
+    logits_ptr,
+    targets_ptr,
+    out_ptr,
+    scale,
+    rows,
+    vocabulary,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of one row of scaled logits x. Grid: (rows,).
+
+    logits (rows, vocabulary) float32 contiguous; targets (rows,) int64, -1 = another rank has the target.
+    out (5, rows) float32, with e = exp(x - maximum): maximum, sum e, sum e * (x - maximum), x_target - maximum, sum x.
+    """
     row = tl.program_id(0)
-    base = LOGITS + row.to(tl.int64) * vocabulary
+    base = logits_ptr + row.to(tl.int64) * vocabulary
     column = tl.arange(0, BLOCK)
-    # Every lane keeps its own maximum and sums, so that no step needs a reduction. A finite start avoids -inf - -inf.
+    # Every column keeps its own maximum and sums, so no step needs a reduction. A finite start avoids -inf - -inf.
     top = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)
@@ -42,26 +54,26 @@ def partial_statistics_kernel(LOGITS, TARGETS, OUT, scale, rows, vocabulary, BLO
     maximum = tl.max(top, 0)
     shift = top - maximum
     share = tl.exp(shift)
-    target = tl.load(TARGETS + row)
+    target = tl.load(targets_ptr + row)
     picked = tl.load(base + target, mask=target >= 0, other=0.0) * scale - maximum
-    tl.store(OUT + row, maximum)
-    tl.store(OUT + rows + row, tl.sum(total * share, 0))
-    tl.store(OUT + 2 * rows + row, tl.sum(share * (dot + shift * total), 0))
-    tl.store(OUT + 3 * rows + row, tl.where(target >= 0, picked, float("-inf")))
-    tl.store(OUT + 4 * rows + row, tl.sum(sums, 0))
+    tl.store(out_ptr + row, maximum)
+    tl.store(out_ptr + rows + row, tl.sum(total * share, 0))
+    tl.store(out_ptr + 2 * rows + row, tl.sum(share * (dot + shift * total), 0))
+    tl.store(out_ptr + 3 * rows + row, tl.where(target >= 0, picked, float("-inf")))
+    tl.store(out_ptr + 4 * rows + row, tl.sum(sums, 0))
 
 
 @triton.jit
 def row_gradient_kernel(
-    LOGITS,
-    OUT,
-    TARGETS,
-    OFFSET,
-    ENTROPY,
-    A,
-    B,
-    C,
-    U,
+    logits_ptr,
+    out_ptr,
+    targets_ptr,
+    offset_ptr,
+    entropy_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    u_ptr,
     scale,
     vocabulary,
     out_stride,
@@ -69,40 +81,49 @@ def row_gradient_kernel(
     HAS_U: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """OUT = p * (a + b * (log p + entropy)) + u, + c at the target. OUT may lie in the same bytes as LOGITS.
+    """Gradient of one row of logits: p * (a + b * (log p + entropy)) + u, + c at the target. Grid: (rows,).
 
-    With 16-bit OUT of stride 2 * vocabulary, block j is written where block j // 2 was read: the barrier makes sure
-    that every warp has read before any writes.
+    logits (rows, vocabulary) float32 contiguous; log p = logit * scale + offset; all other inputs (rows,).
+    out (rows, vocabulary) with rows `out_stride` apart, which may lie in the same bytes as the logits: with 16-bit
+    values and a stride of 2 * vocabulary, block j is written where block j // 2 was read. The barrier makes sure that
+    every warp has read its logits before any warp writes.
     """
     row = tl.program_id(0)
-    base = LOGITS + row.to(tl.int64) * vocabulary
-    out = OUT + row.to(tl.int64) * out_stride
+    base = logits_ptr + row.to(tl.int64) * vocabulary
+    out = out_ptr + row.to(tl.int64) * out_stride
     column = tl.arange(0, BLOCK)
-    offset = tl.load(OFFSET + row)
-    a = tl.load(A + row)
-    c = tl.load(C + row)
-    target = tl.load(TARGETS + row)
+    offset = tl.load(offset_ptr + row)
+    a = tl.load(a_ptr + row)
+    c = tl.load(c_ptr + row)
+    target = tl.load(targets_ptr + row)
     for start in range(0, vocabulary, BLOCK):
         seen = start + column < vocabulary
         log_p = tl.load(base + start + column, mask=seen, other=0.0) * scale + offset
         tl.debug_barrier()
         if HAS_B:
-            d = tl.exp(log_p) * (a + tl.load(B + row) * (log_p + tl.load(ENTROPY + row)))
+            d = tl.exp(log_p) * (a + tl.load(b_ptr + row) * (log_p + tl.load(entropy_ptr + row)))
         else:
             d = tl.exp(log_p) * a
         if HAS_U:
-            d += tl.load(U + row)
+            d += tl.load(u_ptr + row)
         d += tl.where(start + column == target, c, 0.0)
-        tl.store(out + start + column, d.to(OUT.dtype.element_ty), mask=seen)
+        tl.store(out + start + column, d.to(out_ptr.dtype.element_ty), mask=seen)
 
 
 def partial_statistics(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """(5, m) float32 of logits (m, V) float32 contiguous and targets (m,) int64, -1 = not here."""
+    """(5, m) float32 of logits (m, V) float32 contiguous and targets (m,) int64; -1 = another rank has the target."""
     rows, vocabulary = logits.shape
     out = logits.new_empty(5, rows)
     if rows:
         partial_statistics_kernel[(rows,)](
-            logits, targets, out, scale, rows, vocabulary, BLOCK=BLOCK, num_warps=NUM_WARPS
+            logits,
+            targets,
+            out,
+            scale,
+            rows,
+            vocabulary,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )
     return out
 
@@ -110,8 +131,7 @@ def partial_statistics(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 def row_gradient_(
     logits: Tensor,
     targets: Tensor,
-    offset: Tensor,
-    entropy: Tensor,
+    found: Statistics,
     coefficients: Coefficients,
     scale: float,
     dtype: torch.dtype,
@@ -119,7 +139,7 @@ def row_gradient_(
     """Overwrite logits (m, V) float32 contiguous with their gradient in `dtype`, the operand of the backward products.
 
     Returns:
-        (m, V) of `dtype`: the same memory, each row of a 16-bit gradient filling the first half of its logits' bytes.
+        (m, V) of `dtype` in the same memory: a row of a 16-bit gradient fills the first half of its logits' bytes.
     """
     rows, vocabulary = logits.shape
     out = logits if dtype == torch.float32 else logits.view(dtype)[:, :vocabulary]
@@ -129,8 +149,8 @@ def row_gradient_(
             logits,
             out,
             targets,
-            offset.contiguous(),
-            entropy.contiguous(),
+            found.offset.contiguous(),
+            found.entropy.contiguous(),
             coefficients.a,
             b,
             coefficients.c,

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of the language-model head, for any loss that somebody writes in plain PyTorch."""
+"""Log-probabilities and entropies of the LM head, for losses written in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastvst_kernels.lm_head.checks import check_inputs
 from fastvst_kernels.lm_head.chunked import (
-    IGNORE,
-    Coefficients,
-    Head,
-    VocabularyShard,
-    check_inputs,
+    buffer_scale,
     chunk_backward,
     chunk_statistics,
     chunks,
@@ -20,8 +17,8 @@ from fastvst_kernels.lm_head.chunked import (
     make_gradients,
     make_head,
     rows_where,
-    wide_dtype,
 )
+from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Head, VocabularyShard, wide_dtype
 
 
 def linear_logprobs(
@@ -38,15 +35,16 @@ def linear_logprobs(
     """Log-probability of each target under `softmax(hidden @ weight.T / temperature)`, and the entropy.
 
     Args:
-        hidden: (M, H); weight: (V, H), one floating dtype. targets: (M,) integers, -100 = ignored (both results are 0).
+        hidden: (M, H); weight: (V, H), one floating dtype.
+        targets: (M,) integers, -100 = ignored (both results are 0).
         temperature: > 0.
-        top_entropy: the entropy over the `top_entropy` most likely tokens, renormalised, instead of over all V; not
-            with a shard.
+        top_entropy: compute the entropy over the `top_entropy` most likely tokens, renormalised, instead of over all V;
+            not with a shard.
         chunk_rows, shard, validate: as in `linear_policy_loss`.
 
     Returns:
-        logprobs (M,), entropy (M,): float32 (float64 for float64 inputs), both differentiable. Ignored rows meet no
-        product. Backward computes the chunk's logits again: 8 M H V operations in all.
+        logprobs (M,), entropy (M,): float32 (float64 for float64 inputs), both differentiable. Ignored rows skip all
+        products. Backward computes a chunk's logits again: 8 M H V operations in all.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, temperature <= 0, targets out of range.
@@ -55,7 +53,7 @@ def linear_logprobs(
         hidden, weight, targets, temperature=temperature, chunk_rows=chunk_rows, shard=shard, validate=validate
     )
     if top_entropy is not None and shard is not None:
-        raise ValueError("top_entropy needs the whole vocabulary; it does not work with a shard")
+        raise ValueError("top_entropy needs the whole vocabulary; expected shard=None")
     if top_entropy is not None and not 1 <= top_entropy <= weight.shape[0]:
         raise ValueError(f"top_entropy is {top_entropy}; expected None or 1..{weight.shape[0]}")
     index = rows_where(targets != IGNORE)
@@ -92,7 +90,7 @@ class _LinearLogprobs(torch.autograd.Function):
             _, found = chunk_statistics(head, part, buffer)
             place = part if head.index is None else head.index[part]
             logprobs[place] = found.logprob
-            entropy[place] = found.entropy if top is None else _top_entropy(buffer, top, head.scale)[2]
+            entropy[place] = found.entropy if top is None else _top_entropy(buffer, top, buffer_scale(head, buffer))[2]
         return logprobs, entropy
 
     @staticmethod
@@ -106,7 +104,7 @@ class _LinearLogprobs(torch.autograd.Function):
             g = grad_logprobs[place]
             e = grad_entropy[place]
             coefficients = Coefficients(a=-g, c=g, b=-e if top is None else None)
-            extra = None if top is None else _top_entropy_gradient(buffer, top, head.scale, e)
+            extra = None if top is None else _top_entropy_gradient(head, buffer, top, e)
             chunk_backward(head, part, rows, buffer, found, coefficients, gradients, extra=extra)
         hidden, weight = finish_gradients(head, gradients)
         return hidden, None if weight is None else weight.to(head.weight.dtype), None, None
@@ -115,15 +113,17 @@ class _LinearLogprobs(torch.autograd.Function):
 def _top_entropy(buffer: Tensor, top: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (m, top), their renormalised log-probabilities, and the entropy (m,), from a chunk's buffer."""
     values, tokens = buffer.topk(top, dim=1)
-    # A CUDA buffer holds the logits before the temperature; on the CPU they are scaled already.
-    logprobs = torch.log_softmax(values * (scale if buffer.is_cuda else 1), dim=1)
+    logprobs = torch.log_softmax(values * scale, dim=1)
     return tokens, logprobs, -(logprobs.exp() * logprobs).sum(1)
 
 
-def _top_entropy_gradient(buffer: Tensor, top: int, scale: float, grad: Tensor) -> Callable[[Tensor], None]:
-    """Adds grad * d entropy / d logit to the gradient of the logits; reads the buffer now, before it is overwritten."""
-    tokens, logprobs, entropy = _top_entropy(buffer, top, scale)
-    values = (-grad * scale)[:, None] * logprobs.exp() * (logprobs + entropy[:, None])
+def _top_entropy_gradient(head: Head, buffer: Tensor, top: int, grad: Tensor) -> Callable[[Tensor], None]:
+    """A function that adds grad * d entropy / d logit to the gradient of the logits.
+
+    The buffer is read now, before the gradient overwrites it.
+    """
+    tokens, logprobs, entropy = _top_entropy(buffer, top, buffer_scale(head, buffer))
+    values = (-grad * head.scale)[:, None] * logprobs.exp() * (logprobs + entropy[:, None])
 
     def add(d: Tensor) -> None:
         d.scatter_add_(1, tokens, values.to(d.dtype))

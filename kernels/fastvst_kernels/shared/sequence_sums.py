@@ -1,4 +1,4 @@
-"""Sums over the rows of a sequence, bitwise equal from run to run on any device."""
+"""Sums over the rows of a sequence, with the same bits in every run on any device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sequence_mean(values: Tensor, sequence_ids: Tensor) -> Tensor:
 def dense_ids(sequence_ids: Tensor) -> Tensor:
     """(M,) int64 in 0..M-1 that name the same sequences as any integers (M,), in their order.
 
-    As `torch.unique(..., return_inverse=True)`, which waits for the device to learn how many they are.
+    `torch.unique(..., return_inverse=True)` gives the same, but waits for the device to learn their number.
     """
     ordered, order = sequence_ids.sort()
     begins = torch.ones_like(order)
@@ -35,7 +35,7 @@ def dense_ids(sequence_ids: Tensor) -> Tensor:
 
 
 class _SequenceSum(torch.autograd.Function):
-    """The map is symmetric (row i takes row j's value exactly if j takes i's), so it is its own transpose."""
+    """The map is symmetric (row i contains row j's value exactly if j contains i's), so it is its own transpose."""
 
     @staticmethod
     def forward(ctx, values: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ class _SequenceSum(torch.autograd.Function):
 
 
 def _total(values: Tensor, sequence_ids: Tensor) -> Tensor:
-    # There are at most as many sequences as rows: no host needs to know how many. CUDA's index_add uses atomics in any
-    # order, its accumulating index_put sorts; on the CPU it is the other way round for more than one thread.
+    # There are at most as many sequences as rows, so the host need not know their number. Deterministic sums: on CUDA
+    # index_put sorts while index_add uses atomics; on the CPU with several threads only index_add is deterministic.
     totals = torch.zeros_like(values)
     if values.is_cuda:
         totals.index_put_((sequence_ids,), values, accumulate=True)

@@ -1,4 +1,4 @@
-"""The batch-invariant kernels compiled for GPUs that are not there: no spills, fits, tensor cores, no creep."""
+"""The batch-invariant kernels compiled without a GPU: no spills, fits, tensor cores, no more registers than before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvst_kernels.invariant.kernels import (
     invariant_mm_kernel,
     mm_settings,
 )
-from fastvst_kernels.invariant.op import KEYS, ROWS
+from fastvst_kernels.invariant.tiles import KEYS, ROWS
 from fastvst_kernels.shared.tile_tables import most_registers
 from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
@@ -22,10 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def compile_mm(arch: int, dtype: str, result: str) -> Compiled:
-    """x @ weight.T: both factors with dense rows, as a linear layer's."""
+    """x @ weight.T with dense rows of both factors, as in a linear layer."""
     block_m, block_n, block_k, warps, stages = mm_settings(DTYPES[dtype])
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "stride_ak": 1, "stride_bk": 1}
-    known = {"A": f"*{dtype}", "B": f"*{dtype}", "OUT": f"*{result}"}
+    known = {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "out_ptr": f"*{result}"}
     types = {n: known.get(n, "i32") for n in invariant_mm_kernel.arg_names if n not in constants}
     return compile_kernel(
         invariant_mm_kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages, unaligned=("rows",)
@@ -35,8 +35,9 @@ def compile_mm(arch: int, dtype: str, result: str) -> Compiled:
 def compile_attention(arch: int, dtype: str, width: int) -> Compiled:
     warps, stages = attention_settings(width, DTYPES[dtype])
     constants = {"D": triton.next_power_of_2(width), "ROWS": ROWS, "KEYS": KEYS}
-    known = dict.fromkeys("QKV", f"*{dtype}") | {"OUT": f"*{dtype}", "LSE": "*fp32", "qk_scale": "fp32"}
-    known |= dict.fromkeys(("QUERIES", "PLACES", "KEY_ROWS", "COUNTS", "STARTS"), "*i64")
+    known = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+    known |= {"lse_ptr": "*fp32", "qk_scale": "fp32"}
+    known |= dict.fromkeys(("queries_ptr", "places_ptr", "key_rows_ptr", "counts_ptr", "starts_ptr"), "*i64")
     types = {n: known.get(n, "i32") for n in invariant_attention_kernel.arg_names if n not in constants}
     return compile_kernel(
         invariant_attention_kernel,
@@ -59,15 +60,8 @@ def _jobs():
         for dtype, result in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
             yield f"sm_{arch} mm {dtype} to {result}", {"kind": "mm", "arch": arch, "dtype": dtype, "result": result}
         for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)):
-            yield (
-                f"sm_{arch} attention {dtype} {width}",
-                {
-                    "kind": "attention",
-                    "arch": arch,
-                    "dtype": dtype,
-                    "width": width,
-                },
-            )
+            name = f"sm_{arch} attention {dtype} {width}"
+            yield name, {"kind": "attention", "arch": arch, "dtype": dtype, "width": width}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The loss head's kernels compiled for GPUs that are not there: no spills, and registers that do not creep up."""
+"""The LM head's kernels compiled without a GPU: no spills, and no more registers than before."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 def compile_one(arch: int, out: str | None) -> Compiled:
     options: dict[str, Any] = {"arch": arch, "num_warps": NUM_WARPS, "num_stages": 3}
-    types = {"LOGITS": "*fp32", "TARGETS": "*i64", "scale": "fp32", "vocabulary": "i32"}
+    types = {"logits_ptr": "*fp32", "targets_ptr": "*i64", "scale": "fp32", "vocabulary": "i32"}
     if out is None:
         return compile_kernel(
-            partial_statistics_kernel, types | {"OUT": "*fp32", "rows": "i32"}, {"BLOCK": BLOCK}, **options
+            partial_statistics_kernel, types | {"out_ptr": "*fp32", "rows": "i32"}, {"BLOCK": BLOCK}, **options
         )
-    vectors = dict.fromkeys(("OFFSET", "ENTROPY", "A", "B", "C", "U"), "*fp32")
+    vectors = dict.fromkeys(("offset_ptr", "entropy_ptr", "a_ptr", "b_ptr", "c_ptr", "u_ptr"), "*fp32")
     constants = {"HAS_B": True, "HAS_U": True, "BLOCK": BLOCK}
-    types |= vectors | {"OUT": out, "out_stride": "i32"}
+    types |= vectors | {"out_ptr": out, "out_stride": "i32"}
     return compile_kernel(row_gradient_kernel, types, constants, **options)
 
 
@@ -41,5 +41,5 @@ def test_no_spills_and_fits(compiled: dict[str, Compiled]) -> None:
 
 
 def test_registers_do_not_rise(compiled: dict[str, Compiled]) -> None:
-    risen = compare_and_write("loss_head.json", compiled, triton.__version__)
+    risen = compare_and_write("lm_head.json", compiled, triton.__version__)
     assert not risen, "\n".join(risen)

@@ -1,4 +1,4 @@
-"""The sampling kernels compiled for GPUs that are not there: no spills, fits, tensor cores, and nothing creeps up."""
+"""The sampling kernels compiled without a GPU: no spills, fits, tensor cores, and no more registers than before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import triton
 
 from aot_report import clean, compare_and_write, compile_all
-from fastvst_kernels.sampling import kernels as sampling_triton
+from fastvst_kernels.sampling.filters import BLOCK, FILTER_WARPS, filter_kernel
+from fastvst_kernels.sampling.kernels import MERGE_WARPS, merge_kernel, settings, tile_kernel
 from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 ARCHS = (80, 90, 100, 120)
@@ -19,40 +20,41 @@ SHORT = "*i32"
 FLOATS = "*fp32"
 BYTES = "*u8"
 TYPES = {
-    "SEEDS": LONG,
-    "STEPS": LONG,
-    "FORBIDDEN": LONG,
-    "FILTERED": LONG,
-    "TOP_K": LONG,
-    "TOKENS": LONG,
-    "SLOTS": SHORT,
-    "INDEX": SHORT,
-    "TEMPERATURE": FLOATS,
-    "FACTOR": FLOATS,
-    "LOGITS": FLOATS,
-    "PARTS": FLOATS,
-    "OWN": FLOATS,
-    "RAW": FLOATS,
-    "LSE": FLOATS,
-    "TOP_P": FLOATS,
-    "MIN_P": FLOATS,
-    "SEEN": BYTES,
+    "seeds_ptr": LONG,
+    "steps_ptr": LONG,
+    "forbidden_ptr": LONG,
+    "filtered_ptr": LONG,
+    "top_k_ptr": LONG,
+    "tokens_ptr": LONG,
+    "slots_ptr": SHORT,
+    "index_ptr": SHORT,
+    "temperature_ptr": FLOATS,
+    "penalty_ptr": FLOATS,
+    "logits_ptr": FLOATS,
+    "parts_ptr": FLOATS,
+    "own_ptr": FLOATS,
+    "raw_ptr": FLOATS,
+    "lse_ptr": FLOATS,
+    "top_p_ptr": FLOATS,
+    "min_p_ptr": FLOATS,
+    "seen_ptr": BYTES,
 }
+KERNELS = {"tile": tile_kernel, "merge": merge_kernel, "filter": filter_kernel}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compile_one(arch: int, kind: str, dtype: str, full: bool) -> Compiled:
     """`full`: with temperature, penalty and filters; else without."""
-    block_m, block_n, block_k, warps, stages = sampling_triton.settings(DTYPES[dtype])
-    kernel = getattr(sampling_triton, f"{kind}_kernel")
+    block_m, block_n, block_k, warps, stages = settings(DTYPES[dtype])
+    kernel = KERNELS[kind]
     values: dict[str, Any] = {"BANNED": 2, "TEMPERED": full, "PENALTY": full, "STORE": full, "MASK_WIDTH": False}
-    values |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK": sampling_triton.BLOCK}
+    values |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK": BLOCK}
     values["P"] = triton.next_power_of_2(-(-152_064 // block_n))
     constants = {name: value for name, value in values.items() if name in kernel.arg_names}
-    known = TYPES | {"HIDDEN": f"*{dtype}", "WEIGHT": f"*{dtype}"}
+    known = TYPES | {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}"}
     types = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constants}
     if kind != "tile":
-        warps = {"merge": sampling_triton.MERGE_WARPS, "filter": sampling_triton.FILTER_WARPS}[kind]
+        warps = {"merge": MERGE_WARPS, "filter": FILTER_WARPS}[kind]
         stages = 3
     return compile_kernel(kernel, types, constants, arch=arch, num_warps=warps, num_stages=stages, unaligned=UNALIGNED)
 

@@ -1,11 +1,16 @@
-"""Products and attention that do not depend on what is beside a row: equal bits, and right against float64."""
+"""Batch-invariant products and attention: a row has the same bits in any batch, and is close to float64."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
-from fastvst_kernels.invariant.op import ROWS, invariant_attention, invariant_mm, invariant_mm_op, make_tiles
+from fastvst_kernels.invariant import tiles
+from fastvst_kernels.invariant.op import invariant_attention, invariant_mm, invariant_mm_op
+from fastvst_kernels.invariant.tiles import ROWS, make_tiles
 from invariant_case import assert_attention, assert_invariant_attention, assert_invariant_mm, make_case
 
 
@@ -15,8 +20,8 @@ def test_products(shape, dtype):
     assert_invariant_mm(*shape, dtype)
 
 
-def test_a_plain_product_does_depend_on_the_rows_beside():
-    """What the module is for: here this library's own product of one row differs from the same row among many."""
+def test_a_plain_product_depends_on_the_other_rows():
+    """Why the module exists: torch's product of a row alone and among others has different bits."""
     torch.manual_seed(0)
     a = torch.randn(256, 1000)
     b = torch.randn(1000, 300)
@@ -47,8 +52,25 @@ def test_attention(heads, width, dtype):
 
 
 def test_tiles_without_queries():
-    tiles = make_tiles([])
-    assert tiles.queries.shape == (0, ROWS) and tiles.blocks == (0,)
+    empty = make_tiles([])
+    assert empty.queries.shape == (0, ROWS) and empty.blocks == (0,)
     q = torch.zeros(0, 2, 16)
-    out, lse = invariant_attention(q, q, q, tiles, 1.0)
+    out, lse = invariant_attention(q, q, q, empty, 1.0)
     assert out.shape == q.shape and lse.shape == (0, 2)
+
+
+def test_tiles_of_tensors_lists_and_arrays_are_equal():
+    rows = torch.tensor([4, 1, 7])
+    keys = torch.arange(20, 39)
+    wanted = make_tiles([(rows, 16, keys)])
+    for convert in (Tensor.tolist, Tensor.numpy):
+        found = make_tiles([(convert(rows), 16, convert(keys))])
+        assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("queries", "places", "keys"))
+    assert wanted.queries.tolist() == [[4, 1, 7] + [-1] * 13] and wanted.places[0, 0] == 16
+    assert wanted.keys.tolist() == [list(range(20, 39)) + [-1] * 45]
+
+
+def test_no_module_imports_numpy():
+    """The package requires torch only, and torch does not bring numpy."""
+    for path in Path(tiles.__file__).parent.glob("*.py"):
+        assert "import numpy" not in path.read_text(), path

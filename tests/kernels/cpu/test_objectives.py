@@ -1,4 +1,4 @@
-"""Objectives against the formulas that TRL publishes, written out on its padded (answers, tokens) layout in float64.
+"""Objectives against TRL's formulas, written out on its padded (completions, tokens) layout in float64.
 
 Source of `trl_loss`: huggingface/trl, trl/trainer/grpo_trainer.py, GRPOTrainer._compute_loss (1.x): the ratio by
 `importance_sampling_level`, the surrogate by `loss_type`, the KL with `beta`, and the normalisation by `loss_type`.
@@ -35,7 +35,7 @@ LONGEST = 16
 
 @dataclass
 class Problem:
-    """Padded as TRL has it: (answers, tokens), right-padded, and the mask that leads to packed rows."""
+    """TRL's layout (completions, tokens), padded on the right, with the mask of the packed rows."""
 
     hidden: Tensor
     weight: Tensor
@@ -131,7 +131,7 @@ def trl_loss(
         return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
     if loss_type == "dr_grpo":
         return (per_token * mask).sum() / (mask.shape[0] * LONGEST)
-    return (per_token * mask).sum() / mask.sum()  # dapo, cispo: over the tokens of the global batch
+    return (per_token * mask).sum() / mask.sum()  # dapo, cispo: mean over the tokens of the global batch
 
 
 CASES = {
@@ -162,11 +162,12 @@ def assert_same(problem: Problem, ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_trl(name: str, seed: int) -> None:
     objective, arguments = CASES[name]
-    problem = make_problem(seed, spread=1e-3 if name == "gspo" else 0.4)  # near GSPO's narrow range, on both sides
+    spread = 1e-3 if name == "gspo" else 0.4  # some sequences inside and some outside of GSPO's narrow range
+    problem = make_problem(seed, spread=spread)
     assert_same(problem, problem.packed(objective)[0], trl_loss(problem, **arguments))
 
 
-def test_gspo_of_padded_layout_with_every_ratio_clipped_has_no_gradient() -> None:
+def test_gspo_with_every_ratio_clipped_has_no_gradient() -> None:
     problem = make_problem(0)
     log_ratio = ((problem.logprobs()[0] - problem.old) * problem.mask).sum(-1)
     problem.advantages = torch.where(log_ratio > 0, 1.0, -1.0).double()
@@ -192,7 +193,7 @@ def test_sampler_weights_equal_trl(level: str, mode: str) -> None:
     keep = problem.mask.bool()
     ours, stats = problem.packed(objective, sampler_logprobs=problem.sampler[keep])
     assert_same(problem, ours, trl_loss(problem, "dapo", low=0.2, high=0.28, sampler_weights=weights))
-    assert stats["rows_computed"] < keep.sum()  # masked and zero-advantage rows met no product
+    assert stats["rows_computed"] < keep.sum()  # masked and zero-advantage rows skip the products
 
 
 def test_geometric_level_is_the_mean_of_the_sequence() -> None:
@@ -215,7 +216,7 @@ def test_a_sampler_without_logprob_counts_as_no_difference() -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
-def test_on_policy_importance_is_taken_to_the_current_policy(level: str) -> None:
+def test_importance_without_old_logprobs_uses_the_current_policy(level: str) -> None:
     problem = make_problem(4)
     keep = problem.mask.bool()
     objective = DAPO(importance=Importance(level, "truncate", high=1.2))
@@ -229,7 +230,7 @@ def test_on_policy_importance_is_taken_to_the_current_policy(level: str) -> None
 
 @pytest.mark.parametrize("objective", [GRPO(), DAPO(), DrGRPO(), CISPO(), SAPO(), GSPO(), Reinforce()])
 def test_first_update_is_the_advantage_weighted_likelihood(objective: Objective) -> None:
-    """With ratio 1 every objective's gradient is that of -sum w A log p."""
+    """With ratio 1 the gradient of every objective is that of -sum w A log p."""
     problem = make_problem(5)
     keep = problem.mask.bool()
     loss, stats = problem.packed(objective, old_logprobs=None)
@@ -243,7 +244,7 @@ def test_first_update_is_the_advantage_weighted_likelihood(objective: Objective)
 
 
 def test_dual_clip_equals_its_paper() -> None:
-    """arXiv 1912.09729 eq. 5: max(min(r A, clip(r) A), c A) for A < 0, to be maximised."""
+    """arXiv 1912.09729 eq. 5: maximise max(min(r A, clip(r) A), c A) for A < 0."""
     ratio = torch.linspace(0.01, 6, 400, dtype=torch.float64)
     objective = GRPO(dual_clip=3.0)
     for advantage in (-1.3, 0.7):
@@ -257,7 +258,7 @@ def test_dual_clip_equals_its_paper() -> None:
 
 
 def test_kl_estimates_have_the_expectation_of_the_kl() -> None:
-    """Exact expectation over a small vocabulary: k1 and k3 are unbiased, k2's gradient is the KL's gradient."""
+    """Exact expectation over a small vocabulary: k1 and k3 are unbiased; the gradient of k2 is that of the KL."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(7, generator=g, dtype=torch.float64, requires_grad=True)
     p = torch.log_softmax(logits, 0)
@@ -286,13 +287,13 @@ def test_kl_and_entropy_terms(kind: str, formula: object, entropy_coef: float) -
     ours, stats = problem.packed(DAPO(kl=kind, kl_coef=0.07, entropy_coef=entropy_coef))
     assert_same(problem, ours, expected)
     keep = problem.mask.bool()
-    assert stats["rows_computed"] == keep.sum()  # KL and entropy reach rows of zero advantage, too
+    assert stats["rows_computed"] == keep.sum()  # KL and entropy terms also apply to rows of advantage 0
     torch.testing.assert_close(stats["entropy"], entropy[keep].mean().detach())
     torch.testing.assert_close(stats["kl_ref_k1"], (logprobs - problem.ref)[keep].mean().detach())
 
 
 def test_row_weights_under_accumulation() -> None:
-    """Weights of two micro-steps with global counts are those of one batch."""
+    """The weights of two micro-steps with global counts equal those of one batch."""
     ids = torch.tensor([3, 3, 3, 8, 8, 5, 5, 5, 5])
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1]).bool()
     for objective in (GRPO(), DAPO(), DrGRPO(max_length=10)):
@@ -305,7 +306,7 @@ def test_row_weights_under_accumulation() -> None:
 
 @dataclass(frozen=True)
 class Tempered(Objective):
-    """The example of the module's documentation."""
+    """The example of the module's docstring."""
 
     power: float = 0.5
 

@@ -1,4 +1,4 @@
-"""Drawing tokens by the plain path: frequencies, the noise, filters and refusals; the kernels have their own lane."""
+"""Sampling by the plain path: frequencies, noise, filters and refused input. The kernels have tests of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastvst_kernels import sample_tokens
-from fastvst_kernels.sampling.op import gumbel, sample_tokens_op
+from fastvst_kernels.sampling.op import sample_tokens_op
+from fastvst_kernels.sampling.reference import gumbel
 from sampling_oracle import assert_drawn, expected, make_case, noise
 
 
@@ -39,7 +40,7 @@ def test_frequencies_are_the_probabilities(step):
     assert chi2 < (words - 1) + 4 * (2 * (words - 1)) ** 0.5
 
 
-def test_noise_of_neighbours_is_unrelated():
+def test_noise_of_neighbouring_seeds_steps_and_tokens_is_uncorrelated():
     seeds = torch.arange(64).repeat(8)
     steps = torch.arange(8).repeat_interleave(64)
     x = gumbel(seeds, steps, 512, torch.float64)
@@ -52,7 +53,7 @@ def test_noise_of_neighbours_is_unrelated():
     assert not torch.equal(high[0], high[1]), "all 64 bits of a seed count"
 
 
-def test_a_row_draws_the_same_whatever_is_beside_it():
+def test_a_row_draws_the_same_token_alone_and_in_a_batch():
     case = make_case(20, 500, mixed=True, filters=True)
     together = run(case)
     for row in range(20):

@@ -1,4 +1,4 @@
-"""The batch-invariant kernels on a GPU, and the engine's bitwise mode on them. Not run yet: no GPU was at hand."""
+"""The batch-invariant kernels on a GPU, alone and in the rollout engine's bitwise mode."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_the_engine_and_the_trainer_agree_to_the_last_bit(shared, dtype):
         trained = teacher_forced(model, samples, rollouts, shared=shared)
     assert mismatch(trained.cpu(), sampled).max == 0.0
     alone = engine.generate(samples[1:2], params)
-    assert [r.tokens for r in alone[0]] == [r.tokens for r in rollouts[1]], "whatever else is in the batch"
+    assert [r.tokens for r in alone[0]] == [r.tokens for r in rollouts[1]], "the same tokens in any batch"

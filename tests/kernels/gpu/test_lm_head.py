@@ -1,4 +1,4 @@
-"""The loss head on a GPU: against float64 at real vocabularies, bitwise repeatable, memory bounded at any M."""
+"""The LM head on a GPU: against float64 at real vocabularies, bitwise repeatable, memory bounded for any M."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def inputs(rows: int, width: int, words: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight in float64 and targets, on the GPU; values are multiples that bf16 holds exactly."""
+    """hidden, weight in float64 and targets, on the GPU; bfloat16 represents all values exactly."""
     g = torch.Generator("cuda").manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g, device="cuda").bfloat16().double()
     weight = (torch.randn(words, width, generator=g, device="cuda") / width**0.5).bfloat16().double()
@@ -85,7 +85,7 @@ def test_policy_loss(objective: Objective, dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs(200, 64, 152_064)
     g = torch.Generator("cuda").manual_seed(1)
     now = linear_logprobs_reference(hidden, weight, targets, temperature=0.9)[0]
-    # Far from every clipping border, so that rounding decides no branch: ratios near 1 or well outside.
+    # Ratios near 1 or far outside of the clip range, so that rounding decides no branch.
     jumps = torch.tensor([-1.0, 0.0, 1.0], device="cuda", dtype=torch.float64)
     rows = {"old_logprobs": now + jumps[torch.randint(3, (200,), generator=g, device="cuda")]}
     rows |= {"ref_logprobs": now + 0.1, "advantages": torch.randn(200, generator=g, device="cuda").double()}
@@ -125,7 +125,7 @@ def test_huge_logits_give_no_nan(size: float) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:
-    """The logits' buffer is 1.25 GiB at any M; what is added is the weight's gradient in float32 and bfloat16."""
+    """The logits' buffer is 1.25 GiB for any M; the gradients, which do grow, are subtracted."""
     extra = []
     for rows in (4096, 16_384):
         hidden, weight, targets = inputs(rows, 512, 152_064)

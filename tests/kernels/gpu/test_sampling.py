@@ -1,4 +1,4 @@
-"""The sampling kernels and the engine's use of them on a GPU. Not run yet: no GPU was at hand."""
+"""The sampling kernels on a GPU, alone and in the rollout engine."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_frequencies_are_the_probabilities(filtered):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_the_engine_draws_the_same_tokens_in_any_company():
-    """In bitwise numerics; else the products' rounding depends on the batch, and now and then a token with it."""
+def test_the_engine_draws_the_same_tokens_in_any_batch():
+    """With numerics="bitwise". Otherwise rounding depends on the batch, and sometimes a token does."""
     from bench.gpu.rollout import text_prompt
     from fastvst.model import ModelConfig, Qwen25VL
     from fastvst.rollout import Engine, SamplingParams

@@ -1,4 +1,4 @@
-"""The batch-invariant kernels in Triton's interpreter: right, and the same bits whatever is beside a row."""
+"""The batch-invariant kernels in Triton's interpreter: close to float64, and equal bits of a row in any batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss head's two kernels, alone and under every loss, in Triton's interpreter against float64."""
+"""The LM head's two kernels in Triton's interpreter, alone and in every loss, against float64."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvst_kernels.lm_head import chunked as loss_head
-from fastvst_kernels.lm_head.chunked import Coefficients, combine, partial_statistics_, row_gradient_plain_
+from fastvst_kernels.lm_head import chunked
+from fastvst_kernels.lm_head.chunked import combine, partial_statistics_, row_gradient_plain_
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.lm_head.kernels import BLOCK, partial_statistics, row_gradient_
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
+from fastvst_kernels.lm_head.types import Coefficients
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in lanes that are masked
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in masked entries
 
 
 @pytest.mark.parametrize("words", [1, 5, BLOCK, BLOCK + 1, 5003])
@@ -29,19 +30,19 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
     want = partial_statistics_(wide, targets, scale, False)
     got = partial_statistics(logits, targets, scale)
     size = abs(shift) + spread
-    rtol = 2e-6 + 2e-7 * size  # a logit of 1e4 is rounded by 5e-4 when the temperature divides it
+    rtol = 2e-6 + 2e-7 * size  # dividing a logit of 1e4 by the temperature rounds it by 5e-4
     for name, a, b in zip(("maximum", "total", "dot", "target", "sum"), got, want, strict=True):
         atol = size * (1e-6 if name != "sum" else 1e-4)
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, msg=name)
-    exact = combine(want[None], words)
-    found = combine(got[None], words)
+    exact = combine(want[None], words, subtracted=want[0])
+    found = combine(got[None], words, subtracted=torch.zeros(5))
     coefficients = Coefficients(*torch.randn(2, 5, generator=g), *torch.randn(2, 5, generator=g))
     double = Coefficients(*(x.double() for x in (coefficients.a, coefficients.c, coefficients.b, coefficients.u)))
-    expected = row_gradient_plain_(wide, targets, want[0] - exact.lse, exact.entropy, double, False)
+    expected = row_gradient_plain_(wide, targets, exact, double, False)
     # log p = logit * scale - lse carries the rounding of both: 6e-8 of the largest logit.
     tolerance = 2e-6 * max(1.0, size)
     for dtype, more in ((torch.float32, 0), (torch.bfloat16, 2**-8 * float(expected.abs().max()))):
-        made = row_gradient_(logits.clone(), targets, -found.lse, found.entropy, coefficients, scale, dtype)
+        made = row_gradient_(logits.clone(), targets, found, coefficients, scale, dtype)
         assert made.dtype == dtype and made.shape == (5, words)
         torch.testing.assert_close(made.double(), expected, rtol=0, atol=tolerance + more)
 
@@ -74,12 +75,13 @@ def test_policy_loss(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> N
         return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
     want = run(torch.float64)
-    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    monkeypatch.setattr(chunked, "runs_kernel", lambda buffer: True)
     for a, b in zip(run(torch.float32), want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("top_entropy", [None, 5])
+def test_logprobs(monkeypatch: pytest.MonkeyPatch, top_entropy: int | None) -> None:
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(9, 8, generator=g)
     weight = torch.randn(37, 8, generator=g)
@@ -88,12 +90,12 @@ def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-        outputs = linear_logprobs(h, w, targets, temperature=1.3, chunk_rows=4)
+        outputs = linear_logprobs(h, w, targets, temperature=1.3, top_entropy=top_entropy, chunk_rows=4)
         loss = outputs[0].square().sum() + outputs[1].square().sum()
         return *(x.detach() for x in outputs), *torch.autograd.grad(loss, (h, w))
 
     want = run(torch.float64)
-    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    monkeypatch.setattr(chunked, "runs_kernel", lambda buffer: True)
     for a, b in zip(run(torch.float32), want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
@@ -101,7 +103,7 @@ def test_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int, options: dict[str, float]) -> None:
-    """Every branch of the gradient kernel that cross entropy uses: with and without the constant of label smoothing."""
+    """Every branch of the gradient kernel that cross entropy uses: u is None, or the constant of label smoothing."""
     g = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 8, generator=g)
     weight = torch.randn(37, 8, generator=g)
@@ -115,6 +117,6 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int, options: dict
         return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
     want = run(torch.float64)
-    monkeypatch.setattr(loss_head, "uses_kernel", lambda buffer: True)
+    monkeypatch.setattr(chunked, "runs_kernel", lambda buffer: True)
     for a, b in zip(run(torch.float32), want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The sampling kernels in Triton's interpreter against float64 formulas, and against their own plain path."""
+"""The sampling kernels in Triton's interpreter against float64 formulas and against the plain path."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 
 from fastvst_kernels import sample_tokens
-from fastvst_kernels.sampling import kernels as sampling_triton
+from fastvst_kernels.sampling import device
 from fastvst_kernels.sampling.kernels import settings
-from fastvst_kernels.sampling.op import gumbel, sample_tokens_op
+from fastvst_kernels.sampling.op import sample_tokens_op
+from fastvst_kernels.sampling.reference import gumbel
 from sampling_oracle import assert_drawn, make_case, noise
 
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # masked lanes
+# In masked entries.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
 
 def run(case, backend="triton"):
@@ -59,7 +61,7 @@ def test_ties_at_the_border_of_top_k_all_stay():
     case = dataclasses.replace(case, hidden=hidden, weight=weight, forbidden=None, filters=filters)
     tokens, own, _ = run(case)
     assert set(tokens[1::2].tolist()) <= {3, 100, 101, 599} and len(set(tokens[1::2].tolist())) > 2
-    # e^2 of the two best that top_k keeps is 73 %: more than top_p, so the best stays alone.
+    # The best token has 73 % of the mass that top_k keeps, more than top_p, so only it stays.
     assert set(tokens[::2].tolist()) == {3} and own[::2].abs().max() == 0
     plain = run(case, "torch")
     assert torch.equal(tokens, plain[0])
@@ -71,7 +73,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype):
     case = make_case(67, 300, 64, dtype=dtype, mixed=True, filters=True, penalty=True)
     case = dataclasses.replace(case, filters=case.filters[::2])
     together = run(case)
-    # Alone a row stands first in its tile. NumPy's product, which the interpreter uses, has other bits from place 6 on.
+    # A row alone is the first of its tile. The interpreter multiplies with NumPy: other bits from the sixth row on.
     for row in (0, 1, 2, 3, 64, 65, 66):
         for whole, alone in zip(together, run(case.row(row)), strict=True):
             assert torch.equal(whole[row : row + 1], alone)
@@ -97,24 +99,39 @@ def test_diverged_weights_show_in_the_logprobs():
 
 
 @triton.jit
-def noise_kernel(SEEDS, STEPS, OUT, BLOCK: tl.constexpr):
+def noise_kernel(
+    seeds_ptr,
+    steps_ptr,
+    out_ptr,
+    BLOCK: tl.constexpr,
+):
+    """out (rows, BLOCK) float32: the noise of seeds, steps (rows,). Grid: (rows,)."""
     row = tl.program_id(0)
     token = tl.arange(0, BLOCK)
-    first, second = sampling_triton.row_keys(tl.load(SEEDS + row), tl.load(STEPS + row))
-    tl.store(OUT + row * BLOCK + token, sampling_triton.gumbel(first, second, token))
+    first, second = device.row_keys(tl.load(seeds_ptr + row), tl.load(steps_ptr + row))
+    tl.store(out_ptr + row * BLOCK + token, device.gumbel(first, second, token))
 
 
 def test_the_noise_is_the_documented_hash():
-    """Also where it is largest: 1 in 128 comes from the series, which has to be as exact as the logarithm."""
+    """Also the largest noise, 1 in 128, which comes from a series that must be as exact as the logarithm."""
     case = make_case(9, 4096)
     exact = torch.from_numpy(noise(case.seeds, case.steps, 4096))
     found = torch.empty(9, 4096)
     noise_kernel[(9,)](case.seeds, case.steps, found, BLOCK=4096)
     assert (exact > 4.9).sum() > 100
     for made in (found, gumbel(case.seeds, case.steps, 4096)):
-        wins = exact > 0  # noise far below that has 24 bits of v near 1, and never decides
+        wins = exact > 0  # smaller noise has only 24 bits of v near 1, and never wins
         torch.testing.assert_close(made.double()[wins], exact[wins], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(made.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_filters_may_have_any_stride():
+    case = make_case(6, 300, 16, filters=True)
+    options = case.options()
+    spread = {n: options[n].repeat_interleave(2)[::2] for n in ("filtered", "top_k", "top_p", "min_p")}
+    assert spread["top_p"].stride() == (2,)
+    found = sample_tokens(*case.arguments(), **(options | spread), backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, run(case), strict=True))
 
 
 def test_opcheck_and_tiles():
@@ -124,4 +141,4 @@ def test_opcheck_and_tiles():
     torch.library.opcheck(sample_tokens_op, (*arguments, True))
     plain = (*case.arguments(), *[None] * 8, True)
     torch.library.opcheck(sample_tokens_op, plain)
-    assert settings(torch.bfloat16)[:2] == (64, 64), "the tests above have rows on both sides of a tile's end"
+    assert settings(torch.bfloat16)[:2] == (64, 64), "the tests above need rows in two tiles"

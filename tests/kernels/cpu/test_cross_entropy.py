@@ -1,4 +1,4 @@
-"""linear_cross_entropy and linear_logprobs against torch.nn.functional and float64, at every chunk size."""
+"""linear_cross_entropy against torch.nn.functional and the float64 formula, at every chunk size."""
 
 import pytest
 import torch
@@ -8,16 +8,7 @@ from torch.nn import functional as F
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
-from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
-
-
-def make(rows, size=12, vocabulary=29, ignored=0.3, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocabulary, (rows,), generator=g)
-    targets[torch.rand(rows, generator=g) < ignored] = -100
-    return hidden, weight, targets
+from lm_head_case import huge_logits_case, make_head_case
 
 
 @settings(max_examples=40, deadline=None)
@@ -30,20 +21,20 @@ def make(rows, size=12, vocabulary=29, ignored=0.3, dtype=torch.float64, seed=0)
     st.floats(0, 1),
 )
 def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignored):
-    hidden, weight, targets = make(rows, ignored=ignored, seed=rows)
+    hidden, weight, targets = make_head_case(rows, ignored=ignored, seed=rows)
     row_weights = torch.randn(rows, dtype=torch.float64) if weighted else None
     options = {"row_weights": row_weights, "label_smoothing": smoothing, "z_loss": z_loss}
     got = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk, **options)
     want = linear_cross_entropy_reference(hidden, weight, targets, **options)
     torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
-    grads = torch.autograd.grad(got * 3, (hidden, weight)), torch.autograd.grad(want * 3, (hidden, weight))
+    grads = [torch.autograd.grad(x * 3, (hidden, weight)) for x in (got, want)]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-10)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_equals_torch_cross_entropy(smoothing):
-    hidden, weight, targets = make(50)
+    hidden, weight, targets = make_head_case(50)
     want = F.cross_entropy(hidden @ weight.T, targets, label_smoothing=smoothing)
     got = linear_cross_entropy(hidden, weight, targets, label_smoothing=smoothing, chunk_rows=16)
     torch.testing.assert_close(got, want)
@@ -55,7 +46,7 @@ def test_equals_torch_cross_entropy(smoothing):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_lower_precision_gives_a_float32_loss_near_float64(dtype, tolerance):
-    hidden, weight, targets = make(200, size=64, vocabulary=300, dtype=dtype)
+    hidden, weight, targets = make_head_case(200, size=64, vocabulary=300, dtype=dtype)
     exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
     got = linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
     assert got.dtype == torch.float32 and abs(got.item() - exact.item()) < tolerance * exact.item()
@@ -65,7 +56,7 @@ def test_lower_precision_gives_a_float32_loss_near_float64(dtype, tolerance):
 
 
 def test_result_does_not_depend_on_the_chunk_and_repeats_bitwise():
-    hidden, weight, targets = make(130, dtype=torch.float32)
+    hidden, weight, targets = make_head_case(130, dtype=torch.float32)
     results = []
     for chunk in (1, 50, 1000, 50):
         loss = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk)
@@ -76,18 +67,17 @@ def test_result_does_not_depend_on_the_chunk_and_repeats_bitwise():
     assert all(torch.equal(a, b) for a, b in zip(results[1], results[3], strict=True))
 
 
-def test_nothing_and_all_ignored_give_zero_and_zero_gradients():
-    for rows, ignored in ((0, 0.0), (5, 1.0)):
-        hidden, weight, targets = make(rows, ignored=ignored)
-        for function in (linear_cross_entropy, lambda *a: linear_logprobs(*a)[0].sum()):
-            loss = function(hidden, weight, targets)
-            assert loss.item() == 0.0
-            grads = torch.autograd.grad(loss, (hidden, weight))
-            assert all(not g.any() for g in grads) and grads[0].shape == hidden.shape
+@pytest.mark.parametrize("rows, ignored", [(0, 0.0), (5, 1.0)])
+def test_no_rows_and_ignored_rows_give_zero_and_zero_gradients(rows, ignored):
+    hidden, weight, targets = make_head_case(rows, ignored=ignored)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.item() == 0.0
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert all(not g.any() for g in grads) and grads[0].shape == hidden.shape
 
 
 def test_ignored_rows_may_hold_anything():
-    hidden, weight, targets = make(6, ignored=0.0)
+    hidden, weight, targets = make_head_case(6, ignored=0.0)
     clean = linear_cross_entropy(hidden[:5], weight, targets[:5])
     targets[5] = -100
     with torch.no_grad():
@@ -99,19 +89,14 @@ def test_ignored_rows_may_hold_anything():
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_logits_give_no_nan(size):
-    weight = torch.eye(8, requires_grad=True)
-    hidden = torch.full((3, 8), -abs(size))
-    hidden[:, 2] = size
-    hidden.requires_grad_()
-    targets = torch.tensor([2, 3, 0])
-    scores = sum(x.sum() for x in linear_logprobs(hidden, weight, targets))
-    for loss in (linear_cross_entropy(hidden, weight, targets), scores):
-        grads = torch.autograd.grad(loss, (hidden, weight))
-        assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+    hidden, weight, targets = huge_logits_case(size)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads)
 
 
 def test_frozen_inputs_skip_their_gradient():
-    hidden, weight, targets = make(9)
+    hidden, weight, targets = make_head_case(9)
     linear_cross_entropy(hidden.detach(), weight, targets).backward()
     assert weight.grad is not None and hidden.grad is None
     hidden.grad = weight.grad = None
@@ -123,7 +108,7 @@ def test_frozen_inputs_skip_their_gradient():
 
 
 def test_logits_do_not_outlive_a_chunk():
-    """The largest tensor that the head makes is a chunk, not (M, V)."""
+    """The largest tensor of cross entropy and of log-probabilities is a chunk (50, V), not (M, V)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     sizes = []
@@ -134,7 +119,7 @@ def test_logits_do_not_outlive_a_chunk():
             sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
             return out
 
-    hidden, weight, targets = make(1000, size=8, vocabulary=500, dtype=torch.float32)
+    hidden, weight, targets = make_head_case(1000, size=8, vocabulary=500, dtype=torch.float32)
     with Watch():
         linear_cross_entropy(hidden, weight, targets, chunk_rows=50).backward()
         logprobs, entropy = linear_logprobs(hidden, weight, targets, chunk_rows=50)
@@ -143,40 +128,15 @@ def test_logits_do_not_outlive_a_chunk():
 
 
 def test_backward_may_run_again():
-    hidden, weight, targets = make(4)
+    hidden, weight, targets = make_head_case(4)
     loss = linear_cross_entropy(hidden, weight, targets)
     first = torch.autograd.grad(loss * 2, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.equal(a, 2 * b) for a, b in zip(first, second, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 30),
-    st.sampled_from([1, 7, None]),
-    st.sampled_from([0.5, 1.0, 3.0]),
-    st.sampled_from([None, 1, 5, 29]),
-)
-def test_logprobs_equal_float64_formula(rows, chunk, temperature, top):
-    hidden, weight, targets = make(rows, seed=rows)
-    options = {"temperature": temperature, "top_entropy": top}
-    got = linear_logprobs(hidden, weight, targets, chunk_rows=chunk, **options)
-    want = linear_logprobs_reference(hidden, weight, targets, **options)
-    distribution = torch.distributions.Categorical(logits=hidden @ weight.T / temperature)
-    keep = targets >= 0
-    torch.testing.assert_close(got[0][keep], distribution.log_prob(targets.clamp(min=0))[keep])
-    if top is None:
-        torch.testing.assert_close(got[1][keep], distribution.entropy()[keep])
-    grads = [torch.randn(rows, dtype=torch.float64) for _ in range(2)]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
-    mine, theirs = (torch.autograd.grad(x, (hidden, weight), grads) for x in (got, want))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
-
-
 def test_bad_input_is_refused():
-    hidden, weight, targets = make(5)
+    hidden, weight, targets = make_head_case(5)
     for bad in (29, -1):
         with pytest.raises(ValueError, match=f"target {bad} at row 3 is outside the vocabulary of 29"):
             linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, bad, 4]))
@@ -188,8 +148,3 @@ def test_bad_input_is_refused():
         linear_cross_entropy(hidden, weight, targets[:4])
     with pytest.raises(ValueError, match="row_weights is torch.float32 of shape .4,."):
         linear_cross_entropy(hidden, weight, targets, row_weights=torch.ones(4))
-    for temperature in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="temperature is"):
-            linear_logprobs(hidden, weight, targets, temperature=temperature)
-    with pytest.raises(ValueError, match="top_entropy is 30"):
-        linear_logprobs(hidden, weight, targets, top_entropy=30)

@@ -1,4 +1,4 @@
-"""The fused policy loss: what does not depend on the objective's formula (those are in test_objectives.py)."""
+"""The fused policy loss: masks, chunks, ranks and precision. test_objectives.py tests the objectives' formulas."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastvst_kernels.lm_head.chunked import VocabularyShard
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss, linear_policy_loss_reference
+from fastvst_kernels.lm_head.types import VocabularyShard
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 from ranks import run_ranks
 
@@ -62,15 +62,15 @@ def with_gradients(loss: Tensor, problem: dict[str, Tensor]) -> tuple[Tensor, ..
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 33), st.sampled_from(OBJECTIVES), st.sampled_from([1, 4, None]), st.booleans(), st.data())
-def test_masks_of_every_kind_equal_the_formula_on_the_rows_left(rows, objective, chunk, on_policy, data) -> None:
+def test_masked_rows_equal_the_formula_on_the_remaining_rows(rows, objective, chunk, on_policy, data) -> None:
     problem = make(rows, seed=rows)
-    # 0 kept, 1 ignored target, 2 weight 0, 3 advantage 0
+    # 0: kept, 1: ignored target, 2: weight 0, 3: advantage 0.
     kinds = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)), dtype=torch.long)
     problem["targets"] = torch.where(kinds == 1, -100, problem["targets"])
     problem["row_weights"] = torch.where(kinds == 2, 0.0, problem["row_weights"])
     problem["advantages"] = torch.where(kinds == 3, 0.0, problem["advantages"])
     for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs", "advantages"):
-        problem[name] = torch.where(kinds == 1, torch.nan, problem[name])  # a prompt has no such numbers
+        problem[name] = torch.where(kinds == 1, torch.nan, problem[name])  # a prompt has no log-probabilities
     if on_policy:
         problem["old_logprobs"] = None  # type: ignore[assignment]
     loss, stats = run(problem, objective, chunk_rows=chunk)
@@ -92,8 +92,8 @@ def test_gradcheck(objective: Objective) -> None:
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return run(problem | {"hidden": hidden, "weight": weight}, objective, chunk_rows=4)[0]
 
-    if isinstance(objective, CISPO):  # its weight is a constant of the gradient: no finite difference shows that
-        problem["old_logprobs"] = problem["old_logprobs"] - 10  # every weight at the bound
+    if isinstance(objective, CISPO):  # its weight counts as a constant, which finite differences do not know
+        problem["old_logprobs"] = problem["old_logprobs"] - 10  # every weight is at its bound, so its derivative is 0
     assert torch.autograd.gradcheck(loss, (problem["hidden"], problem["weight"]))
 
 
@@ -124,8 +124,8 @@ def test_huge_logits_give_no_nan(objective: Objective, scale: float) -> None:
         assert value.isfinite().all()
 
 
-def test_rows_are_left_out_where_they_may_be() -> None:
-    """Ignored, zero-advantage and clipped rows must not reach the products: poisoned hidden states do not show."""
+def test_rows_without_gradient_skip_the_products() -> None:
+    """Ignored, zero-advantage and clipped rows must not reach the products: NaN hidden states have no effect."""
     problem = make(40)
     problem["targets"][:10] = -100
     problem["advantages"][10:20] = 0
@@ -139,11 +139,11 @@ def test_rows_are_left_out_where_they_may_be() -> None:
     assert clipped > 0 and float(stats["rows_backward"]) == pytest.approx(20 - clipped)
     assert float(stats["gemm_saved"]) == pytest.approx(1 - (20 + 2 * (20 - clipped)) / 120)
     loss, stats = run(problem | {"hidden": problem["hidden"].nan_to_num()}, DAPO(entropy_coef=0.1))
-    assert stats["rows_computed"] == 30  # the entropy of zero-advantage rows counts
+    assert stats["rows_computed"] == 30  # with an entropy term rows of advantage 0 count
 
 
 @pytest.mark.parametrize("objective", [DAPO(), GSPO()], ids=lambda o: type(o).__name__)
-def test_nothing_to_do(objective: Objective) -> None:
+def test_no_row_to_compute(objective: Objective) -> None:
     problem = make(12)
     for change in ({"targets": torch.full((12,), -100)}, {"advantages": torch.zeros(12).double()}):
         loss, stats = run(problem | change, objective)
@@ -187,7 +187,7 @@ def test_bfloat16_products_are_not_rounded_to_bfloat16() -> None:
     torch.testing.assert_close(got[1]["logprob"].double(), want[1]["logprob"], rtol=1e-6, atol=1e-6)
     for a, b in zip(with_gradients(got[0], half)[1:], with_gradients(want[0], wide)[1:], strict=True):
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), b, rtol=4e-3, atol=1e-4)  # the one rounding of the result
+        torch.testing.assert_close(a.double(), b, rtol=4e-3, atol=1e-4)  # the result is rounded once
 
 
 @pytest.mark.parametrize(
