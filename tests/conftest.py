@@ -1,7 +1,8 @@
-"""One thread for every test process, and one renderer with a handful of scenes for all tests that look at rooms."""
+"""One thread for every test process; one renderer and a few scenes for all tests of rooms."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # tests fork ranks, and a fork of a process whose OpenMP team is up can hang
+    torch.set_num_threads(1)  # tests fork ranks, and a fork of a process whose OpenMP team runs can hang
+    # torch imports Triton at the first call of a custom operator. If a renderer has loaded Mesa's LLVM before, the
+    # process crashes; the other order works.
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
 
 
 @pytest.fixture(scope="session")
 def renderer() -> Renderer:
     from fastvst.scenes.rooms.render import open_renderer
 
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's threads slow each other down on a busy machine
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # the threads of llvmpipe slow each other down on a busy machine
     return open_renderer("auto")
 
 
@@ -34,7 +39,7 @@ def scenes(renderer: Renderer) -> list[Scene]:
 
 @pytest.fixture(scope="session")
 def walked(renderer: Renderer) -> list[Scene]:
-    """Scenes with a video and wide pairs; one view each otherwise."""
+    """Scenes with one still, a video, and wide pairs."""
     from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 
     return [shoot(seed, renderer, ShotConfig(views=1, overlap=1.0), WalkConfig()) for seed in range(720, 724)]
