@@ -19,14 +19,16 @@ import io
 import posixpath
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.rooms.assets import TEXTURE_SIZE
+
 MAX_TRIANGLES = 3000
-TEXTURE_SIZE = 128
 
 # Catalogue id -> class name in common use. Models that are not listed are left out (trucks, fences, ...).
 CLASSES = {
@@ -170,14 +172,29 @@ def read_materials(text: str, folder: str) -> dict[str, dict[str, Any]]:
     return materials
 
 
-def read_obj(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
-    """Triangulated OBJ: positions (V, 3), uv (T, 2), corners (F, 3, 2) of position and uv index, material index (F,),
-    material names, and MTL file names. Polygons become fans; missing uv index the zero uv appended at the end."""
+@dataclass(frozen=True)
+class ObjMesh:
+    """A triangulated OBJ file.
+
+    positions (V, 3); uvs (T, 2), the last of which is (0, 0); corners (F, 3, 2) index of position and uv; face_material
+    (F,) index into `materials`, -1 before the first `usemtl`; libraries: names of MTL files.
+    """
+
+    positions: np.ndarray
+    uvs: np.ndarray
+    corners: np.ndarray
+    face_material: np.ndarray
+    materials: list[str]
+    libraries: list[str]
+
+
+def read_obj(text: str) -> ObjMesh:
+    """Polygons become fans of triangles. A corner without uv gets the uv (0, 0)."""
     positions = []
     uvs = []
     corners = []
     face_material = []
-    names: list[str] = []
+    materials: list[str] = []
     libraries: list[str] = []
     material = -1
     for line in text.splitlines():
@@ -190,33 +207,35 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
         elif tag == "vt":
             uvs.append([float(w) for w in words[1:3]])
         elif tag == "f":
-            loop = []
-            for word in words[1:]:
-                fields = word.split("/")
-                p = int(fields[0])
-                t = int(fields[1]) if len(fields) > 1 and fields[1] else 0
-                loop.append(
-                    (p - 1 if p > 0 else len(positions) + p, -1 if t == 0 else (t - 1 if t > 0 else len(uvs) + t))
-                )
+            loop = [_corner(word, len(positions), len(uvs)) for word in words[1:]]
             for k in range(1, len(loop) - 1):
                 corners.append([loop[0], loop[k], loop[k + 1]])
                 face_material.append(material)
         elif tag == "usemtl":
             name = " ".join(words[1:])
-            if name not in names:
-                names.append(name)
-            material = names.index(name)
+            if name not in materials:
+                materials.append(name)
+            material = materials.index(name)
         elif tag == "mtllib":
             libraries.append(" ".join(words[1:]))
     uvs.append([0.0, 0.0])
-    return (
+    return ObjMesh(
         np.array(positions),
         np.array(uvs),
         np.array(corners, dtype=np.int64),
         np.array(face_material),
-        names,
+        materials,
         libraries,
     )
+
+
+def _corner(word: str, positions: int, uvs: int) -> tuple[int, int]:
+    """Indices of position and uv of "7", "7/3" or "7//2"; negative numbers count from the end, a missing uv is -1."""
+    fields = word.split("/")
+    p = int(fields[0])
+    t = int(fields[1]) if len(fields) > 1 and fields[1] else 0
+    uv = -1 if t == 0 else t - 1 if t > 0 else uvs + t
+    return (p - 1 if p > 0 else positions + p), uv
 
 
 def decimate(points: np.ndarray, size: np.ndarray, corners: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,45 +288,24 @@ def convert(
 ) -> dict[str, Any]:
     """One catalogue entry as quantised arrays, see `build` for the fields. Appends new textures to `blobs`."""
     path = entry["model"].lstrip("/")
-    folder = posixpath.dirname(path)
-    points, uvs, corners, face_material, names, libraries = read_obj(archive.read(path).decode("latin-1"))
-    materials: dict[str, dict[str, Any]] = {}
-    for library in libraries:
-        materials.update(read_materials(archive.read(posixpath.join(folder, library)).decode("latin-1"), folder))
+    mesh = read_obj(archive.read(path).decode("latin-1"))
+    points = mesh.positions
     if "modelRotation" in entry:
         points = points @ np.array([float(w) for w in entry["modelRotation"].split()]).reshape(3, 3).T
-    used = np.unique(corners[..., 0])
     # OBJ (x right, y up, z to the front) -> asset (x right, y to the back, z up)
     points = points[:, [0, 2, 1]] * np.array([1.0, -1.0, 1.0])
-    low = points[used].min(0)
-    high = points[used].max(0)
-    points = (points - low) / np.maximum(high - low, 1e-9)
+    points = _to_unit_box(points, mesh.corners)
     size = np.array([float(entry[k]) / 100 for k in ("width", "depth", "height")])
-    points, alive = decimate(points, size, corners[..., 0], MAX_TRIANGLES)
-    corners = corners[alive]
-    face_material = face_material[alive]
-    kept = points[np.unique(corners[..., 0])]
-    low = kept.min(0)
-    high = kept.max(0)
-    points = np.clip((points - low) / np.maximum(high - low, 1e-9), 0, 1)
+    points, alive = decimate(points, size, mesh.corners[..., 0], MAX_TRIANGLES)
+    corners = mesh.corners[alive]
+    face_material = mesh.face_material[alive]
+    points = np.clip(_to_unit_box(points, corners), 0, 1)
 
-    files = set(archive.namelist())
-    rgb = []
-    layer = []
-    for name in [*names, ""]:
-        material = materials.get(name, {"rgb": (0.8, 0.8, 0.8), "texture": None})
-        texture = (
-            material["texture"] if material["texture"] in files else None
-        )  # some paths point to the disk of the maker
-        if texture is not None and texture not in textures:
-            textures[texture] = len(blobs)
-            blobs.append(load_texture(archive.read(texture)))
-        layer.append(-1 if texture is None else textures[texture])
-        rgb.append([255] * 3 if texture else [int(round(255 * min(max(c, 0.0), 1.0))) for c in material["rgb"]])
-    layer_array = np.array(layer, dtype=np.int16)
-    textured = layer_array[face_material] >= 0
-    corner_uv = np.where(textured[:, None, None], uvs[corners[..., 1]], 0.0)
-    corner_uv = corner_uv - np.floor(corner_uv.min(1, keepdims=True))  # textures repeat; small numbers fit float16
+    rgb, layer = _materials(archive, mesh, posixpath.dirname(path), textures, blobs)
+    textured = layer[face_material] >= 0
+    corner_uv = np.where(textured[:, None, None], mesh.uvs[corners[..., 1]], 0.0)
+    # Textures repeat. Small coordinates are precise in float16.
+    corner_uv = corner_uv - np.floor(corner_uv.min(1, keepdims=True))
     wedges = np.concatenate(
         [
             np.round(points[corners[..., 0]] * 65535),
@@ -322,10 +320,39 @@ def convert(
         "uv": (unique[:, 3:5] / 1024).astype(np.float16),
         "material": unique[:, 5].astype(np.int64),
         "triangles": index.reshape(-1, 3).astype(np.uint16),
-        "rgb": np.array(rgb, dtype=np.uint8),
-        "layer": layer_array,
+        "rgb": rgb,
+        "layer": layer,
         "size": size,
     }
+
+
+def _to_unit_box(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """`points` (V, 3), shifted and scaled so that those used by `corners` (F, 3, 2) fill [0, 1] on every axis."""
+    used = points[np.unique(corners[..., 0])]
+    low = used.min(0)
+    return (points - low) / np.maximum(used.max(0) - low, 1e-9)
+
+
+def _materials(
+    archive: zipfile.ZipFile, mesh: ObjMesh, folder: str, textures: dict[str, int], blobs: list[bytes]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Colours (M, 3) uint8 and texture layers (M,) int16 of the materials of a mesh; the last is the default."""
+    known: dict[str, dict[str, Any]] = {}
+    for library in mesh.libraries:
+        known.update(read_materials(archive.read(posixpath.join(folder, library)).decode("latin-1"), folder))
+    files = set(archive.namelist())
+    rgb = []
+    layer = []
+    for name in [*mesh.materials, ""]:
+        material = known.get(name, {"rgb": (0.8, 0.8, 0.8), "texture": None})
+        # Some texture paths point to the disk of the maker.
+        texture = material["texture"] if material["texture"] in files else None
+        if texture is not None and texture not in textures:
+            textures[texture] = len(blobs)
+            blobs.append(load_texture(archive.read(texture)))
+        layer.append(-1 if texture is None else textures[texture])
+        rgb.append([255] * 3 if texture else [int(round(255 * min(max(c, 0.0), 1.0))) for c in material["rgb"]])
+    return np.array(rgb, dtype=np.uint8), np.array(layer, dtype=np.int16)
 
 
 def build(source: Path, folder: Path) -> Path:
@@ -377,6 +404,12 @@ def build(source: Path, folder: Path) -> Path:
         texture_bytes=np.frombuffer(b"".join(blobs), dtype=np.uint8),
         texture_start=np.cumsum([0] + [len(b) for b in blobs]),
     )
+    (folder / "CREDITS.md").write_text(credits_page(credits), encoding="utf-8")
+    return path
+
+
+def credits_page(credits: list[tuple[str, str, str]]) -> str:
+    """CREDITS.md from (name, catalogue id, maker) of every model."""
     lines = [
         "# Furniture models",
         "",
@@ -389,8 +422,7 @@ def build(source: Path, folder: Path) -> Path:
         *[f"| {name} | {key} | {maker} |" for name, key, maker in credits],
         "",
     ]
-    (folder / "CREDITS.md").write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return "\n".join(lines)
 
 
 def main() -> None:
