@@ -103,7 +103,7 @@ class BadSamples:
 
     Attributes:
         max_fraction: stop when their share is higher than this and `min_samples` samples have been read.
-        min_samples: see max_fraction.
+        min_samples: samples that must have been read before max_fraction applies.
         strict: stop at the first one.
     """
 

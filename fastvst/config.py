@@ -1,9 +1,9 @@
 """Configuration: a tree of frozen dataclasses, filled from its defaults, an optional TOML file and the command line.
 
-Every part of the program owns the dataclass of its own options; the essay in `examples/` composes them. Nothing is read
-from environment variables, and nothing that is not a field is accepted.
+Every part of the program defines the dataclass of its own options; the training scripts in `examples/` compose them.
+Environment variables are not read, and names that are not fields are errors.
 
-    torchrun examples/sft.py --config my.toml --train.steps 200 optimizer.lr=1e-4 --dry-run
+    torchrun examples/sft.py --config my.toml --steps 200 optimizer.lr=1e-4 --dry-run
 """
 
 from __future__ import annotations
@@ -28,29 +28,18 @@ class ConfigError(ValueError):
 def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
     """Defaults of `config_class`, overridden by the TOML file after `--config`, overridden by the other arguments.
 
-    Arguments look like `--train.steps 200`, `--train.steps=200` or `train.steps=200`; a bool may stand alone
-    (`--dry-run`). Dashes in names are underscores. Values are TOML (`[1, 2]`, `[{path = "a"}]`), strings need no
-    quotes, `none` clears an optional value and a list of strings may be given as `a,b`.
+    Arguments are `--optimizer.lr 1e-4`, `--optimizer.lr=1e-4` or `optimizer.lr=1e-4`; a bool needs no value
+    (`--dry-run`). Dashes in names mean underscores. Values are TOML (`[1, 2]`, `[{path = "a"}]`); strings need no
+    quotes, `none` clears an optional value, and a list of strings can be written as `a,b`.
 
     Raises:
-        ConfigError: an unknown key (with the nearest valid one), a wrong type, an unreadable file.
+        ConfigError: an unknown name (the message has the nearest valid one), a wrong type, or an unreadable file.
     """
     words = list(arguments)
     from_file: dict[str, Any] = {}
     from_arguments: dict[str, Any] = {}
     while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if not equals and not word.startswith("--"):
-            raise ConfigError(f"argument {word!r} is neither `--key value` nor `key=value`")
-        name = name.removeprefix("--").replace("-", "_")
-        annotation = str if name == "config" else _find(config_class, name)
-        if not equals:
-            ends = not words or words[0].startswith("--")
-            is_flag = _unwrap(annotation)[0] is bool and (ends or "=" in words[0])
-            if ends and not is_flag:
-                raise ConfigError(f"--{name} needs a value of type {_type_name(annotation)}")
-            value = "true" if is_flag else words.pop(0)
+        name, annotation, value = _take_argument(config_class, words)
         if name == "config":
             from_file = _merge(from_file, _read_toml(Path(value)))
             continue
@@ -62,20 +51,37 @@ def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
     return _build(config_class, tree, config_class(), "")
 
 
+def _take_argument(config_class: type[Any], words: list[str]) -> tuple[str, Any, str]:
+    """Remove the first argument from `words`: its dotted name, the annotation of the option, and the value as text."""
+    word = words.pop(0)
+    name, equals, value = word.partition("=")
+    if not equals and not word.startswith("--"):
+        raise ConfigError(f"argument {word!r} is neither `--key value` nor `key=value`")
+    name = name.removeprefix("--").replace("-", "_")
+    annotation = str if name == "config" else _find(config_class, name)
+    if not equals:
+        ends = not words or words[0].startswith("--")
+        is_flag = _unwrap(annotation)[0] is bool and (ends or "=" in words[0])
+        if ends and not is_flag:
+            raise ConfigError(f"--{name} needs a value of type {_type_name(annotation)}")
+        value = "true" if is_flag else words.pop(0)
+    return name, annotation, value
+
+
 def not_an_option(default: T) -> T:
-    """Default of a dataclass field that the constructor takes and a configuration does not offer."""
+    """Default of a dataclass field that callers may pass to the constructor, but that is not an option."""
     return dataclasses.field(default=default, metadata={"option": False})
 
 
 def option_fields(config: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass, or of an instance, that a configuration offers."""
+    """The fields of a dataclass, or of an instance, that are options or sections of options."""
     return [field for field in dataclasses.fields(config) if field.metadata.get("option", True)]
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every option of a dataclass instance, depth first in the order of definition.
+    """(dotted name, value) of every option of a dataclass instance, in the order of definition.
 
-    A tuple of dataclasses (such as a list of data sources) counts as one option.
+    A tuple of dataclasses (such as the list of data sources) is one option.
     """
     for field in option_fields(config):
         value = getattr(config, field.name)
@@ -86,7 +92,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def render(config: Any) -> str:
-    """The fully resolved configuration, one `name = value` line per option; `*` marks what differs from the default."""
+    """The resolved configuration, one `name = value` line per option; `*` marks values that differ from the default."""
     default = dict(leaves(type(config)()))
     rows = [(name, value, default.get(name) != value) for name, value in leaves(config)]
     width = max(len(name) for name, _, _ in rows)
@@ -103,20 +109,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """The configuration that `to_dict` wrote, with the checks of `load_config`."""
+    """The configuration of a dict from `to_dict`, with the checks of `load_config`."""
     return _build(config_class, values, config_class(), "")
 
 
 def usage(config_class: type[Any]) -> str:
-    """Help text: every option with its type and default, and what the owners' docstrings say about it."""
+    """Help text: every option with its type, its default, and its entry in the docstring of its dataclass."""
     lines = []
     for name, value in leaves(config_class()):
-        owner, *rest = [config_class], *name.split(".")
-        for part in rest[:-1]:
-            owner = [_unwrap(_hints(owner[0])[part])[0]]
-        annotation = _hints(owner[0])[rest[-1]]
-        lines.append(f"  --{name} <{_type_name(annotation)}>  (default {json.dumps(_plain(value))})")
-        text = _attribute_help(owner[0], rest[-1])
+        *sections, last = name.split(".")
+        owner = config_class
+        for section in sections:
+            owner = _unwrap(_hints(owner)[section])[0]
+        lines.append(f"  --{name} <{_type_name(_hints(owner)[last])}>  (default {json.dumps(_plain(value))})")
+        text = _attribute_help(owner, last)
         if text:
             lines.append(f"      {text}")
     return "\n".join(lines)
@@ -127,7 +133,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file") from None
+        raise ConfigError(f"--config {path}: no such file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
 
@@ -165,7 +171,7 @@ def _unknown(root: type[Any], name: str, prefix: str = "") -> ConfigError:
 
 
 def _find(root: type[Any], name: str) -> Any:
-    """Annotation of the dotted `name`; ConfigError if there is none."""
+    """Annotation of the option with this dotted name; ConfigError if it does not exist."""
     annotation: Any = root
     for part in name.split("."):
         cls = _unwrap(annotation)[0]
@@ -205,7 +211,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _parse(annotation: Any, raw: str) -> Any:
-    """The value that a command-line word stands for, before its type is checked."""
+    """The value of a command-line word, before its type is checked."""
     inner, optional = _unwrap(annotation)
     if optional and raw.lower() == "none":
         return None
@@ -222,7 +228,7 @@ def _parse(annotation: Any, raw: str) -> Any:
 
 def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> T:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} is a section of options; got {_came(values)}")
+        raise ConfigError(f"{prefix.rstrip('.')} is a section of options; got {_shown(values)}")
     known = {f.name for f in option_fields(cls)}
     hints = _hints(cls)
     changes: dict[str, Any] = {}
@@ -237,7 +243,7 @@ def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> 
             changes[key] = _convert(annotation, value, where)
     try:
         return dataclasses.replace(typing.cast(Any, default), **changes)
-    except (TypeError, ValueError) as error:  # a dataclass that checks its own values in __post_init__
+    except (TypeError, ValueError) as error:  # from the checks in __post_init__ of the dataclass
         raise ConfigError(f"{prefix.rstrip('.') or cls.__name__}: {error}") from None
 
 
@@ -275,15 +281,15 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
         return Path(value)
     elif type(value) is inner:
         return value
-    raise ConfigError(f"{where} must be {_type_name(annotation)}; got {_came(value)}")
+    raise ConfigError(f"{where} must be {_type_name(annotation)}; got {_shown(value)}")
 
 
 def _item(annotation: Any, value: Any, where: str) -> Any:
-    """One element of a list; a dataclass element starts from its own defaults, required fields included."""
+    """One element of a list. A dataclass element starts from its own defaults; its required fields must be given."""
     if not dataclasses.is_dataclass(annotation):
         return _convert(annotation, value, where)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be a table of {annotation.__name__} options; got {_came(value)}")  # type: ignore[union-attr]
+        raise ConfigError(f"{where} must be a table of {annotation.__name__} options; got {_shown(value)}")  # type: ignore[union-attr]
     cls = typing.cast(type, annotation)
     known = {f.name: f for f in option_fields(cls)}
     hints = _hints(cls)
@@ -295,11 +301,11 @@ def _item(annotation: Any, value: Any, where: str) -> Any:
     ]
     missing = [n for n in required if n not in value]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} needs")
+        raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
     return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in value.items()})
 
 
-def _came(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
@@ -314,7 +320,7 @@ def _plain(value: Any) -> Any:
 
 
 def _attribute_help(cls: type[Any], name: str) -> str:
-    """The `name: text` entry of the class docstring's "Attributes:" section, on one line."""
+    """The `name: text` entry in the "Attributes:" section of the class docstring, on one line."""
     found: list[str] = []
     start = 0
     for line in (cls.__doc__ or "").splitlines():

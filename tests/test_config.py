@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -198,3 +202,44 @@ def test_a_field_for_callers_only_is_no_option() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'reader\.start_method'"):
         load_config(Whole, ["reader.start_method=spawn"])
     assert load_config(Whole, ["reader.rows=7"]) == Whole(Reader(rows=7))
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def config_of(script: str, monkeypatch: pytest.MonkeyPatch) -> type:
+    """The configuration of a training script; the scripts import each other by their file names."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module(script).Config
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize(
+    ("file", "script"),
+    [
+        ("fastvst/config.py", "sft"),
+        ("examples/sft.py", "sft"),
+        ("examples/rl.py", "rl"),
+        ("examples/cold_start.py", "cold_start"),
+    ],
+)
+def test_options_that_docstrings_show_exist(file: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(docstrings(ROOT / file))
+    text = re.sub(r"torchrun [^\n]*?examples/\w+\.py", "", text)  # torchrun has options of its own
+    shown = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text) + re.findall(r"(?<![\w.])([a-z_]+\.[a-z_]+)=", text)
+    names = {name.replace("-", "_") for name in shown} - {"config", "help", "section.name"}
+    assert names
+    assert names <= {name for name, _ in cfg.leaves(config_of(script, monkeypatch)())}
+
+
+@pytest.mark.parametrize("script", ["sft", "rl", "cold_start"])
+def test_every_option_of_a_script_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_class = config_of(script, monkeypatch)
+    lines = cfg.usage(config_class).splitlines()
+    assert len(lines) == 2 * len(list(cfg.leaves(config_class())))  # a line for the option and a line for its text
+    assert not [line for line in lines if re.match(r" {6}(see|of) ", line)]
