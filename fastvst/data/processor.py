@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer
 
 from fastvst.batch import IGNORE, Cost, EncodedSample
-from fastvst.data.chat import check_literals, render, system_prompt
+from fastvst.data.chat import Segment, check_literals, render, system_prompt
 from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import MediaError, PatchGeometry
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor_config import ProcessorConfig, make_config, read_preprocessor, write_files
-from fastvst.data.sample import Message, Sample
+from fastvst.data.sample import Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
 from fastvst.model.config import ModelConfig
@@ -70,24 +70,7 @@ class Processor:
         self._ids: dict[str, int] = {}
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self._literals = re.compile("|".join(re.escape(name) for name in sorted(special, key=len, reverse=True)))
-        self._check_vocabulary()
-
-    def _check_vocabulary(self) -> None:
-        model = self.model_config
-        for name, expected in (
-            ("<|image_pad|>", model.image_token_id),
-            ("<|video_pad|>", model.video_token_id),
-            ("<|vision_start|>", model.vision_start_token_id),
-            ("<|vision_end|>", model.vision_end_token_id),
-        ):
-            if self.token_id(name) != expected:
-                raise ValueError(
-                    f"the tokenizer has {name} at id {self.token_id(name)}, the model's config.json at {expected}; "
-                    "the two files belong to different models"
-                )
-        size = self.tokenizer.get_vocab_size()
-        if size > model.vocab_size:
-            raise ValueError(f"the tokenizer has {size} tokens, the model only {model.vocab_size}")
+        _check_vocabulary(self)
 
     @classmethod
     def from_pretrained(
@@ -214,8 +197,14 @@ class Processor:
             messages, note = unify_fov_messages(messages, self.config.fov_base_width, self.config.max_source_pixels)
             notes = (note,)
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
-        tokens, labels = self._token_ids(messages, system_prompt(sample.kind), inputs, add_generation_prompt)
         grids = [one.grid for one in inputs]
+        segments = render(
+            messages,
+            system=system_prompt(sample.kind),
+            supervise=self.config.supervise,
+            add_generation_prompt=add_generation_prompt,
+        )
+        tokens, labels = _tokens_and_labels(self, segments, grids)
         patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
             merged = patches // self.model_config.vision.spatial_merge_size**2
@@ -228,34 +217,6 @@ class Processor:
         cost = Cost(len(tokens), patches, float(sample_flops(self.model_config, len(tokens), grids, targets)))
         return TokenizedSample(tokens, labels, inputs, cost, notes)
 
-    def _token_ids(
-        self, messages: list[Message], system: str, inputs: list[VisionInput], add_generation_prompt: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(L,) int32 tokens and labels of the rendered conversation."""
-        segments = render(
-            messages, system=system, supervise=self.config.supervise, add_generation_prompt=add_generation_prompt
-        )
-        merge = self.model_config.vision.spatial_merge_size**2
-        remaining = iter(inputs)
-        tokens: list[int] = []
-        supervised: list[tuple[int, int]] = []  # never the first token: a system message comes first
-        for segment in segments:
-            if segment.kind == "text":
-                ids = self.tokenizer.encode(segment.text, add_special_tokens=False).ids
-            elif segment.kind == "special":
-                ids = [self.token_id(segment.text)]
-            else:
-                t, h, w = next(remaining).grid
-                ids = [self.token_id(segment.text)] * (t * h * w // merge)
-            if segment.supervised:
-                supervised.append((len(tokens), len(tokens) + len(ids)))
-            tokens += ids
-        array = np.asarray(tokens, dtype=np.int32)
-        labels = np.full(len(tokens), IGNORE, dtype=np.int32)
-        for start, end in supervised:
-            labels[start:end] = array[start:end]
-        return array, labels
-
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files with which transformers' AutoTokenizer and image processors open the directory.
 
@@ -265,3 +226,49 @@ class Processor:
         (`Qwen25VL.save_pretrained`).
         """
         write_files(Path(directory), self.tokenizer, self.geometry, self.config)
+
+
+def _check_vocabulary(processor: Processor) -> None:
+    """Raise ValueError if tokenizer and model disagree about token ids."""
+    model = processor.model_config
+    for name, expected in (
+        ("<|image_pad|>", model.image_token_id),
+        ("<|video_pad|>", model.video_token_id),
+        ("<|vision_start|>", model.vision_start_token_id),
+        ("<|vision_end|>", model.vision_end_token_id),
+    ):
+        found = processor.token_id(name)
+        if found != expected:
+            raise ValueError(
+                f"the tokenizer has {name} at id {found}, the model's config.json at {expected}; the two files belong "
+                "to different models"
+            )
+    size = processor.tokenizer.get_vocab_size()
+    if size > model.vocab_size:
+        raise ValueError(f"the tokenizer has {size} tokens, the model only {model.vocab_size}")
+
+
+def _tokens_and_labels(
+    processor: Processor, segments: Sequence[Segment], grids: Sequence[tuple[int, int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(L,) int32 tokens and labels of the rendered conversation, with one pad for every merged patch of `grids`."""
+    merge = processor.model_config.vision.spatial_merge_size**2
+    remaining = iter(grids)
+    tokens: list[int] = []
+    supervised: list[tuple[int, int]] = []  # never the first token: a system message comes first
+    for segment in segments:
+        if segment.kind == "text":
+            ids = processor.tokenizer.encode(segment.text, add_special_tokens=False).ids
+        elif segment.kind == "special":
+            ids = [processor.token_id(segment.text)]
+        else:
+            t, h, w = next(remaining)
+            ids = [processor.token_id(segment.text)] * (t * h * w // merge)
+        if segment.supervised:
+            supervised.append((len(tokens), len(tokens) + len(ids)))
+        tokens += ids
+    array = np.asarray(tokens, dtype=np.int32)
+    labels = np.full(len(tokens), IGNORE, dtype=np.int32)
+    for start, end in supervised:
+        labels[start:end] = array[start:end]
+    return array, labels
