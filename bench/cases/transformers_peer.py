@@ -1,4 +1,4 @@
-"""transformers' Qwen2.5-VL with the weights of ours, and its padded inputs."""
+"""transformers' Qwen2.5-VL with our weights, and its padded inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def peer(model: Qwen25VL) -> Any:
 
 
 def padded(config: ModelConfig, samples: list[EncodedSample]) -> dict[str, torch.Tensor]:
-    """The arguments of a batched `generate`: prompts padded on the left."""
+    """Arguments of a batched `generate`, with prompts padded on the left."""
     longest = max(map(len, samples))
     ids = torch.full((len(samples), longest), config.pad_token_id)
     mask = torch.zeros_like(ids)

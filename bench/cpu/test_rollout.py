@@ -1,4 +1,4 @@
-"""Rollouts on the tiny model: the engine beside transformers' `generate` and its continuous batching, in one run."""
+"""Rollouts on the tiny model: the engine compared with transformers' `generate` and its continuous batching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bench.cases.transformers_peer import padded, peer
-from bench.gpu.rollout import ANSWER, CASES, PROMPT, Case, measure_bitwise, roofline
+from bench.gpu.rollout import CASES, COMPLETION, PROMPT, Case, measure_bitwise, roofline
 from fastvst.batch import EncodedSample
 from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
@@ -19,15 +19,15 @@ from fastvst.rollout import Engine, SamplingParams
 
 PROMPTS = 32
 SAMPLES = 8
-TOKENS = 64  # the setting of the goal: at least 3x transformers' generate
+TOKENS = 64  # the goal in this setting: at least 3x the speed of transformers' generate
 
 
-def make_prompts(processor: Processor, count: int, *, picture: bool) -> list[EncodedSample]:
+def make_prompts(processor: Processor, count: int, *, with_image: bool) -> list[EncodedSample]:
     rng = np.random.default_rng(0)
     encoded = []
     for index in range(count):
         pixels = Image.fromarray(rng.integers(0, 255, (224, 280, 3), dtype=np.uint8))
-        parts: list[dict[str, Any]] = [{"type": "image", "image": pixels}] if picture else []
+        parts: list[dict[str, Any]] = [{"type": "image", "image": pixels}] if with_image else []
         parts.append({"type": "text", "text": "How far is the chair from the table in metres? " * (1 + index % 4)})
         sample = Sample.from_messages([{"role": "user", "content": parts}], id=str(index))
         encoded.append(processor.encode(sample, add_generation_prompt=True))
@@ -35,10 +35,10 @@ def make_prompts(processor: Processor, count: int, *, picture: bool) -> list[Enc
 
 
 def test_roofline(record):
-    """The decode roofline of the GPU bench: arithmetic, no clock. H200, 1,600 + 400 tokens, at the last token."""
+    """The decode roofline of the GPU bench, computed, not measured: H200, 1,600 + 400 tokens, at the last token."""
     for case in CASES:
-        record(f"roofline: {case.name}", tokens_per_s=roofline(case, PROMPT + ANSWER))
-    # The figures that are known for it, in thousands of tokens/s: (7B, 128 answers) alone and 8 to a prompt.
+        record(f"roofline: {case.name}", tokens_per_s=roofline(case, PROMPT + COMPLETION))
+    # Known figures in tokens/s: 7B, 128 completions with their own prompts, and 8 to a prompt.
     assert abs(roofline(Case("7b", 128, 1), 2000) / 21_300 - 1) < 0.01
     assert abs(roofline(Case("7b", 128, 8), 2000) / 33_100 - 1) < 0.01
 
@@ -50,11 +50,11 @@ def tiny():
     return Qwen25VL(ModelConfig.preset("tiny")), Processor.preset("tiny")
 
 
-def test_beside_generate(tiny, record):
-    """Alternating turns in one process; best of each. Every answer has all its tokens, so both do the same work."""
+def test_engine_and_generate(tiny, record):
+    """Alternating turns in one process, best of each. No completion ends early, so both do the same work."""
     model, processor = tiny
     theirs = peer(model)
-    samples = make_prompts(processor, PROMPTS, picture=True)
+    samples = make_prompts(processor, PROMPTS, with_image=True)
     engine = Engine(model, processor, memory=1 << 28)
     params = SamplingParams(n=SAMPLES, max_tokens=TOKENS, ignore_eos=True)
     inputs = padded(model.config, samples)
@@ -84,7 +84,7 @@ def test_beside_generate(tiny, record):
     tokens = PROMPTS * SAMPLES * TOKENS
     stats = engine.stats
     record(
-        f"tiny, {PROMPTS} prompts with a picture x {SAMPLES} answers x {TOKENS} tokens",
+        f"tiny, {PROMPTS} prompts with an image x {SAMPLES} completions x {TOKENS} tokens",
         engine_tokens_per_s=tokens / best["engine"],
         transformers_tokens_per_s=tokens / best["generate"],
         ratio=best["generate"] / best["engine"],
@@ -95,19 +95,19 @@ def test_beside_generate(tiny, record):
     )
 
 
-def test_beside_continuous_batching(tiny, record):
-    """Text only: transformers' continuous batching takes token ids and no pictures.
+def test_engine_and_continuous_batching(tiny, record):
+    """Text only, because transformers' continuous batching takes token ids and no images.
 
-    Its cache is made as large as needed: by default it fills most of the machine's memory first, which takes a minute.
-    Each prompt is given once for every answer, because `num_return_sequences` returns only one answer of each prompt;
-    blocks with equal beginnings are shared (its `allow_block_sharing`).
+    Its cache gets the size that it needs: by default it first fills most of the machine's memory, which takes a minute.
+    Each prompt is passed once for every completion, because `num_return_sequences` returns only one completion of each
+    prompt; blocks with equal prefixes are shared (its `allow_block_sharing`).
     """
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     model, processor = tiny
     theirs = peer(model)
-    samples = make_prompts(processor, PROMPTS, picture=False)
+    samples = make_prompts(processor, PROMPTS, with_image=False)
     theirs.set_attn_implementation("paged|sdpa")
     config = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=True, eos_token_id=-1, pad_token_id=model.config.pad_token_id
@@ -130,10 +130,10 @@ def test_beside_continuous_batching(tiny, record):
     for _ in range(2):
         for name, run in {"engine": ours, "continuous batching": batching}.items():
             begin = time.perf_counter()
-            assert run() == tokens, f"{name} did not make all tokens"
+            assert run() == tokens, f"{name} did not sample all tokens"
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
     record(
-        f"tiny, {PROMPTS} text prompts x {SAMPLES} answers x {TOKENS} tokens",
+        f"tiny, {PROMPTS} text prompts x {SAMPLES} completions x {TOKENS} tokens",
         engine_tokens_per_s=tokens / best["engine"],
         continuous_batching_tokens_per_s=tokens / best["continuous batching"],
         ratio=best["continuous batching"] / best["engine"],
@@ -142,9 +142,9 @@ def test_beside_continuous_batching(tiny, record):
 
 
 def test_cost_of_equal_bits(record, device):
-    """Decode tokens/s of both numerics on the tiny model, and how far each is from the trainer's log-probabilities."""
+    """Decode tokens/s of both numerics on the tiny model, and their largest difference to the trainer's logprobs."""
     if device.type != "cpu":
         pytest.skip("bench/gpu/rollout.py measures this on a GPU")
     figures = measure_bitwise(Qwen25VL(ModelConfig.preset("tiny")), prompt=400)
     assert figures["bitwise_largest_difference"] == 0.0
-    record("bitwise, 4 prompts of 400 x 8 answers of 32", **figures)
+    record("bitwise, 4 prompts of 400 tokens x 8 completions of 32", **figures)

@@ -1,8 +1,8 @@
 """Decode tokens/s of the engine on a GPU at the 3B and 7B shapes, as a share of the roofline.
 
-`python -m bench.gpu.rollout --out FILE`. Random weights in bf16; prompts of 1,600 tokens, answers of 400, each prompt
-alone or shared by 8 answers. Beside them the fused sampling operator and PyTorch's product, softmax and multinomial on
-the same head. Not run yet: no GPU was at hand; the roofline itself is tested on the CPU.
+`python -m bench.gpu.rollout --out FILE`. Random weights in bf16; prompts of 1,600 tokens, completions of 400, each with
+its own prompt or 8 to a prompt. It also measures the fused sampling operator against PyTorch's product, softmax and
+multinomial on the same LM head. It has not run on a GPU yet; the roofline itself is tested on the CPU.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from fastvst.rollout.batch_invariant import batch_invariant
 from fastvst.rollout.mismatch import mismatch
 from fastvst_kernels import sample_tokens
 
-BANDWIDTH, MATRIX = 4.8e12, 700e12  # H200: bytes/s of its data sheet; FLOP/s that dense bf16 products reach in practice
+BANDWIDTH = 4.8e12  # bytes/s of an H200, from its data sheet
+MATRIX = 700e12  # FLOP/s that dense bf16 products reach on an H200 in practice
 PROMPT = 1600
-ANSWER = 400
+COMPLETION = 400
 
 
 @dataclass(frozen=True)
 class Case:
     preset: str
     rows: int
-    group: int  # answers that share a prompt
+    group: int  # completions that share a prompt
 
     @property
     def name(self) -> str:
-        return f"{self.preset}, {self.rows} answers, " + (
-            f"{self.group} to a prompt" if self.group > 1 else "own prompts"
-        )
+        prompts = f"{self.group} to a prompt" if self.group > 1 else "own prompts"
+        return f"{self.preset}, {self.rows} completions, {prompts}"
 
 
 CASES = tuple(
@@ -52,7 +52,7 @@ CASES = tuple(
 
 
 def weight_bytes(config: ModelConfig) -> float:
-    """bf16 bytes of decoder and head that every step reads."""
+    """Bytes of the decoder and the LM head in bf16, which every step reads."""
     h = config.hidden_size
     kv = config.num_key_value_heads * config.head_dim
     layer = h * (h + 2 * kv) + h * h + 3 * h * config.intermediate_size
@@ -60,10 +60,10 @@ def weight_bytes(config: ModelConfig) -> float:
 
 
 def roofline(case: Case, context: float) -> float:
-    """Tokens/s that weights, products and KV reads allow when every answer stands at `context` tokens with its prompt.
+    """The largest possible tokens/s when every completion has `context` tokens, its prompt included.
 
-    A step takes max(weight bytes / bandwidth, product FLOPs / rate) + KV bytes / bandwidth; shared prompts are read
-    once.
+    A step takes max(weight bytes / bandwidth, product FLOPs / FLOP rate) + KV bytes / bandwidth. A shared prompt is
+    read once.
     """
     config = ModelConfig.preset(case.preset)
     weights = weight_bytes(config)
@@ -74,7 +74,7 @@ def roofline(case: Case, context: float) -> float:
 
 
 def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
-    """Random text tokens, of the middle of the vocabulary: no special ones."""
+    """A prompt of random tokens from the middle of the vocabulary, without special tokens."""
     low = config.vocab_size // 100
     high = config.vocab_size * 2 // 3
     tokens = torch.randint(low, high, (length,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
@@ -96,7 +96,7 @@ def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
 
 
 def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
-    """Tokens/s of the decode steps, their share of the roofline at the mean context, and the graphs' capture time."""
+    """Tokens/s of the decode steps, their share of the roofline at the mean context, and the first call's seconds."""
     prompts = [text_prompt(model.config, PROMPT, seed) for seed in range(case.rows // case.group)]
     engine = Engine(model, max_sequences=case.rows, page_size=64, memory=0.8)
     begin = time.perf_counter()
@@ -104,25 +104,25 @@ def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
     first = time.perf_counter() - begin
     engine.stats = type(engine.stats)()
     torch.cuda.reset_peak_memory_stats()
-    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=ANSWER, ignore_eos=True))
+    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=COMPLETION, ignore_eos=True))
     stats = engine.stats
     rate = stats.decode_tokens / stats.decode_seconds
     engine.release()
     return {
         "tokens_per_s": rate,
-        "share_of_roofline": rate / roofline(case, PROMPT + ANSWER / 2),
+        "share_of_roofline": rate / roofline(case, PROMPT + COMPLETION / 2),
         "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_seconds,
         "first_call_s": first,
         "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
     }
 
 
-def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, answer: int = 32) -> dict[str, float]:
-    """What equality to the last bit costs: decode tokens/s of both modes, and the largest difference to the trainer."""
+def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, completion: int = 32) -> dict[str, float]:
+    """The cost of equal bits: decode tokens/s of both numerics, and their largest difference to the trainer."""
     from teacher import teacher_forced
 
     prompts = [text_prompt(model.config, prompt, seed) for seed in range(rows // 8)]
-    params = SamplingParams(n=8, max_tokens=answer, ignore_eos=True)
+    params = SamplingParams(n=8, max_tokens=completion, ignore_eos=True)
     found = {}
     for numerics in ("fast", "bitwise"):
         engine = Engine(model, max_sequences=rows, page_size=64, memory=1 << 30, numerics=numerics)
@@ -139,12 +139,12 @@ def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, answe
 
 
 def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
-    """Milliseconds of drawing `rows` tokens: the operator, with filters in every row, and plain PyTorch in bf16."""
+    """Milliseconds of drawing `rows` tokens: the operator without and with filters, and PyTorch in bf16."""
     hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     seeds = torch.arange(rows, device=weight.device)
-    heat = torch.full((rows,), 0.7, device=weight.device)
-    filters = {"filtered": seeds, "top_k": torch.full_like(seeds, 50), "top_p": torch.full_like(heat, 0.9)}
-    filters["min_p"] = torch.zeros_like(heat)
+    temperature = torch.full((rows,), 0.7, device=weight.device)
+    filters = {"filtered": seeds, "top_k": torch.full_like(seeds, 50), "top_p": torch.full_like(temperature, 0.9)}
+    filters["min_p"] = torch.zeros_like(temperature)
 
     def plain() -> torch.Tensor:
         logprobs = torch.log_softmax(torch.mm(hidden, weight.t(), out_dtype=torch.float32) / 0.7, dim=1)
@@ -152,8 +152,8 @@ def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
         return logprobs.gather(1, tokens)
 
     runs = {
-        "fastvst": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=heat),
-        "fastvst_filtered": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=heat, **filters),
+        "fastvst": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=temperature),
+        "fastvst_filtered": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=temperature, **filters),
         "torch": plain,
     }
     found = {f"{name}_ms": cuda_milliseconds(run) for name, run in runs.items()}
@@ -162,7 +162,7 @@ def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
 
 
 def cuda_milliseconds(run: Callable[[], object], turns: int = 20) -> float:
-    """Median of `turns` runs after three."""
+    """Median of `turns` runs, after three warm-up runs."""
     times = []
     for _ in range(turns + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -193,8 +193,8 @@ def main() -> None:
                 found[case.name] = measure(model, case)
                 print(case.name, found[case.name], flush=True)
                 arguments.out.write_text(json.dumps({"cases": found}, indent=1) + "\n")
-        if time.monotonic() < deadline:  # last: what it costs matters less than what the others give
-            name = f"{preset}, bitwise, 32 answers, 8 to a prompt"
+        if time.monotonic() < deadline:  # last, because it matters less than the other figures
+            name = f"{preset}, bitwise, 32 completions, 8 to a prompt"
             found[name] = measure_bitwise(model)
             print(name, found[name], flush=True)
             arguments.out.write_text(json.dumps({"cases": found}, indent=1) + "\n")

@@ -50,7 +50,7 @@ class DecodeTables:
 
 
 def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, pieces: DecodePieces | None = None) -> Tensor:
-    """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. The host does not wait.
+    """(B, hidden) of the tokens drawn last, whose keys and values go into the pages. Nothing waits for the device.
 
     Args:
         pieces: CPU only, see `decode_attention`.
@@ -93,7 +93,7 @@ def new_slots(pool: PagePool, tables: DecodeTables) -> Tensor:
 class DecodeBatch:
     """The tables of a fixed set of running completions, sorted so that completions of one prompt are neighbours.
 
-    The host keeps NumPy copies of what it needs to plan; on the CPU its page table is the tensor's memory. Drawn tokens
+    The host keeps NumPy copies of lengths, steps and page table; on the CPU tensors share their memory. Drawn tokens
     collect in `history` until `hand_over` gives them to the completions.
 
     Attributes:

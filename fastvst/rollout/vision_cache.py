@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvst.batch import EncodedSample, pack
+from fastvst.batch import IGNORE, EncodedSample, pack
 from fastvst.model import Qwen25VL
 from fastvst.rollout.request import PromptState
 
@@ -117,20 +117,9 @@ def _embed_packed(model: Qwen25VL, samples: Sequence[EncodedSample]) -> Sequence
     """(length, hidden) input rows of each sample, from one packed batch."""
     if not samples:
         return []
-    batch = pack([_without_labels(s) for s in samples]).to(model.head_weight.device)
+    unlabelled = [dataclasses.replace(s, labels=torch.full_like(s.labels, IGNORE)) for s in samples]
+    batch = pack(unlabelled).to(model.head_weight.device)
     rows = model.model.embed_tokens(batch.tokens)
     if batch.num_patches:
-        vision = model.visual(
-            batch.patches,
-            batch.vision_positions,
-            batch.cu_windows,
-            batch.cu_images,
-            max_window=batch.max_window,
-            max_image=batch.max_image,
-        )
-        rows = rows.index_copy(0, batch.vision_slots, vision.to(rows.dtype))
+        rows = rows.index_copy(0, batch.vision_slots, model.encode_images(batch).to(rows.dtype))
     return rows.split([len(s) for s in samples])
-
-
-def _without_labels(sample: EncodedSample) -> EncodedSample:
-    return dataclasses.replace(sample, labels=torch.full_like(sample.labels, -100))

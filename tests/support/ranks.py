@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-# A process that has run other tests has threads (renderers, memory pools, progress bars), whose locks a fork copies in
-# whatever state they are: now and then a rank forked from it hung. So ranks are forked from a server that has imported
-# these and done nothing else.
+# A process that has run other tests has threads (renderers, memory pools, progress bars). A fork copies their locks in
+# any state, and sometimes a rank forked from it hung. So ranks are forked from a server that has only imported these.
 PRELOAD = [
     "torch",
     "torch.distributed.fsdp",
@@ -30,7 +29,7 @@ PRELOAD = [
 
 
 def environment(rank: int, size: int, folder: str | Path) -> dict[str, str]:
-    """What torchrun would set on one node, with a file instead of a port, so that no test can find its port taken."""
+    """The variables that torchrun sets on one node, with a file instead of a port: a port could be in use."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -41,11 +40,11 @@ def environment(rank: int, size: int, folder: str | Path) -> dict[str, str]:
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function(environment, *arguments)` on `size` ranks; their return values in order of rank.
+    """Call `function(environment, *arguments)` on `size` ranks; returns their values in order of rank.
 
-    The function stands at the top level of its module; a fork of the server starts in a fraction of the 7 s of a fresh
-    interpreter with torch. Values must be plain or NumPy (tensors do not outlive their process). Raises if a rank fails
-    or does not end in time.
+    The function must be at the top level of its module. A fork of the server starts in a fraction of the 7 s that a new
+    interpreter with torch takes. Values must be plain or NumPy, because tensors do not outlive their process. Raises if
+    a rank fails or does not end in time.
     """
     ends = start_ranks(function, size, *arguments, timeout=timeout)
     failed = [f"exit code {code}: {result}" for code, result in ends if code]
@@ -56,7 +55,7 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout:
 def start_ranks(
     function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120
 ) -> list[tuple[int, Any]]:
-    """Like `run_ranks`, but gives (exit code, return value or "FAILED traceback" or None) and judges nothing."""
+    """Like `run_ranks`, but returns (exit code, value or "FAILED traceback" or None) of each rank and never raises."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     name = (function.__module__, function.__qualname__)
@@ -89,7 +88,7 @@ def _child(
     name: tuple[str, str], file: str, env: dict[str, str], pipe: Any, arguments: tuple[Any, ...], timeout: float
 ) -> None:
     stacks = open(Path(env["INIT_FILE"]).parent / f"stacks.{env['RANK']}", "w", encoding="utf-8")  # noqa: SIM115
-    faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)  # a rank that hangs says where
+    faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)  # a rank that hangs writes its stacks
     torch.set_num_threads(1)
     try:
         pipe.send(getattr(_module(name[0], file), name[1])(env, *arguments))
@@ -99,7 +98,7 @@ def _child(
 
 
 def _module(name: str, file: str) -> Any:
-    """The module of a test, which is on no import path, or any other."""
+    """Import a module by its name, or from its file if it is not on the import path, as tests are."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Teacher forcing: what the trainer says of tokens that an engine drew."""
+"""Teacher forcing: the trainer's log-probabilities of tokens that an engine sampled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from fastvst_kernels import linear_logprobs
 def teacher_forced(
     model: Qwen25VL, samples: list[EncodedSample], rollouts: list[list[Rollout]], *, shared: bool
 ) -> torch.Tensor:
-    """The trainer's log-probabilities of all answers, in order, from one pack.
+    """(N,) log-probabilities of the tokens of all completions, in order, from one pack.
 
-    shared: prompts once with their answers as groups, else each answer behind its own copy of the prompt.
+    Args:
+        shared: whether the completions of a prompt share one copy of it, instead of each having its own.
     """
     groups = [
         (sample, [completion_sample(sample, torch.tensor(r.tokens)) for r in many])
