@@ -1,4 +1,4 @@
-"""The attention problems that are measured, their operations and bytes counted from the formula. Needs torch only."""
+"""The attention problems that are measured, with operations and bytes counted from the formula. Needs torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Case:
     """One packed row: lengths of its sequences, and for each its shared prompt or -1.
 
     Attributes:
-        goal_forward, goal_backward: TFLOP/s wanted on one H200 in bf16 (0: none).
+        goal_forward, goal_backward: TFLOP/s to reach on one H200 in bf16 (0: no goal).
     """
 
     name: str
@@ -37,13 +37,13 @@ class Case:
         return None if self.prompts is None else torch.tensor(self.prompts, dtype=torch.int32, device=device)
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as views into one tensor that wants a gradient."""
+        """q, k, v as views into one tensor that requires a gradient."""
         shape = (self.tokens, self.heads + 2 * self.kv_heads, self.width)
         qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # type: ignore[return-value]
 
     def pairs(self) -> int:
-        """(query, key) pairs that see each other, of one head."""
+        """(query, key) pairs of one head that the mask lets through."""
         total = 0
         for index, n in enumerate(self.lengths):
             prompt = -1 if self.prompts is None else self.prompts[index]
@@ -57,14 +57,14 @@ class Case:
         return forward, 2.5 * forward
 
     def bytes(self, itemsize: int = 2) -> tuple[float, float]:
-        """Least bytes moved: q, k, v read and out written; backward also reads out and its gradient, writes three."""
+        """Least bytes moved: forward reads q, k, v, writes out; backward also reads out, dout, writes 3."""
         q = self.tokens * self.heads * self.width
         kv = 2 * self.tokens * self.kv_heads * self.width
         lse = 4 * self.tokens * self.heads
         return itemsize * (2 * q + kv) + lse, itemsize * (4 * q + 2 * kv) + lse
 
     def repeated(self) -> Case:
-        """The same answers without groups: every answer behind its own copy of the prompt."""
+        """The same completions without groups: every completion after its own copy of the prompt."""
         if self.prompts is None:
             return self
         named = set(self.prompts)
@@ -76,10 +76,10 @@ class Case:
         return Case(f"{self.name} repeated", tuple(lengths), self.heads, self.kv_heads, self.width, self.causal)
 
 
-def grouped(count: int, prompt: int, answers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """lengths= and prompts= of `count` groups in one row."""
-    lengths = (prompt, *answers) * count
-    size = 1 + len(answers)
+def grouped(count: int, prompt: int, completions: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """`lengths` and `prompts` of `count` groups in one row."""
+    lengths = (prompt, *completions) * count
+    size = 1 + len(completions)
     prompts = tuple(-1 if i % size == 0 else i // size * size for i in range(size * count))
     return {"lengths": lengths, "prompts": prompts}
 

@@ -1,4 +1,4 @@
-"""Packed attention: counted figures, groups against repeated prompts, and on a GPU every kernel beside its peers."""
+"""Packed attention: counted figures, groups against repeated prompts, and on a GPU a comparison with its peers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastvst_kernels import packed_attention
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_counted(case: Case, record):
-    """Operations and least bytes of every case, and what groups save: no clock is involved."""
-    (forward, backward) = case.flops()
-    (read, written) = case.bytes()
+    """Operations and least bytes of every case, and what groups save. Nothing is timed."""
+    forward, backward = case.flops()
+    forward_bytes, backward_bytes = case.bytes()
     more = {}
     if case.prompts is not None:
         again = case.repeated()
@@ -23,9 +23,9 @@ def test_counted(case: Case, record):
         f"counted {case.name}",
         forward_tflop=forward * 1e-12,
         backward_tflop=backward * 1e-12,
-        forward_gb=read * 1e-9,
-        backward_gb=written * 1e-9,
-        forward_flop_per_byte=forward / read,
+        forward_gb=forward_bytes * 1e-9,
+        backward_gb=backward_bytes * 1e-9,
+        forward_flop_per_byte=forward / forward_bytes,
         **more,
     )
 
@@ -44,7 +44,7 @@ def _step(case: Case, device: torch.device):
 
 
 def test_groups_against_repeated_prompts(benchmark, record, device):
-    """Forward + backward of attention alone, the same answers in the two layouts, in turns."""
+    """Forward + backward of attention alone, the same completions in both layouts, in turns."""
     case = CPU_GROUPS if device.type == "cpu" else CASES[-1]
     ours = _step(case, device)
     theirs = _step(case.repeated(), device)
@@ -56,7 +56,7 @@ def test_groups_against_repeated_prompts(benchmark, record, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_beside_the_peers(case: Case, record, device):
+def test_against_the_peers(case: Case, record, device):
     if device.type != "cuda":
         pytest.skip("the peers' kernels need a GPU: not measured")
     from bench.gpu.attention import group_ratio, measure

@@ -1,4 +1,4 @@
-"""Window attention and the whole vision tower, forward + backward, beside transformers on the same pictures."""
+"""Window attention and the whole vision tower, forward + backward, compared with transformers on the same images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvst.model.positions import vision_layout
 from fastvst.model.vision import VisionTower
 
 
-def test_windows_beside_sdpa_by_window(record, device):
+def test_windows_against_sdpa_by_window(record, device):
     """2,000 patches of 16 heads of 80 in float32, the last window with 16 patches."""
     if device.type != "cpu":
         pytest.skip("bench/gpu/pointwise.py measures windows on a GPU")
@@ -30,7 +30,7 @@ def test_windows_beside_sdpa_by_window(record, device):
 
 
 def published(depth: int) -> VisionConfig:
-    """The 3b's tower, of which the first `depth` blocks."""
+    """The first `depth` blocks of the 3b's tower."""
     full = tuple(i for i in (7, 15, 23, 31) if i < depth) or (depth - 1,)
     return VisionConfig(depth=depth, out_hidden_size=2048, fullatt_block_indexes=full)
 
@@ -64,8 +64,8 @@ def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids
     def offsets(lengths):
         return torch.tensor([0, *lengths.tolist()], device=device).cumsum(0).to(torch.int32)
 
-    arguments = (torch.from_numpy(layout.positions).to(device), offsets(layout.window_lengths))
-    arguments = (*arguments, offsets(layout.image_lengths))
+    positions = torch.from_numpy(layout.positions).to(device)
+    arguments = (positions, offsets(layout.window_lengths), offsets(layout.image_lengths))
     longest = {"max_window": int(layout.window_lengths.max()), "max_image": int(layout.image_lengths.max())}
     grid = torch.tensor(grids, device=device)
 
@@ -92,7 +92,7 @@ def towers(device: torch.device, dtype: torch.dtype, config: VisionConfig, grids
 
 
 def compare(record, name: str, pair, *, goal: float, rounds: int, clock) -> None:
-    """Time what `towers` gives and record it."""
+    """Time the pair of functions from `towers` and record both."""
     best = interleaved(dict(zip(("fastvst", "transformers"), pair, strict=True)), rounds=rounds, clock=clock)
     ours = best["fastvst"]
     theirs = best["transformers"]
@@ -100,34 +100,34 @@ def compare(record, name: str, pair, *, goal: float, rounds: int, clock) -> None
 
 
 TINY = ModelConfig.preset("tiny").vision
-ROOM = [1, 8, 12]  # patches of a picture of rooms as examples/sft.py reads it, 168 x 112 pixels
+ROOM = [1, 8, 12]  # patches of a room image as examples/sft.py reads it, 168 x 112 pixels
 
 
 @pytest.mark.parametrize(
     "name, config, grids",
     [
-        ("3b, 4 blocks, one picture of 396 patches", published(4), [[1, 22, 18]]),
-        ("3b, 4 blocks, 8 pictures of 96 patches", published(4), [ROOM] * 8),
-        ("tiny, one picture of 96 patches", TINY, [ROOM]),
-        ("tiny, 16 pictures of 96 patches", TINY, [ROOM] * 16),
-        ("tiny, 4 pictures of 1,024 patches", TINY, [[1, 32, 32]] * 4),
+        ("3b, 4 blocks, one image of 396 patches", published(4), [[1, 22, 18]]),
+        ("3b, 4 blocks, 8 images of 96 patches", published(4), [ROOM] * 8),
+        ("tiny, one image of 96 patches", TINY, [ROOM]),
+        ("tiny, 16 images of 96 patches", TINY, [ROOM] * 16),
+        ("tiny, 4 images of 1,024 patches", TINY, [[1, 32, 32]] * 4),
     ],
 )
-def test_tower_beside_transformers_on_cpu(record, device, name, config, grids):
+def test_tower_against_transformers_on_cpu(record, device, name, config, grids):
     """4 of the 3b's 32 blocks (3 windowed, 1 full), and the tower that examples/sft.py trains; goal 1.3x.
 
-    The 3b's blocks are 93 % matrix products here, the same ones in both, so there is little to win beside them.
+    The 3b's blocks are 93 % matrix products here, the same ones in both, so little else can be faster.
     """
     if device.type != "cpu":
-        pytest.skip("test_tower_beside_transformers measures the whole tower on a GPU")
+        pytest.skip("test_tower_against_transformers measures the whole tower on a GPU")
     pair = towers(device, torch.float32, config, grids)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     compare(record, f"tower of the {name}", pair, goal=1.3, rounds=20 if config is TINY else 8, clock=clock)
 
 
-def test_tower_beside_transformers(record, device):
-    """The 3b's tower on 16 pictures of 992 merged tokens, goal 2x."""
+def test_tower_against_transformers(record, device):
+    """The 3b's tower on 16 images of 992 merged tokens, goal 2x."""
     if device.type == "cpu":
-        pytest.skip("test_tower_beside_transformers_on_cpu measures smaller towers")
+        pytest.skip("test_tower_against_transformers_on_cpu measures smaller towers")
     pair = towers(device, torch.bfloat16, published(32), [[1, 64, 62]] * 16)
     compare(record, "tower of the 3b, 63,488 patches", pair, goal=2.0, rounds=4, clock=time.perf_counter)

@@ -1,6 +1,7 @@
-"""Attention on a GPU beside its peers: `python -m bench.gpu.attention --out FILE.json`. Needs torch and triton only.
+"""Attention on a GPU compared with its peers: `python -m bench.gpu.attention --out FILE.json`.
 
-Every contender of a case runs in one process, on the same tensors. A figure is written as soon as it is known.
+Needs torch and triton only. All contenders of a case run in one process on the same tensors, and the results are
+written after every case.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def milliseconds(run: Callable[[], object], rounds: int = 20) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches at all: a bf16 product of 8192^3 and a copy of 2 GiB."""
+    """The fastest that this GPU can be: a bf16 product of 8192^3 and a copy of 2 GiB."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     big = torch.empty(1 << 30, device="cuda", dtype=torch.bfloat16)
     other = torch.empty_like(big)
@@ -67,7 +68,7 @@ def machine() -> dict[str, str]:
 
 
 def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
-    """Ours and every peer that is installed, on one case without groups; each returns (T, Hq, D) or its like."""
+    """Functions that compute one case: ours and, without groups, the peers'. Each returns the output."""
     offsets = case.offsets("cuda")
     longest = max(case.lengths)
     plan = prepare(case.offsets("cpu"), case.groups("cpu"), causal=case.causal).to("cuda")
@@ -111,7 +112,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
 
     state: dict[str, Any] = {}
 
-    def run() -> Tensor:  # compiled at the first call, so that a failure is this contender's own
+    def run() -> Tensor:  # compiled at the first call, so that a failure counts for this contender only
         if not state:
             state["mask"] = create_block_mask(seen, None, None, case.tokens, case.tokens, device="cuda")
             state["call"] = torch.compile(flex_attention)
@@ -122,7 +123,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
 
 
 def measure(case: Case) -> dict[str, dict[str, Any]]:
-    """{contender: figures}; a contender that can not run says why."""
+    """{contender: figures}; a contender that cannot run has the reason instead."""
     q, k, v = case.tensors(torch.device("cuda"), torch.bfloat16)
     forward_flops, backward_flops = case.flops()
     figures: dict[str, dict[str, Any]] = {}
@@ -141,13 +142,13 @@ def measure(case: Case) -> dict[str, dict[str, Any]]:
                 "forward_tflops": forward_flops / forward * 1e-9,
                 "backward_tflops": backward_flops / backward * 1e-9,
             }
-        except Exception as error:  # a peer that lacks this case must not end the run; it is written down
+        except Exception as error:  # a peer that lacks this case must not end the run
             figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return figures
 
 
 def group_ratio(case: Case) -> dict[str, Any]:
-    """Forward + backward with groups against the best contender on the repeated-prompt layout."""
+    """Forward + backward with groups compared with the best contender on the repeated-prompt layout."""
     ours = measure(case)["fastvst"]
     peers = measure(case.repeated())
     times = {n: f["forward_ms"] + f["backward_ms"] for n, f in peers.items() if "forward_ms" in f}

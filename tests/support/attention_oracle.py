@@ -1,7 +1,7 @@
 """Packed attention by the plain formula, and the comparison that every kernel must pass.
 
-`packs` are lists of sequence lengths with, for each, the index of its shared prompt or -1. Every answer is computed as
-its own (prompt + answer) sequence; autograd sums the prompt's gradients.
+A pack is a list of sequence lengths with the index of the shared prompt of each, or -1. Every completion is computed as
+its own (prompt + completion) sequence; autograd sums the gradients of the prompt.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Pack:
         return None if self.prompts is None else torch.tensor(self.prompts, dtype=torch.int32, device=device)
 
 
-def group(prompt: int, *answers: int) -> Pack:
-    """One shared prompt and its answers."""
-    return Pack((prompt, *answers), (-1, *(0 for _ in answers)))
+def group(prompt: int, *completions: int) -> Pack:
+    """One shared prompt and its completions."""
+    return Pack((prompt, *completions), (-1, *(0 for _ in completions)))
 
 
 def join(*packs: Pack) -> Pack:
-    """Packs one behind the other in one row."""
+    """The packs one after the other in one row."""
     lengths: list[int] = []
     prompts: list[int] = []
     for pack in packs:
@@ -98,9 +98,10 @@ def assert_as_good_as_plain(
 ) -> Results:
     """compute(q, k, v) -> (out, lse (T, Hq)), forward and backward, against float64.
 
-    The largest error may be twice that of the plain formula in the same dtype, plus a floor, as on few values the plain
-    formula may be lucky or exact: of the largest value 4 units of float32, half a unit of 16-bit types. Gradients are
-    differences of products with dout, so that its largest value counts for them, too: dq of a lone token is exactly 0.
+    The largest error may be twice that of the plain formula in the same dtype plus a floor, because on few values the
+    plain formula may be exact by chance. The floor is 4 units of float32 of the largest value, half a unit for 16-bit
+    types. Gradients are differences of products with dout, so its largest value counts for them too: dq of a sequence
+    of one token is exactly 0.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (pack.tokens, heads[0] + 2 * heads[1], width)

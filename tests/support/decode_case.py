@@ -1,4 +1,4 @@
-"""Random paged caches with shared prompts, and attention over them by a formula of its own (plain softmax, float64)."""
+"""Random paged caches with shared prompts, and the attention over them by plain softmax in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvst_kernels.decode.tables import PageTables
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """The arguments of `decode_attention`, and each row's keys and values as one plain list."""
+    """The arguments of `decode_attention`, and each row's keys and values as one list."""
 
     q: Tensor
     k_pages: Tensor

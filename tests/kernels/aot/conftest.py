@@ -1,4 +1,4 @@
-"""The ahead-of-time lane: compiles every kernel for GPUs that are not there."""
+"""Ahead-of-time tests: every kernel compiled for GPUs that are not in this machine."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import os
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    raise pytest.UsageError("the ahead-of-time lane compiles; run it without TRITON_INTERPRET=1")
+    raise pytest.UsageError("the ahead-of-time tests compile; run them without TRITON_INTERPRET=1")

@@ -1,4 +1,4 @@
-"""Every attention kernel at its shipped configurations, compiled for GPUs that are not there."""
+"""Every attention kernel at its shipped configurations, compiled for GPUs that are not in this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, TABLES, 
 from fastvst_kernels.tuning.attention import KERNELS, SHAPES, compile_variant, variants
 
 ARCHS = (80, 89, 90, 100, 120)
-# Where the full pattern is compiled too: the vision tower's heads, and those of the text.
+# Head dimensions for which full attention is compiled too: the vision tower's and the decoder's.
 BOTH = ("16x80", "16x128")
 
 
@@ -19,14 +19,14 @@ def _jobs():
         configs = read_table(TABLES / f"sm_{arch}.json").configs
         for kernel in KERNELS:
             for shape in SHAPES:
-                # Groups take the most registers: they stand for the other patterns, which the tables were chosen with.
+                # Groups take the most registers. The other patterns are left out here; the tables were chosen with all.
                 for variant in variants(kernel, shape, thorough=False):
                     if not variant["shared"] and (shape not in BOTH or arch == 89):
                         continue
                     pattern = "groups" if variant["shared"] else "full"
                     name = f"sm_{arch} {kernel} {shape} {pattern}"
                     yield name, {"kernel": kernel, "numbers": configs[kernel][shape], "arch": arch, **variant}
-    # No table has them before they are measured; tuning may choose them.
+    # Tuning may choose these configurations; no table has them before they are measured.
     for width in (80, 128):
         for path, way in ((DESCRIPTORS, "descriptors"), (PERSISTENT, "persistent")):
             name = f"sm_90 attention_forward 16x{width} {way}"
@@ -62,7 +62,7 @@ def test_registers_shared_memory_and_instructions_do_not_rise(compiled):
 
 
 def test_a_spilling_configuration_is_seen():
-    """The check itself: 128 x 128 tiles of D = 256 in 4 warps can not fit the registers of any GPU."""
+    """A test of the check: 128 x 128 tiles of D = 256 in 4 warps cannot fit the registers of any GPU."""
     made = compile_variant(
         "attention_forward", 256, (128, 128, 4, 1), arch=80, dtype="bf16", causal=False, shared=False
     )

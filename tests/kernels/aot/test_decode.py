@@ -1,4 +1,4 @@
-"""The decode kernels compiled for GPUs that are not there: no spills, tensor cores, and no figure rises."""
+"""The decode kernels, compiled for GPUs that are not in this machine: no spills, tensor cores, no risen figure."""
 
 from __future__ import annotations
 

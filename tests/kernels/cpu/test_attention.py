@@ -1,4 +1,4 @@
-"""packed_attention: both CPU backends against a float64 formula written out here, and its input checks."""
+"""packed_attention: both CPU backends against a float64 formula written here, and the input checks."""
 
 import logging
 
@@ -14,7 +14,7 @@ heads = st.sampled_from([(1, 1), (4, 2), (7, 1), (6, 3)])
 
 
 def formula(q, k, v, cu, causal, groups=None, scale=None):
-    """One dense (T, T) softmax with an explicit mask: another route than either backend takes."""
+    """One dense (T, T) softmax with an explicit mask; neither backend computes it this way."""
     total, hq, dim = q.shape
     offsets = cu.tolist()
     owner = torch.full((total,), -1)
@@ -58,7 +58,9 @@ def test_equals_the_dense_formula(backend, lengths, hq_hkv, dim, causal):
 blocks = st.lists(
     st.one_of(
         st.integers(0, 9).map(lambda n: ([n], [-1])),  # an ordinary sequence
-        st.tuples(st.integers(0, 9), st.lists(st.integers(0, 6), min_size=1, max_size=5)),  # a prompt and its answers
+        st.tuples(
+            st.integers(0, 9), st.lists(st.integers(0, 6), min_size=1, max_size=5)
+        ),  # a prompt and its completions
     ),
     min_size=1,
     max_size=4,
@@ -69,17 +71,17 @@ blocks = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(blocks, heads)
 def test_shared_prompts(backend, blocks, hq_hkv):
-    """Outputs and gradients (the prompt's summed over its answers) of every group shape, empty ones included."""
+    """Outputs and gradients (the prompt's summed over its completions) of every group shape, empty ones included."""
     lengths = []
     groups = []
-    for prompt, answers in blocks:
+    for prompt, completions in blocks:
         if isinstance(prompt, list):
             lengths = lengths + prompt
             groups = [*groups, -1]
             continue
         index = len(lengths)
-        lengths = [*lengths, prompt, *answers]
-        groups = groups + [-1] + [index] * len(answers)
+        lengths = [*lengths, prompt, *completions]
+        groups = groups + [-1] + [index] * len(completions)
     groups = torch.tensor(groups, dtype=torch.int32)
     fused, qkv, cu = make(lengths, *hq_hkv, 16)
     out = packed_attention(*qkv, cu, causal=True, groups=groups, backend=backend)
@@ -92,7 +94,7 @@ def test_shared_prompts(backend, blocks, hq_hkv):
 
 
 def test_group_equals_repeated_prompts():
-    """[p | a | b] with groups is (p + a) and (p + b) run separately."""
+    """[p | a | b] with groups gives the results of (p + a) and (p + b) alone."""
     _, (q, k, v), cu = make([5, 3, 4], 4, 2, 16)
     shared = packed_attention(q, k, v, cu, causal=True, groups=torch.tensor([-1, 0, 0], dtype=torch.int32))
     for a, b in ((5, 8), (8, 12)):
@@ -120,7 +122,7 @@ def test_scale_and_expanded_gradients():
     out = packed_attention(*qkv, cu, causal=False, scale=0.7)
     want, _ = formula(*qkv, cu, False, scale=0.7)
     torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
-    (grad,) = torch.autograd.grad(out.sum(), fused)  # .sum() hands over a stride-0 gradient
+    (grad,) = torch.autograd.grad(out.sum(), fused)  # the gradient of .sum() has stride 0
     torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), fused)[0], atol=1e-11, rtol=0)
 
 

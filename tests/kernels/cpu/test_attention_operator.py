@@ -1,4 +1,4 @@
-"""`fastvst::packed_attention` on the CPU: opcheck, torch.compile, checkpointing, backends that lack something."""
+"""`fastvst::packed_attention` on the CPU: opcheck, torch.compile, checkpointing, refusals of backends."""
 
 from __future__ import annotations
 

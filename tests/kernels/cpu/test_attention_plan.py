@@ -62,7 +62,7 @@ def test_longest_work_first_and_empty_tiles_last():
     begin, end, first, last, *_ = plan.queries[64].T.tolist()
     work = [(b - a) if e > s else -1 for s, e, a, b in zip(begin, end, first, last, strict=True)]
     assert work == sorted(work, reverse=True) and work[0] == 896 and work[-3:] == [-1, -1, -1]
-    assert len(begin) == 1024 // 64 + 3  # the bound that needs no value of the offsets
+    assert len(begin) == 1024 // 64 + 3  # the upper bound, which needs no value of the offsets
 
 
 def test_padded_plans_depend_on_counts_only():

@@ -1,4 +1,4 @@
-"""Decode attention over pages on the CPU against plain softmax attention over each row's whole list of keys."""
+"""Decode attention over pages on the CPU against plain softmax attention over all keys of each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU lane: every kernel at real sizes. `bench/gpu/on_gpu.py` runs it; without a GPU its tests are skipped."""
+"""GPU tests: every kernel at real sizes. `bench/gpu/on_gpu.py` runs them; without a GPU they are skipped."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def with_tile(pack: Pack, causal: bool, kernel: str, chosen: Tile):
 @pytest.mark.parametrize("shape", ["16x80", "16x128", "32x80", "32x128"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_every_configuration_that_tuning_may_choose(kernel: str, shape: str):
-    """Tensor descriptors and the persistent grid among them; what does not fit shared memory is left out."""
+    """Includes tensor descriptors and the persistent grid; what does not fit shared memory is skipped."""
     from triton.runtime.errors import OutOfResources
 
     bits, width = map(int, shape.split("x"))
@@ -72,13 +72,13 @@ def test_the_real_heads_and_a_plan_made_on_the_device(heads: tuple[int, int]):
     assert_as_good_as_plain(run, pack, heads, 128, torch.bfloat16, causal=True, device="cuda")
 
 
-def test_sixty_four_answers():
+def test_sixty_four_completions():
     pack = group(900, *range(1, 65))
     assert_as_good_as_plain(compute(pack, True), pack, (7, 1), 128, torch.bfloat16, causal=True, device="cuda")
 
 
 def test_repeated_runs_are_bitwise_equal_and_write_every_value():
-    """Twenty runs: a race would show as a difference; fresh memory is filled with NaN first."""
+    """Twenty runs, in which a race would show as a difference; fresh memory is filled with NaN first."""
     torch.manual_seed(0)
     qkv = torch.randn(MIXED.tokens, 28 + 8, 128, device="cuda", dtype=torch.bfloat16)
     dout = torch.randn(MIXED.tokens, 28, 128, device="cuda", dtype=torch.bfloat16)
@@ -113,8 +113,8 @@ def test_long_sequences_against_torch(length: int):
         torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-2)
 
 
-def test_sequences_side_by_side_beyond_the_reach_of_32_bits():
-    """Offsets of rows are 64-bit: 2^31 values lie before the last sequence."""
+def test_rows_beyond_the_reach_of_32_bit_offsets():
+    """Offsets of rows are 64-bit: 2^31 values come before the last sequence."""
     tokens = 131_072
     heads = 130
     qkv = torch.zeros(tokens, heads + 2, 128, device="cuda", dtype=torch.bfloat16)

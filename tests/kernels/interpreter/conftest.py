@@ -1,4 +1,4 @@
-"""The interpreter lane. Triton's interpreter computes bf16 on bit patterns; a patch for tests only repairs it."""
+"""Tests in Triton's interpreter, which computes bf16 on bit patterns; a patch (for tests only) repairs that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("the interpreter lane needs TRITON_INTERPRET=1 in the environment of pytest")
+    raise pytest.UsageError("the interpreter tests need TRITON_INTERPRET=1 in the environment of pytest")
 
 import numpy as np
 import torch

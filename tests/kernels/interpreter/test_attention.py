@@ -29,7 +29,7 @@ def kernels(pack: Pack, *, causal: bool, tile: tuple[int, int, int] = (64, 64, P
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]} path {t[2]}")
 def test_every_tile_shape_that_tuning_may_choose(tile: tuple[int, int, int]):
-    small = min(tile) < 32  # the interpreter's time goes with the number of steps
+    small = min(tile) < 32  # the interpreter's time grows with the number of steps
     pack = join(group(17, 5, 0, 9), Pack((1, 20))) if small else join(group(70, 5, 0, 66), Pack((1, 129)))
     assert_as_good_as_plain(kernels(pack, causal=True, tile=tile), pack, (1, 1), 32, torch.float32, causal=True)
     pack = Pack((17, 0, 3)) if small else Pack((65, 0, 1, 128))
@@ -94,12 +94,14 @@ def test_lengths(length: int):
     ids=lambda p: "-".join(map(str, p.lengths))[:40],
 )
 def test_group_shapes(pack: Pack):
-    heads = (1, 1) if len(pack.lengths) > 10 else (2, 1)  # the interpreter's time goes with the number of programs
+    heads = (1, 1) if len(pack.lengths) > 10 else (2, 1)  # the interpreter's time grows with the number of programs
     assert_as_good_as_plain(kernels(pack, causal=True), pack, heads, 16, torch.float32, causal=True)
 
 
 LENGTH = st.integers(0, 70)
-GROUP = st.builds(lambda prompt, answers: group(prompt, *answers), LENGTH, st.lists(LENGTH, min_size=1, max_size=4))
+GROUP = st.builds(
+    lambda prompt, completions: group(prompt, *completions), LENGTH, st.lists(LENGTH, min_size=1, max_size=4)
+)
 PLAIN = st.builds(lambda length: Pack((length,)), LENGTH)
 
 
