@@ -2,12 +2,13 @@
 
     python examples/embed_in_transformers.py
 
-transformers lets a library register an attention function under a name. Ours takes *packed* rows: one row of a batch
-holds several sequences, and `cu_seq_lens_q` (the offsets that transformers' own collators and flash attention use) says
-where they begin. Shared-prompt groups travel the same way, as one more keyword of the model's forward.
+transformers lets a library register an attention function under a name. The function below takes *packed* rows: one
+row of a batch holds several sequences, and `cu_seq_lens_q` (the offsets that transformers' own collators and flash
+attention use) holds their boundaries. Shared-prompt groups are passed in the same way, as one more keyword of the
+model's forward.
 
-The demonstration runs a small random Qwen2 and a small random Qwen2.5-VL, each once with transformers' SDPA on one
-sequence after the other and once with ours on all of them in one row, and prints the largest difference of the logits.
+The demonstration runs a small random Qwen2 and a small random Qwen2.5-VL, once with transformers' SDPA on each sequence
+alone and once with packed attention on all sequences in one row. It prints the largest difference of the logits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def fastvst_attention(
     """transformers' attention interface: query (1, Hq, T, D), key and value (1, Hkv, T, D) -> (1, T, Hq, D).
 
     Raises:
-        ValueError: for what packed attention does not do: padded batches, masks, dropout, a KV cache, a sliding window.
+        ValueError: packed attention does not support padded batches, masks, dropout, a KV cache or a sliding window.
     """
     tokens = query.shape[2]
     causal = module.is_causal if is_causal is None else is_causal
@@ -56,7 +57,7 @@ def fastvst_attention(
     }
     if found := [what for what, is_so in unsupported.items() if is_so]:
         raise ValueError(f"attn_implementation='fastvst' got {', '.join(found)}")
-    # The vision tower calls once for each window or picture, and the text's offsets are not for it.
+    # The vision tower calls this function for each window or image; the text's offsets do not apply to it.
     if not causal or cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, tokens], device=query.device)
         max_length_q = tokens
@@ -72,7 +73,7 @@ AttentionInterface.register("fastvst", fastvst_attention)
 
 
 def packed_inputs(lengths: list[int]) -> dict[str, Tensor | int]:
-    """What a transformers model needs beside `input_ids` for sequences of these lengths in one row."""
+    """The keywords that a transformers model needs for packed sequences of these lengths."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     return {
         "cu_seq_lens_q": offsets,
@@ -82,15 +83,18 @@ def packed_inputs(lengths: list[int]) -> dict[str, Tensor | int]:
     }
 
 
-def difference(model: nn.Module, sequences: list[Tensor], positions: list[Tensor], **pictures: Tensor) -> float:
-    """Largest difference of the logits: SDPA on each sequence alone, and ours on all in one row.
+def difference(model: nn.Module, sequences: list[Tensor], positions: list[Tensor], **images: Tensor) -> float:
+    """Largest difference of the logits between SDPA on each sequence alone and packed attention on all in one row.
 
-    sequences: token ids (L,); positions: (1, L), or (3, 1, L) for M-RoPE. `pictures` belong to the first sequence.
+    Args:
+        sequences: token ids, (L,) each.
+        positions: (1, L) each, or (3, 1, L) for M-RoPE.
+        images: keywords of the model for the images of the first sequence.
     """
     expected = []
     model.set_attn_implementation("sdpa")
     for index, (tokens, position) in enumerate(zip(sequences, positions, strict=True)):
-        given = pictures if index == 0 else {}
+        given = images if index == 0 else {}
         expected.append(model(input_ids=tokens[None], position_ids=position, use_cache=False, **given).logits[0])
     model.set_attn_implementation("fastvst")
     packed = packed_inputs([len(s) for s in sequences])
@@ -99,7 +103,7 @@ def difference(model: nn.Module, sequences: list[Tensor], positions: list[Tensor
         position_ids=torch.cat(positions, -1),
         use_cache=False,
         **packed,
-        **pictures,
+        **images,
     ).logits[0]
     return (ours - torch.cat(expected)).abs().max().item()
 
@@ -120,7 +124,7 @@ def qwen2() -> float:
 
 
 def qwen2_5_vl() -> float:
-    """A vision-language model: a picture of 4 x 6 patches with text, and a sequence of text only."""
+    """A vision-language model: an image of 4 x 6 patches with text, and a sequence of text only."""
     torch.manual_seed(0)
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
     vision |= {"fullatt_block_indexes": [1], "window_size": 56}
@@ -147,4 +151,4 @@ def qwen2_5_vl() -> float:
 if __name__ == "__main__":
     with torch.no_grad():
         print(f"Qwen2, 3 sequences in one row: largest difference of the logits {qwen2():.2g}")
-        print(f"Qwen2.5-VL, a picture and text in one row: {qwen2_5_vl():.2g}")
+        print(f"Qwen2.5-VL, an image and text in one row: {qwen2_5_vl():.2g}")

@@ -1,8 +1,8 @@
-"""The fused loss head in other people's training loops: hidden states in, loss out, no logits in between.
+"""fastvst's fused LM head and loss in other training loops: from hidden states to the loss, without logits.
 
     python examples/embed_loss.py
 
-1. a bare PyTorch loop (supervised); 2. the loss of a transformers model; 3. one reinforcement-learning update of it.
+1. a supervised loop in plain PyTorch; 2. the loss of a transformers model; 3. reinforcement-learning updates of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastvst_kernels.objectives import DAPO, Objective
 
 
 def bare_loop(steps: int = 60, seed: int = 0) -> list[float]:
-    """A next-token model of a repeating text, its output tied to its embedding; returns the losses."""
+    """Train a next-token model with tied embeddings on a repeating text; returns the losses."""
     torch.manual_seed(seed)
     text = torch.tensor(list(b"the small house stands behind the large house. " * 8))
     embedding = nn.Embedding(256, 48)
@@ -41,13 +41,13 @@ def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def hidden_and_targets(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B * (T - 1), H) hidden states, and for each the next token; labels (B, T) are -100 where nothing is learned."""
+    """(B * (T - 1), H) hidden states and the next token of each; labels (B, T) are -100 where there is no loss."""
     hidden = model.base_model(input_ids=input_ids).last_hidden_state
     return hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
 
 def transformers_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """What `model(input_ids=..., labels=...).loss` is, without its (B, T, V) logits."""
+    """The value of `model(input_ids=..., labels=...).loss`, without its (B, T, V) logits."""
     return linear_cross_entropy(*_with_head(model, input_ids, labels))
 
 
@@ -60,9 +60,9 @@ def policy_update(
     optimizer: torch.optim.Optimizer,
     updates: int = 2,
 ) -> list[dict[str, Tensor]]:
-    """`updates` steps on one group of answers: input_ids, labels (B, T), rewards (B,). Returns the statistics."""
+    """`updates` steps on one group of completions: input_ids, labels (B, T), rewards (B,). Returns the statistics."""
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    answer = torch.arange(len(rewards)).repeat_interleave(labels.shape[1] - 1)
+    completion = torch.arange(len(rewards)).repeat_interleave(labels.shape[1] - 1)
     mask = (labels[:, 1:] != -100).flatten()
     with torch.no_grad():
         old, _ = linear_logprobs(*_with_head(model, input_ids, labels))
@@ -72,9 +72,9 @@ def policy_update(
             *_with_head(model, input_ids, labels),
             objective,
             old_logprobs=old,
-            advantages=advantages[answer],
-            row_weights=objective.row_weights(mask, answer),
-            sequence_ids=answer,
+            advantages=advantages[completion],
+            row_weights=objective.row_weights(mask, completion),
+            sequence_ids=completion,
         )
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Loading and saving a model directory, beside safetensors' own reading and writing of the same bytes."""
+"""Loading and saving a model directory, compared with safetensors reading and writing the same bytes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Useful tokens per second of packed SFT beside transformers.Trainer on the same tiny model and the same samples.
+"""Useful tokens per second of packed SFT compared with transformers.Trainer, on the same tiny model and samples.
 
-Both start from the same checkpoint, take pictures as PIL images, run AdamW in float32 and do all their preprocessing
-inside the timed part, without worker processes. Trainer pads every batch to its longest sample, as its users do; useful
-tokens are those of the samples, padding not counted. The samples are those of the rooms in length and pictures: 60 to
-400 tokens of text, one or two pictures.
+Both start from the same checkpoint, take PIL images, run AdamW in float32 and include all preprocessing in the measured
+time, without worker processes. Trainer pads every batch to its longest sample, as is usual; useful tokens are those of
+the samples, without padding. The samples resemble those of the rooms: 60 to 400 tokens of text, one or two images.
 """
 
 from __future__ import annotations
@@ -36,12 +35,10 @@ def rows(count: int) -> list[Sample]:
     words = ["the", "red", "point", "is", "closer", "to", "camera", "than", "chair", "table", "of", "room", "left"]
     made = []
     for index in range(count):
-        pictures = [
-            {"type": "image", "image": photograph(320, 240, seed)} for seed in range(1 + int(rng.random() < 0.3))
-        ]
+        images = [{"type": "image", "image": photograph(320, 240, seed)} for seed in range(1 + int(rng.random() < 0.3))]
         text = " ".join(rng.choice(words, int(np.exp(rng.uniform(np.log(20), np.log(300))))))
         answer = " ".join(rng.choice(words, int(rng.integers(2, 40))))
-        content = [*pictures, {"type": "text", "text": text}]
+        content = [*images, {"type": "text", "text": text}]
         made.append(
             Sample.from_messages(
                 [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], id=str(index)
@@ -85,18 +82,15 @@ def ours(directory: Path, samples: list[Sample], device: torch.device) -> tuple[
     return time.perf_counter() - begin, first or 0.0
 
 
-def trainer(directory: Path, samples: list[Sample], device: torch.device, out: Path) -> float:
-    """Seconds of one epoch of transformers.Trainer with a padding collator around the Hugging Face processors."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments
+def padding_collator(directory: Path) -> Callable[[list[Sample]], dict[str, torch.Tensor]]:
+    """Preprocessing by the Hugging Face processors, with every batch padded to its longest sample."""
+    from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa"
-    )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     size = {"shortest_edge": PIXELS["min_pixels"], "longest_edge": PIXELS["max_pixels"]}
     images = Qwen2VLImageProcessorPil(size=size)
-    pad, picture = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|image_pad|>"])
+    pad, image_pad = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|image_pad|>"])
 
     def collate(batch: list[Sample]) -> dict[str, torch.Tensor]:
         ids = []
@@ -126,31 +120,41 @@ def trainer(directory: Path, samples: list[Sample], device: torch.device, out: P
             "input_ids": input_ids,
             "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
-            "mm_token_type_ids": (input_ids == picture).int(),
+            "mm_token_type_ids": (input_ids == image_pad).int(),
             "pixel_values": torch.cat(pixels),
             "image_grid_thw": torch.cat(grids),
         }
 
-    arguments: dict[str, Any] = dict(  # noqa: C408
-        output_dir=str(out),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        optim="adamw_torch_fused",
-        use_cpu=device.type == "cpu",
-        train_sampling_strategy="sequential",
+    return collate
+
+
+def trainer(directory: Path, samples: list[Sample], device: torch.device, out: Path) -> float:
+    """Seconds of one epoch of transformers.Trainer."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
     )
+    arguments: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+        "use_cpu": device.type == "cpu",
+        "train_sampling_strategy": "sequential",
+    }
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
     run = Trainer(
         model=model,
         args=TrainingArguments(**{k: v for k, v in arguments.items() if k in names}),
         train_dataset=samples,
-        data_collator=collate,
+        data_collator=padding_collator(directory),
     )
     begin = time.perf_counter()
     run.train()
@@ -167,7 +171,7 @@ def test_sft(record: Callable[..., None], tmp_path: Path, device: torch.device) 
     ours(tmp_path / "model", samples[:8], device)
     trainer(tmp_path / "model", samples[:BATCH], device, tmp_path / "warm")
     times: dict[str, list[float]] = {"ours": [], "trainer": []}
-    for _ in range(3):  # turn by turn: a busy neighbour slows both
+    for _ in range(3):  # in turns, so that other load on the machine slows both
         times["ours"].append(ours(tmp_path / "model", samples, device)[0])
         times["trainer"].append(trainer(tmp_path / "model", samples, device, tmp_path / "out"))
     seconds = {name: min(values) for name, values in times.items()}

@@ -1,4 +1,4 @@
-"""The cold start end to end on a model of 0.4 M parameters, and what counts as the form; the published settings."""
+"""examples/cold_start.py on a model of 0.4 M parameters, the form of a reasoned answer, and the published settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from fastvst.config import load_config
-from small_run import ROOT, load_essay, write_model
+from small_run import ROOT, load_script, write_model
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_rows_training_and_both_modes(tmp_path: Path) -> None:
     done = subprocess.run([str(a) for a in command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "run" / "cold_start.json").read_text())
-    assert 1 <= found["questions"] <= 4 and found["well_formed_when_thinking"] == 0.0  # four tokens are no trace
+    assert 1 <= found["questions"] <= 4 and found["well_formed_when_thinking"] == 0.0  # 4 tokens are no trace
     assert 0.0 <= found["direct_by_default"] <= 1.0 and len(found["example"]) == 2
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
@@ -61,7 +61,7 @@ def test_a_stopped_training_is_not_measured(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(cold_start, "rooms", lambda *_: "rows")
-    monkeypatch.setattr(cold_start.sft, "main", lambda *_: None)  # SIGTERM: it returns before it writes a model
+    monkeypatch.setattr(cold_start.sft, "main", lambda *_: None)  # as after SIGTERM: no model is written
     assert cold_start.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")]) is None
 
 
@@ -79,9 +79,9 @@ def test_the_form(cold_start: ModuleType) -> None:
 
 
 def test_the_published_settings_are_valid_options() -> None:
-    config = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "cold_start.toml")])
+    config = load_config(load_script().Config, ["--config", str(ROOT / "examples" / "cold_start.toml")])
     assert (config.optimizer.lr, config.optimizer.vision_lr, config.schedule.warmup) == (1e-5, 1e-6, 0.03)
     assert config.loader.accumulation * 8 * config.loader.tokens_per_pack == 1_048_576
     assert config.steps * 1_048_576 == pytest.approx(1.2e9, rel=1e-3) and not config.processor.enable_fov
-    mixture = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "vst_p.toml")])
+    mixture = load_config(load_script().Config, ["--config", str(ROOT / "examples" / "vst_p.toml")])
     assert len(mixture.data.sources) == 11

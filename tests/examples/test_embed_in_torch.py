@@ -1,4 +1,4 @@
-"""The GPT block: a shared prompt gives the rows and the gradients of repeated prompts."""
+"""examples/embed_in_torch.py: a shared prompt gives the same rows and gradients as repeated prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_shared_prompts_equal_repeated_ones():
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(example.Block(32, 2, 1) for _ in range(2)).double()
     prompt = torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
-    answers = [torch.randn(n, 32, dtype=torch.float64) for n in (4, 1, 7)]
-    shared, repeated = example.shared_and_repeated(prompt, answers, blocks)
+    completions = [torch.randn(n, 32, dtype=torch.float64) for n in (4, 1, 7)]
+    shared, repeated = example.shared_and_repeated(prompt, completions, blocks)
     torch.testing.assert_close(shared, repeated)
     weights = torch.randn_like(shared)
     inputs = [prompt, *blocks.parameters()]

@@ -1,4 +1,4 @@
-"""The example gives transformers' own numbers, gradients included, and refuses what it can not do."""
+"""examples/embed_in_transformers.py: the numbers and gradients of transformers, and errors for unsupported inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_registered_function_is_the_one_that_runs(example, monkeypatch):
 
 
 def test_gradients_of_a_packed_row_with_groups(example):
-    """Two answers to one prompt: the loss gradient of the shared layout is that of prompt + answer, twice."""
+    """Two completions of one prompt: the shared layout has the gradient of two sequences of prompt and completion."""
     config = example.Qwen2Config(
         vocab_size=50,
         hidden_size=64,
@@ -51,7 +51,7 @@ def test_gradients_of_a_packed_row_with_groups(example):
     torch.manual_seed(0)
     model = example.Qwen2ForCausalLM(config)
     prompt = torch.randint(0, 50, (6,))
-    answers = [torch.randint(0, 50, (n,)) for n in (3, 5)]
+    completions = [torch.randint(0, 50, (n,)) for n in (3, 5)]
 
     def gradient(loss):
         model.zero_grad()
@@ -59,14 +59,14 @@ def test_gradients_of_a_packed_row_with_groups(example):
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     model.set_attn_implementation("sdpa")
-    separate = sum(model(input_ids=torch.cat([prompt, a])[None]).logits[0, 6:].square().sum() for a in answers)
+    separate = sum(model(input_ids=torch.cat([prompt, c])[None]).logits[0, 6:].square().sum() for c in completions)
     expected = gradient(separate)
     model.set_attn_implementation("fastvst")
-    positions = torch.cat([torch.arange(6), *(torch.arange(6, 6 + len(a)) for a in answers)])[None]
+    positions = torch.cat([torch.arange(6), *(torch.arange(6, 6 + len(c)) for c in completions)])[None]
     packed = example.packed_inputs([6, 3, 5])
     ours = (
         model(
-            input_ids=torch.cat([prompt, *answers])[None],
+            input_ids=torch.cat([prompt, *completions])[None],
             position_ids=positions,
             use_cache=False,
             groups=torch.tensor([-1, 0, 0], dtype=torch.int32),

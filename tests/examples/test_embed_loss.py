@@ -1,4 +1,4 @@
-"""The embedding example runs, and gives the numbers of the models that it is embedded in."""
+"""examples/embed_loss.py: it learns, and gives the numbers of the models that it is embedded in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_bare_loop_learns() -> None:
 
 def test_transformers_loss_and_gradients() -> None:
     model = embed_loss.tiny_qwen()
-    (input_ids, labels) = batch()
+    input_ids, labels = batch()
     ours = embed_loss.transformers_loss(model, input_ids, labels)
     theirs = model(input_ids=input_ids, labels=labels).loss
     torch.testing.assert_close(ours, theirs)
@@ -37,10 +37,10 @@ def test_transformers_loss_and_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_policy_update_raises_the_rewarded_answers() -> None:
+def test_policy_update_raises_the_rewarded_completions() -> None:
     for objective in (DAPO(), GSPO()):
         model = embed_loss.tiny_qwen()
-        (input_ids, labels) = batch()
+        input_ids, labels = batch()
         rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
 
         def likelihood(model: torch.nn.Module, input_ids: torch.Tensor = input_ids) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A small data set, a smaller model and the essay `examples/sft.py` as functions, for tests of whole runs."""
+"""A small data set, a smaller model and the training script `examples/sft.py` as functions, for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 WORDS = ("red", "green", "blue", "left", "right", "near", "far", "table", "chair", "lamp")
 
 
-def load_essay() -> ModuleType:
+def load_script() -> ModuleType:
     """`examples/sft.py` as a module."""
-    if "sft_essay" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("sft_essay", ROOT / "examples" / "sft.py")
+    if "sft_script" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("sft_script", ROOT / "examples" / "sft.py")
         assert spec is not None and spec.loader is not None
-        sys.modules["sft_essay"] = module = importlib.util.module_from_spec(spec)
+        sys.modules["sft_script"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules["sft_essay"]
+    return sys.modules["sft_script"]
 
 
 def small_config() -> ModelConfig:
@@ -56,7 +56,7 @@ def write_model(folder: Path) -> Path:
 
 
 def write_data(folder: Path, rows: int = 40, *, image_every: int = 2, seed: int = 0) -> Path:
-    """LLaVA JSONL; every `image_every`-th row shows a picture, the others are text of very different lengths."""
+    """LLaVA JSONL; every `image_every`-th row has an image, the others are texts of very different lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = []
@@ -98,14 +98,14 @@ def arguments(out: Path, data: Path, model: Path, *more: str) -> list[str]:
     return [f"{name}={value}" for name, value in options.items()] + list(more)
 
 
-def run_essay(env: dict[str, str], command: list[str]) -> str:
-    """The essay's main, in the form that `ranks.run_ranks` calls."""
-    load_essay().main(command, env)
+def run_sft(env: dict[str, str], command: list[str]) -> str:
+    """The script's `main`, in the form that `ranks.run_ranks` calls."""
+    load_script().main(command, env)
     return "finished"
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     file = out / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

@@ -12,7 +12,7 @@ from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.train import budget
 from fastvst_kernels import linear_cross_entropy
 from fastvst_kernels.lm_head.chunked import default_chunk_rows
-from small_run import ROOT, load_essay, small_config, write_data
+from small_run import ROOT, load_script, small_config, write_data
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("3b", 3.75), ("7b", 8.29)])
@@ -135,7 +135,7 @@ def test_data_without_a_usable_sample_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_recipe_file_is_valid_and_says_what_vst_says() -> None:
-    config = load_config(load_essay().Config, ["--config", str(ROOT / "examples" / "vst.toml")])
+    config = load_config(load_script().Config, ["--config", str(ROOT / "examples" / "vst.toml")])
     assert (config.optimizer.lr, config.optimizer.vision_lr, config.optimizer.merger_lr) == (5e-5, 5e-6, None)
     assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.betas) == (0.0, 1.0, (0.9, 0.999))
     assert (config.schedule.kind, config.schedule.warmup, config.schedule.lr_min) == ("cosine", 0.1, 1e-7)

@@ -23,11 +23,11 @@ ALONE = distributed.start(ParallelConfig(device="cpu", threads=1), environment={
 
 
 def _write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
-    checkpoint.commit(_beside(path, tensors), path)  # as the model's own writer: beside, then renamed
+    checkpoint.commit(_write_partial(path, tensors), path)  # like the model's own writer: renamed when complete
 
 
-def _beside(path: Path, tensors: dict[str, Tensor]) -> Path:
-    partial = path.with_name(".beside")
+def _write_partial(path: Path, tensors: dict[str, Tensor]) -> Path:
+    partial = path.with_name(".partial")
     partial.mkdir(parents=True)
     save_file(tensors, partial / "model.safetensors")
     return partial
@@ -162,7 +162,7 @@ def test_another_choice_of_frozen_parts_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, *_make(ALONE, ("vision",)), ALONE)
 
 
-def test_only_the_newest_are_kept_and_nothing_is_left_beside(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept_and_no_partial_folder_is_left(tmp_path: Path) -> None:
     model, optimizer = _make(ALONE)
     for step in range(1, 6):
         _save(tmp_path, step, model, optimizer, ALONE, keep=2)
@@ -174,7 +174,7 @@ def _full_disk(env: dict[str, str], folder: Path, limit: int) -> str:
     model, optimizer = _make(world)
     _save(folder, 1, model, optimizer, world, write_hf=_write_hf)
     _steps(model, optimizer, world, 0, 2)
-    if world.rank == world.size - 1:  # this rank may write no file longer than `limit` bytes
+    if world.rank == world.size - 1:  # this rank cannot write files longer than `limit` bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         _save(folder, 2, model, optimizer, world, write_hf=_write_hf)
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path: Path, size: int,
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def broken(path: Path, tensors: dict[str, Tensor]) -> None:
-        shutil.rmtree(_beside(path, tensors))
+        shutil.rmtree(_write_partial(path, tensors))
         raise OSError(28, "No space left on device")
 
     model, optimizer = _make(ALONE)

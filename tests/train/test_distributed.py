@@ -36,7 +36,7 @@ def test_threads_are_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _train(env: dict[str, str], steps: int, packs: int, config: ParallelConfig) -> list[float]:
-    """`packs` batches in every step, spread over the ranks; the loss is a mean over the global batch."""
+    """`packs` batches in every step, distributed over the ranks; the loss is the mean over the global batch."""
     world = distributed.start(config, environment=env)
     model = ToyModel()
     distributed.shard(model, world)
@@ -49,7 +49,7 @@ def _train(env: dict[str, str], steps: int, packs: int, config: ParallelConfig) 
             loss = nn.functional.cross_entropy(model(tokens, pixels), targets) / packs
             loss.backward()
             total += loss.detach()
-        curve.append(clip_gradients(model.parameters(), 0).item())  # Adam would not notice gradients of another scale
+        curve.append(clip_gradients(model.parameters(), 0).item())  # Adam hides gradients of a wrong scale
         optimizer.step()
         optimizer.zero_grad()
         curve.append(world.sum(total).item())
@@ -89,11 +89,11 @@ def test_bfloat16_keeps_float32_weights_and_gradients(size: int) -> None:
     assert grad is not None
     for logits, weight, gradient, norm in run_ranks(_bf16, size):
         assert (logits, weight, gradient) == ("torch.bfloat16", "torch.float32", "torch.float32")
-        # every rank saw the same batch and gradients are sums, not means, over ranks
+        # all ranks have the same batch, and gradients are summed over ranks, not averaged
         assert norm == pytest.approx(size * grad.norm().item(), rel=0.05)
 
 
-def test_a_gpu_that_is_absent_is_named() -> None:
+def test_a_missing_gpu_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ParallelError, match=r"finds no GPU. Pass --parallel.device cpu"):
@@ -108,7 +108,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.pick_device("auto", 2, 3)
 
 
-def test_a_taken_port_is_named() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

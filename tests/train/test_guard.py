@@ -32,7 +32,7 @@ def test_a_spike_is_measured_against_the_recent_median() -> None:
     assert reason is not None and "loss" in reason and "10.1 times" in reason
     assert "gradient norm" in (check(GuardConfig(spike=10), recent, 2.0, 10.1)[0] or "")
     assert check(GuardConfig(spike=0), recent, 1e9, 1e9)[0] is None
-    assert check(GuardConfig(spike=10), _after([2.0] * 5), 1e9, 1.0)[0] is None  # too few to know what is usual
+    assert check(GuardConfig(spike=10), _after([2.0] * 5), 1e9, 1.0)[0] is None  # too few steps for a median
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_median() -> None:

@@ -25,9 +25,9 @@ from fastvst.train.distributed import ParallelConfig
 from fastvst.train.guard import GuardError
 from fastvst.train.watchdog import EXIT_STATUS
 from ranks import run_ranks, start_ranks
-from small_run import arguments, curve, load_essay, rows_of, run_essay, write_data, write_model
+from small_run import arguments, curve, load_script, rows_of, run_sft, write_data, write_model
 
-sft = load_essay()
+sft = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("whole") / "run"
     sft.main(arguments(out, data, model, "steps=20", "loader.accumulation=2"))
     rows = rows_of(out)
-    assert any(row["images"] == 1 for row in rows)  # of two packs one has no picture
+    assert any(row["images"] == 1 for row in rows)  # one of the two packs has no image
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert min(row["fill"] for row in rows) > 0.5
     return curve(out)
@@ -89,7 +89,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
 
 
 def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads of device values show as `item` or `tolist`; the one of eight numbers is allowed."""
+    """Device values are read by `item` or `tolist`; only the one read of eight numbers is allowed."""
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     net = Qwen25VL.from_pretrained(model)
     reads = []
@@ -117,7 +117,7 @@ def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pyte
 def test_two_ranks_give_the_curve_of_one_process(
     model: Path, data: Path, whole: list[tuple[float, float]], tmp_path: Path
 ) -> None:
-    run_ranks(run_essay, 2, arguments(tmp_path / "run", data, model, "steps=20"))
+    run_ranks(run_sft, 2, arguments(tmp_path / "run", data, model, "steps=20"))
     assert _flat(curve(tmp_path / "run")) == pytest.approx(_flat(whole), rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_two_ranks_give_the_curve_of_one_process(
 def test_hybrid_sharding_gives_the_same_curve(
     model: Path, data: Path, whole: list[tuple[float, float]], tmp_path: Path
 ) -> None:
-    run_ranks(run_essay, 2, arguments(tmp_path / "run", data, model, "steps=20", "parallel.replicas=2"))
+    run_ranks(run_sft, 2, arguments(tmp_path / "run", data, model, "steps=20", "parallel.replicas=2"))
     assert _flat(curve(tmp_path / "run")) == pytest.approx(_flat(whole), rel=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_recompute_gives_the_same_curve_bit_for_bit(
 @pytest.mark.slow
 def test_text_only_packs_do_not_hang(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", 12, image_every=1000)
-    run_ranks(run_essay, 2, arguments(tmp_path / "run", data, model, "steps=4", "data.shuffle_buffer=0"))
+    run_ranks(run_sft, 2, arguments(tmp_path / "run", data, model, "steps=4", "data.shuffle_buffer=0"))
     sft.main(arguments(tmp_path / "one", data, model, "steps=4", "data.shuffle_buffer=0", "loader.accumulation=2"))
     assert _flat(curve(tmp_path / "run")) == pytest.approx(_flat(curve(tmp_path / "one")), rel=1e-5)
     assert sum(row["images"] for row in rows_of(tmp_path / "run")) < 8
@@ -151,14 +151,14 @@ def test_text_only_packs_do_not_hang(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bfloat16_follows_float32(model: Path, data: Path, whole: list[tuple[float, float]], tmp_path: Path) -> None:
     command = arguments(tmp_path / "run", data, model, "steps=20", "loader.accumulation=2", "parallel.dtype=bfloat16")
-    run_ranks(run_essay, 1, command)
+    run_ranks(run_sft, 1, command)
     assert [loss for loss, _ in curve(tmp_path / "run")] == pytest.approx([loss for loss, _ in whole], rel=0.1)
 
 
 @pytest.mark.slow
 def test_a_finite_data_set_ends_the_run_on_all_ranks(model: Path, data: Path, tmp_path: Path) -> None:
     command = arguments(tmp_path / "run", data, model, "steps=500", "data.epochs=1")
-    run_ranks(run_essay, 2, command)
+    run_ranks(run_sft, 2, command)
     steps = len(rows_of(tmp_path / "run"))
     assert 3 < steps < 30 and complete(tmp_path / "run" / "checkpoints")[-1].name == f"step-{steps:06d}"
 
@@ -167,7 +167,7 @@ def test_a_finite_data_set_ends_the_run_on_all_ranks(model: Path, data: Path, tm
 
 
 def _start(command: list[str]) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=run_essay, args=({}, command))
+    process = multiprocessing.get_context("fork").Process(target=run_sft, args=({}, command))
     process.start()
     return process
 
@@ -235,7 +235,7 @@ def _signal_one(env: dict[str, str], command: list[str], out: Path, number: int)
 
     if env["RANK"] == "1":
         threading.Thread(target=send, daemon=True).start()
-    return run_essay(env, command)
+    return run_sft(env, command)
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_the_written_directory_opens_in_transformers(model: Path, data: Path, tm
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     out = tmp_path / "run"
-    run_ranks(run_essay, 2, arguments(out, data, model, "steps=3", "checkpoint.hf=true", "checkpoint.every=2"))
+    run_ranks(run_sft, 2, arguments(out, data, model, "steps=3", "checkpoint.hf=true", "checkpoint.every=2"))
     for folder in (out / "hf", out / "checkpoints" / "step-000002" / "hf", out / "checkpoints" / "step-000003" / "hf"):
         theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -367,7 +367,7 @@ def test_out_of_memory_says_what_to_change(
 
 def _diverge(env: dict[str, str], command: list[str]) -> str:
     try:
-        return run_essay(env, command)
+        return run_sft(env, command)
     except GuardError as error:
         return str(error)
 

@@ -20,11 +20,11 @@ CPU = ParallelConfig(device="cpu", threads=1, timeout=300)
 
 def _run(env: dict[str, str], victim: int, how: str, log: str) -> str:
     rank = int(env["RANK"])
-    sys.stderr = open(f"{log}.{rank}", "w", encoding="utf-8")  # noqa: SIM115 - open as long as this rank lives
+    sys.stderr = open(f"{log}.{rank}", "w", encoding="utf-8")  # noqa: SIM115 - stays open until this rank ends
     world = distributed.start(CPU, environment=env)
     with Watchdog(world):
         if how == "with_a_fork_alive" and rank == victim and os.fork() == 0:
-            for descriptor in range(3, 256):  # pytest waits for the end of a pipe that this fork must not hold
+            for descriptor in range(3, 256):  # pytest waits until all copies of its pipe are closed
                 with contextlib.suppress(OSError):
                     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                         os.close(descriptor)
@@ -38,7 +38,7 @@ def _run(env: dict[str, str], victim: int, how: str, log: str) -> str:
                 if how != "never":
                     os.kill(os.getpid(), signal.SIGKILL)
             if how == "asleep" and step == 1:
-                time.sleep(200)  # busy with something that is no collective
+                time.sleep(200)  # outside any collective
         distributed.stop(world)
     return "finished"
 
@@ -63,7 +63,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: object, victim: in
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_an_exception_of_one_rank_is_told_to_the_others(tmp_path: object, victim: int) -> None:
+def test_an_exception_of_one_rank_is_sent_to_the_others(tmp_path: object, victim: int) -> None:
     log = f"{tmp_path}/stderr"
     ends = start_ranks(_run, 2, victim, "raise", log, timeout=60)
     other = 1 - victim
