@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WRITTEN_FOR = "5.17.0"  # the transformers version whose config form we write
+WRITTEN_FOR = "5.17.0"  # the transformers version whose form of config.json `to_json` writes
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole Qwen2.5-VL. Token ids are those of the tokenizer that goes with the weights.
+    """A whole Qwen2.5-VL. Token ids are those of the tokenizer of the weights.
 
     Attributes:
-        mrope_section: how many of the head_dim / 2 rotary frequencies turn with (t, h, w).
-        eos_token_ids: tokens that end an answer; the first one is `<|im_end|>`.
+        mrope_section: how many of the head_dim / 2 rotary frequencies follow (t, h, w).
+        eos_token_ids: tokens that end a completion; the first one is `<|im_end|>`.
         video_rule: where text resumes after a video, see `fastvst.model.positions.mrope_positions`.
         initializer_range: standard deviation of fresh weights.
     """
@@ -89,7 +89,7 @@ class ModelConfig:
             (v.head_dim % 16, "vision head_dim must be a multiple of 16"),
             (v.out_hidden_size != self.hidden_size, "vision out_hidden_size must be the decoder's hidden_size"),
             (v.window_size % (v.patch_size * v.spatial_merge_size), "window_size must be whole merged patches"),
-            (any(not 0 <= i < v.depth for i in v.fullatt_block_indexes), "fullatt_block_indexes leave the tower"),
+            (any(not 0 <= i < v.depth for i in v.fullatt_block_indexes), "fullatt_block_indexes must be below depth"),
             (self.video_rule not in ("extent", "grid"), "video_rule must be 'extent' or 'grid'"),
         ]
         wrong = [text for failed, text in problems if failed]
@@ -111,7 +111,7 @@ class ModelConfig:
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
         """Read `config.json`: the flat form of transformers 4.x or the nested one (`text_config`) of 5.x.
 
-        The tokens that end an answer come from `generation_config.json` where there is one.
+        The EOS tokens come from `generation_config.json` if the file exists.
 
         Raises:
             FileNotFoundError: no such directory or no config.json in it.
@@ -131,7 +131,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """From the content of a config.json; see `from_pretrained`."""
+        """From the content of config.json; see `from_pretrained`."""
         if data.get("model_type") != "qwen2_5_vl":
             raise ValueError(f"model_type is {data.get('model_type')!r}; expected 'qwen2_5_vl'")
         text = {**data, **data["text_config"]} if "text_config" in data else data
@@ -173,8 +173,10 @@ class ModelConfig:
         )
 
     def to_json(self) -> str:
-        """config.json in the nested form that transformers 5.x writes, which 4.5x opens, too."""
-        v = dataclasses.asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
+        """config.json in the nested form of transformers 5.x, which transformers 4.5x opens too."""
+        vision = dataclasses.asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
+        vision |= {"model_type": "qwen2_5_vl_vision", "hidden_act": "silu", "in_chans": self.vision.in_channels}
+        vision |= {"initializer_range": self.initializer_range}
         rope = {"rope_type": "default", "type": "mrope", "mrope_section": list(self.mrope_section)}
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         names += ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "initializer_range"]
@@ -197,18 +199,12 @@ class ModelConfig:
             "fastvst_video_rule": self.video_rule,
             "transformers_version": WRITTEN_FOR,
             "text_config": text,
-            "vision_config": v
-            | {
-                "model_type": "qwen2_5_vl_vision",
-                "hidden_act": "silu",
-                "in_chans": self.vision.in_channels,
-                "initializer_range": self.initializer_range,
-            },
+            "vision_config": vision,
         }
         return json.dumps(data, indent=2) + "\n"
 
     def generation_json(self) -> str:
-        """generation_config.json: greedy unless asked otherwise, ends at any of `eos_token_ids`."""
+        """generation_config.json: greedy by default, ends at any of `eos_token_ids`."""
         data = {
             "bos_token_id": self.bos_token_id,
             "pad_token_id": self.pad_token_id,
@@ -235,7 +231,7 @@ def _rope(text: dict[str, Any]) -> tuple[float, tuple[int, int, int]]:
 
 
 def _video_rule(version: str) -> str:
-    """Files that transformers >= 5.3 wrote were trained with its positions; published ones with "extent"."""
+    """Files of transformers >= 5.3 were trained with its positions ("grid"), the published ones with "extent"."""
     numbers = [int(p) if p.isdigit() else 0 for p in version.split(".")[:2]]
     return "grid" if numbers >= [5, 3] else "extent"
 
@@ -247,7 +243,7 @@ def _published(vocab: int, hidden: int, intermediate: int, layers: int, heads: i
 
 def _tiny() -> ModelConfig:
     vocab = 4096
-    special = 4096 - 22  # Qwen's 22 special tokens end the vocabulary, in its order
+    special = 4096 - 22  # Qwen's 22 special tokens are the last ones, in its order
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=192,
@@ -266,7 +262,7 @@ def _tiny() -> ModelConfig:
         mrope_section=(4, 6, 6),
         tie_word_embeddings=True,
         max_position_embeddings=32_768,
-        initializer_range=0.08,  # 1 / sqrt(192); from 0.02, 8,000 samples teach only the form of answers
+        initializer_range=0.08,  # 1 / sqrt(192); with 0.02, 8,000 samples teach only the form of answers
         image_token_id=special + 12,
         video_token_id=special + 13,
         vision_start_token_id=special + 9,

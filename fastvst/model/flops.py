@@ -1,7 +1,7 @@
-"""Floating-point operations of training, counted from shapes (a multiply-add is 2). Vision is counted.
+"""Floating-point operations of training, counted from shapes (a multiply-add is 2), the vision tower included.
 
-Forward + backward is 3 x forward. Norms, activations, rotary embeddings and softmax are not counted, nor is what a
-recompute policy runs again, so that dividing by time gives model FLOP/s, not hardware FLOP/s.
+Forward + backward is 3 x forward. Norms, activations, rotary embeddings and softmax do not count, nor do operations
+that a recompute policy repeats: divided by time this is model FLOP/s, not hardware FLOP/s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def vision_flops(config: ModelConfig, frame_lengths: Iterable[int], window_lengt
     """Forward operations of the vision tower and merger.
 
     Args:
-        frame_lengths: patches in each frame; window_lengths: patches in each window.
+        frame_lengths: patches in each frame.
+        window_lengths: patches in each window.
     """
     v = config.vision
     frames, windows = (np.asarray(list(x), dtype=np.float64) for x in (frame_lengths, window_lengths))
@@ -34,11 +35,11 @@ def vision_flops(config: ModelConfig, frame_lengths: Iterable[int], window_lengt
 
 
 def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: Iterable[int] | None = None) -> float:
-    """Forward operations of the decoder's layers; causal attention counts the pairs that it needs, L (L + 1) / 2.
+    """Forward operations of the decoder's layers; causal attention over L tokens has L (L + 1) / 2 pairs.
 
     Args:
         seqlens: tokens in each sequence of the row.
-        prompt_lengths: for each sequence the length of its shared prompt (0 = none), which it attends to.
+        prompt_lengths: for each sequence the length of the shared prompt that it attends to (0: none).
     """
     lengths = np.asarray(list(seqlens), dtype=np.float64)
     prompts = np.zeros_like(lengths) if prompt_lengths is None else np.asarray(list(prompt_lengths), dtype=np.float64)
@@ -50,7 +51,7 @@ def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: I
 
 
 def head_flops(config: ModelConfig, num_targets: int) -> float:
-    """Forward operations of the output layer on the rows that are supervised."""
+    """Forward operations of the LM head on the supervised rows."""
     return 2.0 * num_targets * config.hidden_size * config.vocab_size
 
 
@@ -75,9 +76,9 @@ def sample_flops(
     """Training FLOPs (forward + backward) of one sample.
 
     Args:
-        num_tokens: of the sequence, vision tokens included.
-        grids: (t, h, w) patch grids of its pictures.
-        num_targets: supervised tokens; default all of them, which is what a packer may assume before it knows labels.
+        num_tokens: tokens of the sequence, vision tokens included.
+        grids: (t, h, w) patch grids of its images and videos.
+        num_targets: supervised tokens; default all of them, for a packer that does not have the labels yet.
     """
     v = config.vision
     layout = vision_layout(

@@ -1,8 +1,8 @@
 """Bytes that a block keeps for the backward pass, counted by running it on tensors without memory.
 
-The block runs on fake CPU tensors, and hooks on saved tensors see what autograd keeps. Storages count once, however
-often they are saved; parameters do not count. A GPU's kernels keep the same, less the windows' logsumexp (4 bytes a
-head).
+The block runs on fake CPU tensors, and hooks on saved tensors count what autograd keeps. A storage counts once, however
+often it is saved; parameters do not count. The kernels on a GPU keep the same, except for the logsumexp of the windows
+(4 bytes a head).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastvst.model.layers import run_block
 from fastvst.model.vision import VisionBlock
 from fastvst_kernels import packed_attention
 
-ROWS = (1024, 2048)  # the difference between two sizes leaves out what does not grow with the rows
+ROWS = (1024, 2048)  # the difference of two sizes contains only what grows with the rows
 
 
 def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
-    """Bytes for each token that all layers of the decoder keep, under a recompute policy."""
+    """Bytes for each token that all layers of the decoder keep under a recompute policy."""
 
     def run(rows: int) -> int:
         with torch.device("meta"):
@@ -39,14 +39,14 @@ def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dt
             known.extend((positions, offsets))
             return run_block(layer, recompute, x, positions, attend)
 
-        known: list[Tensor] = []  # of the batch, not of a layer
+        known: list[Tensor] = []  # tensors of the batch, not of a layer
         return _kept(layer, forward, rows, config.hidden_size, dtype, known)
 
     return config.num_hidden_layers * _slope(run)
 
 
 def vision_bytes_per_patch(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
-    """Bytes for each patch that all blocks of the vision tower keep, under a recompute policy."""
+    """Bytes for each patch that all blocks of the vision tower keep under a recompute policy."""
     v = config.vision
     total = 0.0
     for windowed in (True, False):
@@ -83,11 +83,11 @@ def _kept(
     dtype: torch.dtype,
     known: list[Tensor],
 ) -> int:
-    """Bytes of distinct storages that `forward` saves, its input among them, `known` ones and parameters not."""
+    """Bytes of the storages that `forward` saves: its input counts, `known` tensors and parameters do not."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # holding it keeps the storage, so that the key stays its own
+        kept[tensor.untyped_storage()._cdata] = tensor  # the reference keeps the storage alive and its key unique
         return tensor
 
     with FakeTensorMode():
@@ -98,5 +98,5 @@ def _kept(
         x = torch.empty(rows, width, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward(x)
-    aside = {t.untyped_storage()._cdata for t in (*block.parameters(), *known)}
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in aside)
+    excluded = {t.untyped_storage()._cdata for t in (*block.parameters(), *known)}
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in excluded)

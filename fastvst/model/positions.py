@@ -1,7 +1,7 @@
-"""Where every token and patch is: M-RoPE positions for the decoder, windows and 2-D positions for the vision tower.
+"""Positions of tokens and patches: M-RoPE for the decoder, windows and 2-D positions for the vision tower.
 
-All of it is integer arithmetic on grids that the loader's workers do on the CPU, so that the device never waits for a
-host decision. Nothing here looks at token ids or pixels.
+All of it is integer arithmetic on grids. The loader's workers compute it on the CPU, so that the device never waits for
+the host. It depends neither on token ids nor on pixels.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ def mrope_positions(
 ) -> np.ndarray:
     """(t, h, w) position of every token of one sequence (Qwen2.5-VL, arXiv 2502.13923 §2.1.3).
 
-    Text tokens count 1 by 1 on all three axes. A picture or video keeps its own (t, h, w) coordinates, offset by the
-    position where it starts; in a video one temporal grid step is `floor(t * second_per_grid * tokens_per_second)`.
+    A text token adds 1 on all three axes. The tokens of an image or video have their own (t, h, w) coordinates plus the
+    position at its start. Frame t of a video has the coordinate `floor(t * second_per_grid * tokens_per_second)`.
 
     Args:
-        modality: (L,) TEXT, IMAGE or VIDEO of every token; each grid owns `t*h*w / merge_size**2` of the non-text ones.
+        modality: (L,) TEXT, IMAGE or VIDEO of every token; a grid has `t*h*w / merge_size**2` of the non-text tokens.
         grids: (I, 3) patch grids (t, h, w) in reading order, images and videos together.
         second_per_grid_ts: seconds between temporal grid steps, one for each *video*; default 1.0, which is exact for
             2 frames per second.
-        video_rule: where text resumes after a video. "extent": after the largest coordinate of the video, as the
-            published weights were trained (transformers up to 5.2, vLLM). "grid": after max(h, w) / merge_size, as
-            transformers >= 5.3 computes it, which lets text overlap a long video, and which truncates
-            second_per_grid_ts to whole seconds. They agree on images.
+        video_rule: the position of the text after a video. "extent": after the largest coordinate of the video, as in
+            the training of the published weights (transformers up to 5.2, vLLM). "grid": after max(h, w) / merge_size,
+            as in transformers >= 5.3; then text overlaps a long video, and second_per_grid_ts is truncated to whole
+            seconds. The rules agree on images.
 
     Returns:
         (3, L) int32.
 
     Raises:
-        ValueError: the grids do not account for exactly the vision tokens that `modality` marks.
+        ValueError: the vision tokens of `modality` are not those of the grids.
     """
     if video_rule not in ("extent", "grid"):
         raise ValueError(f"video_rule is {video_rule!r}; expected 'extent' or 'grid'")
     modality = np.asarray(modality)
     length = len(modality)
-    out = np.empty((3, len(modality)), dtype=np.int32)
+    out = np.empty((3, length), dtype=np.int32)
     seconds = iter(second_per_grid_ts) if second_per_grid_ts is not None else None
     is_text = modality == TEXT
     at = 0
@@ -62,8 +62,8 @@ def mrope_positions(
             break
         text = int(vision[0])
         out[:, at : at + text] = np.arange(start, start + text, dtype=np.int32)
-        at = at + text
-        start = start + text
+        at += text
+        start += text
         rows = h // merge_size
         columns = w // merge_size
         count = t * rows * columns
@@ -83,14 +83,14 @@ def mrope_positions(
         extent = max(rows, columns)
         if video_rule == "extent" or not video:
             extent = max(extent, int(times[-1]) + 1)
-        at = at + count
-        start = start + extent
-        used = used + 1
+        at += count
+        start += extent
+        used += 1
     if used != len(grids) or not is_text[at:].all():
         expected = [int(t * (h // merge_size) * (w // merge_size)) for t, h, w in grids]
         raise ValueError(
             f"the sequence has {int((~is_text).sum())} vision tokens, but its {len(grids)} grids need {expected} "
-            "in that order; the number of image marks and pictures must match"
+            "in that order; the number of image tokens and images must match"
         )
     out[:, at:] = np.arange(start, start + length - at, dtype=np.int32)
     return out
@@ -98,9 +98,9 @@ def mrope_positions(
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """How the patches of one sample are visited by the vision tower.
+    """The order in which the vision tower computes the patches of one sample.
 
-    A *unit* is one merged token: merge_size x merge_size patches, which are neighbours in memory.
+    A *unit* is one merged token: merge_size x merge_size patches, which are adjacent in memory.
 
     Attributes:
         window_order: (N,) int64; position j of the tower's order holds unit `window_order[j]` of the reading order.
@@ -118,11 +118,11 @@ class VisionLayout:
 def vision_layout(
     grids: Sequence[Sequence[int]], *, merge_size: int = 2, window_size: int = 112, patch_size: int = 14
 ) -> VisionLayout:
-    """Window order of pictures with the patch grids `grids` (I, 3).
+    """Window order of images and videos with the patch grids `grids` (I, 3).
 
-    Windows are `window_size` pixels square (8 x 8 patches as published), laid from the top left corner of every frame;
-    those at the right and lower edge are smaller. No window spans two frames, so permuting inside frames keeps the
-    frame boundaries valid for the full-attention layers.
+    Windows are squares of `window_size` pixels (8 x 8 patches as published), starting at the top left corner of every
+    frame; those at the right and lower edge are smaller. No window spans two frames, so the order permutes patches
+    inside frames only, and frame boundaries stay valid for the full-attention layers.
     """
     side = window_size // merge_size // patch_size  # window side in units
     if side < 1:
