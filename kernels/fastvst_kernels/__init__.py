@@ -1,6 +1,6 @@
 """Operators for packed vision-language training, each with a plain PyTorch reference in its folder.
 
-Needs torch and numpy, and triton for the GPU kernels. Nothing here depends on a model or a trainer.
+Needs torch, and triton for the GPU kernels. Nothing here depends on a model or a trainer.
 """
 
 from fastvst_kernels.activation.op import swiglu
