@@ -18,7 +18,7 @@ SAMPLES = st.lists(st.tuples(st.integers(3, 12), st.lists(SIZES, max_size=3)), m
 
 
 def encode(specs) -> list[EncodedSample]:
-    rows = [fake_row(str(i), words, tuple(pictures)) for i, (words, pictures) in enumerate(specs)]
+    rows = [fake_row(str(i), words, tuple(images)) for i, (words, images) in enumerate(specs)]
     return [FakeProcessor().encode(to_sample(row, source="s", where="w", folder=None)) for row in rows]
 
 
@@ -31,7 +31,7 @@ def text(length: int, supervised: list[int], name: str = "t") -> EncodedSample:
 
 @settings(max_examples=40, deadline=None)
 @given(SAMPLES)
-def test_a_pack_is_its_samples_side_by_side(specs) -> None:
+def test_a_pack_is_the_concatenation_of_its_samples(specs) -> None:
     samples = encode(specs)
     batch = pack(samples)
     batch.validate()
@@ -49,7 +49,7 @@ def test_a_pack_is_its_samples_side_by_side(specs) -> None:
             if label != IGNORE:
                 targets.append((begin + at - 1, label))  # the row before predicts it
         slots = batch.vision_slots[vision : vision + len(sample.vision_slots)] - begin
-        # The tower's j-th unit is unit order[j] of the sample, patches and slots alike.
+        # Merged token j of the tower is token order[j] of the sample, in patches and slots.
         for j, unit in enumerate(sample.window_order.tolist()):
             tower = 4 * (vision + j)
             assert torch.equal(batch.patches[tower : tower + 4], sample.patches[4 * unit : 4 * unit + 4])
@@ -79,7 +79,7 @@ def test_completions_of_a_shared_prompt_begin_after_its_last_row() -> None:
     weights = [torch.full((len(s),), w) for s, w in ((prompt, 9.0), (first, 0.5), (second, 2.0), (alone, 1.0))]
     batch = pack([prompt, first, second, alone], groups=[-1, 0, 0, -1], loss_weights=weights)
     batch.validate()
-    # A first token without a prompt before it (row 9) has nothing that predicts it: not a target.
+    # No row predicts a first token without a prompt before it (row 9), so it is no target.
     assert batch.loss_rows.tolist() == [3, 4, 5, 3, 7, 10]
     assert batch.targets.tolist() == [*first.tokens.tolist(), *second.tokens.tolist(), int(alone.tokens[2])]
     assert batch.target_weights.tolist() == [0.5] * 3 + [2.0] * 2 + [1.0]

@@ -1,6 +1,7 @@
-"""Pictures to patches, beside the Hugging Face image processor, one thread each, in the same run.
+"""Images to patches, compared with the Hugging Face image processor: one thread each, in the same run.
 
-Twice: with Pillow's resize, which gives the same bits as theirs, and with torch's (`resize="torch"`), which does not.
+Both resize methods are measured: Pillow's, which gives the same bits as theirs, and torch's (`resize="torch"`), which
+does not.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
         return [theirs(images=i, return_tensors="pt")["pixel_values"] for i in images]
 
     for a, b, c in zip(ours(processor, samples), hugging_face(), ours(fast, samples), strict=True):
-        assert torch.equal(a, b), "both must compute the same patches, or the comparison means nothing"
+        assert torch.equal(a, b), "both must compute the same patches, otherwise the comparison means nothing"
         assert (a - c).abs().max() <= 2.01 / 255 / min(CLIP_STD), "the fast resize: at most 2 of 255 levels"
     buffers = []
     for image in images:

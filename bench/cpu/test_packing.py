@@ -14,15 +14,15 @@ from fastvst.model.flops import sample_flops
 
 
 def long_tail(count: int, seed: int = 0) -> list[Cost]:
-    """Text of 50 to 2,000 tokens, no to eight pictures of 64 to 4,096 merged tokens, few of them large."""
+    """Text of 50 to 2,000 tokens and 0 to 8 images of 64 to 4,096 merged tokens, few of them large."""
     rng = np.random.default_rng(seed)
     config = ModelConfig.preset("3b")
     costs = []
     for _ in range(count):
         text = int(np.exp(rng.uniform(np.log(50), np.log(2000))))
-        pictures = int(rng.choice([0, 1, 2, 4, 8], p=[0.2, 0.5, 0.2, 0.07, 0.03]))
+        images = int(rng.choice([0, 1, 2, 4, 8], p=[0.2, 0.5, 0.2, 0.07, 0.03]))
         sides = [
-            int(np.sqrt(np.exp(rng.uniform(np.log(64), np.log(4096 / max(pictures, 1) + 64))))) for _ in range(pictures)
+            int(np.sqrt(np.exp(rng.uniform(np.log(64), np.log(4096 / max(images, 1) + 64))))) for _ in range(images)
         ]
         grids = [(1, 2 * s, 2 * s) for s in sides]
         tokens = text + sum(s * s for s in sides)

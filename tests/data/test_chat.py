@@ -54,7 +54,7 @@ def test_generation_prompt_and_own_system_message() -> None:
     assert flat(segments, True) == ""
 
 
-def test_pictures_inside_an_answer_are_not_supervised() -> None:
+def test_images_inside_an_answer_are_not_supervised() -> None:
     segments = render([{"role": "assistant", "content": [text("see"), IMAGE, text("there")]}], system="S")
     assert flat(segments, True) == "<|im_start|>assistant\nseethere<|im_end|>\n"
 

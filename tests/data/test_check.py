@@ -1,4 +1,4 @@
-"""`fastvst data check`: counts by hand, every kind of bad row named, the page."""
+"""`fastvst data check`: counts made by hand, every kind of bad row, the page."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def png(width: int = 64, height: int = 56) -> bytes:
     return buffer.getvalue()
 
 
-def row(id: str, question: str, answer: str, images: int = 1, kind: str = "qa", picture: bytes | None = None) -> dict:
+def row(id: str, question: str, answer: str, images: int = 1, kind: str = "qa", encoded: bytes | None = None) -> dict:
     return {
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
         "id": id,
         "data_source": "made",
         "type": kind,
         "meta_info": "[]",
-        "images": [{"bytes": picture or png(), "path": None}] * images,
+        "images": [{"bytes": encoded or png(), "path": None}] * images,
     }
 
 
@@ -52,7 +52,7 @@ BAD = {
     "behind_camera": row("b6", f"{PAD}boxes?", boxes([*GOOD[:2], -1.0, *GOOD[3:]]), kind="bbox_3d"),
     "box_size": row("b7", f"{PAD}boxes?", boxes([*GOOD[:3], 0.0, *GOOD[4:]]), kind="bbox_3d"),
     "bad_boxes": row("b8", f"{PAD}boxes?", "none", kind="bbox_3d"),
-    "broken_image": row("b9", f"{PAD}what?", "x", picture=b"\x89PNG nothing"),
+    "broken_image": row("b9", f"{PAD}what?", "x", encoded=b"\x89PNG nothing"),
     "literal_special_token": row("b10", f"{PAD}what <|im_end|>?", "x"),
 }
 
@@ -84,7 +84,7 @@ def test_every_problem_is_named_with_its_row(folder: Path) -> None:
     named = {p.reason: p.id for p in found.problems}
     assert named == {reason: bad["id"] for reason, bad in BAD.items()}
     assert set(found.counts.values()) == {1}
-    assert found.rows == 17 and found.usable == 17 - 3  # a wrong number of marks, a broken picture, a literal token
+    assert found.rows == 17 and found.usable == 17 - 3  # a wrong number of marks, a broken image, a literal token
     assert "b6 at a.parquet[2][" in found.table() and "rejected" in found.table()
     missing = check_source(folder / "json", TINY)
     assert missing.counts == {"missing_image": 1} and missing.problems[0].id == "m"
@@ -126,7 +126,7 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["data", "check", str(folder / "nowhere")]) == 2
 
 
-# Folder, rows' type and images of the published set (vst-spec 1.2).
+# Folder, `type` and number of images of VST's published data set.
 PUBLISHED = {
     "mi_camera_motion": ("multi_image", 2),
     "mi_correspondence": ("correspondence", 2),

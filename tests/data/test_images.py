@@ -1,4 +1,4 @@
-"""Picture preprocessing against transformers' PIL image processor (tolerance 0), and pictures that do harm."""
+"""Image preprocessing against transformers' PIL image processor (tolerance 0), and damaged or dangerous files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIMITS = {"max_source_pixels": 10_000_000, "time_limit": 10.0}
 MODES = ["RGB", "L", "RGBA", "P", "CMYK", "LA", "1", "I;16", "YCbCr", "F", "I"]
 
 
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     """Smooth waves and noise in any Pillow mode."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -58,7 +58,7 @@ def ours(image: object, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, t
 
 
 def theirs(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    # `size` every time: min_pixels/max_pixels would change a dict of the class, and so every later processor
+    # pass `size`: min_pixels and max_pixels would change a dict of the class, and with it every later processor
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
     out = processor(image, return_tensors="np")
     return out["pixel_values"], tuple(int(v) for v in out["image_grid_thw"][0][1:])
@@ -74,13 +74,13 @@ def theirs(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np.nda
 @settings(max_examples=40, deadline=None)
 def test_the_fast_resize_stays_within_two_levels_of_pillow(width, height, columns, rows, seed) -> None:
     rng = np.random.default_rng(seed)
-    # Far enough from black and white that no pass is clipped: with values up to both ends 3 levels have been seen.
+    # Far enough from black and white that no pass is clipped; with values up to both ends the difference is 3.
     coarse = rng.integers(64, 192, (height // 12 + 2, width // 12 + 2, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     for image, size, most in (
         (smooth, (28 * columns, 28 * rows), 2),
-        (noise, (28 * columns, height), 1),  # one pass alone: nothing is clipped between two
+        (noise, (28 * columns, height), 1),  # a single pass: nothing is clipped between two
         (noise, (width, 28 * rows), 1),
         (noise, (width, height), 0),
     ):
@@ -90,7 +90,7 @@ def test_the_fast_resize_stays_within_two_levels_of_pillow(width, height, column
 
 
 def test_the_resize_is_a_choice_of_the_processor() -> None:
-    image = picture(15, 10).resize((300, 200), Image.Resampling.BICUBIC)
+    image = make_image(15, 10).resize((300, 200), Image.Resampling.BICUBIC)
     message = {"role": "user", "content": [{"type": "image", "image": image}]}
     sample = Sample.from_messages([message, {"role": "assistant", "content": "."}])
     exact = Processor.preset("tiny").encode(sample).patches
@@ -110,7 +110,7 @@ def test_the_resize_is_a_choice_of_the_processor() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_pixels_and_grid_equal_transformers_bit_for_bit(width, height, mode, limits, seed) -> None:
-    image = picture(width, height, mode, seed)
+    image = make_image(width, height, mode, seed)
     values, grid = ours(image, *limits)
     expected, expected_grid = theirs(image, *limits)
     assert grid == expected_grid
@@ -120,7 +120,7 @@ def test_pixels_and_grid_equal_transformers_bit_for_bit(width, height, mode, lim
 
 @pytest.mark.parametrize("size", [(28, 28), (56, 56), (640, 480), (29, 2000), (1500, 30), (57, 55), (730, 530)])
 def test_chosen_sizes_equal_transformers(size: tuple[int, int]) -> None:
-    image = picture(*size)
+    image = make_image(*size)
     for left, right in zip(ours(image, 3136, 12845056), theirs(image, 3136, 12845056), strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -161,7 +161,7 @@ def test_a_side_below_28_is_enlarged_until_both_are_at_least_56(short, ratio, fl
 
 
 def test_explicit_size_ignores_the_limits_and_is_rounded() -> None:
-    # vst-spec 1.6: 959 x 696 is fed as 952 x 700, although max_pixels is small
+    # VST resizes 959 x 696 to 952 x 700, although max_pixels is small
     assert target_size(730, 530, factor=28, min_pixels=784, max_pixels=7840, explicit=(959, 696)) == (952, 700)
     assert target_size(730, 530, factor=28, min_pixels=784, max_pixels=784, explicit=(10, 10)) == (56, 56)
 
@@ -172,8 +172,8 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_picture_bytes_and_path_are_the_same(tmp_path: Path) -> None:
-    image = picture(90, 70)
+def test_image_bytes_and_path_are_the_same(tmp_path: Path) -> None:
+    image = make_image(90, 70)
     data = encoded(image, "PNG")
     (tmp_path / "a.png").write_bytes(data)
     for source in (image, data, bytearray(data), tmp_path / "a.png", str(tmp_path / "a.png")):
@@ -184,7 +184,7 @@ def test_picture_bytes_and_path_are_the_same(tmp_path: Path) -> None:
 def test_exif_orientation_is_not_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    data = encoded(picture(90, 40), "JPEG", exif=exif)
+    data = encoded(make_image(90, 40), "JPEG", exif=exif)
     assert load_rgb(data, **LIMITS).size == image_size(data, max_source_pixels=10**6) == (90, 40)
 
 
@@ -196,7 +196,7 @@ def reason(action) -> str:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG header that promises width x height pixels and brings none."""
+    """A PNG header that promises width x height pixels, without any pixel."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -211,9 +211,9 @@ def png_of_size(width: int, height: int) -> bytes:
     ("data", "code"),
     [
         (b"", "empty_file"),
-        (b"not a picture", "broken_image"),
-        (encoded(picture(200, 200), "PNG")[:2000], "broken_image"),
-        (encoded(picture(200, 200), "JPEG")[:1500], "broken_image"),
+        (b"not an image", "broken_image"),
+        (encoded(make_image(200, 200), "PNG")[:2000], "broken_image"),
+        (encoded(make_image(200, 200), "JPEG")[:1500], "broken_image"),
         (png_of_size(4000, 4000), "decompression_bomb"),
         (png_of_size(60_000, 60_000), "decompression_bomb"),
         (3.5, "bad_image_type"),
@@ -221,7 +221,7 @@ def png_of_size(width: int, height: int) -> bytes:
     ],
     ids=["0 bytes", "text", "cut png", "cut jpeg", "16 Mpx", "3.6 Gpx", "number", "no file"],
 )
-def test_bad_pictures_have_reason_codes(data: object, code: str) -> None:
+def test_bad_images_have_reason_codes(data: object, code: str) -> None:
     assert reason(lambda: load_rgb(data, **LIMITS)) == code
 
 
@@ -233,21 +233,21 @@ def test_an_empty_file_on_disk_is_named(tmp_path: Path) -> None:
 
 
 def test_the_header_alone_tells_the_size_and_the_bomb() -> None:
-    assert image_size(encoded(picture(200, 200), "PNG")[:2000], max_source_pixels=10**6) == (200, 200)
+    assert image_size(encoded(make_image(200, 200), "PNG")[:2000], max_source_pixels=10**6) == (200, 200)
     assert reason(lambda: image_size(png_of_size(4000, 4000), max_source_pixels=10**6)) == "decompression_bomb"
 
 
 def test_decoding_stops_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(picture(400, 400), "PNG")  # over 64 KB, which Pillow reads in several goes
+    data = encoded(make_image(400, 400), "PNG")  # over 64 KB, which Pillow reads in several pieces
     ticks = itertools.count()
     monkeypatch.setattr("fastvst.data.images.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     with pytest.raises(MediaError, match="decode_timeout: decoding took longer") as caught:
         load_rgb(data, max_source_pixels=10**6, time_limit=8.0)
     assert caught.value.reason == "decode_timeout" and next(ticks) < 12  # in the middle, not after the last byte
     with pytest.raises(MediaError, match="decode_timeout: decoding 400 x 400"):  # nothing left to read
-        load_rgb(picture(400, 400), max_source_pixels=10**6, time_limit=0.0)
+        load_rgb(make_image(400, 400), max_source_pixels=10**6, time_limit=0.0)
 
 
-def test_zero_sized_pictures_are_refused() -> None:
+def test_images_without_pixels_are_refused() -> None:
     assert reason(lambda: target_size(0, 10, factor=28, min_pixels=784, max_pixels=7840)) == "empty_image"
     assert reason(lambda: target_size(10, 2100, factor=28, min_pixels=784, max_pixels=7840)) == "aspect_ratio"

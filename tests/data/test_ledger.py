@@ -77,12 +77,12 @@ def test_a_restored_ledger_forgets_what_came_after(tmp_path) -> None:
     again.load_state_dict(state)
     assert path.read_text() == before and again.state_dict() == state
     again.record(error(1))
-    assert path.read_text() == before  # it stands there already
+    assert path.read_text() == before  # it is in the file already
     again.record(error(2))
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "2"]
 
 
-def test_a_new_run_begins_a_new_list(tmp_path) -> None:
+def test_a_new_run_starts_a_new_file(tmp_path) -> None:
     path = tmp_path / "l.jsonl"
     path.write_text('{"id": "of another run"}\n')
     Ledger(path).record(error(1))

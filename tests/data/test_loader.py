@@ -1,4 +1,4 @@
-"""The same packs for every number of workers, ranks and interruptions; bad samples once; deaths explained."""
+"""The same packs for every number of workers, ranks and interruptions; bad samples are recorded once; dead workers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_sample_comes_once_and_packs_are_valid_and_within_budget(data) -> 
     assert sorted(names) == sorted(
         [f"a/{i}" for i in range(90) if i not in (7, 11, 13, 17)] + [f"b/b{i}" for i in range(40)]
     )
-    assert stream.report.samples == 127  # those that were planned: 130 rows less 3 that never got into a pack
+    assert stream.report.samples == 127  # 130 rows, of which 3 were never in a pack
     assert names[:60] != [f"a/{i}" for i in range(60)]  # shuffled
 
 
@@ -100,7 +100,7 @@ def test_resume_after_any_pack_with_another_number_of_workers(data) -> None:
         whole.append(batch)
     stream = loader(data, accumulation=3, ledger=Ledger(max_fraction=1.0))
     for _ in zip(range(14), stream):
-        states.append(json.loads(json.dumps(stream.state_dict())))  # what a checkpoint file keeps
+        states.append(json.loads(json.dumps(stream.state_dict())))  # as a checkpoint stores it
     for used, state in enumerate(states[:-1], 1):
         workers = used % 3
         again = loader(data, state=state, accumulation=3, num_workers=workers, ledger=Ledger(max_fraction=1.0))
@@ -108,7 +108,7 @@ def test_resume_after_any_pack_with_another_number_of_workers(data) -> None:
         assert again.state_dict() == states[-1]
 
 
-def test_iterating_again_goes_on(data) -> None:
+def test_a_second_iteration_continues(data) -> None:
     whole = take(loader(data, ledger=Ledger(max_fraction=1.0)), 6)
     stream = loader(data, ledger=Ledger(max_fraction=1.0))
     assert_same(whole, take(stream, 2) + take(stream, 4))
@@ -126,10 +126,10 @@ def test_ranks_write_each_bad_sample_once_and_count_alike(data, tmp_path) -> Non
     for rank, ledger in enumerate(ledgers):
         list(loader(once, rank=rank, world_size=2, ledger=ledger))
     entries = [json.loads(line) for path in tmp_path.glob("?.jsonl") for line in path.read_text().splitlines()]
-    entries = [entry for entry in entries if "reason" in entry]  # the data lie there too
+    entries = [entry for entry in entries if "reason" in entry]  # the data are in the same folder
     assert sorted(entry["id"] for entry in entries) == sorted(BAD)
-    assert sorted(ledger.total for ledger in ledgers) == [3, 4]  # broken pixels are seen by one rank ...
-    assert sorted(ledger.weight for ledger in ledgers) == [3, 5]  # ... and stand for both
+    assert sorted(ledger.total for ledger in ledgers) == [3, 4]  # one rank decodes the broken image ...
+    assert sorted(ledger.weight for ledger in ledgers) == [3, 5]  # ... and counts it for both
     assert ledgers[0].seen == ledgers[1].seen == 130
 
 
@@ -177,7 +177,7 @@ def test_all_rejected_is_an_error_with_the_reasons(tmp_path) -> None:
         ledger = Ledger(tmp_path / "l.jsonl", min_samples=10**9)
         with pytest.raises(TooManyBadSamples, match=r"no usable sample .* from sad(.|\n)*broken_image.*p"):
             take(loader(mixture(path, epochs=epochs), num_workers=workers, ledger=ledger), 1)
-        assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 30  # each row once, however often it came
+        assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 30  # each row once, however often it was read
 
 
 def test_threshold_and_strict_mode_stop_the_run(data) -> None:
@@ -244,11 +244,11 @@ def test_a_worker_that_hangs_is_named_with_its_sample(tmp_path) -> None:
 
 
 def test_with_the_real_processor_every_kind_of_bad_sample_is_recorded_once(tmp_path) -> None:
-    pictures = {}
+    images = {}
     for index, size in enumerate([(56, 56), (84, 56), (60, 90)]):
         buffer = io.BytesIO()
         Image.new("RGB", size, (10 * index, 200, 30)).save(buffer, format="PNG")
-        pictures[index] = buffer.getvalue()
+        images[index] = buffer.getvalue()
     noise = io.BytesIO()
     Image.effect_noise((200, 200), 90).convert("RGB").save(noise, format="PNG")
 
@@ -263,16 +263,16 @@ def test_with_the_real_processor_every_kind_of_bad_sample_is_recorded_once(tmp_p
             "meta_info": "",
         }
 
-    rows = [row(f"good{i}", pictures[i % 3]) for i in range(40)]
+    rows = [row(f"good{i}", images[i % 3]) for i in range(40)]
     bad = {
         "empty": (row("empty", b""), "empty_file"),
-        "text": (row("text", b"not a picture"), "broken_image"),
+        "text": (row("text", b"not an image"), "broken_image"),
         "cut": (row("cut", noise.getvalue()[:20000]), "broken_image"),
-        "marks": (row("marks", pictures[0], marks="<|image_pad|>"), "mark_count"),
-        "literal": (row("literal", pictures[0], marks=" say <|im_end|> now"), "literal_special_token"),
-        "long": (row("long", pictures[0], marks=" word" * 2000), "too_long"),
+        "marks": (row("marks", images[0], marks="<|image_pad|>"), "mark_count"),
+        "literal": (row("literal", images[0], marks=" say <|im_end|> now"), "literal_special_token"),
+        "long": (row("long", images[0], marks=" word" * 2000), "too_long"),
         "bomb": (row("bomb", _png_header(60000, 60000)), "decompression_bomb"),
-        "schema": ({**row("schema", pictures[0]), "conversations": []}, "bad_schema"),
+        "schema": ({**row("schema", images[0]), "conversations": []}, "bad_schema"),
     }
     for place, (broken, _) in zip((3, 7, 12, 13, 20, 28, 33, 40), bad.values()):
         rows.insert(place, broken)
@@ -296,6 +296,6 @@ def test_with_the_real_processor_every_kind_of_bad_sample_is_recorded_once(tmp_p
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG that claims to have that many pixels."""
+    """The first bytes of a PNG whose header claims that many pixels."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + b"\0\0\0\0IDAT"

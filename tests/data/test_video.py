@@ -1,4 +1,4 @@
-"""Which frames a video gives, at what size and spacing, and the patches they make."""
+"""The frames of a video, their size and spacing, and their patches."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_frames_of_a_file_are_uniform_and_spacing_is_known() -> None:
     assert all(f.shape == (3, selection.size[1], selection.size[0]) and f.dtype == np.uint8 for f in frames)
 
 
-def test_rate_of_the_row_wins_and_changes_the_spacing() -> None:
+def test_the_rate_of_the_row_overrides_the_default_and_changes_the_spacing() -> None:
     selection = select_frames({"video": movie(40, rate=20), "fps": 5}, SMALL, total_pixels=BUDGET, **LIMITS)
     assert len(selection.indices) == 10 and selection.seconds_per_grid == pytest.approx(2 / 5)
 
@@ -101,7 +101,7 @@ def test_short_videos_give_at_least_two_frames() -> None:
 
 def test_container_without_a_frame_count() -> None:
     data = movie(24, container="avi")
-    raw = movie(24, container="m4v")  # a bare elementary stream: no header knows the number of frames
+    raw = movie(24, container="m4v")  # an elementary stream, whose header lacks the number of frames
     for source in (data, raw):
         selection = select_frames({"video": source}, SMALL, total_pixels=BUDGET, **LIMITS)
         assert selection.total == 24
@@ -121,12 +121,12 @@ def stills(count: int, size: tuple[int, int] = (84, 56)) -> list[Image.Image]:
 
 
 def test_frame_lists_are_taken_whole_and_an_odd_one_repeats_its_last() -> None:
-    pictures = stills(5)
-    selection = select_frames({"video": pictures, "fps": 4}, SMALL, total_pixels=BUDGET, **LIMITS)
+    images = stills(5)
+    selection = select_frames({"video": images, "fps": 4}, SMALL, total_pixels=BUDGET, **LIMITS)
     assert selection.indices == (0, 1, 2, 3, 4, 4) and selection.seconds_per_grid == 0.5 and selection.size == (84, 56)
-    frames = load_frames({"video": pictures}, selection, time_limit=9, max_source_pixels=10**7)
+    frames = load_frames({"video": images}, selection, time_limit=9, max_source_pixels=10**7)
     for index, frame in zip(selection.indices, frames, strict=True):
-        np.testing.assert_array_equal(frame, np.asarray(pictures[index]).transpose(2, 0, 1))
+        np.testing.assert_array_equal(frame, np.asarray(images[index]).transpose(2, 0, 1))
 
 
 def test_a_long_frame_list_is_thinned_and_the_spacing_follows() -> None:
@@ -158,7 +158,7 @@ def test_patches_of_a_video_by_the_index_formula() -> None:
                         row += 1
 
 
-def test_two_equal_frames_are_one_picture() -> None:
+def test_two_equal_frames_give_the_patches_of_an_image() -> None:
     frame = resize_planar(stills(1)[0], (84, 56))
     np.testing.assert_array_equal(patchify([frame, frame], PatchGeometry()), patchify([frame], PatchGeometry()))
 
@@ -188,10 +188,10 @@ def test_a_cut_file_and_a_slow_file_are_refused() -> None:
     selection = select_frames({"video": data}, SMALL, total_pixels=BUDGET, **LIMITS)
     cut = {"video": data[: len(data) // 3]}
     assert reason(lambda: load_frames(cut, selection, time_limit=30, max_source_pixels=10**7)) == "broken_video"
-    shorter = {"video": movie(20)}  # what a header that promises 60 would lead to
+    shorter = {"video": movie(20)}  # as if its header promised 60 frames
     assert reason(lambda: load_frames(shorter, selection, time_limit=30, max_source_pixels=10**7)) == "broken_video"
     nearly = load_frames({"video": movie(58)}, selection, time_limit=30, max_source_pixels=10**7)
-    assert [number_of(f) for f in nearly] == [0, 20, 39, 57]  # two frames short: the last one stands in
+    assert [number_of(f) for f in nearly] == [0, 20, 39, 57]  # two frames short: the last one is repeated
     assert (
         reason(lambda: load_frames({"video": data}, selection, time_limit=-1, max_source_pixels=10**7))
         == "decode_timeout"

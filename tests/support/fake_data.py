@@ -1,4 +1,4 @@
-"""A processor that needs no pixels, and small data sets for it: a picture is the text "rows x columns" of tokens."""
+"""A processor that needs no pixels, and small data sets for it; an image is the text "rows x columns" of tokens."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastvst.model.positions import IMAGE, mrope_positions, vision_layout
 
 
 class FakeProcessor:
-    """measure and encode as `Processor` has them; one token for each word.
+    """Has `measure` and `encode` like Processor; every word is one token.
 
-    A picture "0x0" is found broken by measure, one ending in "!" only by encode. A sample whose text holds the word
+    `measure` finds the image "0x0" broken, only `encode` finds one that ends in "!". A sample whose text has the word
     `deadly` kills its process, `sleepy` takes a minute, `buggy` raises a KeyError, all while encoding.
     """
 
     def measure(self, sample: Sample) -> Cost:
         words, grids = self._contents(sample)
         if any(grid[1] == 0 for grid in grids):
-            raise SampleError("broken_image", sample.source, sample.id, "a picture without pixels")
+            raise SampleError("broken_image", sample.source, sample.id, "an image without pixels")
         patches = sum(t * h * w for t, h, w in grids)
         tokens = len(words) + patches // 4
         return Cost(tokens, patches, 6.0 * tokens + 2.0 * patches + 1e-3 * tokens**2)
@@ -76,12 +76,12 @@ class FakeProcessor:
         return words, [(1, 2 * int(rows), 2 * int(columns)) for rows, columns in sizes]
 
 
-def fake_row(identifier: str, words: int, pictures: tuple[str, ...] = (), extra: str = "") -> dict:
-    """A LLaVA row with `words` words in all and the pictures inside as data URIs."""
-    question = "<image>" * len(pictures) + " ".join(f"w{identifier}_{i}" for i in range(words - 2))
+def fake_row(identifier: str, words: int, images: tuple[str, ...] = (), extra: str = "") -> dict:
+    """A LLaVA row with `words` words in total and its images as data URIs."""
+    question = "<image>" * len(images) + " ".join(f"w{identifier}_{i}" for i in range(words - 2))
     return {
         "id": identifier,
-        "image": ["data:text/plain;base64," + base64.b64encode(p.encode()).decode() for p in pictures],
+        "image": ["data:text/plain;base64," + base64.b64encode(p.encode()).decode() for p in images],
         "conversations": [
             {"from": "human", "value": f"{question} {extra}".strip()},
             {"from": "gpt", "value": f"answer {identifier}"},
@@ -90,7 +90,7 @@ def fake_row(identifier: str, words: int, pictures: tuple[str, ...] = (), extra:
 
 
 def fake_rows(count: int, seed: int = 0, prefix: str = "") -> list[dict]:
-    """Rows of 3 to 60 words with 0 to 2 pictures of 1 to 30 merged tokens."""
+    """Rows of 3 to 60 words with 0 to 2 images of 1 to 30 merged tokens."""
     random_ = random.Random(seed)
     return [
         fake_row(
