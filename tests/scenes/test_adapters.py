@@ -87,9 +87,9 @@ def test_omni3d_boxes_have_omni3ds_corners(walked: list[Scene], tmp_path: Path) 
     for name, scene in scenes.items():
         number = int(name.removeprefix("sunrgbd-"))
         entries = [a for a in data["annotations"] if a["image_id"] == number and not a["behind_camera"]]
-        for thing, entry in zip(scene.objects, entries, strict=True):
-            np.testing.assert_allclose(corners([thing.box])[0], cuboids[str(entry["id"])], atol=1e-9)
-            assert thing.name == entry["category_name"]
+        for item, entry in zip(scene.objects, entries, strict=True):
+            np.testing.assert_allclose(corners([item.box])[0], cuboids[str(entry["id"])], atol=1e-9)
+            assert item.name == entry["category_name"]
         dots = {s.object_id: s for s in scene.views[0].sightings}
         for i, s in dots.items():
             assert s.depth == pytest.approx(scene.object(i).box[2])
@@ -154,12 +154,12 @@ def write_scan(scene: Scene, folder: Path, turn: float = 30.0) -> Path:
     c = scene.views[scene.walk[0]].camera
     np.savetxt(folder / "intrinsic" / "intrinsic_depth.txt", [[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]])
     (folder / "pose" / "99.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
-    things = [
+    instances = [
         {"id": t.id, "label": t.name, "center": t.box[:3], "size": [t.box[3], t.box[5], t.box[4]], "heading": t.box[8]}
         for t in scene.objects
     ]
     described = {
-        "instances": things,
+        "instances": instances,
         "axis_alignment": np.linalg.inv(moved).tolist(),
         "polygon": scene.polygon.tolist(),
     }
@@ -179,8 +179,8 @@ def test_a_scan_gives_back_the_room(walked: list[Scene], tmp_path: Path) -> None
         np.testing.assert_allclose(ours.camera.position, theirs.camera.position, atol=1e-9)
         assert np.abs(ours.depth - theirs.depth).max() < 0.00051 and (ours.ids == theirs.ids).all()
         assert {s.object_id for s in ours.sightings} == {s.object_id for s in theirs.sightings}
-    for thing in found.objects:
-        np.testing.assert_allclose(corners([thing.box]), corners([scene.object(thing.id).box]), atol=1e-9)
+    for item in found.objects:
+        np.testing.assert_allclose(corners([item.box]), corners([scene.object(item.id).box]), atol=1e-9)
 
 
 @pytest.mark.slow

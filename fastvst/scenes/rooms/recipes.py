@@ -64,11 +64,13 @@ def shell(b: Builder, windows: int) -> None:
 
 
 def pictures(b: Builder, count: int) -> None:
+    """Framed art on the walls."""
     for _ in range(count):
         b.on_wall(parts.picture(b.rng), base=float(b.rng.uniform(1.25, 1.6)), gap=HANG_GAP, tries=8)
 
 
 def small_things(b: Builder, carrier: int, count: int, spread: float = 1.0) -> None:
+    """Books, vases and small models on top of the item `carrier`."""
     for _ in range(count):
         kind = int(b.rng.integers(4))
         piece = (parts.books, parts.vase)[kind](b.rng) if kind < 2 else model(b, *SMALL)
@@ -80,13 +82,13 @@ def lamp_on(b: Builder, carrier: int) -> None:
 
 
 def bed_group(b: Builder) -> None:
+    """A bed with night stands, lamps and perhaps a bench."""
     bed = b.on_wall(model(b, "bed"), front=0.5)
     if bed < 0:
         bed = b.on_wall(model(b, "bed"))
     if bed < 0:
         return
-    _, d, _ = b.items[bed].piece.size
-    w = b.items[bed].piece.size[0]
+    w, d, _ = b.items[bed].piece.size
     stand = parts.night_stand(b.rng) if chance(b, 0.7) else model(b, "night stand")
     for side in (-1, 1):
         if chance(b, 0.8):
@@ -102,6 +104,7 @@ def bed_group(b: Builder) -> None:
 
 
 def desk_group(b: Builder) -> None:
+    """A desk with a chair, a screen, perhaps a lamp and a trash can."""
     table = parts.work_desk(b.rng) if chance(b, 0.6) else catalogue(b, "lbDesk", "desk", vary=0.08)
     desk = b.on_wall(table, front=0.6)
     if desk < 0:
@@ -120,6 +123,7 @@ def desk_group(b: Builder) -> None:
 
 
 def table_group(b: Builder) -> None:
+    """A dining table with chairs, away from the walls."""
     kind = int(b.rng.integers(4))
     table = (
         parts.dining_table(b.rng)
@@ -134,12 +138,8 @@ def table_group(b: Builder) -> None:
         return
     chair = model(b, "chair")
     w, d, _ = table.size
-    seats = (
-        [(0.0, 1, 0.0), (0.0, -1, 180.0)]
-        if w < 1.1
-        else [(x, y, t) for x in (-w / 4, w / 4) for y, t in ((1, 0.0), (-1, 180.0))]
-    )
-    for right, side, _ in seats:
+    seats = [(0.0, 1), (0.0, -1)] if w < 1.1 else [(x, y) for x in (-w / 4, w / 4) for y in (1, -1)]
+    for right, side in seats:
         if chance(b, 0.85):
             reach = (d + chair.size[1]) / 2 + float(b.rng.uniform(0.03, 0.12))
             b.next_to(
@@ -157,6 +157,7 @@ def table_group(b: Builder) -> None:
 
 
 def sofa_group(b: Builder) -> None:
+    """A sofa with a coffee table, and on each side an armchair, a side table or a lamp."""
     couch = catalogue(b, "couch", "sofa2", "winchesterSofa", "L_shaped_sofa", "couch2", vary=0.08)
     sofa = b.on_wall(couch, front=1.0)
     if sofa < 0:
@@ -183,6 +184,7 @@ def sofa_group(b: Builder) -> None:
 
 
 def television(b: Builder) -> None:
+    """A television on a stand, or a cabinet with one."""
     if chance(b, 0.25):
         b.on_wall(catalogue(b, "televisionCabinet", vary=0.08), front=0.5)
         return
@@ -193,6 +195,7 @@ def television(b: Builder) -> None:
 
 
 def storage(b: Builder, count: int) -> None:
+    """Dressers, cupboards and shelves along the walls."""
     for _ in range(count):
         kind = int(b.rng.integers(6))
         if kind == 0:
@@ -206,6 +209,7 @@ def storage(b: Builder, count: int) -> None:
 
 
 def fillers(b: Builder, count: int) -> None:
+    """Cartons, plants, lamps and other objects on the floor."""
     for _ in range(count):
         kind = int(b.rng.integers(5))
         if kind == 0:
@@ -286,7 +290,10 @@ def kitchen(b: Builder) -> None:
 
 def bathroom(b: Builder) -> None:
     shell(b, int(b.rng.integers(0, 2)))
-    b.on_wall(parts.bathtub(b.rng)) if chance(b, 0.6) else b.on_wall(model(b, "shower stall"), gap=0.03)
+    if chance(b, 0.6):
+        b.on_wall(parts.bathtub(b.rng))
+    else:
+        b.on_wall(model(b, "shower stall"), gap=0.03)
     sink = b.on_wall(model(b, "sink"), front=0.5)
     if sink >= 0:
         base = b.items[sink]
