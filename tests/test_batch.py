@@ -58,8 +58,8 @@ def test_a_pack_is_the_concatenation_of_its_samples(specs) -> None:
         assert batch.cu_windows[windows : windows + len(sample.window_lengths) + 1].diff().tolist() == (
             sample.window_lengths.tolist()
         )
-        vision = vision + len(sample.vision_slots)
-        windows = windows + len(sample.window_lengths)
+        vision += len(sample.vision_slots)
+        windows += len(sample.window_lengths)
         frames += len(sample.image_lengths)
     assert list(zip(batch.loss_rows.tolist(), batch.targets.tolist())) == targets
     assert batch.target_weights.tolist() == [1.0] * len(targets)

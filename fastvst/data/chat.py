@@ -140,7 +140,7 @@ def _merge(segments: list[Segment]) -> list[Segment]:
 
 
 def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> None:
-    """Refuse text that contains the name of a special token; the tokenizer would silently turn it into that token.
+    """Reject text that contains the name of a special token; the tokenizer would silently turn it into that token.
 
     Args:
         pattern: matches the name of any special token.

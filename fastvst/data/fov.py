@@ -13,7 +13,7 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
     Args:
         messages: role and parts as in `Sample.messages`; they are not changed.
         base_width: width of the virtual camera's image in pixels.
-        max_source_pixels: larger images are refused, as in `image_size`.
+        max_source_pixels: larger images are rejected, as in `image_size`.
 
     Returns:
         The new messages and "fov_unified", or the given messages and "fov_unchanged:<reason>".

@@ -149,7 +149,7 @@ def load_rgb(source: Any, *, max_source_pixels: int, time_limit: float) -> Image
 
     Args:
         source: PIL image, path, or encoded bytes (first frame of an animation).
-        max_source_pixels: larger images are refused before decoding.
+        max_source_pixels: larger images are rejected before decoding.
         time_limit: seconds. It is checked when the decoder reads data; formats that decode in one call (WebP, TIFF) are
             checked only at the end.
 

@@ -107,10 +107,10 @@ class _Cursor:
                 return Drawn(Ref(self.index, self._order[self.block], self.row - 1), sample)
             self._rows = None
             self.row = 0
-            self.block = self.block + 1
+            self.block += 1
             if self.block == len(self.source.blocks):
                 self.block = 0
-                self.epoch = self.epoch + 1
+                self.epoch += 1
         return None
 
 

@@ -19,7 +19,7 @@ from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
 from fastvst.data.sample import Sample
 
-ALL_BAD_LIMIT = 1000  # this many unusable rows in sequence, before any usable one, end the run
+ALL_BAD_LIMIT = 1000  # unusable rows in sequence that end the run; or all rows once, after a usable one was found
 NO_LOADS = np.zeros((0, 3))
 
 

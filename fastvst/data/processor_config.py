@@ -102,7 +102,6 @@ class ProcessorConfig:
             max_frames=self.max_frames,
             min_pixels=self.video_min_pixels,
             max_pixels=self.video_max_pixels,
-            time_limit=self.video_time_limit,
         )
 
 

@@ -26,7 +26,7 @@ SPLIT_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The added tokens of Qwen2.5-VL, in the order of their ids (151643..151664 there). Those of the first group are
-# "special": decoding skips them, and text that contains one literally is refused.
+# "special": decoding skips them, and text that contains one literally is rejected.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -72,7 +72,7 @@ def byte_symbols() -> list[str]:
     for byte in range(256):
         if byte not in symbols:
             symbols[byte] = chr(fresh)
-            fresh = fresh + 1
+            fresh += 1
     return [symbols[b] for b in range(256)]
 
 

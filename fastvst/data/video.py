@@ -33,7 +33,6 @@ class VideoConfig:
         fps: frames per second to sample from a file, and the rate of a frame list that does not name its own.
         min_frames, max_frames: least and most sampled frames.
         min_pixels, max_pixels: least and most pixels of one frame.
-        time_limit: seconds for decoding one video.
     """
 
     fps: float = 2.0
@@ -41,7 +40,6 @@ class VideoConfig:
     max_frames: int = 768
     min_pixels: int = 128 * 28 * 28
     max_pixels: int = 768 * 28 * 28
-    time_limit: float = 60.0
 
 
 @dataclass(frozen=True)
