@@ -1,4 +1,4 @@
-"""The norm, activation, rotary and window problems that are measured: tensors, peers, bytes counted."""
+"""The norm, activation, rotary and window cases of the benches: tensors, contenders, counted bytes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Case:
     """One operator at one size.
 
     Attributes:
-        bytes_forward, bytes_backward: the least that must be moved, with 2-byte values.
-        goal_forward, goal_backward: TB/s wanted on one H200, or a share of the copy bandwidth where `share` (0: none).
-        make: (device, dtype) -> (tensors that want gradients, {contender: run}), on one set of tensors.
+        bytes_forward, bytes_backward: bytes that must move at least, with 2-byte values.
+        make: (device, dtype) -> (tensors with gradients, {contender: run}); all contenders use the same tensors.
+        goal_forward, goal_backward: goal on one H200: TB/s, or with `share` a share of the copy bandwidth (0: none).
     """
 
     name: str
@@ -42,13 +42,13 @@ def leaves(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """What transformers runs: Qwen2RMSNorm."""
+    """Qwen2RMSNorm of transformers."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def compiled(function: Callable[..., Any], *inputs: Tensor) -> Call:
-    """torch.compile of the plain code; it is compiled at its first call, so a failure is this contender's own."""
+    """torch.compile of the plain code. It compiles at its first call, so a failure concerns this contender only."""
     fast = torch.compile(function)
     return lambda: fast(*inputs)
 
@@ -161,7 +161,7 @@ def window_case(patches: int, heads: int = 16, dim: int = 80, window: int = 64) 
 
 
 def _liger() -> Any:
-    """Liger's own kernels under one roof.
+    """Liger's kernels.
 
     Raises:
         ImportError: it is not installed.

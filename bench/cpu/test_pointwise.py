@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and M-RoPE: counted bytes, on the CPU beside plain code, on a GPU beside every peer."""
+"""Norms, SwiGLU and M-RoPE: counted bytes, plain code on the CPU, every peer on a GPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def test_counted(case: Case, record):
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda c: c.name)
-def test_beside_plain_code_on_the_cpu(case: Case, record, device):
-    """Forward + backward in float32, in turns."""
+def test_against_plain_code_on_the_cpu(case: Case, record, device):
+    """Forward + backward in float32; the contenders take turns."""
     if device.type != "cpu":
         pytest.skip("this is the CPU's bench")
     inputs, contenders = case.make(device, torch.float32)
@@ -36,7 +36,7 @@ def test_beside_plain_code_on_the_cpu(case: Case, record, device):
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
-def test_beside_the_peers(case: Case, record, device):
+def test_against_the_peers(case: Case, record, device):
     if device.type != "cuda":
         pytest.skip("the peers' kernels need a GPU: not measured")
     from bench.gpu.attention import ceilings

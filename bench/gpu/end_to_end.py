@@ -1,7 +1,7 @@
 """Training speed of the whole model on a GPU, random weights, one pack: `python -m bench.gpu.end_to_end --out FILE`.
 
-Forward and backward of Qwen2.5-VL 3B in bf16 on a synthetic pack of pictures and text; model FLOPs count the vision
-tower and the attention pairs, and the share is of 989 TFLOP/s (H100/H200 dense bf16).
+Forward and backward of Qwen2.5-VL 3B in bf16 on a synthetic pack of images and text. Model FLOPs include the vision
+tower and the attention pairs; the share is of 989 TFLOP/s (H100/H200 dense bf16).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastvst.model.flops import sample_flops
 from fastvst.model.positions import IMAGE, TEXT, mrope_positions, vision_layout
 from fastvst_kernels import linear_cross_entropy
 
-PEAK = 989e12
+PEAK = 989e12  # FLOP/s
 
 
 def sample(config: ModelConfig, grid: tuple[int, int, int], text: int, generator: torch.Generator) -> EncodedSample:
-    """One picture of `grid` patches followed by `text` supervised tokens."""
+    """One image of `grid` patches followed by `text` supervised tokens."""
     patches = grid[1] * grid[2]
     merged = grid[1] * grid[2] // 4
     tokens = torch.cat(

@@ -1,9 +1,9 @@
-"""Everything worth knowing about a new GPU in one command: `python bench/gpu/on_gpu.py --minutes 9 --out DIR`.
+"""Test, measure and tune on a new GPU with one command: `python bench/gpu/on_gpu.py --minutes 9 --out DIR`.
 
-In order of value: correctness of every kernel, the kernel benches, tuning, end-to-end figures. Each part is a process
-of its own and writes into DIR as it goes, so that whatever time allows is there. It runs from a plain checkout with
-torch, triton, numpy, pytest and safetensors. `--only attention` runs the parts whose name contains it, `--skip-done`
-leaves out those that DIR already holds complete.
+The parts in order of value: correctness of every kernel, the kernel benches, tuning, end-to-end figures. Each part is a
+process of its own and writes into DIR while it runs, so a time limit loses nothing. The command runs from a plain
+checkout with torch, triton, numpy, pytest and safetensors. `--only attention` runs the parts whose name contains
+"attention"; `--skip-done` skips parts that are complete in DIR.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_TESTS = 5  # pytest's exit status where it collects nothing
-ENOUGH = 20.0  # seconds under which no part is started
+NO_TESTS = 5  # pytest's exit status if it collects nothing
+ENOUGH = 20.0  # seconds; with less time left no part starts
 
 
 @dataclass(frozen=True)
 class Part:
-    """One step: {out} in the command is its file in DIR, {minutes} what is left; `share` of the whole time at most."""
+    """One process. {out} in its command is its file in DIR, {minutes} the time left; at most `share` of all time."""
 
     name: str
     file: str
@@ -34,10 +34,10 @@ class Part:
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={out}")
 TIMED = ("--out", "{out}", "--minutes", "{minutes}")
-LANE = "tests/kernels/gpu"
+GPU_TESTS = "tests/kernels/gpu"
 PARTS = (
-    Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{LANE}/test_attention.py"), 0.4),
-    Part("correct-rest", "correct-rest.xml", (*PYTEST, LANE, f"--ignore={LANE}/test_attention.py"), 0.3),
+    Part("correct-attention", "correct-attention.xml", (*PYTEST, f"{GPU_TESTS}/test_attention.py"), 0.4),
+    Part("correct-rest", "correct-rest.xml", (*PYTEST, GPU_TESTS, f"--ignore={GPU_TESTS}/test_attention.py"), 0.3),
     Part("bench-attention", "attention.json", ("bench/gpu/attention.py", *TIMED), 0.4),
     Part("bench-lm-head", "lm_head.json", ("bench/gpu/lm_head.py", *TIMED), 0.4),
     Part("bench-pointwise", "pointwise.json", ("bench/gpu/pointwise.py", *TIMED), 0.2),
@@ -48,7 +48,7 @@ PARTS = (
 
 
 def is_done(part: Part, out: Path) -> bool:
-    """Whether DIR holds the complete result of a part, by the mark that on_gpu itself leaves."""
+    """Whether DIR has the complete result of a part: `run_part` leaves a mark."""
     return (out / f"{part.name}.done").exists()
 
 
@@ -75,7 +75,7 @@ def run_part(part: Part, out: Path, seconds: float) -> str:
 
 
 def summary(out: Path) -> list[str]:
-    """The short table: each case's TFLOP/s or TB/s of ours and of the best peer, from what DIR holds."""
+    """A short table from the files in DIR: for each case the TFLOP/s or TB/s of fastvst and of the best peer."""
     return [*attention_summary(out), *pointwise_summary(out)]
 
 
@@ -89,10 +89,10 @@ def pointwise_summary(out: Path) -> list[str]:
             known = {name: f[f"{way}_tbps"] for name, f in figures.items() if f"{way}_tbps" in f}
             peers = {name: value for name, value in known.items() if name != "fastvst"}
             best = max(peers, key=peers.__getitem__, default=None)
-            beside = "no peer" if best is None else f"{best} {peers[best]:.2f}"
+            peer = "no peer" if best is None else f"{best} {peers[best]:.2f}"
             ours = known.get("fastvst", float("nan"))
             share = figures.get("fastvst", {}).get(f"{way}_share", float("nan"))
-            lines.append(f"{case} {way}: fastvst {ours:.2f} TB/s ({share:.0%} of copy), {beside}")
+            lines.append(f"{case} {way}: fastvst {ours:.2f} TB/s ({share:.0%} of copy), {peer}")
     return lines
 
 
@@ -109,18 +109,18 @@ def attention_summary(out: Path) -> list[str]:
             known = {name: f[way] for name, f in figures.items() if way in f}
             peers = {name: value for name, value in known.items() if name != "fastvst"}
             best = max(peers, key=peers.__getitem__, default=None)
-            beside = "no peer" if best is None else f"{best} {peers[best]:.0f}"
-            lines.append(f"{case} {way}: fastvst {known.get('fastvst', float('nan')):.0f}, {beside}")
+            peer = "no peer" if best is None else f"{best} {peers[best]:.0f}"
+            lines.append(f"{case} {way}: fastvst {known.get('fastvst', float('nan')):.0f}, {peer}")
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 if every part that was started went well."""
+    """The command line; 0 if no part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all parts together")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--only", default="", help="parts whose name contains this")
-    parser.add_argument("--skip-done", action="store_true", help="leave out parts that --out holds complete")
+    parser.add_argument("--skip-done", action="store_true", help="skip parts that are complete in --out")
     arguments = parser.parse_args(argv)
     import torch
 
@@ -129,21 +129,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
-    said: dict[str, str] = {}
+    states: dict[str, str] = {}
     for part in PARTS:
         left = deadline - time.monotonic()
         if arguments.only not in part.name:
             continue
         if arguments.skip_done and is_done(part, arguments.out):
-            said[part.name] = "done before"
+            states[part.name] = "done before"
         elif left < ENOUGH:
-            said[part.name] = "not started: time is over"
+            states[part.name] = "not started: out of time"
         else:
-            said[part.name] = run_part(part, arguments.out, min(left, part.share * 60 * arguments.minutes))
-        print(f"{part.name}: {said[part.name]}", flush=True)
-        (arguments.out / "parts.json").write_text(json.dumps(said, indent=1) + "\n")
+            states[part.name] = run_part(part, arguments.out, min(left, part.share * 60 * arguments.minutes))
+        print(f"{part.name}: {states[part.name]}", flush=True)
+        (arguments.out / "parts.json").write_text(json.dumps(states, indent=1) + "\n")
     print("\n".join(summary(arguments.out)))
-    return 1 if any(state.startswith("failed") for state in said.values()) else 0
+    return 1 if any(state.startswith("failed") for state in states.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Norms, SwiGLU, M-RoPE and windows on a GPU beside their peers: `python -m bench.gpu.pointwise --out FILE.json`.
+"""Norms, SwiGLU, M-RoPE and windows on a GPU, with their peers: `python -m bench.gpu.pointwise --out FILE.json`.
 
-Every contender of a case runs in one process, on the same tensors. A figure is written as soon as it is known.
+Every contender of a case runs in one process, on the same tensors. Each figure is written at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.gpu.attention import ceilings, machine, milliseconds
 
 
 def measure(case: Case, copy_tbps: float) -> dict[str, dict[str, Any]]:
-    """{contender: milliseconds, TB/s and share of the copy bandwidth}; one that can not run says why."""
+    """{contender: milliseconds, TB/s and share of the copy bandwidth}; one that cannot run has the reason."""
     inputs, contenders = case.make(torch.device("cuda"), torch.bfloat16)
     figures: dict[str, dict[str, Any]] = {}
     for name, run in contenders.items():
@@ -36,7 +36,7 @@ def measure(case: Case, copy_tbps: float) -> dict[str, dict[str, Any]]:
             figures[name] = {"forward_ms": forward, "backward_ms": backward}
             figures[name] |= {"forward_tbps": speeds[0], "backward_tbps": speeds[1]}
             figures[name] |= {"forward_share": speeds[0] / copy_tbps, "backward_share": speeds[1] / copy_tbps}
-        except Exception as error:  # a peer that lacks this case must not end the run; it is written down
+        except Exception as error:  # a peer without this case must not end the run; the reason is written
             figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     figures["goal"] = {"forward": case.goal_forward, "backward": case.goal_backward, "is_share": case.share}
     return figures

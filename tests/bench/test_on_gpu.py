@@ -1,4 +1,4 @@
-"""bench/gpu/on_gpu.py without a GPU: it says so; its parts run, are timed out, are kept and left out when done."""
+"""bench/gpu/on_gpu.py without a GPU: it says so; parts run, fail, run out of time, and are skipped when done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 def on_gpu():
     spec = importlib.util.spec_from_file_location("on_gpu_script", BENCH / "gpu" / "on_gpu.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -38,7 +38,7 @@ def test_every_part_names_a_file_or_module_that_exists(on_gpu):
                 assert (BENCH.parent / word).exists(), word
 
 
-def test_parts_run_fail_run_out_of_time_and_are_left_out_when_done(on_gpu, tmp_path, monkeypatch, capsys):
+def test_parts_run_fail_run_out_of_time_and_are_skipped_when_done(on_gpu, tmp_path, monkeypatch, capsys):
     def part(name, code):
         return on_gpu.Part(name, f"{name}.txt", ("-c", code), 1.0)
 
@@ -76,7 +76,7 @@ def test_the_counted_figures_of_groups():
     finally:
         sys.path.remove(str(BENCH))
     case = Case("g", heads=2, kv_heads=1, width=16, causal=True, **grouped(2, 3, (2, 1)))
-    # Of one group: 6 pairs in the prompt, 2 x 3 + 3 and 1 x 3 + 1 in the answers.
+    # One group: 6 pairs in the prompt, 2 x 3 + 3 and 1 x 3 + 1 in the completions.
     assert case.pairs() == 2 * (6 + 9 + 4) and case.prompts == (-1, 0, 0, -1, 3, 3)
     assert case.repeated().lengths == (5, 4, 5, 4)
     assert case.flops()[0] == 4 * 2 * 16 * case.pairs()
@@ -88,7 +88,7 @@ import importlib.util, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {"PIL", "transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "scipy"}:
-            raise ModuleNotFoundError(f"{name} is not on this machine")
+            raise ModuleNotFoundError(f"{name} is not installed on this machine")
 
 sys.meta_path.insert(0, Absent())
 for number, path in enumerate(sys.argv[1:]):
@@ -107,7 +107,7 @@ assert len(Engine(model, memory=1 << 24).generate([text_prompt(model.config, 5, 
 def test_every_part_loads_on_a_machine_with_torch_and_little_else(on_gpu):
     root = BENCH.parent
     scripts = [root / word for part in on_gpu.PARTS for word in part.command if word.endswith(".py")]
-    scripts = [path for path in scripts if path.is_file()] + sorted((root / on_gpu.LANE).glob("test_*.py"))
+    scripts = [path for path in scripts if path.is_file()] + sorted((root / on_gpu.GPU_TESTS).glob("test_*.py"))
     paths = os.pathsep.join(map(str, (root, root / "kernels", BENCH, root / "tests" / "support")))
     done = subprocess.run(
         [sys.executable, "-c", BARE, *dict.fromkeys(map(str, scripts))],

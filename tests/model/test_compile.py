@@ -1,4 +1,4 @@
-"""torch.compile takes a decoder block and a vision block whole, and gives their outputs and gradients."""
+"""torch.compile compiles a decoder block and a vision block as one graph, with the same outputs and gradients."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def test_published_flat_file_equals_the_preset():
     assert read == dataclasses.replace(ModelConfig.preset("7b"), eos_token_ids=(151645,))
 
 
-def test_what_transformers_saves_is_read(tmp_path):
-    """Flat file -> transformers 5 -> its nested file -> ours; only the video rule follows the writer's version."""
+def test_files_of_transformers_are_read(tmp_path):
+    """Flat file -> transformers 5 -> its nested file -> ours; only the video rule depends on the writer's version."""
     Qwen2_5_VLConfig(**json.loads(json.dumps(FLAT))).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "text_config" in saved and "hidden_size" not in saved
@@ -84,7 +84,7 @@ def test_what_transformers_saves_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("config", [ModelConfig.preset("tiny"), ModelConfig.preset("3b"), small_config()])
-def test_what_we_write_is_read_by_both(config):
+def test_both_read_our_files(config):
     data = json.loads(config.to_json())
     ours = ModelConfig.from_dict(data)
     assert dataclasses.replace(ours, eos_token_ids=config.eos_token_ids) == config
@@ -121,7 +121,7 @@ def test_video_rule_follows_our_key_then_the_version():
         ({"hidden_size": 3000}, "hidden_size must be a multiple of num_attention_heads"),
     ],
 )
-def test_what_is_not_supported_raises(change, message, tmp_path):
+def test_unsupported_configs_raise(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FLAT | change))
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_pretrained(tmp_path)

@@ -37,7 +37,7 @@ def window_backward(grad, qkv, bias, out, logsums, positions, cu_windows, *args,
 
 
 for formula in (packed_forward, packed_backward, window_forward, window_backward):
-    formula._get_raw = True  # the counter hands over tensors instead of shapes
+    formula._get_raw = True  # the counter passes tensors instead of shapes
 
 
 def in_place_product(into, a, b, **kwargs):
@@ -45,7 +45,7 @@ def in_place_product(into, a, b, **kwargs):
 
 
 def count(function):
-    own = torch.ops.fastvst  # the counter sees our operators from outside, and of torch's it lacks this one
+    own = torch.ops.fastvst  # the counter does not look into our operators, and has no formula for addmm_
     custom = {torch.ops.aten.addmm_: in_place_product}
     custom |= {own.packed_attention: packed_forward, own.packed_attention_backward: packed_backward}
     custom |= {own.window_attention: window_forward, own.window_attention_backward: window_backward}
@@ -63,7 +63,7 @@ def test_pack_equals_the_counter():
     model = Qwen25VL(config)
     encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(ROWS)]
     batch = pack(encoded)
-    # Without a gradient of the pixels the tower's first product would have two parts, not three.
+    # Without a gradient of the pixels the tower's first product would count twice instead of three times.
     batch = dataclasses.replace(batch, patches=batch.patches.requires_grad_())
 
     def step():
@@ -102,7 +102,7 @@ def test_samples_add_up_to_their_pack():
 
 
 def test_shared_prompts_count_their_pairs_once():
-    """A prompt of P and answers of A: P (P + 1) / 2 pairs once, each answer A P + A (A + 1) / 2."""
+    """A prompt of P and completions of A tokens: P (P + 1) / 2 pairs once, A P + A (A + 1) / 2 for a completion."""
     config = small_config()
     shared = decoder_flops(config, [50, 7, 9], [0, 50, 50])
     per_pair = 4 * config.hidden_size * config.num_hidden_layers
@@ -111,7 +111,7 @@ def test_shared_prompts_count_their_pairs_once():
 
 
 def test_order_of_magnitude_of_the_published_7b():
-    """6 x parameters x tokens for text: 6.5 B decoder and 0.54 B head parameters at 1,000 tokens, attention aside."""
+    """6 x parameters x tokens for text: 6.5 B decoder and 0.54 B head parameters at 1,000 tokens, without attention."""
     got = sample_flops(ModelConfig.preset("7b"), 1000, [])
     assert got / (6 * 7.07e9 * 1000) == pytest.approx(1.0, abs=0.02)
     assert TRAINING == 3.0

@@ -15,7 +15,7 @@ from hf_parity import hf_forward, hf_name, make_models, make_sample, relative, s
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 SLOW = {
     "deadline": None,
-    "derandomize": True,  # a float64 value may sit on a float32 rounding boundary; keep the examples that were checked
+    "derandomize": True,  # a float64 value may lie on a float32 rounding boundary
     "suppress_health_check": list(HealthCheck),
     "phases": [Phase.explicit, Phase.generate],
 }
@@ -57,7 +57,7 @@ def configs(draw):
 
 
 def compare(config, rows, dtype, recompute="none"):
-    """Run one pack through ours and each of its samples through transformers; check everything."""
+    """Run one pack through our model and each of its samples through transformers; compare everything."""
     ours, theirs = make_models(config, dtype)
     encoded = [make_sample(config, parts, seed=i) for i, parts in enumerate(rows)]
     batch = pack(encoded)
@@ -92,7 +92,7 @@ def compare(config, rows, dtype, recompute="none"):
     theirs_grads = {name: p.grad for name, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         want = theirs_grads[hf_name(name)]
-        if want is None:  # no pictures in this row
+        if want is None:  # no images in this row
             assert parameter.grad is None, name
         elif want.abs().max() < 1e-7 * max(1.0, expected.item()):
             assert parameter.grad.abs().max() < 1e-6 * max(1.0, expected.item()), name  # k_proj.bias: 0 + rounding
@@ -138,7 +138,7 @@ def test_packing_order_and_neighbours_do_not_matter():
 
 
 def test_shared_prompt_equals_repeated_prompt():
-    """[prompt | answers...] with groups gives the loss and gradients of running every prompt + answer on its own."""
+    """[prompt | completions ...] with groups gives the loss and gradients of every prompt + completion alone."""
     config = small_config()
     ours, _ = make_models(config, torch.float64)
     whole = [
@@ -148,8 +148,8 @@ def test_shared_prompt_equals_repeated_prompt():
     length = len(whole[0]) - 3
     assert all(torch.equal(w.tokens[:length], whole[0].tokens[:length]) for w in whole)
     prompt = dataclasses.replace(cut(whole[0], 0, length), labels=torch.full((length,), -100, dtype=torch.int32))
-    answers = [without_pictures(cut(w, length, len(w))) for w in whole]
-    shared = pack([prompt, *answers], groups=[-1, 0, 0, 0])
+    completions = [without_images(cut(w, length, len(w))) for w in whole]
+    shared = pack([prompt, *completions], groups=[-1, 0, 0, 0])
     repeated = pack(whole)
     shared.validate()
     grads = []
@@ -171,6 +171,6 @@ def cut(sample, start, end):
     )
 
 
-def without_pictures(sample):
+def without_images(sample):
     names = ("patches", "grid", "vision_slots", "window_order", "window_lengths", "image_lengths", "vision_positions")
     return dataclasses.replace(sample, **{n: getattr(sample, n)[:0] for n in names})

@@ -95,9 +95,9 @@ def hf():
 @example([("text", 1), ("video", 4, 1, 1, 1.4), ("text", 2)], 25)
 @given(parts, st.sampled_from([1, 2, 25]))
 def test_extent_rule_is_the_published_one(parts, per_second):
-    """Text resumes at 1 + the largest coordinate so far (Qwen2.5-VL arXiv 2502.13923 §2.1.3; transformers 4.49).
+    """Text continues at 1 + the largest coordinate so far (Qwen2.5-VL arXiv 2502.13923 §2.1.3; transformers 4.49).
 
-    Frames stand at `(torch.arange(t) * second_per_grid_t * tokens_per_second).long()`, as there.
+    Frame positions are `(torch.arange(t) * second_per_grid_t * tokens_per_second).long()`, as there.
     """
     modality, shapes, seconds = lay_out(parts)
     got = mrope_positions(

@@ -1,4 +1,4 @@
-"""Recompute policies: equal gradients bit for bit, fewer bytes kept; frozen parts; packs without pictures."""
+"""Recompute policies: equal gradients bit for bit, fewer bytes kept; frozen parts; packs without images."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def setup():
 
 
 def run(model, batch, policy):
-    """(loss, gradients, bytes of distinct storages kept for backward, parameters and inputs aside)."""
+    """(loss, gradients, bytes of the storages kept for backward, without parameters and inputs)."""
     model.recompute = policy
     model.zero_grad()
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *vars(batch).values()) if torch.is_tensor(t)}
@@ -29,7 +29,7 @@ def run(model, batch, policy):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding it keeps the address unique
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the reference keeps the address unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -53,7 +53,7 @@ def test_gradients_are_equal_bit_for_bit_and_bytes_fall(setup):
 
 
 def test_light_keeps_what_its_definition_says():
-    """Per decoder token and layer: its input, q, k, v, attention output and logsumexp, gate and up."""
+    """For each decoder token and layer: the input, q, k, v, attention output and logsumexp, gate and up."""
     config = small_config(num_hidden_layers=4)
     model, _ = make_models(config, torch.float32)
     sizes = {}
@@ -64,7 +64,7 @@ def test_light_keeps_what_its_definition_says():
     kv = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size + (q + 2 * kv) + q + config.num_attention_heads + 2 * config.intermediate_size
     final_norm = config.hidden_size + 1
-    inverse = 1  # the first norm's inverse root, inside the recomputed part: not kept
+    inverse = 1  # of the first norm; it is computed again, not kept
     per_token = (sizes[140] - sizes[40]) / 100 / 4
     assert config.num_hidden_layers * layer <= per_token <= config.num_hidden_layers * (layer + inverse) + final_norm
 
@@ -102,7 +102,7 @@ def test_unknown_policy_is_refused(setup):
 
 @pytest.mark.parametrize("policy", ["none", "light", "full"])
 @pytest.mark.parametrize("frozen", ["visual.", "model.", "visual.blocks.0", "model.layers.1.mlp", "model.layers.1.inp"])
-def test_frozen_parts_get_no_gradient_and_the_rest_keeps_its(setup, policy, frozen):
+def test_frozen_parts_get_no_gradient_and_the_others_keep_theirs(setup, policy, frozen):
     model, batch = setup
     _, grads, _ = run(model, batch, "none")
     for name, parameter in model.named_parameters():
@@ -117,7 +117,7 @@ def test_frozen_parts_get_no_gradient_and_the_rest_keeps_its(setup, policy, froz
         parameter.requires_grad_(True)
 
 
-def test_pack_without_pictures_runs_the_tower_only_when_told():
+def test_a_pack_without_images_runs_the_tower_only_if_asked():
     config = small_config()
     model, _ = make_models(config, torch.float32)
     batch = pack([make_sample(config, [("text", 9)])])

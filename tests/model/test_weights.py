@@ -1,4 +1,4 @@
-"""Directories in the published layout: round trips, transformers opens them, and every defect is named."""
+"""Directories in the published layout: round trips, transformers opens them, errors name every defect."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_round_trip_is_bit_exact(model, tmp_path, shard):
     assert (len(files) > 3) == (shard == 20_000) and ((tmp_path / "m" / INDEX).exists()) == (len(files) > 1)
     loaded = Qwen25VL.from_pretrained(tmp_path / "m")
     assert equal(model, loaded) and loaded.config == model.config
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing partial stays
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing partial is left
 
 
 @pytest.mark.parametrize("shard", [10**9, 20_000], ids=["single", "sharded"])
@@ -52,7 +52,7 @@ def test_transformers_opens_it_without_missing_or_unexpected_keys(model, tmp_pat
     assert theirs.generation_config.eos_token_id == list(model.config.eos_token_ids)
 
 
-def test_tokenizer_processor_and_template_come_along(tmp_path):
+def test_tokenizer_processor_and_template_are_saved(tmp_path):
     tiny = Qwen25VL(ModelConfig.preset("tiny"))
     tiny.save_pretrained(tmp_path / "m", processor=Processor.preset("tiny"))
     _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "m", output_loading_info=True)
@@ -64,7 +64,7 @@ def test_tokenizer_processor_and_template_come_along(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
-def test_what_transformers_saves_opens_here(model, tmp_path, shard):
+def test_directories_of_transformers_open(model, tmp_path, shard):
     model.save_pretrained(tmp_path / "a")
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "a")
     theirs.save_pretrained(tmp_path / "b", max_shard_size=shard)
@@ -90,7 +90,7 @@ def test_dtype(model, tmp_path):
     model.save_pretrained(tmp_path)
     half = Qwen25VL.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 for p in half.parameters())
-    half.save_pretrained(tmp_path)  # over the old one; stored as it is
+    half.save_pretrained(tmp_path)  # over the old one, in its own dtype
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     wide = Qwen25VL.from_pretrained(tmp_path)
     assert torch.equal(wide.head_weight, model.head_weight.bfloat16().float())
@@ -201,7 +201,7 @@ from pathlib import Path
 from fastvst.model import Qwen25VL
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-Qwen25VL.from_pretrained(sys.argv[2])  # code and libraries are resident before the measurement
+Qwen25VL.from_pretrained(sys.argv[2])  # loads code and libraries before the measurement
 start, peak, done = resident(), 0, False
 def watch():
     global peak
@@ -229,6 +229,6 @@ def test_host_memory_is_the_model_and_one_file(tmp_path):
         text=True,
     ).stdout
     size, peak = map(int, output.split())
-    assert total > 1.5 * largest  # else the bound below would say nothing
+    assert total > 1.5 * largest  # else the bound below would prove nothing
     assert size <= peak + 2**22 and peak < size + largest + 8_000_000, (size, peak, largest)
     shutil.rmtree(tmp_path / "big")

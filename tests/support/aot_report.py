@@ -1,4 +1,4 @@
-"""Compile a list of kernel variants in two processes and compare what came out with the committed table."""
+"""Compile a list of kernel variants in two processes and compare the result with the committed table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATRIX_INSTRUCTION = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHM
 
 
 def compile_all(jobs: Iterable[tuple[str, dict[str, Any]]], compile_one: Callable[..., Any]) -> dict[str, Any]:
-    """{name: Compiled} of (name, arguments of compile_one), in two worker processes (spawned, for triton's threads)."""
+    """{name: Compiled} of (name, arguments of compile_one), in two processes; spawned, because triton has threads."""
     jobs = list(jobs)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         running = [(name, pool.submit(compile_one, **arguments)) for name, arguments in jobs]
@@ -23,7 +23,7 @@ def compile_all(jobs: Iterable[tuple[str, dict[str, Any]]], compile_one: Callabl
 
 
 def clean(name: str, made: Any, arch: int, *, matrix: bool) -> list[str]:
-    """What is wrong with one compiled kernel."""
+    """The problems of one compiled kernel, in words."""
     wrong = []
     if made.spill_bytes:
         wrong.append(f"{name}: spills {made.spill_bytes} bytes a thread")
@@ -35,7 +35,7 @@ def clean(name: str, made: Any, arch: int, *, matrix: bool) -> list[str]:
 
 
 def compare_and_write(file: str, made: dict[str, Any], version: str) -> list[str]:
-    """Compare with bench/results/aot/`file`, then write it anew if nothing rose; returns what rose by more than 10 %.
+    """Compare with bench/results/aot/`file` and write it again if nothing rose; returns what rose by more than 10 %.
 
     Another version of triton compiles differently: then nothing is compared, and the committed table stays.
     """
@@ -47,7 +47,7 @@ def compare_and_write(file: str, made: dict[str, Any], version: str) -> list[str
     if old["triton"] != version:
         return []
     risen = [
-        f"{name}: {what} rose from {before[what]} to {row[what]}; delete its line in {path.name} if that is meant"
+        f"{name}: {what} rose from {before[what]} to {row[what]}; if that is intended, delete its line in {path.name}"
         for name, row in table.items()
         if (before := old["kernels"].get(name))
         for what in ("registers", "shared_bytes", "instructions")

@@ -44,7 +44,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def make_models(config: ModelConfig, dtype: torch.dtype, seed: int = 0):
-    """(ours, transformers') with equal random weights; biases and norms are random, too."""
+    """(ours, transformers') with equal random weights; biases and norms are random too."""
     torch.manual_seed(seed)
     ours = Qwen25VL(config)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def make_sample(config: ModelConfig, parts: list[tuple], seed: int = 0, *, super
 
     Args:
         parts: ("text", n), ("image", rows, columns) and ("video", frames, rows, columns, second_per_grid) in merged
-            tokens; pictures stand between vision_start and vision_end.
+            tokens; vision_start and vision_end enclose images and videos.
         supervised: the last that many tokens are labels; default a random half of the text.
     """
     rng = np.random.default_rng(seed)
@@ -113,7 +113,7 @@ def make_sample(config: ModelConfig, parts: list[tuple], seed: int = 0, *, super
     if supervised is not None:
         picked = np.arange(len(tokens)) >= len(tokens) - supervised
     picked[:1] = False
-    pixels = np.random.default_rng([seed, 1])  # the same pictures whatever the text
+    pixels = np.random.default_rng([seed, 1])  # the same images for every text
     patches = pixels.standard_normal((sum(int(np.prod(g)) for g in grids), v.patch_values)).astype(np.float32)
     return EncodedSample(
         tokens=tokens,

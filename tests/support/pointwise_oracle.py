@@ -24,8 +24,8 @@ def assert_as_good_as_plain(
 ) -> None:
     """ours(*inputs) against formula(*inputs) in float64: at most twice the error of the formula in inputs' dtype.
 
-    The floor, for values on which the formula happens to be exact: of the largest value 8 units of float32, and of
-    16-bit types, which every result is rounded to once, half a unit.
+    For values on which the formula happens to be exact, some error is always allowed: relative to the largest value 8
+    units of float32, or half a unit of a 16-bit type, to which every result is rounded once.
     """
     dtype = inputs[0].dtype
     truth = with_gradients(formula, [x.double() for x in inputs], grads)

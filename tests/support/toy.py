@@ -1,4 +1,4 @@
-"""A model with the module tree that training expects, and nothing of Qwen2.5-VL inside."""
+"""A toy model with the module tree that training expects, without Qwen2.5-VL inside."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ToyModel(nn.Module):
         self.vision_on_every_rank = False
 
     def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        seen = pixels
+        vision = pixels
         for block in self.visual.blocks:
-            seen = torch.tanh(block(seen))
-        hidden = self.model.embed_tokens(tokens) + self.visual.merger(seen)
+            vision = torch.tanh(block(vision))
+        hidden = self.model.embed_tokens(tokens) + self.visual.merger(vision)
         for layer in self.model.layers:
             hidden = hidden + torch.tanh(layer(hidden))
         return self.model.norm(hidden) @ self.model.embed_tokens.weight.T

@@ -1,4 +1,4 @@
-"""Norm, SwiGLU, rotary and window kernels at their shipped configurations, compiled for GPUs that are not there."""
+"""Norm, SwiGLU, rotary and window kernels in the configurations of the tables, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvst_kernels.shared.tile_tables import TABLES, read_table
 from fastvst_kernels.tuning.pointwise import KERNELS, compile_variant, family
 
 ARCHS = (80, 89, 90, 100, 120)
-# The models' own widths: the tower's and the 7b's rows (the 3b's 2048 are one piece of them), the heads of both towers.
+# The models' widths: rows of the vision tower and of the 7b (the 3b's 2048 are a piece of them), heads of both towers.
 TUNED = {"rms_norm": ("16x1280", "16x3584"), "swiglu": ("16",), "rope": ("16x80", "16x128")}
 TUNED["window"] = ("16x80",)
 

@@ -23,7 +23,7 @@ double = {"dtype": torch.float64, "requires_grad": True}
 
 
 def same_with_gradients(function, reference, *inputs, atol=1e-12):
-    """Equal outputs and gradients; the incoming gradient is also tried with stride 0."""
+    """Equal outputs and gradients, also for an incoming gradient with stride 0."""
     for expanded in (False, True):
         got = function(*inputs)
         want = reference(*inputs)
@@ -192,7 +192,7 @@ def test_projections_skip_what_is_frozen(linear):
 
 
 def test_gradients_of_parameters_are_dense():
-    """Autograd copies a gradient that is not, and optimizers and FSDP2 expect it."""
+    """Autograd copies a gradient that is not dense, and optimizers and FSDP2 expect dense ones."""
     x = torch.randn(6, 35)
     weights = [torch.randn(3, 35, requires_grad=True) for _ in range(2)]
     sum(out.sum() for out in parallel_linear(x, weights)).backward()
@@ -236,7 +236,7 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
-def test_the_choice_of_auto_is_said_once(caplog):
+def test_the_choice_of_auto_is_logged_once(caplog):
     say_once.cache_clear()
     with caplog.at_level("INFO", logger="fastvst_kernels"):
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Tables of configurations: complete, nearest architecture, said once; tuning without a GPU."""
+"""Tables of configurations: complete, nearest architecture, logged once; tuning without a GPU."""
 
 from __future__ import annotations
 

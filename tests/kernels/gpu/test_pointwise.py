@@ -1,4 +1,4 @@
-"""The norm, activation, rotary and window kernels on a GPU: against float64, repeatable, every value written."""
+"""The norm, activation, rotary and window kernels on a GPU: against float64, repeatable, all values written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_swiglu(width: int, dtype: torch.dtype):
     assert_as_good_as_plain(
         lambda x: swiglu(x, backend="triton"), lambda x: swiglu_reference(*x.chunk(2, -1)), [x], [g]
     )
-    # As the model calls it: two tensors and a gradient whose rows may have gaps.
+    # As the model calls it: two tensors, and a gradient whose rows may have gaps.
     gaps = torch.empty(300, width + 28, device=x.device, dtype=dtype)[:, :width].copy_(g)
     gate, up = (torch.empty_like(gaps).copy_(half) for half in x.chunk(2, -1))
     for found, expected in zip(
@@ -76,7 +76,7 @@ def test_rotary_embeddings_of_both_towers(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [(64,) * 9 + (48, 24, 4), (1, 0, 63, 64)])
 def test_windows(lengths: tuple[int, ...], dtype: torch.dtype):
-    """In float32 it is the rotary kernel and packed attention."""
+    """In float32 these are the rotary kernel and packed attention."""
     total = sum(lengths)
     positions = torch.randint(0, 90, (total, 2), device="cuda", dtype=torch.int32)
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
@@ -96,7 +96,7 @@ def test_every_configuration_of_the_windows_that_tuning_may_choose(monkeypatch, 
 
 
 def test_repeated_runs_are_bitwise_equal_and_write_every_value():
-    """Twenty runs at real sizes: a race would show as a difference; fresh memory is filled with NaN first."""
+    """Twenty runs at real sizes: a race would show as a difference. Fresh memory is filled with NaN."""
     x, w, qkv, bias = data((4096, 3584), (3584,), (4096, 3840), (3840,), dtype=torch.bfloat16)
     positions = torch.randint(0, 90, (4096, 2), device="cuda", dtype=torch.int32)
     offsets = torch.arange(0, 4097, 64, device="cuda", dtype=torch.int32)

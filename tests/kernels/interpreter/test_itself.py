@@ -1,4 +1,4 @@
-"""What the lane relies on: the repaired bf16 of Triton's interpreter agrees with torch."""
+"""The corrected bf16 of Triton's interpreter (conftest.py) agrees with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and rotary kernels in Triton's interpreter against float64, with every configuration tuning may pick."""
+"""Norm, SwiGLU and rotary kernels in Triton's interpreter against float64, with every configuration of tuning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, module: ModuleType, numbers: dict[str, tuple[int, ...]]) -> None:
-    """Let the operators of a module run with these configurations instead of the table's."""
+    """The operators of a module use these configurations instead of those of the table."""
     monkeypatch.setattr(module, "config", lambda kernel, shape, device: numbers[kernel])
 
 
 def pairs(family: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(forward, backward) configurations that together hold every candidate."""
+    """(forward, backward) configurations that together contain every candidate."""
     forward = CANDIDATES[f"{family}_forward"]
     backward = CANDIDATES[f"{family}_backward"]
     count = max(len(forward), len(backward))
@@ -93,7 +93,7 @@ def test_swiglu(monkeypatch, numbers, dtype):
 
 
 def test_swiglu_of_rows_with_gaps():
-    """As `aligned_mm` leaves them, the gradient in another layout than gate and up."""
+    """The layouts that `aligned_mm` makes; the gradient has another layout than gate and up."""
     gate, up = (torch.randn(9, 32)[:, :20] for _ in range(2))
     dout = torch.randn(9, 24)[:, :20]
     dense = [x.contiguous() for x in (gate, up, dout)]
