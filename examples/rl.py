@@ -60,7 +60,7 @@ from fastvst.train.run import Saver, build_model, build_processor, joined, open_
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
 
-# ------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             run(config, world, stop)
 
 
-# ------------------------------------------------------------------------------------------------------ model and data
+# ------------------------------------------------------------------------------------------------------- model and data
 
 
 def supervised_model(folder: Path = Path("runs/sft")) -> str:
@@ -196,7 +196,7 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
     return dataclasses.replace(config.data, sources=(source,)), config.evaluation.path or test
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def collect(
     return StepRollouts(records, groups, seconds, prompt_tokens, state)
 
 
-# ------------------------------------------------------------------------------------------------------------ update
+# --------------------------------------------------------------------------------------------------------------- update
 
 
 def improve(
@@ -323,7 +323,7 @@ def improve(
     return policy.merge_updates(rows), sharing, recent
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
+# -------------------------------------------------------------------------------------------------------------- the run
 
 
 def run(config: Config, world: World, stop: StopRequest) -> None:

@@ -58,7 +58,7 @@ from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
 from fastvst_kernels import linear_cross_entropy
 
-# ------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             run(config, world, stop)
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, Path] | None]:
@@ -180,7 +180,7 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     return dataclasses.replace(config.data, sources=(source,)), (train, heldout)
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------------------------------------- one step
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tens
     return head
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# -------------------------------------------------------------------------------------------------------------- the run
 
 
 def run(config: Config, world: World, stop: StopRequest) -> None:

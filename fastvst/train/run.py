@@ -32,7 +32,7 @@ C = TypeVar("C")
 USER_ERRORS: tuple[type[Exception], ...] = (ConfigError, ParallelError, CheckpointError, GuardError, TooManyBadSamples)
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]) -> None:
@@ -58,7 +58,7 @@ def read_config(config_class: type[C], arguments: Sequence[str], description: st
     return None
 
 
-# ----------------------------------------------------------------------------------------------------- start of a run
+# ------------------------------------------------------------------------------------------------------- start of a run
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def build_processor(config: ProcessorConfig, path: str | None, preset: str = "ti
     return Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
 
 
-# -------------------------------------------------------------------------------------------------------------- saving
+# --------------------------------------------------------------------------------------------------------------- saving
 
 
 @dataclass(frozen=True)

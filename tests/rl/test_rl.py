@@ -104,7 +104,7 @@ def test_a_run_earns_more(model: Path, data: Path, reward: Path, tmp_path: Path)
     assert sum(rewards[-5:]) > 1.15 * sum(rewards[:5]), rewards
 
 
-# -------------------------------------------------------------------------------------------------- interruptions
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
 def _start(command: list[str]) -> multiprocessing.process.BaseProcess:
@@ -174,7 +174,7 @@ def test_sigterm_saves_and_the_run_resumes(model: Path, data: Path, reward: Path
     assert rl_curve(out) == rl_curve(whole)
 
 
-# --------------------------------------------------------------------------------------------- objectives and options
+# ----------------------------------------------------------------------------------------------- objectives and options
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_every_objective_and_advantage_runs(model: Path, data: Path, reward: Pat
     assert {n for n, _ in start.named_parameters() if n.startswith("visual.")} <= same and len(same) < 60
 
 
-# ------------------------------------------------------------------------------------------------------ bad numbers
+# ---------------------------------------------------------------------------------------------------------- bad numbers
 
 
 def _with_a_nan(env: dict[str, str], command: list[str], steps: tuple[int, ...]) -> str:
@@ -254,7 +254,7 @@ def test_a_nan_skips_the_step_and_names_the_prompts(model: Path, data: Path, rew
         _with_a_nan({}, rl_arguments(tmp_path / "b", data, model, reward, "guard.patience=2"), (0, 1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------- unusual rewards
+# ------------------------------------------------------------------------------------------------------ unusual rewards
 
 
 def test_rewards_that_fail_stop_the_run_with_the_reason(model: Path, data: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_equal_rewards_leave_the_weights_alone(model: Path, data: Path, tmp_path
     assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 def test_dry_run_prints_the_cost_of_a_step(

@@ -56,7 +56,7 @@ def _flat(pairs: list[tuple[float, float]]) -> list[float]:
     return [value for pair in pairs for value in pair]
 
 
-# ------------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------------------------------------- one step
 
 
 def _packs(model: Path, data: Path, groups: list[int]) -> list[Any]:
@@ -110,7 +110,7 @@ def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pyte
     assert reads == [(8,)]
 
 
-# ---------------------------------------------------------------------------------------------------- the same curve
+# ------------------------------------------------------------------------------------------------------- the same curve
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_a_finite_data_set_ends_the_run_on_all_ranks(model: Path, data: Path, tm
     assert 3 < steps < 30 and complete(tmp_path / "run" / "checkpoints")[-1].name == f"step-{steps:06d}"
 
 
-# -------------------------------------------------------------------------------------------------- interruptions
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
 def _start(command: list[str]) -> multiprocessing.process.BaseProcess:
@@ -259,7 +259,7 @@ def test_when_a_rank_is_killed_the_other_one_ends(model: Path, data: Path, tmp_p
     assert time.monotonic() - begin < 60
 
 
-def test_a_new_run_sets_the_old_one_aside(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_new_run_renames_the_folder_of_the_old_one(model: Path, data: Path, tmp_path: Path) -> None:
     command = arguments(tmp_path / "run", data, model, "steps=1")
     for _ in range(3):
         sft.main(command)
@@ -267,7 +267,7 @@ def test_a_new_run_sets_the_old_one_aside(model: Path, data: Path, tmp_path: Pat
     assert len(rows_of(tmp_path / "run-1")) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- what is left
+# ------------------------------------------------------------------------------------------------------- after training
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_frozen_parts_do_not_move(model: Path, data: Path, tmp_path: Path) -> No
         assert torch.equal(p, q) == name.startswith("visual."), name
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(
+def test_dry_run_prints_the_cost_and_writes_nothing(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft.main(arguments(tmp_path / "run", data, model, "--dry-run"))
@@ -308,7 +308,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_an_unknown_option_names_the_nearest(model: Path, data: Path, tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def _diverge(env: dict[str, str], command: list[str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_diverging_run_is_stopped_on_all_ranks_and_the_samples_are_written_down(
+def test_a_diverging_run_is_stopped_on_all_ranks_and_its_samples_are_recorded(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -387,7 +387,7 @@ def test_a_diverging_run_is_stopped_on_all_ranks_and_the_samples_are_written_dow
     assert [row["step"] for row in rows_of(out)][-1] < 10
 
 
-def test_the_whole_configuration_stays_small() -> None:
+def test_the_script_has_at_most_65_options() -> None:
     names = [name for name, _ in leaves(sft.Config())]
     assert len(names) <= 65, f"{len(names)} options: {names}"
     assert all(f"--{name} <" in usage(sft.Config) for name, _ in leaves(sft.Config()))
