@@ -121,6 +121,9 @@ def select_frames(
     return FrameSelection(indices, total, size, float(2 * spacing / rate))
 
 
+plan_video = select_frames  # the name for callers outside this repository
+
+
 def explicit_size(part: dict[str, Any]) -> tuple[int, int] | None:
     """(width, height) that the row asks for, or None; VST writes -1 for "unchanged"."""
     width = part.get("resized_width")
