@@ -37,17 +37,17 @@ Step = Callable[[], object]
 
 
 def inputs(
-    rows: int, width: int, words: int, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    rows: int, width: int, vocabulary: int, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
     like: dict[str, Any] = {"device": device, "dtype": dtype}
     hidden = torch.randn(rows, width, **like).requires_grad_()
-    weight = (torch.randn(words, width, **like) / width**0.5).requires_grad_()
+    weight = (torch.randn(vocabulary, width, **like) / width**0.5).requires_grad_()
     ids = torch.arange(rows, device=device) // 512
     return {
         "hidden": hidden,
         "weight": weight,
-        "targets": torch.randint(words, (rows,), device=device),
+        "targets": torch.randint(vocabulary, (rows,), device=device),
         "advantages": torch.randn(rows // 512 + 1, device=device)[ids],
         "sequence_ids": ids,
         "old_logprobs": torch.full((rows,), -12.4, device=device) + 0.05 * torch.randn(rows, device=device),
@@ -193,10 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         case = f"{name} {shape} M={rows}"
         if arguments.only not in case or time.monotonic() > deadline:
             continue
-        width, words = SHAPES[shape]
-        given = inputs(rows, width, words)
+        width, vocabulary = SHAPES[shape]
+        given = inputs(rows, width, vocabulary)
         made = supervised(given) if name == "cross entropy" else policy(given, OBJECTIVES[name])
-        result["cases"][case] = measure(made, 6.0 * rows * width * words)
+        result["cases"][case] = measure(made, 6.0 * rows * width * vocabulary)
         print(case, json.dumps(result["cases"][case], indent=1), flush=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     result["complete"] = len(result["cases"]) == len(cases)

@@ -61,15 +61,15 @@ def make_case(
 ) -> SamplingCase:
     """Random rows. mixed: temperatures 0.5, 1, 0, 2 in turn; filters: five kinds, in every row that is not greedy."""
     g = torch.Generator().manual_seed(seed)
-    heat = torch.tensor([0.5, 1.0, 0.0, 2.0])[torch.arange(rows) % 4] if mixed else None
+    temperature = torch.tensor([0.5, 1.0, 0.0, 2.0])[torch.arange(rows) % 4] if mixed else None
     kinds = ((5, 1.0, 0.0), (vocabulary, 0.7, 0.0), (vocabulary, 1.0, 0.1), (40, 0.9, 0.02), (1, 1.0, 0.0))
-    chosen = [i for i in range(rows) if filters and (heat is None or heat[i] > 0)]
+    chosen = [i for i in range(rows) if filters and (temperature is None or temperature[i] > 0)]
     return SamplingCase(
         hidden=torch.randn(rows, width, generator=g).to(dtype),
         weight=(torch.randn(vocabulary, width, generator=g) * spread * width**-0.5).to(dtype),
         seeds=torch.randint(-(2**62), 2**62, (rows,), generator=g),
         steps=torch.randint(0, 3000, (rows,), generator=g),
-        temperature=heat,
+        temperature=temperature,
         forbidden=torch.randperm(vocabulary, generator=g)[:2] if vocabulary > 2 else None,
         penalty=torch.tensor([1.3, 1.0])[torch.arange(rows) % 2] if penalty else None,
         seen=torch.rand(rows, vocabulary, generator=g) < 0.3 if penalty else None,
@@ -123,20 +123,20 @@ def expected(case: SamplingCase) -> Expected:
     gumbel = torch.from_numpy(noise(case.seeds, case.steps, raw.shape[1]))
     forbidden = torch.zeros(0, dtype=torch.int64) if case.forbidden is None else case.forbidden
     for i, logits in enumerate(raw):
-        heat = 1.0 if case.temperature is None else float(case.temperature[i])
+        temperature = 1.0 if case.temperature is None else float(case.temperature[i])
         own = logits.clone()
         if case.penalty is not None and case.seen is not None:
             marked = case.seen[i].clone()
             marked[forbidden] = False
             own[marked] *= torch.where(own[marked] > 0, 1 / case.penalty[i].double(), case.penalty[i].double())
-        own = own / (heat or 1.0)
+        own = own / (temperature or 1.0)
         possible = own.index_fill(0, forbidden, -torch.inf)
-        share = logits if heat == 0 else own
+        share = logits if temperature == 0 else own
         for row, k, p, m in case.filters:
             if row == i:
                 share = possible = _filtered(possible, k, p, m)
         shares.append(share.log_softmax(0))
-        scores.append(possible if heat == 0 else possible + gumbel[i])
+        scores.append(possible if temperature == 0 else possible + gumbel[i])
     best = torch.stack(scores).topk(min(2, raw.shape[1]), dim=1)
     gap = best.values[:, 0] - best.values[:, 1] if raw.shape[1] > 1 else torch.full((len(raw),), torch.inf)
     return Expected(best.indices[:, 0], gap.double(), torch.stack(shares), raw.log_softmax(1))

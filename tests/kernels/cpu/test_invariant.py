@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from fastvst_kernels.invariant import tiles
 from fastvst_kernels.invariant.op import invariant_attention, invariant_mm, invariant_mm_op
 from fastvst_kernels.invariant.tiles import ROWS, make_tiles
 from invariant_case import assert_attention, assert_invariant_attention, assert_invariant_mm, make_case
@@ -68,9 +65,3 @@ def test_tiles_of_tensors_lists_and_arrays_are_equal():
         assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("queries", "places", "keys"))
     assert wanted.queries.tolist() == [[4, 1, 7] + [-1] * 13] and wanted.places[0, 0] == 16
     assert wanted.keys.tolist() == [list(range(20, 39)) + [-1] * 45]
-
-
-def test_no_module_imports_numpy():
-    """The package requires torch only, and torch does not bring numpy."""
-    for path in Path(tiles.__file__).parent.glob("*.py"):
-        assert "import numpy" not in path.read_text(), path

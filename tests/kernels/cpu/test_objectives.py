@@ -29,7 +29,7 @@ from fastvst_kernels.objectives import (
 
 LENGTHS = (5, 9, 1, 7, 3, 9)
 WIDTH = 8
-WORDS = 23
+VOCABULARY = 23
 LONGEST = 16
 
 
@@ -76,10 +76,10 @@ def make_problem(seed: int = 0, spread: float = 0.4) -> Problem:
     longest = max(LENGTHS)
     shape = (len(LENGTHS), longest)
     mask = (torch.arange(longest) < torch.tensor(LENGTHS)[:, None]).double()
-    tokens = torch.randint(WORDS, shape, generator=g)
+    tokens = torch.randint(VOCABULARY, shape, generator=g)
     problem = Problem(
         normal(*shape, WIDTH).requires_grad_(),
-        normal(WORDS, WIDTH).requires_grad_(),
+        normal(VOCABULARY, WIDTH).requires_grad_(),
         tokens,
         mask,
         normal(len(LENGTHS)),
@@ -326,7 +326,7 @@ def test_an_objective_in_ten_lines_runs_fused() -> None:
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, message",
     [
         (lambda: GRPO(kl="k4"), "kl is 'k4'"),
         (lambda: GRPO(clip_low=-0.1), "clip_low is -0.1"),
@@ -338,6 +338,6 @@ def test_an_objective_in_ten_lines_runs_fused() -> None:
         (lambda: Importance(low=3.0), "low < high"),
     ],
 )
-def test_bad_fields_are_refused(make: object, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_fields_are_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]

@@ -28,7 +28,7 @@ OBJECTIVES: tuple[Objective, ...] = (
 
 
 def make(
-    rows: int, dtype: torch.dtype = torch.float64, width: int = 8, words: int = 31, seed: int = 0
+    rows: int, dtype: torch.dtype = torch.float64, width: int = 8, vocabulary: int = 31, seed: int = 0
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
 
@@ -36,8 +36,8 @@ def make(
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     hidden = normal(rows, width).requires_grad_()
-    weight = normal(words, width).requires_grad_()
-    targets = torch.randint(words, (rows,), generator=g)
+    weight = normal(vocabulary, width).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), generator=g)
     now = torch.log_softmax(hidden @ weight.t() / 0.8, -1).gather(1, targets[:, None]).squeeze(1).detach()
     logprobs = {f"{name}_logprobs": now + 0.3 * normal(rows) for name in ("old", "ref", "sampler")}
     ids = torch.arange(rows) // 5 * 3 - 7
@@ -87,7 +87,7 @@ def test_masked_rows_equal_the_formula_on_the_remaining_rows(rows, objective, ch
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_gradcheck(objective: Objective) -> None:
-    problem = make(6, words=9, width=3)
+    problem = make(6, vocabulary=9, width=3)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return run(problem | {"hidden": hidden, "weight": weight}, objective, chunk_rows=4)[0]
@@ -168,7 +168,7 @@ def test_frozen_inputs_no_grad_and_second_backward() -> None:
 
 
 def test_tied_embedding_gets_both_gradients() -> None:
-    problem = make(16, words=31)
+    problem = make(16, vocabulary=31)
     weight = problem["weight"]
     tied = problem | {"hidden": torch.tanh(weight[problem["targets"]])}
     want = linear_policy_loss_reference(objective=DAPO(), temperature=0.8, **tied)
@@ -179,7 +179,7 @@ def test_tied_embedding_gets_both_gradients() -> None:
 
 
 def test_bfloat16_products_are_not_rounded_to_bfloat16() -> None:
-    problem = make(50, torch.float32, width=64, words=200)
+    problem = make(50, torch.float32, width=64, vocabulary=200)
     half = problem | {n: problem[n].detach().bfloat16().requires_grad_() for n in ("hidden", "weight")}
     wide = problem | {n: half[n].detach().double().requires_grad_() for n in ("hidden", "weight")}
     got = run(half, DAPO())
@@ -191,7 +191,7 @@ def test_bfloat16_products_are_not_rounded_to_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, message",
     [
         ({"targets": torch.full((12,), 31)}, "target 31 at row 0 is outside the vocabulary of 31"),
         ({"advantages": torch.zeros(11)}, r"advantages is torch.float32 of shape \(11,\)"),
@@ -206,10 +206,10 @@ def test_bfloat16_products_are_not_rounded_to_bfloat16() -> None:
         ({"weight": torch.zeros(31, 8)}, "expected one floating dtype"),
     ],
 )
-def test_bad_input_is_named(change: dict[str, object], words: str) -> None:
+def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     problem = make(12) | {"temperature": 0.8} | change
     objective = GSPO(kl="k3", importance=Importance())
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         linear_policy_loss(objective=objective, **problem)
 
 
@@ -222,25 +222,25 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
         run(make(8), Mean())
 
 
-def _sharded(env: dict[str, str], rank_words: tuple[int, int]) -> float:
+def _sharded(env: dict[str, str], rank_sizes: tuple[int, int]) -> float:
     rank = int(env["RANK"])
     torch.distributed.init_process_group("gloo", f"file://{env['INIT_FILE']}", rank=rank, world_size=2)
-    start = sum(rank_words[:rank])
-    shard = VocabularyShard(torch.distributed.group.WORLD, start, sum(rank_words))
+    start = sum(rank_sizes[:rank])
+    shard = VocabularyShard(torch.distributed.group.WORLD, start, sum(rank_sizes))
     worst = 0.0
     for objective in OBJECTIVES:
-        problem = make(21, words=sum(rank_words))
+        problem = make(21, vocabulary=sum(rank_sizes))
         want = with_gradients(run(problem, objective, chunk_rows=8)[0], problem)
-        mine = problem | {"weight": problem["weight"].detach()[start : start + rank_words[rank]].requires_grad_()}
+        mine = problem | {"weight": problem["weight"].detach()[start : start + rank_sizes[rank]].requires_grad_()}
         got = with_gradients(run(mine, objective, chunk_rows=8, shard=shard)[0], mine)
-        want = (want[0], want[1], want[2][start : start + rank_words[rank]])
+        want = (want[0], want[1], want[2][start : start + rank_sizes[rank]])
         worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, want, strict=True)))
     for loss in (_smooth_cross_entropy, _squares_of_logprobs_and_entropy):
-        problem = make(21, words=sum(rank_words))
+        problem = make(21, vocabulary=sum(rank_sizes))
         want = with_gradients(loss(problem, None), problem)
-        mine = problem | {"weight": problem["weight"].detach()[start : start + rank_words[rank]].requires_grad_()}
+        mine = problem | {"weight": problem["weight"].detach()[start : start + rank_sizes[rank]].requires_grad_()}
         got = with_gradients(loss(mine, shard), mine)
-        want = (want[0], want[1], want[2][start : start + rank_words[rank]])
+        want = (want[0], want[1], want[2][start : start + rank_sizes[rank]])
         worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, want, strict=True)))
     torch.distributed.destroy_process_group()
     return worst

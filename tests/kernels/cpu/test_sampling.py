@@ -28,16 +28,16 @@ def test_against_the_formula(dtype, vocabulary):
 def test_frequencies_are_the_probabilities(step):
     """Chi-square over 200,000 seeds; the least likely of 60 tokens is drawn 40 times."""
     count = 200_000
-    words = 60
+    vocabulary = 60
     g = torch.Generator().manual_seed(step)
-    weight = torch.randn(words, 16, generator=g) * 0.45
+    weight = torch.randn(vocabulary, 16, generator=g) * 0.45
     logits = weight.double().sum(1)
     p = logits.softmax(0)
     assert p.min() > 1e-5
     tokens, _, _ = sample_tokens(torch.ones(count, 16), weight, torch.arange(count), torch.full((count,), step))
-    found = torch.bincount(tokens, minlength=words)
+    found = torch.bincount(tokens, minlength=vocabulary)
     chi2 = ((found - count * p) ** 2 / (count * p)).sum().item()
-    assert chi2 < (words - 1) + 4 * (2 * (words - 1)) ** 0.5
+    assert chi2 < (vocabulary - 1) + 4 * (2 * (vocabulary - 1)) ** 0.5
 
 
 def test_noise_of_neighbouring_seeds_steps_and_tokens_is_uncorrelated():

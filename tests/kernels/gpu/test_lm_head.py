@@ -26,12 +26,12 @@ OBJECTIVES: tuple[Objective, ...] = (
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def inputs(rows: int, width: int, words: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(rows: int, width: int, vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight in float64 and targets, on the GPU; bfloat16 represents all values exactly."""
     g = torch.Generator("cuda").manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g, device="cuda").bfloat16().double()
-    weight = (torch.randn(words, width, generator=g, device="cuda") / width**0.5).bfloat16().double()
-    return hidden, weight, torch.randint(words, (rows,), generator=g, device="cuda")
+    weight = (torch.randn(vocabulary, width, generator=g, device="cuda") / width**0.5).bfloat16().double()
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=g, device="cuda")
 
 
 def gradients(loss: Loss, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -50,9 +50,11 @@ def assert_as_good_as_plain(ours: Loss, plain: Loss, hidden: Tensor, weight: Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("rows, width, words", [(1, 64, 151_936), (65, 128, 152_064), (300, 64, 5003), (63, 64, 1)])
-def test_cross_entropy(rows: int, width: int, words: int, dtype: torch.dtype) -> None:
-    hidden, weight, targets = inputs(rows, width, words)
+@pytest.mark.parametrize(
+    "rows, width, vocabulary", [(1, 64, 151_936), (65, 128, 152_064), (300, 64, 5003), (63, 64, 1)]
+)
+def test_cross_entropy(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(rows, width, vocabulary)
     targets[rows // 2 :: 7] = -100
     options = {"z_loss": 1e-4, "label_smoothing": 0.1}
     assert_as_good_as_plain(

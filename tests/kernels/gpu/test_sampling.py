@@ -40,8 +40,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_run(dtype):
 def test_frequencies_are_the_probabilities(filtered):
     """Chi-square over 200,000 seeds and 60 tokens."""
     count = 200_000
-    words = 60
-    weight = torch.randn(words, 16, generator=torch.Generator().manual_seed(0)).cuda() * 0.45
+    vocabulary = 60
+    weight = torch.randn(vocabulary, 16, generator=torch.Generator().manual_seed(0)).cuda() * 0.45
     p = weight.double().sum(1).softmax(0)
     options = {}
     if filtered:
@@ -52,7 +52,7 @@ def test_frequencies_are_the_probabilities(filtered):
         options["min_p"] = torch.zeros(count).cuda()
     seeds = torch.arange(count).cuda()
     tokens, _, _ = sample_tokens(torch.ones(count, 16).cuda(), weight, seeds, torch.zeros_like(seeds), **options)
-    found = torch.bincount(tokens, minlength=words)
+    found = torch.bincount(tokens, minlength=vocabulary)
     possible = p > 0
     assert not found[~possible].any()
     chi2 = ((found - count * p)[possible] ** 2 / (count * p)[possible]).sum().item()

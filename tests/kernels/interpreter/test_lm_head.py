@@ -18,12 +18,12 @@ from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Im
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in masked entries
 
 
-@pytest.mark.parametrize("words", [1, 5, BLOCK, BLOCK + 1, 5003])
+@pytest.mark.parametrize("vocabulary", [1, 5, BLOCK, BLOCK + 1, 5003])
 @pytest.mark.parametrize("shift, spread", [(0, 1), (0, 1e4), (-1e4, 1), (1e4, 3)])
-def test_kernels(words: int, shift: float, spread: float) -> None:
-    g = torch.Generator().manual_seed(words)
-    logits = torch.randn(5, words, generator=g) * spread + shift
-    targets = torch.randint(words, (5,), generator=g)
+def test_kernels(vocabulary: int, shift: float, spread: float) -> None:
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(5, vocabulary, generator=g) * spread + shift
+    targets = torch.randint(vocabulary, (5,), generator=g)
     targets[3] = -1
     scale = 0.7
     wide = logits.double()
@@ -34,8 +34,8 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
     for name, a, b in zip(("maximum", "total", "dot", "target", "sum"), got, want, strict=True):
         atol = size * (1e-6 if name != "sum" else 1e-4)
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, msg=name)
-    exact = combine(want[None], words, subtracted=want[0])
-    found = combine(got[None], words, subtracted=torch.zeros(5))
+    exact = combine(want[None], vocabulary, subtracted=want[0])
+    found = combine(got[None], vocabulary, subtracted=torch.zeros(5))
     coefficients = Coefficients(*torch.randn(2, 5, generator=g), *torch.randn(2, 5, generator=g))
     double = Coefficients(*(x.double() for x in (coefficients.a, coefficients.c, coefficients.b, coefficients.u)))
     expected = row_gradient_plain_(wide, targets, exact, double, False)
@@ -43,7 +43,7 @@ def test_kernels(words: int, shift: float, spread: float) -> None:
     tolerance = 2e-6 * max(1.0, size)
     for dtype, more in ((torch.float32, 0), (torch.bfloat16, 2**-8 * float(expected.abs().max()))):
         made = row_gradient_(logits.clone(), targets, found, coefficients, scale, dtype)
-        assert made.dtype == dtype and made.shape == (5, words)
+        assert made.dtype == dtype and made.shape == (5, vocabulary)
         torch.testing.assert_close(made.double(), expected, rtol=0, atol=tolerance + more)
 
 
