@@ -76,10 +76,10 @@ def key_step(
     p = tl.exp2(scores * qk_scale - lse[None, :])
     if CAUSAL:
         p = tl.where(keys[:, None] <= (start + row)[None, :], p, 0.0)
-    half = p.to(do0.dtype)
-    dv0 = tl.dot(half, do0, dv0, input_precision="ieee")
+    p_cast = p.to(do0.dtype)
+    dv0 = tl.dot(p_cast, do0, dv0, input_precision="ieee")
     if D1 > 0:
-        dv1 = tl.dot(half, do1, dv1, input_precision="ieee")
+        dv1 = tl.dot(p_cast, do1, dv1, input_precision="ieee")
     if SLICED:
         dp = sliced_product(
             v_tile_ptr, key, k_limit, stride_vt, dout_block_ptr, row, length, stride_ot, width, BLOCK_N, BLOCK_M

@@ -34,7 +34,16 @@ def launch_options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @triton.jit
-def load_rows(base_ptr, rows, limit, stride, columns, width, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+def load_rows(
+    base_ptr,
+    rows,
+    limit,
+    stride,
+    columns,
+    width,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+):
     """(len(rows), len(columns)) values. Rows from `limit` on and columns from `width` on are read as 0."""
     pointers = base_ptr + rows[:, None] * stride + columns[None, :]
     if MASK_ROWS and MASK_COLUMNS:
@@ -48,7 +57,16 @@ def load_rows(base_ptr, rows, limit, stride, columns, width, MASK_ROWS: tl.const
 
 
 @triton.jit
-def store_rows(base_ptr, values, rows, limit, stride, columns, width, MASK_COLUMNS: tl.constexpr):
+def store_rows(
+    base_ptr,
+    values,
+    rows,
+    limit,
+    stride,
+    columns,
+    width,
+    MASK_COLUMNS: tl.constexpr,
+):
     """Write the rows below `limit` and the columns below `width`."""
     pointers = base_ptr + rows[:, None] * stride + columns[None, :]
     mask = rows[:, None] < limit

@@ -26,7 +26,16 @@ from fastvst_kernels.window.inputs import WindowInputs
 
 
 @triton.jit
-def load_halves(base_ptr, head_bias_ptr, row, pair, limit, stride, HALF: tl.constexpr, HAS_BIAS: tl.constexpr):
+def load_halves(
+    base_ptr,
+    head_bias_ptr,
+    row,
+    pair,
+    limit,
+    stride,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """The two halves (rows, pairs) of one head plus its bias, as float32; rows from `limit` on are 0.
 
     The mask behind the bias is for the compiler. What follows from loads by elementwise steps alone it computes in the
@@ -44,7 +53,16 @@ def load_halves(base_ptr, head_bias_ptr, row, pair, limit, stride, HALF: tl.cons
 
 
 @triton.jit
-def store_halves(base_ptr, a, b, row, pair, limit, stride, HALF: tl.constexpr):
+def store_halves(
+    base_ptr,
+    a,
+    b,
+    row,
+    pair,
+    limit,
+    stride,
+    HALF: tl.constexpr,
+):
     """Write the two halves (rows, pairs) of one head; rows from `limit` on are left out."""
     mask = (row < limit)[:, None] & (pair < HALF)[None, :]
     at = row[:, None] * stride + pair[None, :]
@@ -53,7 +71,16 @@ def store_halves(base_ptr, a, b, row, pair, limit, stride, HALF: tl.constexpr):
 
 
 @triton.jit
-def window_angles(positions_ptr, frequencies_ptr, row, pair, limit, stride_patch, stride_axis, HALF: tl.constexpr):
+def window_angles(
+    positions_ptr,
+    frequencies_ptr,
+    row,
+    pair,
+    limit,
+    stride_patch,
+    stride_axis,
+    HALF: tl.constexpr,
+):
     """(rows, pairs) cosines and sines: the first half of the pairs turns with the row, the second with the column."""
     axis = (pair >= HALF // 2).to(tl.int32)
     mask = (row < limit)[:, None] & (pair < HALF)[None, :]
@@ -64,8 +91,17 @@ def window_angles(positions_ptr, frequencies_ptr, row, pair, limit, stride_patch
 
 
 @triton.jit
-def turned_halves(
-    base_ptr, head_bias_ptr, cos, sin, row, pair, limit, stride, HALF: tl.constexpr, HAS_BIAS: tl.constexpr
+def rotated_halves(
+    base_ptr,
+    head_bias_ptr,
+    cos,
+    sin,
+    row,
+    pair,
+    limit,
+    stride,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """The two halves of q or k with bias and rotary embedding, in the stored dtype."""
     a, b = load_halves(base_ptr, head_bias_ptr, row, pair, limit, stride, HALF, HAS_BIAS)
@@ -100,8 +136,8 @@ def probabilities(
     for first in tl.range(0, HALF, PAIRS, num_stages=1):
         pair = first + tl.arange(0, PAIRS)
         cos, sin = window_angles(positions_ptr, frequencies_ptr, row, pair, limit, stride_patch, stride_axis, HALF)
-        qa, qb = turned_halves(q_ptr, q_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-        ka, kb = turned_halves(k_ptr, k_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+        qa, qb = rotated_halves(q_ptr, q_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+        ka, kb = rotated_halves(k_ptr, k_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
         scores = tl.dot(qa, tl.trans(ka), scores, input_precision="ieee")
         scores = tl.dot(qb, tl.trans(kb), scores, input_precision="ieee")
     scores = tl.where((row < limit)[None, :], scores * (scale * 1.4426950408889634), float("-inf"))
@@ -180,7 +216,18 @@ def window_forward_kernel(
 
 
 @triton.jit
-def store_gradient(target_ptr, sum_ptr, a, b, row, pair, limit, stride, HALF: tl.constexpr, HAS_BIAS: tl.constexpr):
+def store_gradient(
+    target_ptr,
+    sum_ptr,
+    a,
+    b,
+    row,
+    pair,
+    limit,
+    stride,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """Write the gradient of one head of q, k or v, and into `sum_ptr` its sum over the window, for the bias."""
     store_halves(target_ptr, a, b, row, pair, limit, stride, HALF)
     if HAS_BIAS:  # rows past the end are 0, as their gradients are
@@ -252,7 +299,7 @@ def window_backward_kernel(
             PAIRS,
             ROWS,
         )
-        half = tl.trans(p.to(dtype))
+        p_t = tl.trans(p.to(dtype))
         dp = tl.zeros([ROWS, ROWS], tl.float32)
         for first in tl.range(0, HALF, PAIRS, num_stages=1):
             pair = first + tl.arange(0, PAIRS)
@@ -265,19 +312,19 @@ def window_backward_kernel(
             )
             dp = tl.dot(da, tl.trans(a.to(dtype)), dp, input_precision="ieee")
             dp = tl.dot(db, tl.trans(b.to(dtype)), dp, input_precision="ieee")
-            a = tl.dot(half, da, input_precision="ieee")
-            b = tl.dot(half, db, input_precision="ieee")
+            a = tl.dot(p_t, da, input_precision="ieee")
+            b = tl.dot(p_t, db, input_precision="ieee")
             store_gradient(
                 dq_head_ptr + 2 * hidden, sum_ptr + 2 * hidden, a, b, row, pair, limit, stride, HALF, HAS_BIAS
             )
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(dtype)
-        turned = tl.trans(ds)
+        ds_t = tl.trans(ds)
         for first in tl.range(0, HALF, PAIRS, num_stages=1):
             pair = first + tl.arange(0, PAIRS)
             cos, sin = window_angles(
                 first_position_ptr, frequencies_ptr, row, pair, limit, stride_patch, stride_axis, HALF
             )
-            a, b = turned_halves(
+            a, b = rotated_halves(
                 q_head_ptr + hidden, head_bias_ptr + hidden, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS
             )
             a = tl.dot(ds, a, input_precision="ieee")
@@ -285,9 +332,9 @@ def window_backward_kernel(
             left = a * cos + b * sin
             right = b * cos - a * sin
             store_gradient(dq_head_ptr, sum_ptr, left, right, row, pair, limit, stride, HALF, HAS_BIAS)
-            a, b = turned_halves(q_head_ptr, head_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
-            a = tl.dot(turned, a, input_precision="ieee")
-            b = tl.dot(turned, b, input_precision="ieee")
+            a, b = rotated_halves(q_head_ptr, head_bias_ptr, cos, sin, row, pair, limit, stride_qkv, HALF, HAS_BIAS)
+            a = tl.dot(ds_t, a, input_precision="ieee")
+            b = tl.dot(ds_t, b, input_precision="ieee")
             left = a * cos + b * sin
             right = b * cos - a * sin
             store_gradient(
