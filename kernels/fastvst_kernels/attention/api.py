@@ -16,7 +16,7 @@ from fastvst_kernels.attention.backends import AttentionCall, flash_attention, t
 from fastvst_kernels.attention.cpu import attention_reference
 from fastvst_kernels.attention.op import attention_op
 from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, prepare
-from fastvst_kernels.shared.backend import HAS_TRITON, interpreted, say_once
+from fastvst_kernels.shared.backend import HAS_TRITON, interpreted, log_once
 from fastvst_kernels.shared.checks import check_attention_inputs, check_attention_values
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
@@ -109,7 +109,7 @@ def _resolve(backend: str, q: Tensor) -> str:
     if backend == "auto":
         backend, why = _choose(q)
         if not torch.compiler.is_compiling():
-            say_once("packed_attention", backend, q.device.type, why)
+            log_once("packed_attention", backend, q.device.type, why)
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' needs the triton package, which is not installed; use 'torch'")

@@ -39,7 +39,7 @@ def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
     if backend == "auto":
         kernel = x.device.type == "cuda" and HAS_TRITON and x.dtype in KERNEL_DTYPES
         if not torch.compiler.is_compiling():
-            say_once(op, "triton" if kernel else "torch", x.device.type)
+            log_once(op, "triton" if kernel else "torch", x.device.type)
         return kernel
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r} of {op}; expected 'auto', 'triton' or 'torch'")
@@ -55,6 +55,6 @@ def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
 
 
 @functools.cache
-def say_once(op: str, backend: str, device: str, why: str = "") -> None:
+def log_once(op: str, backend: str, device: str, why: str = "") -> None:
     """Log a choice the first time that it is made."""
     logger.info("%s on %s uses backend %r%s", op, device, backend, f": {why}" if why else "")

@@ -11,6 +11,7 @@ candidate. Run it with one version of triton after the other until nothing chang
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -26,6 +27,21 @@ from fastvst_kernels.tuning import attention, pointwise
 from fastvst_kernels.tuning.aot import Compiled
 
 Numbers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that a table is for.
+
+    Attributes:
+        gpu: its name.
+        arch: its compute capability, 90 for 9.0.
+        device: the GPU, or None to compile without timing.
+    """
+
+    gpu: str
+    arch: int
+    device: torch.device | None
 
 
 @dataclass(frozen=True)
@@ -85,13 +101,12 @@ def choose(
     kernel: str,
     tunable: Tunable,
     shape: str,
-    arch: int,
-    device: torch.device | None,
-    say: Callable[[str], None],
+    target: Target,
+    report: Callable[[str], None],
     *,
     start: Numbers = (),
 ) -> tuple[Numbers, float | None]:
-    """The fastest clean candidate on `device` and its seconds, or without a device the first clean one.
+    """The fastest clean candidate on the target and its seconds, or without a device the first clean one.
 
     Args:
         start: the candidate to begin with; the first one follows the last one. If it is no candidate, the first.
@@ -99,23 +114,23 @@ def choose(
     Raises:
         RuntimeError: no candidate is clean.
     """
-    run = None if device is None else tunable.problem(shape, device)
+    run = None if target.device is None else tunable.problem(shape, target.device)
     best: tuple[Numbers, float] | None = None
-    candidates = tunable.candidates(shape, arch)
+    candidates = tunable.candidates(shape, target.arch)
     first = candidates.index(start) if start in candidates else 0
     for numbers in candidates[first:] + candidates[:first]:
-        if not is_clean(tunable, shape, numbers, arch):
-            say(f"{kernel} {shape} {numbers}: spills or does not fit")
+        if not is_clean(tunable, shape, numbers, target.arch):
+            report(f"{kernel} {shape} {numbers}: spills or does not fit")
             continue
         if run is None:
-            say(f"{kernel} {shape} {numbers}: clean, taken")
+            report(f"{kernel} {shape} {numbers}: clean, taken")
             return numbers, None
         seconds = median_seconds(lambda numbers=numbers: run(numbers))  # type: ignore[misc]
-        say(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
+        report(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
         if best is None or seconds < best[1]:
             best = (numbers, seconds)
     if best is None:
-        raise RuntimeError(f"no candidate of {kernel} at {shape} compiles for sm_{arch} without spills")
+        raise RuntimeError(f"no candidate of {kernel} at {shape} compiles for sm_{target.arch} without spills")
     return best
 
 
@@ -128,12 +143,10 @@ def median_seconds(run: Callable[[], object]) -> float:
 
 def tune(
     path: Path,
-    gpu: str,
-    arch: int,
-    device: torch.device | None,
+    target: Target,
     only: str,
     deadline: float,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     *,
     recheck: bool = False,
 ) -> bool:
@@ -143,7 +156,8 @@ def tune(
         only: a part of the kernel:shape names to tune; "" for all.
         recheck: check the entries of the table too, starting with the candidate in the table; else they are kept.
     """
-    table: dict[str, Any] = {"gpu": gpu, "arch": arch, "measured": device is not None, "configs": {}}
+    table: dict[str, Any] = {"gpu": target.gpu, "arch": target.arch, "measured": target.device is not None}
+    table["configs"] = {}
     if path.exists():
         table = json.loads(path.read_text())
     for kernel, tunable in tunables().items():
@@ -154,11 +168,11 @@ def tune(
             if time.monotonic() > deadline:
                 return False
             held = tuple(done.get(shape, ()))
-            numbers, seconds = choose(kernel, tunable, shape, arch, device, say, start=held)
+            numbers, seconds = choose(kernel, tunable, shape, target, report, start=held)
             done[shape] = list(numbers)
             write_table(path, table)
             measured = "" if seconds is None else f", {seconds * 1e3:.3f} ms"
-            say(f"{kernel} {shape}: {numbers}{measured} -> {path.name}")
+            report(f"{kernel} {shape}: {numbers}{measured} -> {path.name}")
     return True
 
 
@@ -189,31 +203,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.recheck and not arguments.compile_only:
         parser.error("--recheck needs --compile-only: it does not time")
     if arguments.compile_only:
-        arch = arguments.compile_only
-        device = None
-        gpu = f"sm_{arguments.compile_only}"
-        path = arguments.out or TABLES / f"{gpu}.json"
+        target = Target(f"sm_{arguments.compile_only}", arguments.compile_only, None)
+        file = f"{target.gpu}.json"
     elif torch.cuda.is_available():
-        device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
-        gpu = torch.cuda.get_device_name()
-        path = arguments.out or TABLES / f"{gpu_slug(gpu)}.json"
+        target = Target(torch.cuda.get_device_name(), 10 * major + minor, torch.device("cuda"))
+        file = f"{gpu_slug(target.gpu)}.json"
     else:
         print("tuning needs a CUDA GPU, and torch sees none; --compile-only 90 needs none", file=sys.stderr)
         return 2
+    path = arguments.out or TABLES / file
     deadline = time.monotonic() + 60 * arguments.minutes
+    report = functools.partial(print, flush=True)
     try:
-        complete = tune(
-            path,
-            gpu,
-            arch,
-            device,
-            arguments.only,
-            deadline,
-            lambda line: print(line, flush=True),
-            recheck=arguments.recheck,
-        )
+        complete = tune(path, target, arguments.only, deadline, report, recheck=arguments.recheck)
     except KeyboardInterrupt:
         print(f"interrupted; {path} is written; the same command resumes", file=sys.stderr)
         return 130

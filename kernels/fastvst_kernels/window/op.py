@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvst_kernels.attention.api import packed_attention
 from fastvst_kernels.rope.op import check_vision_rope, default_dtype, vision_rope
-from fastvst_kernels.shared.backend import say_once, uses_kernel
+from fastvst_kernels.shared.backend import log_once, uses_kernel
 from fastvst_kernels.shared.checks import check_offset_values, check_offsets
 from fastvst_kernels.shared.tile_tables import config, shape_class
 from fastvst_kernels.window import cpu
@@ -68,7 +68,7 @@ def window_attention(
         return window_op(qkv, bias, positions, cu_windows, num_heads, theta, scale, longest, dtype, kernel)[0]
     if not fits and backend in ("auto", "triton"):
         why = f"windows of {max_window}, D {width}, {qkv.dtype}"
-        say_once("window_attention", "packed_attention", qkv.device.type, why)
+        log_once("window_attention", "packed_attention", qkv.device.type, why)
     q, k, v = vision_rope(qkv, bias, positions, num_heads=num_heads, theta=theta, rope_dtype=rope_dtype)
     out = packed_attention(q, k, v, cu_windows, causal=False, scale=scale, max_seqlen=max_window, backend=backend)
     return out.flatten(1)

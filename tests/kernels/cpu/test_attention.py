@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvst_kernels import packed_attention
-from fastvst_kernels.shared.backend import say_once
+from fastvst_kernels.shared.backend import log_once
 
 heads = st.sampled_from([(1, 1), (4, 2), (7, 1), (6, 3)])
 
@@ -127,7 +127,7 @@ def test_scale_and_expanded_gradients():
 
 
 def test_auto_says_its_choice_once(caplog):
-    say_once.cache_clear()
+    log_once.cache_clear()
     _, qkv, cu = make([4], 1, 1, 16)
     with caplog.at_level(logging.INFO, logger="fastvst_kernels"):
         for _ in range(3):

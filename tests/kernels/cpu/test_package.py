@@ -1,5 +1,6 @@
 """The kernels are a package of their own: torch is all they import."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,9 @@ def test_pointwise_operators_never_read_values_of_device_tensors():
             continue
         text = path.read_text()
         assert not [word for word in (".item()", ".cpu()", ".tolist()", "nonzero(") if word in text], path
+
+
+def test_no_function_hides_a_module_of_its_name():
+    """`fastvst_kernels.norm` is always the folder: a function of that name in __init__ would replace it."""
+    for name in fastvst_kernels.__all__:
+        assert importlib.util.find_spec(f"fastvst_kernels.{name}") is None, name

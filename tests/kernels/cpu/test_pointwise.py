@@ -16,7 +16,7 @@ from fastvst_kernels.linear import parallel_linear
 from fastvst_kernels.norm import op as norm
 from fastvst_kernels.norm.op import rms_norm_reference
 from fastvst_kernels.rope import op as rope
-from fastvst_kernels.shared.backend import say_once
+from fastvst_kernels.shared.backend import log_once
 
 torch.manual_seed(0)
 double = {"dtype": torch.float64, "requires_grad": True}
@@ -237,7 +237,7 @@ def test_bad_input_is_refused(call, message):
 
 
 def test_the_choice_of_auto_is_logged_once(caplog):
-    say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level("INFO", logger="fastvst_kernels"):
         for _ in range(3):
             rms_norm(torch.zeros(2, 4), None, 1e-6)

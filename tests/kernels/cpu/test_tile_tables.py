@@ -91,11 +91,12 @@ def test_tuning_keeps_what_is_known_and_the_fastest_clean_candidate(tmp_path, mo
     monkeypatch.setattr(tune, "median_seconds", lambda run: seconds[run()])
     path = tmp_path / "table.json"
     tune.write_table(path, {"gpu": "g", "arch": 90, "measured": True, "configs": {"kernel": {"a": [9]}}})
-    said: list[str] = []
-    assert tune.tune(path, "g", 90, torch.device("cpu"), "", float("inf"), said.append)
+    lines: list[str] = []
+    target = tune.Target("g", 90, torch.device("cpu"))
+    assert tune.tune(path, target, "", float("inf"), lines.append)
     assert tile_tables.read_table(path).configs == {"kernel": {"a": (9,), "b": (3,)}}
-    assert any("(1,): spills" in line for line in said)
-    assert not tune.tune(tmp_path / "late.json", "g", 90, torch.device("cpu"), "", 0.0, said.append)
+    assert any("(1,): spills" in line for line in lines)
+    assert not tune.tune(tmp_path / "late.json", target, "", 0.0, lines.append)
 
 
 def test_rechecking_moves_what_is_not_clean_to_the_next_candidate(tmp_path, monkeypatch):
