@@ -355,6 +355,7 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Pa
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
         results = rooms_benchmark.evaluate(model, processor, heldout, world.device, train_path=train)
         print(results.table())
+        print(f"\nby form of the question:\n{results.table_of_forms()}")
     print(f"report: {write_report(out / 'report', out / 'metrics.jsonl', results, to_dict(config))}", flush=True)
 
 

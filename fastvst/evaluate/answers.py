@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastvst.tasks.facts import score_facts
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 LETTER = re.compile(r"^\s*[`(]*([A-F])(?![A-Za-z])")
 METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0, "meters": 1.0, "metres": 1.0, "centimeters": 0.01, "centimetres": 0.01}
+OPTION = re.compile(r"^[\s`'\"(]*([A-F])(?![A-Za-z])[\s`'\").:,]*(.*)$", re.DOTALL)
 BOX_IOU = 0.15  # the threshold of the paper's AP@15
 
 
@@ -21,6 +23,8 @@ def score(response: str, answer: dict[str, Any]) -> float:
     """Score of one response in [0, 1].
 
     choice, text: 1 if the normalised texts are equal. If the true answer is "letter. text", the letter alone is enough.
+        If the answer has a "letter" (options A, B, ... in the order of "candidates"), the letter, the option's text, or
+        both are correct; a letter with the text of another option is wrong.
         Lines before a line "So, the answer is X." are ignored.
     number: 1 if the first number, converted to the answer's unit, is within the relative `tolerance` of the value.
     boxes: F1 of one-to-one matches with oriented IoU >= 0.15, greedy by IoU, labels compared.
@@ -28,6 +32,8 @@ def score(response: str, answer: dict[str, Any]) -> float:
     """
     response = response.rsplit("</think>", 1)[-1].strip()
     kind = answer["type"]
+    if kind == "choice" and "letter" in answer:
+        return float(chosen_option(response, answer["candidates"]) == answer["value"])
     if kind in ("choice", "text"):
         return float(_same_text(response, str(answer["value"])))
     if kind == "number":
@@ -55,6 +61,24 @@ def _same_text(response: str, value: str) -> bool:
     expected = LETTER.match(value)
     given = LETTER.match(response)
     return expected is not None and given is not None and expected.group(1) == given.group(1)
+
+
+def chosen_option(response: str, options: Sequence[str]) -> str | None:
+    """The option that a response states by its letter ("B", "(B)", "B. left"), by its text, or by both; else None.
+
+    A letter counts if it is the whole response, or if the text after it is the option's text. So neither the article of
+    "A chair" nor a letter with the text of another option states an option.
+    """
+    texts = [normalise(option) for option in options]
+    said = normalise(response)
+    if said in texts:
+        return options[texts.index(said)]
+    marker = "answer is "
+    found = OPTION.match(response.rsplit(marker, 1)[-1])
+    if found is None or ord(found[1]) - ord("A") >= len(options):
+        return None
+    place = ord(found[1]) - ord("A")
+    return options[place] if normalise(found[2]) in ("", texts[place]) else None
 
 
 def _same_number(response: str, answer: dict[str, Any]) -> bool:

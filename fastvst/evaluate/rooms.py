@@ -33,6 +33,11 @@ class Question:
     text: str
     answer: dict[str, Any]
 
+    @property
+    def form(self) -> str:
+        """The form of the question, "" for a task with one form."""
+        return str(self.sample.metadata.get("form", ""))
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -50,6 +55,10 @@ class TaskScore:
         """The model's whole interval lies above the intervals of both baselines."""
         return self.model.low > max(self.majority.high, self.random.high)
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields, and whether the model is above both baselines."""
+        return dataclasses.asdict(self) | {"above_majority": self.above_majority}
+
 
 @dataclass(frozen=True)
 class Example:
@@ -62,19 +71,40 @@ class Example:
 
 @dataclass(frozen=True)
 class RoomResults:
+    """Scores of each task, of each form of a task that has several, and examples.
+
+    The name of a form is "task: form".
+    """
+
     tasks: tuple[TaskScore, ...]
     examples: tuple[Example, ...] = field(default_factory=tuple)
+    forms: tuple[TaskScore, ...] = ()
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One dict per task, for `results.json`."""
-        return [dataclasses.asdict(task) | {"above_majority": task.above_majority} for task in self.tasks]
+        """One dict per task, for `results.json`; "forms" holds the scores of the task's forms."""
+        found = []
+        for task in self.tasks:
+            forms = [form.to_json() for form in self.forms if form.task.startswith(f"{task.task}: ")]
+            found.append(task.to_json() | {"forms": forms})
+        return found
 
     def table(self) -> str:
-        """The table for the terminal."""
-        lines = [f"{'task':<18} {'n':>5}  {'model':<20} {'majority':<20} {'random':<20}"]
-        for t in self.tasks:
+        """The table of the tasks for the terminal."""
+        return self._table(self.tasks)
+
+    def table_of_forms(self) -> str:
+        """The table of the forms for the terminal; empty if every task has one form."""
+        return self._table(self.forms) if self.forms else ""
+
+    @staticmethod
+    def _table(rows: Sequence[TaskScore]) -> str:
+        width = max(18, *(len(t.task) for t in rows)) if rows else 18
+        lines = [f"{'task':<{width}} {'n':>5}  {'model':<20} {'majority':<20} {'random':<20}"]
+        for t in rows:
             mark = "  above both baselines" if t.above_majority else ""
-            lines.append(f"{t.task:<18} {t.questions:>5}  {t.model!s:<20} {t.majority!s:<20} {t.random!s:<20}{mark}")
+            lines.append(
+                f"{t.task:<{width}} {t.questions:>5}  {t.model!s:<20} {t.majority!s:<20} {t.random!s:<20}{mark}"
+            )
         return "\n".join(lines)
 
 
@@ -175,21 +205,48 @@ def summarise(
     for name in names:
         rows = [i for i, q in enumerate(held_out) if q.task == name]
         known = [q for q in training if q.task == name]
-        if not known:
-            raise ValueError(f"task {name!r} is not in the training rows, so it has no majority answer")
-        texts = [_gold_text(q) for q in known]
-        rooms = [held_out[i].room for i in rows]
-        picked = [known[j].answer for j in rng.permutation(len(known))[:400]]
-        constant = best_constant(texts, picked, score)
-        majority = [score(constant, held_out[i].answer) for i in rows]
-        guesses = [_random_score(held_out[i].answer, texts, rng) for i in rows]
-        interval = bootstrap([scores[i] for i in rows], rooms)
-        tasks.append(
-            TaskScore(name, len(rows), interval, bootstrap(majority, rooms), bootstrap(guesses, rooms), constant)
-        )
+        tasks.append(_score_group(name, rows, held_out, scores, known, rng))
         shown = rng.permutation(rows)[: -(-examples // len(names))].tolist()
         kept.extend(Example(held_out[i], predictions[i], scores[i]) for i in shown)
-    return RoomResults(tuple(tasks), tuple(kept[:examples]))
+    forms = _score_forms(held_out, scores, training, np.random.default_rng(seed))
+    return RoomResults(tuple(tasks), tuple(kept[:examples]), forms)
+
+
+def _score_forms(
+    held_out: Sequence[Question], scores: Sequence[float], training: Sequence[Question], rng: np.random.Generator
+) -> tuple[TaskScore, ...]:
+    """One score per form of the tasks that have several forms."""
+    found = []
+    groups = sorted({(q.task, q.form) for q in held_out})
+    several = {task for task, _ in groups if sum(other == task for other, _ in groups) > 1}
+    for task, form in groups:
+        if task in several:
+            rows = [i for i, q in enumerate(held_out) if (q.task, q.form) == (task, form)]
+            known = [q for q in training if (q.task, q.form) == (task, form)] or [q for q in training if q.task == task]
+            found.append(_score_group(f"{task}: {form}", rows, held_out, scores, known, rng))
+    return tuple(found)
+
+
+def _score_group(
+    name: str,
+    rows: Sequence[int],
+    held_out: Sequence[Question],
+    scores: Sequence[float],
+    training: Sequence[Question],
+    rng: np.random.Generator,
+) -> TaskScore:
+    """Score, interval and both baselines of some held-out questions; `training` are the training rows of their kind."""
+    if not training:
+        raise ValueError(f"task {name!r} is not in the training rows, so it has no majority answer")
+    texts = [_gold_text(q) for q in training]
+    letters = [q.answer["letter"] for q in training if "letter" in q.answer]  # a bare letter is a constant answer too
+    rooms = [held_out[i].room for i in rows]
+    picked = [training[j].answer for j in rng.permutation(len(training))[:400]]
+    constant = best_constant([*texts, *letters], picked, score)
+    majority = [score(constant, held_out[i].answer) for i in rows]
+    guesses = [_random_score(held_out[i].answer, texts, rng) for i in rows]
+    interval = bootstrap([scores[i] for i in rows], rooms)
+    return TaskScore(name, len(rows), interval, bootstrap(majority, rooms), bootstrap(guesses, rooms), constant)
 
 
 def _gold_text(question: Question) -> str:

@@ -55,7 +55,17 @@ def _score_table(results: RoomResults) -> str:
         "model's interval lies above the intervals of both baselines. 3D detection is scored by F1 at oriented IoU "
         "0.15, numbers by a relative tolerance, everything else by equality.</p>"
     )
-    return html.table(header, rows, good=[t.above_majority for t in results.tasks]) + note
+    return html.table(header, rows, good=[t.above_majority for t in results.tasks]) + note + _form_table(results)
+
+
+def _form_table(results: RoomResults) -> str:
+    """Scores by form, folded away; empty if every task has one form."""
+    if not results.forms:
+        return ""
+    rows = [(t.task.replace("_", " "), t.model, t.majority, t.random, t.questions) for t in results.forms]
+    header = ("task: form", "model, % [95 %]", "majority answer", "random answer", "questions")
+    table = html.table(header, rows, good=[t.above_majority for t in results.forms])
+    return f"<details><summary>Scores by form of the question</summary>{table}</details>"
 
 
 def _card(example: Example) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
-from fastvst.tasks.common import TaskConfig, canvas, distractors, mcq, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choice, distractors, mcq, pick, sample
 
 TASK = "camera_camera"
 KIND = "multi_image"
@@ -84,7 +84,7 @@ def make(
         index=index,
         images=[canvas(scene.views[k]) for k in pair[:2]],
         turns=[(question, reply)],
-        answer={"type": "choice", "value": right, "candidates": options},
+        answer=choice(right, options, lettered=not free),
         metadata={
             "form": "free" if free else "choice",
             "mode": form,

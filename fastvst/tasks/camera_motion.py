@@ -9,7 +9,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.tasks.common import TaskConfig, canvas, choose, mcq, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choice, choose, mcq, pick, sample
 
 TASK = "camera_motion"
 KIND = "multi_image"
@@ -115,7 +115,7 @@ def make(
         index=index,
         images=[canvas(first), canvas(second)],
         turns=[(question, reply)],
-        answer={"type": "choice", "value": text, "candidates": candidates},
+        answer=choice(text, candidates, lettered=form == "choice"),
         metadata={
             "form": form,
             "mode": "turn" if bank is TURN else "shift",

@@ -119,6 +119,12 @@ def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, st
     return line, f"{LETTERS[options.index(right)]}. {right}", options
 
 
+def choice(right: str, candidates: list[str], *, lettered: bool) -> dict[str, Any]:
+    """The checkable answer of a choice. With `lettered`, the options of the question are A, B, ... in this order."""
+    answer: dict[str, Any] = {"type": "choice", "value": right, "candidates": candidates}
+    return answer | ({"letter": LETTERS[candidates.index(right)]} if lettered else {})
+
+
 def listed(items: list[str], word: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"

@@ -11,7 +11,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial import draw
 from fastvst.spatial.camera import project, unproject
-from fastvst.tasks.common import LETTERS, TaskConfig, canvas, pick, sample
+from fastvst.tasks.common import LETTERS, TaskConfig, canvas, choice, pick, sample
 
 TASK = "correspondence"
 KIND = "correspondence"
@@ -130,7 +130,7 @@ def make(
         index=index,
         images=[one, two],
         turns=[(question, reply)],
-        answer={"type": "choice", "value": names[place], "candidates": names},
+        answer=choice(names[place], names, lettered=not free),
         metadata={
             "form": "free" if free else "choice",
             "views": list(pair[:2]),

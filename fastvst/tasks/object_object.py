@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, Sighting
 from fastvst.spatial import draw
 from fastvst.tasks.angles import COMPASS, clear_direction, clockwise, sector, spot
-from fastvst.tasks.common import TaskConfig, apart, canvas, choose, distractors, mcq, pick, sample, usable
+from fastvst.tasks.common import TaskConfig, apart, canvas, choice, choose, distractors, mcq, pick, sample, usable
 
 TASK = "object_object"
 KIND = "multi_image"
@@ -142,7 +142,7 @@ def make(
         index=index,
         images=images,
         turns=[(question, reply)],
-        answer={"type": "choice", "value": right, "candidates": options},
+        answer=choice(right, options, lettered=not free),
         metadata={
             "form": "free" if free else "choice",
             "anchor": "camera" if by_camera else "object",
