@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,26 @@ def usable(view: View, config: TaskConfig) -> list[Sighting]:
     return [s for s in view.sightings if s.visibility >= config.min_visibility and s.pixels >= config.min_pixels]
 
 
+def fits_another(name: str, shown: Iterable[str]) -> bool:
+    """Whether a class name also describes an object of another shown class, as "lamp" describes a floor lamp."""
+    return any(other != name and other.endswith(f" {name}") for other in shown)
+
+
+def whole(view: View, sighting: Sighting) -> bool:
+    """Whether the object's 2D box lies inside the image, one pixel from its border: nothing of it is cut off."""
+    left, top, right, bottom = sighting.box_2d
+    return left >= 1 and top >= 1 and right <= view.camera.width - 1 and bottom <= view.camera.height - 1
+
+
 def nameable(scene: Scene, view: View, config: TaskConfig) -> list[Sighting]:
-    """Usable sightings that the class name alone identifies: the view shows no other object of the class."""
+    """Usable sightings that the class name alone identifies: it describes no other object of the view."""
     count: dict[str, int] = {}
     for s in view.sightings:
         if s.pixels >= config.ghost_pixels:
             name = scene.object(s.object_id).name
             count[name] = count.get(name, 0) + 1
-    return [s for s in usable(view, config) if count.get(scene.object(s.object_id).name) == 1]
+    alone = {name for name, number in count.items() if number == 1 and not fits_another(name, count)}
+    return [s for s in usable(view, config) if scene.object(s.object_id).name in alone]
 
 
 def titled(scene: Scene, sightings: list[Sighting]) -> dict[int, str]:

@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.tasks.common import TaskConfig, canvas, choose, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choose, fits_another, pick, sample
 
 TASK = "detection_3d"
 KIND = "bbox_3d"
@@ -33,7 +33,7 @@ PHRASES = (
 def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]]:
     """Class name -> object ids, for classes of which every visible instance is clearly visible.
 
-    Otherwise the list of boxes would be ambiguous.
+    A class whose name describes an object of another visible class is left out: its list of boxes would be ambiguous.
     """
     groups: dict[str, list[int]] = {}
     unclear: set[str] = set()
@@ -43,7 +43,8 @@ def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]
             groups.setdefault(name, []).append(s.object_id)
         elif s.pixels >= config.ghost_pixels:
             unclear.add(name)
-    return {name: ids for name, ids in groups.items() if name not in unclear}
+    shown = {*groups, *unclear}
+    return {name: ids for name, ids in groups.items() if name not in unclear and not fits_another(name, shown)}
 
 
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:

@@ -13,7 +13,7 @@ from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import box_distance, format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.tasks.common import TaskConfig, apart, canvas, nameable, pick, sample, usable
+from fastvst.tasks.common import TaskConfig, apart, canvas, fits_another, nameable, pick, sample, usable
 from fastvst.tasks.detection_3d import MATCH_IOU
 
 TASK = "grounding_3d"
@@ -41,6 +41,9 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
     its class that is nearest to a unique object.
     """
     name = scene.object(target.object_id).name
+    shown = {scene.object(s.object_id).name for s in view.sightings if s.pixels >= config.ghost_pixels}
+    if fits_another(name, shown):
+        return []
     same = [s for s in view.sightings if scene.object(s.object_id).name == name and s.pixels >= config.ghost_pixels]
     if len(same) == 1:
         return [(name, {"rule": "only"})]

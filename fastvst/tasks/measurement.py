@@ -9,7 +9,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, SceneObject
 from fastvst.spatial import draw
-from fastvst.tasks.common import TaskConfig, apart, canvas, choose, pick, sample, usable
+from fastvst.tasks.common import TaskConfig, apart, canvas, choose, fits_another, pick, sample, usable, whole
 
 TASK = "measurement"
 KIND = "qa"
@@ -53,7 +53,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     image = canvas(view)
     gap = 4 * draw.radius_of(image)
     chosen: list = []
-    for s in choose(rng, usable(view, config), 100):
+    for s in choose(rng, [s for s in usable(view, config) if whole(view, s)], 100):
         if len(chosen) < config.turns and all(apart(s.point, other.point, gap) for other in chosen):
             chosen.append(s)
     if not chosen:
@@ -67,7 +67,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     what_asked = []
     for k, (s, colour, name) in enumerate(zip(chosen, colours, names, strict=True)):
         thing = scene.object(s.object_id)
-        plain = easy and shown.count(name) == 1
+        plain = easy and shown.count(name) == 1 and not fits_another(name, shown)
         what = (
             "height" if easy else pick(rng, tuple(WORDS) if thing.width >= THIN else ("height", "length", "greatest"))
         )

@@ -14,6 +14,7 @@ from fastvst.tasks.common import (
     article,
     canvas,
     choose,
+    fits_another,
     listed,
     pick,
     prose,
@@ -78,7 +79,7 @@ def opening(scene: Scene, view: View, config: TaskConfig, rng: np.random.Generat
     for s in usable(view, config):
         name = scene.object(s.object_id).name
         count[name] = count.get(name, 0) + 1
-    names = choose(rng, sorted(count), most)
+    names = choose(rng, sorted(name for name in count if not fits_another(name, count)), most)
     if not names:
         return None
     words = [article(name) if count[name] == 1 else f"more than one {prose(name)}" for name in names]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
-from fastvst.tasks.common import LETTERS, TaskConfig, canvas, sample
+from fastvst.tasks.common import LETTERS, TaskConfig, canvas, fits_another, sample
 
 BEFORE = "These are frames of a video."
 AFTER_CHOICE = "Answer with the option's letter from the given choices directly."
@@ -50,7 +50,7 @@ def survey(scene: Scene, config: TaskConfig) -> dict[str, Kind]:
     return {
         name: Kind(name, tuple(ids), min(shown[i] for i in ids), min(clear[i] for i in ids))
         for name, ids in sorted(names.items())
-        if all(i in clear for i in ids)
+        if all(i in clear for i in ids) and not fits_another(name, names)
     }
 
 
