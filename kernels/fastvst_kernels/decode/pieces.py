@@ -48,21 +48,20 @@ class DecodePieces:
 
 @dataclass(frozen=True)
 class _PageLists:
-    """G lists: pages (G, W), tokens in them (G,), and the first query row of each (G + 1,)."""
+    """G lists of B query rows: pages (G, W), tokens, first query row and number of query rows of each list (G,)."""
 
     pages: Tensor
     lengths: Tensor
-    offsets: Tensor
-
-    @property
-    def members(self) -> Tensor:
-        """(G,) query rows of each list."""
-        return self.offsets.diff()
+    starts: Tensor
+    members: Tensor
+    rows: int
 
 
 def own_pieces(page_table: Any, lengths: Any, page_size: int, dtype: torch.dtype) -> tuple[Piece, ...]:
     """`DecodePieces.own` of (B, W) pages and (B,) lengths, as tensors or NumPy arrays. Lengths change at every step."""
-    lists = _PageLists(torch.as_tensor(page_table), torch.as_tensor(lengths), torch.arange(len(lengths) + 1))
+    count = len(lengths)
+    lengths = torch.as_tensor(lengths)
+    lists = _PageLists(torch.as_tensor(page_table), lengths, torch.arange(count), torch.ones_like(lengths), count)
     return _pieces(lists, page_size, dtype)
 
 
@@ -73,7 +72,8 @@ def prefix_pieces(
 
     Valid as long as the same rows are in the batch.
     """
-    lists = _PageLists(*(torch.as_tensor(x) for x in (prefix_pages, prefix_lengths, group_offsets)))
+    pages, lengths, offsets = (torch.as_tensor(x) for x in (prefix_pages, prefix_lengths, group_offsets))
+    lists = _PageLists(pages, lengths, offsets[:-1].long(), offsets.diff(), int(offsets[-1]))
     return _pieces(lists, page_size, dtype)
 
 
@@ -96,26 +96,37 @@ def _pieces(lists: _PageLists, page_size: int, dtype: torch.dtype) -> tuple[Piec
 
 def _piece(lists: _PageLists, chosen: Tensor, page_size: int, dtype: torch.dtype) -> Piece:
     """The lists `chosen` as one piece."""
-    lengths = lists.lengths[chosen]
-    members = lists.members[chosen][:, None]
     count = len(chosen)
-    most = int(members.max())
+    lengths = lists.lengths[chosen]
     length = int(lengths.max())
-    slot = torch.arange(most)
-    real = slot < members  # (count, most); the others repeat the last row of their list
-    rows = lists.offsets[chosen][:, None].long() + torch.minimum(slot, members - 1)
-    whole = count == len(lists.lengths) and bool(real.all())
-    mask = None
-    if bool((lengths != length).any()):
-        hidden = torch.arange(length) >= lengths[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+    members = lists.members[chosen]
+    most = int(members.max())
+    rows = lists.starts[chosen]
+    place = rows
+    source = torch.arange(count)
+    if most > 1:
+        slot = torch.arange(most)
+        real = slot < members[:, None]  # (count, most); the other slots repeat the last row of their list
+        table = rows[:, None] + torch.minimum(slot, members[:, None] - 1)
+        rows = table.flatten()
+        place = table[real]
+        source = torch.nonzero(real.flatten()).flatten()
+    whole = count == len(lists.lengths) and len(place) == count * most
     return Piece(
         groups=count,
         members=most,
         length=length,
-        rows=None if whole and int(lists.offsets[-1]) == count * most else rows.flatten(),
+        rows=None if whole and lists.rows == count * most else rows,
         pages=lists.pages[chosen, : -(-length // page_size)].long().flatten(),
-        mask=mask,
-        place=None if whole else rows[real],
-        source=None if whole else torch.nonzero(real.flatten()).flatten(),
+        mask=_mask(lengths, length, dtype),
+        place=None if whole else place,
+        source=None if whole else source,
     )
+
+
+def _mask(lengths: Tensor, length: int, dtype: torch.dtype) -> Tensor | None:
+    """`Piece.mask` of lists with these lengths, the longest of which is `length`."""
+    if int(lengths.min()) == length:
+        return None
+    hidden = torch.arange(length) >= lengths[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
