@@ -73,7 +73,7 @@ def forward_tables(model: Qwen25VL, pool: PagePool, tables: DecodeTables, pieces
             prefix_lengths=tables.prefix_lengths,
             group_offsets=tables.group_offsets,
             max_group=tables.max_group,
-            pieces=pieces,
+            plan=pieces,
         )
 
     return run_decoder(model, tables, attend)

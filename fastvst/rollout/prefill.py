@@ -106,7 +106,7 @@ class EarlierTokens:
             group_offsets=self.offsets,
             max_group=self.max_group,
             return_lse=True,
-            pieces=self.pieces,
+            plan=self.pieces,
         )
 
 

@@ -67,7 +67,7 @@ def test_goes_on_after_a_torn_line(model: Qwen25VL, processor: Processor, rows: 
 def test_a_broken_image_is_a_named_failure(
     model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
 ) -> None:
-    broken = [*rows[:2], Row("bad", "?", "A", "near", images=(b"not a image",), options=OPTIONS)]
+    broken = [*rows[:2], Row("bad", "?", "A", "near", images=(b"not an image",), options=OPTIONS)]
     run.answer(model, processor, broken, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=2)
     texts, failures = predictions.for_rows(broken, predictions.read(tmp_path / "p.jsonl"))
     report = mmstar.score(broken, texts, failures=failures)

@@ -34,7 +34,7 @@ def decode_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-    pieces: DecodePieces | None = None,
+    plan: DecodePieces | None = None,
 ) -> Any:
     """Softmax attention of each row to its group's shared pages and to its own.
 
@@ -50,7 +50,7 @@ def decode_attention(
         backend: "triton", "torch" (the CPU's fused attention over gathered pages), "reference" (the formula, row by
             row), or "auto": Triton on CUDA, torch on the CPU.
         return_lse: also return the logsumexp of the scaled scores, (B, Hq) float32 (float64 for float64).
-        pieces: CPU only: `own_pieces` and `prefix_pieces`, made once for all layers; the tables are then not read.
+        plan: CPU only: `own_pieces` and `prefix_pieces`, made once for all layers; the tables are then not read.
 
     Returns:
         (B, Hq, D) of q's dtype, or (output, lse). A row without any key gives 0 and -inf.
@@ -65,8 +65,8 @@ def decode_attention(
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     backend = _resolve(backend, q, tables)
-    if backend == "torch" and pieces is not None:
-        out, lse = cpu.decode(q, k_pages, v_pages, pieces, scale)
+    if backend == "torch" and plan is not None:
+        out, lse = cpu.decode(q, k_pages, v_pages, plan, scale)
     elif backend == "reference":
         out, lse = cpu.decode_reference(q, k_pages, v_pages, tables, scale)
     else:

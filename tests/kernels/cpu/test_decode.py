@@ -68,7 +68,7 @@ def test_prepared_pieces_give_the_same_bits_and_no_groups_are_one_empty_prompt()
         prefix_pieces(*prefix, 16, torch.float32),
         own_pieces(case.page_table.numpy(), case.lengths.numpy(), 16, torch.float32),
     )
-    for a, b in zip(run(case), run(case, pieces=prepared), strict=True):
+    for a, b in zip(run(case), run(case, plan=prepared), strict=True):
         assert torch.equal(a, b)
     alone = make_case([(0, [3, 17, 60, 1])], (4, 4), 16, torch.float32)
     found = decode_attention(alone.q, alone.k_pages, alone.v_pages, alone.page_table, alone.lengths, return_lse=True)
