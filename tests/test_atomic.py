@@ -40,25 +40,105 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_the_old_folder(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "f"
-    with atomic.folder(path) as partial:
+    with atomic.into(path) as partial:
         (partial / "one").write_text("1")
-    with pytest.raises(error), atomic.folder(path) as partial:
+    with pytest.raises(error), atomic.into(path) as partial:
         (partial / "two").write_text("2")
         raise error
     assert names(path) == ["one"] and names(tmp_path) == ["f"]
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_files_of_other_names_stay(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "f"
     for name in ("one", "two"):
-        with atomic.folder(tmp_path / "deep" / "f") as partial:
+        with atomic.into(path, stale=lambda folder, new: ["old", "absent"]) as partial:
             (partial / "sub").mkdir()
             (partial / "sub" / name).write_text(name)
-        assert names(tmp_path / "deep" / "f" / "sub") == [name] and names(tmp_path / "deep") == ["f"]
+            (partial / "same").write_text(name)
+        (path / "old").write_text("old")
+    assert names(path / "sub") == ["one", "two"] and names(tmp_path / "deep") == ["f"]
+    assert (path / "same").read_text() == "two" and names(path) == ["old", "same", "sub"]
+    with atomic.into(path, stale=lambda folder, new: ["old", "absent"]) as partial:
+        pass
+    assert names(path) == ["same", "sub"]
+
+
+def write_into(path: Path | str) -> None:
+    with atomic.into(path) as partial:
+        (partial / "file").write_text("new")
+
+
+def test_targets_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    (real / "file").symlink_to(tmp_path / "blob")  # a file of a download cache
+    (tmp_path / "blob").write_text("shared")
+    write_into(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and names(real) == ["file"]
+    assert (real / "file").read_text() == "new" and (tmp_path / "blob").read_text() == "shared"
+    monkeypatch.chdir(real)
+    (real / "file").write_text("old")
+    write_into(".")
+    assert names(real) == ["file"] and (real / "file").read_text() == "new"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for target, error in (
+        (tmp_path / "blob", NotADirectoryError),
+        (tmp_path / "blob" / "deep" / "below", NotADirectoryError),
+        (tmp_path / "dangling", FileNotFoundError),
+    ):
+        with pytest.raises(error):
+            write_into(target)
+    assert names(tmp_path) == ["blob", "dangling", "link", "real"]
+
+
+def test_a_folder_at_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(IsADirectoryError, match="'b'"), atomic.into(tmp_path) as partial:
+        (partial / "a").write_text("new")
+        (partial / "b").write_text("new")
+    assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a", "b"]
+
+
+def test_created_parents_disappear_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic.into(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of folders")
+def test_a_parent_without_write_permission(tmp_path: Path) -> None:
+    """root may write everywhere, so a root process becomes nobody for this test."""
+    parent = tmp_path / "parent"
+    mine = parent / "mine"
+    mine.mkdir(parents=True)
+    root = os.geteuid() == 0
+    shared = tmp_path.parents[2]
+    modes = {p: mode(p) for p in (tmp_path, *tmp_path.parents) if shared in (p, *p.parents)}
+    for folder in modes:
+        folder.chmod(modes[folder] | 0o055)
+    if root:
+        os.chown(mine, 65534, 65534)
+    parent.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        write_into(mine)
+        with pytest.raises(PermissionError):
+            write_into(parent / "new")
+    finally:
+        if root:
+            os.seteuid(0)
+        parent.chmod(0o755)
+        for folder, old in modes.items():
+            folder.chmod(old)
+    assert names(mine) == ["file"] and names(parent) == ["mine"]
 
 
 def test_the_old_folder_comes_back_when_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
-    with atomic.folder(path) as partial:
+    with atomic.into(path) as partial:
         (partial / "old").write_text("old")
     rename = os.rename
 
@@ -68,7 +148,7 @@ def test_the_old_folder_comes_back_when_the_rename_fails(tmp_path: Path, monkeyp
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(PermissionError), atomic.folder(path) as partial:
+    with pytest.raises(PermissionError), atomic.into(path) as partial:
         (partial / "new").write_text("new")
     assert names(path) == ["old"] and names(tmp_path) == ["f"]
 
@@ -78,7 +158,7 @@ def test_modes_obey_the_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         atomic.write_text(tmp_path / "file", "x")
-        with atomic.folder(tmp_path / "folder") as partial:
+        with atomic.into(tmp_path / "folder") as partial:
             (partial / "inside").write_text("x")
     finally:
         os.umask(before)
@@ -95,7 +175,7 @@ with atomic.{what}(sys.argv[1]) as partial:
 """
 
 
-@pytest.mark.parametrize("what, target", [("file", "partial"), ("folder", "partial / 'content'")])
+@pytest.mark.parametrize("what, target", [("file", "partial"), ("into", "partial / 'content'")])
 def test_a_kill_leaves_the_old_one(tmp_path: Path, what: str, target: str) -> None:
     path = tmp_path / "f"
     content = path if what == "file" else path / "content"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from fastvst.config import not_an_option
 from fastvst.data.chat import JINJA_TEMPLATE, SUPERVISE
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE, PatchGeometry
 from fastvst.data.video import VideoConfig
+from fastvst.model import checkpoint_files
+from fastvst.model.checkpoint_files import json_text, read_json
 from fastvst.model.config import ModelConfig
 
 OWN_FILE = "fastvst_processor.json"
@@ -141,10 +142,10 @@ def read_preprocessor(directory: Path, model_config: ModelConfig) -> dict[str, A
     """
     path = directory / "preprocessor_config.json"
     if path.is_file():
-        values = _read_json(path)
+        values = read_json(path)
     elif (directory / "processor_config.json").is_file():
         path = directory / "processor_config.json"
-        values = _read_json(path).get("image_processor", {})
+        values = read_json(path).get("image_processor", {})
     else:
         raise FileNotFoundError(
             f"{directory} has no preprocessor_config.json; copy it from the published checkpoint, or write the files "
@@ -169,25 +170,13 @@ def read_preprocessor(directory: Path, model_config: ModelConfig) -> dict[str, A
         "image_std": tuple(values.get("image_std") or ()) or None,
     }
     own = directory / OWN_FILE
-    saved = _read_json(own) if own.is_file() else {}
+    saved = read_json(own) if own.is_file() else {}
     return saved | {name: value for name, value in found.items() if value is not None}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} contains a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def write_files(directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, config: ProcessorConfig) -> None:
     """Write tokenizer.json, tokenizer_config.json, preprocessor_config.json, chat_template.json and .jinja, and
     fastvst_processor.json, which holds the options that have no place in the Hugging Face files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     added = tokenizer.get_added_tokens_decoder()
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     extra = [t.content for t in added.values() if t.special and t.content != "<|endoftext|>"]
@@ -221,11 +210,14 @@ def write_files(directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, 
         "image_mean": list(geometry.mean),
         "image_std": list(geometry.std),
     }
-    for name, content in (
-        ("tokenizer_config.json", tokenizer_config),
-        ("preprocessor_config.json", preprocessor_config),
-        ("chat_template.json", {"chat_template": JINJA_TEMPLATE}),
-        (OWN_FILE, {k: v for k, v in dataclasses.asdict(config).items() if k not in preprocessor_config}),
-    ):
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(JINJA_TEMPLATE, encoding="utf-8")
+    own = {k: v for k, v in dataclasses.asdict(config).items() if k not in preprocessor_config}
+    with checkpoint_files.update(directory) as partial:
+        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
+        for name, content in (
+            ("tokenizer_config.json", tokenizer_config),
+            ("preprocessor_config.json", preprocessor_config),
+            ("chat_template.json", {"chat_template": JINJA_TEMPLATE}),
+            (OWN_FILE, own),
+        ):
+            (partial / name).write_text(json_text(content), encoding="utf-8")
+        (partial / "chat_template.jinja").write_text(JINJA_TEMPLATE, encoding="utf-8")

@@ -164,7 +164,8 @@ class Qwen25VL(nn.Module):
     ) -> None:
         """Write a directory that transformers opens with no missing and no unexpected keys.
 
-        The directory is written under a temporary name, then renamed: after an error the old directory is intact.
+        Only the model's own files are replaced; every other file of the directory stays. The files are first written
+        under a temporary name: after an error the directory is what it was before.
 
         Args:
             processor: its `save_pretrained(directory)` adds tokenizer, image processor and chat template.

@@ -14,11 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvst import atomic
+from fastvst.model import checkpoint_files as files
+from fastvst.model.checkpoint_files import INDEX, SINGLE
 from fastvst.model.config import ModelConfig
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # transformers 5.x uses other module names in memory than in files.
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 # Buffers that old versions of transformers saved; the config determines them.
@@ -66,16 +65,18 @@ def save(
 ) -> None:
     """Write config.json, generation_config.json and safetensors with published names (see `save_pretrained`).
 
+    Other files and folders of `directory` stay; weights that it had under other names (shards, an index) are replaced.
+
     Args:
         state: parameter name -> tensor (gathered if the model is sharded); each is stored in its own dtype.
         max_shard_bytes: tensor bytes in one file; a larger tensor gets its own file.
 
     Raises:
-        OSError: disk full, no permission, ...; the old content of `directory` is untouched.
+        OSError: disk full, no permission, ...; the content of `directory` is what it was before.
     """
-    with atomic.folder(directory) as partial:
-        (partial / "config.json").write_text(config.to_json(), encoding="utf-8")
-        (partial / "generation_config.json").write_text(config.generation_json(), encoding="utf-8")
+    with files.update(directory) as partial:
+        (partial / files.CONFIG).write_text(config.to_json(), encoding="utf-8")
+        (partial / files.GENERATION).write_text(config.generation_json(), encoding="utf-8")
         _write_shards(partial, state, max_shard_bytes)
         if processor is not None:
             processor.save_pretrained(partial)

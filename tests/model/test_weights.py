@@ -195,6 +195,35 @@ def test_a_rename_that_fails_puts_the_old_directory_back(model, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_save_replaces_only_its_own_files(model, tmp_path):
+    tiny = Qwen25VL(ModelConfig.preset("tiny"))
+    processor = Processor.preset("tiny")
+    foreign = ["notes.txt", "checkpoint-1/optimizer.pt", "adapter_model.safetensors", "vocab.json", "README.md"]
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    processor.save_pretrained(tmp_path)
+    tiny.save_pretrained(tmp_path, max_shard_bytes=1_000_000)
+    assert (tmp_path / INDEX).exists()
+    tiny.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]  # no old shard, no old index
+    assert all((tmp_path / name).read_text() == "mine" for name in foreign)
+    assert equal(tiny, Qwen25VL.from_pretrained(tmp_path))
+    assert Processor.from_pretrained(tmp_path).config == processor.config
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_save_removes_files_that_would_override_it(tmp_path):
+    """transformers prefers processor_config.json to preprocessor_config.json."""
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 50_000}}))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    Qwen25VL(ModelConfig.preset("tiny")).save_pretrained(tmp_path, processor=Processor.preset("tiny"))
+    assert not (tmp_path / "processor_config.json").exists()
+    assert isinstance(AutoTokenizer.from_pretrained(tmp_path).chat_template, str)
+
+
 PROBE = """
 import sys, threading, time, torch
 from pathlib import Path
