@@ -9,11 +9,12 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvst import jsonl
+from fastvst.data.sample import Sample
 from fastvst.evaluate import predictions
 from fastvst.evaluate.errors import write_errors
 from fastvst.evaluate.files import Row, missing_media
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking", action="store_true", help="thinking prompt; the text after </think> is scored")
     parser.add_argument("--limit", type=int, help="only the first N questions")
     parser.add_argument("--extraction", help="rule that extracts the answer, if the benchmark has several")
+    parser.add_argument("--prompt-style", help="prompt, if the benchmark has several (cv_bench: vlmevalkit, published)")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="devices, one process each, e.g. cuda:0 cuda:1")
     parser.add_argument("--batch-size", type=int, default=16, help="questions decoded together")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer in tokens (default: the paper's limit)")
@@ -81,8 +83,12 @@ def run(arguments: argparse.Namespace) -> Report:
         raise ValueError(f"{name} needs --data, the published file or the folder that holds the published files")
     if arguments.model and len(arguments.model) > 1:
         raise ValueError(f"{name} takes one --model; only rooms compares several")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit is {arguments.limit}; expected at least 1")
     benchmark = importlib.import_module(BENCHMARKS[name])
-    rows = benchmark.load(arguments.data)[: arguments.limit]
+    _check_prompt_style(benchmark, arguments)
+    everything = benchmark.load(arguments.data)
+    rows = everything[: arguments.limit]
     from fastvst.evaluate.run import sampling_of, sampling_settings
 
     if scoring:
@@ -95,11 +101,17 @@ def run(arguments: argparse.Namespace) -> Report:
             raise ValueError(f"evaluating {name} needs --model DIR and --out DIR (score needs neither)")
         out = Path(arguments.out)
         _check_media(rows, benchmark.DOWNLOAD)
+        prompt = _prompt(benchmark, arguments)
+        for row in rows:  # a row without a prompt is an error before the first answer, not after an hour
+            if row.askable:
+                prompt(row)
         _settle(out, name, arguments)
         files = _answer_all(benchmark.__name__, rows, arguments, out)
-    texts, failures = predictions.for_rows(rows, [p for file in files for p in predictions.read(file)])
-    options = {"extraction": arguments.extraction} if arguments.extraction else {}
+    found = [p for file in files for p in predictions.read(file)]
+    texts, failures = predictions.for_rows(rows, found, [row.id for row in everything])
+    options = _scoring_options(benchmark, arguments, scoring)
     report: Report = benchmark.score(rows, texts, thinking=arguments.thinking, failures=failures, **options)
+    report = dataclasses.replace(report, notes=(*report.notes, *predictions.remarks(rows, found)))
     if not scoring:
         sampling = sampling_settings(sampling_of(benchmark.__name__), _answer_limit(benchmark, arguments))
         report = dataclasses.replace(report, sampling=sampling)
@@ -124,10 +136,42 @@ def _answer_limit(benchmark: Any, arguments: argparse.Namespace) -> int:
 
 
 def _check_media(rows: Sequence[Row], download: str) -> None:
+    """Raises FileNotFoundError if a file is missing; rows without an image of their own are named and not asked."""
     missing = missing_media(rows)
-    if missing:
-        shown = ", ".join(str(p) for p in missing[:3])
-        raise FileNotFoundError(f"{len(missing)} images or videos are missing, e.g. {shown}. {download}")
+    files = [media for media in missing if isinstance(media, Path)]
+    if files:
+        shown = ", ".join(str(p) for p in files[:3])
+        raise FileNotFoundError(f"{len(files)} images or videos are missing, e.g. {shown}. {download}")
+    for row in missing:
+        print(f"not asked, counts as wrong: {row}", file=sys.stderr)
+    for reason in (row.unscorable for row in rows if row.unscorable):
+        print(f"not asked, not scored: {reason}", file=sys.stderr)
+
+
+def _check_prompt_style(benchmark: Any, arguments: argparse.Namespace) -> None:
+    styles = getattr(benchmark, "PROMPT_STYLES", ())
+    if arguments.prompt_style is not None and arguments.prompt_style not in styles:
+        known = f"expected one of {', '.join(styles)}" if styles else "it has one prompt"
+        raise ValueError(f"{benchmark.NAME}: --prompt-style is {arguments.prompt_style!r}; {known}")
+
+
+def _prompt_style(benchmark: Any, arguments: argparse.Namespace) -> str | None:
+    """The style that a model is asked in; None for a benchmark with one prompt."""
+    styles = getattr(benchmark, "PROMPT_STYLES", ())
+    return arguments.prompt_style or (styles[0] if styles else None)
+
+
+def _prompt(benchmark: Any, arguments: argparse.Namespace) -> Callable[[Row], Sample]:
+    style = _prompt_style(benchmark, arguments)
+    options = {"prompt_style": style} if style else {}
+    return functools.partial(benchmark.prompt, thinking=arguments.thinking, **options)
+
+
+def _scoring_options(benchmark: Any, arguments: argparse.Namespace, scoring: bool) -> dict[str, str]:
+    """Keyword arguments of `score`. The prompt of predictions made elsewhere is known only if the user states it."""
+    options = {"extraction": arguments.extraction} if arguments.extraction else {}
+    style = arguments.prompt_style if scoring else _prompt_style(benchmark, arguments)
+    return options | ({"prompt_style": style} if style else {})
 
 
 def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
@@ -138,12 +182,13 @@ def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
         "thinking": arguments.thinking,
         "max_new_tokens": arguments.max_new_tokens,
         "pixels": arguments.pixels,
+        "prompt_style": _prompt_style(importlib.import_module(BENCHMARKS[name]), arguments),
     }
     path = out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before != settings:
-            changed = ", ".join(f"{k}: {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v)
+        changed = ", ".join(f"{k}: {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v)
+        if changed:
             raise ValueError(f"{out} holds predictions of another run ({changed}); choose another --out or empty it")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -155,7 +200,7 @@ def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace,
     for path in out.glob("predictions*.jsonl"):
         jsonl.drop_torn_line(path)
     done = {p.id for path in out.glob("predictions*.jsonl") for p in predictions.read(path)}
-    left = [row for row in rows if row.id not in done]
+    left = [row for row in rows if row.id not in done and row.askable]
     ids = [[row.id for row in left[rank :: len(devices)]] for rank in range(len(devices))]
     if len(devices) == 1:
         _work(0, module, rows, ids, arguments, out)
@@ -197,7 +242,7 @@ def _work(
         model,
         Processor.from_pretrained(arguments.model[0], **options),
         asked,
-        functools.partial(benchmark.prompt, thinking=arguments.thinking),
+        _prompt(benchmark, arguments),
         out / f"predictions-{rank}.jsonl",
         max_new_tokens=limit,
         batch_size=arguments.batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastvst.evaluate import choice
 
-SET = choice.ChoiceSet("AI2D", file="AI2D_TEST.tsv")
+SET = choice.ChoiceSet("AI2D", file="AI2D_TEST.tsv", questions=3088)
 NAME = SET.name
 DOWNLOAD = SET.download
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS

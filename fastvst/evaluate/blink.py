@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
+from fastvst.evaluate import checks, choice
+from fastvst.evaluate.files import Row, locate, read_parquet
 from fastvst.evaluate.report import (
+    Published,
     Report,
     Score,
     by_category,
@@ -22,8 +24,8 @@ from fastvst.evaluate.report import (
     mean_score,
     paper,
     paper_source,
+    reported,
 )
-from fastvst.evaluate.tsv import load_rows
 
 NAME = "BLINK"
 DOWNLOAD = (
@@ -31,7 +33,8 @@ DOWNLOAD = (
     "VLMEvalKit's BLINK.tsv, and pass the folder that holds them as the data path."
 )
 FILES = ("BLINK.tsv", "*/val-*.parquet", "val-*.parquet", "*.parquet")
-PICTURES = ("image_1", "image_2", "image_3", "image_4")
+IMAGES = ("image_1", "image_2", "image_3", "image_4")
+PUBLISHED = Published((1901,), "questions of the validation split")
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 
@@ -41,20 +44,28 @@ def load(path: str | Path) -> list[Row]:
     rows: list[Row] = []
     for file in locate(path, FILES, DOWNLOAD):
         if file.suffix == ".tsv":
-            rows += load_rows(file, ["answer", "category"], DOWNLOAD)
+            rows += choice.read(file, FILES, ["category"], DOWNLOAD)
             continue
-        for cell in read_parquet(file, ["idx", "question", "sub_task", "choices", "answer", "image_1"], DOWNLOAD):
-            rows.append(
-                Row(
-                    id=str(cell["idx"]),
-                    question=cell["question"],
-                    answer=cell["answer"],
-                    category=cell["sub_task"],
-                    images=tuple(read_image(cell[k], file.parent) for k in PICTURES if cell.get(k) is not None),
-                    options=choice.lettered(cell["choices"]),
-                )
-            )
-    return check_unique(rows, path)
+        cells = read_parquet(file, ["idx", "question", "sub_task", "choices", "answer", "image_1"], DOWNLOAD)
+        rows += [_row(cell, file, number) for number, cell in enumerate(cells)]
+    return checks.checked(rows, path)
+
+
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    identifier = checks.identifier(cell, "idx", file, number)
+    where = f"{file}, row {identifier}"
+    count = max((k for k, name in enumerate(IMAGES, 1) if not checks.is_missing(cell.get(name))), default=1)
+    images, unaskable = checks.images([cell.get(name) for name in IMAGES[:count]], file.parent, where)
+    row = Row(
+        id=identifier,
+        question=checks.text(cell, "question", where),
+        answer=checks.text(cell, "answer", where),
+        category=checks.category(cell["sub_task"]),
+        images=images,
+        options=choice.lettered(checks.options(cell["choices"], where)),
+        unaskable=unaskable,
+    )
+    return choice.with_option_answer(row, file)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
@@ -87,6 +98,7 @@ EXTRACTIONS: dict[str, Callable[[str, Row], str]] = {
 }
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
@@ -103,7 +115,7 @@ def score(
     read = choice.pick(NAME, EXTRACTIONS, extraction)
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=read)
     clusters = clusters_of(rows)
-    tasks = sorted({row.category for row in rows})
+    tasks = sorted({row.category for row in rows if row.category} or {""})
     groups = [(1.0 / len(tasks), [i for i, row in enumerate(rows) if row.category == task]) for task in tasks]
     mean_of_tasks = grouped_mean([line.score for line in lines], clusters, groups)
     return Report(
@@ -112,7 +124,7 @@ def score(
         + (choice.THINKING_NOTE if thinking else ""),
         overall=mean_score("overall", lines, clusters, paper("main", "BLINK")),
         categories=by_category(lines, clusters),
-        others=(Score("mean of tasks", len(rows), mean_of_tasks),),
+        others=(Score("mean of tasks", sum(len(group) for _, group in groups), mean_of_tasks),),
         rows=lines,
         source=paper_source(),
     )

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from fastvst.data.chat import THINK_SYSTEM
 from fastvst.data.sample import Sample
+from fastvst.evaluate.checks import checked, with_answer_in
 from fastvst.evaluate.files import Row, locate
 from fastvst.evaluate.report import (
+    Published,
     Report,
     Scored,
     align,
@@ -23,6 +25,7 @@ from fastvst.evaluate.report import (
     mean_score,
     paper,
     paper_source,
+    reported,
     scored,
 )
 from fastvst.evaluate.tsv import load_rows
@@ -47,14 +50,18 @@ THINKING_NOTE = "; thinking mode: the text after </think> is scored"
 PIXELS = {"min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28, "share_pixels": False, "max_seq_len": 65536}
 
 
-def question_text(row: Row) -> str:
-    """Hint, question, options and instruction, in the format of VLMEvalKit's Qwen2-VL wrapper."""
+def question_text(row: Row, *, chinese: bool = True) -> str:
+    """Hint, question, options and instruction, in the format of VLMEvalKit's Qwen2-VL wrapper.
+
+    Args:
+        chinese: a text with a Chinese character gets the instruction in Chinese (_build_mcq_prompt of VLMEvalKit).
+    """
     lines = [f"Hint: {row.fields['hint']}"] if row.fields.get("hint") else []
     lines.append(f"Question: {row.question}")
     if row.options:
         lines += ["Options:", *(f"{letter}. {text}" for letter, text in row.options.items())]
-        chinese = re.search(r"[\u4e00-\u9fff]", "\n".join(lines))
-        lines.append(INSTRUCTION_CHINESE if chinese else INSTRUCTION)
+        is_chinese = chinese and re.search(r"[\u4e00-\u9fff]", "\n".join(lines))
+        lines.append(INSTRUCTION_CHINESE if is_chinese else INSTRUCTION)
     return "\n".join(lines).rstrip()
 
 
@@ -119,8 +126,8 @@ def _option_text(answer: str, options: Mapping[str, str]) -> str:
 
 
 def bare(letter: str) -> str:
-    """ "(A)" -> "A", as CV-Bench and BLINK write their answers."""
-    return letter.strip().strip("()")
+    """ "(A)", " A" and "A." -> "A"; CV-Bench and BLINK write "(A)"."""
+    return letter.strip().rstrip(".").strip("()").strip()
 
 
 def lettered(texts: Sequence[str]) -> dict[str, str]:
@@ -129,8 +136,18 @@ def lettered(texts: Sequence[str]) -> dict[str, str]:
 
 
 def read(path: str | Path, names: Sequence[str], required: Sequence[str], download: str) -> list[Row]:
-    """Rows of the TSV at `path`: the file itself, or the first of `names` in the folder."""
-    return load_rows(locate(path, names, download)[0], ["answer", *required], download)
+    """Rows of the TSV at `path`: the file itself, or the first of `names` in the folder.
+
+    A row whose answer is none of its options is marked as unscorable.
+    """
+    file = locate(path, names, download)[0]
+    rows = load_rows(file, ["answer", *required], download)
+    return checked([with_option_answer(row, file) for row in rows], file)
+
+
+def with_option_answer(row: Row, file: Path) -> Row:
+    """The row; marked as unscorable if its answer is not the letter of one of its options."""
+    return with_answer_in(row, list(row.options), bare(row.answer), f"{file}, row {row.id}")
 
 
 def score(
@@ -144,24 +161,31 @@ def score(
     extract: Callable[[str, Row], str] | None = None,
     protocol: str = "letter by VLMEvalKit's rules (no language model), accuracy over all questions",
     order: Sequence[str] = (),
+    published: int | None = None,
 ) -> Report:
     """Accuracy of a multiple-choice benchmark: all questions, and each category.
 
     Args:
         column: column of the paper's main table; "" if the paper does not report the benchmark.
         extract: function from an answer to its letter (default: `infer` with the row's options).
+        published: number of questions of the paper's score.
     """
-    lines = judge(rows, predictions, thinking=thinking, failures=failures, extract=extract)
-    clusters = clusters_of(rows)
-    return Report(
-        benchmark=benchmark,
-        protocol=protocol + (THINKING_NOTE if thinking else ""),
-        overall=mean_score("overall", lines, clusters, paper("main", column) if column else None),
-        categories=by_category(lines, clusters, order=order),
-        others=(),
-        rows=lines,
-        source=paper_source() if column else "not reported",
-    )
+
+    @reported(Published((published,)) if published else None)
+    def accuracy(rows: Sequence[Row], predictions: Sequence[str | None]) -> Report:
+        lines = judge(rows, predictions, thinking=thinking, failures=failures, extract=extract)
+        clusters = clusters_of(rows)
+        return Report(
+            benchmark=benchmark,
+            protocol=protocol + (THINKING_NOTE if thinking else ""),
+            overall=mean_score("overall", lines, clusters, paper("main", column) if column else None),
+            categories=by_category(lines, clusters, order=order),
+            others=(),
+            rows=lines,
+            source=paper_source() if column else "not reported",
+        )
+
+    return accuracy(rows, predictions)
 
 
 @dataclass(frozen=True)
@@ -171,11 +195,13 @@ class ChoiceSet:
     Attributes:
         name: name of the benchmark, and of its column in the paper's main table.
         file: the TSV as published by VLMEvalKit.
+        questions: number of questions of the published file.
         required: columns that the file must have, besides the usual ones.
     """
 
     name: str
     file: str
+    questions: int
     required: tuple[str, ...] = ()
 
     @property
@@ -201,7 +227,15 @@ class ChoiceSet:
         failures: Mapping[str, str] | None = None,
     ) -> Report:
         """Accuracy, as VLMEvalKit reports it."""
-        return score(rows, predictions, benchmark=self.name, column=self.name, thinking=thinking, failures=failures)
+        return score(
+            rows,
+            predictions,
+            benchmark=self.name,
+            column=self.name,
+            thinking=thinking,
+            failures=failures,
+            published=self.questions,
+        )
 
 
 def pick(benchmark: str, extractions: Mapping[str, Way], name: str) -> Way:

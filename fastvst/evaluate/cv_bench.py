@@ -10,11 +10,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
+from fastvst.evaluate import checks, choice
+from fastvst.evaluate.files import Row, locate, read_parquet
 from fastvst.evaluate.report import (
+    Published,
     Report,
     Score,
     by_category,
@@ -23,8 +25,8 @@ from fastvst.evaluate.report import (
     mean_score,
     paper,
     paper_source,
+    reported,
 )
-from fastvst.evaluate.tsv import load_rows
 
 NAME = "CV-Bench"
 DOWNLOAD = (
@@ -32,6 +34,11 @@ DOWNLOAD = (
     "CV-Bench-2D.tsv and CV-Bench-3D.tsv) into one folder and pass that folder as the data path."
 )
 FILES = ("test_[23]d.parquet", "test*.parquet", "CV-Bench-[23]D.tsv")
+PARTS = ("2D", "3D")
+PUBLISHED = Published((2638,), "questions of both parts")
+# "vlmevalkit": question, options and instruction; the paper's setting, since its configs set use_custom_prompt, which
+# VLMEvalKit's Qwen2-VL wrapper applies to every multiple-choice set. "published": the data set's own column `prompt`.
+PROMPT_STYLES = ("vlmevalkit", "published")
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 
@@ -41,37 +48,64 @@ def load(path: str | Path) -> list[Row]:
     rows: list[Row] = []
     for file in locate(path, FILES, DOWNLOAD):
         rows += _tsv(file) if file.suffix == ".tsv" else _parquet(file)
-    return check_unique(rows, path)
+    return checks.checked(rows, path)
 
 
 def _tsv(file: Path) -> list[Row]:
     part = "2D" if "2D" in file.stem.upper() else "3D"
-    rows = load_rows(file, ["answer", "category", "prompt", "source"], DOWNLOAD)
-    return [
+    rows = choice.read(file, FILES, ["category", "prompt", "source"], DOWNLOAD)
+    rows = [
         dataclasses.replace(row, id=f"{part}-{row.id}", fields={**row.fields, "type": row.fields.get("split", part)})
         for row in rows
     ]
+    for row in rows:
+        _require_part(row.fields, f"{file}, row {row.id}")
+    return rows
 
 
 def _parquet(file: Path) -> list[Row]:
     wanted = ["idx", "type", "task", "image", "question", "choices", "answer", "prompt", "source"]
-    return [
-        Row(
-            id=f"{cell['type']}-{cell['idx']}",
-            question=cell["question"],
-            answer=cell["answer"],
-            category=cell["task"],
-            images=(read_image(cell["image"], file.parent),),
-            options=choice.lettered(cell["choices"]),
-            fields={k: cell[k] for k in ("type", "prompt", "source")},
-        )
-        for cell in read_parquet(file, wanted, DOWNLOAD)
-    ]
+    return [_row(cell, file, number) for number, cell in enumerate(read_parquet(file, wanted, DOWNLOAD))]
 
 
-def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """Image and the data set's own prompt, unchanged."""
-    return choice.sample(row, row.fields["prompt"], source=NAME, thinking=thinking)
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    identifier = f"{cell['type']}-{checks.identifier(cell, 'idx', file, number)}"
+    where = f"{file}, row {identifier}"
+    _require_part(cell, where)
+    images, unaskable = checks.images([cell["image"]], file.parent, where)
+    row = Row(
+        id=identifier,
+        question=checks.text(cell, "question", where),
+        answer=checks.text(cell, "answer", where),
+        category=checks.category(cell["task"]),
+        images=images,
+        options=choice.lettered(checks.options(cell["choices"], where)),
+        fields={"type": cell["type"], "source": cell["source"], "prompt": checks.category(cell["prompt"])},
+        unaskable=unaskable,
+    )
+    return choice.with_option_answer(row, file)
+
+
+def _require_part(cell: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if a row does not say of which part and source it is: the score is a mean over these."""
+    if cell.get("type") not in PARTS:
+        raise ValueError(f"{where}: type is {cell.get('type')!r}; expected one of {', '.join(PARTS)}")
+    checks.text(cell, "source", where)
+
+
+def prompt(row: Row, *, thinking: bool = False, prompt_style: str = "vlmevalkit") -> Sample:
+    """Image and the prompt of VLMEvalKit's Qwen2-VL wrapper, or ("published") the data set's own prompt, unchanged.
+
+    Raises:
+        ValueError: an unknown style, or a row without a published prompt.
+    """
+    if prompt_style not in PROMPT_STYLES:
+        raise ValueError(f"{NAME}: prompt_style is {prompt_style!r}; expected one of {', '.join(PROMPT_STYLES)}")
+    published = row.fields.get("prompt", "")
+    if prompt_style == "published" and not published:
+        raise ValueError(f"{NAME}, row {row.id} has no published prompt")
+    text = published if prompt_style == "published" else choice.question_text(row)
+    return choice.sample(row, text, source=NAME, thinking=thinking)
 
 
 def leading_letter(text: str) -> str:
@@ -86,6 +120,7 @@ EXTRACTIONS: dict[str, Callable[[str, Row], str]] = {
 }
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
@@ -93,8 +128,12 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
     extraction: str = "vlmevalkit",
+    prompt_style: str | None = None,
 ) -> Report:
     """Mean of 2D (mean of its sources) and 3D.
+
+    Args:
+        prompt_style: the prompt that was asked, for the report; None if it is not known.
 
     Raises:
         ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
@@ -121,7 +160,8 @@ def score(
     others.append(mean_score("all rows", lines, clusters))
     return Report(
         benchmark=NAME,
-        protocol=f"mean of {' and '.join(sorted(parts))}, 2D as the mean of its sources; {extraction} extraction"
+        protocol=f"mean of {' and '.join(sorted(parts))}, 2D as the mean of its sources; {extraction} extraction; "
+        f"prompt: {prompt_style or 'not known'} (the paper's setting is vlmevalkit)"
         + (choice.THINKING_NOTE if thinking else ""),
         overall=Score("overall", len(rows), grouped_mean(values, clusters, groups), paper("main", "CV")),
         categories=by_category(lines, clusters),

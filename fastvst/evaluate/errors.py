@@ -34,8 +34,10 @@ def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int 
     shown = failed[:limit] + answered[:: max(-(-len(answered) // room), 1) if room else 1][:room]
     scores = [report.overall, *report.categories, *report.others]
     cells = [[s.name, s.questions, s.value, ", ".join(f"{m} {v:.1f}" for m, v in s.paper.items())] for s in scores]
-    cards = "".join(_card(report.rows[i], rows[i]) for i in shown)
+    by_id = {row.id: row for row in rows}
+    cards = "".join(_card(report.rows[i], by_id[report.rows[i].id]) for i in shown)
     lead = f"{len(wrong)} of {len(report.rows)} answers are not fully right; {len(shown)} shown. {report.protocol}."
+    lead += "".join(f" {remark}." for remark in report.remarks())
     sections = [
         ("Scores, per cent [95 % interval]", table(["", "questions", "this run", "paper"], cells)),
         ("Wrong answers", f'<div class="grid">{cards}</div>'),

@@ -28,6 +28,8 @@ class Row:
         options: letter -> text of a multiple-choice question.
         scene: the unit that the bootstrap resamples; if empty, the question itself.
         fields: any other published column that the prompt or the scorer uses.
+        unscorable: why no prediction can be scored ("" if it can be); the row counts in no score.
+        unaskable: why the question cannot be asked ("" if it can be): an image is missing. The row counts as wrong.
     """
 
     id: str
@@ -39,6 +41,13 @@ class Row:
     options: dict[str, str] = field(default_factory=dict)
     scene: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    unscorable: str = ""
+    unaskable: str = ""
+
+    @property
+    def askable(self) -> bool:
+        """Whether a model is asked this question."""
+        return not (self.unscorable or self.unaskable)
 
 
 def locate(path: str | Path, patterns: Sequence[str], download: str) -> list[Path]:
@@ -58,7 +67,7 @@ def locate(path: str | Path, patterns: Sequence[str], download: str) -> list[Pat
     raise FileNotFoundError(f"{path} {state}. {download}")
 
 
-def require(columns: Sequence[str], present: Sequence[str], path: Path, download: str) -> None:
+def require(columns: Sequence[str], present: Sequence[str], path: Path | str, download: str) -> None:
     """Raises ValueError naming the columns that `path` lacks."""
     missing = [c for c in columns if c not in present]
     if missing:
@@ -92,7 +101,10 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
     Raises:
         ValueError: a missing key, with the row; text that is not JSON, with the line.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); download it again. {download}") from error
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -106,7 +118,7 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object. {download}")
-        require(required, list(row), path, download)
+        require(required, list(row), f"{path}, row {number}", download)
     return rows
 
 
@@ -125,19 +137,8 @@ def read_image(value: Any, folder: Path) -> bytes | Path:
     raise ValueError(f"an image is {type(value).__name__}; expected bytes, {{'bytes', 'path'}} or a relative path")
 
 
-def check_unique(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """The rows. Raises ValueError if there are none, or if two have the same id."""
-    if not rows:
-        raise ValueError(f"{path} has no questions")
-    seen: set[str] = set()
-    for row in rows:
-        if row.id in seen:
-            raise ValueError(f"{path} has two rows with id {row.id!r}; predictions could not be told apart")
-        seen.add(row.id)
-    return list(rows)
-
-
-def missing_media(rows: Sequence[Row]) -> list[Path]:
-    """Images and videos that the rows name and that are not on disk."""
-    paths = {p for row in rows for p in row.images if isinstance(p, Path)} | {r.video for r in rows if r.video}
-    return sorted(p for p in paths if not p.is_file())
+def missing_media(rows: Sequence[Row]) -> list[Path | str]:
+    """Files that the rows name and that are not on disk (Path), then rows without an image of their own (text)."""
+    asked = [row for row in rows if row.askable]
+    paths = {p for row in asked for p in row.images if isinstance(p, Path)} | {r.video for r in asked if r.video}
+    return [*sorted(p for p in paths if not p.is_file()), *(row.unaskable for row in rows if row.unaskable)]

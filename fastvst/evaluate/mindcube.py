@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, read_json
-from fastvst.evaluate.report import Report
+from fastvst.evaluate import checks, choice
+from fastvst.evaluate.files import Row, locate, read_json
+from fastvst.evaluate.report import Report, by_category, clusters_of, mean_score, reported
 
 NAME = "MindCube"
 DOWNLOAD = (
@@ -22,49 +23,78 @@ DOWNLOAD = (
 )
 FILES = ("raw/MindCube_tinybench.jsonl", "MindCube_tinybench.jsonl", "raw/MindCube.jsonl", "*.jsonl")
 ORDER = ("rotation", "among", "around")
+SETTINGS = ("around", "rotation", "translation", "among")  # searched in the id in this order
+NOT_SCORED = "translation"  # the authors leave it out of the overall accuracy
+LETTERS = "ABCDE"
+LABEL = re.compile(r"\b([A-E])\.")
 INSTRUCTION = (
     "Based on these images, answer the question based on this rule: you only need to provide *ONE* correct answer "
     'selecting from the options listed below. Answer with the letter and the text of the option, e.g. "A. Above".'
 )
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
+_DOTTED = re.compile(r"([A-E])\.")
 _TAG = re.compile(r"<Answer>(.*?)(?:<|$)", re.DOTALL)
-_IN_TAG = [
-    re.compile(p) for p in (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"([A-E])\.", r"\b([A-E])\b")
-]
+# The patterns that can match a text without "A." to "E.", in the authors' order.
+_IN_TAG = [re.compile(p) for p in (r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b")]
 _ANYWHERE = [
     re.compile(p)
     for p in (
         r"(?:^|\n)(?:Answer: )?([A-E])(?:\.|$|\s)",
         r"[\*\"]([A-E])[\*\"]",
         r"\bAnswer:?\s*([A-E])\b",
+        r"[Mm]y answer is ([A-E])",
         r"answer is ([A-E])",
     )
 ]
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the JSON lines. A row's category is the first word of its id ("around_7")."""
+    """Rows of the JSON lines. The category is read from the id ("around_7"), the scene from the images' folder."""
     file = locate(path, FILES, DOWNLOAD)[0]
+    cells = read_json(file, ["id", "question", "images", "gt_answer"], DOWNLOAD)
+    return checks.checked([_row(cell, file, number) for number, cell in enumerate(cells)], path)
+
+
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    identifier = checks.identifier(cell, "id", file, number)
+    where = f"{file}, row {identifier}"
     folder = file.parent.parent if file.parent.name == "raw" else file.parent
-    rows = []
-    for cell in read_json(file, ["id", "question", "images", "gt_answer"], DOWNLOAD):
-        rows.append(
-            Row(
-                id=str(cell["id"]),
-                question=cell.get("input_prompt") or cell["question"],
-                answer=cell["gt_answer"],
-                category=_category(str(cell["id"])),
-                images=tuple(folder / p for p in cell["images"]),
-                fields={"has_prompt": bool(cell.get("input_prompt"))},
-            )
-        )
-    return check_unique(rows, path)
+    has_prompt = not checks.is_missing(cell.get("input_prompt"))
+    question = checks.text(cell, "input_prompt" if has_prompt else "question", where)
+    paths = checks.listed(cell["images"])
+    present = [str(path) for path in paths if not checks.is_missing(path)]
+    wanted = max(len(paths), question.count("<image>"), 1)
+    row = Row(
+        id=identifier,
+        question=question,
+        answer=checks.text(cell, "gt_answer", where),
+        category=_category(identifier),
+        images=tuple(folder / path for path in present),
+        scene=_scene(present),
+        fields={"has_prompt": has_prompt},
+        unaskable=f"{where} has {len(present)} of its {wanted} images" if len(present) < wanted else "",
+    )
+    options = sorted(set(LABEL.findall(question)))
+    letters = options if len(options) > 1 and not has_prompt else list(LETTERS)
+    return checks.with_answer_in(row, letters, choice.bare(row.answer), where)
 
 
 def _category(identifier: str) -> str:
-    word = identifier.split("_", 1)[0]
-    return "around" if word == "aroundnew" else word if word in ORDER else "other"
+    """The authors' get_setting_from_id: the first of SETTINGS that the id contains."""
+    return next((setting for setting in SETTINGS if setting in identifier.lower()), "other")
+
+
+def _scene(paths: Sequence[str]) -> str:
+    """The folder of the first image ("other_all_image/among/shoe_216"), whose images show one scene.
+
+    In a folder that holds several scenes (other_all_image itself, or one of its categories) it is the image.
+    """
+    if not paths:
+        return ""
+    folder = PurePosixPath(paths[0]).parent
+    shared = folder.name in (*SETTINGS, "other_all_image", "")
+    return paths[0] if shared else str(folder)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
@@ -83,10 +113,10 @@ def prompt(row: Row, *, thinking: bool = False) -> Sample:
 def letter(text: str) -> str:
     """The rule of the authors: the last match of the first pattern that matches.
 
-    The patterns: "X.", inside <Answer>, a line that begins with the letter, a quoted letter, "Answer: X", "answer is
-    X", and a lone letter, searched from the bottom up.
+    The patterns: "X.", inside <Answer>, a line that begins with the letter, a quoted letter, "Answer: X", "My answer is
+    X", "answer is X", and a lone letter, searched from the bottom up (mll-lab-nu/MindCube, extractors.py).
     """
-    dotted = re.findall(r"([A-E])\.", text)
+    dotted = _DOTTED.findall(text)
     if dotted:
         return dotted[-1]
     tagged = _TAG.search(text)
@@ -101,6 +131,7 @@ def letter(text: str) -> str:
     return ""
 
 
+@reported(None)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
@@ -108,15 +139,20 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
 ) -> Report:
-    """Accuracy over all questions and of each category."""
-    return choice.score(
-        rows,
-        predictions,
+    """Accuracy over all questions but those of the setting "translation", and of each category."""
+    lines = choice.judge(rows, predictions, thinking=thinking, failures=failures, extract=lambda text, _: letter(text))
+    clusters = clusters_of(rows)
+    chosen = [i for i, row in enumerate(rows) if row.category != NOT_SCORED] or list(range(len(rows)))
+    left = len(rows) - len(chosen)
+    return Report(
         benchmark=NAME,
-        column="",
-        thinking=thinking,
-        failures=failures,
-        extract=lambda text, _: letter(text.strip()),
-        protocol="the authors' letter extraction, accuracy over all questions",
-        order=ORDER,
+        protocol="the authors' letter extraction, accuracy over all questions"
+        + (f" but {left} of the setting {NOT_SCORED}, which the authors leave out" if left else "")
+        + "; intervals by scene"
+        + (choice.THINKING_NOTE if thinking else ""),
+        overall=mean_score("overall", [lines[i] for i in chosen], [clusters[i] for i in chosen]),
+        categories=by_category(lines, clusters, order=ORDER),
+        others=(),
+        rows=lines,
+        source="not reported",
     )

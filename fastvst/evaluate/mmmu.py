@@ -8,14 +8,25 @@ this way.
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row
-from fastvst.evaluate.report import Report, by_category, clusters_of, mean_score, paper, paper_source
+from fastvst.evaluate import checks, choice
+from fastvst.evaluate.files import Row, locate
+from fastvst.evaluate.report import (
+    Published,
+    Report,
+    by_category,
+    clusters_of,
+    mean_score,
+    paper,
+    paper_source,
+    reported,
+)
+from fastvst.evaluate.tsv import load_rows
 
 NAME = "MMMU"
 DOWNLOAD = "Download MMMU_DEV_VAL.tsv (VLMEvalKit's copy of MMMU) and pass the file or its folder as the data path."
@@ -23,16 +34,42 @@ FILES = ("MMMU_DEV_VAL.tsv",)
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 HEADLINE = "validation"
+IMAGE_MARK = re.compile(r"<image (\d+)>")
+
+
+def _validation(rows: Sequence[Row]) -> int:
+    return sum(row.fields.get("split") == HEADLINE for row in rows)
+
+
+PUBLISHED = Published((900,), "validation questions", _validation)
 
 
 def load(path: str | Path) -> list[Row]:
-    """Rows of the TSV. Errors name the file to download."""
-    return choice.read(path, FILES, ["split"], DOWNLOAD)
+    """Rows of the TSV. Errors name the file to download.
+
+    A row with fewer images than its text names is marked as unaskable.
+    """
+    file = locate(path, FILES, DOWNLOAD)[0]
+    return checks.checked([_checked(row, file) for row in load_rows(file, ["answer", "split"], DOWNLOAD)], file)
+
+
+def _checked(row: Row, file: Path) -> Row:
+    where = f"{file}, row {row.id}"
+    named = max(map(int, IMAGE_MARK.findall("\n".join([row.question, *row.options.values()]))), default=0)
+    if named > len(row.images) and not row.unaskable:
+        row = dataclasses.replace(row, unaskable=f"{where} has {len(row.images)} of its {named} images")
+    if row.options:
+        return choice.with_option_answer(row, file)
+    whole = closed(row)
+    return checks.with_answer_in(row, list(whole.options), whole.answer, where)
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
-    """All images first, then the question with the "<image 1>" marks in its text (VLMEvalKit's Qwen2-VL)."""
-    return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
+    """All images first, then the question with the "<image 1>" marks in its text, always in English.
+
+    This is _build_mmmu_prompt of VLMEvalKit's Qwen2-VL wrapper, which has no Chinese instruction.
+    """
+    return choice.sample(row, choice.question_text(row, chinese=False), source=NAME, thinking=thinking)
 
 
 def closed(row: Row) -> Row:
@@ -40,10 +77,12 @@ def closed(row: Row) -> Row:
     if "A" not in row.options:
         options = {**row.options, "A": row.answer, "B": "Other Answers"}
         row = dataclasses.replace(row, options=dict(sorted(options.items())))
-    right = row.answer if row.answer in string.ascii_uppercase and len(row.answer) == 1 else "A"
+    letter = choice.bare(row.answer)
+    right = letter if letter in string.ascii_uppercase and len(letter) == 1 else "A"
     return dataclasses.replace(row, answer=right)
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],

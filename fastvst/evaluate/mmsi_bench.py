@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice, easi
-from fastvst.evaluate.files import Row, check_unique, locate, read_image, read_parquet
+from fastvst.evaluate import checks, choice, easi
+from fastvst.evaluate.files import Row, locate, read_parquet
 from fastvst.evaluate.report import Report
 from fastvst.evaluate.tsv import load_rows
 
@@ -23,6 +24,7 @@ DOWNLOAD = (
 )
 FILES = ("*.parquet", "data/*.parquet", "MMSI_Bench.tsv", "MMSIBench_wo_circular.tsv", "*.tsv")
 INSTRUCTION = "Answer with the option's letter from the given choices directly. Enclose the option's letter within ``."
+LETTERS = "ABCD"
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 
@@ -31,20 +33,34 @@ def load(path: str | Path) -> list[Row]:
     """Rows of the Parquet file or TSV. Errors name the file to download."""
     files = locate(path, FILES, DOWNLOAD)
     if files[0].suffix == ".tsv":
-        return load_rows(files[0], ["answer", "category"], DOWNLOAD)
+        rows = load_rows(files[0], ["answer", "category"], DOWNLOAD)
+        return checks.checked([_with_letter(row, files[0]) for row in rows], files[0])
     rows = []
     for file in files:
-        for cell in read_parquet(file, ["id", "images", "question_type", "question", "answer"], DOWNLOAD):
-            rows.append(
-                Row(
-                    id=str(cell["id"]),
-                    question=cell["question"],
-                    answer=cell["answer"],
-                    category=cell["question_type"],
-                    images=tuple(read_image(image, file.parent) for image in cell["images"]),
-                )
-            )
-    return check_unique(rows, path)
+        cells = read_parquet(file, ["id", "images", "question_type", "question", "answer"], DOWNLOAD)
+        rows += [_row(cell, file, number) for number, cell in enumerate(cells)]
+    return checks.checked(rows, path)
+
+
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    identifier = checks.identifier(cell, "id", file, number)
+    where = f"{file}, row {identifier}"
+    images, unaskable = checks.images(cell["images"] or [], file.parent, where)
+    row = Row(
+        id=identifier,
+        question=checks.text(cell, "question", where),
+        answer=checks.text(cell, "answer", where),
+        category=checks.category(cell["question_type"]),
+        images=images,
+        unaskable=unaskable,
+    )
+    return _with_letter(row, file)
+
+
+def _with_letter(row: Row, file: Path) -> Row:
+    """The row; marked as unscorable if its answer is a letter that no extraction of the official rule returns."""
+    letters = [letter for letter in LETTERS if not row.options or letter in row.options]
+    return checks.with_answer_in(row, letters, choice.bare(row.answer), f"{file}, row {row.id}")
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
@@ -100,4 +116,5 @@ def score(
         failures=failures,
         extract=lambda text, _: read(text),
         protocol=f"non-circular; {extraction} extraction, accuracy over all questions",
+        published=1000,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastvst.evaluate import choice
 
-SET = choice.ChoiceSet("MMStar", file="MMStar.tsv", required=("category",))
+SET = choice.ChoiceSet("MMStar", file="MMStar.tsv", questions=1500, required=("category",))
 NAME = SET.name
 DOWNLOAD = SET.download
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS

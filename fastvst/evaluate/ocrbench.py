@@ -6,13 +6,15 @@ The score of 1,000 is the number of correct answers; the paper divides it by ten
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
+from fastvst.evaluate import checks, choice
 from fastvst.evaluate.files import Row, locate
 from fastvst.evaluate.report import (
+    Published,
     Report,
     align,
     by_category,
@@ -20,6 +22,7 @@ from fastvst.evaluate.report import (
     mean_score,
     paper,
     paper_source,
+    reported,
     scored,
 )
 from fastvst.evaluate.tsv import load_rows
@@ -27,6 +30,7 @@ from fastvst.evaluate.tsv import load_rows
 NAME = "OCRBench"
 DOWNLOAD = "Download OCRBench.tsv (VLMEvalKit's copy of OCRBench) and pass the file or its folder as the data path."
 FILES = ("OCRBench.tsv",)
+PUBLISHED = Published((1000,))
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
 INSTRUCTION = "\nPlease try to answer the question with short words or phrases if possible."
@@ -46,12 +50,25 @@ def load(path: str | Path) -> list[Row]:
     """Rows of the TSV. Errors name the file to download.
 
     Raises:
-        ValueError: an answer that is not a list of texts.
+        ValueError: an answer that is not a list of texts, or a category that is none of ORDER.
     """
-    rows = load_rows(locate(path, FILES, DOWNLOAD)[0], ["answer", "category"], DOWNLOAD)
-    for row in rows:
-        accepted(row)
-    return rows
+    file = locate(path, FILES, DOWNLOAD)[0]
+    return checks.checked([_checked(row, file) for row in load_rows(file, ["answer", "category"], DOWNLOAD)], file)
+
+
+def _checked(row: Row, file: Path) -> Row:
+    where = f"{file}, row {row.id}"
+    if row.category and row.category not in ORDER:
+        raise ValueError(f"{where}: unknown category {row.category!r}; expected one of {', '.join(ORDER)}")
+    try:
+        texts = accepted(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{where} has no answer: it accepts {row.answer}. {DOWNLOAD}")
+    if not all(text.strip() for text in texts):
+        return dataclasses.replace(row, unscorable=f"{where}: its answers {row.answer[:80]} accept every reply")
+    return row
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
@@ -63,11 +80,12 @@ def accepted(row: Row) -> list[str]:
     """The accepted texts of an answer cell like "['CENTRE', 'center']". Raises ValueError for another format."""
     try:
         value = ast.literal_eval(row.answer)
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"{NAME}, row {row.id}: answer {row.answer[:80]!r} is not a list of texts. {DOWNLOAD}"
-        ) from error
-    return [str(text) for text in value] if isinstance(value, (list, tuple)) else [str(value)]
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"answer {row.answer[:80]!r} is not a list of texts. {DOWNLOAD}") from error
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(text, (str, int, float)) or text is None for text in texts):
+        raise ValueError(f"answer {row.answer[:80]!r} is not a list of texts. {DOWNLOAD}")
+    return ["" if text is None else str(text) for text in texts]
 
 
 def is_right(prediction: str, answers: Sequence[str], category: str) -> bool:
@@ -79,6 +97,7 @@ def is_right(prediction: str, answers: Sequence[str], category: str) -> bool:
     return any(a.lower().strip().replace("\n", " ") in folded for a in answers)
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],

@@ -6,7 +6,7 @@ They are read to resume a run and to score it. Files of other programs can be re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,24 @@ def _prediction(cell: Any, where: str) -> Prediction:
     text = cell[key]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: {key} is a {type(text).__name__}; expected a text, or null for a failed question")
+    if isinstance(identifier, float) and identifier.is_integer():
+        identifier = int(identifier)  # as pandas writes a column of integers with a gap
     return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(cell.get("tokens") or 0))
 
 
-def for_rows(rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[list[str | None], dict[str, str]]:
+def for_rows(
+    rows: Sequence[Row], predictions: Sequence[Prediction], others: Collection[str] = ()
+) -> tuple[list[str | None], dict[str, str]]:
     """One text (or None) per row, and id -> reason for rows without a text. Of equal ids the last one counts.
 
+    Args:
+        others: ids of the same benchmark that are not in `rows`; their predictions are ignored.
+
     Raises:
-        ValueError: no row has an id: the predictions belong to another benchmark or version.
+        ValueError: an id that is neither in `rows` nor in `others`: the predictions belong to another benchmark or
+            version.
     """
-    known = {row.id for row in rows}
+    known = {row.id for row in rows} | set(others)
     strange = [p.id for p in predictions if p.id not in known]
     if strange:
         raise ValueError(
@@ -82,3 +90,20 @@ def for_rows(rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[li
         if text is None or found[row.id].failed
     }
     return texts, reasons
+
+
+def remarks(rows: Sequence[Row], predictions: Sequence[Prediction]) -> list[str]:
+    """What `for_rows` ignored: predictions of other rows, and all but the last prediction of an id if they differ."""
+    asked = {row.id for row in rows}
+    beyond = {p.id for p in predictions} - asked
+    texts: dict[str, set[str | None]] = {}
+    for prediction in predictions:
+        texts.setdefault(prediction.id, set()).add(prediction.prediction)
+    differing = sorted(i for i, found in texts.items() if len(found) > 1 and i in asked)
+    notes = []
+    if beyond:
+        notes.append(f"{len(beyond)} predictions are of questions that this report leaves out, and are ignored")
+    if differing:
+        shown = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
+        notes.append(f"{len(differing)} questions have several predictions that differ; the last one counts: {shown}")
+    return notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastvst.evaluate import choice
 
-SET = choice.ChoiceSet("RealWorldQA", file="RealWorldQA.tsv")
+SET = choice.ChoiceSet("RealWorldQA", file="RealWorldQA.tsv", questions=765)
 NAME = SET.name
 DOWNLOAD = SET.download
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS

@@ -246,7 +246,8 @@ def _score_group(
     majority = [score(constant, held_out[i].answer) for i in rows]
     guesses = [_random_score(held_out[i].answer, texts, rng) for i in rows]
     interval = bootstrap([scores[i] for i in rows], rooms)
-    return TaskScore(name, len(rows), interval, bootstrap(majority, rooms), bootstrap(guesses, rooms), constant)
+    chance = bootstrap(guesses, rooms, trials=False)  # expected scores
+    return TaskScore(name, len(rows), interval, bootstrap(majority, rooms), chance, constant)
 
 
 def _gold_text(question: Question) -> str:

@@ -73,6 +73,8 @@ def answer(
 ) -> Speed:
     """Answer `rows` and append one line each to `path`. Rows that `path` already answers are skipped.
 
+    Rows that cannot be asked or scored are skipped too: the report names them.
+
     A question that cannot be encoded, or that does not fit into memory alone, gets a line with the reason and no
     prediction. Questions about the same images or video are neighbours: the media are decoded once and go through the
     vision tower once.
@@ -85,7 +87,7 @@ def answer(
     """
     jsonl.drop_torn_line(path)
     done = {p.id for p in predictions.read(path)} if path.exists() else set()
-    left = in_order_of_media([row for row in rows if row.id not in done])
+    left = in_order_of_media([row for row in rows if row.id not in done and row.askable])
     begin = time.monotonic()
     asked = 0
     tokens = 0

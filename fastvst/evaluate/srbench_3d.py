@@ -14,7 +14,17 @@ from pathlib import Path
 from fastvst.data.sample import Sample
 from fastvst.evaluate import choice
 from fastvst.evaluate.files import Row
-from fastvst.evaluate.report import Report, Score, Scored, by_category, mean_score, paper, paper_source
+from fastvst.evaluate.report import (
+    Published,
+    Report,
+    Score,
+    Scored,
+    by_category,
+    mean_score,
+    paper,
+    paper_source,
+    reported,
+)
 
 NAME = "3DSRBench"
 DOWNLOAD = (
@@ -24,6 +34,7 @@ DOWNLOAD = (
 FILES = ("3DSRBench.tsv", "3dsrbench_v1_vlmevalkit_circular.tsv", "3dsrbench_v1_vlmevalkit.tsv")
 MAX_NEW_TOKENS = choice.MAX_NEW_TOKENS
 PROCESSOR = choice.PIXELS
+PUBLISHED = Published((11_686,), "rows with their flips and rotations")
 QUESTION = 8
 FLIP = "-flip"
 # Setting -> key that copies of one question share (prefix lengths of VLMEvalKit).
@@ -48,6 +59,7 @@ def prompt(row: Row, *, thinking: bool = False) -> Sample:
     return choice.sample(row, choice.question_text(row), source=NAME, thinking=thinking)
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
@@ -55,7 +67,7 @@ def score(
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
 ) -> Report:
-    """Vanilla accuracy, and the three stricter ones."""
+    """Vanilla accuracy, and the three stricter ones, as far as the rows hold mirrored or rotated copies."""
     lines = choice.judge(rows, predictions, thinking=thinking, failures=failures)
     clusters = [row.scene or row.id for row in rows]
     qids = [row.fields["qid"] for row in rows]
@@ -65,10 +77,16 @@ def score(
         + (choice.THINKING_NOTE if thinking else ""),
         overall=mean_score("overall", lines, clusters, paper("main", "3DSR")),
         categories=by_category(lines, clusters),
-        others=tuple(_strict(name, lines, qids, key) for name, key in KEYS.items()),
+        others=tuple(_strict(name, lines, qids, KEYS[name]) for name in _settings(qids)),
         rows=lines,
         source=paper_source() + " (on the scale of vanilla accuracy)",
     )
+
+
+def _settings(qids: Sequence[str]) -> list[str]:
+    """The settings of KEYS for which the rows hold copies: without rotations nothing is called circular."""
+    single = [name for name in ("flip", "circular") if len({*map(KEYS[name], qids)}) < len(qids)]
+    return [*single, "flip and circular"] if len(single) == 2 else single
 
 
 def _strict(name: str, lines: Sequence[Scored], qids: Sequence[str], key: Callable[[str], str]) -> Score:

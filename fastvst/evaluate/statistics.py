@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +22,47 @@ class Interval:
         return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def bootstrap(scores: Sequence[float], clusters: Sequence[Any], *, draws: int = 2000, seed: int = 0) -> Interval:
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson(mean: float, count: float) -> Interval:
+    """Wilson's 95 % interval (1927) of a share `mean` of `count` independent trials; 0 of 10 gives [0, 0.278]."""
+    square = Z * Z / count
+    centre = (mean + square / 2) / (1 + square)
+    half = math.sqrt(max(mean * (1 - mean), 0.0) * square + square * square / 4) / (1 + square)
+    return Interval(mean, max(min(centre - half, mean), 0.0), min(max(centre + half, mean), 1.0))
+
+
+def interval_of(mean: float, draws: np.ndarray, clusters: float, *, share: bool = True) -> Interval:
+    """The 95 % percentile interval of bootstrap draws; Wilson's where all draws are equal.
+
+    Equal draws (every answer right, every answer wrong, a single scene) say nothing about the spread. Wilson's interval
+    then takes each cluster as one trial.
+
+    Args:
+        clusters: number of independent units.
+        share: whether the scores are in [0, 1]; otherwise equal draws give an interval without width.
+    """
+    low, high = np.percentile(draws, [2.5, 97.5])
+    if share and high - low < 1e-12:
+        return wilson(min(max(mean, 0.0), 1.0), clusters)
+    return Interval(mean, float(low), float(high))
+
+
+def bootstrap(
+    scores: Sequence[float], clusters: Sequence[Any], *, draws: int = 2000, seed: int = 0, trials: bool = True
+) -> Interval:
     """Mean of `scores` with a 95 % percentile interval, resampling whole clusters.
 
     Questions about one room share its images and objects and are not independent. The bootstrap therefore draws rooms
-    instead of questions (Efron & Tibshirani 1993, ch. 8).
+    instead of questions (Efron & Tibshirani 1993, ch. 8). Where all draws are equal, as at 0 % and 100 %, the interval
+    is Wilson's with one trial per cluster.
 
     Args:
-        scores: (n,) each in [0, 1].
+        scores: (n,).
         clusters: (n,) the room (or scene, or video) of each score.
+        trials: the scores are results of answers. False for expected scores, which are exact: equal ones keep an
+            interval without width.
     """
     if len(scores) == 0:
         raise ValueError("bootstrap() needs at least one score; got none")
@@ -39,8 +72,8 @@ def bootstrap(scores: Sequence[float], clusters: Sequence[Any], *, draws: int = 
     counts = np.bincount(inverse, minlength=len(names))
     picks = np.random.default_rng(seed).integers(0, len(names), size=(draws, len(names)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+    share = trials and bool(values.min() >= 0.0 and values.max() <= 1.0)
+    return interval_of(float(values.mean()), means, len(names), share=share)
 
 
 def best_constant(

@@ -9,13 +9,15 @@ ARKitScenes files of the same data set have the same format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
+from fastvst.evaluate import checks, choice
 from fastvst.evaluate.average_precision import (
     Matches,
     Question,
@@ -24,9 +26,9 @@ from fastvst.evaluate.average_precision import (
     pool,
     resampled,
 )
-from fastvst.evaluate.files import Row, check_unique, locate, read_json
-from fastvst.evaluate.report import Report, Score, align, paper, paper_source, scored
-from fastvst.evaluate.statistics import Interval
+from fastvst.evaluate.files import Row, locate, read_json
+from fastvst.evaluate.report import Published, Report, Score, align, paper, paper_source, reported, scored
+from fastvst.evaluate.statistics import Interval, interval_of
 from fastvst.spatial.boxes import corners, iou_3d_sets, parse_boxes
 from fastvst.spatial.prompts import detection_prompt
 
@@ -41,6 +43,8 @@ PROMPTS = ("*prompt*.json", "annotations/*prompt*.json")
 FIELDS = ("uid", "image_path", "width", "height", "category", "camera_intrinsics", "answer")
 MAX_NEW_TOKENS = 1024
 PROCESSOR = {"enable_fov": True, "fov_base_width": 960.0}
+INTRINSICS = ("fx", "fy", "cx", "cy")
+LARGEST = 1e6  # metres; a predicted box with a larger number, or with NaN, has IoU 0
 HEIGHT_LIMIT = 10.5  # ground truth whose projection is at least this many image heights tall is ignored
 FACE_AREA = 1e-8  # square metres; a predicted box with a smaller face triangle has IoU 0
 AT = 2  # index of IoU 0.15 in THRESHOLDS
@@ -53,46 +57,55 @@ def load(path: str | Path) -> list[Row]:
     `path` is the folder or the ground-truth file. Without a prompt file the prompt is built from the intrinsics.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing (the message says what to download and where to put it); a box
-            is not nine numbers; the two files have different uids.
+        FileNotFoundError, ValueError: a file is missing (the message says what to download and where to put it); a row
+            has no boxes, or a box is not nine finite numbers; the two files have different uids.
     """
     truth = locate(path, TRUTH, DOWNLOAD)[0]
     table = read_json(truth, FIELDS, DOWNLOAD)
-    folder = truth.parent.parent if truth.parent.name == "annotations" else truth.parent
     prompts = _prompts(Path(path), truth)
-    rows = []
-    for cell in table:
-        uid = str(cell["uid"])
-        boxes = np.asarray(cell["answer"], dtype=np.float64).reshape(-1, 9) if _is_boxes(cell["answer"]) else None
-        if boxes is None:
-            raise ValueError(
-                f"{truth}, uid {uid}: answer {str(cell['answer'])[:80]} is not a list of nine numbers each"
-            )
-        if prompts is not None and uid not in prompts:
-            raise ValueError(
-                f"{truth}, uid {uid}: the prompt file has no such uid; the two files are of different versions"
-            )
-        intrinsics = {k: float(cell["camera_intrinsics"][k]) for k in ("fx", "fy", "cx", "cy")}
+    return checks.checked([_row(cell, truth, prompts, number) for number, cell in enumerate(table)], truth)
+
+
+def _row(cell: dict[str, Any], truth: Path, prompts: Mapping[str, str] | None, number: int) -> Row:
+    uid = checks.identifier(cell, "uid", truth, number)
+    where = f"{truth}, uid {uid}"
+    boxes = _boxes(cell["answer"], where)
+    if prompts is not None and uid not in prompts:
+        raise ValueError(f"{where}: the prompt file has no such uid; the two files are of different versions")
+    try:
+        intrinsics = {k: float(cell["camera_intrinsics"][k]) for k in INTRINSICS}
         width = int(cell["width"])
         height = int(cell["height"])
-        question = f"Detect the 3D bounding boxes of {cell['category']}"
-        text = prompts[uid] if prompts is not None else detection_prompt(question, width, height, **intrinsics)
-        rows.append(
-            Row(
-                id=uid,
-                question=text,
-                answer=f"{len(boxes)} boxes",
-                category=str(cell["category"]),
-                images=(folder / cell["image_path"],),
-                scene=str(cell["image_path"]),
-                fields={"boxes": boxes, "height": height, "intrinsics": intrinsics},
-            )
-        )
-    return check_unique(rows, truth)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: width, height or camera_intrinsics are not numbers ({error})") from error
+    category = checks.text(cell, "category", where)
+    asked = f"Detect the 3D bounding boxes of {category}"
+    text = prompts[uid] if prompts is not None else detection_prompt(asked, width, height, **intrinsics)
+    folder = truth.parent.parent if truth.parent.name == "annotations" else truth.parent
+    path = checks.category(cell["image_path"])
+    return Row(
+        id=uid,
+        question=checks.text({"question": text}, "question", where),
+        answer=f"{len(boxes)} boxes",
+        category=category,
+        images=(folder / path,) if path else (),
+        scene=path,
+        fields={"boxes": boxes, "height": height, "intrinsics": intrinsics},
+        unaskable="" if path else f"{where} has no image",
+    )
 
 
-def _is_boxes(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(box, list) and len(box) == 9 for box in value)
+def _boxes(value: Any, where: str) -> np.ndarray:
+    """(N, 9) float64, N > 0. Raises ValueError for anything else."""
+    if checks.is_missing(value):
+        raise ValueError(f"{where} has no answer: a question names a category of which the image shows a box")
+    try:
+        boxes = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        boxes = np.zeros(0)
+    if boxes.ndim != 2 or boxes.shape[1] != 9 or not np.isfinite(boxes).all():
+        raise ValueError(f"{where}: answer {str(value)[:80]} is not a list of nine numbers each")
+    return boxes
 
 
 def _prompts(path: Path, truth: Path) -> dict[str, str] | None:
@@ -141,10 +154,12 @@ def _ignored(rows: Sequence[Row], truth: Sequence[np.ndarray]) -> list[np.ndarra
 def overlaps(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> list[np.ndarray]:
     """(D, G) exact IoU of every question.
 
-    A predicted size counts by its absolute value. Boxes with a face triangle of at most 1e-8 square metres have IoU 0.
+    A predicted size counts by its absolute value. Boxes with a face triangle of at most 1e-8 square metres have IoU 0,
+    and so have boxes with NaN or with a number of 1e6 or more.
     """
     counts = [len(found) for found in predicted]
     every = np.concatenate([np.zeros((0, 9)), *predicted])
+    every = np.where((np.abs(every) < LARGEST).all(1, keepdims=True), every, 0.0)
     x, y, z = every[:, 3:6].T
     every = np.concatenate([every[:, :3], np.abs(every[:, 3:6]), every[:, 6:]], axis=1)
     flat = np.minimum(np.minimum(np.abs(x * y), np.abs(y * z)), np.abs(x * z)) / 2 <= FACE_AREA
@@ -156,28 +171,83 @@ def overlaps(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> li
     return ious
 
 
+def vst_boxes(text: str) -> np.ndarray:
+    """(N, 9) boxes of a reply, metres and degrees, as VST reads them (Yangr116/VST, vst/utils/box3d_utils.py).
+
+    The JSON is the text between the first line that is exactly "```json" and the next "```"; without such a line it is
+    the whole text. Entries whose `bbox_3d` is missing, or is not nine long, are dropped. Any other fault (broken JSON,
+    an entry that is no object, a box of anything but numbers) leaves no box of the reply.
+    """
+    none = np.zeros((0, 9))
+    lines = text.splitlines()
+    if "```json" in lines:
+        text = "\n".join(lines[lines.index("```json") + 1 :]).split("```")[0]
+    try:
+        entries = json.loads(text)
+        found = [entry.get("bbox_3d") for entry in entries]
+        nine = [box for box in found if box is not None and len(box) == 9]
+        boxes = np.array([[_number(x) for x in box] for box in nine], dtype=np.float64).reshape(-1, 9)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return none
+    boxes[:, 6:9] *= 180
+    return boxes
+
+
+def _number(value: object) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} in a box")
+
+
+def lenient_boxes(text: str) -> np.ndarray:
+    """(N, 9) boxes that `vst_boxes` reads, and those of four more forms.
+
+    These are a fence with blanks around it, `<3dbbox>` tags, the good entries of a list that has a bad one, and the
+    finite boxes of a list that has NaN or numbers of 1e6 or more.
+    """
+    found = parse_boxes(text)[0]
+    return found if len(found) else vst_boxes(text)
+
+
+# How boxes are read: VST's own reader (the paper's numbers), or a reader that forgives more.
+EXTRACTIONS: dict[str, Callable[[str], np.ndarray]] = {"vst": vst_boxes, "lenient": lenient_boxes}
+
+
+def _images(rows: Sequence[Row]) -> int:
+    return len({row.scene or row.id for row in rows})
+
+
+# The val split has 5,050 images. The number of questions is not published.
+PUBLISHED = Published((4545,), "images", _images, at_least=True)
+
+
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
     *,
     thinking: bool = False,
     failures: Mapping[str, str] | None = None,
+    extraction: str = "vst",
 ) -> Report:
     """AP@15 as the mean over categories, and AP25, AP50, AP (mean of all thresholds), near, medium and far.
 
     An answer that cannot be parsed has no boxes. The score of a single question is the F1 of its boxes at IoU 0.15; it
     only sorts the error page. Intervals draw images with all of their questions.
+
+    Raises:
+        ValueError: an unknown `extraction`, or the number of predictions is not the number of rows.
     """
+    read = choice.pick(NAME, EXTRACTIONS, extraction)
     texts, reasons = align(rows, predictions, failures)
     boxes = [
-        parse_boxes("" if r.id in reasons else choice.final_answer(t, thinking))[0]
-        for r, t in zip(rows, texts, strict=True)
+        read("" if r.id in reasons else choice.final_answer(t, thinking)) for r, t in zip(rows, texts, strict=True)
     ]
     truth = [row.fields["boxes"] for row in rows]
     ious = overlaps(boxes, truth)
     ignored = _ignored(rows, truth)
     questions = [
-        Question(iou, found[:, 2], real[:, 2], skip)
+        Question(iou, np.nan_to_num(found[:, 2]), real[:, 2], skip)
         for iou, found, real, skip in zip(ious, boxes, truth, ignored, strict=True)
     ]
     members: dict[str, list[int]] = {}
@@ -186,28 +256,36 @@ def score(
     matches = match_ranges(questions)
     f1 = [_f1(m) for m in matches["all"]]
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
-    images = [row.scene for row in rows]
+    images = [row.scene or row.id for row in rows]
+    drawn = len(set(images))
     whole = _table(matches["all"], members, images)
     tables = {
         label: whole if found is matches["all"] else _table(found, members, images) for label, found in matches.items()
     }
     if not whole:
         raise ValueError(f"{NAME}: no ground truth counts in these {len(rows)} questions; this is not the right file")
-    others = [Score(f"AP{cut}", len(rows), _mean(whole, k)) for cut, k in ((25, 4), (50, 9))]
-    others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), _mean(whole)))
+    others = [Score(f"AP{cut}", len(rows), _mean(whole, drawn, k)) for cut, k in ((25, 4), (50, 9))]
+    others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), _mean(whole, drawn)))
     others += [
-        Score(f"AP {label}", len(rows), _mean(tables[label])) for label in ("near", "medium", "far") if tables[label]
+        Score(f"AP {label}", len(rows), _mean(tables[label], drawn))
+        for label in ("near", "medium", "far")
+        if tables[label]
     ]
     return Report(
         benchmark=NAME,
         protocol="Omni3D evaluation as VST runs it: one image a question, score 1.0 for every box, AP at IoU 0.15 over "
-        f"{len(whole)} categories, exact oriented IoU" + (choice.THINKING_NOTE if thinking else ""),
-        overall=Score("AP15", len(rows), _mean(whole, AT), paper("sunrgbd", "AP15")),
-        categories=tuple(Score(n, len(members[n]), _mean({n: whole[n]}, AT)) for n in sorted(whole)),
+        f"{len(whole)} categories, exact oriented IoU; {extraction} extraction"
+        + (choice.THINKING_NOTE if thinking else ""),
+        overall=Score("AP15", len(rows), _mean(whole, drawn, AT), paper("sunrgbd", "AP15")),
+        categories=tuple(_category(n, whole[n], [images[i] for i in members[n]]) for n in sorted(whole)),
         others=tuple(others),
         rows=lines,
         source=paper_source() + " (AP@15, Total3D version of the val split)",
     )
+
+
+def _category(name: str, table: np.ndarray, images: Sequence[str]) -> Score:
+    return Score(name, len(images), _mean({name: table}, len(set(images)), AT))
 
 
 def _f1(found: Matches) -> float:
@@ -235,11 +313,11 @@ def _table(
     return table
 
 
-def _mean(table: Mapping[str, np.ndarray], threshold: int | None = None) -> Interval:
-    """Mean over categories at one threshold, or at all, with its percentile interval."""
+def _mean(table: Mapping[str, np.ndarray], images: int, threshold: int | None = None) -> Interval:
+    """Mean over categories at one threshold, or at all, with its interval; `images` were drawn."""
     values = np.stack(list(table.values()))
     values = values.mean(-1) if threshold is None else values[..., threshold]
     present = ~np.isnan(values)
     means = np.where(present, values, 0.0).sum(0) / np.maximum(present.sum(0), 1)
-    low, high = np.percentile(means[1:][present[:, 1:].any(0)], [2.5, 97.5])
-    return Interval(float(means[0]), float(low), float(high))
+    draws = means[1:][present[:, 1:].any(0)]
+    return interval_of(float(means[0]), draws if len(draws) else means[:1], images)

@@ -7,15 +7,14 @@ that holds the image (VLMEvalKit's ImageBaseDataset).
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastvst.evaluate.files import Row, check_unique, require
+from fastvst.evaluate.checks import checked, is_missing, listed
+from fastvst.evaluate.files import Row, require
 
 REFERENCE = 64  # characters; a shorter image cell is the index of another row
 BLOCK = 1 << 28  # bytes; larger than any published row (MMMU's largest is about 20 MB)
@@ -33,6 +32,9 @@ def read_tsv(path: Path, required: Sequence[str], download: str) -> list[dict[st
     with open(path, encoding="utf-8-sig") as file:
         names = [name.strip('"') for name in file.readline().rstrip("\r\n").split("\t")]
     require(required, names, path, download)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} has the column {repeated[0]} more than once. {download}")
     size = path.stat().st_size
     try:
         table = csv.read_csv(
@@ -52,58 +54,62 @@ def read_tsv(path: Path, required: Sequence[str], download: str) -> list[dict[st
 def load_rows(path: Path, required: Sequence[str], download: str, *, category: str = "category") -> list[Row]:
     """A TSV as rows. Options are the filled one-letter columns; other columns go to `fields`.
 
+    A row without an image, or without one of its images, is marked as unaskable.
+
     Raises:
-        ValueError: see `read_tsv`; an image is not base64, or refers to a row without an image.
+        ValueError: see `read_tsv`; a row has no index, no question or no answer; an image is not base64, or refers to a
+            row without an image.
     """
     table = read_tsv(path, ["index", "question", *required], download)
-    cells = {row["index"]: row.get("image", "") for row in table}
-    decoded: dict[str, tuple[bytes | Path, ...]] = {}
+    cells = {row.get("index", ""): row.get("image", "") for row in table}
+    decoded: dict[str, tuple[bytes, ...]] = {}
     rows = []
     for number, cell in enumerate(table):
-        index = cell.get("index")
-        if index is None or "question" not in cell:
-            raise ValueError(f"{path}, row {number} has no index or no question. {download}")
+        index = cell.get("index", "").strip()
+        if not index:
+            raise ValueError(f"{path}, row number {number} has no index. {download}")
+        for name in ("question", *(["answer"] if "answer" in required else [])):
+            if is_missing(cell.get(name)):
+                raise ValueError(f"{path}, row {index} has no {name}. {download}")
+        images, unaskable = _images(cell, cells, decoded, path)
         rows.append(
             Row(
                 id=index,
                 question=cell["question"],
                 answer=cell.get("answer", ""),
                 category=cell.get(category, ""),
-                images=_images(cell, cells, decoded, path),
+                images=images,
                 options={c: cell[c] for c in string.ascii_uppercase if c in cell},
                 fields={
                     k: v for k, v in cell.items() if k not in ("image", "question", "answer", *string.ascii_uppercase)
                 },
+                unaskable=unaskable,
             )
         )
-    return check_unique(rows, path)
+    return checked(rows, path)
 
 
 def _images(
-    cell: dict[str, str], cells: dict[str, str], decoded: dict[str, tuple[bytes | Path, ...]], path: Path
-) -> tuple[bytes | Path, ...]:
-    text = cell.get("image", "")
+    cell: dict[str, str], cells: dict[str, str], decoded: dict[str, tuple[bytes, ...]], path: Path
+) -> tuple[tuple[bytes | Path, ...], str]:
+    """The images of a row, and why it cannot be asked: an image is missing."""
+    text = cell.get("image", "").strip()
     owner = cell["index"]
+    where = f"{path}, row {owner}"
     if not text:
-        return tuple(path.parent / p for p in _as_list(cell.get("image_path", "")))
-    if len(text) <= REFERENCE:
+        files = [str(part) for part in listed(cell.get("image_path")) if not is_missing(part)]
+        return tuple(path.parent / file for file in files), "" if files else f"{where} has no image"
+    if len(text) <= REFERENCE and text[0] != "[":
         owner = text
         text = cells.get(text, "")
         if len(text) <= REFERENCE:
-            raise ValueError(f"{path}, row {cell['index']}: its image is row {owner!r}, which has no image")
+            raise ValueError(f"{where}: its image is row {owner!r}, which has no image")
     if owner not in decoded:
         try:
-            decoded[owner] = tuple(base64.b64decode(part, validate=False) for part in _as_list(text))
+            decoded[owner] = tuple(base64.b64decode(str(part), validate=False) for part in listed(text))
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"{path}, row {owner}: its image is not base64 ({error})") from error
-    return decoded[owner]
-
-
-def _as_list(text: str) -> list[str]:
-    """A cell that holds one value, or a Python list of them."""
-    if not text:
-        return []
-    if text[0] != "[" or text[-1] != "]":
-        return [text]
-    value: Any = ast.literal_eval(text)
-    return [str(part) for part in value]
+    found = decoded[owner]
+    if not all(found) or not found:
+        return tuple(filter(None, found)), f"{where} has {sum(map(bool, found))} of its {max(len(found), 1)} images"
+    return found, ""

@@ -5,13 +5,15 @@ Files as published (lidingm/ViewSpatial-Bench): ViewSpatial-Bench.json with the 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice
-from fastvst.evaluate.files import Row, check_unique, locate, read_json
+from fastvst.evaluate import checks, choice
+from fastvst.evaluate.files import Row, locate, read_json
 from fastvst.evaluate.report import Report
 
 NAME = "ViewSpatial-Bench"
@@ -30,26 +32,44 @@ ORDER = (
     "Person perspective - Scene Simulation Relative Direction",
 )
 LETTER = re.compile(r"\b([A-D])\b", re.IGNORECASE)
+ANSWER = re.compile(r"\s*\(?([A-D])\b", re.IGNORECASE)  # "A. left"
+SCANNET = re.compile(r"scene\d{4}")  # a room; "_00", "_01" after it are its scans
 
 
 def load(path: str | Path) -> list[Row]:
     """Rows of the JSON file; the id is the position. Image paths are relative to the file's folder."""
     file = locate(path, FILES, DOWNLOAD)[0]
     table = read_json(file, ["question_type", "image_path", "question", "answer", "choices"], DOWNLOAD)
-    rows = []
-    for number, cell in enumerate(table):
-        paths = [cell["image_path"]] if isinstance(cell["image_path"], str) else cell["image_path"]
-        rows.append(
-            Row(
-                id=str(number),
-                question=cell["question"],
-                answer=cell["answer"],
-                category=cell["question_type"],
-                images=tuple(_below(file.parent, p) for p in paths),
-                fields={"choices": cell["choices"]},
-            )
-        )
-    return check_unique(rows, path)
+    return checks.checked([_row(cell, file, number) for number, cell in enumerate(table)], path)
+
+
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    where = f"{file}, row {number}"
+    choices = cell["choices"]
+    if not isinstance(choices, str) or choices.strip()[:1] == "[":
+        choices = "\n".join(checks.options(choices, where))
+    paths = checks.listed(cell["image_path"])
+    present = [str(path) for path in paths if not checks.is_missing(path)]
+    row = Row(
+        id=str(number),
+        question=checks.text(cell, "question", where),
+        answer=checks.text(cell, "answer", where),
+        category=checks.category(cell["question_type"]),
+        images=tuple(_below(file.parent, path) for path in present),
+        scene=_scene(present),
+        fields={"choices": checks.text({"choices": choices}, "choices", where)},
+        unaskable="" if present and len(present) == len(paths) else f"{where} has {len(present)} of its images",
+    )
+    letters = checks.labels(choices.splitlines()) or list("ABCD")
+    return checks.with_answer_in(row, letters, answer_letter(row.answer), where)
+
+
+def _scene(paths: Sequence[str]) -> str:
+    """The room of a ScanNet image, otherwise the image (COCO has one per scene); "" without an image."""
+    if not paths:
+        return ""
+    room = SCANNET.search(paths[0])
+    return room[0] if room else paths[0]
 
 
 def _below(folder: Path, path: str) -> Path:
@@ -71,6 +91,12 @@ def letter(text: str) -> str:
     return found[1].upper() if found else ""
 
 
+def answer_letter(answer: str) -> str:
+    """The letter that a published answer ("A. left") starts with; "" if there is none."""
+    found = ANSWER.match(answer)
+    return found[1].upper() if found else ""
+
+
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],
@@ -79,7 +105,7 @@ def score(
     failures: Mapping[str, str] | None = None,
 ) -> Report:
     """Accuracy over all questions."""
-    right = [Row(r.id, r.question, letter(r.answer), r.category, r.images, scene=r.scene) for r in rows]
+    right = [dataclasses.replace(row, answer=answer_letter(row.answer)) for row in rows]
     return choice.score(
         right,
         predictions,
@@ -88,6 +114,6 @@ def score(
         thinking=thinking,
         failures=failures,
         extract=lambda text, _: letter(text),
-        protocol="first lone letter of the last line, accuracy over all questions",
+        protocol="first lone letter of the last line, accuracy over all questions; intervals by room or image",
         order=ORDER,
     )

@@ -6,16 +6,21 @@ Files as published (nyu-visionx/VSI-Bench): test.jsonl or test-*.parquet, and th
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastvst.data.sample import Sample
-from fastvst.evaluate import choice, easi
-from fastvst.evaluate.files import Row, check_unique, locate, read_json, read_parquet
+from fastvst.evaluate import checks, choice, easi
+from fastvst.evaluate.files import Row, locate, read_json, read_parquet
 from fastvst.evaluate.report import (
+    Published,
     Report,
     Score,
     align,
@@ -24,6 +29,7 @@ from fastvst.evaluate.report import (
     mean_score,
     paper,
     paper_source,
+    reported,
     scored,
 )
 
@@ -52,6 +58,7 @@ BEFORE = "These are frames of a video."
 AFTER_CHOICE = "Answer with the option's letter from the given choices directly."
 AFTER_NUMBER = "Please answer the question using a single word or phrase."
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
+PUBLISHED = Published((5130,))
 # From VST's script: 4 frames per second, 8192 merged patches per video (0.8 x 10240), at least 16 per frame.
 MAX_NEW_TOKENS = 256
 PROCESSOR = {"fps": 4.0, "video_min_pixels": 16 * 28 * 28, "max_seq_len": 10240}
@@ -69,25 +76,44 @@ def load(path: str | Path) -> list[Row]:
         table = (
             read_parquet(file, COLUMNS, DOWNLOAD) if file.suffix == ".parquet" else read_json(file, COLUMNS, DOWNLOAD)
         )
-        for cell in table:
-            if cell["question_type"] not in CHOICES + NUMBERS:
-                raise ValueError(
-                    f"{file}, question {cell['id']}: unknown question_type {cell['question_type']!r}; "
-                    f"expected one of {', '.join(CHOICES + NUMBERS)}"
-                )
-            scene = f"{cell['dataset']}/{cell['scene_name']}"
-            rows.append(
-                Row(
-                    id=str(cell["id"]),
-                    question=cell["question"],
-                    answer=str(cell["ground_truth"]),
-                    category=cell["question_type"],
-                    video=file.parent / f"{scene}.mp4",
-                    scene=scene,
-                    fields={"options": list(cell["options"] or [])},
-                )
-            )
-    return check_unique(rows, path)
+        rows += [_row(cell, file, number) for number, cell in enumerate(table)]
+    return checks.checked(rows, path)
+
+
+def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
+    identifier = checks.identifier(cell, "id", file, number)
+    where = f"{file}, row {identifier}"
+    kind = cell["question_type"]
+    if kind not in CHOICES + NUMBERS:
+        raise ValueError(f"{where}: unknown question_type {kind!r}; expected one of {', '.join(CHOICES + NUMBERS)}")
+    options = checks.options(cell["options"], where) if kind in CHOICES else []
+    lacking = [name for name in ("dataset", "scene_name") if checks.is_missing(cell[name])]
+    scene = "" if lacking else f"{cell['dataset']}/{cell['scene_name']}"
+    row = Row(
+        id=identifier,
+        question=checks.text(cell, "question", where),
+        answer=checks.text(cell, "ground_truth", where),
+        category=kind,
+        video=None if lacking else file.parent / f"{scene}.mp4",
+        scene=scene,
+        fields={"options": options},
+        unaskable=f"{where} has no {' and no '.join(lacking)}, so it names no video" if lacking else "",
+    )
+    return _with_truth(row, where)
+
+
+def _with_truth(row: Row, where: str) -> Row:
+    """The row; marked as unscorable if its answer is no option's letter, or not a finite number."""
+    if row.category in CHOICES:
+        letters = checks.labels(row.fields["options"]) or list(string.ascii_uppercase[: len(row.fields["options"])])
+        return checks.with_answer_in(row, letters, row.answer.upper(), where)
+    try:
+        value = float(row.answer)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value):
+        return row
+    return dataclasses.replace(row, unscorable=f"{where}: answer {row.answer[:80]!r} is not a number")
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:
@@ -174,6 +200,7 @@ EXTRACTIONS: dict[str, tuple[Callable[[str], str], Callable[[str], float | None]
 }
 
 
+@reported(PUBLISHED)
 def score(
     rows: Sequence[Row],
     predictions: Sequence[str | None],

@@ -44,7 +44,8 @@ def test_mmsi_two_thousand_ugly_answers(tmp_path: Path) -> None:
     report = mmsi_bench.score(rows, texts)
     hits = [official_mmsi(t) == r.answer for t, r in zip(texts, rows, strict=True)]
     assert [bool(line.score) for line in report.rows] == hits and 0.05 < np.mean(hits) < 0.95
-    assert report.overall.value.mean == np.mean(hits) and report.overall.paper["VST-7B-RL"] == 34.8
+    assert report.overall.value.mean == np.mean(hits) and not report.overall.paper
+    assert mmsi_bench.score(rows[:1000], texts[:1000]).overall.paper["VST-7B-RL"] == 34.8
     assert "non-circular" in report.protocol and len(report.categories) == 2
 
 

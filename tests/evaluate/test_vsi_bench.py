@@ -145,8 +145,8 @@ def test_intervals_draw_scenes() -> None:
 
 
 def test_markdown_has_the_papers_rows(tmp_path: Path) -> None:
-    rows = vsi_bench.load(write_jsonl(tmp_path / "test.jsonl", cells(40)))
-    text = vsi_bench.score(rows, answers(40)).markdown()
+    rows = vsi_bench.load(write_jsonl(tmp_path / "test.jsonl", cells(5130)))
+    text = vsi_bench.score(rows, answers(5130)).markdown()
     overall = next(line for line in text.splitlines() if line.startswith("| overall"))
     assert "61.2" in overall and "VST-7B-RL (paper)" in text and "2511.05491" in text
 
