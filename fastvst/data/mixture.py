@@ -232,12 +232,12 @@ class Mixture(Iterator[Drawn]):
         }
 
 
-def open_mixture(config: MixtureConfig) -> Mixture:
-    """Open every source of a mixture. Raises what `open_source` raises."""
+def open_mixture(config: MixtureConfig, *, whole_rows: bool = False) -> Mixture:
+    """Open every source of a mixture; for whole_rows see `Source`. Raises what `open_source` raises."""
     sources = [
         open_source(s.path, s.format, name=s.name, image_folder=s.image_folder, split=s.split) for s in config.sources
     ]
-    return Mixture(sources, config)
+    return Mixture([s.with_whole_rows() for s in sources] if whole_rows else sources, config)
 
 
 def iterate_once(config: SourceConfig) -> Iterator[Sample]:

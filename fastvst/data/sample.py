@@ -31,6 +31,7 @@ class Sample:
         answer: the checkable form of the answer, or None. A dict with "type" ("choice", "text", "number", "boxes"),
             "value", and for some types "unit" and "tolerance".
         metadata: other JSON-able values of the row.
+        row: the row as it was read, all columns; only in sources opened `with_whole_rows`, else None.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Sample:
     messages: list[Message]
     answer: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def from_messages(

@@ -416,3 +416,19 @@ def test_importing_the_data_layer_is_light() -> None:
     code = f"import sys, fastvst.data; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrow"])
+def test_a_source_with_whole_rows_keeps_each_row_as_it_was_read(tmp_path, suffix: str) -> None:
+    rows = [{"id": f"r{i}", "question": "how many?", "answer": "2", "mine": i, "nested": {"a": [i]}} for i in range(3)]
+    path = tmp_path / f"rows.{suffix}"
+    table = pa.Table.from_pylist(rows)
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    assert [sample.row for sample in open_source(path).with_whole_rows()] == rows
+    assert [sample.row for sample in open_source(path)] == [None] * 3

@@ -28,11 +28,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """A Parquet file; its blocks are its row groups. Only the columns of the row forms are read."""
+    """A Parquet file; its blocks are its row groups. Reads the columns of the row forms, or all with `whole`."""
 
     path: Path
     block_rows: list[int]
     columns: list[str]
+    whole: bool = False
 
     @classmethod
     def open(cls, path: Path) -> ParquetTable:
@@ -42,7 +43,7 @@ class ParquetTable:
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
-        columns = [c for c in self.columns if c in COLUMNS]
+        columns = [c for c in self.columns if self.whole or c in COLUMNS]
         at = 0
         unreadable = (pa.ArrowException, OSError)  # a local: the generator may be closed after its module is unloaded
         try:
@@ -61,11 +62,12 @@ class ParquetTable:
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches."""
+    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches. `whole` as for Parquet."""
 
     path: Path
     block_rows: list[int]
     columns: list[str]
+    whole: bool = False
 
     @classmethod
     def open(cls, path: Path) -> ArrowTable:
@@ -75,7 +77,7 @@ class ArrowTable:
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on."""
         batch = _record_batches(self.path)[block]
-        batch = batch.select([c for c in self.columns if c in COLUMNS])
+        batch = batch.select([c for c in self.columns if self.whole or c in COLUMNS])
         for at in range(start, batch.num_rows, BATCH):
             yield from batch.slice(at, BATCH).to_pylist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Source:
         problems: unusable files ("empty_file", "unreadable_file"); the loader adds them to the ledger.
         folder: folder in which relative image paths start; None: the folder of the file that names them.
         ledger: records bad rows during iteration; None: iteration raises them and may be continued with next().
+        whole_rows: samples keep their row as it was read (`Sample.row`), with the columns that no row form reads.
     """
 
     name: str
@@ -54,12 +56,18 @@ class Source:
     problems: list[SampleError] = field(default_factory=list)
     folder: Path | None = None
     ledger: Ledger | None = None
+    whole_rows: bool = False
 
     def __len__(self) -> int:
         return sum(self.block_rows)
 
     def __iter__(self) -> Iterator[Sample]:
         return SourceIterator(self)
+
+    def with_whole_rows(self) -> Source:
+        """The same source; its samples keep their row as it was read."""
+        tables = [t if isinstance(t, JsonTable) else dataclasses.replace(t, whole=True) for t in self.tables]
+        return dataclasses.replace(self, tables=tables, whole_rows=True)
 
     def where(self, block: int, row: int) -> str:
         """File and row as text: "shard-00003.parquet[2][17]" is row 17 of block 2 of the file."""
@@ -82,7 +90,9 @@ class Source:
                     raise SampleError(
                         "bad_schema", self.name, where, f"a row with `{form}` in a data set of format {self.format}"
                     )
-                yield to_sample(content, source=self.name, where=where, folder=folder)
+                sample = to_sample(content, source=self.name, where=where, folder=folder)
+                sample.row = content if self.whole_rows else None
+                yield sample
             except SampleError as error:
                 yield error
             except (AttributeError, KeyError, TypeError, ValueError) as error:  # a row of an unexpected structure
