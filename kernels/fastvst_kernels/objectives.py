@@ -318,13 +318,18 @@ class Reinforce(Objective):
 
 
 def kl_estimate(logprobs: Tensor, other: Tensor, kind: str) -> Tensor:
-    """(m,) estimate of KL(p || other) on samples of p: k1 = log p - log o, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1."""
-    difference = _bounded(other - logprobs)
+    """(m,) estimate of KL(p || other) on samples of p: k1 = log p - log o, k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1.
+
+    Only the k3 estimate takes an exponential, so only its log-ratio is bounded to +-LOG_LIMIT. verl also bounds the
+    result of k3 to +-10; TRL bounds nothing.
+    """
+    difference = other - logprobs
     if kind == "k1":
         return -difference
     if kind == "k2":
         return difference.square() / 2
     if kind == "k3":
+        difference = _bounded(difference)
         return difference.exp() - difference - 1
     raise ValueError(f"kl estimator is {kind!r}; expected one of {KL_ESTIMATORS[1:]}")
 

@@ -35,7 +35,7 @@ BOXES = "bbox3d"
 # By the answer's type, for answers without modes.
 DEFAULT_MODES = {"choice": ("answer",), "text": ("answer",), "number": ("mra",), "boxes": (BOXES,)}
 
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_THINK_TAG = re.compile(r"<\s*/?\s*think\s*>", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{")
 
 
@@ -112,8 +112,12 @@ def normalise_modes(modes: Sequence[str], answer: Any) -> tuple[str, ...]:
 
 
 def thinking_format(response: str) -> float:
-    """1 if there is exactly one <think>...</think>, and text after the last </think>; else 0."""
-    return float(len(_THINK.findall(response)) == 1 and bool(final_answer(response)))
+    """1 if the tags of the response are one <think> and a later </think>, and text follows; else 0.
+
+    Nested, repeated or misspelt tags ("</ think>", "<THINK>") give 0. Text before <think> is accepted; TRL refuses it.
+    """
+    tags = _THINK_TAG.findall(response)
+    return float(tags == ["<think>", "</think>"] and bool(final_answer(response)))
 
 
 def final_answer(response: str) -> str:

@@ -30,6 +30,9 @@ def attention_reference(
     offsets = cu_seqlens.tolist()
     prompts = [-1] * (len(offsets) - 1) if groups is None else groups.tolist()
     repeat = q.shape[1] // k.shape[1]
+    out_dtype = q.dtype
+    # One cast for all sequences: autograd adds the gradients of a shared prompt in `dtype` and rounds their sum once.
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     outs = []
     lses = []
     for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
@@ -39,17 +42,17 @@ def attention_reference(
             prompt = slice(offsets[prompts[index]], offsets[prompts[index] + 1])
             keys = torch.cat([k[prompt], keys])
             values = torch.cat([v[prompt], values])
-        keys, values = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[start:end].to(dtype), keys) * scale
+        keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * scale
         if causal:
             lq, lk = scores.shape[1:]
             hidden = torch.ones(lq, lk, dtype=torch.bool, device=q.device).triu(lk - lq + 1)
             scores = scores.masked_fill(hidden, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:2])
-        outs.append(torch.einsum("hqk,khd->qhd", torch.exp(scores - lse[..., None]), values).to(q.dtype))
+        outs.append(torch.einsum("hqk,khd->qhd", torch.exp(scores - lse[..., None]), values).to(out_dtype))
         lses.append(lse.transpose(0, 1))
     if not outs:
-        return q * 1, q.new_zeros(q.shape[:2], dtype=dtype)
+        return (q * 1).to(out_dtype), q.new_zeros(q.shape[:2], dtype=dtype)
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -92,19 +95,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `forward`, contiguous; `grad_lse` is (Hq, T) or None."""
     q, k, v = state[:3]
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     shared = any(batch.mask is not None for batch in batches)
+    # The gradients of a shared prompt are sums over its completions. In 16 bits each addition would round: with 32
+    # completions of different lengths the error was 0.013 of the largest gradient, with one rounding it is 0.003.
+    sums = torch.float32 if shared and q.dtype != torch.float64 else q.dtype
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format, dtype=sums) for x in (k, v))
     for batch in batches:
         gq, gk, gv = _backward(grad, grad_lse, state, batch, scale)
         dq[batch.queries] = gq
         if shared:  # a prompt's keys get gradients from itself and from every completion
             rows = row_indices(batch.keys, q.device)
-            dk.index_add_(0, rows, gk)
-            dv.index_add_(0, rows, gv)
+            dk.index_add_(0, rows, gk.to(sums))
+            dv.index_add_(0, rows, gv.to(sums))
         else:
             dk[batch.keys] = gk
             dv[batch.keys] = gv
-    return dq, dk, dv
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _backward(

@@ -93,6 +93,24 @@ def test_shared_prompts(backend, blocks, hq_hkv):
     torch.testing.assert_close(grad, want_grad, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradients_of_a_shared_prompt_are_added_in_float32(backend):
+    """100 completions of different lengths: one rounding to bfloat16, not one for each completion."""
+    lengths = [24, *range(1, 101)]
+    groups = torch.tensor([-1, *[0] * 100], dtype=torch.int32)
+    fused, qkv, cu = make(lengths, 2, 1, 32, torch.bfloat16)
+    exact, exact_qkv, _ = make(lengths, 2, 1, 32, torch.bfloat16)
+    out = packed_attention(*qkv, cu, causal=True, groups=groups, backend=backend)
+    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (grad,) = torch.autograd.grad((out * weights).sum(), fused)
+    want, _ = formula(*(x.double() for x in exact_qkv), cu, True, groups)
+    (want_grad,) = torch.autograd.grad((want * weights.double()).sum(), exact)
+    for name, rows in (("dk", slice(2, 3)), ("dv", slice(3, 4))):
+        found = grad[:24, rows].double()
+        expected = want_grad[:24, rows].double()
+        assert (found - expected).abs().max() < 0.006 * expected.abs().max(), name
+
+
 def test_group_equals_repeated_prompts():
     """[p | a | b] with groups gives the results of (p + a) and (p + b) alone."""
     _, (q, k, v), cu = make([5, 3, 4], 4, 2, 16)

@@ -257,6 +257,17 @@ def test_dual_clip_equals_its_paper() -> None:
         assert torch.equal(dual, (ratio > 3) & (a < 0))
 
 
+@pytest.mark.parametrize("gap", [-300.0, -30.0, 15.0, 30.0, 300.0])
+def test_k1_and_k2_have_no_bound(gap: float) -> None:
+    """log p - log o beyond the bound of k3: the value and the gradient are the formula's."""
+    for kind, value, slope in (("k1", gap, 1.0), ("k2", gap**2 / 2, gap)):
+        logprob = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+        found = kl_estimate(logprob, logprob.detach() - gap, kind)
+        found.backward()
+        assert found.item() == pytest.approx(value) and logprob.grad.item() == pytest.approx(slope)
+    assert kl_estimate(torch.zeros(1), torch.full((1,), 1e4), "k3").isfinite()
+
+
 def test_kl_estimates_have_the_expectation_of_the_kl() -> None:
     """Exact expectation over a small vocabulary: k1 and k3 are unbiased; the gradient of k2 is that of the KL."""
     g = torch.Generator().manual_seed(0)

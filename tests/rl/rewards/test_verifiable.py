@@ -29,6 +29,12 @@ THINK = "<think>the chair is left of the lamp</think> "
         ("<think>a</think> x <think>b</think> B", 0),
         ("<think>a B", 0),
         ("a</think> B", 0),
+        ("<think>a<think>b</think></think> B", 0),
+        ("<think>a</think></think></think> B", 0),
+        ("<think><think>a</think> B", 0),
+        ("</think> a <think> B", 0),
+        ("<think>a</think> B <THINK>", 0),
+        ("<think>a</ think></think> B", 0),
         ("", 0),
     ],
 )
