@@ -84,14 +84,14 @@ class RoomsOptions:
 
     Attributes:
         samples: rows to train on.
-        heldout: rows about other rooms, for the evaluation.
+        heldout: rows about other rooms, for the evaluation; the tasks have equal shares.
         seed: random seed of the rooms.
         workers: rendering processes.
         folder: where the rows are cached; none = the user's cache folder.
     """
 
     samples: int = 2400
-    heldout: int = 600
+    heldout: int = 1200
     seed: int = 0
     workers: int = 2
     folder: str | None = None
@@ -163,19 +163,21 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     """The mixture to train on; for rooms also the folders of (training rows, held-out rows)."""
     if config.data.sources:
         return config.data, None
+    from fastvst.generate.presets import HELDOUT
+    from fastvst.generate.rooms import RoomsConfig
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
     r = config.rooms
 
-    def make(split: str, samples: int) -> Path:
+    def make(split: str, samples: int, rows: RoomsConfig) -> Path:
         return Path(
             world.once_per_node(
-                split, lambda: make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, split=split)
+                split, lambda: make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, rows, split=split)
             )
         )
 
-    train = make("train", r.samples)
-    heldout = make("heldout", r.heldout)
+    train = make("train", r.samples, RoomsConfig())
+    heldout = make("heldout", r.heldout, HELDOUT)
     source = SourceConfig(path=str(train), name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), (train, heldout)
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 # The names in fastvst.generate.presets. Importing that module loads pyarrow and all tasks; `fastvst --help` should not.
-PRESETS = ("default", "all", "vst_p", "vst_p_rest", "cold_start")
+PRESETS = ("default", "heldout", "all", "vst_p", "vst_p_rest", "cold_start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

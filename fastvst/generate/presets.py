@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastvst.generate.rooms import THOUGHT, RoomsConfig
+from fastvst.generate.rooms import DEFAULT_ROWS, THOUGHT, RoomsConfig
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
+
+# The default tasks in equal shares, few rows per room: 1,200 rows are 200 of each task about more than 80 rooms.
+HELDOUT = RoomsConfig(
+    rows=dict.fromkeys(DEFAULT_ROWS, 1.0) | {"correspondence": 0.6}, shares=dict.fromkeys(DEFAULT_ROWS, 1.0)
+)
 
 # One attempt of every task for each still, pair or video.
 ALL_TASKS = RoomsConfig(rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig())
@@ -73,6 +78,7 @@ COLD_START = RoomsConfig(
 
 PRESETS = {
     "default": RoomsConfig(),
+    "heldout": HELDOUT,
     "all": ALL_TASKS,
     "vst_p": VST_P_MIX,
     "vst_p_rest": VST_P_REST,
