@@ -16,9 +16,6 @@ from fastvst.tasks.common import LETTERS, TaskConfig, canvas, choice, pick, samp
 TASK = "correspondence"
 KIND = "correspondence"
 RIM = 0.07  # share of the image side kept free of points
-# Share of rows whose first wrong circle is as near as possible to the place that the point has in image 1. Without such
-# circles the circle nearest to that place is right in 60 % of the rows.
-NEAR_PLACE = 0.9
 STEEP = 0.1  # metres of depth across three pixels
 
 FREE = (
@@ -83,6 +80,27 @@ def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> n
     return there if abs(float(second.depth[r, c]) - float(depth)) < config.consistency else None
 
 
+def wrong_spots(
+    view: View, point: np.ndarray, there: np.ndarray, nearer: int, apart: float, rng: np.random.Generator
+) -> list[np.ndarray] | None:
+    """Three wrong spots (2,) of the second view, `apart` pixels from each other and the right one; None if none fit.
+
+    `nearer` of them are nearer than the right spot `there` to the place that the point has in the first image. Random
+    wrong spots would be farther away: the nearest circle to that place would be right in 60 % of the rows.
+    """
+    others = visible_points(view, rng, 200)
+    gaps = np.linalg.norm(others - point, axis=1)
+    moved = float(np.linalg.norm(there - point))
+    found: list[np.ndarray] = []
+    for pool, count in ((others[gaps < moved], nearer), (others[gaps >= moved], 3)):
+        for other in pool:
+            if len(found) < count and all(np.hypot(*(other - spot)) >= apart for spot in (there, *found)):
+                found.append(other)
+        if len(found) < count:
+            return None
+    return found
+
+
 def make(
     scene: Scene, pair: tuple[int, int, str], rng: np.random.Generator, config: TaskConfig, index: str
 ) -> Sample | None:
@@ -92,27 +110,17 @@ def make(
     if first.depth is None or second.depth is None:
         return None
     apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(canvas(second)))
+    nearer = int(rng.integers(4))
     for point in visible_points(first, rng, 12):
         there = match(first, second, point, config)
-        if there is None or (np.hypot(*(there - point)) < 1.5 * apart and rng.uniform() < 0.5):
-            continue  # a point that hardly moves is found without looking at it
-        spots = [there]
-        others = visible_points(second, rng, 200)
-        if rng.uniform() < NEAR_PLACE:
-            others = others[np.argsort(np.linalg.norm(others - point, axis=1), kind="stable")]
-            others[1:] = rng.permutation(others[1:])
-        for other in others:
-            if all(np.hypot(*(other - spot)) >= apart for spot in spots):
-                spots.append(other)
-            if len(spots) == 4:
-                break
-        if len(spots) == 4:
+        wrong = None if there is None else wrong_spots(second, point, there, nearer, apart, rng)
+        if wrong is not None:
             break
     else:
         return None
+    assert there is not None
     place = int(rng.integers(4))
-    order = spots[1:]
-    order.insert(place, there)
+    order = [*wrong[:place], there, *wrong[place:]]
     colour = pick(rng, tuple(draw.COLOURS))
     free = bool(rng.uniform() < config.easy)
     labels = ["1", "2", "3", "4"] if free else list(LETTERS[:4])

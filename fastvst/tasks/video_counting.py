@@ -23,6 +23,7 @@ PHRASES = (
     "Walking through this room, how many {name}(s) do you pass in total?",
     "In total, how many {name}(s) are there? Count each only once.",
 )
+PAIRS = 0.25  # share of the attempts that may ask about a class with two objects
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
@@ -30,6 +31,10 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
     several = [kind for kind in survey(scene, config).values() if len(kind.ids) > 1]
     if not several:
         return None
+    if rng.uniform() >= PAIRS:  # most classes with several objects have two: "2" would be right in 78 % of the rows
+        several = [kind for kind in several if len(kind.ids) > 2]
+        if not several:
+            return None
     kind = pick(rng, several)
     count = len(kind.ids)
     choices = None

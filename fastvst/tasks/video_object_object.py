@@ -109,11 +109,11 @@ def _direction(scene: Scene, rng: np.random.Generator, config: TaskConfig, index
     known = unique(scene, config)
     level = pick(rng, tuple(SIDES))
     rule, words = SIDES[level]
-    for _ in range(20 if len(known) >= 3 else 0):
+    right = pick(rng, words)  # chosen before the objects, so that no direction is more frequent
+    for _ in range(60 if len(known) >= 3 else 0):
         names = choose(rng, sorted(known), 3)
         a, b, c = (spot(scene, known[name]) for name in names)
-        right = rule(clockwise(b - a, c - a))
-        if right is not None and clear_direction(a, b) and clear_direction(a, c):
+        if rule(clockwise(b - a, c - a)) == right and clear_direction(a, b) and clear_direction(a, c):
             break
     else:
         return None
