@@ -38,7 +38,7 @@ from fastvst.scenes.scene import Scene
 from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
 from fastvst.tasks.box_forms import BoxForm
 
-GENERATOR_VERSION = 8  # part of the key of cached folders; raise it when the same seed gives other rows
+GENERATOR_VERSION = 9  # part of the key of cached folders; raise it when the same seed gives other rows
 ROWS_PER_FILE = 500
 SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # first room seed; "tower": tools/build_tower.py
 ROOMS_PER_SEED = 1 << 20
@@ -120,6 +120,7 @@ def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
         ValueError: a name in `config.rows` that is not a task.
     """
     samples: list[Sample] = []
+    asked: set[str] = set()
     for name, tries in sorted(config.rows.items()):
         task = name.removeprefix(THOUGHT)
         if task not in SINGLE and task not in PAIRS and task not in WALKS:
@@ -131,8 +132,10 @@ def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
                 sample = _make_sample(scene, task, target, rng, config.tasks, f"{k}-{attempt}")
                 if sample is not None and name != task:
                     sample = geometric.compose(scene, sample, rng)
-                if sample is not None:
-                    samples.append(sample if config.boxes is None else box_forms.apply(sample, config.boxes))
+                if sample is None or (key := f"{name} {target} {_what_is_asked(sample)}") in asked:
+                    continue  # the same question about the same view is asked once
+                asked.add(key)
+                samples.append(sample if config.boxes is None else box_forms.apply(sample, config.boxes))
     order = np.random.default_rng([seed, 5]).permutation(len(samples))
     return [samples[int(k)] for k in order]
 
@@ -153,6 +156,14 @@ def _targets(scene: Scene, task: str) -> list[Any]:
     if task in WALKS:
         return [None] if scene.walk else []
     return scene.stills() if task in SINGLE else list(scene.pairs)
+
+
+def _what_is_asked(sample: Sample) -> str:
+    """The objects or points of a question and its answer, without wording, marks and order of the options."""
+    meta = sample.metadata
+    things = sorted(str(thing) for thing in meta.get("objects", meta.get("points", meta.get("point", []))))
+    answers = [answer["value"] for answer in meta.get("turn_answers", [sample.answer]) if answer is not None]
+    return json.dumps([things, meta.get("what"), answers], default=str)
 
 
 def _make_sample(

@@ -66,6 +66,17 @@ def test_gold_in_a_few_rooms(walked: list[Scene], easy: float) -> None:
     assert len({name.split(":")[0] for name in found}) >= 19, found
 
 
+def test_a_question_about_a_view_is_asked_once(scenes: list[Scene]) -> None:
+    config = RoomsConfig(rows={"distance": 30, "measurement": 30})
+    for number, scene in enumerate(scenes[:3]):
+        asked = Counter(
+            (row.metadata["task"], row.metadata["view"], tuple(sorted(row.metadata["objects"])), str(row.answer))
+            for row in scene_samples(scene, number, config)
+            if len(row.messages) == 2
+        )
+        assert asked and max(asked.values()) <= 2, asked.most_common(1)  # a size can be asked as height and as greatest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_gold_of_every_task_and_form(renderer: Renderer, split: str) -> None:
