@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WRITTEN_FOR = "5.17.0"  # the transformers version whose form of config.json `to_json` writes
+from fastvst.model import config_json
+from fastvst.model.checkpoint_files import CONFIG, GENERATION, json_text, read_json
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class ModelConfig:
     Attributes:
         mrope_section: how many of the head_dim / 2 rotary frequencies follow (t, h, w).
         eos_token_ids: tokens that end a completion; the first one is `<|im_end|>`.
+        pad_token_id: None where config.json has none, as in the published files.
         video_rule: where text resumes after a video, see `fastvst.model.positions.mrope_positions`.
         initializer_range: standard deviation of fresh weights.
+        stored: file name -> content of the config.json and generation_config.json that were read. Files that are
+            written have their form, and their other fields.
     """
 
     vocab_size: int
@@ -73,10 +77,11 @@ class ModelConfig:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    bos_token_id: int = 151643
-    pad_token_id: int = 151643
+    bos_token_id: int | None = 151643
+    pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = (151645, 151643)
     video_rule: str = "extent"
+    stored: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         v = self.vision
@@ -111,129 +116,63 @@ class ModelConfig:
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
         """Read `config.json`: the flat form of transformers 4.x or the nested one (`text_config`) of 5.x.
 
-        The EOS tokens come from `generation_config.json` if the file exists.
+        A field that the file leaves out has the value that transformers gives it. The EOS tokens come from
+        `generation_config.json` if the file exists.
 
         Raises:
             FileNotFoundError: no such directory or no config.json in it.
             ValueError: another architecture, an unknown rope type or activation, a missing field.
         """
-        path = Path(directory) / "config.json"
+        path = Path(directory) / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; expected the directory of a Qwen2.5-VL checkpoint")
-        generation = path.with_name("generation_config.json")
+        generation = path.with_name(GENERATION)
+        stored = {CONFIG: read_json(path)}
+        if generation.is_file():
+            stored[GENERATION] = read_json(generation)
         try:
-            config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            path = generation
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        except (ValueError, KeyError) as error:
+            return _from_stored(stored)
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-        return dataclasses.replace(config, eos_token_ids=_ids(eos)) if eos is not None else config
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """From the content of config.json; see `from_pretrained`."""
-        if data.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"model_type is {data.get('model_type')!r}; expected 'qwen2_5_vl'")
-        text = {**data, **data["text_config"]} if "text_config" in data else data
-        vision = dict(data.get("vision_config") or {})
-        for name, tower in (("text", text), ("vision", vision)):
-            if tower.get("hidden_act", "silu") != "silu":
-                raise ValueError(f"{name} hidden_act is {tower['hidden_act']!r}; only 'silu' is known")
-        if text.get("use_sliding_window"):
-            raise ValueError("use_sliding_window is true; sliding windows in the decoder are not supported")
-        if "in_chans" in vision:
-            vision["in_channels"] = vision["in_chans"]
-        known = {f.name for f in dataclasses.fields(VisionConfig)}
-        vision = {k: tuple(v) if isinstance(v, list) else v for k, v in vision.items() if k in known}
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [n for n in names if n not in text]
-        if missing:
-            raise ValueError(f"the fields {missing} are missing")
-        optional = {
-            n: text[n]
-            for n in ("rms_norm_eps", "max_position_embeddings", "initializer_range", "bos_token_id", "pad_token_id")
-            if text.get(n) is not None
-        }
-        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        optional |= {n: data[n] for n in ids if n in data}
-        eos = text.get("eos_token_id")
-        if eos is not None:
-            optional["eos_token_ids"] = _ids(eos)
-        theta, section = _rope(text)
-        tied = data.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-        return cls(
-            **{n: text[n] for n in names},
-            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-            vision=VisionConfig(**vision),
-            rope_theta=theta,
-            mrope_section=section,
-            tie_word_embeddings=tied,
-            video_rule=data.get("fastvst_video_rule") or _video_rule(str(data.get("transformers_version", "4"))),
-            **optional,
-        )
+        return _from_stored({CONFIG: data})
 
     def to_json(self) -> str:
-        """config.json in the nested form of transformers 5.x, which transformers 4.5x opens too."""
-        vision = dataclasses.asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
-        vision |= {"model_type": "qwen2_5_vl_vision", "hidden_act": "silu", "in_chans": self.vision.in_channels}
-        vision |= {"initializer_range": self.initializer_range}
-        rope = {"rope_type": "default", "type": "mrope", "mrope_section": list(self.mrope_section)}
-        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        names += ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "initializer_range"]
-        names += ["bos_token_id", "pad_token_id", "tie_word_embeddings"]
-        text = {n: getattr(self, n) for n in names} | {
-            "model_type": "qwen2_5_vl_text",
-            "hidden_act": "silu",
-            "use_sliding_window": False,
-            "eos_token_id": self.eos_token_ids[0],
-            "rope_theta": self.rope_theta,
-            "rope_scaling": rope,
-            "rope_parameters": rope | {"rope_theta": self.rope_theta},
-        }
-        ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        data = {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "model_type": "qwen2_5_vl",
-            **{n: getattr(self, n) for n in ids},
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "fastvst_video_rule": self.video_rule,
-            "transformers_version": WRITTEN_FOR,
-            "text_config": text,
-            "vision_config": vision,
-        }
-        return json.dumps(data, indent=2) + "\n"
+        """config.json: the file that was read with the fields that have changed, else `config_json.fresh`."""
+        return json_text(self.config_content())
 
     def generation_json(self) -> str:
-        """generation_config.json: greedy by default, ends at any of `eos_token_ids`."""
-        data = {
-            "bos_token_id": self.bos_token_id,
-            "pad_token_id": self.pad_token_id,
-            "eos_token_id": list(self.eos_token_ids),
-            "do_sample": False,
-            "transformers_version": WRITTEN_FOR,
-        }
-        return json.dumps(data, indent=2) + "\n"
+        """generation_config.json, which keeps the settings of the file that was read."""
+        if GENERATION not in self.stored:
+            return json_text(config_json.fresh_generation(self))
+        return json_text(config_json.updated_generation(self.stored[GENERATION], self.changes()[0]))
+
+    def config_content(self) -> dict[str, Any]:
+        """The content of `to_json`."""
+        if CONFIG not in self.stored:
+            return config_json.fresh(self)
+        return config_json.updated(self.stored[CONFIG], *self.changes())
+
+    def changes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of this config and of its tower, with their values, that differ from the files that were read."""
+        before = _from_stored(self.stored) if CONFIG in self.stored else self
+        return _differences(before, self), _differences(before.vision, self.vision)
 
 
-def _ids(eos: int | list[int]) -> tuple[int, ...]:
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+def _from_stored(stored: Mapping[str, Any]) -> ModelConfig:
+    fields, tower = config_json.parse(stored[CONFIG])
+    eos = stored.get(GENERATION, {}).get("eos_token_id")
+    if eos is not None:
+        fields["eos_token_ids"] = config_json.token_ids(eos)
+    return ModelConfig(**fields, vision=VisionConfig(**tower), stored=stored)
 
 
-def _rope(text: dict[str, Any]) -> tuple[float, tuple[int, int, int]]:
-    """(theta, mrope_section) from `rope_parameters` (5.x) or `rope_scaling` and `rope_theta` (4.x)."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling")
-    if not rope or "mrope_section" not in rope:
-        raise ValueError(f"rope_scaling / rope_parameters is {rope!r}; expected a dict with 'mrope_section'")
-    kinds = {rope.get("rope_type"), rope.get("type")} - {None}
-    if not kinds <= {"default", "mrope"}:
-        raise ValueError(f"rope type {sorted(kinds)} is not known; expected 'mrope' (or 'default' with mrope_section)")
-    return float(rope.get("rope_theta") or text.get("rope_theta", 1_000_000.0)), tuple(rope["mrope_section"])
-
-
-def _video_rule(version: str) -> str:
-    """Files of transformers >= 5.3 were trained with its positions ("grid"), the published ones with "extent"."""
-    numbers = [int(p) if p.isdigit() else 0 for p in version.split(".")[:2]]
-    return "grid" if numbers >= [5, 3] else "extent"
+def _differences(before: Any, after: Any) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(before) if f.compare and f.name != "vision"]
+    return {n: getattr(after, n) for n in names if getattr(after, n) != getattr(before, n)}
 
 
 def _published(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv: int, tower: int, tied=False):

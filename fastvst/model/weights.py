@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvst.model import checkpoint_files as files
+from fastvst.model import config_json
 from fastvst.model.checkpoint_files import INDEX, SINGLE
 from fastvst.model.config import ModelConfig
 
@@ -75,11 +77,26 @@ def save(
         OSError: disk full, no permission, ...; the content of `directory` is what it was before.
     """
     with files.update(directory) as partial:
-        (partial / files.CONFIG).write_text(config.to_json(), encoding="utf-8")
+        (partial / files.CONFIG).write_text(_config_text(config, state), encoding="utf-8")
         (partial / files.GENERATION).write_text(config.generation_json(), encoding="utf-8")
         _write_shards(partial, state, max_shard_bytes)
         if processor is not None:
             processor.save_pretrained(partial)
+
+
+def _config_text(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
+    """config.json for these tensors; a warning names what differs from the file that was read."""
+    content = config.config_content()
+    fields, tower = config.changes()
+    said = [f"{name} is {value}" for name, value in (fields | tower).items()]
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) == 1:
+        dtype = str(dtypes.pop()).removeprefix("torch.")
+        before = config_json.set_dtype(content, dtype)
+        said += [f"the dtype is {dtype}, it was {before}"] if before else []
+    if said:
+        warnings.warn(f"config.json differs from the file that was read: {'; '.join(said)}", stacklevel=4)
+    return files.json_text(content)
 
 
 def _find_files(directory: Path) -> list[Path]:

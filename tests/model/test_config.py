@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.model import ModelConfig, Qwen25VL, VisionConfig, config_json
 from hf_parity import small_config
 
 FLAT = {  # the fields of the published 7B config.json (transformers 4.41 wrote it)
@@ -73,6 +73,81 @@ def test_published_flat_file_equals_the_preset():
     assert read == dataclasses.replace(ModelConfig.preset("7b"), eos_token_ids=(151645,))
 
 
+def test_absent_fields_mean_what_transformers_means():
+    """Every default, so that a new version of transformers that moves one is noticed."""
+    for defaults, theirs in (
+        (config_json.TEXT_DEFAULTS, Qwen2_5_VLConfig().text_config),
+        (config_json.VISION_DEFAULTS, Qwen2_5_VLConfig().vision_config),
+        (config_json.TOKEN_DEFAULTS | {"tie_word_embeddings": False}, Qwen2_5_VLConfig()),
+    ):
+        for name, value in defaults.items():
+            found = getattr(theirs, name)
+            assert (tuple(found) if isinstance(found, list) else found) == value, name
+    assert Qwen2_5_VLConfig().text_config.rope_parameters["rope_theta"] == config_json.ROPE_THETA
+    read = {*config_json.SIZES, *config_json.TEXT_DEFAULTS, *config_json.VISION_DEFAULTS, "mrope_section"}
+    read |= {"eos_token_ids", "rope_theta", "tie_word_embeddings", "video_rule", *config_json.TOKEN_DEFAULTS}
+    fields = {f.name for c in (ModelConfig, VisionConfig) for f in dataclasses.fields(c)}
+    assert fields - read == {"vision", "stored"}  # every field has its default above or is required
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "bos_token_id", "eos_token_id", "max_position_embeddings"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_absent_field_of_the_decoder(name, nested):
+    data = json.loads(json.dumps(ModelConfig.preset("7b").config_content() if nested else FLAT))
+    (data["text_config"] if nested else data).pop(name)
+    data["hidden_size"] = 4096 if nested else data["hidden_size"]  # transformers reads text_config alone
+    ours = ModelConfig.from_dict(data)
+    theirs = Qwen2_5_VLConfig(**json.loads(json.dumps(data))).text_config
+    expected = getattr(theirs, name)
+    assert (ours.eos_token_ids == (expected,)) if name == "eos_token_id" else (getattr(ours, name) == expected)
+    assert ours.hidden_size == theirs.hidden_size == 3584
+
+
+def test_absent_kv_heads_are_eight():
+    data = ModelConfig.preset("32b").config_content()
+    del data["text_config"]["num_key_value_heads"]
+    assert ModelConfig.from_dict(data).num_key_value_heads == 8
+
+
+def test_null_fields_and_fields_of_the_tower():
+    data = FLAT | {"num_key_value_heads": None, "pad_token_id": None, "eos_token_id": None, "text_config": None}
+    data["vision_config"] = {"hidden_size": 1280, "out_hidden_size": 3584, "in_chans": 3, "depth": None}
+    ours = ModelConfig.from_dict(data)
+    assert ours.num_key_value_heads == 28 and ours.pad_token_id is None and ours.eos_token_ids == ()
+    assert ours.vision == VisionConfig(tokens_per_second=4)
+    assert ModelConfig.from_dict(FLAT | {"vision_config": None}).vision.hidden_size == 3584
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
+    data = FLAT | {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 28, 28], "rope_theta": 5e5}}
+    ours = ModelConfig.from_dict(data)
+    theirs = Qwen2_5_VLConfig(**json.loads(json.dumps(data))).text_config.rope_parameters
+    assert ours.mrope_section == tuple(theirs["mrope_section"]) == (16, 24, 24)
+    assert ours.rope_theta == theirs["rope_theta"] == 1e6
+
+
+def test_a_file_keeps_its_form_and_its_other_fields(tmp_path):
+    extra = {"name_or_path": "x", "auto_map": {"AutoModel": "m.M"}, "torch_dtype": "bfloat16", "max_window_layers": 28}
+    generation = {"do_sample": True, "temperature": 0.1, "top_k": 1, "eos_token_id": [151645, 151643]}
+    (tmp_path / "config.json").write_text(json.dumps(FLAT | extra))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    read = ModelConfig.from_pretrained(tmp_path)
+    assert json.loads(read.to_json()) == FLAT | extra and json.loads(read.generation_json()) == generation
+    grown = dataclasses.replace(
+        read,
+        vocab_size=152100,
+        eos_token_ids=(151643,),
+        rope_theta=5e5,
+        video_rule="grid",
+        vision=dataclasses.replace(read.vision, tokens_per_second=4),
+    )
+    changed = json.loads(grown.to_json())
+    expected = FLAT | extra | {"vocab_size": 152100, "eos_token_id": 151643, "rope_theta": 5e5}
+    expected |= {"fastvst_video_rule": "grid", "vision_config": FLAT["vision_config"] | {"tokens_per_second": 4}}
+    assert changed == expected and json.loads(grown.generation_json()) == generation | {"eos_token_id": [151643]}
+    assert ModelConfig.from_dict(changed) == grown
+
+
 def test_files_of_transformers_are_read(tmp_path):
     """Flat file -> transformers 5 -> its nested file -> ours; only the video rule depends on the writer's version."""
     Qwen2_5_VLConfig(**json.loads(json.dumps(FLAT))).save_pretrained(tmp_path)
@@ -115,6 +190,7 @@ def test_video_rule_follows_our_key_then_the_version():
         ({"model_type": "llama"}, "model_type is 'llama'; expected 'qwen2_5_vl'"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, "rope type .'yarn'. is not known"),
         ({"rope_scaling": None}, "expected a dict with 'mrope_section'"),
+        ({"layer_types": ["sliding_attention"] * 28}, "sliding windows in the decoder are not supported"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 24]}}, "mrope_section must sum to head_dim / 2"),
         ({"hidden_act": "gelu"}, "text hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "sliding windows in the decoder are not supported"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,24 @@ def test_dtype(model, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     wide = Qwen25VL.from_pretrained(tmp_path)
     assert torch.equal(wide.head_weight, model.head_weight.bfloat16().float())
+
+
+def test_what_differs_from_the_files_is_said_and_nothing_else_changes(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"torch_dtype": "bfloat16", "mine": [1]}
+    config["text_config"] |= {"dtype": "bfloat16", "attention_dropout": 0.0}
+    generation = {"do_sample": True, "repetition_penalty": 1.05, "eos_token_id": [95, 94]}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(generation))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Qwen25VL.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == generation
+    with pytest.warns(UserWarning, match="config.json differs .* the dtype is float32, it was bfloat16"):
+        Qwen25VL.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    config["torch_dtype"] = config["text_config"]["dtype"] = "float32"
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
 
 
 def test_loaded_model_trains(model, tmp_path):
