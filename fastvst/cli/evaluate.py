@@ -9,7 +9,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> Report:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit is {arguments.limit}; expected at least 1")
     benchmark = importlib.import_module(BENCHMARKS[name])
-    _check_prompt_style(benchmark, arguments)
+    _check_choice(benchmark, "prompt-style", arguments.prompt_style, getattr(benchmark, "PROMPT_STYLES", ()))
+    _check_choice(benchmark, "extraction", arguments.extraction, getattr(benchmark, "EXTRACTIONS", ()))
     everything = benchmark.load(arguments.data)
     rows = everything[: arguments.limit]
     from fastvst.evaluate.run import sampling_of, sampling_settings
@@ -148,11 +149,12 @@ def _check_media(rows: Sequence[Row], download: str) -> None:
         print(f"not asked, not scored: {reason}", file=sys.stderr)
 
 
-def _check_prompt_style(benchmark: Any, arguments: argparse.Namespace) -> None:
-    styles = getattr(benchmark, "PROMPT_STYLES", ())
-    if arguments.prompt_style is not None and arguments.prompt_style not in styles:
-        known = f"expected one of {', '.join(styles)}" if styles else "it has one prompt"
-        raise ValueError(f"{benchmark.NAME}: --prompt-style is {arguments.prompt_style!r}; {known}")
+def _check_choice(benchmark: Any, option: str, value: str | None, choices: Iterable[str]) -> None:
+    """Raises ValueError before anything is generated if the benchmark has no such prompt style or extraction."""
+    known = list(choices)
+    if value is not None and value not in known:
+        expected = f"expected one of {', '.join(known)}" if known else "this benchmark has only one"
+        raise ValueError(f"{benchmark.NAME}: --{option} is {value!r}; {expected}")
 
 
 def _prompt_style(benchmark: Any, arguments: argparse.Namespace) -> str | None:

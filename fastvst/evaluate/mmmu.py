@@ -17,6 +17,7 @@ from fastvst.data.sample import Sample
 from fastvst.evaluate import checks, choice
 from fastvst.evaluate.files import Row, locate
 from fastvst.evaluate.report import (
+    NO_CATEGORY,
     Published,
     Report,
     by_category,
@@ -97,15 +98,16 @@ def score(
     splits = [row.fields.get("split", "") for row in rows]
     names = sorted(set(splits))
     main = [i for i, s in enumerate(splits) if s == HEADLINE] or list(range(len(rows)))
+    headline = "the validation split" if HEADLINE in names else "all rows: none is of the validation split"
     others = []
     for name in names:
         part = [i for i, s in enumerate(splits) if s == name]
-        others.append(mean_score(f"split {name}", [lines[i] for i in part], [clusters[i] for i in part]))
+        others.append(mean_score(f"split {name or NO_CATEGORY}", [lines[i] for i in part], [clusters[i] for i in part]))
     chosen = [lines[i] for i in main]
     drawn = [clusters[i] for i in main]
     return Report(
         benchmark=NAME,
-        protocol="accuracy on the validation split; letter by VLMEvalKit's rules (no language model), open questions "
+        protocol=f"accuracy on {headline}; letter by VLMEvalKit's rules (no language model), open questions "
         "as a choice between the answer and anything else" + (choice.THINKING_NOTE if thinking else ""),
         overall=mean_score("overall", chosen, drawn, paper("main", "MMMU")),
         categories=by_category(chosen, drawn),

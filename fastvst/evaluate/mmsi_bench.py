@@ -45,7 +45,7 @@ def load(path: str | Path) -> list[Row]:
 def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
     identifier = checks.identifier(cell, "id", file, number)
     where = f"{file}, row {identifier}"
-    images, unaskable = checks.images(cell["images"] or [], file.parent, where)
+    images, unaskable = checks.images(checks.listed(cell["images"]), file.parent, where)
     row = Row(
         id=identifier,
         question=checks.text(cell, "question", where),

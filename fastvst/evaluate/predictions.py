@@ -39,8 +39,8 @@ def read(path: Path) -> list[Prediction]:
     Raises:
         ValueError: a line that is not JSON, or has no id or no text.
     """
-    text = path.read_text(encoding="utf-8-sig")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         cells = json.loads(text) if text.lstrip().startswith("[") else None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
@@ -52,7 +52,7 @@ def read(path: Path) -> list[Prediction]:
 def _prediction(cell: Any, where: str) -> Prediction:
     identifier = next((cell[k] for k in IDS if k in cell), None) if isinstance(cell, dict) else None
     key = next((k for k in TEXTS if k in cell), None) if isinstance(cell, dict) else None
-    if identifier is None or key is None:
+    if identifier is None or identifier != identifier or key is None:
         keys = sorted(cell) if isinstance(cell, dict) else type(cell).__name__
         raise ValueError(f"{where} has {keys}; expected an id ({', '.join(IDS)}) and a text ({', '.join(TEXTS)})")
     text = cell[key]
@@ -60,7 +60,10 @@ def _prediction(cell: Any, where: str) -> Prediction:
         raise ValueError(f"{where}: {key} is a {type(text).__name__}; expected a text, or null for a failed question")
     if isinstance(identifier, float) and identifier.is_integer():
         identifier = int(identifier)  # as pandas writes a column of integers with a gap
-    return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(cell.get("tokens") or 0))
+    tokens = cell.get("tokens") or 0
+    if not isinstance(tokens, (int, float)) or tokens != tokens:
+        raise ValueError(f"{where}: tokens is {tokens!r}; expected a number")
+    return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(tokens))
 
 
 def for_rows(

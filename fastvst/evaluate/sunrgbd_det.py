@@ -76,7 +76,9 @@ def _row(cell: dict[str, Any], truth: Path, prompts: Mapping[str, str] | None, n
         intrinsics = {k: float(cell["camera_intrinsics"][k]) for k in INTRINSICS}
         width = int(cell["width"])
         height = int(cell["height"])
-    except (KeyError, TypeError, ValueError) as error:
+        if min(width, height) < 1 or not np.isfinite(list(intrinsics.values())).all():
+            raise ValueError("a size below 1, or NaN")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: width, height or camera_intrinsics are not numbers ({error})") from error
     category = checks.text(cell, "category", where)
     asked = f"Detect the 3D bounding boxes of {category}"
@@ -112,8 +114,14 @@ def _prompts(path: Path, truth: Path) -> dict[str, str] | None:
     """uid -> question of the prompt file; None if only the ground truth was given."""
     if path.is_file():
         return None
-    table = read_json(locate(path, PROMPTS, DOWNLOAD)[0], ["question"], DOWNLOAD)
-    return {str(cell.get("question_id") or cell.get("id") or cell.get("uid")): cell["question"] for cell in table}
+    file = locate(path, PROMPTS, DOWNLOAD)[0]
+    prompts: dict[str, str] = {}
+    for number, cell in enumerate(read_json(file, ["question"], DOWNLOAD)):
+        key = next((k for k in ("question_id", "id", "uid") if not checks.is_missing(cell.get(k))), "uid")
+        uid = checks.identifier(cell, key, file, number)
+        if prompts.setdefault(uid, cell["question"]) != cell["question"]:
+            raise ValueError(f"{file} has two different prompts with uid {uid!r}")
+    return prompts
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:

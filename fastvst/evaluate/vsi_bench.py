@@ -103,7 +103,7 @@ def _row(cell: dict[str, Any], file: Path, number: int) -> Row:
 
 
 def _with_truth(row: Row, where: str) -> Row:
-    """The row; marked as unscorable if its answer is no option's letter, or not a finite number."""
+    """The row; marked as unscorable if its answer is no option's letter, or not a finite number >= 0."""
     if row.category in CHOICES:
         letters = checks.labels(row.fields["options"]) or list(string.ascii_uppercase[: len(row.fields["options"])])
         return checks.with_answer_in(row, letters, row.answer.upper(), where)
@@ -111,9 +111,9 @@ def _with_truth(row: Row, where: str) -> Row:
         value = float(row.answer)
     except ValueError:
         value = math.nan
-    if math.isfinite(value):
+    if math.isfinite(value) and value >= 0:  # relative to a negative number every error is small
         return row
-    return dataclasses.replace(row, unscorable=f"{where}: answer {row.answer[:80]!r} is not a number")
+    return dataclasses.replace(row, unscorable=f"{where}: answer {row.answer[:80]!r} is not a number >= 0")
 
 
 def prompt(row: Row, *, thinking: bool = False) -> Sample:

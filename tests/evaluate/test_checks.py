@@ -225,7 +225,7 @@ def test_other_options_are_named(value: Any) -> None:
         checks.options(value, "f, row 1")
 
 
-@pytest.mark.parametrize("value", [3, 3.0, "3", 1.5, "nan", "inf", "four"])
+@pytest.mark.parametrize("value", [3, 3.0, "3", 1.5, -1, "nan", "inf", "four"])
 def test_numbers_as_answers_of_any_type(value: Any, tmp_path: Path) -> None:
     row = {
         "id": 7,
@@ -238,8 +238,8 @@ def test_numbers_as_answers_of_any_type(value: Any, tmp_path: Path) -> None:
     good = row | {"id": 8, "ground_truth": 3}
     rows = vsi_bench.load(write_jsonl(tmp_path / "test.jsonl", [good, row | {"ground_truth": value}]))
     report = vsi_bench.score(rows, ["3", str(value)])
-    if value in ("nan", "inf", "four"):
-        assert report.left_out[0].reason.endswith("is not a number") and report.overall.questions == 1
+    if value in (-1, "nan", "inf", "four"):
+        assert report.left_out[0].reason.endswith("is not a number >= 0") and report.overall.questions == 1
     else:
         assert [line.score for line in report.rows] == [1.0, 1.0]
 
@@ -357,10 +357,57 @@ def test_limit_with_predictions_of_the_whole_set(tmp_path: Path) -> None:
     for limit in ("0", "-2"):
         with pytest.raises(ValueError, match="expected at least 1"):
             command.run(arguments(*words, "--limit", limit))
-    with pytest.raises(ValueError, match="it has one prompt"):
-        command.run(arguments(*words, "--prompt-style", "published"))
+    for option in ("--prompt-style", "--extraction"):
+        with pytest.raises(ValueError, match=f"{option} is 'published'; this benchmark has only one"):
+            command.run(arguments(*words, option, "published"))
     with pytest.raises(ValueError, match="ids that no question has"):
         predictions.for_rows(mmstar.load(tmp_path), [Prediction("88", "A")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe", "is not JSON: .*utf-8"),
+        (b'{"id": NaN, "prediction": "A"}', "entry 0 has .*expected an id"),
+        (b'{"id": 1, "prediction": 3}', "entry 0: prediction is a int; expected a text"),
+        (b'{"id": 1, "prediction": "x", "tokens": "many"}', "entry 0: tokens is 'many'"),
+    ],
+)
+def test_predictions_that_cannot_be_read_are_named(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=f"p.jsonl.* {message}"):
+        predictions.read(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": None},
+        {"height": 0},
+        {"height": float("inf")},
+        {"camera_intrinsics": None},
+        {"answer": [[float("nan")] * 9]},
+    ]
+    + [
+        {"camera_intrinsics": INTRINSICS | {"fx": float("nan")}},
+        {"answer": [0.0] * 9},
+        {"answer": "[[1]]"},
+        {"category": None},
+    ],
+)
+def test_detection_rows_with_broken_numbers_are_named(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metaqa.json, uid u77"):
+        sunrgbd_det.load(SETS[-1][1](tmp_path, change))
+
+
+def test_two_prompts_of_one_detection_question_are_an_error(tmp_path: Path) -> None:
+    SETS[-1][1](tmp_path, {})
+    prompts = [{"id": "u76", "question": "a"}, {"id": "u77", "question": "b"}, {"id": "u77", "question": "c"}]
+    (tmp_path / "prompt.json").write_text(json.dumps(prompts[:2]))
+    assert [row.question for row in sunrgbd_det.load(tmp_path)] == ["a", "b"]
+    (tmp_path / "prompt.json").write_text(json.dumps(prompts))
+    with pytest.raises(ValueError, match="prompt.json has two different prompts with uid 'u77'"):
+        sunrgbd_det.load(tmp_path)
 
 
 def test_rows_that_cannot_be_asked_are_not_asked(tmp_path: Path) -> None:

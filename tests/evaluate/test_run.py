@@ -75,6 +75,24 @@ def test_a_broken_image_is_a_named_failure(
     assert [line.id for line in report.failed] == ["bad"] and report.overall.questions == 3
 
 
+def test_rows_that_cannot_be_asked_or_scored_are_not_asked(
+    model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path
+) -> None:
+    blind = dataclasses.replace(rows[0], images=(), unaskable="MMStar.tsv, row 0 has no image")
+    strange = dataclasses.replace(rows[1], unscorable="MMStar.tsv, row 1: answer 'G' is none of its options A, B")
+    asked = [blind, strange, rows[2]]
+    speed = run.answer(model, processor, asked, mmstar.prompt, tmp_path / "p.jsonl", max_new_tokens=2)
+    made = predictions.read(tmp_path / "p.jsonl")
+    assert speed.questions == 1 and [p.id for p in made] == [rows[2].id]
+    texts, failures = predictions.for_rows(asked, made)
+    report = mmstar.score(asked, texts, failures=failures)
+    assert report.overall.questions == 2 and report.failed[0].failed == blind.unaskable
+    command.save(report, asked, tmp_path / "out")
+    for name in ("results.json", "results.md", "errors.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "row 0 has no image" in text and "row 1: answer" in text, name
+
+
 def test_shared_images_go_through_the_tower_once_and_memory_may_run_out(
     model: Qwen25VL, processor: Processor, tmp_path: Path
 ) -> None:
