@@ -36,6 +36,7 @@ from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.predictions import Prediction
 from fastvst.evaluate.report import grouped_mean
 from fastvst.evaluate.statistics import bootstrap, wilson
+from fastvst.spatial.boxes import format_boxes
 
 OPTIONS = {"A": "left", "B": "right"}
 INTRINSICS = {"fx": 529.5, "fy": 529.5, "cx": 365.0, "cy": 265.0}
@@ -202,6 +203,32 @@ def test_an_answer_that_is_none_of_the_options_is_in_no_score(
     assert [row.id for row in report.left_out] == [rows[1].id]
     assert path.name in report.markdown() and "in no score" in report.markdown()
     assert path.name in report.to_json()["left_out"][0]["reason"]
+
+
+@pytest.mark.parametrize(("module", "write", "answer", "image"), SETS, ids=IDS)
+def test_the_true_reply_scores_one_and_every_other_option_zero(
+    module: ModuleType, write: Callable[[Path, dict[str, Any]], Path], answer: str, image: str, tmp_path: Path
+) -> None:
+    rows = module.load(write(tmp_path, {}))
+    if module is sunrgbd_det:
+        true = [format_boxes(row.fields["boxes"], [row.category]) for row in rows]
+        wrong = [[format_boxes(np.array([[5.0, *BOX[1:]]]), ["chair"])] * 2, ["[]"] * 2]
+    elif module is ocrbench:
+        true = ["x", "$x$"]
+        wrong = [["y", ""]]
+    else:
+        letters = [row.answer.strip("()")[0] for row in rows]
+        true = [f"{letter}." for letter in letters] if module is vsi_bench else letters
+        wrong = [["B" if letter == "A" else "A" for letter in letters], ["Z"] * 2]
+    assert [line.score for line in module.score(rows, true).rows] == [1.0, 1.0]
+    assert module.score(rows, true).overall.value.mean == pytest.approx(1.0)
+    thought = [f"<think>A or B, [], y</think>\n{reply}" for reply in true]
+    assert module.score(rows, thought, thinking=True).overall.value.mean == pytest.approx(1.0)
+    for replies in wrong:
+        assert module.score(rows, replies).overall.value.mean == 0.0, replies
+    for extraction in getattr(module, "EXTRACTIONS", ()):
+        assert module.score(rows, true, extraction=extraction).overall.value.mean == pytest.approx(1.0), extraction
+        assert module.score(rows, wrong[0], extraction=extraction).overall.value.mean == 0.0, extraction
 
 
 def test_a_file_without_a_row_that_can_be_scored_is_an_error(tmp_path: Path) -> None:
