@@ -13,12 +13,14 @@ import torch
 from tokenizers import Tokenizer
 
 from fastvst.batch import IGNORE, Cost, EncodedSample
-from fastvst.data.chat import Segment, check_literals, render, system_prompt
+from fastvst.data import chat_template
+from fastvst.data.chat import DEFAULT_SYSTEM, PADS, Segment, check_literals, render, system_prompt
 from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import MediaError, PatchGeometry
 from fastvst.data.ledger import SampleError
-from fastvst.data.processor_config import ProcessorConfig, make_config, read_preprocessor, write_files
-from fastvst.data.sample import Sample
+from fastvst.data.processor_config import ProcessorConfig, make_config
+from fastvst.data.processor_files import ProcessorFiles, read_files, write_files
+from fastvst.data.sample import Message, Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
 from fastvst.model.config import ModelConfig
@@ -52,13 +54,21 @@ class Processor:
         config: the ProcessorConfig.
         model_config: the ModelConfig, which determines patch geometry, positions and FLOPs.
         geometry: the PatchGeometry.
+        files: the files that it was read from, with the model's own chat template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, model_config: ModelConfig, config: ProcessorConfig | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        config: ProcessorConfig | None = None,
+        files: ProcessorFiles | None = None,
+    ) -> None:
         """Raises ValueError if tokenizer and model disagree about token ids."""
         self.tokenizer = tokenizer
         self.model_config = model_config
         self.config = config or ProcessorConfig()
+        self.files = files or ProcessorFiles()
         vision = model_config.vision
         self.geometry = PatchGeometry(
             vision.patch_size,
@@ -94,7 +104,8 @@ class Processor:
                     f"{directory} has no config.json; copy it from the checkpoint, or pass model_config=..."
                 )
             model_config = ModelConfig.from_pretrained(directory)
-        return cls(tokenizer, model_config, make_config({**read_preprocessor(directory, model_config), **options}))
+        files, found = read_files(directory, model_config, tokenizer)
+        return cls(tokenizer, model_config, make_config(found | options), files)
 
     @classmethod
     def preset(cls, name: str = "tiny", *, model_config: ModelConfig | None = None, **options: Any) -> Processor:
@@ -198,13 +209,16 @@ class Processor:
             notes = (note,)
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
         grids = [one.grid for one in inputs]
-        segments = render(
-            messages,
-            system=system_prompt(sample.kind),
-            supervise=self.config.supervise,
-            add_generation_prompt=add_generation_prompt,
-        )
-        tokens, labels = _tokens_and_labels(self, segments, grids)
+        if self.files.template is not None:
+            tokens, labels = _own_template(self, messages, sample.kind, grids, add_generation_prompt)
+        else:
+            segments = render(
+                messages,
+                system=system_prompt(sample.kind),
+                supervise=self.config.supervise,
+                add_generation_prompt=add_generation_prompt,
+            )
+            tokens, labels = _tokens_and_labels(self, segments, grids)
         patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
             merged = patches // self.model_config.vision.spatial_merge_size**2
@@ -225,7 +239,7 @@ class Processor:
         `from_pretrained` restores this processor. `from_pretrained` also needs the model's `config.json`
         (`Qwen25VL.save_pretrained`).
         """
-        write_files(Path(directory), self.tokenizer, self.geometry, self.config)
+        write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
 
 
 def _check_vocabulary(processor: Processor) -> None:
@@ -246,6 +260,33 @@ def _check_vocabulary(processor: Processor) -> None:
     size = processor.tokenizer.get_vocab_size()
     if size > model.vocab_size:
         raise ValueError(f"the tokenizer has {size} tokens, the model only {model.vocab_size}")
+
+
+def _own_template(
+    processor: Processor,
+    messages: list[Message],
+    kind: str,
+    grids: Sequence[tuple[int, int, int]],
+    add_generation_prompt: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(L,) int32 tokens and labels by the model's own chat template; without labels if a completion is to follow."""
+    template = processor.files.template
+    assert template is not None
+    if messages[0]["role"] != "system" and system_prompt(kind) != DEFAULT_SYSTEM:
+        messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt(kind)}]}, *messages]
+    merge = processor.model_config.vision.spatial_merge_size**2
+    counts = iter([t * h * w // merge for t, h, w in grids])
+    pads: dict[int, list[int]] = {processor.token_id(name): [] for name in PADS.values()}
+    for part in [part for message in messages for part in message["content"]]:
+        if part["type"] in PADS:
+            pads[processor.token_id(PADS[part["type"]])].append(next(counts))
+    if add_generation_prompt:
+        text = template.render(messages, add_generation_prompt=True)
+        spans: list[tuple[int, int]] = []
+    else:
+        text, spans = template.render_supervised(messages, processor.config.supervise)
+    vision = {processor.token_id(name) for name in (*PADS.values(), "<|vision_start|>", "<|vision_end|>")}
+    return chat_template.tokens_and_labels(processor.tokenizer, text, spans, pads, vision)
 
 
 def _tokens_and_labels(

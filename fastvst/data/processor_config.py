@@ -1,33 +1,16 @@
-"""ProcessorConfig, and the processor's files in a model directory."""
+"""ProcessorConfig: how samples become tokens and patches."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from fastvst.config import not_an_option
-from fastvst.data.chat import JINJA_TEMPLATE, SUPERVISE
-from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE, PatchGeometry
+from fastvst.data.chat import SUPERVISE
+from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE
 from fastvst.data.video import VideoConfig
-from fastvst.model import checkpoint_files
-from fastvst.model.checkpoint_files import json_text, read_json
-from fastvst.model.config import ModelConfig
-
-OWN_FILE = "fastvst_processor.json"
-# Fields of the preprocessor_config.json of Qwen2.5-VL; resample 3 is bicubic.
-PIXEL_STEPS: dict[str, Any] = {
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "rescale_factor": 1 / 255,
-    "resample": 3,
-}
 
 
 @dataclass(frozen=True)
@@ -128,96 +111,3 @@ def make_config(options: dict[str, Any]) -> ProcessorConfig:
             raise ValueError(f"processor option {name} is {value!r}; expected {wanted.__name__}, e.g. {fields[name]}")
         clean[name] = value
     return ProcessorConfig(**clean)
-
-
-def read_preprocessor(directory: Path, model_config: ModelConfig) -> dict[str, Any]:
-    """The fields of ProcessorConfig that a model directory sets.
-
-    Pixel limits and normalisation come from `preprocessor_config.json` (or transformers 5's `processor_config.json`),
-    everything else from `fastvst_processor.json`, where the directory was written by fastvst.
-
-    Raises:
-        FileNotFoundError: neither of the first two exists.
-        ValueError: invalid JSON, a patch size that is not the model's, or other pixel steps than Qwen2.5-VL's.
-    """
-    path = directory / "preprocessor_config.json"
-    if path.is_file():
-        values = read_json(path)
-    elif (directory / "processor_config.json").is_file():
-        path = directory / "processor_config.json"
-        values = read_json(path).get("image_processor", {})
-    else:
-        raise FileNotFoundError(
-            f"{directory} has no preprocessor_config.json; copy it from the published checkpoint, or write the files "
-            "with Processor.save_pretrained"
-        )
-    vision = model_config.vision
-    for name, expected in (
-        ("patch_size", vision.patch_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-        ("merge_size", vision.spatial_merge_size),
-    ):
-        if values.get(name, expected) != expected:
-            raise ValueError(f"{path} says {name} = {values[name]}, config.json says {expected}")
-    for name, published in PIXEL_STEPS.items():
-        if values.get(name, published) != published:
-            raise ValueError(f"{path} says {name} = {values[name]}; only {published} is supported")
-    size = values.get("size") or {}
-    found = {
-        "min_pixels": values.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-        "max_pixels": values.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
-        "image_mean": tuple(values.get("image_mean") or ()) or None,
-        "image_std": tuple(values.get("image_std") or ()) or None,
-    }
-    own = directory / OWN_FILE
-    saved = read_json(own) if own.is_file() else {}
-    return saved | {name: value for name, value in found.items() if value is not None}
-
-
-def write_files(directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, config: ProcessorConfig) -> None:
-    """Write tokenizer.json, tokenizer_config.json, preprocessor_config.json, chat_template.json and .jinja, and
-    fastvst_processor.json, which holds the options that have no place in the Hugging Face files."""
-    added = tokenizer.get_added_tokens_decoder()
-    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    extra = [t.content for t in added.values() if t.special and t.content != "<|endoftext|>"]
-    tokenizer_config = {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(i): {name: getattr(token, name) for name in fields} for i, token in sorted(added.items())
-        },
-        "additional_special_tokens": extra,
-        "bos_token": None,
-        "chat_template": JINJA_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    preprocessor_config = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        **PIXEL_STEPS,
-        "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
-        "min_pixels": config.min_pixels,
-        "max_pixels": config.max_pixels,
-        "patch_size": geometry.patch_size,
-        "temporal_patch_size": geometry.temporal_patch_size,
-        "merge_size": geometry.merge_size,
-        "image_mean": list(geometry.mean),
-        "image_std": list(geometry.std),
-    }
-    own = {k: v for k, v in dataclasses.asdict(config).items() if k not in preprocessor_config}
-    with checkpoint_files.update(directory) as partial:
-        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
-        for name, content in (
-            ("tokenizer_config.json", tokenizer_config),
-            ("preprocessor_config.json", preprocessor_config),
-            ("chat_template.json", {"chat_template": JINJA_TEMPLATE}),
-            (OWN_FILE, own),
-        ):
-            (partial / name).write_text(json_text(content), encoding="utf-8")
-        (partial / "chat_template.jinja").write_text(JINJA_TEMPLATE, encoding="utf-8")

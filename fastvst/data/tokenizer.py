@@ -17,6 +17,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from fastvst.model.checkpoint_files import read_json
+
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENIZER = ASSETS / "tiny_tokenizer.json"
 TINY_VOCAB_SIZE = 4096  # 4,074 byte-level BPE tokens + 22 added; ModelConfig.preset("tiny") has the same ids
@@ -124,10 +126,39 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
         raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+    tokenizer.no_truncation()  # samples are never cut or padded; transformers switches both off on every call
+    tokenizer.no_padding()
+    _add_tokens(tokenizer, directory)
     missing = [name for name in REQUIRED_TOKENS if tokenizer.token_to_id(name) is None]
     if missing:
         raise ValueError(f"{path} lacks the tokens {missing}; a Qwen2.5-VL tokenizer has all of {REQUIRED_TOKENS}")
     return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, directory: Path) -> None:
+    """Add the tokens that are only in tokenizer_config.json or added_tokens.json, as transformers does.
+
+    Raises:
+        ValueError: a token would get another id than the file says.
+    """
+    found: dict[int, AddedToken] = {}
+    path = directory / "tokenizer_config.json"
+    fields = read_json(path) if path.is_file() else {}
+    legacy = directory / "added_tokens.json"
+    if "added_tokens_decoder" in fields:
+        for number, token in fields["added_tokens_decoder"].items():
+            found[int(number)] = AddedToken(**{k: v for k, v in token.items() if not k.startswith("__")})
+    elif legacy.is_file():
+        found = {number: AddedToken(name, normalized=False) for name, number in read_json(legacy).items()}
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for number, token in sorted(found.items()):
+        if token.content not in known:
+            tokenizer.add_tokens([token])
+            if tokenizer.token_to_id(token.content) != number:
+                raise ValueError(
+                    f"{path} gives the token {token.content!r} the id {number}; after tokenizer.json it would be "
+                    f"{tokenizer.token_to_id(token.content)}. The two files belong to different models"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,247 @@
+"""The processor's files in a model directory: read in the order of transformers, and written back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from fastvst.data.chat import JINJA_TEMPLATE
+from fastvst.data.chat_template import ChatTemplate, find_template, is_stock
+from fastvst.data.images import CLIP_MEAN, CLIP_STD, PatchGeometry
+from fastvst.data.processor_config import ProcessorConfig
+from fastvst.model import checkpoint_files
+from fastvst.model.checkpoint_files import json_text, read_json
+from fastvst.model.config import ModelConfig
+
+OWN_FILE = "fastvst_processor.json"
+NESTED = "processor_config.json"
+FLAT = "preprocessor_config.json"
+KEPT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    FLAT,
+    NESTED,
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+# Fields of the preprocessor_config.json of Qwen2.5-VL; resample 3 is bicubic.
+PIXEL_STEPS: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
+# What an absent field means in transformers (Qwen2VLImageProcessor).
+DEFAULTS: dict[str, Any] = {
+    "min_pixels": 56 * 56,
+    "max_pixels": 28 * 28 * 1280,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """The files that a processor was read from.
+
+    Attributes:
+        contents: file name -> bytes.
+        template: the model's own chat template, or None for the stock one.
+        pixels: the fields of ProcessorConfig that the image processor's file gave.
+        tokens: tokens of the tokenizer when it was loaded.
+    """
+
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    template: ChatTemplate | None = None
+    pixels: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+    def json(self, name: str) -> dict[str, Any]:
+        return json.loads(self.contents[name]) if name in self.contents else {}
+
+
+def read_files(
+    directory: Path, model_config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[ProcessorFiles, dict[str, Any]]:
+    """The files of a model directory, and the fields of ProcessorConfig that they set.
+
+    Pixel limits and normalisation come from transformers 5's `processor_config.json`, else from
+    `preprocessor_config.json`; everything else from `fastvst_processor.json`, where fastvst wrote the directory.
+
+    Raises:
+        FileNotFoundError: neither of the first two describes an image processor.
+        ValueError: invalid JSON, a patch size that is not the model's, or other pixel steps than Qwen2.5-VL's.
+    """
+    extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    paths = [directory / name for name in KEPT] + extra
+    contents = {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()}
+    for name in contents:
+        if name.endswith(".json") and name != "tokenizer.json":
+            read_json(directory / name)
+    found = find_template(
+        lambda name: contents[name].decode("utf-8-sig") if name in contents else None,
+        {path.stem: path.read_text(encoding="utf-8") for path in extra},
+    )
+    template = None if found is None or is_stock(found[1]) else ChatTemplate(f"{directory / found[0]}", found[1])
+    name, values = _image_processor(directory)
+    pixels = _pixels(directory / name, values, model_config)
+    own = directory / OWN_FILE
+    files = ProcessorFiles(contents, template, pixels, tokenizer.get_vocab_size())
+    return files, (read_json(own) if own.is_file() else {}) | pixels
+
+
+def _image_processor(directory: Path) -> tuple[str, dict[str, Any]]:
+    """(file, fields) of the image processor, in transformers' order."""
+    nested = read_json(directory / NESTED).get("image_processor") if (directory / NESTED).is_file() else None
+    flat = read_json(directory / FLAT) if (directory / FLAT).is_file() else None
+    if nested is not None:
+        if flat is not None and _limits(flat) != _limits(nested):
+            warnings.warn(
+                f"{directory}: the pixel limits of {NESTED} are used, as in transformers; {FLAT} has others",
+                stacklevel=5,
+            )
+        return NESTED, nested
+    if flat is not None:
+        return FLAT, flat
+    raise FileNotFoundError(
+        f"{directory} has no preprocessor_config.json; copy it from the published checkpoint, or write the files "
+        "with Processor.save_pretrained"
+    )
+
+
+def _limits(values: Mapping[str, Any]) -> dict[str, int]:
+    size = values.get("size") or {}
+    found = {name: values.get(name) or size.get(edge) or size.get(name) for name, edge in LIMITS.items()}
+    return {name: value or DEFAULTS[name] for name, value in found.items()}
+
+
+def _pixels(path: Path, values: Mapping[str, Any], model_config: ModelConfig) -> dict[str, Any]:
+    """The fields of ProcessorConfig in an image processor's file; null means absent."""
+    kind = values.get("image_processor_type") or "Qwen2VLImageProcessor"
+    size = values.get("size") or {}
+    if not kind.startswith(("Qwen2VL", "Qwen2_5_VL")) or "height" in size or values.get("do_center_crop"):
+        raise ValueError(
+            f"{path} describes a {kind} with size {size}: images of a fixed size. Qwen2.5-VL needs the "
+            "Qwen2VLImageProcessor of its published checkpoint, with pixel limits"
+        )
+    vision = model_config.vision
+    for name, expected in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        if values.get(name) not in (None, expected):
+            raise ValueError(f"{path} says {name} = {values[name]}, config.json says {expected}")
+    for name, published in PIXEL_STEPS.items():
+        if values.get(name) not in (None, published):
+            raise ValueError(f"{path} says {name} = {values[name]}; only {published} is supported")
+    scales = {name: tuple(values.get(name) or DEFAULTS[name]) for name in ("image_mean", "image_std")}
+    return _limits(values) | scales
+
+
+def write_files(
+    directory: Path, tokenizer: Tokenizer, geometry: PatchGeometry, config: ProcessorConfig, files: ProcessorFiles
+) -> None:
+    """Write the files that were read, changed only where the processor has changed since, and the missing ones.
+
+    fastvst_processor.json holds the options that have no place in the files of transformers.
+    """
+    contents = dict(files.contents)
+    changed = tokenizer.get_vocab_size() != files.tokens
+    if changed:
+        contents.pop("tokenizer.json", None)
+    if "tokenizer_config.json" not in contents:
+        contents["tokenizer_config.json"] = json_text(_tokenizer_config(tokenizer)).encode()
+    elif changed:
+        fields = files.json("tokenizer_config.json")
+        fields["added_tokens_decoder"] = _added_tokens(tokenizer)
+        contents["tokenizer_config.json"] = json_text(fields).encode()
+    if not files.contents:
+        contents["chat_template.json"] = json_text({"chat_template": JINJA_TEMPLATE}).encode()
+        contents["chat_template.jinja"] = JINJA_TEMPLATE.encode()
+    contents |= _pixel_files(geometry, config, files)
+    own = {k: v for k, v in dataclasses.asdict(config).items() if k not in DEFAULTS}
+    contents[OWN_FILE] = json_text(own).encode()
+    with checkpoint_files.update(directory) as partial:
+        if "tokenizer.json" not in contents:
+            tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
+        for name, content in contents.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+
+
+def _pixel_files(geometry: PatchGeometry, config: ProcessorConfig, files: ProcessorFiles) -> dict[str, bytes]:
+    """The image processor's file where there was none, or where a limit has changed."""
+    if not files.pixels:
+        content = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            **PIXEL_STEPS,
+            "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
+            "min_pixels": config.min_pixels,
+            "max_pixels": config.max_pixels,
+            "patch_size": geometry.patch_size,
+            "temporal_patch_size": geometry.temporal_patch_size,
+            "merge_size": geometry.merge_size,
+            "image_mean": list(geometry.mean),
+            "image_std": list(geometry.std),
+        }
+        return {FLAT: json_text(content).encode()}
+    changes = {n: getattr(config, n) for n, value in files.pixels.items() if getattr(config, n) != value}
+    if not changes:
+        return {}
+    whole = files.json(NESTED)
+    name = NESTED if whole.get("image_processor") is not None else FLAT
+    whole = files.json(name)
+    values = whole["image_processor"] if name == NESTED else whole
+    for key, value in changes.items():
+        _set(values, key, list(value) if isinstance(value, tuple) else value)
+    return {name: json_text(whole).encode()}
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Write a field in every place where the file has it; pixel limits may be in `size` under another name."""
+    size = values.get("size") or {}
+    places = [(size, name) for name in (LIMITS.get(key), key) if name in size]
+    places += [(values, key)] if values.get(key) is not None or not places else []
+    for place, name in places:
+        place[name] = value
+
+
+def _added_tokens(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = tokenizer.get_added_tokens_decoder()
+    return {str(i): {name: getattr(token, name) for name in names} for i, token in sorted(added.items())}
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json with the stock template."""
+    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    return {
+        "add_prefix_space": False,
+        "added_tokens_decoder": _added_tokens(tokenizer),
+        "additional_special_tokens": [name for name in special if name != "<|endoftext|>"],
+        "bos_token": None,
+        "chat_template": JINJA_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
