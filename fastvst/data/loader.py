@@ -73,7 +73,7 @@ class Loader:
     Attributes:
         ledger: unusable samples. Every rank counts each once, but broken pixels only on the rank that decoded them.
         report: fill, vision share and balance of the steps delivered so far.
-        notes: one line about each opened source.
+        notes: lines about each opened source: what is read, and what is not.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Loader:
         self.world_size = world_size
         self.ledger = ledger if ledger is not None else Ledger()
         self.report = PackingReport()
-        self.notes = [source.describe() for source in mixture.sources]
+        self.notes = [line for source in mixture.sources for line in source.first_lines()]
         self._state: dict[str, Any] = {"planner": None, "used": 0}
 
     def state_dict(self) -> dict[str, Any]:

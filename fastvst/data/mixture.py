@@ -31,7 +31,7 @@ class SourceConfig:
         weight: share of the drawn samples, relative to the other sources; None (for all sources): the number of rows.
         name: data set name for ids and errors; None: the name of the folder or file.
         image_folder: folder in which relative image paths start; None: the folder of the file that names them.
-        split: part of a `datasets.DatasetDict`; None: the only one, or "train".
+        split: split of the data set, by the naming rules of the Hub (docs/data.md); None: the only one.
         min_pixels: least pixels of an image of this source after resizing; None: the processor's.
         max_pixels: most pixels of an image of this source after resizing; None: the processor's.
     """

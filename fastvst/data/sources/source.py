@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sample import Sample
 from fastvst.data.sources.files import ArrowTable, JsonTable, ParquetTable, Table
+from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
 from fastvst.data.sources.rows import row_form, to_sample
 
 # The file types and row forms (rows.py) of each format.
@@ -25,7 +24,6 @@ ACCEPTED = (
     "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON Lines with `conversations` (LLaVA, "
     "ShareGPT) or `messages` (OpenAI); a folder written by datasets.save_to_disk with any of these columns"
 )
-SUFFIXES = {".parquet": ".parquet", ".arrow": ".arrow", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
 
 Ref = tuple[int, int]  # (block, row) in the data set
 
@@ -41,6 +39,7 @@ class Source:
         tables: one for each file.
         blocks: (table, block of the table) of every block.
         block_rows: rows of every block.
+        layout: the files that are read, their split, and the files that are not read.
         problems: unusable files ("empty_file", "unreadable_file"); the loader adds them to the ledger.
         folder: folder in which relative image paths start; None: the folder of the file that names them.
         ledger: records bad rows during iteration; None: iteration raises them and may be continued with next().
@@ -53,6 +52,7 @@ class Source:
     tables: list[Table]
     blocks: list[tuple[int, int]]
     block_rows: list[int]
+    layout: Layout = field(default_factory=lambda: Layout([]))
     problems: list[SampleError] = field(default_factory=list)
     folder: Path | None = None
     ledger: Ledger | None = None
@@ -95,7 +95,7 @@ class Source:
                 yield sample
             except SampleError as error:
                 yield error
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # a row of an unexpected structure
+            except Exception as error:  # a row of an unexpected structure
                 yield SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
 
     def get(self, refs: Sequence[Ref]) -> list[Sample | SampleError]:
@@ -116,9 +116,15 @@ class Source:
         return [found[block, row] for block, row in refs]
 
     def describe(self) -> str:
-        """One line with name, format, files and rows."""
+        """One line with name, format, split, files and rows."""
         bad = f", {len(self.problems)} files unusable" if self.problems else ""
-        return f"{self.name}: {self.format}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
+        split = f", split {self.layout.split}" if self.layout.split else ""
+        return f"{self.name}: {self.format}{split}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
+
+    def first_lines(self) -> list[str]:
+        """What a run says about the source before it starts: `describe`, and the files that are not read."""
+        others = ", ".join(f"{kind} {count} ({name})" for kind, count, name in self.layout.others)
+        return [self.describe(), *([f"{self.name}: not read: {others}"] if others else [])]
 
 
 class SourceIterator(Iterator[Sample]):
@@ -169,7 +175,7 @@ def open_source(
             columns of the first row.
         name: data set name for ids and errors; default: the name of the folder or file.
         image_folder: folder in which relative image paths start; default: the folder of the file that names them.
-        split: part of a `datasets.DatasetDict`; not needed if there is only one, or one is called "train".
+        split: name of the split, by the rules of layout.py; not needed if there is only one.
         ledger: records bad rows during iteration; without it the first bad row is raised.
 
     Raises:
@@ -187,14 +193,15 @@ def open_source(
     label = name or (root.stem if root.is_file() else root.absolute().name)
     tables: list[Table] = []
     problems: list[SampleError] = []
-    files = _find_files(root, format, split)
+    layout = _find(root, format, split)
+    files = layout.files
     for file in files:
         if file.stat().st_size == 0:
             problems.append(SampleError("empty_file", label, file.name, "the file has 0 bytes"))
             continue
         try:
             tables.append(_open_table(file))
-        except (ValueError, OSError, pa.ArrowException) as error:
+        except Exception as error:  # pyarrow and numpy raise many kinds
             problems.append(SampleError("unreadable_file", label, file.name, str(error)))
     blocks = [(t, b) for t, table in enumerate(tables) for b, rows in enumerate(table.block_rows) if rows]
     rows = [tables[t].block_rows[b] for t, b in blocks]
@@ -203,37 +210,20 @@ def open_source(
         raise ValueError(f"{root}: the data set is empty: {what}")
     found = _recognise(root, format, [tables[t] for t, _ in blocks])
     folder = Path(image_folder) if image_folder is not None else None
-    return Source(label, found, root, tables, blocks, rows, problems, folder, ledger)
+    return Source(label, found, root, tables, blocks, rows, layout, problems, folder, ledger)
 
 
-def _find_files(root: Path, format: str, split: str | None) -> list[Path]:
-    if root.is_file():
-        return [root]
-    if (root / "dataset_dict.json").exists():
-        splits = sorted(p.name for p in root.iterdir() if (p / "dataset_info.json").exists())
-        chosen = split or (splits[0] if len(splits) == 1 else "train")
-        if chosen not in splits:
-            raise ValueError(f"{root}: the data set has the splits {splits}; name one of them (split=...)")
-        root = root / chosen
-    hf = (root / "dataset_info.json").exists() or (root / "state.json").exists()
-    visible = [p for p in sorted(root.rglob("*")) if p.is_file() and not _hidden(p.relative_to(root))]
-    by_type: dict[str, list[Path]] = {}
-    for file in visible:
-        by_type.setdefault(SUFFIXES.get(file.suffix.lower(), "other"), []).append(file)
-    order = (".arrow",) if hf else FORMATS[format][0] if format != "auto" else (".parquet", ".jsonl", ".json", ".arrow")
-    for suffix in order:
-        if by_type.get(suffix):
-            return by_type[suffix]
-    counts = {suffix: len(files) for suffix, files in by_type.items()}
-    names = [str(p.relative_to(root)) for p in visible[:5]]
-    raise ValueError(
-        f"{root}: no data files of format {format!r} ({', '.join(order)}); "
-        f"found {counts or 'nothing'} {names}. {ACCEPTED}"
-    )
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.parts)
+def _find(root: Path, format: str, split: str | None) -> Layout:
+    kinds = FORMATS[format][0] if format != "auto" else (".parquet", ".jsonl", ".json", ".arrow")
+    layout = find_files(root, kinds, split)
+    if not layout.files:
+        counts = {kind: count for kind, count, _ in layout.others}
+        names = [name for _, _, name in layout.others[:5]]
+        raise ValueError(
+            f"{root}: no data files of format {format!r} ({', '.join(kinds)}); found {counts or 'nothing'} {names}. "
+            f"{ACCEPTED}"
+        )
+    return layout
 
 
 def _open_table(file: Path) -> Table:

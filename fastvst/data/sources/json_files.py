@@ -1,0 +1,193 @@
+"""JSON arrays and JSON Lines with random access, in any encoding and with any line ends that JSON allows.
+
+A file is read in the encoding of its byte order mark; without one it is UTF-8, UTF-16 or UTF-32, as its first bytes say
+(RFC 4627, section 3). Rows are separated by LF, CR LF, CR or the record separator of RFC 7464: a string cannot hold any
+of these unescaped. A row that is not JSON costs that row only.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+JSON_BLOCK = 256  # rows in a block
+LINE = re.compile(rb"[^\r\n\x1e]+")
+# One step through a JSON text that may be wrong in its details: a string, a bracket, or anything else.
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^"\[\]{}]+', re.DOTALL)
+BLANK = re.compile(r"[\s,\x1e]*")
+BYTE_ORDER_MARKS = {
+    "utf-8-sig": codecs.BOM_UTF8,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JsonTable:
+    """A JSON array or JSON Lines file, indexed by the byte span of every row. Its blocks are 256 rows each."""
+
+    path: Path
+    block_rows: list[int]
+    columns: list[str]
+    spans: np.ndarray = field(repr=False)  # (rows, 2) int64 first byte and end
+    encoding: str = "utf-8"
+
+    @classmethod
+    def open(cls, path: Path) -> JsonTable:
+        """Index the file: one pass over its lines, or one parse of the array, which holds its whole text in memory.
+
+        Raises:
+            ValueError: neither an array of objects nor lines of objects.
+        """
+        encoding, skipped = _encoding(path)
+        if encoding != "utf-8" or _first_byte(path, skipped) == b"[":
+            spans = _text_spans(path, encoding, skipped)
+        else:
+            spans = _line_spans(path, skipped)
+            if len(spans) and not _is_json(path, spans[0]):
+                spans = _object_spans(path, skipped, spans)
+        count = len(spans)
+        blocks = [min(JSON_BLOCK, count - at) for at in range(0, count, JSON_BLOCK)]
+        table = cls(path, blocks, [], spans, encoding)
+        first = next((row for b in range(len(blocks)) for row in table.rows(b) if isinstance(row, dict)), {})
+        return cls(path, blocks, list(first), spans, encoding)
+
+    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
+        """Rows of a block from `start` on; ValueErrors in place of rows that are not JSON objects."""
+        first = block * JSON_BLOCK
+        with open(self.path, "rb") as file:
+            for index in range(first + start, first + self.block_rows[block]):
+                begin, end = self.spans[index].tolist()
+                file.seek(begin)
+                try:
+                    text = file.read(end - begin).decode(self.encoding)
+                    row = json.loads(text.rstrip().removesuffix(","))
+                except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+                    yield ValueError(f"not JSON: {error}; expected an object")
+                    continue
+                yield row if isinstance(row, dict) else ValueError(f"a JSON {type(row).__name__}; expected an object")
+
+
+def _encoding(path: Path) -> tuple[str, int]:
+    """Name of the encoding, and the bytes of the byte order mark."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    for name, mark in sorted(BYTE_ORDER_MARKS.items(), key=lambda item: -len(item[1])):
+        if head.startswith(mark):
+            return name.removesuffix("-sig"), len(mark)
+    return json.detect_encoding(head), 0
+
+
+def _first_byte(path: Path, skipped: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(skipped)
+        while (byte := file.read(1)) and (byte.isspace() or byte == b"\x1e"):
+            pass
+        return byte
+
+
+def _line_spans(path: Path, skipped: int) -> np.ndarray:
+    spans = []
+    at = skipped
+    with open(path, "rb") as file:
+        file.seek(skipped)
+        for line in file:
+            for match in LINE.finditer(line):
+                if match.group().strip():
+                    spans.append((at + match.start(), at + match.end()))
+            at += len(line)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _is_json(path: Path, span: np.ndarray) -> bool:
+    with open(path, "rb") as file:
+        file.seek(int(span[0]))
+        try:
+            json.loads(file.read(int(span[1] - span[0])).rstrip().removesuffix(b","))
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+
+def _object_spans(path: Path, skipped: int, lines: np.ndarray) -> np.ndarray:
+    """Spans of objects that are written over several lines each; `lines` if the text is not a sequence of objects."""
+    try:
+        spans = _text_spans(path, "utf-8", skipped)
+    except ValueError:
+        return lines
+    return spans if len(spans) < len(lines) and all(_is_json(path, span) for span in spans) else lines
+
+
+def _text_spans(path: Path, encoding: str, skipped: int) -> np.ndarray:
+    """Byte spans of the elements of an array, or of the values of a sequence, from the whole text.
+
+    Raises:
+        ValueError: an array or an element that does not end.
+    """
+    # bytes that are not in the encoding become surrogates: their rows are rejected later, the others are read
+    errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+    text = path.read_bytes()[skipped:].decode(encoding, errors)
+    begin = BLANK.match(text, 0).end()  # type: ignore[union-attr]
+    array = text[begin : begin + 1] == "["
+    if not array and encoding != "utf-8":
+        pieces = [(match.start(), match.end()) for match in re.finditer(r"[^\r\n\x1e]+", text) if match.group().strip()]
+    else:
+        try:
+            pieces = _elements(text, begin + 1 if array else begin, array)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a complete JSON array: {error}") from error
+    spans = []
+    at = 0
+    byte = skipped
+    for start, end in pieces:
+        byte += len(text[at:start].encode(encoding, errors))
+        length = len(text[start:end].encode(encoding, errors))
+        spans.append((byte, byte + length))
+        byte += length
+        at = end
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _elements(text: str, at: int, array: bool) -> list[tuple[int, int]]:
+    """First character and end of every element, until the end of the array or of the text."""
+    decoder = json.JSONDecoder()
+    found: list[tuple[int, int]] = []
+    while True:
+        begin = BLANK.match(text, at).end()  # type: ignore[union-attr]
+        if text[begin : begin + 1] == "]" if array else begin == len(text):
+            return found
+        try:
+            _, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            end = _end_of_element(text, begin)
+        found.append((begin, end))
+        at = end
+
+
+def _end_of_element(text: str, begin: int) -> int:
+    """End of an element that is not valid JSON, from its brackets. Raises ValueError if they do not close."""
+    depth = 0
+    at = begin
+    while at < len(text):
+        match = TOKEN.match(text, at)
+        if match is None:
+            break
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match.group(), 0)
+        at = match.end()
+        if depth <= 0 and match.group() in ("]", "}"):
+            end = at if depth == 0 else match.start()
+            if end > begin:
+                return end
+            break
+    raise ValueError(f"the element at character {begin} does not end")
