@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fastvst import jsonl
-from fastvst.data.ledger import Ledger, SampleError
+from fastvst.data.ledger import SampleError
 from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
-from fastvst.rl.prompts import Prompt, make_prompt
+from fastvst.rl.prompts import Prompt, PromptStream
 from fastvst.rl.records import GroupRecord
 from fastvst.train.distributed import World
 
@@ -37,16 +37,19 @@ class EvaluationConfig:
     questions: int = 200
 
 
-def read_prompts(path: str | Path, count: int, ledger: Ledger) -> list[Prompt]:
-    """The first `count` usable prompts of a data set, numbered from 0; unusable rows are recorded in the ledger."""
+def read_prompts(path: str | Path, count: int, stream: PromptStream) -> list[Prompt]:
+    """The first `count` usable prompts of a data set, numbered from 0, with the settings of the stream of training.
+
+    Unusable rows are recorded in the stream's ledger.
+    """
     prompts: list[Prompt] = []
-    for sample in open_source(path, ledger=ledger):
+    for sample in open_source(path, ledger=stream.ledger).with_whole_rows():
         if len(prompts) == count:
             break
         try:
-            prompts.append(make_prompt(sample, turn=len(prompts), number=len(prompts)))
+            prompts.append(stream.prompt(sample, turn=len(prompts), number=len(prompts)))
         except SampleError as error:
-            ledger.record(error, where=str(path))
+            stream.ledger.record(error, where=str(path))
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""The stream of prompts: rows with a checkable answer, in an order that a checkpoint restores exactly."""
+"""The stream of prompts: rows with a checkable answer if the reward needs one, in an order that a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvst.batch import EncodedSample
+from fastvst.data.chat import THINK_SYSTEM
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
 from fastvst.data.processor import Processor
@@ -25,11 +26,11 @@ class NoPrompts(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with its checkable answer.
+    """A prompt, with its checkable answer if it has one.
 
     Attributes:
         sample: the messages; the last one is the true answer in the model's format, if the row has one.
-        answer: the checkable answer.
+        answer: the checkable answer, or None.
         modes: reward modes, without "_score".
         thinking: the prompt has the THINK system prompt, so the format reward expects <think>...</think>.
         number: index of the prompt since the start of training, over all ranks.
@@ -55,13 +56,30 @@ class Prompt:
     def row(self, response: str) -> Row:
         """What the reward receives for one completion."""
         s = self.sample
-        return Row(s.id, s.source, s.kind, self.question, response, self.answer, self.modes, self.thinking, s.metadata)
+        return Row(
+            id=s.id,
+            source=s.source,
+            kind=s.kind,
+            question=self.question,
+            response=response,
+            answer=self.answer,
+            modes=self.modes,
+            thinking=self.thinking,
+            metadata=s.metadata,
+            columns=s.row,
+        )
 
 
-def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
+def make_prompt(
+    sample: Sample, turn: int = 0, number: int = 0, *, system: str = "none", needs_answer: bool = True
+) -> Prompt:
     """The prompt of a row.
 
     A row with k checkable turns gives the prompt of turn `turn` mod k, with the true earlier turns before it.
+
+    Args:
+        system: see `SamplingConfig.system`.
+        needs_answer: the reward compares with a checkable answer; False accepts rows without one.
 
     Raises:
         SampleError: "no_answer", "reward_mode" (unknown), "bad_schema" (no user message, or the number of checkable
@@ -82,16 +100,36 @@ def make_prompt(sample: Sample, turn: int = 0, number: int = 0) -> Prompt:
         sample = dataclasses.replace(
             sample, id=f"{sample.id}#{chosen}", messages=sample.messages[: ends[chosen] + 1], answer=answer
         )
-    if not isinstance(answer, dict) or answer.get("value") is None:
-        raise fail("no_answer", "the row has no checkable answer: an `answer` with a value, or `answer_gt`")
     if not any(m["role"] == "user" for m in sample.messages):
         raise fail("bad_schema", "the row has no user message")
-    try:
-        modes = normalise_modes(answer.get("mode") or (), answer)
-    except ValueError as error:
-        raise fail("reward_mode", str(error)) from error
-    thinking = "thought" in sample.kind and BOXES not in modes
-    return Prompt(sample, answer, modes, thinking, number)
+    modes: tuple[str, ...] = ()
+    if isinstance(answer, dict) and answer.get("value") is not None:
+        try:
+            modes = normalise_modes(answer.get("mode") or (), answer)
+        except ValueError as error:
+            if needs_answer:
+                raise fail("reward_mode", str(error)) from error
+    elif needs_answer:
+        raise fail(
+            "no_answer",
+            "the row has no checkable answer: an `answer` with a value, or `answer_gt`. Only a reward.function of your "
+            "own can do without",
+        )
+    thinking = system == "think" and BOXES not in modes
+    text = THINK_SYSTEM if thinking else "" if system in ("none", "think") else system
+    return Prompt(_with_system(sample, text), answer, modes, thinking, number)
+
+
+def _with_system(sample: Sample, text: str) -> Sample:
+    """The sample with a system prompt, "" for the model's default; a system message of the row itself is kept.
+
+    The sample's kind no longer asks for the thinking prompt.
+    """
+    messages = sample.messages
+    if text and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
+    kind = "qa" if "thought" in sample.kind else sample.kind
+    return dataclasses.replace(sample, kind=kind, messages=messages)
 
 
 class PromptStream:
@@ -114,9 +152,12 @@ class PromptStream:
         rank: int = 0,
         size: int = 1,
         completion_tokens: int = 0,
+        system: str = "none",
+        needs_answer: bool = True,
     ) -> None:
         """
         Args:
+            system, needs_answer: see `make_prompt`.
             completion_tokens: most tokens of all completions of one prompt. The work of a prompt is this number plus
                 its own tokens: a video has a hundred times the tokens of a text, and every rank waits for the slowest.
         """
@@ -126,6 +167,8 @@ class PromptStream:
         self.rank = rank
         self.size = size
         self.completion_tokens = completion_tokens
+        self.system = system
+        self.needs_answer = needs_answer
         self.asked = 0
         self.drawn = 0
 
@@ -150,6 +193,10 @@ class PromptStream:
         self.ledger.check()
         return [taken[i] for i in divide_by_work(work, self.size)[self.rank]]
 
+    def prompt(self, sample: Sample, turn: int, number: int) -> Prompt:
+        """The prompt of a row with the settings of this stream. Raises SampleError."""
+        return make_prompt(sample, turn, number, system=self.system, needs_answer=self.needs_answer)
+
     def _next(self) -> tuple[Prompt, int] | None:
         """The next usable prompt and its number of tokens; None at the end of the data."""
         for _ in range(MAX_REJECTED):
@@ -161,7 +208,7 @@ class PromptStream:
             try:
                 if isinstance(drawn.sample, SampleError):
                     raise drawn.sample
-                prompt = make_prompt(drawn.sample, self.drawn, self.asked)
+                prompt = self.prompt(drawn.sample, self.drawn, self.asked)
                 tokens = self.processor.measure(prompt.sample, add_generation_prompt=True).tokens
             except SampleError as error:
                 self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)

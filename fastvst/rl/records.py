@@ -33,7 +33,7 @@ class GroupRecord:
         finishes: why each completion ended.
         rewards: of the reward functions.
         penalties: 0 or below, subtracted for length.
-        verdict: "keep", "too_easy" or "too_hard".
+        verdict: "keep", "too_easy", "too_hard" or "equal".
         advantages: empty if the group was not kept.
     """
 
@@ -54,6 +54,11 @@ class GroupRecord:
     @property
     def accuracies(self) -> list[float]:
         return [r.accuracy for r in self.rewards]
+
+    @property
+    def scored(self) -> bool:
+        """At least one completion has a score."""
+        return any(not r.reason.startswith("error") for r in self.rewards)
 
 
 # ----------------------------------------------------------------------------------------------------- rollouts.jsonl
@@ -127,7 +132,7 @@ def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
 def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]:
     """Figures of the completions of a step over all ranks. Every rank calls it and gets the same.
 
-    Keys: questions (prompts), kept, too_easy, too_hard, answers (completions), reward, accuracy, format, overlong,
+    Keys: questions (prompts), kept, too_easy, too_hard, equal, answers (completions), reward, accuracy, format, overlong,
     unscored (completions without a score), length, length_max, clipped (share that reached the limit), answer_tokens,
     and reward/<mode>. Means are over all sampled completions, those of dropped groups included.
     """
@@ -136,6 +141,7 @@ def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]
         "kept": sum(r.verdict == "keep" for r in records),
         "too_easy": sum(r.verdict == "too_easy" for r in records),
         "too_hard": sum(r.verdict == "too_hard" for r in records),
+        "equal": sum(r.verdict == "equal" for r in records),
         "answers": sum(len(r.texts) for r in records),
         "reward": sum(sum(r.totals) for r in records),
         "accuracy": sum(sum(r.accuracies) for r in records),
@@ -165,6 +171,7 @@ def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]
         "kept": total["kept"],
         "too_easy": total["too_easy"],
         "too_hard": total["too_hard"],
+        "equal": total["equal"],
         "answers": total["answers"],
         "reward": total["reward"] / count,
         "accuracy": total["accuracy"] / count,
@@ -228,7 +235,8 @@ def progress_text(row: dict[str, Any], total_steps: int) -> str:
     rewards = (
         f"{head}  reward {row['reward']:.4f} ({modes})  accuracy {row['accuracy']:.3f}  format {row['format']:.3f}  "
         f"length {row['length']:.1f} (max {row['length_max']:.0f}, cut {100 * row['clipped']:.1f}%)  "
-        f"groups {row['kept']:.0f}/{row['questions']:.0f} ({row['too_easy']:.0f} easy, {row['too_hard']:.0f} hard)"
+        f"groups {row['kept']:.0f}/{row['questions']:.0f} ({row['too_easy']:.0f} easy, {row['too_hard']:.0f} hard, "
+        f"{row['equal']:.0f} equal)"
     )
     kl = f"  kl {row['kl_ref_k3']:.2e}" if "kl_ref_k3" in row else ""
     update = (

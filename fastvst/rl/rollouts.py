@@ -48,6 +48,8 @@ class SamplingConfig:
         base_url: Address of an OpenAI-compatible server (vLLM, SGLang) up to and including "/v1", which then samples
             the completions. The server does not receive new weights, so update.importance must not be none. If empty,
             the weights in training are sampled from.
+        system: System prompt of rows without a system message of their own. "none" is the model's default, "think" is
+            VST's thinking prompt (except for prompts rewarded as 3D boxes); any other text is the prompt itself.
     """
 
     prompts: int = 16
@@ -58,6 +60,7 @@ class SamplingConfig:
     memory: int | float = 0.25
     numerics: Literal["fast", "bitwise"] = "fast"
     base_url: str = ""
+    system: str = "none"
 
     def params(self, answers: int, seed: int) -> SamplingParams:
         """Engine parameters for `answers` completions of each prompt; any integer is a valid seed."""

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import pickle
 import selectors
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from fastvst.rl.rewards.verifiable import Reward
+from fastvst.rl.rewards.worker import BUILT_IN
 
 START_SECONDS = 120.0  # limit for the start of a worker; user files may import large packages
 END_SECONDS = 1.0  # a process that has closed its output must end within this time
@@ -33,13 +36,32 @@ class RewardError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class RewardTerm:
+    """A part of the reward.
+
+    Attributes:
+        path: file.py:function, or "accuracy" or "format" of the built-in rules.
+        weight: factor of this part.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of {self.path} is {self.weight}; expected a finite number")
+
+
+@dataclass(frozen=True)
 class RewardConfig:
-    """How completions are scored: overall = 0.5 accuracy + 0.5 format, plus a penalty for length.
+    """How completions are scored. The built-in rules give 0.5 accuracy + 0.5 format; own functions replace them.
 
     Attributes:
         function: Your own reward as file.py:function, called as function(responses, rows). For each response it
-            returns a number (the accuracy) or a dict (accuracy, format, overall, reason). If empty, only the built-in
-            rules are used.
+            returns a finite number of any scale, or a dict (overall, accuracy, format, reason); see docs/rl.md. If this
+            and `functions` are empty, the built-in rules are used.
+        functions: Several rewards that are added with weights, as [{path = "file.py:function", weight = 0.5}]. The
+            paths "accuracy" and "format" are those of the built-in rules.
         overlong_buffer: Number of tokens before sampling.max_tokens in which a penalty for length grows from 0 to 1. 0
             turns the penalty off.
         workers: Number of reward processes on each rank.
@@ -48,15 +70,39 @@ class RewardConfig:
     """
 
     function: str = ""
+    functions: tuple[RewardTerm, ...] = ()
     overlong_buffer: int = 0
     workers: int = 1
     time_limit: float = 20.0
     memory_gib: float = 4.0
 
+    @property
+    def terms(self) -> list[RewardTerm]:
+        """The parts of the reward; empty for the built-in rules alone."""
+        return [*([RewardTerm(self.function)] if self.function else []), *self.functions]
+
+    @property
+    def needs_answer(self) -> bool:
+        """The built-in rules are used, so that a row needs a checkable answer."""
+        return not self.terms or any(term.path in BUILT_IN for term in self.terms)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to be scored. A user function receives it as a dict."""
+    """One completion to be scored.
+
+    A user function receives `columns` as a dict, with the other names added where the user's row has no such column.
+
+    Attributes:
+        id, source, kind: of the sample.
+        question: text of the last user message.
+        response: the completion.
+        answer: the checkable answer, or None.
+        modes: modes of the built-in rules.
+        thinking: the prompt asks for <think>...</think>.
+        metadata: other values that the row's form has.
+        columns: the user's row as it was read.
+    """
 
     id: str
     source: str
@@ -67,6 +113,7 @@ class Row:
     modes: tuple[str, ...]
     thinking: bool
     metadata: dict[str, Any]
+    columns: dict[str, Any] | None = None
 
 
 @dataclass
@@ -101,7 +148,7 @@ class RewardPool:
         self.failed = 0
         self.scored = 0
         self.reasons: dict[str, int] = {}
-        settings = {"function": config.function, "memory_gib": config.memory_gib}
+        settings = {"terms": [[term.path, term.weight] for term in config.terms], "memory_gib": config.memory_gib}
         self._command = [sys.executable, "-m", "fastvst.rl.rewards.worker", json.dumps(settings)]
         self._workers = [self._start() for _ in range(max(1, config.workers))]
         try:
@@ -175,7 +222,8 @@ class RewardPool:
                 selector.select(max(0.0, limit - time.monotonic()))
         if reply is None or reply.get("dead") or reply.get("fatal"):
             why = (reply or {}).get("fatal") or f"its process ended or did not answer within {START_SECONDS:g} s"
-            raise RewardError(f"the reward cannot start: {why}. Check reward.function ({self.config.function!r})")
+            names = ", ".join(term.path for term in self.config.terms) or "the built-in rules"
+            raise RewardError(f"the reward cannot start: {why}. Check reward.function and reward.functions ({names})")
 
     def _give(
         self,
@@ -189,11 +237,11 @@ class RewardPool:
             return
         worker.call = waiting.popleft()
         worker.deadline = time.monotonic() + self.config.time_limit
-        line = json.dumps([asdict(row) for row in calls[worker.call]], default=str) + "\n"
+        request = pickle.dumps([vars(row) for row in calls[worker.call]])
         selector.register(worker.process.stdout, selectors.EVENT_READ, place)  # type: ignore[arg-type]
         assert worker.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_read` reports the end of the process
-            worker.process.stdin.write(line.encode("utf-8", "surrogatepass"))
+            worker.process.stdin.write(request)
             worker.process.stdin.flush()
 
     def _rewards(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:
@@ -207,7 +255,7 @@ class RewardPool:
         for reason in bad:
             self._count(reason, 1)
         self.scored += len(found) - len(bad)
-        return found
+        return _without_advantage(found) if bad and self.config.terms else found
 
     def _count(self, reason: str, rows: int) -> None:
         self.failed += rows
@@ -221,6 +269,18 @@ class RewardPool:
                 f"{self.summary()}; the limit is {self.max_failed:.0%}. Correct the reward function or the rows, "
                 "or raise reward.time_limit or reward.memory_gib, and resume"
             )
+
+
+def _without_advantage(found: list[Reward]) -> list[Reward]:
+    """The rewards of a group in which completions without a score get the mean of the others.
+
+    A reward of 0 could be the best of a group: an own reward may have any scale.
+    """
+    scores = [r.overall for r in found if not r.reason.startswith("error")]
+    if not scores:
+        return found
+    mean = sum(scores) / len(scores)
+    return [Reward(0.0, 0.0, mean, r.reason) if r.reason.startswith("error") else r for r in found]
 
 
 def _read(worker: _Worker) -> dict[str, Any] | None:

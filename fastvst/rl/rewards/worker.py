@@ -1,9 +1,10 @@
-"""A reward process, started by `rewards/pool.py`: it reads one line of JSON and writes one line of JSON.
+"""A reward process, started by `rewards/pool.py`: it reads pickled requests and writes lines of JSON.
 
-    python -m fastvst.rl.rewards.worker '{"function": "my_rewards.py:closeness", "memory_gib": 2}'
+    python -m fastvst.rl.rewards.worker '{"terms": [["my_rewards.py:closeness", 1.0]], "memory_gib": 2}'
 
-A request is a list of rows (`pool.Row`), a reply is {"rewards": [[accuracy, format, overall, reason], ...]}.
-The output of user code goes to standard error. The process ends when its parent ends.
+A request is a list of rows (the fields of `pool.Row`), a reply is {"rewards": [[accuracy, format, overall, reason],
+...]}. Requests are pickled so that a user's row keeps its types (bytes, dates); the process reads only what its parent
+writes. The output of user code goes to standard error. The process ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -13,16 +14,26 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvst.rl import rewards
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BUILT_IN = ("accuracy", "format")  # terms that the built-in rules compute
+
+
+class Term(NamedTuple):
+    """A part of the reward: a user function, or for a built-in term its name and no function."""
+
+    name: str
+    weight: float
+    function: Callable[..., Any] | None
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -43,15 +54,47 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def score_rows(rows: list[dict[str, Any]], function: Callable[..., Any] | None) -> list[list[Any]]:
-    """[accuracy, format, overall, reason] of each row; a reason that starts with "error" marks a failure."""
-    built_in = [_built_in_reward(row) for row in rows]
-    if function is None:
-        return built_in
-    values = function([row["response"] for row in rows], rows)
-    if len(values) != len(rows):
-        raise ValueError(f"the reward function returned {len(values)} rewards for {len(rows)} responses")
-    return [_user_reward(value, known) for value, known in zip(values, built_in, strict=True)]
+def load_terms(terms: list[list[Any]]) -> list[Term]:
+    """The terms of a list of [name or file.py:function, weight]. Raises as `load_function`."""
+    return [Term(path, weight, None if path in BUILT_IN else load_function(path)) for path, weight in terms]
+
+
+def score_rows(rows: list[dict[str, Any]], terms: list[Term]) -> list[list[Any]]:
+    """[accuracy, format, overall, reason] of each row; a reason that starts with "error" marks a failure.
+
+    Without terms these are the values of the built-in rules. With terms, overall is their weighted sum. A function is
+    called once with all responses and rows.
+    """
+    needs_rules = not terms or any(term.function is None for term in terms)
+    known = [_built_in_reward(row) if needs_rules else [0.0, 0.0, 0.0, ""] for row in rows]
+    if not terms:
+        return known
+    responses = [row["response"] for row in rows]
+    names = [term.name for term in terms]
+    columns = []
+    for term in terms:
+        if term.function is None:
+            columns.append([{"overall": reward[BUILT_IN.index(term.name)]} for reward in known])
+            continue
+        values = term.function(responses, [user_row(row) for row in rows])
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)):
+            raise ValueError(
+                f"{term.name} returned {type(values).__name__}; expected a list of one number for each response"
+            )
+        if len(values) != len(rows):
+            raise ValueError(f"{term.name} returned {len(values)} rewards for {len(rows)} responses")
+        columns.append([_user_values(value) for value in values])
+    weights = [term.weight for term in terms]
+    return [_combine(parts, weights, names, of_rules) for parts, of_rules in zip(zip(*columns), known, strict=True)]
+
+
+def user_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What a user function receives for one completion: the user's row as it was read, and the names of `pool.Row`.
+
+    A column of the user's row is never replaced: a name of ours is missing where the row has a column of that name.
+    """
+    added = {name: value for name, value in row.items() if name != "columns"}
+    return {**added, **(row.get("columns") or {})}
 
 
 def _built_in_reward(row: dict[str, Any]) -> list[Any]:
@@ -64,22 +107,52 @@ def _built_in_reward(row: dict[str, Any]) -> list[Any]:
     return [found.accuracy, found.format, found.overall, found.reason]
 
 
-def _user_reward(value: Any, known: list[Any]) -> list[Any]:
-    """The reward of a user function: a number is the accuracy, a dict may have accuracy, format, overall and reason.
+def _user_values(value: Any) -> dict[str, Any]:
+    """The value of a user function for one response as a dict with "overall", or with "error".
 
-    Values that it leaves out are those of the built-in rules (`known`).
+    A number is the reward. A dict has "overall" (or "reward"); without it the reward is "accuracy", or the mean of
+    "accuracy" and "format" if it has both.
     """
-    given = dict(value) if isinstance(value, dict) else {"accuracy": value}
+    given = dict(value) if isinstance(value, dict) else {"overall": value}
     try:
-        accuracy = float(given.get("accuracy", known[0]))
-        format_reward = float(given.get("format", known[1]))
-        mixed = (1 - rewards.FORMAT_WEIGHT) * accuracy + rewards.FORMAT_WEIGHT * format_reward
-        overall = float(given.get("overall", mixed))
-    except (TypeError, ValueError) as error:
-        return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}: {error}"[:300]]
-    if not all(map(math.isfinite, (accuracy, format_reward, overall))):
-        return [0.0, 0.0, 0.0, f"error: the reward function returned {value!r}"[:300]]
-    return [accuracy, format_reward, overall, str(given.get("reason", "reward function"))[:300]]
+        found = {
+            name: float(given[name]) for name in ("accuracy", "format", "reward", "overall") if name in given
+        }
+        if "overall" not in found:
+            parts = [found[name] for name in ("accuracy", "format") if name in found]
+            found["overall"] = found["reward"] if "reward" in found else sum(parts) / len(parts)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        return {"error": f"error: the reward function returned {value!r}: {error}"[:300]}
+    if not all(map(math.isfinite, found.values())):
+        return {"error": f"error: the reward function returned {value!r}"[:300]}
+    return found | ({"reason": str(given["reason"])} if "reason" in given else {})
+
+
+def _combine(
+    parts: tuple[dict[str, Any], ...], weights: list[float], names: list[str], of_rules: list[Any]
+) -> list[Any]:
+    """One row of `score_rows` from the values of its terms.
+
+    The accuracy is the first one that a function returned, else that of the built-in rules if it is a term, else the
+    whole reward. The format is found in the same way, or 0.
+    """
+    failed = next((part["error"] for part in parts if "error" in part), "")
+    if not failed and of_rules[3].startswith("error"):
+        failed = of_rules[3]
+    if failed:
+        return [0.0, 0.0, 0.0, failed]
+    overall = sum(weight * part["overall"] for weight, part in zip(weights, parts, strict=True))
+    accuracy = next((part["accuracy"] for part in parts if "accuracy" in part), None)
+    if accuracy is None:
+        accuracy = of_rules[0] if "accuracy" in names else overall
+    format_reward = next((part["format"] for part in parts if "format" in part), None)
+    if format_reward is None:
+        format_reward = of_rules[1] if "format" in names else 0.0
+    given = [part["reason"] for part in parts if "reason" in part]
+    if not given and len(parts) > 1:
+        shown = [f"{name.rpartition(':')[2]} {part['overall']:.4g}" for name, part in zip(names, parts, strict=True)]
+        given = [", ".join(shown)]
+    return [accuracy, format_reward, overall, (given or ["reward function"])[0][:300]]
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -87,27 +160,32 @@ def main(settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the trainer ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the output of user code must not mix with the replies
-    function = None
+    terms: list[Term] = []
     fatal = ""
-    if settings["function"]:
-        try:
-            function = load_function(settings["function"])
-        except Exception as error:
-            fatal = f"{type(error).__name__}: {error}"
+    try:
+        terms = load_terms(settings["terms"])
+    except Exception as error:
+        fatal = f"{type(error).__name__}: {error}"
     limit = int(settings["memory_gib"] * 2**30)
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"fatal": fatal}), file=out, flush=True)
-    for line in sys.stdin:
-        reply = _reply(line, function, settings["memory_gib"])
+    while (reply := _reply(terms, settings["memory_gib"])) is not None:
         print(json.dumps(reply), file=out, flush=True)
         if reply.get("dead"):
             return
 
 
-def _reply(line: str, function: Callable[..., Any] | None, memory_gib: float) -> dict[str, Any]:
+def _reply(terms: list[Term], memory_gib: float) -> dict[str, Any] | None:
+    """The reply to the next request; None when the parent has closed the pipe."""
     try:
-        return {"rewards": score_rows(json.loads(line), function)}
+        rows = pickle.load(sys.stdin.buffer)
+    except EOFError:
+        return None
+    except MemoryError:
+        return {"failed": f"MemoryError: more than {memory_gib} GiB", "dead": True}
+    try:
+        return {"rewards": score_rows(rows, terms)}
     except ImportError as error:
         return {"fatal": str(error)}
     except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
