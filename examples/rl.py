@@ -7,13 +7,13 @@ it writes runs/rl/report/index.html with the reward on rooms that training never
     torchrun examples/rl.py                                        # one process, GPU or CPU
     torchrun --nproc-per-node 8 examples/rl.py                     # one node, 8 GPUs: FSDP2
 
-Your own rows and reward function with a published checkpoint:
+Your own rows and reward function (docs/rl.md) with a published checkpoint:
 
     torchrun --nproc-per-node 8 examples/rl.py --model.path DIR --data.sources '[{path = "rows.parquet"}]' \\
         --reward.function my_rewards.py:closeness --sampling.prompts 256 --optimizer.lr 1e-6
 
 One step: the engine samples n completions of each prompt with the trainer's current weights; reward processes score
-them; prompts that are always or never answered right are replaced; rewards become advantages within each group; and the
+them; prompts whose completions teach nothing are replaced; rewards become advantages within each group; and the
 update runs on packs in which a prompt and its images are computed once for all of its completions. `--help` lists all
 options, `--dry-run` estimates the cost of a step, `--resume auto` continues from the newest complete checkpoint.
 SIGTERM and Ctrl-C save a checkpoint and end the run.
@@ -34,14 +34,14 @@ from typing import Any, Literal
 
 import torch
 
-from fastvst.config import render, to_dict
+from fastvst.config import not_an_option, render, to_dict
 from fastvst.data import Ledger, MixtureConfig, ProcessorConfig, SourceConfig
 from fastvst.data.mixture import open_mixture
 from fastvst.model import Qwen25VL
 from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
-from fastvst.rl.filtering import FilterConfig, FilterState, verdict
+from fastvst.rl.filtering import FilterConfig, FilterState, NoUpdate, UpdateWatch, verdict
 from fastvst.rl.heldout import HELD_OUT_COMPLETIONS, EvaluationConfig, evaluation_row, read_prompts, write_evaluation
 from fastvst.rl.packing import Group, Sharing
 from fastvst.rl.page import write_report
@@ -83,20 +83,20 @@ class RoomsOptions:
 
     Attributes:
         samples: rows to train on, about other rooms than those of examples/sft.py.
-        seed: random seed of the rooms.
-        workers: rendering processes.
         folder: where the rows are cached; none = the user's cache folder.
     """
 
     samples: int = 1200
-    seed: int = 1
-    workers: int = 2
+    seed: int = not_an_option(1)
+    workers: int = not_an_option(2)
     folder: str | None = None
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. The defaults train on rooms on a small CPU; examples/vst_rl.toml is the third stage of VST.
+    """A whole run. Without data.sources it trains on rooms with the defaults of `rooms_defaults`, on a small CPU.
+
+    examples/vst_rl.toml is the third stage of VST.
 
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
@@ -117,16 +117,12 @@ class Config:
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
     processor: ProcessorConfig = ProcessorConfig(max_pixels=168 * 126, max_seq_len=1024, fov_base_width=200)
     rooms: RoomsOptions = RoomsOptions()
-    sampling: SamplingConfig = SamplingConfig(prompts=48)
+    sampling: SamplingConfig = SamplingConfig(prompts=48, max_tokens=512)
     reward: RewardConfig = RewardConfig()
-    # The tiny model's boxes are never right, but it can learn their format: groups without a right completion are kept.
-    # Its probabilities are flat: a penalty on entropy makes it give the most likely answer more often.
-    filter: FilterConfig = FilterConfig(low=-0.01, tries=1)
-    update: policy.UpdateConfig = policy.UpdateConfig(
-        objective="grpo", clip_high=0.28, entropy_coef=-0.1, minibatches=2
-    )
+    filter: FilterConfig = FilterConfig()
+    update: policy.UpdateConfig = policy.UpdateConfig(objective="grpo", clip_high=0.28, minibatches=2)
     evaluation: EvaluationConfig = EvaluationConfig(every=30, questions=600)
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, weight_decay=0.01, freeze=("vision", "merger"))
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, vision_lr=1e-5, weight_decay=0.01)
     schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup=0.0)
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every=30, hf=False)
@@ -134,8 +130,24 @@ class Config:
     log: LogConfig = LogConfig(every=1)
 
 
+def rooms_defaults(config: Config) -> Config:
+    """The defaults of a run like `config`: those of the rooms' demonstration if it names no data."""
+    default = Config()
+    if config.data.sources:
+        return default
+    return dataclasses.replace(
+        default,
+        sampling=SamplingConfig(prompts=48),
+        # The tiny model's boxes are never right, but it can learn their format: groups without a right completion are
+        # kept. Its probabilities are flat: a penalty on entropy makes it give the most likely answer more often.
+        filter=FilterConfig(low=-0.01, high=0.99, tries=1),
+        update=dataclasses.replace(default.update, entropy_coef=-0.1),
+        optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.01, freeze=("vision", "merger")),
+    )
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    config = read_config(Config, arguments, __doc__)
+    config = read_config(Config, arguments, __doc__, rooms_defaults)
     if config is None:
         return
     budget.check(config)
@@ -240,13 +252,14 @@ def collect(
         seconds = {name: seconds.get(name, 0.0) + spent[name] for name in spent}
         prompt_tokens += sum(len(group.prompt) for _, group in found)
         for record, group in found:
-            record.verdict = verdict(record.accuracies, config.filter)
+            record.verdict = verdict(record.accuracies, config.filter, record.totals, scored=record.scored)
             if record.verdict == "keep":
                 kept.append((record, group))
         records += [record for record, _ in found]
-        counts = [len(found), *(sum(r.verdict == v for r, _ in found) for v in ("too_easy", "too_hard", "keep"))]
-        drawn, easy, hard, good = world.sum(torch.tensor(counts).to(world.device)).tolist()
-        state = state.add(drawn, easy, hard)
+        verdicts = ("too_easy", "too_hard", "equal", "keep")
+        counts = [len(found), *(sum(r.verdict == v for r, _ in found) for v in verdicts)]
+        *drawn, good = world.sum(torch.tensor(counts).to(world.device)).tolist()
+        state = state.add(*drawn)
         missing -= good
         if missing <= 0:
             break
@@ -339,7 +352,14 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
     stream = PromptStream(
-        open_mixture(mixture), processor, ledger, rank=world.rank, size=world.size, completion_tokens=completion_tokens
+        open_mixture(mixture, whole_rows=True),
+        processor,
+        ledger,
+        rank=world.rank,
+        size=world.size,
+        completion_tokens=completion_tokens,
+        system=config.sampling.system,
+        needs_answer=config.reward.needs_answer,
     )
     first = 0
     recent = guard.Recent()
@@ -351,7 +371,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         filtered = FilterState(**state["filter"])
         stream.load_state_dict(rank_state["stream"])
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
-    questions = read_prompts(test_rows, config.evaluation.questions, ledger) if test_rows else []
+    questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
     def save(step: int) -> None:
         state = {"guard": recent.to_json(), "filter": filtered.to_json()}
@@ -370,6 +390,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     )
     log = RolloutLog(out, rank=world.rank, first_step=first)
     with metrics, RewardPool(config.reward) as pool:
+        watch = UpdateWatch(config.guard.patience)
+        row: dict[str, Any] | None = None
         step = first
         stopped = False
         while step < config.steps and not stopped:
@@ -379,6 +401,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             try:
                 rollouts = collect(config, step, engine, stream, pool, filtered, world)
             except NoPrompts as end:
+                if step == first:
+                    raise
                 world.say(end)
                 break
             filtered = rollouts.filtered
@@ -399,17 +423,17 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 completion_tokens=figures["answer_tokens"],
                 update=config.update,
             )
-            metrics.log(
-                {
-                    "step": step,
-                    "lr": optimizer.param_groups[-1]["lr"],
-                    **figures,
-                    **found,
-                    **rates,
-                    "memory_gib": memory_gib(world.device),
-                    "kept_share": round(filtered.kept_share, 4),
-                }
-            )
+            row = {
+                "step": step,
+                "lr": optimizer.param_groups[-1]["lr"],
+                **figures,
+                **found,
+                **rates,
+                "memory_gib": memory_gib(world.device),
+                "kept_share": round(filtered.kept_share, 4),
+            }
+            metrics.log(row)
+            watch.saw(row, filtered, pool.summary())
             stopped = bool(world.sum(torch.tensor(float(stop.requested), device=world.device)).item())
             step += 1
             if stopped or saver.due(step, config.steps):
@@ -417,6 +441,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         if stopped:
             world.say(f"stopped by a signal after step {step}; continue with --resume auto")
             return
+        watch.check_end(row, filtered, pool.summary())
         evaluate(config.steps)
         world.say(pool.summary(), ledger.summary())
     save(step)
@@ -430,8 +455,15 @@ def dry_run(config: Config, world: World) -> None:
     mixture, _ = find_data(config, world)
     if world.is_main:
         processor = build_processor(config.processor, config.model.path)
-        print(budget.dry_run(config, PromptStream(open_mixture(mixture), processor, Ledger()), world), flush=True)
+        stream = PromptStream(
+            open_mixture(mixture),
+            processor,
+            Ledger(),
+            system=config.sampling.system,
+            needs_answer=config.reward.needs_answer,
+        )
+        print(budget.dry_run(config, stream, world), flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main, RewardError, RolloutError)
+    run_script(main, RewardError, RolloutError, NoPrompts, NoUpdate)

@@ -25,8 +25,10 @@ class ConfigError(ValueError):
     """An option that does not exist or has the wrong type; the message says what came and what was expected."""
 
 
-def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
-    """Defaults of `config_class`, overridden by the TOML file after `--config`, overridden by the other arguments.
+def load_config(config_class: type[T], arguments: Sequence[str] = (), default: T | None = None) -> T:
+    """Defaults, overridden by the TOML file after `--config`, overridden by the other arguments.
+
+    Defaults are the values of `default`, or if it is None those of `config_class`.
 
     Arguments are `--optimizer.lr 1e-4`, `--optimizer.lr=1e-4` or `optimizer.lr=1e-4`; a bool needs no value
     (`--dry-run`). Dashes in names mean underscores. Values are TOML (`[1, 2]`, `[{path = "a"}]`); strings need no
@@ -48,7 +50,7 @@ def load_config(config_class: type[T], arguments: Sequence[str] = ()) -> T:
             branch = {part: branch}
         from_arguments = _merge(from_arguments, branch)
     tree = _merge(from_file, from_arguments)
-    return _build(config_class, tree, config_class(), "")
+    return _build(config_class, tree, config_class() if default is None else default, "")
 
 
 def _take_argument(config_class: type[Any], words: list[str]) -> tuple[str, Any, str]:

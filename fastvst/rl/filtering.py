@@ -43,9 +43,7 @@ class FilterState:
     equal: int = 0
 
     def add(self, drawn: int, too_easy: int, too_hard: int, equal: int = 0) -> FilterState:
-        return FilterState(
-            self.drawn + drawn, self.too_easy + too_easy, self.too_hard + too_hard, self.equal + equal
-        )
+        return FilterState(self.drawn + drawn, self.too_easy + too_easy, self.too_hard + too_hard, self.equal + equal)
 
     @property
     def kept_share(self) -> float:

@@ -1,4 +1,4 @@
-"""The stream of prompts: rows with a checkable answer if the reward needs one, in an order that a checkpoint restores."""
+"""The stream of prompts, in an order that a checkpoint restores exactly."""
 
 from __future__ import annotations
 

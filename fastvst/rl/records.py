@@ -132,9 +132,9 @@ def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
 def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]:
     """Figures of the completions of a step over all ranks. Every rank calls it and gets the same.
 
-    Keys: questions (prompts), kept, too_easy, too_hard, equal, answers (completions), reward, accuracy, format, overlong,
-    unscored (completions without a score), length, length_max, clipped (share that reached the limit), answer_tokens,
-    and reward/<mode>. Means are over all sampled completions, those of dropped groups included.
+    Keys: questions (prompts), kept, too_easy, too_hard, equal (dropped), answers (completions), reward, accuracy,
+    format, overlong, unscored (completions without a score), length, length_max, clipped (share that reached the
+    limit), answer_tokens, and reward/<mode>. Means are over all sampled completions, those of dropped groups included.
     """
     sums = {
         "questions": len(records),

@@ -43,14 +43,24 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
         sys.exit(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
 
 
-def read_config(config_class: type[C], arguments: Sequence[str], description: str | None) -> C | None:
+def read_config(
+    config_class: type[C],
+    arguments: Sequence[str],
+    description: str | None,
+    defaults: Callable[[C], C] | None = None,
+) -> C | None:
     """The configuration that the command line describes, or None after printing the help that it asks for.
+
+    Args:
+        defaults: called with that configuration, it returns the defaults for such a run, on top of which the command
+            line is read again.
 
     Raises:
         ConfigError: as `load_config`.
     """
     if not {"-h", "--help"} & set(arguments):
-        return load_config(config_class, arguments)
+        config = load_config(config_class, arguments)
+        return config if defaults is None else load_config(config_class, arguments, defaults(config))
     try:
         print(f"{description}\nOptions:\n{usage(config_class)}", flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastvst.data import Ledger
+from fastvst.data import Ledger, MixtureConfig, Processor, SourceConfig, open_mixture
 from fastvst.rl.heldout import evaluation_row, read_prompts, write_evaluation
+from fastvst.rl.prompts import PromptStream
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig
 from rl_records import question, record
@@ -35,6 +36,8 @@ def test_unusable_questions_are_in_the_ledger(tmp_path: Path) -> None:
     rows[2] = {"id": "2"}
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     ledger = Ledger()
-    assert [(q.number, q.sample.id) for q in read_prompts(tmp_path / "rows.jsonl", 9, ledger)] == [(0, "0"), (1, "3")]
+    config = MixtureConfig((SourceConfig(str(tmp_path / "rows.jsonl")),))
+    stream = PromptStream(open_mixture(config), Processor.preset("tiny"), ledger)
+    assert [(q.number, q.sample.id) for q in read_prompts(tmp_path / "rows.jsonl", 9, stream)] == [(0, "0"), (1, "3")]
     assert ledger.counts == {"no_answer": 1, "bad_schema": 1}
-    assert len(read_prompts(tmp_path / "rows.jsonl", 1, Ledger())) == 1
+    assert len(read_prompts(tmp_path / "rows.jsonl", 1, stream)) == 1

@@ -18,9 +18,19 @@ def processor() -> Processor:
     return Processor.preset("tiny", max_pixels=56 * 56, max_seq_len=160)
 
 
-def stream(path: Path, processor: Processor, rank: int = 0, size: int = 1, epochs: int | None = None, answers: int = 0):
+def stream(
+    path: Path,
+    processor: Processor,
+    rank: int = 0,
+    size: int = 1,
+    epochs: int | None = None,
+    answers: int = 0,
+    **more: object,
+):
     config = MixtureConfig(sources=(SourceConfig(str(path)),), shuffle_buffer=7, epochs=epochs)
-    return PromptStream(open_mixture(config), processor, Ledger(), rank=rank, size=size, completion_tokens=answers)
+    return PromptStream(
+        open_mixture(config), processor, Ledger(), rank=rank, size=size, completion_tokens=answers, **more
+    )
 
 
 def test_ranks_share_one_stream_and_a_checkpoint_restores_its_place(tmp_path: Path, processor: Processor) -> None:
@@ -82,22 +92,30 @@ def test_unusable_rows_are_in_the_ledger(tmp_path: Path, processor: Processor) -
     assert len(asked.encode(found)) == 3 and asked.ledger.counts["missing_image"] == 1
 
 
-def test_the_kind_chooses_the_system_prompt_and_the_format(tmp_path: Path, processor: Processor) -> None:
+def test_an_own_reward_takes_rows_without_an_answer(tmp_path: Path, processor: Processor) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "question": "why", "mine": 1}\n')
+    (prompt,) = stream(tmp_path / "rows.jsonl", processor, epochs=1, needs_answer=False).take(2)
+    assert (prompt.sample.id, prompt.answer, prompt.modes) == ("a", None, ())
+
+
+@pytest.mark.parametrize("system", ["none", "think", "Answer in French."])
+def test_the_option_chooses_the_system_prompt_never_the_row(tmp_path: Path, processor: Processor, system: str) -> None:
     rows = [
         {"id": "t", "question": "why", "answer": "B", "meta_info": json.dumps({"mode": ["multi_choices_score"]})},
         {"id": "b", "question": "boxes", "answer": "[]", "meta_info": json.dumps({"mode": ["bbox3d"]})},
         {"id": "d", "question": "why", "answer": "B", "type": "qa"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    asked = stream(tmp_path / "rows.jsonl", processor, epochs=1)
+    asked = stream(tmp_path / "rows.jsonl", processor, epochs=1, system=system)
     found = {p.sample.id: (p, s) for p, s in asked.encode(asked.take(3))}
     assert {i: (p.modes, p.thinking) for i, (p, _) in found.items()} == {
-        "t": (("multi_choices",), True),
+        "t": (("multi_choices",), system == "think"),
         "b": (("bbox3d",), False),
-        "d": (("answer",), False),
+        "d": (("answer",), system == "think"),
     }
     texts = {i: processor.decode(s.tokens.tolist(), skip_special=False) for i, (_, s) in found.items()}
-    assert [THINK_SYSTEM in texts[i] for i in "tbd"] == [True, False, False]
+    assert [THINK_SYSTEM in texts[i] for i in "tbd"] == [system == "think", False, system == "think"]
+    assert all(("in French" in text) == ("French" in system) for text in texts.values())
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts.values())
 
 

@@ -14,9 +14,11 @@ import torch
 
 from fastvst.config import ConfigError, leaves, load_config
 from fastvst.model import Qwen25VL
+from fastvst.rl.filtering import NoUpdate
 from fastvst.rl.rewards.pool import RewardError
 from fastvst.train.checkpoint import complete
 from fastvst.train.guard import GuardError
+from fastvst.train.run import read_config
 from ranks import run_ranks
 from rl_run import REWARD, load_rl, rl_arguments, rl_curve, run_rl, write_questions
 from small_run import ROOT, write_model
@@ -265,15 +267,25 @@ def test_rewards_that_fail_stop_the_run_with_the_reason(model: Path, data: Path,
     assert rows_of(tmp_path / "run", "rollouts.jsonl")[0]["answers"][0]["reason"].startswith("error: KeyError")
 
 
-def test_equal_rewards_leave_the_weights_alone(model: Path, data: Path, tmp_path: Path) -> None:
+def test_equal_rewards_train_nothing_and_write_no_model(model: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "flat.py"
     file.write_text("def letters(responses, rows):\n    return [0.9] * len(responses)\n")
-    rl.main(rl_arguments(tmp_path / "run", data, model, file, "steps=1", "filter.tries=0"))
-    (row,) = rows_of(tmp_path / "run")
-    assert row["loss"] == 0 and row["grad_norm"] == 0 and row["reward"] == pytest.approx(0.95, abs=0.05)
-    before = Qwen25VL.from_pretrained(model)
-    after = Qwen25VL.from_pretrained(tmp_path / "run" / "hf")
-    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+    for tries in (0, 1):
+        out = tmp_path / f"run{tries}"
+        with pytest.raises(NoUpdate, match="without a single update"):
+            rl.main(rl_arguments(out, data, model, file, "steps=1", f"filter.tries={tries}", "filter.low=none"))
+        (row,) = rows_of(out)
+        assert row["loss"] == 0 and row["grad_norm"] == 0 and row["reward"] == pytest.approx(0.9)
+        assert not (out / "hf").exists() and not (out / "checkpoints").exists()
+
+
+def test_the_defaults_of_the_rooms_belong_to_the_rooms(data: Path) -> None:
+    rooms = read_config(rl.Config, [], None, rl.rooms_defaults)
+    own = read_config(rl.Config, [f'data.sources=[{{path = "{data}"}}]', "sampling.answers=3"], None, rl.rooms_defaults)
+    assert (rooms.filter.low, rooms.update.entropy_coef, rooms.sampling.max_tokens) == (-0.01, -0.1, 96)
+    assert rooms.optimizer.freeze == ("vision", "merger") and rooms.sampling.answers == 8
+    assert (own.filter.low, own.update.entropy_coef, own.optimizer.freeze) == (None, 0.0, ())
+    assert own.sampling.answers == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- options

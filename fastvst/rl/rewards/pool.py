@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import selectors
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from fastvst.rl.rewards.verifiable import Reward
-from fastvst.rl.rewards.worker import BUILT_IN
+from fastvst.rl.rewards.worker import BUILT_IN, encode_request
 
 START_SECONDS = 120.0  # limit for the start of a worker; user files may import large packages
 END_SECONDS = 1.0  # a process that has closed its output must end within this time
@@ -237,11 +236,11 @@ class RewardPool:
             return
         worker.call = waiting.popleft()
         worker.deadline = time.monotonic() + self.config.time_limit
-        request = pickle.dumps([vars(row) for row in calls[worker.call]])
+        request = encode_request([vars(row) for row in calls[worker.call]])
         selector.register(worker.process.stdout, selectors.EVENT_READ, place)  # type: ignore[arg-type]
         assert worker.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_read` reports the end of the process
-            worker.process.stdin.write(request)
+            worker.process.stdin.write(request.encode("ascii") + b"\n")
             worker.process.stdin.flush()
 
     def _rewards(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:

@@ -1,20 +1,19 @@
-"""A reward process, started by `rewards/pool.py`: it reads pickled requests and writes lines of JSON.
+"""A reward process, started by `rewards/pool.py`: it reads one line of JSON and writes one line of JSON.
 
     python -m fastvst.rl.rewards.worker '{"terms": [["my_rewards.py:closeness", 1.0]], "memory_gib": 2}'
 
-A request is a list of rows (the fields of `pool.Row`), a reply is {"rewards": [[accuracy, format, overall, reason],
-...]}. Requests are pickled so that a user's row keeps its types (bytes, dates); the process reads only what its parent
-writes. The output of user code goes to standard error. The process ends when its parent ends.
+A request is made by `encode_request`, a reply is {"rewards": [[accuracy, format, overall, reason], ...]}. The output of
+user code goes to standard error. The process ends when its parent ends.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import importlib.util
 import json
 import math
 import os
-import pickle
 import resource
 import signal
 import sys
@@ -26,6 +25,34 @@ from fastvst.rl import rewards
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BUILT_IN = ("accuracy", "format")  # terms that the built-in rules compute
+
+
+BYTES = "fastvst.bytes"  # key of the JSON object that stands for bytes
+
+
+def encode_request(rows: list[dict[str, Any]]) -> str:
+    """One line of JSON for rows with the fields of `pool.Row`; rows of one prompt share their columns.
+
+    Bytes arrive as bytes. Other values that JSON does not have (dates, ...) arrive as text.
+    """
+
+    def encode(value: Any) -> Any:
+        return {BYTES: base64.b64encode(value).decode()} if isinstance(value, bytes) else str(value)
+
+    columns = {id(row["columns"]): row["columns"] for row in rows}
+    places = {key: place for place, key in enumerate(columns)}
+    light = [{**row, "columns": places[id(row["columns"])]} for row in rows]
+    return json.dumps({"columns": list(columns.values()), "rows": light}, default=encode)
+
+
+def decode_request(line: str) -> list[dict[str, Any]]:
+    """Inverse of `encode_request`."""
+
+    def decode(value: dict[str, Any]) -> Any:
+        return base64.b64decode(value[BYTES]) if value.keys() == {BYTES} else value
+
+    found = json.loads(line, object_hook=decode)
+    return [{**row, "columns": found["columns"][row["columns"]]} for row in found["rows"]]
 
 
 class Term(NamedTuple):
@@ -115,9 +142,7 @@ def _user_values(value: Any) -> dict[str, Any]:
     """
     given = dict(value) if isinstance(value, dict) else {"overall": value}
     try:
-        found = {
-            name: float(given[name]) for name in ("accuracy", "format", "reward", "overall") if name in given
-        }
+        found = {name: float(given[name]) for name in ("accuracy", "format", "reward", "overall") if name in given}
         if "overall" not in found:
             parts = [found[name] for name in ("accuracy", "format") if name in found]
             found["overall"] = found["reward"] if "reward" in found else sum(parts) / len(parts)
@@ -170,22 +195,16 @@ def main(settings: dict[str, Any]) -> None:
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"fatal": fatal}), file=out, flush=True)
-    while (reply := _reply(terms, settings["memory_gib"])) is not None:
+    for line in sys.stdin:
+        reply = _reply(line, terms, settings["memory_gib"])
         print(json.dumps(reply), file=out, flush=True)
         if reply.get("dead"):
             return
 
 
-def _reply(terms: list[Term], memory_gib: float) -> dict[str, Any] | None:
-    """The reply to the next request; None when the parent has closed the pipe."""
+def _reply(line: str, terms: list[Term], memory_gib: float) -> dict[str, Any]:
     try:
-        rows = pickle.load(sys.stdin.buffer)
-    except EOFError:
-        return None
-    except MemoryError:
-        return {"failed": f"MemoryError: more than {memory_gib} GiB", "dead": True}
-    try:
-        return {"rewards": score_rows(rows, terms)}
+        return {"rewards": score_rows(decode_request(line), terms)}
     except ImportError as error:
         return {"fatal": str(error)}
     except MemoryError:  # the heap may be fragmented: the next rows need a fresh process

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import datetime
 import math
 import time
 from pathlib import Path
 
 import pytest
 
-from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool, Row
+from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool, RewardTerm, Row
 
 FUNCTIONS = """
 import os, time
@@ -16,6 +19,12 @@ import os, time
 def good(responses, rows):
     print("user code may print")
     return [{"accuracy": len(r) / 10, "reason": row["question"]} for r, row in zip(responses, rows)]
+
+def minus_length(responses, rows):
+    return [float("nan") if r == "nan" else -len(r) for r in responses]
+
+def show(responses, rows):
+    return [{"overall": 0, "reason": repr({k: v for k, v in row.items() if k != "metadata"})} for row in rows]
 
 def ugly(responses, rows):
     what = responses[0]
@@ -66,8 +75,34 @@ def test_built_in_rules_and_order(tmp_path: Path) -> None:
 def test_a_function_sees_rows_and_returns_numbers_or_dicts(file: Path) -> None:
     with RewardPool(RewardConfig(function=f"{file}:good")) as pool:
         ((first, second),) = pool.score([rows("four", "")])
-    assert (first.accuracy, first.format, first.overall, first.reason) == (0.4, 1, 0.7, "how many?")
+    assert (first.accuracy, first.format, first.overall, first.reason) == (0.4, 0, 0.4, "how many?")
     assert (second.accuracy, second.format) == (0, 0)
+
+
+def test_a_reward_has_any_scale_and_functions_add_up_with_their_weights(file: Path) -> None:
+    calls = [rows("3", "four")]
+    with RewardPool(RewardConfig(function=f"{file}:minus_length")) as pool:
+        assert [r.overall for r in pool.score(calls)[0]] == [-1, -4]
+    more = (RewardTerm(f"{file}:good", 2.0), RewardTerm("accuracy", 10.0), RewardTerm("format", 0.5))
+    with RewardPool(RewardConfig(function=f"{file}:minus_length", functions=more)) as pool:
+        first, second = pool.score(calls)[0]
+    assert first.overall == pytest.approx(-1 + 2 * 0.1 + 10 + 0.5) and second.overall == pytest.approx(-4 + 0.8 + 0.5)
+    assert not RewardConfig(function="a.py:f").needs_answer and RewardConfig(functions=more).needs_answer
+
+
+def test_a_completion_without_a_score_is_neither_the_best_nor_the_worst_of_its_group(file: Path) -> None:
+    with RewardPool(RewardConfig(function=f"{file}:minus_length")) as pool:
+        found = pool.score([rows("a", "nan", "abc")])[0]
+    assert [r.overall for r in found] == [-1, -2, -3] and found[1].reason.startswith("error")
+
+
+def test_a_function_gets_the_users_row_as_it_was_read(file: Path) -> None:
+    own = {"answer": 2, "source": "mine", "picture": b"\x89PNG", "day": datetime.date(2026, 1, 2)}
+    call = [dataclasses.replace(row, columns=own) for row in rows("3")]
+    with RewardPool(RewardConfig(function=f"{file}:show")) as pool:
+        seen = ast.literal_eval(pool.score([call])[0][0].reason)
+    assert {name: seen[name] for name in own} == {**own, "day": "2026-01-02"}
+    assert seen["question"] == "how many?" and seen["response"] == "3" and "columns" not in seen
 
 
 def test_rows_of_a_failed_call_get_zero_and_the_others_their_reward(file: Path) -> None:
