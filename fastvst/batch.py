@@ -36,7 +36,9 @@ class EncodedSample:
         window_order, window_lengths, image_lengths, vision_positions: fields of `fastvst.model.positions.VisionLayout`.
         cost: tokens, patches and FLOPs, which the packer balances.
         source, id, kind: provenance, as in `Sample`.
-        notes: reason codes of the changes that encoding made ("fov_unified", "fov_unchanged:no_camera_line", ...).
+        notes: reason codes of the changes that encoding made ("fov_unified", "exif_orientation_applied", ...).
+        source_sizes: (width, height) of each image and video as the user gave it (as displayed, before resizing).
+        sizes: (width, height) of each image and video as the model sees it; pixel coordinates in answers refer to it.
     """
 
     tokens: Tensor
@@ -54,6 +56,8 @@ class EncodedSample:
     id: str = "0"
     kind: str = "qa"
     notes: tuple[str, ...] = ()
+    source_sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

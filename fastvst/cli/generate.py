@@ -17,6 +17,7 @@ from fastvst.data.sample import Message, Part, Sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
+    from fastvst.data.processor import Processor
     from fastvst.rollout.engine import Engine
 
 BASE_WIDTH = 960
@@ -263,15 +264,27 @@ def _answer(
     write("\n")
     answer = "".join(pieces)
     state.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer or " "}]})
-    path = draw_boxes(state.messages, answer, out / f"boxes-{state.drawn}.png")
+    path = draw_boxes(state.messages, answer, out / f"boxes-{state.drawn}.png", processor=engine.processor)
     if path is not None:
         state.drawn += 1
         write(f"boxes drawn: {path}\n")
 
 
-def draw_boxes(messages: Sequence[Message], answer: str, path: Path) -> Path | None:
-    """Save the conversation's last image with the answer's 3D or 2D boxes; None without boxes or without an image."""
+def draw_boxes(
+    messages: Sequence[Message], answer: str, path: Path, *, processor: Processor | None = None
+) -> Path | None:
+    """Save the conversation's last image with the answer's 3D or 2D boxes; None without boxes or without an image.
+
+    2D boxes are in the pixels of the image as it was resized for the model. They are drawn in the image that the user
+    gave, as displayed.
+
+    Args:
+        processor: the model's processor, which tells the resized size. Without it, the size at which this process
+            encoded the image last is used; an image that it did not encode has its own size.
+    """
+    from fastvst.data.image_modes import AS_DISPLAYED
     from fastvst.data.images import load_rgb
+    from fastvst.data.vision_inputs import to_source_pixels
     from fastvst.spatial import draw
     from fastvst.spatial.boxes import parse_boxes
     from fastvst.spatial.prompts import read_camera
@@ -281,20 +294,37 @@ def draw_boxes(messages: Sequence[Message], answer: str, path: Path) -> Path | N
     flat = boxes_2d(answer)
     if not images or not (len(boxes) or flat):
         return None
-    image = load_rgb(images[-1], max_source_pixels=1 << 28, time_limit=60.0)
+    rules = processor.config.rules if processor is not None else AS_DISPLAYED
+    image = load_rgb(images[-1], max_source_pixels=1 << 28, time_limit=60.0, rules=rules).copy()
     if len(boxes):
         texts = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and m["role"] == "user"]
         camera = next((c for c in map(read_camera, reversed(texts)) if c), None)
         focal = BASE_WIDTH / 2 / math.tan(math.radians(BASE_HFOV / 2)) * image.width / BASE_WIDTH
         intrinsics = (focal, focal, image.width / 2, image.height / 2)
-        if camera:
-            intrinsics = (camera["fx"], camera["fy"], camera["cx"], camera["cy"])
+        if camera:  # its numbers are in the pixels of an image of its width and height
+            x = image.width / camera["width"] if camera["width"] > 0 else 1.0
+            y = image.height / camera["height"] if camera["height"] > 0 else 1.0
+            intrinsics = (camera["fx"] * x, camera["fy"] * y, camera["cx"] * x, camera["cy"] * y)
         image = draw.boxes_3d(image, boxes, labels, intrinsics)
+    source_size, size = _sizes(messages, images[-1], image.size, processor)
     for box, label in flat:
-        draw.box_2d(image, box, "green", label)
+        draw.box_2d(image, to_source_pixels(box, size, source_size), "green", label)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return path
+
+
+def _sizes(
+    messages: Sequence[Message], image: Any, own: tuple[int, int], processor: Processor | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((width, height) as displayed, (width, height) as the model saw it) of the conversation's last image."""
+    from fastvst.data.vision_inputs import encoded_sizes, measure_vision_inputs
+
+    if processor is None:
+        return encoded_sizes(image) or (own, own)
+    inputs = measure_vision_inputs(messages, processor.config, processor.geometry)
+    last = [one for one in inputs if one.frames is None][-1]
+    return last.source_size, last.size
 
 
 def boxes_2d(answer: str) -> list[tuple[tuple[float, float, float, float], str]]:

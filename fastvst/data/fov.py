@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from fastvst.data.image_modes import AS_DISPLAYED, ImageRules
 from fastvst.data.images import image_size
 from fastvst.data.sample import Message
 from fastvst.spatial.prompts import to_fov_prompt, to_fov_prompts
 
 
-def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixels: int) -> tuple[list[Message], str]:
+def unify_fov_messages(
+    messages: list[Message], base_width: int, max_source_pixels: int, rules: ImageRules = AS_DISPLAYED
+) -> tuple[list[Message], str]:
     """Rewrite the camera line of a 3D-box prompt and the image sizes for the virtual camera.
 
     Args:
         messages: role and parts as in `Sample.messages`; they are not changed.
         base_width: width of the virtual camera's image in pixels.
         max_source_pixels: larger images are rejected, as in `image_size`.
+        rules: how images are shown; the sizes are those of the displayed images.
 
     Returns:
         The new messages and "fov_unified", or the given messages and "fov_unchanged:<reason>".
@@ -26,7 +30,10 @@ def unify_fov_messages(messages: list[Message], base_width: int, max_source_pixe
     ]
     if not images:
         return messages, "fov_unchanged:0_images"
-    sizes = [image_size(messages[m]["content"][p]["image"], max_source_pixels=max_source_pixels) for m, p in images]
+    sizes = [
+        image_size(messages[m]["content"][p]["image"], max_source_pixels=max_source_pixels, rules=rules)
+        for m, p in images
+    ]
     changed = [{**message, "content": [dict(part) for part in message["content"]]} for message in messages]
     texts = [
         part

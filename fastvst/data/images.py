@@ -2,12 +2,13 @@
 
 Pixel values equal those of transformers' PIL image processor bit for bit: both resize with Pillow's bicubic filter, and
 `(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all 256 inputs.
-`resize="torch"` gives up that equality for speed (see resize_planar). EXIF orientation is not applied; neither the
-Hugging Face image processor nor VST applies it.
+`resize="torch"` gives up that equality for speed (see resize_planar). Images are seen as viewers show them: alpha on
+white, EXIF orientation applied (see image_modes; both are options of the processor).
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import time
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
+
+from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, displayed_size, image_notes, to_rgb
 
 RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
@@ -110,21 +113,34 @@ def target_size(
     return columns, rows
 
 
-class _DeadlineReader(io.BytesIO):
-    """Bytes that cannot be read after a deadline. Pillow's stream decoders read them in pieces of 64 KB."""
+class _WorkReader(io.BytesIO):
+    """Bytes that cannot be read after a limit of processor time. Pillow's stream decoders read in pieces of 64 KB."""
 
     def __init__(self, data: bytes, deadline: float) -> None:
         super().__init__(data)
         self.deadline = deadline
 
     def read(self, size: int | None = -1) -> bytes:
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise MediaError("decode_timeout", "decoding took longer than the time limit")
         return super().read(size)
 
 
-def image_size(source: Any, *, max_source_pixels: int) -> tuple[int, int]:
-    """(width, height) of an image from its header; no pixel is decoded.
+@dataclass(frozen=True)
+class ImageHeader:
+    """An image before decoding.
+
+    Attributes:
+        size: (width, height) as displayed.
+        notes: codes of the rules that change the image, see `image_notes`.
+    """
+
+    size: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+
+def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_DISPLAYED) -> ImageHeader:
+    """Size and notes of an image from its header; no pixel is decoded.
 
     Args:
         source: PIL image, path, or encoded bytes.
@@ -132,42 +148,62 @@ def image_size(source: Any, *, max_source_pixels: int) -> tuple[int, int]:
     Raises:
         MediaError: "missing_image", "empty_file", "broken_image", "decompression_bomb", "bad_image_type".
     """
+
+    def read(image: Image.Image) -> ImageHeader:
+        _check_bomb(image.size, max_source_pixels)
+        return ImageHeader(displayed_size(image, rules), image_notes(image, rules))
+
     if isinstance(source, Image.Image):
-        size = source.size
-    elif isinstance(source, (str, Path)):
+        return _open(source, read)
+    if isinstance(source, (str, Path)):
         with _open(source, _open_path) as image:
-            size = image.size
-    else:
-        with _open(source, lambda data: Image.open(io.BytesIO(_as_bytes(data)))) as image:
-            size = image.size
-    _check_bomb(size, max_source_pixels)
-    return size
+            return _open(image, read)
+    with _open(source, lambda data: _open_image(io.BytesIO(_as_bytes(data)))) as image:
+        return _open(image, read)
 
 
-def load_rgb(source: Any, *, max_source_pixels: int, time_limit: float) -> Image.Image:
-    """Decode an image to mode RGB, exactly as `Image.convert("RGB")` does (alpha is dropped, not blended).
+def image_size(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_DISPLAYED) -> tuple[int, int]:
+    """(width, height) of an image as displayed, from its header. Arguments and errors as in `image_header`."""
+    return image_header(source, max_source_pixels=max_source_pixels, rules=rules).size
+
+
+def load_rgb(
+    source: Any, *, max_source_pixels: int, time_limit: float, rules: ImageRules = AS_DISPLAYED
+) -> Image.Image:
+    """Decode an image to mode RGB as `rules` say (see `image_modes.to_rgb`).
 
     Args:
         source: PIL image, path, or encoded bytes (first frame of an animation).
         max_source_pixels: larger images are rejected before decoding.
-        time_limit: seconds. It is checked when the decoder reads data; formats that decode in one call (WebP, TIFF) are
-            checked only at the end.
+        time_limit: seconds of this thread's processor time, so that a busy machine rejects the same images. It is
+            checked when the decoder reads data; formats that decode in one call (WebP, TIFF) are checked at the end.
 
     Raises:
-        MediaError: as `image_size`, and "decode_timeout".
+        MediaError: as `image_header`, and "decode_timeout".
     """
-    deadline = time.monotonic() + time_limit
+    deadline = time.thread_time() + time_limit
     if isinstance(source, (str, Path)):
         source = _open(source, lambda path: Path(path).read_bytes())
     if not isinstance(source, Image.Image):
         data = _as_bytes(source)
-        source = _open(data, lambda raw: Image.open(_DeadlineReader(raw, deadline)))
+        source = _open(data, lambda raw: _open_image(_WorkReader(raw, deadline)))
     _check_bomb(source.size, max_source_pixels)
-    image = _open(source, lambda opened: opened if opened.mode == "RGB" else opened.convert("RGB"))
+    image = _open(source, lambda opened: to_rgb(opened, rules))
     _open(image, lambda converted: converted.load())
-    if time.monotonic() > deadline:
+    if time.thread_time() > deadline:
         raise MediaError("decode_timeout", f"decoding {image.size[0]} x {image.size[1]} took over {time_limit} s")
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Every format that Pillow reads, except PostScript: Pillow gives it to Ghostscript, which runs it."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
+def _open_image(file: Any) -> Image.Image:
+    return Image.open(file, formats=_formats())
 
 
 def _as_bytes(source: Any) -> bytes:
@@ -182,7 +218,7 @@ def _as_bytes(source: Any) -> bytes:
 def _open_path(path: str | Path) -> Image.Image:
     if Path(path).stat().st_size == 0:
         raise MediaError("empty_file", f"{path} has 0 bytes")
-    return Image.open(path)
+    return _open_image(path)
 
 
 def _open(source: Any, step: Any) -> Any:

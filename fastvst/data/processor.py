@@ -22,6 +22,7 @@ from fastvst.data.processor_config import ProcessorConfig, make_config
 from fastvst.data.processor_files import ProcessorFiles, read_files, write_files
 from fastvst.data.sample import Message, Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
+from fastvst.data.too_long import how_to_admit
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops
@@ -134,8 +135,16 @@ class Processor:
 
     def measure(self, sample: Sample, *, add_generation_prompt: bool = False) -> Cost:
         """The cost of `encode(sample)`, from its text and its image headers. Raises SampleError as `encode` does."""
+        return self.inspect(sample, add_generation_prompt=add_generation_prompt).cost
+
+    def inspect(self, sample: Sample, *, add_generation_prompt: bool = False) -> TokenizedSample:
+        """Tokens, image sizes, cost and notes of a sample, from its text and its image headers.
+
+        Raises:
+            SampleError: as `encode`.
+        """
         try:
-            return self._tokenize(sample, add_generation_prompt).cost
+            return self._tokenize(sample, add_generation_prompt)
         except MediaError as error:
             raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
 
@@ -150,11 +159,11 @@ class Processor:
             SampleError: a sample that cannot be used. Reasons: "too_long", "literal_special_token", "empty_sample",
                 "missing_image", "broken_image", "empty_file", "empty_image", "aspect_ratio", "bad_image_type",
                 "decompression_bomb", "decode_timeout", "missing_video", "broken_video", "empty_video",
-                "bad_video_type", "bad_fps".
+                "bad_video_type", "bad_fps", "bad_field".
         """
         try:
             tokenized = self._tokenize(sample, add_generation_prompt)
-            patches = load_patches(tokenized.inputs, self.config, self.geometry)
+            patches, notes = load_patches(tokenized.inputs, self.config, self.geometry)
         except MediaError as error:
             raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
         vision = self.model_config.vision
@@ -169,7 +178,7 @@ class Processor:
             merge_size=vision.spatial_merge_size,
             tokens_per_second=vision.tokens_per_second,
             second_per_grid_ts=[one.frames.seconds_per_grid for one in tokenized.inputs if one.frames],
-            video_rule=self.model_config.video_rule,
+            video_rule=self.config.video_rule or self.model_config.video_rule,
         )
         layout = vision_layout(
             grids,
@@ -192,7 +201,9 @@ class Processor:
             source=sample.source,
             id=sample.id,
             kind=sample.kind,
-            notes=tokenized.notes,
+            notes=tuple(dict.fromkeys(tokenized.notes + notes)),
+            source_sizes=tuple(one.source_size for one in tokenized.inputs),
+            sizes=tuple(one.size for one in tokenized.inputs),
         )
 
     def _tokenize(self, sample: Sample, add_generation_prompt: bool) -> TokenizedSample:
@@ -205,9 +216,12 @@ class Processor:
         check_literals(messages, self._literals)
         notes: tuple[str, ...] = ()
         if self.config.enable_fov and sample.kind == "bbox_3d":
-            messages, note = unify_fov_messages(messages, self.config.fov_base_width, self.config.max_source_pixels)
+            messages, note = unify_fov_messages(
+                messages, self.config.fov_base_width, self.config.max_source_pixels, self.config.rules
+            )
             notes = (note,)
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
+        notes += tuple(note for one in inputs for note in one.notes)
         grids = [one.grid for one in inputs]
         if self.files.template is not None:
             tokens, labels = _own_template(self, messages, sample.kind, grids, add_generation_prompt)
@@ -225,11 +239,12 @@ class Processor:
             raise MediaError(
                 "too_long",
                 f"{len(tokens)} tokens ({merged} of {len(inputs)} images) and max_seq_len is "
-                f"{self.config.max_seq_len}; samples are never truncated: raise max_seq_len or lower max_pixels",
+                f"{self.config.max_seq_len}; samples are never truncated. "
+                + how_to_admit(messages, len(tokens) - merged, self.config, self.geometry),
             )
         targets = int((labels != IGNORE).sum())
         cost = Cost(len(tokens), patches, float(sample_flops(self.model_config, len(tokens), grids, targets)))
-        return TokenizedSample(tokens, labels, inputs, cost, notes)
+        return TokenizedSample(tokens, labels, inputs, cost, tuple(dict.fromkeys(notes)))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files with which transformers' AutoTokenizer and image processors open the directory.

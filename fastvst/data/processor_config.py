@@ -9,6 +9,7 @@ from typing import Any
 
 from fastvst.config import not_an_option
 from fastvst.data.chat import SUPERVISE
+from fastvst.data.image_modes import ImageRules
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE
 from fastvst.data.video import VideoConfig
 
@@ -35,10 +36,15 @@ class ProcessorConfig:
         max_frames: most frames that are sampled from a video.
         video_min_pixels: least pixels of a video frame after resizing.
         video_max_pixels: most pixels of a video frame after resizing.
+        alpha: transparent pixels of an image: "white" (composed on white, as viewers show them) or "drop" (alpha is
+            ignored, as in transformers).
+        orientation: apply the EXIF orientation of images, and the display matrix and pixel aspect ratio of videos.
+        video_rule: positions of videos: "extent" (as the published weights were trained), "grid" (as transformers since
+            5.3), or "" for the rule of the model's config.json.
         max_source_pixels: most pixels of an image file; larger files are rejected as decompression bombs (the default
             is the size at which Pillow warns).
-        image_time_limit: most seconds for decoding one image.
-        video_time_limit: most seconds for decoding one video.
+        image_time_limit: most seconds of processor time for decoding one image.
+        video_time_limit: most seconds for decoding one video, counted in pixels: 200 million a second.
     """
 
     min_pixels: int = 56 * 56
@@ -56,6 +62,9 @@ class ProcessorConfig:
     max_frames: int = 768
     video_min_pixels: int = 128 * 28 * 28
     video_max_pixels: int = 768 * 28 * 28
+    alpha: str = "white"
+    orientation: bool = True
+    video_rule: str = ""
     max_source_pixels: int = 89_478_485
     image_time_limit: float = not_an_option(10.0)
     video_time_limit: float = not_an_option(60.0)
@@ -65,6 +74,9 @@ class ProcessorConfig:
             raise ValueError(f"supervise is {self.supervise!r}; expected one of {SUPERVISE}")
         if self.resize not in RESIZE:
             raise ValueError(f"resize is {self.resize!r}; expected one of {RESIZE}")
+        if self.video_rule not in ("", "extent", "grid"):
+            raise ValueError(f"video_rule is {self.video_rule!r}; expected 'extent', 'grid' or ''")
+        _ = self.rules  # checks alpha
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {self.min_pixels} and {self.max_pixels}")
         if not 0 < self.video_min_pixels <= self.video_max_pixels:
@@ -78,6 +90,11 @@ class ProcessorConfig:
             )
 
     @property
+    def rules(self) -> ImageRules:
+        """How images are shown to the model."""
+        return ImageRules(self.alpha, self.orientation)
+
+    @property
     def video(self) -> VideoConfig:
         """The configuration of videos."""
         return VideoConfig(
@@ -86,6 +103,7 @@ class ProcessorConfig:
             max_frames=self.max_frames,
             min_pixels=self.video_min_pixels,
             max_pixels=self.video_max_pixels,
+            time_limit=self.video_time_limit,
         )
 
 

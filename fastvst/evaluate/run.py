@@ -206,7 +206,10 @@ def _decode_part(part: Part, decoded: dict[Any, Any], processor: Processor) -> P
             if part["type"] == "image":
                 decoded[key] = {
                     "image": load_rgb(
-                        media, max_source_pixels=config.max_source_pixels, time_limit=config.image_time_limit
+                        media,
+                        max_source_pixels=config.max_source_pixels,
+                        time_limit=config.image_time_limit,
+                        rules=config.rules,
                     )
                 }
             else:
@@ -226,9 +229,14 @@ def _decode_video(part: Part, processor: Processor) -> dict[str, Any]:
         total_pixels=total_pixel_budget(config.max_seq_len, factor),
         factor=factor,
         max_source_pixels=config.max_source_pixels,
+        rules=config.rules,
     )
     decoded = load_frames(
-        part, selection, time_limit=config.video_time_limit, max_source_pixels=config.max_source_pixels
+        part,
+        selection,
+        time_limit=config.video_time_limit,
+        max_source_pixels=config.max_source_pixels,
+        rules=config.rules,
     )
     frames = [Image.fromarray(f.transpose(1, 2, 0)) for f in decoded]
     area = selection.size[0] * selection.size[1]  # as both limits it keeps the size of the frames

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+logger = logging.getLogger(__name__)
 WRITTEN_FOR = "5.17.0"  # the transformers version whose form of config.json `fresh` writes, and of the defaults below
 
 # What a field means that a file leaves out (Qwen2_5_VLConfig, Qwen2_5_VLTextConfig and Qwen2_5_VLVisionConfig of
@@ -217,7 +220,15 @@ def _set_rope(text: dict[str, Any], name: str, value: Any) -> None:
         holder[name] = value
 
 
+@functools.cache
 def _video_rule(version: str) -> str:
-    """Files of transformers >= 5.3 were trained with its positions ("grid"), the published ones with "extent"."""
+    """ "extent", whichever version of transformers saved the file: the weights were trained with it, and saving changes
+    no weight. transformers >= 5.3 itself computes the positions of "grid"; such a file is named in the log once."""
     numbers = [int(p) if p.isdigit() else 0 for p in version.split(".")[:2]]
-    return "grid" if numbers >= [5, 3] else "extent"
+    if numbers >= [5, 3]:
+        logger.warning(
+            "config.json was written by transformers %s, whose rule for videos is 'grid'; fastvst uses 'extent', "
+            "as the published weights were trained. The processor option video_rule = 'grid' chooses the other",
+            version,
+        )
+    return "extent"

@@ -35,10 +35,11 @@ def mrope_positions(
         grids: (I, 3) patch grids (t, h, w) in reading order, images and videos together.
         second_per_grid_ts: seconds between temporal grid steps, one for each *video*; default 1.0, which is exact for
             2 frames per second.
-        video_rule: the position of the text after a video. "extent": after the largest coordinate of the video, as in
-            the training of the published weights (transformers up to 5.2, vLLM). "grid": after max(h, w) / merge_size,
-            as in transformers >= 5.3; then text overlaps a long video, and second_per_grid_ts is truncated to whole
-            seconds. The rules agree on images.
+        video_rule: "extent": second_per_grid_ts is used as it is, and text resumes after the largest coordinate of the
+            video, as in the training of the published weights (transformers 4.49 to 5.2, vLLM). "grid": text resumes
+            after max(h, w) / merge_size and second_per_grid_ts is truncated to whole seconds, as in transformers >=
+            5.3; then text overlaps a long video, and above 2 frames per second all frames have one time. The rules
+            agree on images.
 
     Returns:
         (3, L) int32.
