@@ -1,4 +1,7 @@
-"""The `fastvst` command: rooms, data, evaluate, chat and generate. Each command is a thin layer over the library."""
+"""The `fastvst` command: rooms, data, evaluate, chat, generate and merge.
+
+Each command is a thin layer over the library.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from fastvst.cli import compare_rooms
 from fastvst.cli import evaluate as command
 from fastvst.cli import generate as rollout_command
+from fastvst.cli import merge as merge_command
 from fastvst.cli import rooms as rooms_command
 from fastvst.data import gallery
 
@@ -30,12 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rollout_command.add_chat_arguments(commands.add_parser("chat", help="talk to a model about images and videos"))
     rollout_command.add_generate_arguments(commands.add_parser("generate", help="answer the rows of a JSONL file"))
 
+    merge_command.add_arguments(commands.add_parser("merge", help="merge a LoRA adapter into its base model"))
+
     arguments = parser.parse_args(argv)
     try:
         if arguments.command in ("chat", "generate"):
             return (rollout_command.run_chat if arguments.command == "chat" else rollout_command.run_generate)(
                 arguments
             )
+        if arguments.command == "merge":
+            return merge_command.run(arguments)
         if arguments.command == "data":
             return gallery.run(arguments)
         return _rooms(arguments) if arguments.command == "rooms" else _evaluate(arguments)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from fastvst.model.checkpoint_files import read_json
+from fastvst.model.checkpoint_files import check_pointer, read_json
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENIZER = ASSETS / "tiny_tokenizer.json"
@@ -122,6 +122,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory} has no tokenizer.json (it has {found}). Copy tokenizer.json from the published checkpoint, "
             f"or make it: python -m fastvst.data.tokenizer convert --ranks qwen.tiktoken --out {directory}"
         )
+    check_pointer(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every malformed file

@@ -55,6 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not UTF-8, not JSON (the message has the line), or not an object.
     """
+    check_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -62,6 +63,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains a {type(content).__name__}; expected a JSON object")
     return content
+
+
+def check_pointer(path: Path) -> None:
+    """Raise ValueError if a file is a pointer of Git LFS in place of the content."""
+    with open(path, "rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in {path.parent}")
 
 
 def json_text(content: Any) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvst.batch import PackedBatch
-from fastvst.model import weights
+from fastvst.model import refusals, weights
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.layers import Attend, Norm
@@ -148,11 +148,13 @@ class Qwen25VL(nn.Module):
 
         Raises:
             FileNotFoundError: no such directory, config or weights.
-            fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped or truncated tensors; names them all.
+            ValueError: a LoRA adapter, a quantised checkpoint or another architecture.
+            fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped, truncated or NaN tensors.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory; expected a Qwen2.5-VL model directory")
+        refusals.check(directory)
         config = ModelConfig.from_pretrained(directory)
         with torch.device("meta"):
             model = cls(config)

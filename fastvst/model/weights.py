@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastvst.model import checkpoint_files as files
-from fastvst.model import config_json
+from fastvst.model import config_json, refusals
 from fastvst.model.checkpoint_files import INDEX, SINGLE
 from fastvst.model.config import ModelConfig
 
@@ -26,8 +26,11 @@ RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
 
 
+SHOWN = 5  # problems in a message; a wrong model has a thousand
+
+
 class WeightsError(ValueError):
-    """The files do not hold the model's tensors; the message names every wrong tensor."""
+    """The files do not hold the model's tensors; the message names the first wrong ones and their number."""
 
 
 def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -39,22 +42,50 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
 
     Raises:
         FileNotFoundError: the directory has no safetensors files.
-        WeightsError: missing, unexpected, wrong-shaped or truncated tensors; names them all.
+        WeightsError: missing, unexpected, wrong-shaped or truncated tensors, or NaN; names the first ones.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found, problems = _match(_find_files(directory), wanted, tied)
     if problems:
-        listed = "\n  ".join(problems)
-        raise WeightsError(f"{directory} does not hold the weights of its config.json:\n  {listed}")
+        raise WeightsError(_summary(directory, problems, found, wanted))
     model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for path, names in found.items():
         with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
             for stored, name in names:
                 if name is not None:
-                    parameters[name].copy_(file.get_tensor(stored))
+                    parameters[name].copy_(_finite(file.get_tensor(stored), stored, path))
     if tied:
         _check_tied(found, parameters["model.embed_tokens.weight"], directory)
+
+
+def _summary(
+    directory: Path,
+    problems: list[str],
+    found: Mapping[Path, list[tuple[str, str | None]]],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> str:
+    """The first problems and how many there are, or the prefix that all names share."""
+    headers = [name for path in found for name in read_header(path)[0]]
+    for name in headers:
+        prefix, ending, _ = name.partition("model.embed_tokens.weight")
+        prefix = prefix if ending else name.partition("model.language_model.embed_tokens.weight")[0]
+        fitting = [n for n in headers if prefix and published_name(n.removeprefix(prefix)) in wanted]
+        if prefix != name and len(fitting) > len(wanted) / 2:
+            return (
+                f"{directory}: all tensor names begin with {prefix!r}, which is not part of the published names; write "
+                "the files again without it"
+            )
+    rest = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    listed = "\n  ".join(problems[:SHOWN])
+    return f"{directory} does not hold the weights of its config.json:\n  {listed}{rest}"
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor. Raises WeightsError if it has NaN or infinite values; a sum finds them without a second tensor."""
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise WeightsError(f"{path}: {name} contains NaN or infinite values; the training that wrote it has diverged")
+    return tensor
 
 
 def save(
@@ -102,28 +133,44 @@ def _config_text(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
 def _find_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory: those that the index names, or the only one."""
     index = directory / INDEX
+    if (directory / SINGLE).is_file():
+        if index.is_file() and set(_weight_map(index).values()) != {SINGLE}:
+            warnings.warn(f"{directory}: {SINGLE} is used, as in transformers; {INDEX} is ignored", stacklevel=4)
+        return [directory / SINGLE]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_weight_map(index).values()))
         outside = [n for n in names if Path(n).name != n]
         if outside:
             raise WeightsError(f"{index} names files outside its directory: {outside}")
         return [directory / n for n in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
-    hint = ""
-    if pickled:
+    hint = refusals.hint(directory)
+    if pickled and not hint:
+        new = directory.resolve().with_name(f"{directory.resolve().name}-safetensors")
         hint = (
             f". It holds {pickled}, which are pickles. Loading a pickle can run any code, so fastvst never does. "
-            "Convert them with transformers: AutoModel.from_pretrained(dir).save_pretrained(new_dir)"
+            "Convert them with transformers:\n"
+            '  python -c "from transformers import Qwen2_5_VLForConditionalGeneration as M; '
+            f"M.from_pretrained('{directory.resolve()}').save_pretrained('{new}')\""
         )
     raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = files.read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise WeightsError(f"{index} has no weight_map")
+    return found
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
     """The header of a safetensors file (name -> dtype, shape, data_offsets), and its problem in words, or None."""
     if not path.is_file():
         return {}, f"{path.name}: the file is missing"
+    try:
+        files.check_pointer(path)
+    except ValueError as error:
+        return {}, str(error)
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -138,7 +185,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
     cut = [n for n, t in header.items() if 8 + length + t["data_offsets"][1] > size]
     if cut:
         need = 8 + length + max(t["data_offsets"][1] for t in header.values())
-        return header, f"{path.name}: truncated at {size} of {need} bytes; cut off: {', '.join(sorted(cut))}"
+        return header, f"{path.name}: truncated at {size} of {need} bytes; cut off: {', '.join(sorted(cut)[:SHOWN])}"
     return header, None
 
 
