@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -9,88 +11,163 @@ from typing import Any
 
 import numpy as np
 
+from fastvst.evaluate.options import letter_of_truth, stated_letter, statement
+from fastvst.evaluate.quantities import read_number, whole_quantity
 from fastvst.spatial.boxes import iou_3d, parse_boxes
 from fastvst.tasks.facts import score_facts
 
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
-LETTER = re.compile(r"^\s*[`(]*([A-F])(?![A-Za-z])")
-METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0, "meters": 1.0, "metres": 1.0, "centimeters": 0.01, "centimetres": 0.01}
-OPTION = re.compile(r"^[\s`'\"(]*([A-F])(?![A-Za-z])[\s`'\").:,]*(.*)$", re.DOTALL)
 BOX_IOU = 0.15  # the threshold of the paper's AP@15
+_BOXED = re.compile(r"\\boxed\s*\{")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
 def score(response: str, answer: dict[str, Any]) -> float:
-    """Score of one response in [0, 1].
+    """Score of one response in [0, 1]. docs/answers.md states how each form is read.
 
-    choice, text: 1 if the normalised texts are equal. If the true answer is "letter. text", the letter alone is enough.
-        If the answer has a "letter" (options A, B, ... in the order of "candidates"), the letter, the option's text, or
-        both are correct; a letter with the text of another option is wrong.
+    choice, text: 1 if the response states the true answer: the same text, letter, number or JSON value. A list of texts
+        holds alternatives. If the answer has a "letter" (options A, B, ... in the order of "candidates"), the letter,
+        the option's text, or both are correct; a letter with the text of another option is wrong.
         Lines before a line "So, the answer is X." are ignored.
-    number: 1 if the first number, converted to the answer's unit, is within the relative `tolerance` of the value.
+    number: 1 if the number that the response states, converted to the answer's unit, is within the relative `tolerance`
+        of the value; of a range, if both ends are.
     boxes: F1 of one-to-one matches with oriented IoU >= 0.15, greedy by IoU, labels compared.
     facts: share of a caption's checkable facts that the text states (see fastvst/tasks/facts.py).
     """
     response = response.rsplit("</think>", 1)[-1].strip()
     kind = answer["type"]
-    if kind == "choice" and "letter" in answer:
-        return float(chosen_option(response, answer["candidates"]) == answer["value"])
-    if kind in ("choice", "text"):
-        return float(_same_text(response, str(answer["value"])))
-    if kind == "number":
-        return float(_same_number(response, answer))
     if kind == "boxes":
         return box_f1(response, answer["value"])
     if kind == "facts":
         return score_facts(response, answer)
+    response = unwrapped(response)
+    if kind == "choice" and "letter" in answer:
+        return float(chosen_option(response, answer["candidates"]) == answer["value"])
+    if kind in ("choice", "text"):
+        return float(states(response, answer["value"]))
+    if kind == "number":
+        return float(_same_number(response, answer))
     raise ValueError(f"unknown answer type {kind!r}; expected choice, text, number, boxes or facts")
 
 
+def unwrapped(text: str) -> str:
+    """The content of the last <answer>...</answer>, then of the last \\boxed{...} (balanced braces); or the text."""
+    tagged = _TAGGED.findall(text)
+    text = tagged[-1].strip() if tagged else text
+    starts = list(_BOXED.finditer(text))
+    if not starts:
+        return text
+    depth = 1
+    begin = starts[-1].end()
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[begin:place].strip()
+    return text
+
+
 def normalise(text: str) -> str:
-    """Lower case, NFKC; removes the sentence around the answer, quotes, articles and closing punctuation."""
+    """Lower case, NFKC; removes markup, the sentence around the answer, quotes, articles and closing punctuation."""
     text = unicodedata.normalize("NFKC", text).strip().lower()
-    marker = "answer is "
-    if marker in text:
-        text = text.rsplit(marker, 1)[1]
+    text = statement(text.replace("**", ""))
     text = text.strip().strip("`'\"").rstrip(".").strip()
     return re.sub(r"\s+", " ", re.sub(r"^(the|a|an) ", "", text))
 
 
-def _same_text(response: str, value: str) -> bool:
-    if normalise(response) == normalise(value):
+def texts_of(value: Any) -> list[str]:
+    """A true value as the texts that state it: alternatives of a list of texts, numbers, "true", or JSON."""
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return [item.strip() for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return [str(int(value))]
+    if isinstance(value, (bool, list, tuple, dict)) or value is None:
+        return [json.dumps(value, default=str, ensure_ascii=False)]
+    return [str(value)]
+
+
+def states(response: str, value: Any) -> bool:
+    """Whether a response states a true value: by its text, its letter, as a number, or as JSON."""
+    return any(_same_text(response, text) for text in texts_of(value))
+
+
+def _same_text(response: str, truth: str) -> bool:
+    if normalise(response) == normalise(truth):
         return True
-    expected = LETTER.match(value)
-    given = LETTER.match(response)
-    return expected is not None and given is not None and expected.group(1) == given.group(1)
+    if truth[:1] in ("[", "{"):
+        wanted = _json(truth)
+        return wanted is not None and wanted == _json(response)
+    letter = letter_of_truth(truth)
+    if letter is not None:
+        found = stated_letter(response)
+        return found is not None and found[0] == letter[0] and _agrees(found[1], letter[1])
+    wanted = whole_quantity(truth)
+    given = whole_quantity(statement(response)) if wanted is not None else None
+    if wanted is None or given is None or (wanted.unit is None) != (given.unit is None):
+        return False
+    ends = (given.low, given.high)
+    if wanted.unit is not None and given.unit is not None:
+        if wanted.unit.dimension != given.unit.dimension:
+            return False
+        factor = given.unit.factor / wanted.unit.factor
+        ends = (given.low * factor, given.high * factor)
+    return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(ends, (wanted.low, wanted.high), strict=True))
+
+
+def _json(text: str) -> Any:
+    """The JSON value that a text consists of, a code block around it removed; None if there is none."""
+    fenced = re.fullmatch(r"\s*```\w*\n(.*?)\n?```\s*", text, re.DOTALL)
+    try:
+        return json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _agrees(rest: str, option: str) -> bool:
+    """Whether the text after a letter fits the option: none, the option's text, or a text that contains it as words."""
+    said = normalise(rest)
+    wanted = normalise(option)
+    return not said or not wanted or re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", said) is not None
 
 
 def chosen_option(response: str, options: Sequence[str]) -> str | None:
-    """The option that a response states by its letter ("B", "(B)", "B. left"), by its text, or by both; else None.
+    """The option that a response states by its letter ("B", "(B)", "the answer is B"), by its text, or by both.
 
-    A letter counts if it is the whole response, or if the text after it is the option's text. So neither the article of
-    "A chair" nor a letter with the text of another option states an option.
+    None if it states none. The letter does not count if the text after it is that of another option, so neither the
+    article of "A chair" nor a letter with the text of another option states an option.
     """
     texts = [normalise(option) for option in options]
     said = normalise(response)
     if said in texts:
         return options[texts.index(said)]
-    marker = "answer is "
-    found = OPTION.match(response.rsplit(marker, 1)[-1])
-    if found is None or ord(found[1]) - ord("A") >= len(options):
+    found = stated_letter(response)
+    if found is None or ord(found[0]) - ord("A") >= len(options):
         return None
-    place = ord(found[1]) - ord("A")
-    return options[place] if normalise(found[2]) in ("", texts[place]) else None
+    place = ord(found[0]) - ord("A")
+    if normalise(found[1]):
+        named = [k for k, text in enumerate(texts) if text and _agrees(found[1], text)]
+        if not named or max(named, key=lambda k: len(texts[k])) != place:
+            return None
+    return options[place]
+
+
+def stated_number(response: str, unit: str | None) -> tuple[float, float] | None:
+    """The ends of the number that a response states, in `unit` (see `quantities.read_number`)."""
+    return read_number(statement(response), unit)
 
 
 def _same_number(response: str, answer: dict[str, Any]) -> bool:
-    match = NUMBER.search(response.replace(",", ""))
-    if match is None:
-        return False
-    given = float(match.group())
     unit = answer.get("unit")
-    written = re.match(r"\s*([a-z]+)", response.replace(",", "")[match.end() :].lower())
-    if written and unit in METRES and written.group(1) in METRES:
-        given *= METRES[written.group(1)] / METRES[unit]
-    return abs(given - answer["value"]) <= answer.get("tolerance", 0.0) * abs(answer["value"]) + 1e-9
+    ends = stated_number(response, unit)
+    if ends is None:
+        return False
+    for text in texts_of(answer["value"]):
+        wanted = read_number(text, unit)
+        if wanted is not None:
+            slack = answer.get("tolerance", 0.0) * abs(wanted[0]) + 1e-9 * max(1.0, abs(wanted[0]))
+            if all(abs(end - wanted[0]) <= slack for end in ends):
+                return True
+    return False
 
 
 def box_f1(response: str, truth: list[dict[str, Any]], *, threshold: float = BOX_IOU) -> float:

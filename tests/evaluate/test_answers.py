@@ -2,9 +2,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastvst.evaluate.answers import score
+from answer_pairs import pairs
+from fastvst.evaluate.answers import chosen_option, score
+from fastvst.evaluate.options import stated_letter
+from fastvst.evaluate.quantities import quantities, read_number
 from fastvst.evaluate.statistics import best_constant, bootstrap
+from fastvst.evaluate.units import UNITS, named_unit
 
 BOX = {"bbox_3d": [0.1, 0.2, 2.5, 1.0, 0.8, 0.6, 0.0, 0.25, 0.0], "label": "chair"}
 
@@ -38,6 +44,62 @@ def test_text(response, value, expected):
 )
 def test_number(response, expected):
     assert score(response, {"type": "number", "value": 71.0, "unit": "cm", "tolerance": 0.1}) == expected
+
+
+def test_hand_made_pairs():
+    found = [(answer["value"], response, score(response, answer), wanted) for answer, response, wanted in pairs()]
+    assert len(found) > 300
+    assert [pair for pair in found if pair[2] != pair[3]] == []
+
+
+@given(st.integers(1, 10_000), st.sampled_from(sorted(UNITS)), st.sampled_from(sorted(UNITS)))
+def test_a_number_may_be_written_in_any_unit_of_its_dimension(count, unit, other):
+    value = count / 8
+    factor = UNITS[unit].factor / UNITS[other].factor
+    answer = {"type": "number", "value": value, "unit": unit, "tolerance": 1e-6}
+    same = UNITS[unit].dimension == UNITS[other].dimension
+    assert score(f"{value * factor:.12g} {other}", answer) == same
+    if same:
+        assert score(f"{value * factor * 1.01:.12g} {other}", answer) == 0
+
+
+@given(st.sampled_from(["chair", "left", "71 cm", "armchair", "B. left", "red car", "sofa"]), st.booleans())
+def test_an_article_never_changes_a_verdict(text, lettered):
+    options = ["right", "left", "armchair", "chair"]
+    answers = [{"type": "text", "value": truth} for truth in ("chair", "A chair", "A", "B. left", "the red car")]
+    answers.append({"type": "number", "value": 71.0, "unit": "cm", "tolerance": 0.1})
+    answers.append({"type": "choice", "value": "left", "candidates": options, "letter": "B"})
+    for answer in answers:
+        for article in ("a", "an", "the", "A", "An", "The"):
+            for said in (text, f"The answer is {text}") if lettered else (text,):
+                with_article = said.replace(text, f"{article} {text}")
+                assert text == "B. left" or score(with_article, answer) == score(said, answer), (answer, with_article)
+
+
+@pytest.mark.parametrize(
+    "text", ["A chair", "a chair", "I think so", "I see a dog", "A dog and a cat", "In a room", ""]
+)
+def test_articles_and_pronouns_are_no_letters(text):
+    assert stated_letter(text) is None
+    assert stated_letter(f"The answer is {text}") is None
+
+
+def test_a_letter_with_the_text_of_another_option_states_none():
+    options = ["left", "right", "left and forward"]
+    assert chosen_option("A. left", options) == "left"
+    assert chosen_option("The answer is C. left and forward", options) == "left and forward"
+    assert chosen_option("A. left and forward", options) is None
+    assert chosen_option("B. left", options) is None
+    assert chosen_option("D", options) is None
+    assert chosen_option("A chair", ["table", "chair"]) == "chair"
+
+
+@given(st.text(alphabet="0123456789.,/-x ~e^'\"°½mcinft()to", max_size=24))
+def test_any_text_is_read_without_an_error(text):
+    assert all(q.low <= q.high and q.start < q.end for q in quantities(text))
+    read_number(text, "cm")
+    stated_letter(text)
+    named_unit(text)
 
 
 def test_boxes():

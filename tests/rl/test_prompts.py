@@ -9,7 +9,9 @@ import pytest
 
 from fastvst.data import Ledger, MixtureConfig, Processor, Sample, SampleError, SourceConfig, open_mixture
 from fastvst.data.chat import THINK_SYSTEM
+from fastvst.data.sources import open_source
 from fastvst.rl.prompts import NoPrompts, PromptStream, make_prompt
+from fastvst.rl.rewards.verifiable import score
 from rl_run import write_questions
 
 
@@ -132,3 +134,26 @@ def test_one_of_several_checkable_turns_is_asked_after_the_true_ones() -> None:
     assert (row.id, row.question, row.answer, row.modes) == ("x#1", "user 1", turns[1], ("mra",))
     with pytest.raises(SampleError, match="checkable"):
         make_prompt(Sample.from_messages(messages, metadata={"turn_answers": turns[:1]}))
+
+
+@pytest.mark.parametrize(
+    "answer", ["null", "None", "1.50", "2e3", "true", "[40, 12,80]", '{"x": 1}', ["two", "2"], {"x": 1}, 3.0, 7, False]
+)
+def test_the_answer_of_a_row_is_never_rewritten(tmp_path: Path, answer: object) -> None:
+    row = {"id": "0", "messages": [{"role": "user", "content": "?"}], "answer": answer}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,) = open_source(tmp_path / "rows.jsonl")
+    prompt = make_prompt(sample)
+    assert prompt.answer["value"] == answer and type(prompt.answer["value"]) is type(answer)
+    stated = answer[0] if answer == ["two", "2"] else answer if isinstance(answer, str) else json.dumps(answer)
+    assert score(str(stated), prompt.answer, prompt.modes, thinking=False).accuracy == 1
+    assert score("no", prompt.answer, prompt.modes, thinking=False).accuracy == 0
+
+
+@pytest.mark.parametrize("answer", [None, float("nan")])
+def test_a_missing_answer_is_no_answer(tmp_path: Path, answer: object) -> None:
+    row = {"id": "0", "messages": [{"role": "user", "content": "?"}], "answer": answer}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,) = open_source(tmp_path / "rows.jsonl")
+    with pytest.raises(SampleError, match="no_answer"):
+        make_prompt(sample)

@@ -164,18 +164,34 @@ def _question_turns(
 
 
 def _answer(value: Any, metadata: dict[str, Any]) -> dict[str, Any] | None:
-    """The optional `answer` column: JSON {"answer": {...}, "metadata": {...}}, a JSON answer object, or plain text."""
-    if isinstance(value, str):
+    """The optional `answer` column as a checkable answer.
+
+    A checkable answer has a "type" and a "value". It, or {"answer": it, "metadata": {...}}, may be an object or its
+    JSON text, as fastvst writes it. Every other value is the true value itself and is kept as it is: a text with all
+    its characters ("null", "1.50"), a number, a list of alternatives, an object. None and NaN, which columns of numbers
+    have in place of None, are no answer.
+    """
+    known = value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return {"type": "text", "value": value}
-    if not isinstance(value, dict):
-        return None if value is None else {"type": "text", "value": str(value)}
-    if "answer" in value:
-        metadata.update(value.get("metadata") or {})
-        return value["answer"]
-    return value
+            known = json.loads(value)
+        except (ValueError, RecursionError):
+            known = value
+    if isinstance(known, dict) and isinstance(known.get("answer"), dict) and _is_checkable(known["answer"]):
+        metadata.update(known.get("metadata") or {})
+        return known["answer"]
+    if isinstance(known, dict) and "metadata" in known and known.get("answer", 0) is None:
+        metadata.update(known["metadata"] or {})
+        return None
+    if isinstance(known, dict) and _is_checkable(known):
+        return known
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    return {"type": "text", "value": value if isinstance(value, (str, int, float, list, dict)) else str(value)}
+
+
+def _is_checkable(answer: dict[str, Any]) -> bool:
+    return isinstance(answer.get("type"), str) and "value" in answer
 
 
 def _media(

@@ -15,7 +15,6 @@ No response makes these functions raise.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from fastvst.evaluate import answers
+from fastvst.evaluate.options import stated_letter
+from fastvst.evaluate.quantities import whole_quantity
 from fastvst.rl.rewards.boxes import score_boxes
 from fastvst.rl.rewards.vqa import soft_accuracy
 
@@ -36,7 +37,6 @@ BOXES = "bbox3d"
 DEFAULT_MODES = {"choice": ("answer",), "text": ("answer",), "number": ("mra",), "boxes": (BOXES,)}
 
 _THINK_TAG = re.compile(r"<\s*/?\s*think\s*>", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{")
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,11 @@ def overlong(length: int, max_length: int, buffer: int) -> float:
 
 
 def _score_text(response: str, answer: Any, modes: Sequence[str]) -> tuple[float, str]:
-    prediction = _unboxed(final_answer(response))
+    prediction = answers.unwrapped(final_answer(response))
     if not prediction:
         return 0.0, "empty answer"
-    truths = [_unboxed(text) for text in _texts(answer)]
+    value = answer.get("value") if isinstance(answer, dict) and "value" in answer else answer
+    truths = [answers.unwrapped(text) for text in answers.texts_of(value)]
     if any(prediction.lower() == truth.lower() for truth in truths):
         return 1.0, "exact"
     best = 0.0
@@ -161,25 +162,6 @@ def _score_text(response: str, answer: Any, modes: Sequence[str]) -> tuple[float
     return best, decided
 
 
-def _texts(answer: Any) -> list[str]:
-    value = answer.get("value") if isinstance(answer, dict) else answer
-    return [str(v).strip() for v in value] if isinstance(value, (list, tuple)) else [str(value).strip()]
-
-
-def _unboxed(text: str) -> str:
-    r"""The content of the last \boxed{...} with its braces balanced, or the text itself."""
-    starts = list(_BOXED.finditer(text))
-    if not starts:
-        return text
-    depth = 1
-    begin = starts[-1].end()
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place].strip()
-    return text
-
-
 def option_letter(text: str) -> str:
     """The first single capital letter A-F of a text; "" if there is none.
 
@@ -196,7 +178,8 @@ def option_letter(text: str) -> str:
 
 
 def _multi_choices(prediction: str, truths: list[str], answer: Any) -> float:
-    letter = option_letter(prediction)
+    stated = stated_letter(prediction)
+    letter = stated[0] if stated else option_letter(prediction)
     return float(bool(letter) and any(letter == option_letter(truth) for truth in truths))
 
 
@@ -214,11 +197,8 @@ def _relaxed_equal(prediction: str, truth: str) -> bool:
 
 
 def _float(text: str) -> float | None:
-    try:
-        number = float(text.strip().rstrip("%").replace(",", ""))
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    found = whole_quantity(text.strip().rstrip("%"))
+    return found.low if found is not None and found.unit is None and found.low == found.high else None
 
 
 def _math(prediction: str, truths: list[str], answer: Any) -> float:
@@ -266,38 +246,29 @@ def levenshtein(a: str, b: str) -> int:
 def _mra(prediction: str, truths: list[str], answer: Any) -> float:
     """Mean relative accuracy (VSI-Bench): share of t in 0.50, 0.55, ... 0.95 with |given - truth| / |truth| <= 1 - t.
 
-    The first number of the text counts. If the answer has a unit, a unit after the number is converted to it.
+    The number of the text is read and converted as in evaluation (docs/answers.md). Of a range the worse end counts.
     """
     unit = answer.get("unit") if isinstance(answer, dict) else None
-    given = number_in(prediction, unit)
-    if given is None:
-        return 0.0
     best = 0.0
     for truth in truths:
         wanted = number_in(truth, unit)
-        if wanted is None:
+        ends = answers.stated_number(prediction, unit)
+        if wanted is None or ends is None:
             continue
-        error = abs(given - wanted) / abs(wanted) if wanted else float(given != 0)
-        best = max(best, float((error <= 1 - MRA_THRESHOLDS + 1e-9).mean()))
+        errors = [abs(end - wanted) / abs(wanted) if wanted else float(end != 0) for end in ends]
+        best = max(best, float((max(errors) <= 1 - MRA_THRESHOLDS + 1e-9).mean()))
     return best
 
 
 def number_in(text: str, unit: str | None) -> float | None:
-    """The first number of a text, converted to `unit` from a unit of length after it; None if there is no number."""
-    plain = text.replace(",", "")
-    match = answers.NUMBER.search(plain)
-    if match is None:
-        return None
-    number = float(match.group())
-    written = re.match(r"\s*([a-z]+)", plain[match.end() :].lower())
-    if written and unit in answers.METRES and written[1] in answers.METRES:
-        number *= answers.METRES[written[1]] / answers.METRES[unit]
-    return number if math.isfinite(number) else None
+    """The number that a text states, converted to `unit`; None if there is none, or a range."""
+    ends = answers.stated_number(text, unit)
+    return ends[0] if ends is not None and ends[0] == ends[1] else None
 
 
 def _checkable(prediction: str, truths: list[str], answer: Any) -> float:
     """The rule of the answer's type, as in evaluation."""
-    return answers.score(prediction, answer if isinstance(answer, dict) else {"type": "text", "value": truths[0]})
+    return answers.score(prediction, answer if isinstance(answer, dict) else {"type": "text", "value": truths})
 
 
 Mode = Callable[[str, list[str], Any], float]
