@@ -87,7 +87,7 @@ def render(
         turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     segments: list[Segment] = []
     for message in turns:
-        answer = message["role"] == "assistant"
+        answer = message["role"] == "assistant" and message.get("learn") is not False
         frame = answer and supervise == "message"
         segments.append(Segment("special", "<|im_start|>", frame))
         segments.append(Segment("text", message["role"] + "\n", frame))
@@ -146,10 +146,15 @@ def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> Non
         pattern: matches the name of any special token.
 
     Raises:
-        MediaError: "literal_special_token", naming the token and the message.
+        MediaError: "literal_special_token", naming the token and the message; "bad_text": half of a surrogate pair.
     """
     for index, message in enumerate(messages):
         text = "".join([part["text"] if part["type"] == "text" else "\0" for part in message["content"]])
+        half = re.search("[\ud800-\udfff]", text)
+        if half:
+            raise MediaError(
+                "bad_text", f"message {index} ({message['role']}) has {ascii(half.group())}, half of a surrogate pair"
+            )
         found = pattern.search(text)
         if found:
             raise MediaError(

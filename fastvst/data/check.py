@@ -63,6 +63,9 @@ class CheckReport:
         problems: the first 10,000 problems.
         counts: number of all problems, by reason.
         examples: the first usable rows of every type, for a page.
+        lines: what the source says about its files: what is read, and what is not.
+        ignored: number of rows by key that nothing reads.
+        ignored_first: the first row with each of these keys.
     """
 
     path: str
@@ -79,6 +82,9 @@ class CheckReport:
     problems: list[Problem] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     examples: dict[str, list[Sample]] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    ignored: Counter = field(default_factory=Counter)
+    ignored_first: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, id: str, where: str, detail: str) -> None:
         """Count one problem, and keep it if there are not too many."""
@@ -121,6 +127,11 @@ class CheckReport:
             total = sum(letters.values())
             shares = ", ".join(f"{k} {letters[k] / total:.1%}" for k in "ABCDEF"[:count])
             lines.append(f"letters of {total} questions with {count} options: {shares} (chi-square / df {skew:.1f})")
+        lines += self.lines
+        lines += [
+            f"ignored: {key} in {count} rows, e.g. {self.ignored_first[key]}"
+            for key, count in self.ignored.most_common()
+        ]
         if not self.counts:
             return "\n".join([*lines, "no problems"])
         lines.append(f"problems: {sum(self.counts.values())}")
@@ -146,6 +157,8 @@ class CheckReport:
             "vision_share": self.vision_share,
             "letters": {str(count): dict(letters) for count, letters in self.letters.items()},
             "balance": {str(count): skew for count, skew in self.balance().items()},
+            "files": self.lines,
+            "ignored": dict(self.ignored),
             "counts": dict(self.counts),
             "problems": [dataclasses.asdict(p) for p in self.problems],
         }
@@ -170,7 +183,7 @@ def check_source(
         FileNotFoundError, ValueError: as `open_source`.
     """
     source = open_source(path, format, image_folder=image_folder)
-    report = CheckReport(str(path))
+    report = CheckReport(str(path), lines=source.first_lines())
     for problem in source.problems:
         report.add(problem.reason, problem.id, str(path), problem.detail)
     seen: dict[str, str] = {}
@@ -181,6 +194,9 @@ def check_source(
         if isinstance(sample, SampleError):
             report.add(sample.reason, sample.id, where, sample.detail)
             continue
+        for key in sample.notes:
+            report.ignored[key] += 1
+            report.ignored_first.setdefault(key, where)
         first = seen.setdefault(sample.id, where)
         if first != where:
             report.add("duplicate_id", sample.id, where, f"also at {first}")

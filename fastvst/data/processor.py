@@ -224,6 +224,8 @@ class Processor:
         notes += tuple(note for one in inputs for note in one.notes)
         grids = [one.grid for one in inputs]
         if self.files.template is not None:
+            if any(message.get("learn") is False for message in messages):
+                raise MediaError("unsupported_weight", "weight 0 in a turn, and the model has its own chat template")
             tokens, labels = _own_template(self, messages, sample.kind, grids, add_generation_prompt)
         else:
             segments = render(

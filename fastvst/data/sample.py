@@ -23,7 +23,8 @@ class Sample:
         source: data set name (a folder, a file stem or VST's `data_source`).
         kind: VST's `type` column ("bbox_3d", "depth", "thought_spatial", "video", "text", ...). It switches on the FoV
             unification ("bbox_3d") and selects the system prompt ("thought*").
-        messages: role and parts. A part is one of
+        notes: keys of the row that nothing reads.
+        messages: role and parts, and "learn": False where the loss leaves an assistant message out. A part is one of
             {"type": "text", "text": str},
             {"type": "image", "image": PIL.Image | path | encoded bytes, "min_pixels"?, "max_pixels"?,
              "resized_width"?, "resized_height"?},
@@ -40,6 +41,7 @@ class Sample:
     messages: list[Message]
     answer: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
     row: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
@@ -78,7 +80,8 @@ class Sample:
                         f"{source}/{id}: message {index} has a part {_short(part)}; expected "
                         '{"type": "text"|"image"|"video", <that type>: ...}'
                     )
-            clean.append({"role": role, "content": [dict(part) for part in content]})
+            kept: Message = {"role": role, "content": [dict(part) for part in content]}
+            clean.append({**kept, "learn": False} if message.get("learn") is False else kept)
         return cls(str(id), source, kind, clean, answer, dict(metadata or {}))
 
     def parts(self, kind: str) -> list[Part]:
@@ -87,7 +90,7 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; images become base64 (PNG, or the original encoded bytes). Inverse of `from_json`."""
-        messages = [{"role": m["role"], "content": [_part_to_json(p) for p in m["content"]]} for m in self.messages]
+        messages = [{**m, "content": [_part_to_json(p) for p in m["content"]]} for m in self.messages]
         return {
             "id": self.id,
             "source": self.source,
@@ -100,7 +103,7 @@ class Sample:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Sample:
         """Inverse of `to_json`; base64 contents become bytes."""
-        messages = [{"role": m["role"], "content": [_part_from_json(p) for p in m["content"]]} for m in row["messages"]]
+        messages = [{**m, "content": [_part_from_json(p) for p in m["content"]]} for m in row["messages"]]
         return cls.from_messages(
             messages,
             id=row["id"],

@@ -255,7 +255,7 @@ def test_messages_with_marks_or_empty_parts_and_a_column_of_images(tmp_path) -> 
         ({"conversations": talk("?"), "image": "data:image/png;base64,????"}, "bad_base64"),
         ({"conversations": talk("?"), "image": "https://example.org/a.png"}, "remote_media"),
         ({"conversations": talk("?"), "meta_info": "{"}, "bad_schema"),
-        ({"messages": [{"role": "tool", "content": "?"}]}, "bad_schema"),
+        ({"messages": [{"role": "robot", "content": "?"}]}, "bad_schema"),
         ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]}, "bad_schema"),
         ({"question": ["?"]}, "bad_schema"),
         ({"other": 1}, "bad_schema"),

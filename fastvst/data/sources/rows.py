@@ -19,8 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastvst.data.chat import system_prompt
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Message, Part, Sample
+from fastvst.data.sources.tools import calls_text, response_text, tools_text
 
 # The columns that the row forms read; tables skip all others.
 COLUMNS = (
@@ -40,6 +42,8 @@ COLUMNS = (
     "thought",
     "system",
     "fps",
+    "tools",
+    "functions",
 )
 FORMS = {"conversations": "conversations", "messages": "messages", "question": "question"}
 ROLE_NAMES = {
@@ -48,7 +52,26 @@ ROLE_NAMES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
 }
+TURN_KEYS = ("from", "role", "value", "content", "weight", "loss", "tool_calls", "function_call", "refusal")
+PART_KEYS = ("type", "text", "image", "image_url", "video", "video_url", "path", "url", "bytes")
+# Options of a video that say which part of it is meant. A row with one that is not in PART_OPTIONS is rejected.
+VIDEO_OPTIONS = (
+    "video_start",
+    "video_end",
+    "nframes",
+    "sample_fps",
+    "min_frames",
+    "max_frames",
+    "total_pixels",
+)
 PADS = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 TAGS = re.compile(r"<(image|video)>")
 PART_OPTIONS = ("min_pixels", "max_pixels", "resized_width", "resized_height", "fps")  # keys kept from a content part
@@ -74,7 +97,7 @@ def to_sample(row: dict[str, Any], *, source: str, where: str, folder: Path) -> 
         SampleError: "bad_schema", "mark_count", "bad_base64", "remote_media".
     """
     name = str(row.get("data_source") or source)
-    identifier = str(_first(row, "id", default=where))
+    identifier = str(_first(row, "id", default=where)).encode("utf-8", "backslashreplace").decode("utf-8")
 
     def fail(reason: str, detail: str) -> SampleError:
         return SampleError(reason, name, identifier, f"{detail} (at {where})")
@@ -92,13 +115,23 @@ def to_sample(row: dict[str, Any], *, source: str, where: str, folder: Path) -> 
         turns, answer, kind = _question_turns(row, meta_info, fail)
         metadata |= {key: row[key] for key in ("thought", "answer_gt") if row.get(key)}
     else:
-        turns = _turns(row[form], row.get("system"), fail)
+        turns = read_turns(row[form], row.get("system"), fail)
+        try:
+            listed = tools_text(_first(row, "tools", "functions"))
+        except ValueError as error:
+            raise fail("bad_tools", str(error)) from error
+        turns = _with_tools(turns, listed, system_prompt(kind))
         answer = _answer(row.get("answer"), metadata)
     images, videos = _media(row, kind, folder, fail)
     _apply_sizes(images, meta_info)
-    messages = _place(turns, images, videos, folder, fail)
+    messages = _place([turn[:2] for turn in turns], images, videos, folder, fail)
+    for message, turn in zip(messages, turns, strict=True):
+        if turn[2:] == (False,):
+            message["learn"] = False
     try:
-        return Sample.from_messages(messages, id=identifier, source=name, kind=kind, answer=answer, metadata=metadata)
+        sample = Sample.from_messages(messages, id=identifier, source=name, kind=kind, answer=answer, metadata=metadata)
+        sample.notes = ignored_keys(row, form)
+        return sample
     except ValueError as error:
         raise fail("bad_schema", str(error)) from error
 
@@ -114,33 +147,105 @@ def _json(value: Any, fail: Callable[[str, str], SampleError]) -> Any:
         return None
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise fail("bad_schema", f"meta_info is not JSON: {error}") from error
 
 
-def _turns(rows: Any, system: Any, fail: Callable[[str, str], SampleError]) -> list[tuple[str, Any]]:
-    """(role, content) of every turn; content is a string or a list of parts."""
+def read_turns(rows: Any, system: Any, fail: Callable[[str, str], SampleError]) -> list[tuple[Any, ...]]:
+    """(role, content, whether it is learnt) of every turn; content is a string or a list of parts."""
     while isinstance(rows, (list, tuple)) and len(rows) == 1 and isinstance(rows[0], (list, tuple)):
         rows = rows[0]  # VST's first converter put the list into another list
     if not isinstance(rows, (list, tuple)) or not rows:
         raise fail("bad_schema", f"expected a list of turns; got {_short(rows)}")
-    turns: list[tuple[str, Any]] = [("system", system)] if isinstance(system, str) and system else []
+    turns: list[tuple[Any, ...]] = [("system", system, True)] if isinstance(system, str) and system else []
+    before = ""
     for index, turn in enumerate(rows):
-        role = _first(turn, "from", "role") if isinstance(turn, dict) else None
-        content = _first(turn, "value", "content") if isinstance(turn, dict) else None
-        if role not in ROLE_NAMES or not isinstance(content, (str, list)):
+        role = ROLE_NAMES.get(str(_first(turn, "from", "role")), "") if isinstance(turn, dict) else ""
+        try:
+            content = _turn_content(role, turn) if role else None
+            learn = _is_learnt(turn) if role else True
+        except ValueError as error:
+            raise fail("bad_turn", f"turn {index}: {error}") from error
+        if not isinstance(content, (str, list)):
             raise fail(
                 "bad_schema",
                 f"turn {index} is {_short(turn)}; expected {{from: human|gpt|system, value: text}} or "
-                "{role: user|assistant|system, content: text or parts}",
+                "{role: user|assistant|system|tool, content: text or parts}",
             )
-        turns.append((ROLE_NAMES[role], content))
+        spoken = {"call": "assistant", "tool": "user"}.get(role, role)
+        if role == before and role in ("call", "tool") and isinstance(turns[-1][1], str) and isinstance(content, str):
+            turns[-1] = (spoken, f"{turns[-1][1]}\n{content}", turns[-1][2] and learn)
+        else:
+            turns.append((spoken, content, learn))
+        before = role
     return turns
+
+
+def _turn_content(role: str, turn: dict[str, Any]) -> Any:
+    """Text or parts of a turn, with its tool calls. Raises ValueError for calls and refusals that cannot be read."""
+    content = _first(turn, "value", "content")
+    if role == "call":
+        return calls_text(content)
+    if role == "tool":
+        if not isinstance(content, str):
+            raise ValueError(f"a tool's answer is {_short(content)}; expected text")
+        return response_text(content)
+    calls = calls_text(_first(turn, "tool_calls", "function_call")) if role == "assistant" else ""
+    refusal = turn.get("refusal")
+    if refusal:
+        if content or not isinstance(refusal, str):
+            raise ValueError(f"content {_short(content)} and refusal {_short(refusal)}; expected one text")
+        content = refusal
+    if not calls:
+        return content
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": f"\n{calls}"}]
+    return f"{content.strip()}\n{calls}" if isinstance(content, str) and content.strip() else calls
+
+
+def _is_learnt(turn: dict[str, Any]) -> bool:
+    """`weight` (OpenAI: 0 or 1) and `loss` (ms-swift: true or false) of a turn. Raises ValueError for other values."""
+    found = set()
+    for key in ("weight", "loss"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        text = str(value).strip().lower()
+        if text not in ("0", "0.0", "1", "1.0", "true", "false"):
+            raise ValueError(f"{key} is {_short(value)}; expected 0 or 1")
+        found.add(text in ("1", "1.0", "true"))
+    if len(found) > 1:
+        raise ValueError("weight and loss contradict each other")
+    return found != {False}
+
+
+def _with_tools(turns: list[tuple[Any, ...]], listed: str, system: str) -> list[tuple[Any, ...]]:
+    """The turns with the tools at the end of the system message."""
+    if not listed:
+        return turns
+    if turns[0][0] != "system":
+        return [("system", system + listed, True), *turns]
+    content = turns[0][1]
+    text = content.strip() + listed if isinstance(content, str) else [*content, {"type": "text", "text": listed}]
+    return [("system", text, True), *turns[1:]]
+
+
+def ignored_keys(row: dict[str, Any], form: str) -> tuple[str, ...]:
+    """Keys with a value that nothing reads: of the row, of its turns ("messages[].name") and of their parts."""
+    found = {key for key, value in row.items() if value is not None and key not in COLUMNS}
+    turns = row[form] if isinstance(row[form], (list, tuple)) else []
+    for turn in [turn for turn in turns if isinstance(turn, dict)]:
+        found |= {f"{form}[].{key}" for key, value in turn.items() if value is not None and key not in TURN_KEYS}
+        parts = turn.get("content")
+        for part in [part for part in (parts if isinstance(parts, list) else []) if isinstance(part, dict)]:
+            known = (*PART_KEYS, *PART_OPTIONS)
+            found |= {f"{form}[].content[].{k}" for k, v in part.items() if v is not None and k not in known}
+    return tuple(sorted(found))
 
 
 def _question_turns(
     row: dict[str, Any], meta_info: Any, fail: Callable[[str, str], SampleError]
-) -> tuple[list[tuple[str, Any]], dict[str, Any] | None, str]:
+) -> tuple[list[tuple[Any, ...]], dict[str, Any] | None, str]:
     """User and assistant turn, checkable answer and kind of an RL row.
 
     The kind is "thought" (VST's thinking system prompt) unless the row is rewarded as 3D boxes ("bbox3d" mode).
@@ -151,7 +256,7 @@ def _question_turns(
     modes = [meta["mode"]] if isinstance(meta.get("mode"), str) else list(meta.get("mode") or [])
     boxes = "bbox3d" in modes
     truth = _first(row, "answer_gt", "answer")
-    turns: list[tuple[str, Any]] = [("user", row["question"])]
+    turns: list[tuple[Any, ...]] = [("user", row["question"])]
     response = _first(row, "answer", "answer_gt")
     if response is not None:
         thought = row.get("thought")
@@ -261,7 +366,7 @@ def _apply_sizes(images: list[Part], meta_info: Any) -> None:
 
 
 def _place(
-    turns: list[tuple[str, Any]],
+    turns: list[tuple[Any, ...]],
     images: list[Part],
     videos: list[Part],
     folder: Path,
@@ -347,6 +452,11 @@ def _content_part(piece: Any, folder: Path, fail: Callable[[str, str], SampleErr
     kind = _part_kind(piece)
     if not kind:
         raise fail("bad_schema", f"a content part is {_short(piece)}; expected type text, image, image_url or video")
+    refused = [key for key in VIDEO_OPTIONS if piece.get(key) is not None and key not in PART_OPTIONS]
+    if refused:
+        raise fail(
+            "unsupported_option", f"{refused[0]} is {_short(piece[refused[0]])}; cut the video, or remove the key"
+        )
     keep = {k: v for k, v in piece.items() if k in PART_OPTIONS and v is not None}
     return {"type": kind, kind: payload(_part_media(piece), folder, fail), **keep}
 
