@@ -2,10 +2,10 @@
 
     python examples/embed_in_transformers.py
 
-transformers lets a library register an attention function under a name. The function below takes *packed* rows: one
-row of a batch holds several sequences, and `cu_seq_lens_q` (the offsets that transformers' own collators and flash
-attention use) holds their boundaries. Shared-prompt groups are passed in the same way, as one more keyword of the
-model's forward.
+`register` adds fastvst's attention under that name, with the mask function that belongs to it. Padded batches and rows
+that hold several sequences work as with transformers' own attention. Here the sequences' boundaries are passed as
+`cu_seq_lens_q` (the offsets that transformers' own collators and flash attention use). Shared-prompt groups are passed
+in the same way, as one more keyword of the model's forward.
 
 The demonstration runs a small random Qwen2 and a small random Qwen2.5-VL, once with transformers' SDPA on each sequence
 alone and once with packed attention on all sequences in one row. It prints the largest difference of the logits.
@@ -15,61 +15,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from fastvst_kernels import packed_attention
+from fastvst_kernels.integrations.transformers import register
 
-
-def fastvst_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    groups: Tensor | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, Hq, T, D), key and value (1, Hkv, T, D) -> (1, T, Hq, D).
-
-    Raises:
-        ValueError: packed attention does not support padded batches, masks, dropout, a KV cache or a sliding window.
-    """
-    tokens = query.shape[2]
-    causal = module.is_causal if is_causal is None else is_causal
-    unsupported = {
-        f"a batch of {query.shape[0]} rows (pack them into one)": query.shape[0] != 1,
-        "an attention mask (pack instead of padding)": attention_mask is not None,
-        f"dropout {dropout}": dropout > 0,
-        f"{key.shape[2]} keys for {tokens} queries (a KV cache)": key.shape[2] != tokens,
-        f"a sliding window of {sliding_window}": sliding_window is not None and sliding_window < tokens,
-    }
-    if found := [what for what, is_so in unsupported.items() if is_so]:
-        raise ValueError(f"attn_implementation='fastvst' got {', '.join(found)}")
-    # The vision tower calls this function for each window or image; the text's offsets do not apply to it.
-    if not causal or cu_seq_lens_q is None:
-        cu_seq_lens_q = torch.tensor([0, tokens], device=query.device)
-        max_length_q = tokens
-        groups = None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D): views, nothing is copied
-    out = packed_attention(
-        q, k, v, cu_seq_lens_q.int(), causal=causal, scale=scaling, groups=groups, max_seqlen=max_length_q
-    )
-    return out[None], None
-
-
-AttentionInterface.register("fastvst", fastvst_attention)
+register()
 
 
 def packed_inputs(lengths: list[int]) -> dict[str, Tensor | int]:

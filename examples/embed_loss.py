@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
+from fastvst_kernels.integrations.lm_head import check_logits, plain_head_weight
 from fastvst_kernels.objectives import DAPO, Objective
 
 
@@ -47,7 +48,11 @@ def hidden_and_targets(model: PreTrainedModel, input_ids: Tensor, labels: Tensor
 
 
 def transformers_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The value of `model(input_ids=..., labels=...).loss`, without its (B, T, V) logits."""
+    """The value of `model(input_ids=..., labels=...).loss`, without its (B, T, V) logits.
+
+    Raises:
+        ValueError: the model scales, caps, biases or adapts its logits.
+    """
     return linear_cross_entropy(*_with_head(model, input_ids, labels))
 
 
@@ -85,7 +90,9 @@ def policy_update(
 
 def _with_head(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, targets = hidden_and_targets(model, input_ids, labels)
-    return hidden, model.get_output_embeddings().weight, targets
+    weight = plain_head_weight(model)
+    check_logits(model, input_ids, weight)
+    return hidden, weight, targets
 
 
 def main() -> None:

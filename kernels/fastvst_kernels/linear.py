@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvst_kernels.shared.boundary import first_order, public_operator
 from fastvst_kernels.shared.cpu import aligned_mm, column_sum, mm_into
 
 
+@public_operator(lower=("x", "weights", "biases"), any_strides=("x", "weights", "biases"))
 def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
     """`cat([x @ w.T + b for w, b in zip(weights, biases)], dim=1)` without concatenating weights or outputs.
 
@@ -21,12 +23,18 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     Returns:
         (T, sum N_i). Autograd saves x and the weights. A frozen weight or input skips its product in the backward pass.
     """
+    if torch.compiler.is_compiling() and not _needs_gradient(x, *weights, *(biases or ())):
+        return packed_linear_forward(x, weights, biases or ())  # dynamo cannot trace the function then
     return _Linears.apply(x, True, len(weights), *weights, *(biases or ()))
 
 
 def parallel_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
     """`packed_linear` with one result (T, N_i) for each weight; the rows are aligned as those of `aligned_mm`."""
     return _Linears.apply(x, False, len(weights), *weights, *(biases or ()))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def packed_linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -77,6 +85,7 @@ class _Linears(torch.autograd.Function):
         return (packed_linear_forward if packed else parallel_linear_forward)(x, weights, biases)
 
     @staticmethod
+    @first_order("packed_linear")
     def backward(ctx, *grads: Tensor):
         x, *weights = ctx.saved_tensors
         count = len(weights)

@@ -35,6 +35,7 @@ from fastvst_kernels.norm.float32 import (
     float32_rms_norm_backward,
     float32_rms_norm_forward,
 )
+from fastvst_kernels.shared.boundary import first_order
 from fastvst_kernels.shared.cpu import column_sum
 
 
@@ -131,6 +132,7 @@ class _NormQKV(Function):
         return packed_linear_forward(float32_rms_norm(x, norm_weight, eps), weights, ())
 
     @staticmethod
+    @first_order("norm_qkv")
     def backward(ctx, grad: Tensor):
         x, norm_weight, *weights = ctx.saved_tensors
         needs_x, needs_scale, _, *needs = ctx.needs_input_grad
@@ -152,6 +154,7 @@ class _ProjectAddNorm(Function):
         return total, value
 
     @staticmethod
+    @first_order("project_add_norm")
     def backward(ctx, grad: Tensor, _value):
         a, weight = ctx.saved_tensors
         needs_a, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
@@ -177,6 +180,7 @@ class _NormedLinears(Function):
         return parallel_linear_forward(value, weights, parameters[2:])
 
     @staticmethod
+    @first_order("gated_mlp")
     def backward(ctx, *grads: Tensor):
         a, residual, weight, bias, norm_weight, *weights = ctx.saved_tensors
         needs_total, _, needs_scale, *_ = ctx.needs_input_grad
@@ -198,6 +202,7 @@ class _SwigluLinear(Function):
         return F.linear(swiglu(gate, up), weight, bias)
 
     @staticmethod
+    @first_order("gated_mlp")
     def backward(ctx, grad: Tensor):
         gate, up, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad

@@ -1,4 +1,4 @@
-"""examples/embed_in_transformers.py: the numbers and gradients of transformers, and errors for unsupported inputs."""
+"""examples/embed_in_transformers.py: the numbers and gradients of transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastvst_kernels.integrations import transformers as integration
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -31,8 +33,8 @@ def test_packed_rows_give_the_numbers_of_separate_sequences(example):
 
 def test_the_registered_function_is_the_one_that_runs(example, monkeypatch):
     calls = []
-    real = example.packed_attention
-    monkeypatch.setattr(example, "packed_attention", lambda *a, **k: calls.append(k["causal"]) or real(*a, **k))
+    real = integration.packed_attention
+    monkeypatch.setattr(integration, "packed_attention", lambda *a, **k: calls.append(k["causal"]) or real(*a, **k))
     with torch.no_grad():
         example.qwen2_5_vl()
     assert True in calls and False in calls  # decoder and vision tower
@@ -77,13 +79,3 @@ def test_gradients_of_a_packed_row_with_groups(example):
         .sum()
     )
     torch.testing.assert_close(gradient(ours), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_refuses_padding_and_caches(example):
-    module = torch.nn.Module()
-    module.is_causal = True
-    x = torch.randn(2, 2, 4, 16)
-    with pytest.raises(ValueError, match="a batch of 2 rows"):
-        example.fastvst_attention(module, x, x, x, None)
-    with pytest.raises(ValueError, match="3 keys for 4 queries"):
-        example.fastvst_attention(module, x[:1], x[:1, :, :3], x[:1, :, :3], None)

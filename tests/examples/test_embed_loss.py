@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastvst_kernels.objectives import DAPO, GSPO
@@ -54,3 +55,30 @@ def test_policy_update_raises_the_rewarded_completions() -> None:
         assert gain[rewards == 1].min() > 0 > gain[rewards == 0].max()
         assert abs(history[0]["ratio_max"] - 1) < 1e-5 and history[1]["ratio_max"] > 1.0001
         assert history[0]["rows_computed"] == 4 * 14
+
+
+def test_models_whose_logits_are_more_than_a_product_are_refused() -> None:
+    input_ids, labels = batch()
+    biased = embed_loss.tiny_qwen()
+    biased.lm_head = torch.nn.Linear(32, 300)
+    with pytest.raises(ValueError, match="an LM head with a bias"):
+        embed_loss.transformers_loss(biased, input_ids, labels)
+    adapted = embed_loss.tiny_qwen()
+    adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
+    with pytest.raises(ValueError, match="type Sequential"):
+        embed_loss.transformers_loss(adapted, input_ids, labels)
+    capped = embed_loss.tiny_qwen()
+    capped.config.final_logit_softcapping = 3.0
+    with pytest.raises(ValueError, match="final_logit_softcapping=3.0"):
+        embed_loss.transformers_loss(capped, input_ids, labels)
+    scaled = embed_loss.tiny_qwen()
+    real = scaled.forward
+
+    def forward(*args, **kwargs):
+        out = real(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    scaled.forward = forward
+    with pytest.raises(ValueError, match="changes its logits"):
+        embed_loss.transformers_loss(scaled, input_ids, labels)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.boundary import public_operator, without_autocast
 from fastvst_kernels.shared.cpu import rows_apart, rows_at_once
 from fastvst_kernels.shared.tensors import dense_rows
 from fastvst_kernels.shared.tile_tables import bits_class, config
 
 
+@public_operator(promote=("gate", "up"))
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """`gate * sigmoid(gate) * up`, elementwise.
 
@@ -110,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.kernel = inputs[2]
 
 
+@without_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     gate, up = ctx.saved_tensors
     grad_gate, grad_up = swiglu_backward_op(grad, gate, up, ctx.kernel)

@@ -16,7 +16,8 @@ from fastvst_kernels.attention.backends import AttentionCall, flash_attention, t
 from fastvst_kernels.attention.cpu import attention_reference
 from fastvst_kernels.attention.op import attention_op
 from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, prepare
-from fastvst_kernels.shared.backend import HAS_TRITON, interpreted, log_once
+from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interpreted, log_once
+from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.checks import check_attention_inputs, check_attention_values
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
@@ -24,6 +25,7 @@ __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"
 BACKENDS = ("auto", "triton", "flash", "torch", "reference")
 
 
+@public_operator(lower=("q", "k", "v"))
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -59,7 +61,7 @@ def packed_attention(
             differentiable.
         validate: also check values that need a device synchronisation on CUDA (always checked on the CPU).
         plan: `prepare(cu_seqlens, groups, causal=causal)`, made once for all layers; without it each call on CUDA
-            makes its own.
+            makes its own. A plan of other offsets or groups is refused, see `AttentionPlan.check`.
 
     Returns:
         (T, Hq, D) of q's dtype, or (output, lse).
@@ -74,7 +76,7 @@ def packed_attention(
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
     if plan is not None:
-        _check_plan(plan, q, groups, causal)
+        plan.check(q, cu_seqlens, groups, causal, validate=validate)
     backend = _resolve(backend, q)
     on_host = q.device.type == "cpu"
     if backend == "triton" or (backend == "torch" and on_host):
@@ -117,6 +119,7 @@ def _resolve(backend: str, q: Tensor) -> str:
             raise ValueError(f"backend 'triton' has no kernels for {q.device.type!r} tensors; use 'torch' or 'auto'")
         if q.dtype == torch.float64:
             raise ValueError("backend 'triton' has no float64 kernels; use backend='reference'")
+        check_interpreter("packed_attention", q)
     return backend
 
 
@@ -129,15 +132,6 @@ def _choose(q: Tensor) -> tuple[str, str]:
     if q.device.type == "cuda" and HAS_TRITON:
         return "triton", "this package's kernels"
     return "torch", "there is no Triton for this device; torch.nn.attention.varlen, or SDPA by sequence"
-
-
-def _check_plan(plan: AttentionPlan, q: Tensor, groups: Tensor | None, causal: bool) -> None:
-    shared = groups is not None
-    if (plan.num_tokens, plan.causal, plan.shared) != (q.shape[0], causal, shared):
-        raise ValueError(
-            f"the plan is for {plan.num_tokens} tokens, causal={plan.causal}, groups={plan.shared}; the call has "
-            f"{q.shape[0]}, {causal}, {shared}: make the plan with prepare() from the same offsets and groups"
-        )
 
 
 def _tile_tables(

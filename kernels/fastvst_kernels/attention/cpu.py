@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastvst_kernels.attention.plan import ForwardState
 from fastvst_kernels.attention.segments import LengthBatch, row_indices, take
+from fastvst_kernels.shared.boundary import public_operator
+from fastvst_kernels.shared.checks import check_attention_values
 
 
+@public_operator(lower=("q", "k", "v"))
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -25,7 +28,11 @@ def attention_reference(
 
     Returns:
         (T, Hq, D) output and (T, Hq) logsumexp, both differentiable.
+
+    Raises:
+        ValueError: offsets that do not run from 0 to T, or groups in another layout.
     """
+    check_attention_values(cu_seqlens, groups, q.shape[0])
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     offsets = cu_seqlens.tolist()
     prompts = [-1] * (len(offsets) - 1) if groups is None else groups.tolist()

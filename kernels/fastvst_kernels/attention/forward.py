@@ -466,8 +466,8 @@ def forward(
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can point at x: its address and strides must be multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+    """Whether a tensor descriptor can point at x: its address and strides are multiples of 16 bytes, not 0."""
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvst_kernels.attention import cpu
 from fastvst_kernels.attention.plan import AttentionPlan, ForwardState, kernel_tiles
 from fastvst_kernels.attention.segments import LengthBatch, batch_by_length
+from fastvst_kernels.shared.boundary import without_autocast
 from fastvst_kernels.shared.checks import check_attention_values
 
 
@@ -93,6 +94,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.set_materialize_grads(False)
 
 
+@without_autocast
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     if dout is None and dlse is None:
         return (None,) * 10

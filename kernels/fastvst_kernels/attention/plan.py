@@ -7,12 +7,14 @@ it on the CPU and moves it with the batch. Made on a device it takes a few small
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastvst_kernels.attention.fingerprint import Seen, fingerprint
+from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
 
 BLOCKS = (16, 32, 64, 128)  # every number of rows that a tile of a shipped or tunable configuration has
@@ -58,6 +60,8 @@ class AttentionPlan:
             key, end key, first and end key of the shared prompt (equal where there is none).
         keys: for each block size an (n, 4) int32 table with one row per tile of keys: first row, end row, first query,
             end query. The queries of a shared prompt run to the end of its last completion.
+        fingerprint: of the offsets and groups; an int where they were on the CPU, else a scalar on their device.
+        seen: the offsets and groups that were compared with the fingerprint.
     """
 
     num_tokens: int
@@ -65,6 +69,39 @@ class AttentionPlan:
     shared: bool
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
+    fingerprint: int | Tensor | None = None
+    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+
+    def check(
+        self, q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, causal: bool, *, validate: bool = False
+    ) -> None:
+        """Check that the plan was made for this call.
+
+        Where the plan was made from CPU offsets and the call's are on a GPU, the comparison runs on the GPU
+        (`torch._assert_async`), once for all layers; no call waits for it. A plan that was made on a device is compared
+        with `validate` only.
+
+        Raises:
+            ValueError: other tokens, mask, offsets or groups.
+        """
+        shared = groups is not None
+        if (self.num_tokens, self.causal, self.shared) != (q.shape[0], causal, shared):
+            raise ValueError(
+                f"the plan is for {self.num_tokens} tokens, causal={self.causal}, groups={self.shared}; the call has "
+                f"{q.shape[0]}, {causal}, {shared}: make the plan with prepare() from the same offsets and groups"
+            )
+        if self.fingerprint is None or torch.compiler.is_compiling() or cu_seqlens.is_meta:
+            return
+        if self.seen.knows(cu_seqlens, groups) or (isinstance(self.fingerprint, Tensor) and not validate):
+            return
+        found = fingerprint(cu_seqlens, groups)
+        wrong = "the plan was made for other offsets or groups: make it with prepare() from those of this call"
+        if validate or not found.is_cuda:
+            if int(found) != int(self.fingerprint):
+                raise ValueError(wrong)
+        else:
+            torch._assert_async(found == self.fingerprint, wrong)
+        self.seen.add(cu_seqlens, groups)
 
     def tables(self, tiles: KernelTiles, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The tables that the three kernels read with these configurations.
@@ -92,9 +129,11 @@ class AttentionPlan:
     def _map(self, fn: Callable[[Tensor], Tensor]) -> AttentionPlan:
         queries = {block: fn(table) for block, table in self.queries.items()}
         keys = {block: fn(table) for block, table in self.keys.items()}
-        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys)
+        mark = fn(self.fingerprint) if isinstance(self.fingerprint, Tensor) else self.fingerprint
+        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys, mark)
 
 
+@public_operator()
 def prepare(
     cu_seqlens: Tensor,
     groups: Tensor | None = None,
@@ -133,6 +172,9 @@ def prepare(
         num_tokens = int(cu_seqlens[-1])
     # Wrong offsets and groups must not become addresses outside the tensors. Clamping costs no synchronisation;
     # `validate=True` of packed_attention reports wrong values.
+    if cu_seqlens.is_cuda:
+        whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
+        torch._assert_async(whole, "cu_seqlens must run from 0 to the number of rows: no sequence covers some rows")
     offsets = cu_seqlens.long().clamp(0, num_tokens).cummax(0).values
     starts = offsets[:-1]
     ends = offsets[1:]
@@ -158,7 +200,10 @@ def prepare(
             first = begin if causal else starts[owner]
             last = group_ends[owner]
             keys[block] = _longest_first(torch.stack([begin, end, first, last], 1), last - first)
-    return AttentionPlan(num_tokens, causal, groups is not None, queries, keys)
+    mark: int | Tensor = fingerprint(cu_seqlens, groups)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        mark = int(mark)
+    return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, mark)
 
 
 def _tiles(starts: Tensor, ends: Tensor, num_tokens: int, block: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,11 +15,13 @@ from torch import Tensor
 from fastvst_kernels.decode import cpu
 from fastvst_kernels.decode.pieces import DecodePieces, own_pieces, prefix_pieces
 from fastvst_kernels.decode.tables import PageTables, check_cache
-from fastvst_kernels.shared.backend import HAS_TRITON, interpreted
+from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interpreted
+from fastvst_kernels.shared.boundary import public_operator
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
+@public_operator(lower=("q", "k_pages", "v_pages"))
 def decode_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -101,6 +103,7 @@ def _resolve(backend: str, q: Tensor, tables: PageTables) -> str:
             raise ValueError(f"backend 'triton' has no kernels for {q.device.type!r} tensors here; use 'torch'")
         if q.dtype == torch.float64:
             raise ValueError("backend 'triton' has no float64 kernels; use backend='reference'")
+        check_interpreter("decode_attention", q)
         if tables.max_group is None:
             raise ValueError("backend 'triton' needs max_group, the rows of the largest group, as an int")
     if backend == "torch" and q.device.type != "cpu":

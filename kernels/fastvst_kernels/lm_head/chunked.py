@@ -49,13 +49,19 @@ def make_head(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
     shard: VocabularyShard | None = None,
+    exact: bool = False,
 ) -> Head:
-    """The head for the rows `index` of hidden (None: all), with the float32 copy of the weight where it needs one."""
+    """The head for the rows `index` of hidden (None: all), with the float32 copy of the weight where it needs one.
+
+    exact: the gradient of the logits is computed before the loss scale is known. In float16 it would underflow, so
+        float16 products run in float32.
+    """
     half = weight.dtype in (torch.bfloat16, torch.float16)
+    wide = half and (weight.device.type == "cpu" or (exact and weight.dtype == torch.float16))
     return Head(
         hidden=hidden,
         weight=weight,
-        operand=weight.float() if half and weight.device.type == "cpu" else weight,
+        operand=weight.float() if wide else weight,
         index=index,
         targets=(targets if index is None else targets[index]).long(),
         scale=1 / temperature,
@@ -80,8 +86,10 @@ def make_gradients(head: Head, need_hidden: bool, need_weight: bool) -> Gradient
     hidden = None
     weight = None
     if need_hidden:
-        # A sharded head sums the ranks' parts, in float32.
-        dtype = head.dtype if head.shard is not None else head.hidden.dtype
+        # A sharded head sums the ranks' parts, in float32. A float16 gradient would underflow before it meets the
+        # loss scale, so it stays in float32 as well.
+        wide = head.shard is not None or head.hidden.dtype == torch.float16
+        dtype = head.dtype if wide else head.hidden.dtype
         make = torch.empty_like if head.index is None else torch.zeros_like
         hidden = make(head.hidden, dtype=dtype)
     if need_weight:
@@ -90,11 +98,11 @@ def make_gradients(head: Head, need_hidden: bool, need_weight: bool) -> Gradient
 
 
 def finish_gradients(head: Head, gradients: Gradients) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients for autograd: hidden's in its own dtype, the weight's still in float32."""
+    """The gradients for autograd: hidden's in its own dtype (float16: in float32), the weight's still in float32."""
     hidden = gradients.hidden
     if hidden is not None and head.shard is not None:
         torch.distributed.all_reduce(hidden, group=head.shard.group)
-        hidden = hidden.to(head.hidden.dtype)
+        hidden = hidden if head.hidden.dtype == torch.float16 else hidden.to(head.hidden.dtype)
     return hidden, gradients.weight
 
 

@@ -17,8 +17,10 @@ from fastvst_kernels.lm_head.chunked import (
     rows_where,
 )
 from fastvst_kernels.lm_head.types import IGNORE, Coefficients, VocabularyShard, wide_dtype
+from fastvst_kernels.shared.boundary import public_operator
 
 
+@public_operator(lower=("hidden", "weight"), any_strides=("hidden", "weight"))
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -69,7 +71,9 @@ def linear_cross_entropy(
     weights = weights if index is None else weights[index]
 
     def compute(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> Computed:
-        head = make_head(hidden, weight, targets, index, chunk_rows=chunk_rows, shard=shard)
+        head = make_head(
+            hidden, weight, targets, index, chunk_rows=chunk_rows, shard=shard, exact=need_hidden or need_weight
+        )
         gradients = make_gradients(head, need_hidden, need_weight)
         losses = weights.new_empty(head.rows)
         for part, buffer in chunks(head):
@@ -89,7 +93,7 @@ def linear_cross_entropy(
             chunk_backward(head, part, rows, buffer, found, coefficients, gradients, as_exp=True)
         return Computed(losses.sum(), finish_gradients(head, gradients))
 
-    return gradient_in_forward(hidden, weight, compute)[0]
+    return gradient_in_forward("linear_cross_entropy", hidden, weight, compute)[0]
 
 
 def linear_cross_entropy_reference(

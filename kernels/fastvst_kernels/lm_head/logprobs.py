@@ -19,8 +19,10 @@ from fastvst_kernels.lm_head.chunked import (
     rows_where,
 )
 from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Head, VocabularyShard, wide_dtype
+from fastvst_kernels.shared.boundary import first_order, public_operator
 
 
+@public_operator(lower=("hidden", "weight"), any_strides=("hidden", "weight"))
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -94,6 +96,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @first_order("linear_logprobs")
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
         head = ctx.head_of(*(x.detach() for x in ctx.saved_tensors))
         top = ctx.top
@@ -107,7 +110,9 @@ class _LinearLogprobs(torch.autograd.Function):
             extra = None if top is None else _top_entropy_gradient(head, buffer, top, e)
             chunk_backward(head, part, rows, buffer, found, coefficients, gradients, extra=extra)
         hidden, weight = finish_gradients(head, gradients)
-        return hidden, None if weight is None else weight.to(head.weight.dtype), None, None
+        dtype = head.hidden.dtype
+        hidden, weight = (None if g is None else g.to(dtype) for g in (hidden, weight))
+        return hidden, weight, None, None
 
 
 def _top_entropy(buffer: Tensor, top: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:

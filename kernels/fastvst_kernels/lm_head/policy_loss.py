@@ -22,6 +22,7 @@ from fastvst_kernels.lm_head.chunked import (
 )
 from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Head, VocabularyShard, wide_dtype
 from fastvst_kernels.objectives import Objective, kl_estimate
+from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.sequence_sums import dense_ids, sequence_sum
 
 
@@ -51,6 +52,7 @@ class PolicyRows:
         return replace(self, **taken)
 
 
+@public_operator(lower=("hidden", "weight"), any_strides=("hidden", "weight"))
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -130,12 +132,15 @@ def linear_policy_loss(
         if rows.sequence_ids is not None:
             rows = replace(rows, sequence_ids=dense_ids(rows.sequence_ids))
 
+    options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "shard": shard}
+
     def compute(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> Computed:
-        head = make_head(hidden, weight, targets, index, temperature=temperature, chunk_rows=chunk_rows, shard=shard)
+        exact = need_hidden or need_weight
+        head = make_head(hidden, weight, targets, index, exact=exact, **options)
         run = _two_passes if two_passes else _one_pass
         return run(head, objective, rows, need_hidden, need_weight)
 
-    loss, logprobs, entropy, products = gradient_in_forward(hidden, weight, compute)
+    loss, logprobs, entropy, products = gradient_in_forward("linear_policy_loss", hidden, weight, compute)
     stats = policy_statistics(objective, rows, logprobs, entropy)
     total = hidden.shape[0]
     stats["rows_total"] = loss.new_full((), total)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.boundary import public_operator, without_autocast
 from fastvst_kernels.shared.tensors import dense_rows
 from fastvst_kernels.shared.tile_tables import config, row_class
 
 
+@public_operator()
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
@@ -30,6 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
     return rms_norm_op(x, None, weight, eps, uses_kernel("rms_norm", x, backend))[0]
 
 
+@public_operator(promote=("x", "residual"))
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -158,6 +161,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
+@without_autocast
 def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _inverse: Any) -> tuple:
     x, weight, inverse = ctx.saved_tensors
     if not ctx.added:

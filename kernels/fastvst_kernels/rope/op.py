@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.boundary import public_operator, without_autocast
 from fastvst_kernels.shared.cpu import column_sum, rows_at_once
 from fastvst_kernels.shared.tile_tables import config, shape_class
 
 
+@public_operator()
 def mrope(
     qkv: Tensor,
     bias: Tensor | None,
@@ -57,6 +59,7 @@ def mrope(
     return rope_op(qkv, bias, positions, num_heads, num_kv_heads, list(sections), theta, table, None, kernel)
 
 
+@public_operator()
 def vision_rope(
     qkv: Tensor,
     bias: Tensor | None,
@@ -96,8 +99,8 @@ def check_vision_rope(qkv: Tensor, bias: Tensor | None, positions: Tensor, num_h
     if positions.dim() != 2:
         raise ValueError(f"positions have shape {tuple(positions.shape)}; expected (patches, 2)")
     check_rope(qkv, bias, positions.transpose(0, 1), qkv.shape[-1], 2)
-    head_dim, rest = divmod(qkv.shape[-1], 3 * num_heads)
-    if rest or head_dim % 4:
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if qkv.shape[-1] % (3 * num_heads) or head_dim % 4:
         raise ValueError(f"qkv is {qkv.shape[-1]} wide; expected 3 * {num_heads} heads of a multiple of 4 channels")
     return [head_dim // 4, head_dim // 4]
 
@@ -276,6 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+@without_autocast
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
     (positions,) = ctx.saved_tensors
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]

@@ -14,11 +14,13 @@ from torch import Tensor
 from fastvst_kernels.sampling.reference import sample_tokens_reference
 from fastvst_kernels.sampling.types import Sampled, SamplingInputs
 from fastvst_kernels.shared.backend import uses_kernel
+from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.checks import FLOATS
 
 __all__ = ["sample_tokens", "sample_tokens_op"]
 
 
+@public_operator(lower=("hidden", "weight"))
 def sample_tokens(
     hidden: Tensor,
     weight: Tensor,

@@ -51,7 +51,30 @@ def uses_kernel(op: str, x: Tensor, backend: str) -> bool:
         )
     if x.dtype not in KERNEL_DTYPES:
         raise ValueError(f"backend 'triton' of {op} has no {x.dtype} kernels; use backend='torch'")
+    check_interpreter(op, x)
     return True
+
+
+def check_interpreter(op: str, x: Tensor) -> None:
+    """Refuse bfloat16 on the CPU where Triton's interpreter multiplies it wrongly.
+
+    Raises:
+        ValueError: the interpreter of this Triton computes with the bit patterns of bfloat16.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return
+    if not _interpreter_multiplies_bfloat16():
+        raise ValueError(
+            f"{op}: Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly in this version; use float32 "
+            "or float16, or backend='torch'"
+        )
+
+
+@functools.cache
+def _interpreter_multiplies_bfloat16() -> bool:
+    from fastvst_kernels.shared.interpreter_probe import product_is_right
+
+    return product_is_right()
 
 
 @functools.cache

@@ -360,7 +360,8 @@ def forward(inputs: WindowInputs, numbers: tuple[int, ...]) -> Tensor:
         numbers: pairs of a step, warps, stages.
     """
     qkv = inputs.qkv
-    out = torch.empty((qkv.shape[0], inputs.heads * inputs.width), dtype=qkv.dtype, device=qkv.device)
+    # Zeros: a patch outside the windows must not have what the memory held before.
+    out = torch.zeros((qkv.shape[0], inputs.heads * inputs.width), dtype=qkv.dtype, device=qkv.device)
     windows = len(inputs.cu_windows) - 1
     if windows and qkv.shape[0]:
         window_forward_kernel[(windows * inputs.heads,)](out_ptr=out, **_arguments(inputs, numbers))
@@ -380,7 +381,7 @@ def backward(dout: Tensor, inputs: WindowInputs, numbers: tuple[int, ...]) -> tu
     qkv = inputs.qkv
     has_bias = inputs.bias is not None
     windows = len(inputs.cu_windows) - 1
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty((windows if has_bias else 0, qkv.shape[1]), dtype=torch.float32, device=qkv.device)
     if windows and qkv.shape[0]:
         window_backward_kernel[(windows * inputs.heads,)](

@@ -10,12 +10,14 @@ from torch import Tensor
 from fastvst_kernels.attention.api import packed_attention
 from fastvst_kernels.rope.op import check_vision_rope, default_dtype, vision_rope
 from fastvst_kernels.shared.backend import log_once, uses_kernel
+from fastvst_kernels.shared.boundary import public_operator, without_autocast
 from fastvst_kernels.shared.checks import check_offset_values, check_offsets
 from fastvst_kernels.shared.tile_tables import config, shape_class
 from fastvst_kernels.window import cpu
 from fastvst_kernels.window.inputs import LARGEST_WIDTH, LARGEST_WINDOW, WindowInputs
 
 
+@public_operator(lower=("qkv",))
 def window_attention(
     qkv: Tensor,
     bias: Tensor | None,
@@ -161,6 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
+@without_autocast
 def _backward(ctx: Any, grad: Tensor | None, _rotated: Any, _logsums: Any) -> tuple:
     if grad is None:
         return (None,) * 10
