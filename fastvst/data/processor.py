@@ -138,11 +138,7 @@ class Processor:
         return self.inspect(sample, add_generation_prompt=add_generation_prompt).cost
 
     def inspect(self, sample: Sample, *, add_generation_prompt: bool = False) -> TokenizedSample:
-        """Tokens, image sizes, cost and notes of a sample, from its text and its image headers.
-
-        Raises:
-            SampleError: as `encode`.
-        """
+        """Tokens, image sizes, cost and notes from text and image headers. Raises SampleError as `encode` does."""
         try:
             return self._tokenize(sample, add_generation_prompt)
         except MediaError as error:
@@ -237,13 +233,7 @@ class Processor:
             tokens, labels = _tokens_and_labels(self, segments, grids)
         patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
-            merged = patches // self.model_config.vision.spatial_merge_size**2
-            raise MediaError(
-                "too_long",
-                f"{len(tokens)} tokens ({merged} of {len(inputs)} images) and max_seq_len is "
-                f"{self.config.max_seq_len}; samples are never truncated. "
-                + how_to_admit(messages, len(tokens) - merged, self.config, self.geometry),
-            )
+            raise _too_long(self, messages, tokens, inputs)
         targets = int((labels != IGNORE).sum())
         cost = Cost(len(tokens), patches, float(sample_flops(self.model_config, len(tokens), grids, targets)))
         return TokenizedSample(tokens, labels, inputs, cost, tuple(dict.fromkeys(notes)))
@@ -257,6 +247,19 @@ class Processor:
         (`Qwen25VL.save_pretrained`).
         """
         write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
+
+
+def _too_long(
+    processor: Processor, messages: Sequence[Message], tokens: np.ndarray, inputs: Sequence[VisionInput]
+) -> MediaError:
+    config = processor.config
+    merge = processor.model_config.vision.spatial_merge_size**2
+    merged = sum(t * h * w // merge for t, h, w in (one.grid for one in inputs))
+    return MediaError(
+        "too_long",
+        f"{len(tokens)} tokens ({merged} of {len(inputs)} images) and max_seq_len is {config.max_seq_len}; samples are "
+        f"never truncated. {how_to_admit(messages, len(tokens) - merged, config, processor.geometry)}",
+    )
 
 
 def _check_vocabulary(processor: Processor) -> None:

@@ -378,7 +378,7 @@ def decode_wanted(
                 container.seek(run.time, stream=stream, backward=True)
             _decode_run(decode_frames(container, stream), header, run, out)
     missing = [index for index in wanted if out.distance.get(index, 1) > 0]
-    if missing and len(runs) > 1:
+    if missing and any(run.time is not None for run in runs):
         again = _Decoded(keep, limit)
         with open_video(source) as (container, stream):
             _decode_run(decode_frames(container, stream), header, _Run(0, None, missing), again)
