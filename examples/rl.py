@@ -48,7 +48,14 @@ from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts, PromptStream
 from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures, step_rates
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
-from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine, make_engine, sample_and_score
+from fastvst.rl.rollouts import (
+    RankEngine,
+    SamplingConfig,
+    ServerEngine,
+    make_engine,
+    resolve_old_logprobs,
+    sample_and_score,
+)
 from fastvst.rollout import RolloutError
 from fastvst.train import guard
 from fastvst.train.checkpoint import CheckpointConfig
@@ -151,6 +158,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     if config is None:
         return
     budget.check(config)
+    config = dataclasses.replace(config, update=resolve_old_logprobs(config.update, config.sampling))
     with joined(config.parallel, environment) as (world, stop):
         if config.model.path is None:
             path = world.once_per_node("start model", supervised_model)
@@ -269,7 +277,8 @@ def collect(
     groups = []
     for (record, group), row in zip(kept, values, strict=True):
         record.advantages = row
-        chosen = [dataclasses.replace(a, advantage=v) for a, v in zip(group.answers, row, strict=True)]
+        scored = zip(group.answers, row, record.rewards, strict=True)
+        chosen = [dataclasses.replace(a, advantage=v) for a, v, reward in scored if reward.scored]
         groups.append(Group(group.prompt, tuple(chosen)))
     return StepRollouts(records, groups, seconds, prompt_tokens, state)
 

@@ -23,7 +23,8 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
     A zero-variance group gets exactly 0 everywhere, even where r - mean would round to 1e-8.
 
     Args:
-        rewards: (G, n) floating, n >= 1.
+        rewards: (G, n) floating, n >= 1. A NaN is a completion without a score: it takes no part in the means and
+            deviations, and its advantage is 0.
         deviation: standard deviation of the centred rewards of the global batch (`pooled_deviation`); only
             reinforce++ needs it.
 
@@ -35,14 +36,14 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
     """
     if rewards.dim() != 2:
         raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (groups, completions)")
-    n = rewards.shape[1]
+    n = (~rewards.isnan()).sum(1, keepdim=True).to(rewards.dtype)
     centred = _centred(rewards)
     if kind == "dr_grpo":
         return centred
     if kind == "rloo":
-        return centred * (n / max(n - 1, 1))
+        return centred * (n / (n - 1).clamp(min=1))
     if kind == "grpo":
-        spread = (centred.square().sum(1, keepdim=True) / max(n - 1, 1)).sqrt()
+        spread = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
         return centred / (spread + EPS)
     if kind == "reinforce++":
         if deviation is None:
@@ -52,11 +53,11 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
 
 
 def square_sum(rewards: Tensor) -> tuple[float, int]:
-    """(sum of squared centred rewards, number of completions) of this rank's (G, n) rewards.
+    """(sum of squared centred rewards, number of completions with a score) of this rank's (G, n) rewards.
 
     The sums of both over all ranks are the arguments of `pooled_deviation`.
     """
-    return float(_centred(rewards).square().sum()), rewards.numel()
+    return float(_centred(rewards).square().sum()), int((~rewards.isnan()).sum())
 
 
 def pooled_deviation(squares: float, count: float) -> float:
@@ -65,8 +66,10 @@ def pooled_deviation(squares: float, count: float) -> float:
 
 
 def _centred(rewards: Tensor) -> Tensor:
-    """(G, n) rewards minus their group's mean; exactly 0 in a zero-variance group."""
+    """(G, n) rewards minus the mean of their group's scored ones; exactly 0 without a score and in equal groups."""
     if not rewards.numel():
         return rewards.clone()
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
+    missing = rewards.isnan()
+    most = rewards.masked_fill(missing, -torch.inf).amax(1, keepdim=True)
+    least = rewards.masked_fill(missing, torch.inf).amin(1, keepdim=True)
+    return torch.where(missing | (most <= least), 0.0, rewards - rewards.nanmean(1, keepdim=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def verdict(
     overall reward of 0.5.
 
     Args:
-        totals: the rewards that the update maximises; None: the accuracies.
+        totals: the rewards that the update maximises, NaN without a score; None: the accuracies.
         scored: at least one completion has a score.
 
     Raises:
@@ -84,7 +85,7 @@ def verdict(
             return "too_easy"
         if config.low is not None and config.low < 0:
             return "keep"
-    rewards = accuracies if totals is None else totals
+    rewards = accuracies if totals is None else [total for total in totals if not math.isnan(total)]
     return "keep" if scored and len(rewards) > 0 and max(rewards) > min(rewards) else "equal"
 
 

@@ -67,8 +67,10 @@ def evaluation_row(
     """
     values = torch.zeros(len(prompts), 3, dtype=torch.float64)
     for record in records:
-        n = len(record.texts)
-        values[record.prompt.number] = torch.tensor([sum(record.totals) / n, sum(record.accuracies) / n, 1.0])
+        n = len(record.accuracies)
+        if n:
+            totals = sum(record.scored_totals)
+            values[record.prompt.number] = torch.tensor([totals / n, sum(record.accuracies) / n, 1.0])
     table = world.sum(values.to(world.device)).tolist()
     rows = [(q, reward, accuracy) for q, (reward, accuracy, seen) in zip(prompts, table, strict=True) if seen]
     if not rows:

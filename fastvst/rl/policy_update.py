@@ -52,7 +52,8 @@ class UpdateConfig:
         epochs: Number of passes over the rollouts of a step.
         minibatches: Number of optimizer steps in a pass. The first one is on policy and needs no old log-probabilities.
         old_logprobs: Old log-probabilities of the later optimizer steps. "sampler" takes the sampler's; "recompute"
-            computes them with the trainer before the first optimizer step.
+            computes them with the trainer before the first optimizer step. "auto" takes the sampler's if they are of
+            the full distribution (top_p 1), and otherwise computes them.
         importance: Level of the importance weights against the sampler, which are truncated at 2. "none" uses none.
         tokens_per_pack: Largest pack of the update in tokens. It must hold the longest prompt with one completion.
     """
@@ -67,7 +68,7 @@ class UpdateConfig:
     entropy_coef: float = 0.0
     epochs: int = 1
     minibatches: int = 1
-    old_logprobs: Literal["sampler", "recompute"] = "sampler"
+    old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     importance: Literal["none", "token", "sequence", "geometric"] = "none"
     tokens_per_pack: int = 2048
 
@@ -215,6 +216,9 @@ def complete(
         keep_vision: run the frozen vision tower now and reuse its output in every later pass over this minibatch.
         first: this is the first minibatch of a step. In the first epoch its importance ratio is 1, so with one epoch
             it needs no old log-probabilities.
+
+    Old log-probabilities "auto" are computed here, because a pack does not say which distribution it was sampled from;
+    `rollouts.resolve_old_logprobs` decides it for a run.
     """
     packs = []
     for pack in batch.packs:
@@ -225,7 +229,7 @@ def complete(
         if reference is not None:
             pack = dataclasses.replace(pack, ref_logprobs=score_pack(reference, pack, temperature))
         if not first or config.epochs > 1:
-            recompute = config.old_logprobs == "recompute"
+            recompute = config.old_logprobs != "sampler"
             old = score_pack(model, pack, temperature) if recompute else pack.rollout_logprobs
             pack = dataclasses.replace(pack, old_logprobs=old)
         packs.append(pack)

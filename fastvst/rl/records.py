@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,17 +49,24 @@ class GroupRecord:
 
     @property
     def totals(self) -> list[float]:
-        """What the update maximises, for each completion: reward plus penalty."""
-        return [r.overall + p for r, p in zip(self.rewards, self.penalties, strict=True)]
+        """What the update maximises, for each completion: reward plus penalty; NaN without a score."""
+        pairs = zip(self.rewards, self.penalties, strict=True)
+        return [r.overall + p if r.scored else math.nan for r, p in pairs]
 
     @property
     def accuracies(self) -> list[float]:
-        return [r.accuracy for r in self.rewards]
+        """Of the completions with a score."""
+        return [r.accuracy for r in self.rewards if r.scored]
+
+    @property
+    def scored_totals(self) -> list[float]:
+        """`totals` of the completions with a score."""
+        return [total for total in self.totals if not math.isnan(total)]
 
     @property
     def scored(self) -> bool:
         """At least one completion has a score."""
-        return any(not r.reason.startswith("error") for r in self.rewards)
+        return any(r.scored for r in self.rewards)
 
 
 # ----------------------------------------------------------------------------------------------------- rollouts.jsonl
@@ -143,24 +151,25 @@ def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]
         "too_hard": sum(r.verdict == "too_hard" for r in records),
         "equal": sum(r.verdict == "equal" for r in records),
         "answers": sum(len(r.texts) for r in records),
-        "reward": sum(sum(r.totals) for r in records),
+        "reward": sum(sum(r.scored_totals) for r in records),
         "accuracy": sum(sum(r.accuracies) for r in records),
-        "format": sum(reward.format for r in records for reward in r.rewards),
+        "format": sum(reward.format for r in records for reward in r.rewards if reward.scored),
         "overlong": sum(penalty for r in records for penalty in r.penalties),
-        "unscored": sum(reward.reason.startswith("error") for r in records for reward in r.rewards),
+        "unscored": sum(not reward.scored for r in records for reward in r.rewards),
         "answer_tokens": sum(sum(r.lengths) for r in records),
         "clipped": sum(finish == "length" for r in records for finish in r.finishes),
     }
     for mode in REWARD_MODES:
         chosen = [r for r in records if mode in r.prompt.modes]
-        sums[f"reward/{mode}"] = sum(sum(r.totals) for r in chosen)
-        sums[f"answers/{mode}"] = sum(len(r.texts) for r in chosen)
+        sums[f"reward/{mode}"] = sum(sum(r.scored_totals) for r in chosen)
+        sums[f"answers/{mode}"] = sum(len(r.scored_totals) for r in chosen)
     longest = [0.0] * world.size
     longest[world.rank] = max((length for r in records for length in r.lengths), default=0)
     local = torch.tensor([*sums.values(), *longest], dtype=torch.float64)
     summed = world.sum(local.to(world.device)).tolist()
     total = dict(zip(sums, summed, strict=False))
     count = max(total["answers"], 1.0)
+    scored = max(total["answers"] - total["unscored"], 1.0)
     of_modes = {
         f"reward/{mode}": total[f"reward/{mode}"] / total[f"answers/{mode}"]
         for mode in REWARD_MODES
@@ -173,9 +182,9 @@ def step_figures(records: Sequence[GroupRecord], world: World) -> dict[str, Any]
         "too_hard": total["too_hard"],
         "equal": total["equal"],
         "answers": total["answers"],
-        "reward": total["reward"] / count,
-        "accuracy": total["accuracy"] / count,
-        "format": total["format"] / count,
+        "reward": total["reward"] / scored,
+        "accuracy": total["accuracy"] / scored,
+        "format": total["format"] / scored,
         "overlong": total["overlong"] / count,
         "unscored": total["unscored"],
         "length": total["answer_tokens"] / count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import urllib.request
@@ -13,9 +14,11 @@ from typing import Literal
 import torch
 
 from fastvst.batch import EncodedSample
+from fastvst.config import ConfigError
 from fastvst.data.processor import Processor
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rl.packing import Answer, Group
+from fastvst.rl.policy_update import UpdateConfig
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
@@ -39,7 +42,8 @@ class SamplingConfig:
         answers: Completions of each prompt.
         temperature: Temperature of sampling, and of the log-probabilities in the loss.
         top_p: Below 1, only the most likely tokens with this total probability are sampled. The trainer's
-            log-probabilities are always those of the full distribution.
+            log-probabilities are always those of the full distribution, so the sampler's are not used as old ones
+            (update.old_logprobs sampler) or for importance weights.
         max_tokens: Longest completion in tokens.
         memory: Largest size of the engine's KV cache on each rank, either in bytes (an integer) or as a share of the
             free memory (with a decimal point).
@@ -68,6 +72,12 @@ class SamplingConfig:
             n=answers, temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=seed % 2**31
         )
 
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; expected above 0, up to 1")
+        if not self.temperature > 0:
+            raise ValueError(f"sampling.temperature is {self.temperature}; expected above 0")
+
     def numerics_context(self) -> AbstractContextManager[object]:
         """The context in which the trainer computes the same numbers as the sampler: `batch_invariant`, or nothing."""
         return NUMERICS[self.numerics].context()
@@ -78,6 +88,29 @@ class SamplingConfig:
         tokens = prompts * (longest_prompt + self.answers * self.max_tokens)
         needed = tokens * page_bytes(model, 1, world.dtype)
         return min(needed, memory_bytes(self.memory, world.device))
+
+
+def resolve_old_logprobs(update: UpdateConfig, sampling: SamplingConfig) -> UpdateConfig:
+    """The update with old_logprobs "auto" decided, so that the ratio of an unchanged policy is 1.
+
+    The sampler's log-probabilities serve if it samples from the trainer's full distribution. With top_p below 1 they
+    are those of the kept tokens, renormalised: the ratio to the trainer's would be the kept probability.
+
+    Raises:
+        ConfigError: with top_p below 1, old_logprobs "sampler" or importance weights.
+    """
+    filtered = sampling.params(1, 0).filters
+    if filtered and (update.old_logprobs == "sampler" or update.importance != "none"):
+        name = "importance" if update.importance != "none" else "old_logprobs"
+        raise ConfigError(
+            f"update.{name} is {getattr(update, name)} with sampling.top_p {sampling.top_p}: the sampler's "
+            "log-probabilities are those of the tokens that top_p keeps, so the importance ratio of an unchanged "
+            "policy would not be 1. Set sampling.top_p to 1, or update.old_logprobs to recompute and "
+            "update.importance to none"
+        )
+    if update.old_logprobs != "auto":
+        return update
+    return dataclasses.replace(update, old_logprobs="recompute" if filtered else "sampler")
 
 
 class RankEngine:

@@ -52,3 +52,14 @@ def test_groups_of_one_and_no_groups() -> None:
         assert advantages(torch.zeros(0, 4), kind, deviation=0.0).shape == (0, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected 'grpo'"):
         advantages(torch.zeros(1, 2), "ppo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce++"])
+def test_a_completion_without_a_score_takes_no_part(kind: str) -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.5, torch.nan], [torch.nan, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    whole = rewards[:1, :3]
+    found = advantages(rewards, kind, deviation=0.5)
+    torch.testing.assert_close(found[:1, :3], advantages(whole, kind, deviation=0.5))
+    assert found[0, 3] == 0 and not found[1].any(), "no advantage, no baseline, and an equal group stays equal"
+    squares, count = square_sum(rewards)
+    assert count == 6 and squares == pytest.approx(square_sum(whole)[0])

@@ -11,10 +11,22 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from fastvst.data import Processor
+from fastvst.config import ConfigError
+from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rl.packing import Group, make_pack
-from fastvst.rl.policy_update import UpdateConfig, make_minibatches, make_objective, policy_head, reduce_stats
+from fastvst.rl.packing import Answer, Group, make_pack
+from fastvst.rl.policy_update import (
+    Minibatch,
+    UpdateConfig,
+    complete,
+    make_minibatches,
+    make_objective,
+    policy_head,
+    reduce_stats,
+    score_pack,
+)
+from fastvst.rl.rollouts import SamplingConfig, resolve_old_logprobs
+from fastvst.rollout import Engine
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig
 from fastvst_kernels import linear_policy_loss
@@ -160,3 +172,32 @@ def test_the_gap_to_the_sampler_is_reported() -> None:
     )
     assert stats["sampler_gap"].item() == pytest.approx(0.1, abs=1e-5)
     assert stats["sampler_gap_max"].item() == pytest.approx(0.3, abs=1e-5)
+
+
+@pytest.mark.parametrize("update", [{"old_logprobs": "sampler"}, {"importance": "token", "old_logprobs": "recompute"}])
+def test_top_p_with_the_samplers_logprobs_is_refused_by_name(update: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.top_p 0\.7.*would not be 1"):
+        resolve_old_logprobs(UpdateConfig(**update), SamplingConfig(top_p=0.7))
+    assert resolve_old_logprobs(UpdateConfig(**update), SamplingConfig()).old_logprobs == update["old_logprobs"]
+
+
+def test_old_logprobs_are_the_trainers_where_top_p_cuts_tokens() -> None:
+    assert resolve_old_logprobs(UpdateConfig(), SamplingConfig()).old_logprobs == "sampler"
+    assert resolve_old_logprobs(UpdateConfig(), SamplingConfig(top_p=0.7)).old_logprobs == "recompute"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7, 0.2])
+def test_the_ratio_of_an_unchanged_policy_is_1(top_p: float) -> None:
+    torch.manual_seed(0)
+    model = Qwen25VL.fresh("tiny").eval()
+    processor = Processor.preset("tiny")
+    question = Sample.from_messages([{"role": "user", "content": "Tell me about the room."}])
+    sample = processor.encode(question, add_generation_prompt=True)
+    sampling = SamplingConfig(top_p=top_p, max_tokens=12, answers=4)
+    (rollouts,) = Engine(model, processor, memory=1 << 26).generate([sample], sampling.params(4, 3))
+    answers = [Answer(torch.tensor(r.tokens, dtype=torch.int32), torch.tensor(r.logprobs), 1.0) for r in rollouts]
+    batch = Minibatch([make_pack([Group(sample, tuple(answers))], model.config)], 1.0, 1.0)
+    update = resolve_old_logprobs(UpdateConfig(minibatches=2), sampling)
+    batch = complete(batch, model, None, update, 1.0, torch.device("cpu"), keep_vision=False, first=False)
+    ratio = (score_pack(model, batch.packs[0], 1.0) - batch.packs[0].old_logprobs).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)

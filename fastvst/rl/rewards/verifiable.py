@@ -55,6 +55,11 @@ class Reward:
     overall: float
     reason: str = ""
 
+    @property
+    def scored(self) -> bool:
+        """False if no reward function could score the completion; the reason then starts with "error"."""
+        return not self.reason.startswith("error")
+
 
 def score(
     response: str,
