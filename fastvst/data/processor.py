@@ -219,18 +219,7 @@ class Processor:
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
         notes += tuple(note for one in inputs for note in one.notes)
         grids = [one.grid for one in inputs]
-        if self.files.template is not None:
-            if any(message.get("learn") is False for message in messages):
-                raise MediaError("unsupported_weight", "weight 0 in a turn, and the model has its own chat template")
-            tokens, labels = _own_template(self, messages, sample.kind, grids, add_generation_prompt)
-        else:
-            segments = render(
-                messages,
-                system=system_prompt(sample.kind),
-                supervise=self.config.supervise,
-                add_generation_prompt=add_generation_prompt,
-            )
-            tokens, labels = _tokens_and_labels(self, segments, grids)
+        tokens, labels = _conversation(self, messages, sample, grids, add_generation_prompt)
         patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
             raise _too_long(self, messages, tokens, inputs)
@@ -280,6 +269,27 @@ def _check_vocabulary(processor: Processor) -> None:
     size = processor.tokenizer.get_vocab_size()
     if size > model.vocab_size:
         raise ValueError(f"the tokenizer has {size} tokens, the model only {model.vocab_size}")
+
+
+def _conversation(
+    processor: Processor,
+    messages: list[Message],
+    sample: Sample,
+    grids: Sequence[tuple[int, int, int]],
+    add_generation_prompt: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(L,) int32 tokens and labels, by the stock template or by the model's own."""
+    if processor.files.template is not None:
+        if any(message.get("learn") is False for message in messages):
+            raise MediaError("unsupported_weight", "weight 0 in a turn, and the model has its own chat template")
+        return _own_template(processor, messages, sample.kind, grids, add_generation_prompt)
+    segments = render(
+        messages,
+        system=system_prompt(sample.kind),
+        supervise=processor.config.supervise,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return _tokens_and_labels(processor, segments, grids)
 
 
 def _own_template(

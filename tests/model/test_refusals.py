@@ -149,3 +149,28 @@ def test_merge_adds_the_product_of_the_two_matrices(tmp_path, capsys):
     for name, tensor in after.items():
         wanted = head if name == "lm_head.weight" else before[name] + expected.get(name, 0)
         torch.testing.assert_close(tensor, wanted)
+
+
+def test_merge_equals_peft(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ours, theirs = make_models(small_config(), torch.float32)
+    base = tmp_path / "base"
+    ours.save_pretrained(base)
+    options = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "up_proj", "qkv"],
+        modules_to_save=["lm_head"],
+        init_lora_weights=False,
+        **options,
+    )
+    model = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--base", str(base), "--out", str(out)]) == 0
+    state = model.merge_and_unload().state_dict()
+    for name, tensor in Qwen25VL.from_pretrained(out).state_dict().items():
+        torch.testing.assert_close(tensor, state[hf_name(name)])
