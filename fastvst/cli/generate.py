@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvst import jsonl
 from fastvst.data.sample import Message, Part, Sample
+from fastvst.data.sources.json_files import JsonTable
+from fastvst.data.sources.rows import row_form, to_sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst generate`."""
     _add_model_arguments(parser)
     parser.add_argument(
-        "--input", required=True, help='JSONL of {"id", "messages": [...]} or {"id", "prompt", "images"}'
+        "--input", required=True, help='JSON Lines or array of rows as for training, or {"id", "prompt", "images"}'
     )
     parser.add_argument("--output", required=True, help="JSONL; lines are appended, and a stopped run resumes there")
     parser.add_argument("--n", type=int, default=1, help="answers per prompt")
@@ -101,7 +103,7 @@ def generate_file(
     """
     jsonl.append(output, [])
     done = {row["id"] for row in jsonl.read(output)}
-    total = sum(1 for _ in _lines(source))
+    total = sum(JsonTable.open(source).block_rows)
     counts = Counts()
     begin = time.monotonic()
     tokens = 0
@@ -115,7 +117,7 @@ def generate_file(
         for name, row in rows:
             try:
                 ready.append((name, engine.encode(row_sample(row, name, source.parent), params)))
-            except (ValueError, RolloutError, OSError) as error:
+            except Exception as error:  # whatever a library raises, one row does not end the file
                 counts.failed += 1
                 write({"id": name, "error": f"{type(error).__name__}: {error}"})
 
@@ -138,39 +140,43 @@ def generate_file(
 
 
 def row_sample(row: Any, name: str, folder: Path) -> Sample:
-    """A row as a Sample; media paths are relative to the input's folder. Raises ValueError for an invalid row."""
+    """A row as a Sample: a row of any form that training reads, or {"prompt", "images", "videos"}.
+
+    Media paths are relative to the input's folder.
+
+    Raises:
+        ValueError: an invalid row, or the error in place of a row that could not be read.
+    """
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}; expected an object with messages or prompt")
-    if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row:
-        parts: list[Part] = [{"type": "image", "image": i} for i in row.get("images", [])]
-        parts += [{"type": "video", "video": v} for v in row.get("videos", [])]
-        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": row["prompt"]}]}]
-    else:
+    if "kind" in row:
+        row = {**row, "type": row["kind"]}
+    if "prompt" in row and row_form(row) is None:
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"prompt is {row['prompt']!r:.80}; expected text")
+        parts: list[Part] = []
+        for kind in ("image", "video"):
+            media = row.get(f"{kind}s")
+            if media is not None and not isinstance(media, list):
+                raise ValueError(f"{kind}s is {media!r:.80}; expected a list")
+            parts += [{"type": kind, kind: one} for one in media or []]
+        content = [*parts, {"type": "text", "text": row["prompt"]}]
+        row = {"type": row.get("type"), "tools": row.get("tools"), "messages": [{"role": "user", "content": content}]}
+    if row_form(row) is None:
         raise ValueError(f"the row has {sorted(row)}; expected messages, or prompt (and images, videos)")
-    sample = Sample.from_messages(messages, id=name, source="generate", kind=str(row.get("kind", "qa")))
-    for kind in ("image", "video"):
-        for part in sample.parts(kind):
-            if isinstance(part[kind], str):
-                part[kind] = folder / part[kind]  # an absolute path is not changed
-    return sample
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        yield from (line for line in file if line.strip())
+    return to_sample({**row, "id": name}, source="generate", where=name, folder=folder)
 
 
 def _windows(source: Path, size: int, done: set[str], counts: Counts) -> Iterator[list[tuple[str, Any]]]:
-    """Rows without an answer, `size` at a time. A line that is not JSON is returned as text."""
+    """Rows without an answer, `size` at a time. A ValueError is in the place of a row that is not a JSON object."""
     window: list[tuple[str, Any]] = []
-    for number, line in enumerate(_lines(source)):
-        try:
-            row: Any = json.loads(line)
-        except ValueError:
-            row = line
-        name = str(row["id"]) if isinstance(row, dict) and "id" in row else f"line-{number}"
+    table = JsonTable.open(source)
+    rows = (row for block in range(len(table.block_rows)) for row in table.rows(block))
+    for number, row in enumerate(rows):
+        given = row.get("id") if isinstance(row, dict) else None
+        name = f"line-{number}" if given is None else str(given).encode("utf-8", "backslashreplace").decode("utf-8")
         if name in done:
             counts.skipped += 1
             continue

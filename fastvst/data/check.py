@@ -27,7 +27,7 @@ from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.data.sources import open_source
 from fastvst.data.sources.rows import PADS, TAGS
-from fastvst.data.sources.source import Source
+from fastvst.data.sources.source import FIRST_ROWS, Source
 
 OPTION = re.compile(r"(?:^|[\s(])([A-F])[.):]\s", re.MULTILINE)
 LETTER = re.compile(r"\s*\(?([A-F])(?:[.):\s]|$)")
@@ -170,20 +170,23 @@ def check_source(
     *,
     format: str = "auto",
     image_folder: str | Path | None = None,
+    split: str | None = None,
     limit: int | None = None,
     examples: int = 3,
 ) -> CheckReport:
     """Read a data set once. The headers of its images are read; no image is decoded.
 
     Args:
+        split: split to read, by the naming rules of the Hub; None: the only one.
         limit: number of rows to read; None: all.
         examples: number of usable rows of every type to keep.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
     """
-    source = open_source(path, format, image_folder=image_folder)
-    report = CheckReport(str(path), lines=source.first_lines())
+    source = open_source(path, format, image_folder=image_folder, split=split)
+    lines = [line for line in source.first_lines() if not line.endswith(f"(in the first {FIRST_ROWS} rows)")]
+    report = CheckReport(str(path), lines=lines)
     for problem in source.problems:
         report.add(problem.reason, problem.id, str(path), problem.detail)
     seen: dict[str, str] = {}

@@ -113,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
     add("--format", default="auto", help="format of the data set: auto, vst, llava, openai or hf (default: auto)")
     add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
+    add("--split", help="split of the data set (default: the only one)")
     add("--limit", type=int, help="number of rows to check (default: all)")
     add(
         "--max-seq-len", type=int, default=16384, help="most tokens in a row; longer rows are rejected (default: 16384)"
@@ -126,7 +127,12 @@ def run(arguments: argparse.Namespace) -> int:
     model = arguments.model
     processor = Processor.from_pretrained(model, **options) if model else Processor.preset("tiny", **options)
     report = check_source(
-        arguments.path, processor, format=arguments.format, image_folder=arguments.image_folder, limit=arguments.limit
+        arguments.path,
+        processor,
+        format=arguments.format,
+        image_folder=arguments.image_folder,
+        split=arguments.split,
+        limit=arguments.limit,
     )
     print(report.table())
     if not model:

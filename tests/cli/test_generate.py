@@ -137,3 +137,21 @@ def test_boxes_are_drawn(tmp_path):
     assert path is not None and (0, 220, 0) in {c for _, c in Image.open(path).getcolors(9999)}
     assert command.draw_boxes(messages, "no boxes here [x", tmp_path / "none.png") is None
     assert command.draw_boxes([], flat, tmp_path / "none.png") is None
+
+
+def test_rows_of_training_are_prompts(tmp_path):
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "red.png")
+    talk = [{"role": "user", "content": "<image>What?"}]
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
+    rows = [
+        {"messages": talk, "images": ["red.png"]},
+        {"conversations": turns, "image": "red.png"},
+        {"question": "What?", "images": ["red.png"]},
+        {"prompt": "What?", "images": ["red.png"]},
+        {"prompt": "What?", "images": None},
+    ]
+    seen = [command.row_sample(row, "x", tmp_path).parts("image") for row in rows]
+    assert seen == [[{"type": "image", "image": str(tmp_path / "red.png")}]] * 4 + [[]]
+    for row in ({"prompt": 5}, {"images": 5, "prompt": "x"}, {"messages": [5]}, {"messages": talk}, [1]):
+        with pytest.raises(ValueError):
+            command.row_sample(row, "x", tmp_path)

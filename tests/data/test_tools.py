@@ -170,14 +170,13 @@ def test_what_nothing_reads_is_listed_once_with_a_count(tmp_path) -> None:
     assert report.table().count("ignored: score in 3 rows, e.g. rows.jsonl[0][0]") == 1
 
 
-@pytest.mark.parametrize("key", ["nframes", "video_start", "total_pixels", "sample_fps"])
-def test_video_options_are_read_or_refused(tmp_path, key) -> None:
-    from fastvst.data.sources.rows import PART_OPTIONS
-
-    part = {"type": "video", "video": ["a.png", "b.png"], key: 2}
-    row = {"messages": [{"role": "user", "content": [part]}]}
-    if key in PART_OPTIONS:
-        assert one(tmp_path, row).parts("video")[0][key] == 2
-    else:
-        with pytest.raises(SampleError, match=f"unsupported_option: {key} is 2"):
-            one(tmp_path, row)
+def test_video_options_reach_the_video_or_are_refused(tmp_path) -> None:
+    for key in ("nframes", "total_pixels", "sample_fps", "max_frames"):
+        part = {"type": "video", "video": ["a.png", "b.png"], key: 2}
+        assert one(tmp_path, {"messages": [{"role": "user", "content": [part]}]}).parts("video")[0][key] == 2
+    for key in ("video_start", "video_end"):
+        part = {"type": "video", "video": "a.mp4", key: 2.5}
+        assert one(tmp_path, {"messages": [{"role": "user", "content": [part]}]}).parts("video")[0][key] == 2.5
+        part["video"] = ["a.png", "b.png"]
+        with pytest.raises(SampleError, match=f"unsupported_option: {key} is 2.5 on a list of frames"):
+            one(tmp_path, {"messages": [{"role": "user", "content": [part]}]})

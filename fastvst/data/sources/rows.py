@@ -62,19 +62,23 @@ ROLE_NAMES = {
 }
 TURN_KEYS = ("from", "role", "value", "content", "weight", "loss", "tool_calls", "function_call", "refusal")
 PART_KEYS = ("type", "text", "image", "image_url", "video", "video_url", "path", "url", "bytes")
-# Options of a video that say which part of it is meant. A row with one that is not in PART_OPTIONS is rejected.
-VIDEO_OPTIONS = (
-    "video_start",
-    "video_end",
-    "nframes",
-    "sample_fps",
-    "min_frames",
-    "max_frames",
-    "total_pixels",
-)
 PADS = re.compile(r"(?:<\|vision_start\|>)?<\|(image|video)_pad\|>(?:<\|vision_end\|>)?")
 TAGS = re.compile(r"<(image|video)>")
-PART_OPTIONS = ("min_pixels", "max_pixels", "resized_width", "resized_height", "fps")  # keys kept from a content part
+# Options of an image or a video that are kept from a content part; video.py and vision_inputs.py read them.
+PART_OPTIONS = (
+    "min_pixels",
+    "max_pixels",
+    "resized_width",
+    "resized_height",
+    "fps",
+    "sample_fps",
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "video_start",
+    "video_end",
+    "total_pixels",
+)
 # First bytes of image files: PNG, JPEG, GIF, BMP, TIFF (both byte orders); WebP is RIFF....WEBP.
 IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 
@@ -452,13 +456,12 @@ def _content_part(piece: Any, folder: Path, fail: Callable[[str, str], SampleErr
     kind = _part_kind(piece)
     if not kind:
         raise fail("bad_schema", f"a content part is {_short(piece)}; expected type text, image, image_url or video")
-    refused = [key for key in VIDEO_OPTIONS if piece.get(key) is not None and key not in PART_OPTIONS]
-    if refused:
-        raise fail(
-            "unsupported_option", f"{refused[0]} is {_short(piece[refused[0]])}; cut the video, or remove the key"
-        )
     keep = {k: v for k, v in piece.items() if k in PART_OPTIONS and v is not None}
-    return {"type": kind, kind: payload(_part_media(piece), folder, fail), **keep}
+    media = payload(_part_media(piece), folder, fail)
+    cut = next((key for key in ("video_start", "video_end") if key in keep and isinstance(media, list)), None)
+    if cut:
+        raise fail("unsupported_option", f"{cut} is {keep[cut]!r} on a list of frames; leave out the other frames")
+    return {"type": kind, kind: media, **keep}
 
 
 def _short(value: Any) -> str:

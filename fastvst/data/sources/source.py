@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sample import Sample
 from fastvst.data.sources.files import ArrowTable, JsonTable, ParquetTable, Table
 from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
-from fastvst.data.sources.rows import row_form, to_sample
+from fastvst.data.sources.rows import COLUMNS, row_form, to_sample
 
 # The file types and row forms (rows.py) of each format.
 FORMATS = {
@@ -24,6 +26,8 @@ ACCEPTED = (
     "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON Lines with `conversations` (LLaVA, "
     "ShareGPT) or `messages` (OpenAI); a folder written by datasets.save_to_disk with any of these columns"
 )
+
+FIRST_ROWS = 64  # rows whose keys are looked at before a run
 
 Ref = tuple[int, int]  # (block, row) in the data set
 
@@ -122,9 +126,17 @@ class Source:
         return f"{self.name}: {self.format}{split}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
 
     def first_lines(self) -> list[str]:
-        """What a run says about the source before it starts: `describe`, and the files that are not read."""
+        """What a run says about the source first: `describe`, and the files, columns and keys that nothing reads."""
         others = ", ".join(f"{kind} {count} ({name})" for kind, count, name in self.layout.others)
-        return [self.describe(), *([f"{self.name}: not read: {others}"] if others else [])]
+        lines = [self.describe(), *([f"{self.name}: not read: {others}"] if others else [])]
+        unread = sorted({c for t in self.tables if not isinstance(t, JsonTable) for c in t.columns if c not in COLUMNS})
+        if unread:
+            lines.append(f"{self.name}: ignored: the columns {', '.join(unread)}")
+        keys = Counter(key for s in islice(self.samples(0), FIRST_ROWS) if isinstance(s, Sample) for key in s.notes)
+        if keys:
+            listed = ", ".join(f"{key} {count}" for key, count in keys.most_common())
+            lines.append(f"{self.name}: ignored: {listed} (in the first {FIRST_ROWS} rows)")
+        return lines
 
 
 class SourceIterator(Iterator[Sample]):
