@@ -36,7 +36,6 @@ import torch
 
 from fastvst.config import not_an_option, render, to_dict
 from fastvst.data import Ledger, MixtureConfig, ProcessorConfig, SourceConfig
-from fastvst.data.mixture import open_mixture
 from fastvst.model import Qwen25VL
 from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
@@ -63,7 +62,17 @@ from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
-from fastvst.train.run import Saver, build_model, build_processor, joined, open_run_folder, read_config, run_script
+from fastvst.train.run import (
+    Saver,
+    build_model,
+    build_processor,
+    joined,
+    open_data,
+    open_run_folder,
+    read_config,
+    run_script,
+    same_data,
+)
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
 
@@ -110,6 +119,7 @@ class Config:
         steps: rounds of sampling and updating.
         seed: random seed of sampling.
         resume: "auto", a checkpoint folder, or empty.
+        resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what a step would cost, and end.
         bad_samples: stop when a larger share of the rows cannot be used; <out>/ledger-*.jsonl lists them.
     """
@@ -118,6 +128,7 @@ class Config:
     steps: int = 120
     seed: int = 0
     resume: str = ""
+    resume_data: Literal["same", "anew"] = "same"
     dry_run: bool = False
     bad_samples: float = 0.05
     model: ModelOptions = ModelOptions()
@@ -361,7 +372,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
     stream = PromptStream(
-        open_mixture(mixture, whole_rows=True),
+        open_data(mixture, whole_rows=True),
         processor,
         ledger,
         rank=world.rank,
@@ -378,7 +389,11 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         filtered = FilterState(**state["filter"])
-        stream.load_state_dict(rank_state["stream"])
+        if config.resume_data == "same":
+            with same_data(resume_from):
+                stream.load_state_dict(rank_state["stream"])
+        else:
+            world.say("the data start anew (resume.data is anew)")
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
     questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
@@ -465,7 +480,7 @@ def dry_run(config: Config, world: World) -> None:
     if world.is_main:
         processor = build_processor(config.processor, config.model.path)
         stream = PromptStream(
-            open_mixture(mixture),
+            open_data(mixture),
             processor,
             Ledger(),
             system=config.sampling.system,

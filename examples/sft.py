@@ -33,8 +33,8 @@ from torch import Tensor
 
 from fastvst.config import render, to_dict
 from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
+from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.loader import make_loader
-from fastvst.data.mixture import open_mixture
 from fastvst.evaluate import rooms as rooms_benchmark
 from fastvst.evaluate.training_page import write_report
 from fastvst.model import Qwen25VL
@@ -48,11 +48,15 @@ from fastvst.train.run import (
     Saver,
     build_model,
     build_processor,
+    count_steps,
     joined,
     model_config,
+    open_data,
     open_run_folder,
     read_config,
     run_script,
+    same_data,
+    total_steps,
 )
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
@@ -97,6 +101,9 @@ class RoomsOptions:
     folder: str | None = None
 
 
+STEPS = 1300  # of the rooms' demonstration
+
+
 @dataclass(frozen=True)
 class BadSamples:
     """When samples that cannot be used stop the run. All of them are listed in <out>/ledger-*.jsonl.
@@ -118,16 +125,18 @@ class Config:
 
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
-        steps: optimizer steps.
+        steps: optimizer steps; none = all of data.epochs, or 1300 if that is none too.
         seed: random seed of the initial weights.
         resume: "auto", a checkpoint folder, or empty.
+        resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what the run would cost, and end.
     """
 
     out: str = "runs/sft"
-    steps: int = 1300
+    steps: int | None = None
     seed: int = 0
     resume: str = ""
+    resume_data: Literal["same", "anew"] = "same"
     dry_run: bool = False
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
@@ -245,10 +254,12 @@ def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tens
 
 def run(config: Config, world: World, stop: StopRequest) -> None:
     out = Path(config.out)
-    settings = to_dict(config)
     resume_from = open_run_folder(out, config.resume, world)
-    mixture, rooms = find_data(config, world)
+    sources, rooms = find_data(config, world)
+    mixture = open_data(sources)
     processor = build_processor(config.processor, config.model.path, config.model.preset)
+    steps = total_steps(config.steps, STEPS, mixture, lambda m: count_steps(m, processor, config.loader, world.size))
+    settings = to_dict(dataclasses.replace(config, steps=steps))
     model = build_model(
         world,
         path=config.model.path,
@@ -267,7 +278,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         state, rank_state = saver.load(resume_from)
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
-        loader_state = rank_state["loader"]
+        loader_state = rank_state["loader"] if config.resume_data == "same" else None
+        if loader_state is None:
+            world.say("the data start anew (resume.data is anew)")
 
     bad = config.bad_samples
     loader = make_loader(
@@ -276,9 +289,11 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         dataclasses.replace(config.loader, pin_memory=world.device.type == "cuda"),
         rank=world.rank,
         world_size=world.size,
-        state=loader_state,
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
     )
+    if resume_from is not None and loader_state is not None:
+        with same_data(resume_from):
+            loader.load_state_dict(loader_state)
     world.say(*loader.notes)
 
     def save(step: int) -> None:
@@ -287,7 +302,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     metrics = Metrics(
         out,
         config.log,
-        config.steps,
+        steps,
         first_step=first,
         is_main=world.is_main,
         settings=settings,
@@ -299,14 +314,19 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         begin = time.perf_counter()
         step = first
         stopped = False
-        while step < config.steps and not stopped:
+        while step < steps and not stopped:
             waited = time.perf_counter()
-            packs = list(itertools.islice(batches, config.loader.accumulation))
+            try:
+                packs = list(itertools.islice(batches, config.loader.accumulation))
+            except TooManyBadSamples:
+                if step > first and world.size == 1:  # other ranks may not have reached the limit
+                    save(step)
+                raise
             waited = time.perf_counter() - waited
             if not packs:
                 world.say(f"the data ended after {step} steps (data.epochs is {config.data.epochs})")
                 break
-            set_learning_rates(optimizer, config.schedule, step, config.steps)
+            set_learning_rates(optimizer, config.schedule, step, steps)
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
                 totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, stop.requested)
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm)
@@ -330,12 +350,13 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                     "flops": totals.flops,
                     "fill": totals.tokens / (totals.packs * config.loader.tokens_per_pack),
                     "memory_gib": memory_gib(world.device),
+                    "rejected": loader.ledger.total,
                     **({"skipped": reason} if reason else {}),
                 }
             )
             step += 1
             stopped = totals.stop
-            if stopped or saver.due(step, config.steps):
+            if stopped or saver.due(step, steps):
                 save(step)
             begin = time.perf_counter()
     if stopped:
@@ -368,7 +389,7 @@ def dry_run(config: Config, world: World) -> None:
         text = budget.dry_run(
             model_config(config.model.path, config.model.preset),
             build_processor(config.processor, config.model.path, config.model.preset),
-            open_mixture(mixture),
+            open_data(mixture),
             config.loader,
             world,
             recompute=config.model.recompute,

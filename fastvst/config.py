@@ -60,6 +60,8 @@ def _take_argument(config_class: type[Any], words: list[str]) -> tuple[str, Any,
     if not equals and not word.startswith("--"):
         raise ConfigError(f"argument {word!r} is neither `--key value` nor `key=value`")
     name = name.removeprefix("--").replace("-", "_")
+    if name.replace(".", "_") in {field.name for field in option_fields(config_class)}:
+        name = name.replace(".", "_")  # --resume.data is resume_data: "resume" is an option itself
     annotation = str if name == "config" else _find(config_class, name)
     if not equals:
         ends = not words or words[0].startswith("--")

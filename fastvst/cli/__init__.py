@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fastvst import __version__
 from fastvst.cli import compare_rooms
 from fastvst.cli import evaluate as command
 from fastvst.cli import generate as rollout_command
@@ -20,6 +21,7 @@ from fastvst.data import gallery
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `fastvst` command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="fastvst", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fastvst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     rooms = commands.add_parser("rooms", help="render furnished rooms and write questions about them as VST parquet")

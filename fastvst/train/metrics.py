@@ -166,6 +166,7 @@ def progress_line(row: dict[str, Any], total_steps: int) -> str:
         f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['images_per_s']:,.1f} img/s  {mfu}"
         f"fill {100 * row['fill']:.1f}%  mem {row['memory_gib']:.1f} GiB  left {duration(row['eta'])}"
     )
+    text += f"  rejected {row['rejected']}" if row.get("rejected") else ""
     return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text
 
 

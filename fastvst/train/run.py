@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fastvst.config import ConfigError, leaves, load_config, usage
-from fastvst.data import Processor, ProcessorConfig
+from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig
 from fastvst.data.ledger import TooManyBadSamples
+from fastvst.data.loader import make_planner, open_again
+from fastvst.data.mixture import Mixture, open_mixture
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model import weights as hf
-from fastvst.train import checkpoint, distributed
+from fastvst.train import checkpoint, distributed, lock
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
@@ -29,7 +32,17 @@ from fastvst.train.watchdog import Watchdog
 C = TypeVar("C")
 
 # Errors whose message tells the user what to change; everything else ends with a traceback.
-USER_ERRORS: tuple[type[Exception], ...] = (ConfigError, ParallelError, CheckpointError, GuardError, TooManyBadSamples)
+USER_ERRORS: tuple[type[Exception], ...] = (
+    ConfigError,
+    ParallelError,
+    CheckpointError,
+    GuardError,
+    TooManyBadSamples,
+    lock.FolderInUse,
+    FileNotFoundError,
+)
+COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
+OTHER_RANKS_WAIT = 5.0  # seconds before a rank other than 0 prints an error: torchrun ends it sooner if rank 0 failed
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -40,6 +53,8 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
     try:
         main(sys.argv[1:])
     except (*USER_ERRORS, *errors) as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(OTHER_RANKS_WAIT)
         sys.exit(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
 
 
@@ -79,22 +94,80 @@ def joined(parallel: ParallelConfig, environment: Mapping[str, str] | None) -> I
         environment: see `distributed.start`.
     """
     world = distributed.start(parallel, environment=environment)
-    with Watchdog(world), StopRequest() as stop:
-        yield world, stop
-        distributed.stop(world)
+    try:
+        with Watchdog(world), StopRequest() as stop:
+            yield world, stop
+            distributed.stop(world)
+    finally:
+        lock.release()
 
 
 def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
     """The checkpoint to resume from, if any. Without `resume`, an earlier run in `out` is renamed, never overwritten.
 
+    The folder is locked until the end of `joined`.
+
     Raises:
+        FolderInUse: another process trains in `out`; raised on every rank.
         CheckpointError: the checkpoint that `resume` names is not complete.
     """
     found = checkpoint.resolve(resume, out / "checkpoints")
-    if world.is_main and not resume:
-        checkpoint.set_aside(out)
-    world.barrier()
+    refused: lock.FolderInUse | None = None
+    if world.is_main:
+        try:
+            lock.acquire(out)
+            if not resume and checkpoint.set_aside(out) is not None:
+                lock.acquire(out)
+        except lock.FolderInUse as error:
+            refused = error
+    if world.sum(torch.tensor(float(refused is not None), device=world.device)).item():
+        raise refused or lock.FolderInUse(f"{out} is in use; see the message of rank 0")
     return found
+
+
+def open_data(config: MixtureConfig, *, whole_rows: bool = False) -> Mixture:
+    """`open_mixture`, with a data set that cannot be opened as ConfigError."""
+    try:
+        return open_mixture(config, whole_rows=whole_rows)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.sources: {error}") from error
+
+
+def total_steps(steps: int | None, default: int, mixture: Mixture, count: Callable[[Mixture], int]) -> int:
+    """Steps of the schedule: `steps`, or all of data.epochs if that is given and fewer, or `default` without both.
+
+    Args:
+        count: steps of a finite mixture; called only if data.epochs is given.
+    """
+    if mixture.config.epochs is None:
+        return default if steps is None else steps
+    found = max(1, count(mixture))
+    return found if steps is None else min(steps, found)
+
+
+def count_steps(mixture: Mixture, processor: Processor, loader: LoaderConfig, ranks: int) -> int:
+    """Steps of the loader over all epochs. They are planned without decoding, and extrapolated after COUNTED_ROWS."""
+    planner = make_planner(open_again(mixture), processor, loader, ranks)
+    steps = 0
+    seen = 0
+    while (step := planner.next_step()) is not None and step.packs:
+        steps += 1
+        seen += step.seen
+        if seen >= COUNTED_ROWS:
+            return round(steps * len(mixture) * (mixture.config.epochs or 1) / seen)
+    return steps
+
+
+@contextmanager
+def same_data(path: Path) -> Iterator[None]:
+    """A data state that does not fit, as CheckpointError that names the option to continue on other data."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {error} To keep the model, the optimizer and the step and to start the data from the beginning, "
+            "pass --resume.data anew"
+        ) from error
 
 
 def build_model(

@@ -33,6 +33,7 @@ LEVELS = (
     ("fastvst.evaluate",),
     ("fastvst.rl",),
     ("fastvst.cli",),
+    ("fastvst.__main__",),
     ("examples", "tools", "bench", "tests"),
 )
 MAX_FILE = 500

@@ -10,7 +10,7 @@ import torch
 from fastvst.config import ConfigError
 from fastvst.data import ProcessorConfig
 from fastvst.model import Qwen25VL
-from fastvst.train import distributed
+from fastvst.train import distributed, lock
 from fastvst.train.distributed import ParallelConfig
 from fastvst.train.run import build_model, build_processor, open_run_folder, run_script
 from small_run import ROOT, write_model
@@ -71,4 +71,5 @@ def test_an_earlier_run_is_renamed_unless_it_is_resumed(tmp_path: Path) -> None:
     (out / "checkpoints").mkdir(parents=True)
     assert open_run_folder(out, "auto", ALONE) is None and out.exists()
     assert open_run_folder(out, "", ALONE) is None
-    assert not out.exists() and (tmp_path / "run-1" / "checkpoints").exists()
+    assert not (out / "checkpoints").exists() and (tmp_path / "run-1" / "checkpoints").exists()
+    lock.release()

@@ -314,14 +314,14 @@ def test_dry_run_prints_the_cost_and_writes_nothing(
 def test_an_unknown_option_names_the_nearest(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'optimiser.lr'; did you mean 'optimizer.lr'"):
         sft.main(arguments(tmp_path / "run", data, model, "--optimiser.lr", "1"))
-    with pytest.raises(ConfigError, match=r"steps must be int; got 'many'"):
+    with pytest.raises(ConfigError, match=r"steps must be int.*; got 'many'"):
         sft.main(arguments(tmp_path / "run", data, model, "--steps", "many"))
 
 
 def test_missing_directories_are_named(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no_model"):
         sft.main(arguments(tmp_path / "run", data, tmp_path / "no_model", "steps=1"))
-    with pytest.raises(FileNotFoundError, match="no_data"):
+    with pytest.raises(ConfigError, match="data.sources.*no_data"):
         sft.main(arguments(tmp_path / "run", tmp_path / "no_data.jsonl", model, "steps=1"))
     bare = tmp_path / "bare"
     bare.mkdir()

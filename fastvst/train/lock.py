@@ -1,0 +1,50 @@
+"""One trainer for each run folder: a lock on `<out>/.lock` that names the process which holds it.
+
+The lock is a flock: the kernel drops it when the process ends, however it ends. Child processes give up their copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+_held: dict[Path, int] = {}  # resolved run folder -> descriptor of its lock file
+
+
+class FolderInUse(RuntimeError):
+    """Another process trains in the run folder; the message names it."""
+
+
+def acquire(out: Path) -> None:
+    """Lock the run folder for this process; the folder is created if it is missing.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+    """
+    release(out)
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+        os.close(descriptor)
+        raise FolderInUse(f"{out} is in use by {holder}; wait until it ends, stop it, or pass another --out") from None
+    os.ftruncate(descriptor, 0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
+    _held[out.resolve()] = descriptor
+
+
+def release(out: Path | None = None) -> None:
+    """Give up the lock of a folder, or all locks of this process."""
+    for folder in list(_held) if out is None else [out.resolve()]:
+        descriptor = _held.pop(folder, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=release)
