@@ -8,7 +8,7 @@ published template does not strip, so the two agree on stripped text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastvst.data.images import MediaError
@@ -22,6 +22,9 @@ THINK_SYSTEM = (
     "<think> reasoning process here </think> answer here."
 )
 SUPERVISE = ("message", "content")
+# Tokens that only the template may write.
+STRUCTURE = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"}
+STRUCTURE |= {"<|image_pad|>", "<|video_pad|>"}
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 # The same template for transformers' apply_chat_template; it is saved with every model directory.
@@ -139,11 +142,12 @@ def _merge(segments: list[Segment]) -> list[Segment]:
     return merged
 
 
-def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> None:
+def check_literals(messages: Sequence[Message], pattern: re.Pattern[str], allowed: Iterable[str] = ()) -> None:
     """Reject text that contains the name of a special token; the tokenizer would silently turn it into that token.
 
     Args:
         pattern: matches the name of any special token.
+        allowed: names that text may contain; those of the conversation's structure never.
 
     Raises:
         MediaError: "literal_special_token", naming the token and the message; "bad_text": half of a surrogate pair.
@@ -155,10 +159,12 @@ def check_literals(messages: Sequence[Message], pattern: re.Pattern[str]) -> Non
             raise MediaError(
                 "bad_text", f"message {index} ({message['role']}) has {ascii(half.group())}, half of a surrogate pair"
             )
-        found = pattern.search(text)
+        usable = set(allowed) - STRUCTURE
+        found = next((match for match in pattern.finditer(text) if match.group() not in usable), None)
         if found:
             raise MediaError(
                 "literal_special_token",
                 f"message {index} ({message['role']}) contains {found.group()!r} as text; images are parts of type "
-                '"image" or "video", and other special tokens must be removed or spelled differently',
+                '"image" or "video"; a token of the answer\'s language is allowed by the option special_tokens of the '
+                f'source, e.g. special_tokens = ["{found.group()}"]',
             )

@@ -34,6 +34,8 @@ class SourceConfig:
         split: split of the data set, by the naming rules of the Hub (docs/data.md); None: the only one.
         min_pixels: least pixels of an image of this source after resizing; None: the processor's.
         max_pixels: most pixels of an image of this source after resizing; None: the processor's.
+        special_tokens: special tokens that texts of this source may contain, e.g. ["<|box_start|>", "<|box_end|>"];
+            rows with others are rejected.
     """
 
     path: str
@@ -44,6 +46,7 @@ class SourceConfig:
     split: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    special_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class MixtureConfig:
     """The training data and their order.
 
     Attributes:
-        sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels
-            and max_pixels; only path is required.
+        sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels,
+            max_pixels and special_tokens; only path is required.
         seed: seed of the shuffling and of the choice between sources.
         shuffle_buffer: rows that every worker holds in memory for shuffling, encoded images included; 0 = no shuffling.
         epochs: passes over every source after which the stream ends; none = endless.
@@ -250,7 +253,9 @@ def iterate_once(config: SourceConfig) -> Iterator[Sample]:
 
 
 def limit_pixels(sample: Sample, config: SourceConfig) -> Sample:
-    """Add the source's pixel limits to image and video parts that have none of their own. In place."""
+    """Add the source's pixel limits to image and video parts without their own, and its special tokens. In place."""
+    if config.special_tokens:
+        sample.metadata["special_tokens"] = list(config.special_tokens)
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     if limits:

@@ -209,7 +209,7 @@ class Processor:
             messages.pop()
         if not messages:
             raise MediaError("empty_sample", "the sample has no messages")
-        check_literals(messages, self._literals)
+        check_literals(messages, self._literals, sample.metadata.get("special_tokens") or ())
         notes: tuple[str, ...] = ()
         if self.config.enable_fov and sample.kind == "bbox_3d":
             messages, note = unify_fov_messages(
