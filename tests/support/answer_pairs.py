@@ -173,6 +173,11 @@ The 2nd chair is 71 cm wide. -> 1
 27 3/4 inches -> 1
 27¾ inches -> 1
 2.33 ft -> 1
+2.33 foot -> 1
+0.78 yard -> 1
+710 millimetre -> 1
+71 centimetre -> 1
+0.00071 kilometre -> 1
 2.33 feet -> 1
 2 1/3 ft -> 1
 2⅓ feet -> 1
