@@ -355,6 +355,12 @@ def payload(item: Any, folder: Path, fail: Callable[[str, str], SampleError]) ->
             raise fail("bad_base64", f"{item[:40]}...: {error}") from error
     if item.startswith(("http://", "https://")):
         raise fail("remote_media", f"{item[:120]}: nothing is fetched while training; download it and give its path")
+    encoded = item.encode("utf-8", "replace")
+    longest = max(len(part) for part in encoded.split(b"/"))
+    if "\0" in item or longest > 255 or len(encoded) > 4000 or encoded.decode("utf-8") != item:
+        raise fail(
+            "bad_path", f"{ascii(item[:80])} is no path: a part of {longest} bytes, a NUL, or half a surrogate pair"
+        )
     path = Path(item.removeprefix("file://"))
     return str(path if path.is_absolute() else folder / path)
 
