@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,20 @@ import pytest
 import torch
 
 from fastvst.config import ConfigError
-from fastvst.data import ProcessorConfig
+from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig, SourceConfig, open_mixture
 from fastvst.model import Qwen25VL
 from fastvst.train import distributed, lock
+from fastvst.train.checkpoint import CheckpointError
 from fastvst.train.distributed import ParallelConfig
-from fastvst.train.run import build_model, build_processor, open_run_folder, run_script
+from fastvst.train.run import (
+    build_model,
+    build_processor,
+    count_steps,
+    open_run_folder,
+    run_script,
+    same_data,
+    total_steps,
+)
 from small_run import ROOT, write_model
 
 ALONE = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
@@ -73,3 +83,25 @@ def test_an_earlier_run_is_renamed_unless_it_is_resumed(tmp_path: Path) -> None:
     assert open_run_folder(out, "", ALONE) is None
     assert not (out / "checkpoints").exists() and (tmp_path / "run-1" / "checkpoints").exists()
     lock.release()
+
+
+def test_the_epochs_are_the_schedule(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": r, "content": "word " * 20} for r in ("user", "assistant")]} for _ in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loader = LoaderConfig(tokens_per_pack=256, buffer_samples=8)
+
+    def total(steps: int | None, epochs: int | None) -> int:
+        mixture = open_mixture(MixtureConfig((SourceConfig(str(tmp_path / "rows.jsonl")),), epochs=epochs))
+        return total_steps(steps, 1300, mixture, lambda m: count_steps(m, Processor.preset("tiny"), loader, 1))
+
+    once = total(None, 1)
+    assert 5 < once < 40 and abs(total(None, 3) - 3 * once) <= 2
+    assert (total(3, 2), total(None, None), total(7, None)) == (3, 1300, 7)
+
+
+def test_data_that_do_not_fit_a_checkpoint_name_the_option() -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"step-2: other sources\. .*--resume\.data anew"),
+        same_data(Path("step-2")),
+    ):
+        raise ValueError("other sources.")
