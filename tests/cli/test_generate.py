@@ -15,6 +15,7 @@ from PIL import Image
 from fastvst.cli import generate as command
 from fastvst.cli import main
 from fastvst.data.processor import Processor
+from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 
@@ -155,3 +156,28 @@ def test_rows_of_training_are_prompts(tmp_path):
     for row in ({"prompt": 5}, {"images": 5, "prompt": "x"}, {"messages": [5]}, {"messages": talk}, [1]):
         with pytest.raises(ValueError):
             command.row_sample(row, "x", tmp_path)
+
+
+def test_boxes_are_drawn_in_the_image_that_the_user_gave(tmp_path):
+    """The model sees 560 x 420 of a phone's image of 1680 x 2240 that is stored lying, four times as large."""
+    stored = Image.new("RGB", (2240, 1680), "white")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "phone.jpg", exif=exif)
+    content = [{"type": "image", "image": str(tmp_path / "phone.jpg")}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    processor = Processor.preset("tiny", max_pixels=420 * 560)
+    (size,) = processor.encode(Sample.from_messages(messages)).sizes
+    assert size == (420, 560)
+    answer = '[{"bbox_2d": [100, 200, 300, 400], "label": ""}]'
+    for name, given in (("given", processor), ("remembered", None)):
+        path = command.draw_boxes(messages, answer, tmp_path / f"{name}.png", processor=given)
+        drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        rows, columns = np.nonzero((drawn[..., 1] > 150) & (drawn[..., 0] < 90))
+        assert drawn.shape[:2] == (2240, 1680)
+        assert abs(columns.min() - 400) < 20 and abs(columns.max() - 1200) < 20
+        assert abs(rows.min() - 800) < 20 and abs(rows.max() - 1600) < 20
+    image = Image.new("RGB", (200, 150))
+    own = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+    command.draw_boxes(own, answer, tmp_path / "own.png")
+    assert image.getextrema() == ((0, 0),) * 3, "the user's image is not drawn on"
