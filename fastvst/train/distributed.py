@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from fastvst.config import not_an_option
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,9 +47,9 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     replicas: int = 0
-    reshard: bool = True
+    reshard: bool = not_an_option(True)
     threads: int = 0
-    timeout: float = 600.0
+    timeout: float = not_an_option(600.0)
 
 
 @dataclass(frozen=True)

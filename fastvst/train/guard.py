@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvst import jsonl
+from fastvst.config import not_an_option
 
 WINDOW = 64  # accepted steps in the median
 MIN_STEPS = 16  # accepted steps before a value can count as a spike
@@ -29,7 +30,7 @@ class GuardConfig:
         patience: stop the run after this many skipped steps in a row.
     """
 
-    spike: float = 10.0
+    spike: float = not_an_option(10.0)
     patience: int = 5
 
 

@@ -158,7 +158,7 @@ def _refuse_transforms(name: str, given: dict[str, Any]) -> None:
     """Raise for vmap and forward mode.
 
     Raises:
-        NotImplementedError: a tensor is a batch of `torch.vmap`, or has a tangent.
+        RuntimeError: a tensor is a batch of `torch.vmap`, or has a tangent.
     """
     if torch.compiler.is_compiling():
         return
@@ -171,6 +171,6 @@ def _refuse_transforms(name: str, given: dict[str, Any]) -> None:
         if not isinstance(x, Tensor):
             continue
         if vectorized and torch._C._functorch.is_batchedtensor(x):
-            raise NotImplementedError(f"{name} has no rule for torch.vmap; give it the batch as rows")
+            raise RuntimeError(f"{name} has no rule for torch.vmap; give it the batch as rows")
         if forward and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, dual numbers)")
+            raise RuntimeError(f"{name} has no forward-mode derivative (torch.func.jvp, dual numbers)")
