@@ -23,9 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +31,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastvst.config import not_an_option, render, to_dict
-from fastvst.data import Ledger, MixtureConfig, ProcessorConfig, SourceConfig
+from fastvst.config import render, to_dict
+from fastvst.data import Ledger, MixtureConfig, Processor, ProcessorConfig, SourceConfig
 from fastvst.model import Qwen25VL
 from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
@@ -55,6 +52,7 @@ from fastvst.rl.rollouts import (
     resolve_old_logprobs,
     sample_and_score,
 )
+from fastvst.rl.rooms import RoomsOptions, make_rooms, supervised_model
 from fastvst.rollout import RolloutError
 from fastvst.train import guard
 from fastvst.train.checkpoint import CheckpointConfig
@@ -91,21 +89,6 @@ class ModelOptions:
 
     path: str | None = None
     recompute: Literal["none", "light", "full"] = "none"
-
-
-@dataclass(frozen=True)
-class RoomsOptions:
-    """The rendered rooms (depth, distance, measurement, 3D boxes), which are used when data.sources is empty.
-
-    Attributes:
-        samples: rows to train on, about other rooms than those of examples/sft.py.
-        folder: where the rows are cached; none = the user's cache folder.
-    """
-
-    samples: int = 1200
-    seed: int = not_an_option(1)
-    workers: int = not_an_option(2)
-    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +155,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     config = dataclasses.replace(config, update=resolve_old_logprobs(config.update, config.sampling))
     with joined(config.parallel, environment) as (world, stop):
         if config.model.path is None:
-            path = world.once_per_node("start model", supervised_model)
+            path = world.once_per_node("start model", lambda: supervised_model(Path(__file__).with_name("sft.py")))
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
         world.say(render(config), world.describe())
         if config.dry_run:
@@ -182,17 +165,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 
 # ------------------------------------------------------------------------------------------------------- model and data
-
-
-def supervised_model(folder: Path = Path("runs/sft")) -> str:
-    """The directory that examples/sft.py writes. If it is missing, that script runs first, in a process of its own."""
-    if not (folder / "hf" / "config.json").exists():
-        print(f"{folder / 'hf'} does not exist: running examples/sft.py first", flush=True)
-        plain = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_"))}
-        plain = {k: v for k, v in plain.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        script = Path(__file__).with_name("sft.py")
-        subprocess.run([sys.executable, str(script), "--out", str(folder)], env=plain, check=True)
-    return str(folder / "hf")
 
 
 def load_model(config: Config, world: World) -> Qwen25VL:
@@ -209,22 +181,18 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
     """The mixture of the prompts, and the rows of the evaluation."""
     if config.data.sources:
         return config.data, config.evaluation.path
-    from fastvst.generate.rooms import RoomsConfig
-    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
-
-    r = config.rooms
-    kinds = RoomsConfig(rows={"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25})
-
-    def make(split: str, samples: int, seed: int) -> str:
-        return world.once_per_node(
-            f"rooms {split}",
-            lambda: make_rooms_in_subprocess(r.folder, samples, seed, r.workers, kinds, split=split),
-        )
-
-    train = make("train", r.samples, r.seed)
-    test = make("heldout", config.evaluation.questions, 0)
+    train, test = make_rooms(config.rooms, config.evaluation.questions, world)
     source = SourceConfig(path=train, name="rooms")
     return dataclasses.replace(config.data, sources=(source,)), config.evaluation.path or test
+
+
+def open_prompts(
+    config: Config, mixture: MixtureConfig, processor: Processor, ledger: Ledger, **place: int
+) -> PromptStream:
+    """The stream of prompts; `place`: rank, size and completion tokens of PromptStream."""
+    data = open_data(mixture, whole_rows=True)
+    system = config.sampling.system
+    return PromptStream(data, processor, ledger, system=system, needs_answer=config.reward.needs_answer, **place)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -371,16 +339,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
-    stream = PromptStream(
-        open_data(mixture, whole_rows=True),
-        processor,
-        ledger,
-        rank=world.rank,
-        size=world.size,
-        completion_tokens=completion_tokens,
-        system=config.sampling.system,
-        needs_answer=config.reward.needs_answer,
-    )
+    place = {"rank": world.rank, "size": world.size, "completion_tokens": completion_tokens}
+    stream = open_prompts(config, mixture, processor, ledger, **place)
     first = 0
     recent = guard.Recent()
     filtered = FilterState()
@@ -479,14 +439,7 @@ def dry_run(config: Config, world: World) -> None:
     mixture, _ = find_data(config, world)
     if world.is_main:
         processor = build_processor(config.processor, config.model.path)
-        stream = PromptStream(
-            open_data(mixture),
-            processor,
-            Ledger(),
-            system=config.sampling.system,
-            needs_answer=config.reward.needs_answer,
-        )
-        print(budget.dry_run(config, stream, world), flush=True)
+        print(budget.dry_run(config, open_prompts(config, mixture, processor, Ledger()), world), flush=True)
 
 
 if __name__ == "__main__":

@@ -179,11 +179,8 @@ def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, 
     r = config.rooms
 
     def make(split: str, samples: int, rows: RoomsConfig) -> Path:
-        return Path(
-            world.once_per_node(
-                split, lambda: make_rooms_in_subprocess(r.folder, samples, r.seed, r.workers, rows, split=split)
-            )
-        )
+        given = (r.folder, samples, r.seed, r.workers, rows)
+        return Path(world.once_per_node(split, lambda: make_rooms_in_subprocess(*given, split=split)))
 
     train = make("train", r.samples, RoomsConfig())
     heldout = make("heldout", r.heldout, HELDOUT)
@@ -377,8 +374,7 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Pa
         train, heldout = rooms
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
         results = rooms_benchmark.evaluate(model, processor, heldout, world.device, train_path=train)
-        print(results.table())
-        print(f"\nby form of the question:\n{results.table_of_forms()}")
+        print(results.table(), results.table_of_forms(), sep="\n\nby form of the question:\n")
     print(f"report: {write_report(out / 'report', out / 'metrics.jsonl', results, to_dict(config))}", flush=True)
 
 

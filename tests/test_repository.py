@@ -71,6 +71,11 @@ def test_sources_keep_the_rule(rule):
     assert [problem for path in house.sources() for problem in rule(path)] == []
 
 
+@pytest.mark.parametrize(("script", "limit"), [("sft.py", 400), ("rl.py", 450)])
+def test_training_scripts_stay_short(script, limit):
+    assert len((ROOT / "examples" / script).read_text().splitlines()) < limit
+
+
 def test_the_rules_find_what_breaks_them(tmp_path):
     graph = {"fastvst.data.a": {"fastvst.data.b"}, "fastvst.data.b": {"fastvst.data.a"}, "fastvst.model.c": set()}
     assert house.circles(graph) == [["fastvst.data.a", "fastvst.data.b"]]
