@@ -56,6 +56,12 @@ def fits_another(name: str, shown: Iterable[str]) -> bool:
     return any(other != name and other.endswith(f" {name}") for other in shown)
 
 
+def nameable_classes(groups: dict[str, list[int]], unclear: set[str]) -> dict[str, list[int]]:
+    """Class name -> object ids, without the `unclear` classes and without names that describe another shown class."""
+    shown = {*groups, *unclear}
+    return {name: ids for name, ids in groups.items() if name not in unclear and not fits_another(name, shown)}
+
+
 def whole(view: View, sighting: Sighting) -> bool:
     """Whether the object's 2D box lies inside the image, one pixel from its border: nothing of it is cut off."""
     left, top, right, bottom = sighting.box_2d

@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.tasks.common import TaskConfig, canvas, choose, fits_another, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choose, nameable_classes, pick, sample
 
 TASK = "detection_3d"
 KIND = "bbox_3d"
@@ -43,8 +43,7 @@ def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]
             groups.setdefault(name, []).append(s.object_id)
         elif s.pixels >= config.ghost_pixels:
             unclear.add(name)
-    shown = {*groups, *unclear}
-    return {name: ids for name, ids in groups.items() if name not in unclear and not fits_another(name, shown)}
+    return nameable_classes(groups, unclear)
 
 
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:

@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import multi_detection_prompt
-from fastvst.tasks.common import TaskConfig, canvas, choose, fits_another, pick, sample
+from fastvst.tasks.common import TaskConfig, canvas, choose, nameable_classes, pick, sample
 from fastvst.tasks.detection_3d import MATCH_IOU, MAX_BOXES
 
 TASK = "detection_multi"
@@ -42,8 +42,7 @@ def askable(scene: Scene, pair: tuple[int, int, str], config: TaskConfig) -> dic
     for object_id in sorted(clear):
         groups.setdefault(scene.object(object_id).name, []).append(object_id)
     unclear = {scene.object(i).name for i in shown - clear}
-    names = {*groups, *unclear}
-    return {name: ids for name, ids in groups.items() if name not in unclear and not fits_another(name, names)}
+    return nameable_classes(groups, unclear)
 
 
 def make(
