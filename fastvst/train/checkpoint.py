@@ -6,7 +6,7 @@
         train.json               step, guard, names and shapes of the tensors, optimizer steps of every parameter
         config.json              the resolved configuration
         hf/                      optional: the model as a Hugging Face directory
-        COMPLETE                 the marker: every file with its size
+        COMPLETE                 the marker: every file with its size and checksums, branch and parent (see resume.py)
 
 The tensors are written by torch.distributed.checkpoint (DCP) in its safetensors format. A run can resume on another
 number of ranks, bit for bit, and nothing is unpickled (DCP's default format reads a pickled .metadata file). A
@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,15 +31,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from fastvst import atomic
+from fastvst import checksum
+from fastvst.train import resume
 from fastvst.train.distributed import World
+from fastvst.train.resume import CheckpointError, Lineage, commit, complete, prune, some, verify
+from fastvst.train.resume import resolve as resolve
 
-MARKER = "COMPLETE"
+SUMS = ".sums-{:05d}.json"  # checksums of one rank's files, until they are in the marker
 WriteHF = Callable[[Path, dict[str, Tensor]], None]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names it, the reason, and the checkpoints that remain."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +73,24 @@ def save(
     write_hf: WriteHF | None = None,
     hf_dtype: torch.dtype = torch.float32,
     keep: int = 2,
+    lineage: Lineage | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXX`; every rank calls it. An existing complete checkpoint of this step is not replaced.
+    """Write `folder/step-XXXXXX`; every rank calls it. A checkpoint of another branch with this name is renamed.
 
     Args:
         step: optimizer steps done so far.
         state: JSON-able state that all ranks share; the one of rank 0 is written.
         rank_state: JSON-able state of this rank.
         write_hf: called on rank 0 as write_hf(directory, full state dict on the CPU in `hf_dtype`); None = no `hf/`.
-        keep: complete checkpoints to keep; older ones are deleted after this one has been written.
+        keep: complete checkpoints to keep; those written earlier are deleted after this one has been written.
+        lineage: recorded in the marker; a complete checkpoint of this step and branch is not written again.
 
     Raises:
         CheckpointError: on every rank if any rank fails (disk full, ...); older checkpoints are untouched.
     """
     target = folder / f"step-{step:06d}"
-    if is_complete(target):
+    written = world.is_main and lineage is not None and resume.branch_of(target) == lineage.branch
+    if world.sum(torch.tensor(float(written), device=world.device)).item():
         return target
     partial = folder / f".{target.name}.partial"
     tensors, steps = _tensors(model, optimizer)
@@ -106,6 +107,10 @@ def save(
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
         rng = torch.get_rng_state().numpy().tobytes().hex()
         _write_json(partial / f"rank-{world.rank:05d}.json", {"rng": rng, **rank_state})
+        own = [f"state/{p.name}" for p in sorted((partial / "state").glob(f"shard-{world.rank + 1:05d}-*"))]
+        # Read back while the pages are still in memory; rank 0 moves the sums into the marker.
+        sums = checksum.measure(partial, [*own, f"rank-{world.rank:05d}.json"])
+        _write_json(partial / SUMS.format(world.rank), sums)
 
     def write_rest() -> None:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -116,7 +121,7 @@ def save(
         )
         if write_hf is not None:
             write_hf(partial / "hf", full)
-        commit(partial, target)
+        commit(partial, target, _all_sums(partial, world), lineage)
 
     _together(world, target, partial, prepare)
     _together(world, target, partial, write_tensors)
@@ -141,11 +146,14 @@ def save_hf(target: Path, model: nn.Module, world: World, write_hf: WriteHF, dty
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, *, verified: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint into the model and the optimizer, in place, on any number of ranks; every rank calls it.
 
     The CPU random state is restored if the number of ranks is unchanged.
+
+    Args:
+        verified: `resolve` has just compared the files with their checksums.
 
     Returns:
         (`state` with the keys step and world_size, `rank_state` of this rank, or of rank 0 if this rank did not exist).
@@ -153,8 +161,11 @@ def load(
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or belongs to another model or other frozen parts.
     """
-    check(path)
-    state = json.loads((path / "train.json").read_text(encoding="utf-8"))
+    if not verified:
+        verify(path, world)
+    state = _read_json(path / "train.json", "step", "world_size", "tensors", "optimizer_steps")
+    own = path / f"rank-{world.rank:05d}.json"
+    rank_state = _read_json(own if own.exists() else path / "rank-00000.json", "rng")
     tensors, _ = _tensors(model, optimizer)
     have = state.pop("tensors")
     want = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -164,43 +175,26 @@ def load(
         other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
         raise CheckpointError(
             f"{path} does not fit this model and optimizer (was model.preset or optimizer.freeze different?): "
-            f"missing: {_some(missing)}; unexpected: {_some(extra)}; other shapes: {_some(other)}"
+            f"missing: {some(missing)}; unexpected: {some(extra)}; other shapes: {some(other)}"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{path}: the tensors in state/ cannot be read: {_reason(error)}") from error
     steps = state.pop("optimizer_steps")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             optimizer.state[parameter]["step"].fill_(steps[name])
-    own = path / f"rank-{world.rank:05d}.json"
-    rank_state = json.loads((own if own.exists() else path / "rank-00000.json").read_text(encoding="utf-8"))
-    rng = bytearray.fromhex(rank_state.pop("rng"))
+    rng = rank_state.pop("rng")
     if state["world_size"] == world.size:
-        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+        try:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng), dtype=torch.uint8))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{own} has no valid random state: {error}") from error
     return state, rank_state
-
-
-def resolve(resume: str, folder: Path) -> Path | None:
-    """The checkpoint of `--resume`: "" = none, "auto" = the newest complete one in `folder` if any, else a path.
-
-    Raises:
-        CheckpointError: the named checkpoint is not complete.
-    """
-    if not resume:
-        return None
-    if resume == "auto":
-        found = complete(folder)
-        return found[-1] if found else None
-    check(Path(resume))
-    return Path(resume)
-
-
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and is_complete(p)]
-    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def set_aside(out: Path) -> Path | None:
@@ -214,40 +208,6 @@ def set_aside(out: Path) -> Path | None:
     return moved
 
 
-def is_complete(path: Path) -> bool:
-    return (path / MARKER).is_file()
-
-
-def check(path: Path) -> None:
-    """Raise CheckpointError unless `path` has its marker and every file has the size that the marker lists."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}; --resume takes 'auto' or a folder step-XXXXXX")
-    if not is_complete(path):
-        raise CheckpointError(
-            f"{path} has no {MARKER} marker: it was never finished or is not a checkpoint. Complete checkpoints there: "
-            f"{_some([p.name for p in complete(path.parent)])}"
-        )
-    for name, size in json.loads((path / MARKER).read_text(encoding="utf-8"))["files"].items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{path / name} {state}, but {size} bytes were written: the checkpoint is damaged")
-
-
-def commit(partial: Path, target: Path) -> None:
-    """Mark `partial` as complete, flush it to the disk, and rename it to `target` (replacing an incomplete one)."""
-    files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-    _write_json(partial / MARKER, {"files": files})
-    atomic.replace(partial, target)
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, each marker first: a partly deleted one is incomplete."""
-    for path in complete(folder)[:-keep]:
-        (path / MARKER).unlink()
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def gather(model: nn.Module, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
     """Full tensors on the CPU of rank 0 in `dtype` (an empty dict elsewhere), one tensor on the device at a time."""
     full: dict[str, Tensor] = {}
@@ -256,6 +216,18 @@ def gather(model: nn.Module, world: World, dtype: torch.dtype) -> dict[str, Tens
         if world.is_main:
             full[name] = whole.detach().to("cpu", dtype)
     return full
+
+
+def _all_sums(partial: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and checksums of every file: those that each rank has left, which are deleted, and those of the rest."""
+    sums: dict[str, dict[str, Any]] = {}
+    for rank in range(world.size):
+        part = partial / SUMS.format(rank)
+        sums |= json.loads(part.read_text(encoding="utf-8"))
+        part.unlink()
+    rest = [p for p in partial.rglob("*") if p.is_file() and p.parent != partial / "state"]
+    names = sorted({str(p.relative_to(partial)) for p in rest} - set(sums))
+    return sums | checksum.measure(partial, names)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -295,7 +267,7 @@ def _together(world: World, target: Path, partial: Path | None, action: Callable
         free = "the folder cannot be read"
     raise CheckpointError(
         f"rank {world.rank}: could not write {target}: {why}; {free}. Complete checkpoints are untouched: "
-        f"{_some([p.name for p in complete(target.parent)])}. Free disk space or pass another --out, then --resume"
+        f"{some([p.name for p in complete(target.parent)])}. Free disk space or pass another --out, then --resume"
     ) from error
 
 
@@ -307,14 +279,20 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint, which has at least the keys `needed`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in needed if name not in content]
+        if not isinstance(content, dict) or missing:
+            raise ValueError(f"expected an object with {missing or needed}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not the state of a run: {error}") from error
+    return content
+
+
 def _write_json(path: Path, values: Any) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -26,6 +26,7 @@ from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
 from fastvst.train.optimizer import freeze
+from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
 from fastvst.train.stop_signal import StopRequest
 from fastvst.train.watchdog import Watchdog
 
@@ -109,15 +110,17 @@ def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
 
     Raises:
         FolderInUse: another process trains in `out`; raised on every rank.
-        CheckpointError: the checkpoint that `resume` names is not complete.
+        CheckpointError: the checkpoint that `resume` names is damaged, or "auto" finds none that is whole.
     """
-    found = checkpoint.resolve(resume, out / "checkpoints")
+    found, damaged = find(resume, out / "checkpoints", world)
     refused: lock.FolderInUse | None = None
     if world.is_main:
         try:
             lock.acquire(out)
             if not resume and checkpoint.set_aside(out) is not None:
                 lock.acquire(out)
+            for path in damaged:
+                print(f"{path} was renamed to {set_damaged_aside(path).name}", flush=True)
         except lock.FolderInUse as error:
             refused = error
     if world.sum(torch.tensor(float(refused is not None), device=world.device)).item():
@@ -237,8 +240,10 @@ class Saver:
 
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint into model and optimizer; returns (state of all ranks, state of this rank)."""
-        found = checkpoint.load(path, self.model, self.optimizer, self.world)
+        found = checkpoint.load(path, self.model, self.optimizer, self.world, verified=True)  # by open_run_folder
         self.world.say(f"resumed from {path}")
+        if self.world.is_main:
+            self.world.say(*start_branch(self.out / "checkpoints", path))
         return found
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -260,6 +265,7 @@ class Saver:
             write_hf=self._write_hf if self.config.hf else None,
             hf_dtype=self.world.dtype,
             keep=self.config.keep,
+            lineage=current_branch(self.out / "checkpoints") or Lineage(),
         )
         self.world.say(f"saved {path}")
 

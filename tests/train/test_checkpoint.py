@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastvst import atomic
 from fastvst.train import checkpoint, distributed
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, World
@@ -23,7 +24,7 @@ ALONE = distributed.start(ParallelConfig(device="cpu", threads=1), environment={
 
 
 def _write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
-    checkpoint.commit(_write_partial(path, tensors), path)  # like the model's own writer: renamed when complete
+    atomic.replace(_write_partial(path, tensors), path)  # like the model's own writer: renamed when complete
 
 
 def _write_partial(path: Path, tensors: dict[str, Tensor]) -> Path:
@@ -110,7 +111,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     run_ranks(_first_half, 2, tmp_path)
     path = tmp_path / "step-000005"
     files = [p for p in path.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ""} and len(files) == 9
+    assert {p.suffix for p in files} == {".safetensors", ".json", ""} and len(files) == 8
     for file in files:
         if file.suffix == ".safetensors":
             load_file(file)
