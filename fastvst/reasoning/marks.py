@@ -25,7 +25,7 @@ PLAN_SIZE = (
 PLAN_MATCH = (
     "The task is to find one and the same spot of the room in both pictures.",
     "I have to follow a point from the first view into the second, so I look at what it lies on.",
-    "The question is about correspondence: which labelled point shows the spot that is circled in the first image?",
+    "The question is about correspondence: which circle shows the spot that is circled in the first image?",
 )
 DEPTH = ("The {a} is about {d} m away from the camera.", "I estimate a depth of about {d} m at the {a}.")
 SCALE = (
@@ -115,11 +115,12 @@ def correspondence(
     fact: dict[str, Any] = {"says": "spot", "view": meta["views"][0], "point": here, "objects": [thing]}
     closing = [say(rng, MERGE), *shared(scene, meta["views"], rng, CONFIG), *swing(scene, meta["views"], rng)]
     closing.append(Statement(pick(rng, ON).format(a=article(noun)), fact))
-    labels = sample.answer["candidates"]
+    labels = [name if name.startswith("point-") else f"the {name}" for name in sample.answer["candidates"]]
+    right = sample.answer["candidates"].index(sample.answer["value"])
     world = unproject(first.camera, np.array(here), first.depth[int(here[1]), int(here[0])].astype(np.float64))
-    for label, spot in zip(labels, meta["spots"], strict=True):
+    for k, (label, spot) in enumerate(zip(labels, meta["spots"], strict=True)):
         other = int(second.ids[int(spot[1]), int(spot[0])])
-        if label == sample.answer["value"]:
+        if k == right:
             fact = {"says": "same", "views": meta["views"], "points": [here, spot], "objects": [thing]}
             last = Statement(capital(pick(rng, SAME).format(p=label, n=noun)), fact)
         elif other == thing:

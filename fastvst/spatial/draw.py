@@ -66,7 +66,7 @@ def circle(image: Image.Image, point: tuple[float, float], colour: str | tuple[i
     u, v = point
     draw = ImageDraw.Draw(image)
     draw.ellipse([u - r - 1, v - r - 1, u + r + 1, v + r + 1], outline=(255, 255, 255), width=1)
-    draw.ellipse([u - r, v - r, u + r, v + r], outline=_rgb(colour), width=max(2, round(r / 3)))
+    draw.ellipse([u - r, v - r, u + r, v + r], outline=_rgb(colour), width=max(2, round(r / 2.2)))
     draw.ellipse([u - 1.5, v - 1.5, u + 1.5, v + 1.5], fill=_rgb(colour))
     if label:
         text(image, (u, v - 2.2 * r if v > 4 * r else v + 2.2 * r), label)

@@ -1,6 +1,7 @@
 """Correspondence: find the circled point of image 1 among labelled circles in image 2.
 
-The true point comes from reprojection with a depth check.
+The true point comes from reprojection with a depth check. The circles of image 2 have four different colours: a small
+vision tower reads a colour where it cannot read a digit.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial import draw
 from fastvst.spatial.camera import project, unproject
-from fastvst.tasks.common import LETTERS, TaskConfig, canvas, choice, pick, sample
+from fastvst.tasks.common import LETTERS, TaskConfig, canvas, choice, choose, listed, pick, sample
 
 TASK = "correspondence"
 KIND = "correspondence"
 RIM = 0.07  # share of the image side kept free of points
 STEEP = 0.1  # metres of depth across three pixels
 
+COLOUR_FORM = (
+    "A point is circled in {c} in the first image. Which circle of the second image shows the same point: {list}?",
+    "Which circle in image 2 corresponds to the {c} circle in image 1: {list}?",
+    "The {c} circle of image 1 marks a point. Which circle of image 2 marks the same one, {list}?",
+    "Two views of one room: which circle of the second view, {list}, shows the spot circled in {c} in the first?",
+    "Match the {c} circle of the first view with one circle of the second view: {list}.",
+)
 FREE = (
     "A point is circled in {c} in the first image. Which of the points labelled 1-4 in the second image is the same?",
     "The first image has a point circled in {c}. Find the same point among points 1-4 of the second image.",
@@ -26,7 +34,7 @@ FREE = (
     "Match the {c} circled point of the first view with one of the four labelled points of the second view.",
     "Two views of one room: which point of the second view is the one circled in {c} in the first?",
     "Look for the {c} circled point of image 1 in image 2. Which label does it have there?",
-    "Which of the four circles in image 2 shows the spot circled in {c} in image 1?",
+    "Which of the four labelled circles in image 2 shows the spot circled in {c} in image 1?",
     "Where did the {c} circled point of the first image go in the second image: point-1, point-2, point-3 or point-4?",
     "Identify the point of the second image that corresponds to the {c} circle in the first.",
 )
@@ -121,20 +129,24 @@ def make(
     assert there is not None
     place = int(rng.integers(4))
     order = [*wrong[:place], there, *wrong[place:]]
-    colour = pick(rng, tuple(draw.COLOURS))
-    free = bool(rng.uniform() < config.easy)
-    labels = ["1", "2", "3", "4"] if free else list(LETTERS[:4])
+    form = "colour" if rng.uniform() < config.easy else pick(rng, ("number", "choice"))
+    colour, *colours = choose(rng, tuple(draw.COLOURS), 5)
+    labels = {"colour": [""] * 4, "number": ["1", "2", "3", "4"], "choice": list(LETTERS[:4])}[form]
     one = canvas(first)
     two = canvas(second)
     draw.circle(one, (float(point[0]), float(point[1])), colour)
-    other_colour = colour if free else pick(rng, tuple(draw.COLOURS))
-    for label, spot in zip(labels, order, strict=True):
+    for label, spot, other_colour in zip(labels, order, colours, strict=True):
         draw.circle(two, (float(spot[0]), float(spot[1])), other_colour, label)
-    names = [f"point-{label}" for label in labels]
-    if free:
+    if form == "colour":
+        names = [f"{name} circle" for name in colours]
+        question = pick(rng, COLOUR_FORM).format(c=colour, list=listed([f"the {name}" for name in names], "or"))
+        reply = names[place]
+    elif form == "number":
+        names = [f"point-{label}" for label in labels]
         question = pick(rng, FREE).format(c=colour)
         reply = names[place]
     else:
+        names = [f"point-{label}" for label in labels]
         options = " ".join(f"{label}. {name}" for label, name in zip(labels, names, strict=True))
         question = pick(rng, CHOICE).format(c=colour, options=options)
         reply = f"{labels[place]} {names[place]}"
@@ -145,9 +157,9 @@ def make(
         index=index,
         images=[one, two],
         turns=[(question, reply)],
-        answer=choice(names[place], names, lettered=not free),
+        answer=choice(names[place], names, lettered=form == "choice"),
         metadata={
-            "form": "free" if free else "choice",
+            "form": form,
             "views": list(pair[:2]),
             "pair": pair[2],
             "point": [float(x) for x in point],

@@ -240,8 +240,16 @@ def check_correspondence(scene: Scene, geometry: Geometry, rays: Rays, sample: S
         if k != right:
             assert np.linalg.norm(rays.cast(second, tuple(spot))[0] - world) > 0.05
     assert sample.answer["value"] == sample.answer["candidates"][right]
-    label = sample.answer["value"].removeprefix("point-")
-    assert reply(sample) == (f"{label} point-{label}" if meta["form"] == "choice" else f"point-{label}")
+    value = sample.answer["value"]
+    letter = "" if meta["form"] != "choice" else f"{value.removeprefix('point-')} "
+    assert reply(sample) == letter + value
+    for number, (u, v) in enumerate((meta["point"], spots[right])):
+        drawn = image_of(sample, number)[int(v), int(u)].astype(int)  # the dot inside the circle
+        colour = min(COLOURS, key=lambda c: int(np.abs(np.array(COLOURS[c]) - drawn).sum()))
+        if number == 0:
+            assert f"{colour} circle" in question(sample) or f"circled in {colour}" in question(sample)
+        elif meta["form"] == "colour":
+            assert value == f"{colour} circle"
 
 
 def check_camera_motion(scene: Scene, geometry: Geometry, rays: Rays, sample: Sample) -> None:
@@ -342,14 +350,14 @@ def test_forms_and_letters_are_balanced(scenes: list[Scene]) -> None:
     forms: dict[str, Counter] = defaultdict(Counter)
     places: Counter = Counter()
     for scene in scenes:
-        for row in make_all(scene, 8):
+        for row in make_all(scene, 12):
             forms[row.metadata["task"]][row.metadata["form"]] += 1
             if row.metadata["task"] == "correspondence":
                 places[row.answer["candidates"].index(row.answer["value"])] += 1
     assert chisquare([places[k] for k in range(4)]).pvalue > 1e-3
     assert {"near", "far", "order_near", "order_far"} <= set(forms["depth_comparison"])
     assert {"colour", "short", "working"} == set(forms["distance"])
-    assert {"free", "choice"} == set(forms["correspondence"])
+    assert {"colour", "number", "choice"} == set(forms["correspondence"])
     easy = Counter(row.metadata["form"] for scene in scenes for row in make_all(scene, 1, TaskConfig(easy=1.0)))
     assert not {"choice", "working", "short", "point", "several"} & {form for form in easy if form != "choice"}
 
@@ -439,7 +447,7 @@ def test_phrase_banks_are_large_enough() -> None:
         "distance": distance.COLOUR_FORM + distance.SHORT_FORM + distance.WORKING_FORM,
         "measurement": measurement.QUESTIONS + measurement.EASY,
         "detection": detection_3d.PHRASES,
-        "correspondence": correspondence.FREE + correspondence.CHOICE,
+        "correspondence": correspondence.COLOUR_FORM + correspondence.FREE + correspondence.CHOICE,
         "motion": camera_motion.SHIFT + camera_motion.TURN,
     }
     for name, bank in banks.items():
