@@ -135,9 +135,10 @@ def bitwise_next_tokens(
     tokens, own, raw = next_tokens(hidden, weight, rows, steps, forbidden, seen)
     if own is None or raw is None:
         return Drawn(tokens)
-    raw = linear_logprobs(hidden, weight, tokens)[0].double()
+    valid = tokens.clamp(min=0)  # NOT_FINITE is no token
+    raw = linear_logprobs(hidden, weight, valid)[0].double()
     if rows.plain:
         return Drawn(tokens, raw, raw)
     if rows.filtered is None and rows.penalty is None and rows.common_temperature:
-        own = linear_logprobs(hidden, weight, tokens, temperature=rows.common_temperature)[0].double()
+        own = linear_logprobs(hidden, weight, valid, temperature=rows.common_temperature)[0].double()
     return Drawn(tokens, own, raw)

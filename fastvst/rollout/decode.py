@@ -16,8 +16,8 @@ from torch import Tensor
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.kv_cache import PagePool
-from fastvst.rollout.request import Completion
-from fastvst.rollout.sampler import Drawn, make_rows
+from fastvst.rollout.request import Completion, RolloutError
+from fastvst.rollout.sampler import NOT_FINITE, Drawn, make_rows
 from fastvst_kernels import decode_attention
 from fastvst_kernels.decode.pieces import DecodePieces, Piece, own_pieces, prefix_pieces
 
@@ -185,8 +185,12 @@ class DecodeBatch:
 
         Returns:
             the rows that may have finished: an EOS token, max_tokens, or a watched row.
+
+        Raises:
+            RolloutError: logits that are not finite; the batch is unchanged.
         """
         tokens = drawn.tokens.cpu().numpy()
+        check_finite(self.completions, self.host_steps, tokens)
         logprobs = None
         if drawn.logprobs is not None and drawn.raw_logprobs is not None:
             logprobs = torch.stack([drawn.logprobs, drawn.raw_logprobs]).cpu().numpy()
@@ -235,6 +239,17 @@ def seen_tokens(completions: Sequence[Completion], vocabulary: int) -> Tensor:
         seen[row, completion.prompt.sample.tokens.long()] = True
         seen[row, torch.tensor(completion.tokens, dtype=torch.int64)] = True
     return seen
+
+
+def check_finite(completions: Sequence[Completion], steps: Sequence[int] | np.ndarray, tokens: np.ndarray) -> None:
+    """Raises RolloutError if the logits of a row were not finite; `steps` are the tokens that each row had before."""
+    if (tokens != NOT_FINITE).all():
+        return
+    row = int(np.flatnonzero(tokens == NOT_FINITE)[0])
+    raise RolloutError(
+        f"{completions[row].prompt.name}: the logits after {steps[row]} completion tokens are not finite; the weights "
+        "(or the prompt's pixels) contain NaN or infinity"
+    )
 
 
 class RunningCompletions:

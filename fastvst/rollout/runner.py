@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from fastvst.rollout.cuda_graphs import DecodeGraphs
 from fastvst.rollout.decode import DecodeBatch, forward_tables, seen_tokens
 from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.prefill import ChunkAttention, fast_chunk_attention, run_chunks
-from fastvst.rollout.request import Completion, RolloutError
 from fastvst.rollout.sampler import Drawn, SamplingRows, make_rows, next_tokens
 from fastvst.rollout.scheduler import DecodeWork, PrefillWork, Work
 from fastvst.rollout.vision_cache import VisionCache, embed_prompts
@@ -80,11 +79,7 @@ class Runner:
         self.forbidden = torch.tensor(placeholders, device=self.device)
 
     def run(self, work: Work) -> Drawn | None:
-        """The next token of each of `work.completions`; None if there are none.
-
-        Raises:
-            RolloutError: logits that are not finite.
-        """
+        """The next token of each of `work.completions`; None if there are none."""
         with self.numerics.context(), torch.no_grad():
             return self._decode(work) if isinstance(work, DecodeWork) else self._prefill(work)
 
@@ -100,9 +95,7 @@ class Runner:
         rows = make_rows([c.params for c in completions], [c.seed for c in completions], vocabulary, self.device)
         seen = None if rows.penalty is None else seen_tokens(completions, vocabulary).to(self.device)
         steps = torch.zeros(len(completions), dtype=torch.int64, device=self.device)
-        drawn = self._draw(hidden, rows, steps, seen)
-        _check_finite(completions, [0] * len(completions), drawn.logprobs)
-        return drawn
+        return self._draw(hidden, rows, steps, seen)
 
     def _decode(self, work: DecodeWork) -> Drawn:
         batch = work.batch
@@ -112,20 +105,7 @@ class Runner:
             if batch.age == 0:
                 self.graphs.check_addresses()
             hidden = self.graphs.forward(batch.tables)
-        drawn = self._draw(hidden, batch.rows, batch.steps, batch.seen)
-        _check_finite(batch.completions, batch.host_steps.tolist(), drawn.logprobs)
-        return drawn
+        return self._draw(hidden, batch.rows, batch.steps, batch.seen)
 
     def _draw(self, hidden: Tensor, rows: SamplingRows, steps: Tensor, seen: Tensor | None) -> Drawn:
         return self.numerics.next_tokens(hidden, self.model.head_weight, rows, steps, self.forbidden, seen)
-
-
-def _check_finite(completions: Sequence[Completion], steps: Sequence[int], logprobs: Tensor | None) -> None:
-    """Raises RolloutError if the logits of a row are not finite; `steps` are the tokens it has so far."""
-    if logprobs is None or bool(torch.isfinite(logprobs).all()):
-        return
-    row = int((~torch.isfinite(logprobs)).nonzero()[0])
-    raise RolloutError(
-        f"{completions[row].prompt.name}: the logits after {steps[row]} completion tokens are not finite; the weights "
-        "(or the prompt's pixels) contain NaN or infinity"
-    )

@@ -20,13 +20,14 @@ from fastvst_kernels import sample_tokens
 from fastvst_kernels.sampling.reference import apply_filters_, head_logits
 
 BLOCK = 64  # entries of a block of the two-level sum
+NOT_FINITE = -1  # in place of a token, so the host learns it from the tokens, which it reads anyway
 
 
 class Drawn(NamedTuple):
     """One token for each of B rows.
 
     Attributes:
-        tokens: (B,) int64.
+        tokens: (B,) int64; NOT_FINITE in a row whose logits contain NaN or infinity.
         logprobs, raw_logprobs: (B,) under the sampling distribution and under the model's own (see `Rollout`); None if
             no row asks for them.
     """
@@ -141,6 +142,7 @@ def sample_fused(
         top_p=rows.top_p,
         min_p=rows.min_p,
     )
+    tokens = torch.where(torch.isfinite(logprobs) & torch.isfinite(raw_logprobs), tokens, NOT_FINITE)
     return Drawn(tokens, logprobs, raw_logprobs) if rows.logprobs else Drawn(tokens)
 
 
@@ -154,6 +156,7 @@ def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor,
         seen: (B, V) bool, tokens of prompt and completion, for the repetition penalty.
     """
     forbidden_logits = logits.index_select(1, forbidden).double()  # they keep their share of the softmax
+    unscaled = forbidden_logits
     raw = None
     if rows.logprobs and not rows.plain:
         raw = logits.clone()
@@ -162,11 +165,12 @@ def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor,
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     logits.index_fill_(1, forbidden, float("-inf"))
     if rows.all_greedy:
-        tokens = logits.argmax(1)
+        tokens = logits.argmax(1)  # of a NaN, if there is one
+        found = _marked(tokens, logits.gather(1, tokens[:, None]), forbidden_logits)
         if not rows.logprobs:
-            return Drawn(tokens)
+            return Drawn(found)
         own = _log_softmax_at(raw, tokens) if raw is not None else _log_softmax_at(logits, tokens, forbidden_logits)
-        return Drawn(tokens, own, own)
+        return Drawn(found, own, own)
     best = logits.argmax(1) if rows.greedy is not None else None
     if rows.scaled and rows.temperature is not None:
         scale = torch.where(rows.temperature == 0, 1.0, 1 / rows.temperature)[:, None]
@@ -180,14 +184,21 @@ def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor,
     tokens, top, total = draw(logits, uniform(rows.seeds, steps))
     if best is not None and rows.greedy is not None:
         tokens = torch.where(rows.greedy, best, tokens)
+    marked = _marked(tokens, top, unscaled)
     if not rows.logprobs:
-        return Drawn(tokens)
+        return Drawn(marked)
     lse = torch.logaddexp(torch.log(total) + top.squeeze(1), torch.logsumexp(forbidden_logits, 1))
     own = logits.gather(1, tokens[:, None]).squeeze(1).double() - lse
     if raw is None:
-        return Drawn(tokens, own, own)
+        return Drawn(marked, own, own)
     plain = _log_softmax_at(raw, tokens)
-    return Drawn(tokens, own if rows.greedy is None else torch.where(rows.greedy, plain, own), plain)
+    return Drawn(marked, own if rows.greedy is None else torch.where(rows.greedy, plain, own), plain)
+
+
+def _marked(tokens: Tensor, top: Tensor, forbidden_logits: Tensor) -> Tensor:
+    """The tokens, NOT_FINITE where the largest logit (B, 1) or a forbidden one (B, f) is not finite."""
+    finite = torch.isfinite(top).squeeze(1) & torch.isfinite(forbidden_logits).all(1)
+    return torch.where(finite, tokens, NOT_FINITE)
 
 
 def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +208,8 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits: (B, V), -inf = impossible; u: (B,) float64 in [0, 1).
 
     Returns:
-        tokens (B,); the largest logit of each row, (B, 1) float64; the sum of exp(logit - largest), (B,) float64.
+        tokens (B,); the largest logit of each row (NaN if it has one), (B, 1) float64; the sum of
+        exp(logit - largest), (B,) float64.
     """
     top = logits.amax(1, keepdim=True)
     weights = torch.exp_(logits - top)
@@ -208,7 +220,7 @@ def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = upper[:, -1]
     # u * total may round up to total; no cumulative sum would exceed that.
     goal = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))[:, None]
-    block = torch.searchsorted(upper, goal, right=True)
+    block = torch.searchsorted(upper, goal, right=True).clamp(max=upper.shape[1] - 1)  # beyond the last one for NaN
     lower = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
     below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = (lower.cumsum(1) <= goal - below).sum(1)

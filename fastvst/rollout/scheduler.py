@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastvst.rollout.decode import DecodeBatch, RunningCompletions
+from fastvst.rollout.decode import DecodeBatch, RunningCompletions, check_finite
 from fastvst.rollout.kv_cache import OutOfPages, PagePool, ResidentPrompts
 from fastvst.rollout.request import Chunk, Completion, PromptState, Request, RolloutError, Status
 from fastvst.rollout.sampler import Drawn
@@ -119,7 +119,11 @@ class Scheduler:
         return None
 
     def update(self, work: Work, drawn: Drawn | None) -> list[Completion]:
-        """Take the tokens of a step (None if it drew none); returns the completions that finished with it."""
+        """Take the tokens of a step (None if it drew none); returns the completions that finished with it.
+
+        Raises:
+            RolloutError: logits that are not finite; nothing has changed then.
+        """
         if drawn is None:
             return []
         if isinstance(work, PrefillWork):
@@ -159,11 +163,13 @@ class Scheduler:
             prompt.embedded = None
 
     def _start(self, completions: Sequence[Completion], drawn: Drawn) -> None:
-        """Give completions their first tokens; they are RUNNING from now on."""
+        """Give completions their first tokens; they are RUNNING from now on. Raises as `update`."""
+        tokens = drawn.tokens.cpu().numpy()
+        check_finite(completions, [0] * len(completions), tokens)
         own = None if drawn.logprobs is None else drawn.logprobs.tolist()
         raw = None if drawn.raw_logprobs is None else drawn.raw_logprobs.tolist()
         now = time.perf_counter()
-        for row, (completion, token) in enumerate(zip(completions, drawn.tokens.tolist(), strict=True)):
+        for row, (completion, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):
             completion.tokens.append(token)
             completion.first_token_time = now
             if own is not None and raw is not None and completion.params.logprobs:

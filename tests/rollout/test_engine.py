@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -210,17 +212,50 @@ def test_an_exception_inside_a_step_leaves_the_engine_usable(models, samples, ex
     assert [r[0].tokens for r in made.generate(samples, GREEDY)] == expected
 
 
-def test_nonfinite_weights_are_named_and_leave_nothing_behind(models, samples, expected):
-    made = engine(models[0])
+ODD_PARAMS = {
+    "greedy": {"temperature": 0},
+    "plain": {"temperature": 1},
+    "scaled": {"temperature": 0.7},
+    "filtered": {"temperature": 0.7, "top_p": 0.5, "top_k": 5, "min_p": 0.1},
+    "penalty": {"temperature": 0, "repetition_penalty": 1.1},
+    "bitwise": {"temperature": 1},
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize("name", ODD_PARAMS)
+def test_nonfinite_logits_are_named_and_leave_nothing_behind(models, samples, expected, name, logprobs, value):
+    made = engine(models[0], numerics="bitwise" if name == "bitwise" else "fast")
+    params = SamplingParams(max_tokens=3, logprobs=logprobs, **ODD_PARAMS[name])
     weight = models[0].model.layers[0].self_attn.v_proj.weight
     saved = weight.detach().clone()
     with torch.no_grad():
-        weight[0, 0] = torch.nan
-    with pytest.raises(RolloutError, match="memory/0: the logits after 0 completion tokens are not finite"):
-        made.generate(samples, GREEDY)
-    with torch.no_grad():
-        weight.copy_(saved)
-    assert [r[0].tokens for r in made.generate(samples, GREEDY)] == expected, "no NaN stays in the pages"
+        weight[0, 0] = value
+    try:
+        with pytest.raises(RolloutError, match="memory/0: the logits after 0 completion tokens are not finite"):
+            made.generate(samples, params)
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    if name == "greedy":
+        assert [r[0].tokens for r in made.generate(samples, GREEDY)] == expected, "no NaN stays in the pages"
+
+
+def test_a_token_whose_logits_overflow_is_named_in_the_middle_of_a_completion(models, samples):
+    made = engine(models[0])
+    calls = []
+
+    def overflow(module, inputs, output):
+        calls.append(1)
+        return output * torch.nan if len(calls) == 4 else output
+
+    handle = models[0].model.layers[-1].register_forward_hook(overflow)
+    try:
+        with pytest.raises(RolloutError, match="memory/0: the logits after 3 completion tokens are not finite"):
+            made.generate(samples[:1], dataclasses.replace(GREEDY, logprobs=False, ignore_eos=True))
+    finally:
+        handle.remove()
 
 
 def test_requests_can_be_mixed_and_cancelled(models, samples, expected):
