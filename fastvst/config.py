@@ -82,6 +82,27 @@ def option_fields(config: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(config) if field.metadata.get("option", True)]
 
 
+def check_positive(**values: float) -> None:
+    """Raise ValueError for an option that is not a finite number above 0; the message has its name."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; expected a number above 0")
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """Raise ValueError for an option that is not a finite number of at least `least`; the message has its name."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not least <= value < float("inf"):
+            raise ValueError(f"{name} is {value}; expected at least {least:g}")
+
+
+def check_order(**values: float) -> None:
+    """Raise ValueError if the first option is larger than the second; the message has both names."""
+    (low, least), (high, most) = values.items()
+    if least > most:
+        raise ValueError(f"{low} is {least} and {high} is {most}; expected {low} <= {high}")
+
+
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every option of a dataclass instance, in the order of definition.
 
@@ -306,7 +327,11 @@ def _item(annotation: Any, value: Any, where: str) -> Any:
     missing = [n for n in required if n not in value]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    given = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as error:  # from the checks in __post_init__ of the dataclass
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastvst.batch import PackedBatch
-from fastvst.config import not_an_option
+from fastvst.config import check_at_least, not_an_option
 from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.packing import PackingConfig, PackingReport
@@ -60,6 +60,20 @@ class LoaderConfig:
     buffer_samples: int = 512
     buffer_steps: float = not_an_option(3.0)
 
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            tokens_per_pack=self.tokens_per_pack,
+            accumulation=self.accumulation,
+            prefetch=self.prefetch,
+            buffer_samples=self.buffer_samples,
+            buffer_steps=self.buffer_steps,
+        )
+        check_at_least(0, num_workers=self.num_workers, timeout_s=self.timeout_s)
+        methods = (None, "fork", "spawn", "forkserver")
+        if self.start_method not in methods:
+            raise ValueError(f"start_method is {self.start_method!r}; expected one of {methods}")
+
 
 def make_planner(mixture: Mixture, processor: Encoder, config: LoaderConfig, world_size: int) -> Planner:
     """The planner of a run. With it, dry runs and reports see the steps without encoding anything."""
@@ -86,11 +100,8 @@ class Loader:
         world_size: int = 1,
         ledger: Ledger | None = None,
     ) -> None:
-        if not 0 <= rank < world_size or config.accumulation < 1:
-            raise ValueError(
-                f"need 0 <= rank < world_size and accumulation >= 1; got rank {rank} of {world_size} with accumulation "
-                f"{config.accumulation}"
-            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"need 0 <= rank < world_size; got rank {rank} of {world_size}")
         self.mixture = mixture
         self.processor = processor
         self.config = config

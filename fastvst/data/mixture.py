@@ -11,14 +11,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvst.config import check_at_least, check_order, check_positive
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
-from fastvst.data.sources import Source, open_source
+from fastvst.data.sources import FORMATS, Source, open_source
+from fastvst.data.sources.forms import check_names
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class SourceConfig:
 
     Attributes:
         path: a file, or a folder that is searched at all depths.
-        format: "auto", "vst", "llava", "openai" or "hf", see `open_source`.
-        weight: share of the drawn samples, relative to the other sources; None (for all sources): the number of rows.
+        format: "auto", or the only format whose rows are read: "vst", "llava", "openai", "hf", "csv", "webdataset" or
+            "pairs", see `open_source`.
+        weight: share of the drawn samples, relative to the other sources. A source without a weight weighs 1; without
+            any weight in the mixture, every source weighs as much as it has rows.
         name: data set name for ids and errors; None: the name of the folder or file.
         image_folder: folder in which relative image paths start; None: the folder of the file that names them.
         split: split of the data set, by the naming rules of the Hub (docs/data.md); None: the only one.
         min_pixels: least pixels of an image of this source after resizing; None: the processor's.
         max_pixels: most pixels of an image of this source after resizing; None: the processor's.
+        columns: names of columns, e.g. {question = "prompt", answer = "label", image = "path"}.
+        question: the question that is asked about images that have only a caption, e.g. "Describe the image."
         special_tokens: special tokens that texts of this source may contain, e.g. ["<|box_start|>", "<|box_end|>"];
             rows with others are rejected.
     """
@@ -46,7 +51,20 @@ class SourceConfig:
     split: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    question: str | None = None
     special_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; expected 'auto' or one of {sorted(FORMATS)}")
+        if self.weight is not None:
+            check_positive(weight=self.weight)
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        check_positive(**{name: value for name, value in limits.items() if value is not None})
+        if self.min_pixels is not None and self.max_pixels is not None:
+            check_order(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        check_names(self.columns)
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class MixtureConfig:
 
     Attributes:
         sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels,
-            max_pixels and special_tokens; only path is required.
+            max_pixels, columns, question and special_tokens; only path is required (docs/data.md).
         seed: seed of the shuffling and of the choice between sources.
         shuffle_buffer: rows that every worker holds in memory for shuffling, encoded images included; 0 = no shuffling.
         epochs: passes over every source after which the stream ends; none = endless.
@@ -65,6 +83,11 @@ class MixtureConfig:
     seed: int = 0
     shuffle_buffer: int = 1000
     epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(0, seed=self.seed, shuffle_buffer=self.shuffle_buffer)
+        if self.epochs is not None:
+            check_at_least(1, epochs=self.epochs)
 
 
 class Ref(NamedTuple):
@@ -125,7 +148,7 @@ class Mixture(Iterator[Drawn]):
             sources: the opened sources of `config.sources`, in that order.
 
         Raises:
-            ValueError: no sources, or weights that are only partly given or not positive.
+            ValueError: no sources, or none.
         """
         self.config = config
         self.sources = list(sources)
@@ -237,19 +260,27 @@ class Mixture(Iterator[Drawn]):
 
 def open_mixture(config: MixtureConfig, *, whole_rows: bool = False) -> Mixture:
     """Open every source of a mixture; for whole_rows see `Source`. Raises what `open_source` raises."""
-    sources = [
-        open_source(s.path, s.format, name=s.name, image_folder=s.image_folder, split=s.split) for s in config.sources
-    ]
+    sources = [open_configured(source) for source in config.sources]
     return Mixture([s.with_whole_rows() for s in sources] if whole_rows else sources, config)
 
 
 def iterate_once(config: SourceConfig) -> Iterator[Sample]:
     """The rows of one source, once and in order, with its pixel limits; for evaluation. Raises at the first bad row."""
-    path = Path(config.path)
-    for sample in open_source(
-        path, config.format, name=config.name, image_folder=config.image_folder, split=config.split
-    ):
+    for sample in open_configured(config):
         yield limit_pixels(sample, config)
+
+
+def open_configured(config: SourceConfig) -> Source:
+    """`open_source` with the keys of a source."""
+    return open_source(
+        config.path,
+        config.format,
+        name=config.name,
+        image_folder=config.image_folder,
+        split=config.split,
+        columns=config.columns,
+        question=config.question,
+    )
 
 
 def limit_pixels(sample: Sample, config: SourceConfig) -> Sample:
@@ -271,7 +302,4 @@ def _weights(configs: Sequence[SourceConfig], sources: Sequence[Source]) -> list
     given = [c.weight for c in configs]
     if all(weight is None for weight in given):
         return [float(len(source)) for source in sources]
-    if any(weight is None or weight <= 0 for weight in given):
-        pairs = [f"{source.name}: {weight}" for source, weight in zip(sources, given, strict=True)]
-        raise ValueError(f"give every source a positive weight, or none of them; got {pairs}")
-    return [float(weight) for weight in given if weight is not None]
+    return [1.0 if weight is None else float(weight) for weight in given]

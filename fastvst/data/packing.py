@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastvst.batch import Cost
+from fastvst.config import check_at_least
 
 BULK_SAMPLES = 4  # the bulk leaves room for this many average samples in every pack ...
 BULK_ROOM = (0.03, 0.2)  # ... but at least and at most these shares of the budget
@@ -50,8 +51,12 @@ class PackingConfig:
     buffer_steps: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.tokens_per_pack < 1 or self.buffer_samples < 1 or self.buffer_steps < 1:
-            raise ValueError(f"tokens_per_pack, buffer_samples and buffer_steps must be at least 1; got {self}")
+        check_at_least(
+            1,
+            tokens_per_pack=self.tokens_per_pack,
+            buffer_samples=self.buffer_samples,
+            buffer_steps=self.buffer_steps,
+        )
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,8 @@ class Processor:
 
     def inspect(self, sample: Sample, *, add_generation_prompt: bool = False) -> TokenizedSample:
         """Tokens, image sizes, cost and notes from text and image headers. Raises SampleError as `encode` does."""
-        try:
+        with _refused(sample):
             return self._tokenize(sample, add_generation_prompt)
-        except MediaError as error:
-            raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
 
     def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> EncodedSample:
         r"""Tokens, labels, positions and patches of one sample.
@@ -155,13 +154,11 @@ class Processor:
             SampleError: a sample that cannot be used. Reasons: "too_long", "literal_special_token", "empty_sample",
                 "missing_image", "broken_image", "empty_file", "empty_image", "aspect_ratio", "bad_image_type",
                 "decompression_bomb", "decode_timeout", "missing_video", "broken_video", "empty_video",
-                "bad_video_type", "bad_fps", "bad_field".
+                "bad_video_type", "bad_fps", "bad_field", "unexpected_error" (an exception of a library, named).
         """
-        try:
+        with _refused(sample):
             tokenized = self._tokenize(sample, add_generation_prompt)
             patches, notes = load_patches(tokenized.inputs, self.config, self.geometry)
-        except MediaError as error:
-            raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
         vision = self.model_config.vision
         tokens = tokenized.tokens
         grids = [one.grid for one in tokenized.inputs]
@@ -236,6 +233,20 @@ class Processor:
         (`Qwen25VL.save_pretrained`).
         """
         write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
+
+
+@contextmanager
+def _refused(sample: Sample) -> Iterator[None]:
+    """Every exception of a library on this sample, as its SampleError: one bad row never ends a run."""
+    try:
+        yield
+    except MediaError as error:
+        raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
+    except SampleError:
+        raise
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise SampleError("unexpected_error", sample.source, sample.id, detail) from error
 
 
 def _too_long(

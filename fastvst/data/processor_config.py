@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from fastvst.config import not_an_option
+from fastvst.config import check_at_least, check_order, check_positive, not_an_option
 from fastvst.data.chat import SUPERVISE
 from fastvst.data.image_modes import ImageRules
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, RESIZE
@@ -77,17 +77,26 @@ class ProcessorConfig:
         if self.video_rule not in ("", "extent", "grid"):
             raise ValueError(f"video_rule is {self.video_rule!r}; expected 'extent', 'grid' or ''")
         _ = self.rules  # checks alpha
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels; got {self.min_pixels} and {self.max_pixels}")
-        if not 0 < self.video_min_pixels <= self.video_max_pixels:
-            raise ValueError(
-                f"need 0 < video_min_pixels <= video_max_pixels; got {self.video_min_pixels}, {self.video_max_pixels}"
-            )
-        if self.max_seq_len < 1 or not 0 < self.min_frames <= self.max_frames or not self.fps > 0:
-            raise ValueError(
-                "need max_seq_len >= 1, 0 < min_frames <= max_frames and fps > 0; got "
-                f"{self.max_seq_len}, {self.min_frames}, {self.max_frames}, {self.fps}"
-            )
+        check_at_least(
+            1,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_seq_len=self.max_seq_len,
+            fov_base_width=self.fov_base_width,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            video_min_pixels=self.video_min_pixels,
+            video_max_pixels=self.video_max_pixels,
+            max_source_pixels=self.max_source_pixels,
+        )
+        check_positive(fps=self.fps, image_time_limit=self.image_time_limit, video_time_limit=self.video_time_limit)
+        check_order(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        check_order(min_frames=self.min_frames, max_frames=self.max_frames)
+        check_order(video_min_pixels=self.video_min_pixels, video_max_pixels=self.video_max_pixels)
+        if not all(abs(value) < float("inf") for value in self.image_mean):
+            raise ValueError(f"image_mean is {self.image_mean}; expected three finite numbers")
+        if not all(0 < value < float("inf") for value in self.image_std):
+            raise ValueError(f"image_std is {self.image_std}; expected three numbers above 0")
 
     @property
     def rules(self) -> ImageRules:

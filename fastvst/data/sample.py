@@ -24,6 +24,7 @@ class Sample:
         kind: VST's `type` column ("bbox_3d", "depth", "thought_spatial", "video", "text", ...). It switches on the FoV
             unification ("bbox_3d") and selects the system prompt ("thought*").
         notes: keys of the row that nothing reads.
+        changes: (code, detail) of every value that is written in an unusual way and was read as it was meant.
         messages: role and parts, and "learn": False where the loss leaves an assistant message out. A part is one of
             {"type": "text", "text": str},
             {"type": "image", "image": PIL.Image | path | encoded bytes, "min_pixels"?, "max_pixels"?,
@@ -42,6 +43,7 @@ class Sample:
     answer: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+    changes: tuple[tuple[str, str], ...] = field(default=(), compare=False, kw_only=True)
     row: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst.config import check_at_least, check_order, check_positive
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules
 from fastvst.data.images import MediaError, image_header, load_rgb, resize_planar, target_size
 from fastvst.data.media_cache import Cache, media_key
@@ -45,6 +46,18 @@ class VideoConfig:
     min_pixels: int = 128 * 28 * 28
     max_pixels: int = 768 * 28 * 28
     time_limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+        check_positive(fps=self.fps, time_limit=self.time_limit)
+        check_order(min_frames=self.min_frames, max_frames=self.max_frames)
+        check_order(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -170,8 +183,8 @@ def _config_of_part(part: dict[str, Any], config: VideoConfig) -> VideoConfig:
     """`config` with the rate and the numbers of frames of a row; a row never raises the most frames."""
     name = "sample_fps" if isinstance(part["video"], (list, tuple)) and part.get("sample_fps") else "fps"
     fps = _number(part, name, config.fps) if part.get(name) else config.fps
-    max_frames = int(min(_number(part, "max_frames", config.max_frames), config.max_frames))
-    min_frames = int(min(_number(part, "min_frames", config.min_frames), max_frames))
+    max_frames = max(int(min(_number(part, "max_frames", config.max_frames), config.max_frames)), 1)
+    min_frames = max(int(min(_number(part, "min_frames", config.min_frames), max_frames)), 1)
     return dataclasses.replace(config, fps=float(fps), min_frames=min_frames, max_frames=max_frames)
 
 

@@ -67,8 +67,11 @@ def test_weights_are_shares_of_samples(paths) -> None:
     assert drawn["p"] / 4000 == pytest.approx(0.75, abs=0.03)  # 4 sigma of a binomial
     natural = Counter(name[0] for name in ids(open_mixture(config(paths)), 4000))
     assert natural["p"] / 4000 == pytest.approx(50 / 650, abs=0.02)
-    with pytest.raises(ValueError, match=r"every source a positive weight.*j: 1.0.*p: None"):
-        open_mixture(config(paths, (1.0, None)))
+    partly = Counter(name[0] for name in ids(open_mixture(config(paths, (3.0, None))), 4000))
+    assert partly["p"] / 4000 == pytest.approx(0.25, abs=0.03)  # a source without a weight weighs 1
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight is"):
+            config(paths, (weight, None))
 
 
 @settings(max_examples=25, deadline=None)

@@ -337,7 +337,7 @@ def test_missing_files_and_wrong_options(directory: Path, tmp_path: Path) -> Non
         Processor.preset("tiny", max_pixels="3")
     with pytest.raises(ValueError, match="supervise is 'all'"):
         Processor.preset("tiny", supervise="all")
-    with pytest.raises(ValueError, match="min_pixels <= max_pixels"):
+    with pytest.raises(ValueError, match="expected min_pixels <= max_pixels"):
         Processor.preset("tiny", max_pixels=100)
     with pytest.raises(ValueError, match="no processor preset '3b'"):
         Processor.preset("3b")

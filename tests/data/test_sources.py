@@ -383,11 +383,11 @@ def test_errors_say_what_was_found_and_what_is_accepted(tmp_path) -> None:
     with pytest.raises(ValueError, match="unreadable_file: .*not a complete JSON array"):
         (tmp_path / "cut.json").write_text('[{"conversations": [')
         open_source(tmp_path / "cut.json")
-    with pytest.raises(ValueError, match="neither Parquet, Arrow nor JSON"):
+    with pytest.raises(ValueError, match="neither Parquet, Arrow, JSON, CSV nor tar"):
         (tmp_path / "image.png").write_bytes(png(1))
         open_source(tmp_path / "image.png")
-    path = write_lines(tmp_path / "odd.jsonl", [{"prompt": 1, "response": 2}])
-    with pytest.raises(ValueError, match=r"columns \['prompt', 'response'\].*accepted:"):
+    path = write_lines(tmp_path / "odd.jsonl", [{"ask": 1, "reply": 2}])
+    with pytest.raises(ValueError, match=r"columns \['ask', 'reply'\].*accepted:"):
         open_source(path)
     path = write_lines(tmp_path / "llava.jsonl", [{"conversations": talk("?")}])
     with pytest.raises(ValueError, match=r"'openai' needs one of \['messages'\]"):

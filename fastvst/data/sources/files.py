@@ -1,9 +1,10 @@
-"""Tables on disk with random access: Parquet, Arrow (as `datasets.save_to_disk` writes it), JSON (json_files.py).
+"""Tables on disk with random access: Parquet, Arrow (as `datasets.save_to_disk` writes it), and those of json_files.py,
+csv_files.py and tar_files.py.
 
-Every table is a list of *blocks* (a Parquet row group, an Arrow record batch, 256 JSON rows). (block, row) is the
-permanent reference of a row: a saved shuffle buffer is a list of such pairs. A table holds only offsets and opens its
-file while it reads a block, so tables can be sent to other processes, and a worker holds 64 rows at a time, not a whole
-row group.
+Every table is a list of *blocks* (a Parquet row group, an Arrow record batch, 256 rows of the others). (block, row) is
+the permanent reference of a row: a saved shuffle buffer is a list of such pairs. A table holds only offsets and opens
+its file while it reads a block, so tables can be sent to other processes, and a worker holds 64 rows at a time, not a
+whole row group.
 """
 
 from __future__ import annotations
@@ -15,86 +16,135 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastvst.data.sources.csv_files import CsvTable
 from fastvst.data.sources.json_files import JsonTable, Row
-from fastvst.data.sources.rows import COLUMNS
+from fastvst.data.sources.tar_files import TarTable
 
 BATCH = 64  # rows that are converted to Python objects at a time
+MOST_ROWS_A_BYTE = 1000  # of a file; equal values take about a bit each, and no column holds only these
 
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """A Parquet file; its blocks are its row groups. Reads the columns of the row forms, or all with `whole`."""
+    """A Parquet file; its blocks are its row groups.
+
+    Attributes:
+        wanted: columns that are read; None: all.
+    """
 
     path: Path
     block_rows: list[int]
     columns: list[str]
-    whole: bool = False
+    wanted: frozenset[str] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: the format has one way to be written."""
+        return ()
 
     @classmethod
     def open(cls, path: Path) -> ParquetTable:
+        """Read the footer. Raises ValueError if it cannot be true."""
         with pq.ParquetFile(path) as file:
             rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            return cls(path, rows, file.schema_arrow.names)
+            names = file.schema_arrow.names
+        _check_counts(path, rows)
+        _check_names(path, names)
+        return cls(path, rows, names)
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
-        columns = [c for c in self.columns if self.whole or c in COLUMNS]
+        columns = [c for c in self.columns if self.wanted is None or c in self.wanted]
+        count = self.block_rows[block]
         at = 0
+        problem = ValueError(f"row group {block} ends before its row {count}")
         try:
             # with buffer_size pyarrow streams the pages of a column instead of holding the whole column chunk
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 for batch in file.iter_batches(BATCH, row_groups=[block], columns=columns, use_threads=False):
                     skip = max(start - at, 0)
                     if skip < batch.num_rows:
-                        yield from _batch_rows(batch.slice(skip))
+                        yield from _batch_rows(batch.slice(skip, count - at - skip), self.wanted is None)
                     at += batch.num_rows
-        except Exception as error:
+        except Exception as error:  # pyarrow raises many kinds on damaged data
             problem = ValueError(f"row group {block} cannot be read: {error}")
-            for _ in range(max(at, start), self.block_rows[block]):
-                yield problem
+        for _ in range(max(at, start), count):
+            yield problem
 
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches. `whole` as for Parquet."""
+    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches. `wanted` as for Parquet."""
 
     path: Path
     block_rows: list[int]
     columns: list[str]
-    whole: bool = False
+    wanted: frozenset[str] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: the format has one way to be written."""
+        return ()
 
     @classmethod
     def open(cls, path: Path) -> ArrowTable:
+        """Read the headers of all batches. Raises ValueError if they cannot be true."""
         batches = _record_batches(path)
-        return cls(path, [b.num_rows for b in batches], batches[0].schema.names if batches else [])
+        rows = [b.num_rows for b in batches]
+        names = batches[0].schema.names if batches else []
+        _check_counts(path, rows)
+        _check_names(path, names)
+        return cls(path, rows, names)
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on."""
         try:
             batch = _record_batches(self.path)[block]
-            batch = batch.select([c for c in self.columns if self.whole or c in COLUMNS])
+            batch = batch.select([c for c in self.columns if self.wanted is None or c in self.wanted])
         except Exception as error:
             for _ in range(start, self.block_rows[block]):
                 yield ValueError(f"record batch {block} cannot be read: {error}")
             return
         for at in range(start, batch.num_rows, BATCH):
-            yield from _batch_rows(batch.slice(at, BATCH))
+            yield from _batch_rows(batch.slice(at, BATCH), self.wanted is None)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list[Row | ValueError]:
-    """The rows of a batch; ValueErrors in place of rows with a value that is not what its column says (not UTF-8)."""
+def _check_counts(path: Path, rows: list[int]) -> None:
+    """Raise ValueError for numbers of rows that the file cannot hold, as a damaged footer names them."""
+    most = MOST_ROWS_A_BYTE * path.stat().st_size
+    if any(count < 0 for count in rows) or sum(rows) > most:
+        raise ValueError(f"the file names {sum(rows)} rows in {path.stat().st_size} bytes; it is damaged")
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} is there {names.count(twice)} times; give every column its own name")
+
+
+def _batch_rows(batch: pa.RecordBatch, whole: bool) -> list[Row | ValueError]:
+    """The rows of a batch; ValueErrors in place of rows with a value that is not what its column says (not UTF-8).
+
+    Args:
+        whole: all columns are read. Then a value that Python has no type for (nanoseconds) becomes text.
+    """
     try:
+        batch.validate(full=True)  # offsets beyond the data would be read from other memory
         return batch.to_pylist()
     except Exception:
-        return [_one_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        return [_one_row(batch.slice(index, 1), whole) for index in range(batch.num_rows)]
 
 
-def _one_row(batch: pa.RecordBatch) -> Row | ValueError:
+def _one_row(batch: pa.RecordBatch, whole: bool) -> Row | ValueError:
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
+            column.validate(full=True)
             row[name] = column[0].as_py()
         except Exception as error:
+            if whole and pa.types.is_temporal(column.type):
+                row[name] = str(column.cast(pa.int64())[0].as_py())
+                continue
             return ValueError(f"column {name!r} cannot be read: {type(error).__name__}: {error}")
     return row
 
@@ -109,4 +159,4 @@ def _record_batches(path: Path) -> list[pa.RecordBatch]:
     return list(pa.ipc.open_stream(source))
 
 
-Table = ParquetTable | ArrowTable | JsonTable
+Table = ParquetTable | ArrowTable | JsonTable | CsvTable | TarTable

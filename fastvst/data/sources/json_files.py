@@ -50,7 +50,7 @@ class JsonTable:
         Raises:
             ValueError: neither an array of objects nor lines of objects.
         """
-        encoding, skipped = _encoding(path)
+        encoding, skipped = text_encoding(path)
         if encoding != "utf-8" or _first_byte(path, skipped) == b"[":
             spans = _text_spans(path, encoding, skipped)
         else:
@@ -63,6 +63,12 @@ class JsonTable:
         first = next((row for b in range(len(blocks)) for row in table.rows(b) if isinstance(row, dict)), {})
         return cls(path, blocks, list(first), spans, encoding)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the file differs from UTF-8 without a byte order mark."""
+        found = [f"encoding {self.encoding}"] if self.encoding != "utf-8" else []
+        return (*found, "byte order mark") if text_encoding(self.path)[1] else tuple(found)
+
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that are not JSON objects."""
         first = block * JSON_BLOCK
@@ -72,14 +78,23 @@ class JsonTable:
                 file.seek(begin)
                 try:
                     text = file.read(end - begin).decode(self.encoding)
-                    row = json.loads(text.rstrip().removesuffix(","))
+                    row = json.loads(text.rstrip().removesuffix(","), object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
                     yield ValueError(f"not JSON: {error}; expected an object")
                     continue
                 yield row if isinstance(row, dict) else ValueError(f"a JSON {type(row).__name__}; expected an object")
 
 
-def _encoding(path: Path) -> tuple[str, int]:
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """An object. Raises ValueError if a key is there twice: json would keep the last and drop the others."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+def text_encoding(path: Path) -> tuple[str, int]:
     """Name of the encoding, and the bytes of the byte order mark."""
     with open(path, "rb") as file:
         head = file.read(4)

@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {".parquet": ".parquet", ".arrow": ".arrow", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
+SUFFIXES = {
+    ".parquet": ".parquet",
+    ".arrow": ".arrow",
+    ".jsonl": ".jsonl",
+    ".ndjson": ".jsonl",
+    ".json": ".json",
+    ".csv": ".csv",
+    ".tsv": ".tsv",
+    ".tar": ".tar",
+}
 KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sample import Sample
-from fastvst.data.sources.files import ArrowTable, JsonTable, ParquetTable, Table
+from fastvst.data.sources.csv_files import CsvTable
+from fastvst.data.sources.files import ArrowTable, ParquetTable, Table
+from fastvst.data.sources.forms import COLUMNS, FORMS, RESPONSES, check_names, named, preference_pairs, row_form
+from fastvst.data.sources.json_files import JsonTable
 from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
-from fastvst.data.sources.rows import COLUMNS, row_form, to_sample
+from fastvst.data.sources.media import looks_like_media
+from fastvst.data.sources.rows import to_sample
+from fastvst.data.sources.tar_files import TarTable
 
-# The file types and row forms (rows.py) of each format.
+ALL_KINDS = (".parquet", ".jsonl", ".json", ".arrow", ".csv", ".tsv", ".tar")  # in the order of preference
+ALL_FORMS = tuple(form for form in FORMS if form != "caption")
+# The file types and row forms of each format that a source can demand.
 FORMATS = {
     "vst": ((".parquet", ".json", ".jsonl"), ("conversations", "question")),
     "llava": ((".json", ".jsonl", ".parquet"), ("conversations", "messages")),
     "openai": ((".jsonl", ".json", ".parquet"), ("messages",)),
-    "hf": ((".arrow",), ("conversations", "messages", "question")),
+    "hf": ((".arrow",), FORMS),
+    "csv": ((".csv", ".tsv"), FORMS),
+    "webdataset": ((".tar",), FORMS),
+    "pairs": (ALL_KINDS, tuple(RESPONSES)),
 }
 ACCEPTED = (
-    "accepted: Parquet with `conversations` (VST) or `question`; JSON and JSON Lines with `conversations` (LLaVA, "
-    "ShareGPT) or `messages` (OpenAI); a folder written by datasets.save_to_disk with any of these columns"
+    "accepted: Parquet, JSON, JSON Lines, CSV, TSV, WebDataset (.tar) and folders of datasets.save_to_disk, with one "
+    f"of the columns {', '.join(ALL_FORMS)}; other names are given by `columns` of the source, e.g. columns = "
+    '{question = "prompt", answer = "label", image = "path"}; a data set of captions needs its `question`'
 )
 
 FIRST_ROWS = 64  # rows whose keys are looked at before a run
@@ -38,7 +50,7 @@ class Source:
 
     Attributes:
         name: data set name; the source of rows without a `data_source`.
-        format: "vst", "llava", "openai" or "hf".
+        format: one of FORMATS.
         path: the file or folder.
         tables: one for each file.
         blocks: (table, block of the table) of every block.
@@ -48,6 +60,9 @@ class Source:
         folder: folder in which relative image paths start; None: the folder of the file that names them.
         ledger: records bad rows during iteration; None: iteration raises them and may be continued with next().
         whole_rows: samples keep their row as it was read (`Sample.row`), with the columns that no row form reads.
+        columns: name in a row form -> column of the files.
+        question: the question of rows with a caption.
+        forms: row forms that are read.
     """
 
     name: str
@@ -61,6 +76,9 @@ class Source:
     folder: Path | None = None
     ledger: Ledger | None = None
     whole_rows: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    question: str | None = None
+    forms: tuple[str, ...] = FORMS
 
     def __len__(self) -> int:
         return sum(self.block_rows)
@@ -70,7 +88,9 @@ class Source:
 
     def with_whole_rows(self) -> Source:
         """The same source; its samples keep their row as it was read."""
-        tables = [t if isinstance(t, JsonTable) else dataclasses.replace(t, whole=True) for t in self.tables]
+        tables = [
+            dataclasses.replace(t, wanted=None) if isinstance(t, (ParquetTable, ArrowTable)) else t for t in self.tables
+        ]
         return dataclasses.replace(self, tables=tables, whole_rows=True)
 
     def where(self, block: int, row: int) -> str:
@@ -80,27 +100,39 @@ class Source:
 
     def samples(self, block: int, start: int = 0) -> Iterator[Sample | SampleError]:
         """All rows of a block from `start` on, in order; bad rows are yielded as SampleErrors."""
+        for _, sample in self.pairs(block, start):
+            yield sample
+
+    def pairs(self, block: int, start: int = 0) -> Iterator[tuple[Any, Sample | SampleError]]:
+        """(row as it was read, its Sample) of all rows of a block from `start` on.
+
+        The row is a ValueError where it could not be read; the Sample is a SampleError where it cannot be used.
+        """
         index, inner = self.blocks[block]
         table = self.tables[index]
         folder = self.folder or table.path.parent
         for row, content in enumerate(table.rows(inner, start), start):
-            where = self.where(block, row)
-            if isinstance(content, ValueError):
-                yield SampleError("bad_row", self.name, where, str(content))
-                continue
-            try:
-                form = row_form([key for key, value in content.items() if value is not None])
-                if form is not None and form not in FORMATS[self.format][1]:
-                    raise SampleError(
-                        "bad_schema", self.name, where, f"a row with `{form}` in a data set of format {self.format}"
-                    )
-                sample = to_sample(content, source=self.name, where=where, folder=folder)
-                sample.row = content if self.whole_rows else None
-                yield sample
-            except SampleError as error:
-                yield error
-            except Exception as error:  # a row of an unexpected structure
-                yield SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
+            yield content, self._sample(content, self.where(block, row), folder)
+
+    def _sample(self, content: Any, where: str, folder: Path) -> Sample | SampleError:
+        if isinstance(content, ValueError):
+            return SampleError("bad_row", self.name, where, str(content))
+        try:
+            keys = [key for key, value in named(content, self.columns).items() if value is not None]
+            form = row_form(keys, self.question)
+            if form is not None and form not in self.forms:
+                return SampleError(
+                    "bad_schema", self.name, where, f"a row with `{form}` in a data set of format {self.format}"
+                )
+            sample = to_sample(
+                content, source=self.name, where=where, folder=folder, columns=self.columns, question=self.question
+            )
+            sample.row = content if self.whole_rows else None
+            return sample
+        except SampleError as error:
+            return error
+        except Exception as error:  # a row of an unexpected structure
+            return SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
 
     def get(self, refs: Sequence[Ref]) -> list[Sample | SampleError]:
         """Rows by reference, in the order of `refs`. Every block is read once, from its first requested row."""
@@ -125,18 +157,41 @@ class Source:
         split = f", split {self.layout.split}" if self.layout.split else ""
         return f"{self.name}: {self.format}{split}, {len(self.tables)} files, {len(self)} rows{bad} ({self.path})"
 
-    def first_lines(self) -> list[str]:
-        """What a run says about the source first: `describe`, and the files, columns and keys that nothing reads."""
+    def first_lines(self, rows: int = FIRST_ROWS) -> list[str]:
+        """What a run says about the source first.
+
+        These are `describe`, the files that are not read, what is unusual in those that are, the columns that nothing
+        reads, and what the first `rows` rows hold that nothing reads.
+        """
         others = ", ".join(f"{kind} {count} ({name})" for kind, count, name in self.layout.others)
         lines = [self.describe(), *([f"{self.name}: not read: {others}"] if others else [])]
-        unread = sorted({c for t in self.tables if not isinstance(t, JsonTable) for c in t.columns if c not in COLUMNS})
+        lines += [f"{self.name}: {problem.reason}: {problem.id}: {problem.detail}" for problem in self.problems[:3]]
+        unusual = Counter(note for table in self.tables for note in table.notes)
+        lines += [f"{self.name}: read with {note}: {count} files" for note, count in unusual.items()]
+        known = {*COLUMNS, *self.columns.values()}
+        arrow = [table for table in self.tables if isinstance(table, (ParquetTable, ArrowTable))]
+        unread = sorted({column for table in arrow for column in table.columns if column not in known})
         if unread:
             lines.append(f"{self.name}: ignored: the columns {', '.join(unread)}")
-        keys = Counter(key for s in islice(self.samples(0), FIRST_ROWS) if isinstance(s, Sample) for key in s.notes)
+        first = list(islice(self.pairs(0), rows)) if rows else []
+        keys = Counter(key for _, sample in first if isinstance(sample, Sample) for key in sample.notes)
         if keys:
             listed = ", ".join(f"{key} {count}" for key, count in keys.most_common())
-            lines.append(f"{self.name}: ignored: {listed} (in the first {FIRST_ROWS} rows)")
+            lines.append(f"{self.name}: ignored: {listed} (in the first {rows} rows)")
+        lost = sorted({key for row, sample in first for key in unread_media(row, sample)})
+        if lost:
+            lines.append(
+                f"{self.name}: the column {lost[0]!r} holds images or videos that nothing reads; name it with "
+                f'columns = {{image = "{lost[0]}"}} of the source'
+            )
         return lines
+
+
+def unread_media(row: Any, sample: Sample | SampleError) -> list[str]:
+    """Columns of a row without images that nothing reads, and that hold images or videos."""
+    if not isinstance(sample, Sample) or sample.parts("image") or sample.parts("video"):
+        return []
+    return [key for key in sample.notes if key in row and looks_like_media(row[key])]
 
 
 class SourceIterator(Iterator[Sample]):
@@ -177,17 +232,20 @@ def open_source(
     name: str | None = None,
     image_folder: str | Path | None = None,
     split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
     ledger: Ledger | None = None,
 ) -> Source:
     """Open a data set. Iterating over the result yields its Samples in order.
 
     Args:
         path: a file, or a folder that is searched at all depths.
-        format: "auto", "vst", "llava", "openai" or "hf" (see ACCEPTED). "auto" reads file names, first bytes and the
-            columns of the first row.
+        format: "auto", or one of FORMATS: rows of other forms are then rejected. "auto" reads every form.
         name: data set name for ids and errors; default: the name of the folder or file.
         image_folder: folder in which relative image paths start; default: the folder of the file that names them.
         split: name of the split, by the rules of layout.py; not needed if there is only one.
+        columns: name in a row form -> column of the files, e.g. {"question": "prompt", "image": "path"}.
+        question: the question that is asked about images that have only a caption.
         ledger: records bad rows during iteration; without it the first bad row is raised.
 
     Raises:
@@ -195,24 +253,27 @@ def open_source(
         ValueError: unknown format, no data files, no known row form, or an empty data set; the message has what was
             found.
     """
-    root = Path(path)
+    root = Path(path).expanduser()
+    given = dict(columns or {})
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected 'auto' or one of {sorted(FORMATS)}")
+    check_names(given)
     if not root.exists():
         raise FileNotFoundError(f"no data set at {root.absolute()}: the path does not exist")
-    if image_folder is not None and not Path(image_folder).is_dir():
+    if image_folder is not None and not Path(image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"{root}: the image folder {image_folder} does not exist")
     label = name or (root.stem if root.is_file() else root.absolute().name)
     tables: list[Table] = []
     problems: list[SampleError] = []
     layout = _find(root, format, split)
     files = layout.files
+    wanted = frozenset({*COLUMNS, *given.values()})
     for file in files:
         if file.stat().st_size == 0:
             problems.append(SampleError("empty_file", label, file.name, "the file has 0 bytes"))
             continue
         try:
-            tables.append(_open_table(file))
+            tables.append(_open_table(file, wanted))
         except Exception as error:  # pyarrow and numpy raise many kinds
             problems.append(SampleError("unreadable_file", label, file.name, str(error)))
     blocks = [(t, b) for t, table in enumerate(tables) for b, rows in enumerate(table.block_rows) if rows]
@@ -220,13 +281,16 @@ def open_source(
     if not blocks:
         what = "; ".join(str(p) for p in problems[:3]) or f"{len(files)} files without rows, e.g. {files[0].name}"
         raise ValueError(f"{root}: the data set is empty: {what}")
-    found = _recognise(root, format, [tables[t] for t, _ in blocks])
-    folder = Path(image_folder) if image_folder is not None else None
-    return Source(label, found, root, tables, blocks, rows, layout, problems, folder, ledger)
+    found = _recognise(root, format, [tables[t] for t, _ in blocks], given, question)
+    folder = Path(image_folder).expanduser() if image_folder is not None else None
+    forms = FORMATS[format][1] if format != "auto" else FORMS
+    return Source(
+        label, found, root, tables, blocks, rows, layout, problems, folder, ledger, False, given, question, forms
+    )
 
 
 def _find(root: Path, format: str, split: str | None) -> Layout:
-    kinds = FORMATS[format][0] if format != "auto" else (".parquet", ".jsonl", ".json", ".arrow")
+    kinds = FORMATS[format][0] if format != "auto" else ALL_KINDS
     layout = find_files(root, kinds, split)
     if not layout.files:
         counts = {kind: count for kind, count, _ in layout.others}
@@ -238,33 +302,48 @@ def _find(root: Path, format: str, split: str | None) -> Layout:
     return layout
 
 
-def _open_table(file: Path) -> Table:
+def _open_table(file: Path, wanted: frozenset[str]) -> Table:
     with open(file, "rb") as handle:
         head = handle.read(8)
-    if head[:4] == b"PAR1":
-        return ParquetTable.open(file)
     suffix = SUFFIXES.get(file.suffix.lower())
+    if head[:4] == b"PAR1" or suffix == ".parquet":
+        return dataclasses.replace(ParquetTable.open(file), wanted=wanted)
     if suffix == ".arrow" or head[:6] == b"ARROW1":
-        return ArrowTable.open(file)
+        return dataclasses.replace(ArrowTable.open(file), wanted=wanted)
+    if suffix in (".csv", ".tsv"):
+        return CsvTable.open(file)
+    if suffix == ".tar":
+        return TarTable.open(file)
     if suffix in (".json", ".jsonl") or head.lstrip()[:1] in (b"[", b"{"):
         return JsonTable.open(file)
-    raise ValueError(f"neither Parquet, Arrow nor JSON: the file begins with {head!r}")
+    raise ValueError(f"neither Parquet, Arrow, JSON, CSV nor tar: {file.name} begins with {head!r}")
 
 
-def _recognise(root: Path, format: str, tables: list[Table]) -> str:
+def _recognise(root: Path, format: str, tables: list[Table], columns: Mapping[str, str], question: str | None) -> str:
     """The format, from the columns of the first table that has any."""
-    columns = next((table.columns for table in tables if table.columns), [])
-    form = row_form(columns)
-    allowed = FORMATS[format][1] if format != "auto" else FORMATS["hf"][1]
+    given = next((table.columns for table in tables if table.columns), [])
+    lost = [column for column in columns.values() if all(column not in t.columns for t in tables if t.columns)]
+    if lost and not isinstance(tables[0], (JsonTable, TarTable)):  # their rows may have different keys
+        raise ValueError(f"{root}: columns names {lost}, but the columns are {given[:16]}")
+    found = list(named(dict.fromkeys(given), columns))
+    form = row_form(found, question)
+    if preference_pairs(found) and form in (None, "prompt"):
+        raise ValueError(
+            f"{root}: rows have the columns {given[:16]}: pairs of a chosen and a rejected answer are not read; "
+            'columns = {question = "prompt", answer = "chosen"} trains on the chosen ones'
+        )
+    allowed = FORMATS[format][1] if format != "auto" else FORMS
     if form is None or form not in allowed:
         raise ValueError(
-            f"{root}: rows have the columns {columns[:16]}; format {format!r} needs one of {list(allowed)}. {ACCEPTED}"
+            f"{root}: rows have the columns {given[:16]}; format {format!r} needs one of {list(allowed)}. {ACCEPTED}"
         )
     if format != "auto":
         return format
-    if isinstance(tables[0], ArrowTable):
-        return "hf"
+    if isinstance(tables[0], (ArrowTable, CsvTable, TarTable)):
+        return "hf" if isinstance(tables[0], ArrowTable) else "csv" if isinstance(tables[0], CsvTable) else "webdataset"
     if form == "messages":
         return "openai"
-    vst = isinstance(tables[0], ParquetTable) or "data_source" in columns or "meta_info" in columns
+    if form not in ("conversations", "question"):
+        return "pairs"
+    vst = isinstance(tables[0], ParquetTable) or "data_source" in given or "meta_info" in given
     return "vst" if vst or form == "question" else "llava"
