@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from fastvst.scenes.scene import Scene, Sighting
-from fastvst.spatial.boxes import box_distance
+from fastvst.spatial.boxes import box_distance, corners
 from fastvst.spatial.camera import project, unproject
-from fastvst.spatial.floor import footprint, height_range, meets
+from fastvst.spatial.floor import footprint, meets, outline, upright
 from fastvst.tasks.angles import (
     COMPASS,
     HOURS,
@@ -70,7 +70,7 @@ def range_of(scene: Scene, view: int, object_id: int) -> str | None:
     s = sighting(scene, view, object_id)
     if s is None:
         return None
-    depths = (s.depth, float(scene.boxes_in_view(scene.views[view], [object_id])[0, 2]))
+    depths = (s.nearest, s.farthest, float(scene.boxes_in_view(scene.views[view], [object_id])[0, 2]))
     for low, high, word in RANGES:
         if all(low <= depth <= high for depth in depths):
             return word
@@ -92,15 +92,19 @@ def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
         return False
     centres = scene.boxes_in_view(scene.views[view], [a, b])[:, 2]
     margin = max(CONFIG.depth_gap, CONFIG.depth_ratio * second.depth)
-    return second.depth - first.depth >= margin and float(centres[1] - centres[0]) >= margin
+    return second.nearest - first.farthest >= margin and float(centres[1] - centres[0]) >= margin
 
 
 def on_top(scene: Scene, a: int, b: int) -> bool:
-    """Whether a rests on b: its underside within 4 cm of b's top, its centre over b's footprint."""
-    top = height_range(scene.object(b).box)[1]
-    bottom = height_range(scene.object(a).box)[0]
-    here = spot(scene, a)
-    return abs(bottom - top) <= 0.04 and meets(here, here + 1e-9, footprint(scene.object(b).box))
+    """Whether a rests on b: its underside within 4 cm of b's top, its centre over b's footprint.
+
+    Always False where nothing tells which way is up.
+    """
+    if scene.up is None:
+        return False
+    upper, lower = corners([scene.object(a).box, scene.object(b).box]) @ upright(scene.up).T
+    here = upper[:, :2].mean(0)
+    return abs(float(upper[:, 2].min() - lower[:, 2].max())) <= 0.04 and meets(here, here + 1e-9, outline(lower))
 
 
 def at_wall(scene: Scene, a: int) -> bool:
@@ -203,7 +207,7 @@ def _ranked(scene: Scene, c: Claim) -> bool:
 def _scale(scene: Scene, c: Claim) -> bool:
     camera = scene.views[c["view"]].camera
     s = sighting(scene, c["view"], c["objects"][0])
-    return s is not None and abs(10 * s.depth * camera.height / camera.fy - c["value"]) <= 0.51
+    return s is not None and s.span is None and abs(10 * s.depth * camera.height / camera.fy - c["value"]) <= 0.51
 
 
 def _spot(scene: Scene, c: Claim) -> bool:
@@ -231,7 +235,7 @@ def _apart(scene: Scene, c: Claim) -> bool:
 
 def class_frames(scene: Scene, name: str) -> tuple[int, int] | None:
     """First frame of the walk (from 0) that shows any object of a class, and the first that shows one clearly."""
-    ids = [thing.id for thing in scene.objects if thing.name == name]
+    ids = [thing.id for thing in scene.everything if thing.name == name]
     shown = [k for k, v in enumerate(scene.walk) if any(sighting(scene, v, i) is not None for i in ids)]
     sure = [k for k, v in enumerate(scene.walk) if any(clear(scene, v, i) for i in ids)]
     return (shown[0], sure[0]) if sure else None
@@ -260,7 +264,7 @@ def _another(scene: Scene, c: Claim) -> bool:
 
 
 def _count(scene: Scene, c: Claim) -> bool:
-    ids = {thing.id for thing in scene.objects if thing.name == c["name"]}
+    ids = {thing.id for thing in scene.everything if thing.name == c["name"]}
     return set(c["objects"]) == ids and len(ids) == c["value"]
 
 

@@ -143,7 +143,8 @@ def _depth_comparison(scene: Scene, sample: Sample, rng: np.random.Generator) ->
     meta = sample.metadata
     points = sorted(meta["points"], key=lambda p: p[2])
     closing = []
-    for u, v, depth, title in meta["points"]:
+    measured = scene.views[meta["view"]].depth is not None
+    for u, v, depth, title in meta["points"] if measured else []:  # without a depth map only the order is known
         text = pick(rng, ("The {a} lies at a depth of about {d} m.", "I estimate about {d} m to the {a}."))
         fact = {"says": "depth", "view": meta["view"], "point": [u, v], "depth": depth, "value": round(depth, 1)}
         closing.append(Statement(text.format(a=_point(title), d=round(depth, 1)), fact))

@@ -72,13 +72,15 @@ def scale(scene: Scene, view: int, thing: int, title: str, rng: np.random.Genera
     s = claims.sighting(scene, view, thing)
     if s is None:
         return []
-    depth = round(s.depth, 1)
-    camera = scene.views[view].camera
-    fact = {"says": "depth", "view": view, "point": list(s.point), "depth": s.depth, "value": depth}
-    found = [Statement(pick(rng, DEPTH).format(a=title, d=depth), fact)]
-    span = round(10 * s.depth * camera.height / camera.fy)
-    fact = {"says": "scale", "view": view, "objects": [thing], "value": span}
-    found.append(Statement(pick(rng, SCALE).format(a=title, d=span), fact))
+    found = []
+    if s.span is None:  # the depth was measured
+        depth = round(s.depth, 1)
+        camera = scene.views[view].camera
+        fact = {"says": "depth", "view": view, "point": list(s.point), "depth": s.depth, "value": depth}
+        found.append(Statement(pick(rng, DEPTH).format(a=title, d=depth), fact))
+        span = round(10 * s.depth * camera.height / camera.fy)
+        fact = {"says": "scale", "view": view, "objects": [thing], "value": span}
+        found.append(Statement(pick(rng, SCALE).format(a=title, d=span), fact))
     others = [o.object_id for o in nameable(scene, scene.views[view], CONFIG) if o.object_id != thing]
     for other in choose(rng, others, 3):
         name = prose(scene.object(other).name)

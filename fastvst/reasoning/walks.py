@@ -65,7 +65,7 @@ BEFORE = ("So {a} comes into view before {b}.", "Therefore {a} appears earlier t
 
 def named(scene: Scene, name: str) -> list[int]:
     """Ids of all objects of a class."""
-    return [thing.id for thing in scene.objects if thing.name == name]
+    return [thing.id for thing in scene.everything if thing.name == name]
 
 
 def plain(scene: Scene, names: list[str]) -> bool:
@@ -73,7 +73,7 @@ def plain(scene: Scene, names: list[str]) -> bool:
 
     An office chair is also a chair: "no chair before frame 5" would be false for a reader who sees one.
     """
-    return not any(t.name != name and t.name.endswith(name) for t in scene.objects for name in names)
+    return not any(t.name != name and t.name.endswith(name) for t in scene.everything for name in names)
 
 
 def best_frame(scene: Scene, thing: int) -> int:

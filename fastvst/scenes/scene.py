@@ -6,6 +6,7 @@ optional. A single image without a world has the identity pose (world = camera f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +22,14 @@ class SceneObject:
     `box`: nine numbers in the world frame, metres and degrees (see boxes.py). In the local frame of the box X is the
     width, Y points down (its size is the height) and Z goes from front to back. An object that faces a level camera
     has zero angles in the frame of that camera.
+
+    `known` is False if the data set says to ignore the object, or if its box is unusable (`box` may then hold NaN).
     """
 
     id: int
     name: str
     box: tuple[float, ...]
+    known: bool = True
 
     @property
     def height(self) -> float:
@@ -50,6 +54,9 @@ class Sighting:
     truncation both reduce it. `pixels`: number of visible pixels. `box_2d`: x1, y1, x2, y2 of the visible pixels.
     `point`: pixel coordinates (u, v) well inside the visible part, where a dot can be drawn. `depth`: planar depth at
     `point`, metres.
+
+    `span`: where the depth at `point` was not measured, the least and the greatest depth that the object can have
+    there, metres; `depth` is then that of its box's centre. None if the depth was measured.
     """
 
     object_id: int
@@ -58,6 +65,17 @@ class Sighting:
     box_2d: tuple[float, float, float, float]
     point: tuple[float, float]
     depth: float
+    span: tuple[float, float] | None = None
+
+    @property
+    def nearest(self) -> float:
+        """The least depth that the object can have at `point`, metres."""
+        return self.depth if self.span is None else self.span[0]
+
+    @property
+    def farthest(self) -> float:
+        """The greatest depth that the object can have at `point`, metres."""
+        return self.depth if self.span is None else self.span[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +99,11 @@ class Scene:
     video in order, `fps` frames a second.
 
     Questions about directions, routes and videos need a world with Z up. A single image with the identity pose has
-    neither `pairs` nor `walk` and therefore gets none of them.
+    neither `pairs` nor `walk` and therefore gets none of them. `up` is the unit vector that points up in the world,
+    or None if nothing tells it: then no sentence says that one thing stands on another.
+
+    `objects` are known, `ignored` are not. The images may show both. No question is about an ignored object, but it
+    counts wherever a question depends on what is there: a name must be unique, a list complete, a number right.
     """
 
     name: str
@@ -92,7 +114,14 @@ class Scene:
     pairs: tuple[tuple[int, int, str], ...] = ()
     walk: tuple[int, ...] = ()
     fps: float = 2.0
+    up: tuple[float, float, float] | None = (0.0, 0.0, 1.0)
+    ignored: tuple[SceneObject, ...] = ()
     metadata: dict = field(default_factory=dict)
+
+    @property
+    def everything(self) -> tuple[SceneObject, ...]:
+        """All objects, ignored ones included."""
+        return (*self.objects, *self.ignored)
 
     def object(self, object_id: int) -> SceneObject:
         """The object with this id.
@@ -100,7 +129,7 @@ class Scene:
         Raises:
             KeyError: no such object; the message names the scene.
         """
-        for item in self.objects:
+        for item in self.everything:
             if item.id == object_id:
                 return item
         raise KeyError(f"scene {self.name!r} has no object with id {object_id}")
@@ -115,11 +144,22 @@ class Scene:
         return to_camera_frame([self.object(i).box for i in object_ids], view.camera)
 
 
-def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[int, np.ndarray]) -> tuple[Sighting, ...]:
+def observe(
+    camera: Camera,
+    depth: np.ndarray,
+    ids: np.ndarray,
+    surface: dict[int, np.ndarray],
+    measured: np.ndarray | None = None,
+) -> tuple[Sighting, ...]:
     """Sightings of all objects in a depth map (H, W) and an id map (H, W).
 
-    `surface`: object id -> world points (S, 3) spread over the surface. `Sighting.point` is the pixel deepest inside
-    the object's mask (erosion by a cross), so it is never on the rim of a mask that has an inside.
+    Args:
+        surface: object id -> world points (S, 3) spread over the surface. Other objects are left out.
+        measured: mask (H, W) of the pixels whose depth can be trusted; None trusts all. An object without such a pixel
+            gets visibility 0 and an unlimited `span`: no question marks it.
+
+    `Sighting.point` is the trusted pixel deepest inside the object's mask (erosion by a cross), so it is never on the
+    rim of a mask that has an inside.
     """
     sightings = []
     height, width = ids.shape
@@ -136,17 +176,21 @@ def observe(camera: Camera, depth: np.ndarray, ids: np.ndarray, surface: dict[in
         seen = mask[v[inside].astype(int), u[inside].astype(int)].sum()
         top = rows.min()
         left = columns.min()
-        row, column = _deepest(mask[top : rows.max() + 1, left : columns.max() + 1])
+        window = (slice(top, rows.max() + 1), slice(left, columns.max() + 1))
+        trusted = None if measured is None else measured[window] & mask[window]
+        blind = trusted is not None and not trusted.any()
+        row, column = _deepest(mask[window], None if blind else trusted)
         row = row + top
         column = column + left
         sightings.append(
             Sighting(
                 object_id=int(object_id),
-                visibility=float(seen) / len(local),
+                visibility=0.0 if blind else float(seen) / len(local),
                 pixels=len(rows),
                 box_2d=(float(left), float(top), float(columns.max() + 1), float(rows.max() + 1)),
                 point=(column + 0.5, row + 0.5),
                 depth=float(depth[row, column]),
+                span=(0.0, math.inf) if blind else None,
             )
         )
     return tuple(sightings)
@@ -170,15 +214,22 @@ def wide_pairs(
     return found
 
 
-def _deepest(mask: np.ndarray) -> tuple[int, int]:
-    """Row and column of the mask (H, W) that survive the most erosions; of several the one nearest their middle."""
+def _deepest(mask: np.ndarray, allowed: np.ndarray | None = None) -> tuple[int, int]:
+    """Row and column of the mask (H, W) that survive the most erosions; of several the one nearest their middle.
+
+    `allowed`: a part of the mask, not empty, from which the pixel is taken; None is the whole mask.
+    """
+    level = mask.astype(np.int32)
     padded = np.pad(mask, 1)
     while True:
         core = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         if not core.any():
             break
+        level += core
         padded = np.pad(core, 1)
-    rows, columns = np.nonzero(padded[1:-1, 1:-1])
+    if allowed is not None:
+        level = np.where(allowed, level, 0)
+    rows, columns = np.nonzero(level == level.max())
     middle = (rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2
     best = int(middle.argmin())
     return int(rows[best]), int(columns[best])

@@ -10,11 +10,13 @@ from fastvst.spatial.boxes import corners
 
 
 def footprint(box: Any) -> np.ndarray:
-    """Outline (K, 2) of a box (9,) in the world frame seen from above, counter-clockwise; four points if it is upright.
+    """Outline (K, 2) of a box (9,) in the world frame seen from above, counter-clockwise; four if it is upright."""
+    return outline(corners([box])[0])
 
-    Computed as the convex hull of the eight corners (Andrew's monotone chain).
-    """
-    points = np.unique(np.round(corners([box])[0][:, :2], 9), axis=0)  # sorted by x, then y
+
+def outline(cloud: np.ndarray) -> np.ndarray:
+    """Convex hull (K, 2) of points (N, 2 or 3) seen from above, counter-clockwise (Andrew's monotone chain)."""
+    points = np.unique(np.round(cloud[:, :2], 9), axis=0)  # sorted by x, then y
 
     def chain(ordered: np.ndarray) -> list[np.ndarray]:
         hull: list[np.ndarray] = []
@@ -30,6 +32,16 @@ def footprint(box: Any) -> np.ndarray:
 def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
     """Positive if a -> b -> c turns left, negative if it turns right, 0 on a line."""
     return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
+
+
+def upright(up: Any) -> np.ndarray:
+    """A rotation (3, 3) that turns the unit vector `up` (3,) to +Z; the identity for +Z."""
+    z = np.asarray(up, dtype=np.float64)
+    if z[2] == 1.0:
+        return np.eye(3)
+    x = np.cross(z, np.eye(3)[int(np.argmin(np.abs(z)))])
+    x = x / np.linalg.norm(x)
+    return np.stack([x, np.cross(z, x), z])
 
 
 def height_range(box: Any) -> tuple[float, float]:

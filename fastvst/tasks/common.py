@@ -119,15 +119,34 @@ def canvas(view: View) -> Image.Image:
 PROSE = {"books": "stack of books", "shelves": "set of shelves", "headphones": "pair of headphones"}
 
 
+# Singular nouns that end in s; words in -ss, -us and -is are singular, too ("glass", "bus", "iris").
+SINGULAR = {"lens", "gas", "canvas", "atlas", "series", "species", "sas"}
+PAIRS_OF = {"scissors", "trousers", "pants", "jeans", "shorts", "glasses", "sunglasses", "pliers", "tongs", "tweezers"}
+AN = ("hour", "heirloom", "honest")  # a silent h
+A = ("uni", "use", "usb", "ukulele", "utensil", "euro", "one-")  # a vowel that is spoken as a consonant
+
+
+def plural(name: str) -> bool:
+    """Whether a class name is a plural noun, as "curtains" is."""
+    if " of " in name:  # "stack of books"
+        return False
+    last = name.split()[-1] if name.split() else ""
+    return last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in SINGULAR
+
+
 def prose(name: str) -> str:
     """The class name as a singular noun; the result contains the class name."""
-    return PROSE.get(name, name)
+    if name in PROSE or not plural(name):
+        return PROSE.get(name, name)
+    return f"pair of {name}" if name.split()[-1] in PAIRS_OF else f"set of {name}"
 
 
 def article(name: str) -> str:
     """ "a chair", "an armchair", "a stack of books"."""
     noun = prose(name)
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+    low = noun.lower()
+    vowel = low.startswith(AN) or (low[:1] in tuple("aeiou") and not low.startswith(A))
+    return ("an " if vowel else "a ") + noun
 
 
 def mcq(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[str, str, list[str]]:

@@ -64,6 +64,15 @@ def separated(depths: list[float], config: TaskConfig) -> bool:
     return bool((gaps >= config.depth_gap).all() and (gaps >= config.depth_ratio * ordered[1:]).all())
 
 
+def ordered_clearly(sightings: list[Sighting], config: TaskConfig) -> bool:
+    """Whether the order in depth is sure: between neighbours lies a clear gap, wherever in its span each one is."""
+    ordered = sorted(sightings, key=lambda s: s.depth)
+    return all(
+        b.nearest - a.farthest >= max(config.depth_gap, config.depth_ratio * b.depth)
+        for a, b in zip(ordered, ordered[1:], strict=False)
+    )
+
+
 def _marked(
     view: View, pool: list[Sighting], count: int, rng: np.random.Generator, config: TaskConfig, tries: int = 12
 ) -> list[Sighting] | None:
@@ -72,7 +81,7 @@ def _marked(
     for _ in range(tries if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)
         far_apart = all(apart(a.point, b.point, gap) for k, a in enumerate(chosen) for b in chosen[:k])
-        if far_apart and separated([s.depth for s in chosen], config):
+        if far_apart and ordered_clearly(chosen, config):
             return chosen
     return None
 

@@ -46,6 +46,15 @@ def askable(scene: Scene, view: View, config: TaskConfig) -> dict[str, list[int]
     return nameable_classes(groups, unclear)
 
 
+def within_limit(names: list[str], groups: dict[str, list[int]]) -> list[str]:
+    """The first of these classes whose objects are at most `MAX_BOXES` together: a list that is cut is not "all"."""
+    kept: list[str] = []
+    for name in names:
+        if sum(len(groups[k]) for k in [*kept, name]) <= MAX_BOXES:
+            kept.append(name)
+    return kept
+
+
 def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
     """One row about one view: one class in the plain form, otherwise one to five; boxes are sorted, nearest first."""
     view = scene.views[view_index]
@@ -54,7 +63,10 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
         return None
     easy = bool(rng.uniform() < config.easy)
     names = choose(rng, sorted(groups), 1 if easy else int(rng.integers(1, 6)))
-    ids = [i for name in names for i in groups[name]][:MAX_BOXES]
+    names = within_limit(names, groups)
+    if not names:
+        return None
+    ids = [i for name in names for i in groups[name]]
     boxes = scene.boxes_in_view(view, ids)
     order = np.argsort(boxes[:, 2], kind="stable")
     boxes = boxes[order]

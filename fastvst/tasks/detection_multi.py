@@ -9,7 +9,7 @@ from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import multi_detection_prompt
 from fastvst.tasks.common import TaskConfig, canvas, choose, nameable_classes, pick, sample
-from fastvst.tasks.detection_3d import MATCH_IOU, MAX_BOXES
+from fastvst.tasks.detection_3d import MATCH_IOU, within_limit
 
 TASK = "detection_multi"
 KIND = "bbox_3d"
@@ -56,7 +56,10 @@ def make(
         return None
     easy = bool(rng.uniform() < config.easy)
     names = choose(rng, sorted(groups), 1 if easy else int(rng.integers(1, 6)))
-    ids = [i for name in names for i in groups[name]][:MAX_BOXES]
+    names = within_limit(names, groups)
+    if not names:
+        return None
+    ids = [i for name in names for i in groups[name]]
     boxes = scene.boxes_in_view(scene.views[pair[0]], ids)
     order = np.argsort(np.linalg.norm(boxes[:, :3], axis=1), kind="stable")
     boxes = boxes[order]

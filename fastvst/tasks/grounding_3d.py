@@ -48,6 +48,8 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
     if len(same) == 1:
         return [(name, {"rule": "only"})]
     others = [s for s in same if s is not target]
+    if not all(scene.object(s.object_id).known for s in others):
+        return []
     found: list[tuple[str, dict]] = []
     middle = {s.object_id: (s.box_2d[0] + s.box_2d[2]) / 2 for s in same}
     centre = dict(zip(middle, scene.boxes_in_view(view, list(middle))[:, 2], strict=True))
@@ -57,7 +59,7 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
         if min(gaps) >= 0.08 * view.camera.width:
             found.append((f"{word} {name}", {"rule": word}))
     for word, sign in (("closest", 1), ("farthest", -1)):  # by dots and by whole boxes
-        gaps = [sign * (s.depth - target.depth) for s in others]
+        gaps = [s.nearest - target.farthest if sign > 0 else target.nearest - s.farthest for s in others]
         gaps += [sign * (centre[s.object_id] - centre[target.object_id]) for s in others]
         if min(gaps) >= max(config.depth_gap, config.depth_ratio * max(s.depth for s in same)):
             found.append((f"{name} {word} {'to' if sign > 0 else 'from'} the camera", {"rule": word}))

@@ -107,6 +107,8 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
         titles.append(f"{scene.object(s.object_id).name} ({colour} point-{k + 1})")
     body: list[Statement] = []
     for s, title in zip(chosen, titles, strict=True):
+        if s.span is not None:  # its depth was not measured
+            continue
         side = third(view, s.point)
         fact = {"says": "depth", "titles": [title], "value": round(s.depth, 2), "point": list(s.point), "side": side}
         text = pick(rng, DEPTH).format(a=title, d=s.depth, side=SIDE[side] if side else "")
@@ -152,7 +154,7 @@ def _pair(
     far = two[order[1]]
     centre = scene.boxes_in_view(view, ids)[:, 2]
     margin = max(config.depth_gap, config.depth_ratio * far.depth)
-    if far.depth - near.depth >= margin and centre[order[1]] - centre[order[0]] >= margin:
+    if far.nearest - near.farthest >= margin and centre[order[1]] - centre[order[0]] >= margin:
         pair = [titles[order[0]], titles[order[1]]]
         fact = {"says": "nearer", "titles": pair, "objects": [ids[order[0]], ids[order[1]]]}
         found.append(Statement(pick(rng, NEARER).format(a=pair[0], b=pair[1]), fact))

@@ -45,7 +45,7 @@ def survey(scene: Scene, config: TaskConfig) -> dict[str, Kind]:
             if s.visibility >= config.min_visibility and s.pixels >= config.min_pixels:
                 clear.setdefault(s.object_id, frame)
     names: dict[str, list[int]] = {}
-    for thing in scene.objects:
+    for thing in scene.everything:
         names.setdefault(thing.name, []).append(thing.id)
     return {
         name: Kind(name, tuple(ids), min(shown[i] for i in ids), min(clear[i] for i in ids))

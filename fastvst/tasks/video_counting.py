@@ -6,7 +6,7 @@ import numpy as np
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
-from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.common import TaskConfig, choose, pick, plural
 from fastvst.tasks.video import options, row, survey
 
 TASK = "video_counting"
@@ -28,7 +28,7 @@ PAIRS = 0.25  # share of the attempts that may ask about a class with two object
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
     """One row about the walk, or None if no class has two or more objects, all clearly seen."""
-    several = [kind for kind in survey(scene, config).values() if len(kind.ids) > 1]
+    several = [kind for kind in survey(scene, config).values() if len(kind.ids) > 1 and not plural(kind.name)]
     if not several:
         return None
     if rng.uniform() >= PAIRS:  # most classes with several objects have two: "2" would be right in 78 % of the rows

@@ -65,6 +65,8 @@ def walkable(scene: Scene, start: int, end: int) -> bool:
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
     """One row about the walk: one or two turns between objects on the floor; or None."""
+    if scene.ignored:  # such an object may stand in the way
+        return None
     known = {n: i for n, i in unique(scene, config).items() if height_range(scene.object(i).box)[0] < 0.2}
     legs = int(rng.integers(1, 3))
     for _ in range(60 if len(known) >= legs + 2 else 0):

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from scipy.spatial.transform import Rotation
 
 from fastvst.data import open_source
 from fastvst.generate.presets import ALL_TASKS
@@ -21,61 +19,8 @@ from fastvst.scenes.adapters.posed import read_posed
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import corners, iou_3d, parse_boxes
 from fastvst.tasks import PAIRS, SINGLE, WALKS
+from scans import write_omni3d, write_scan
 from scene_truth import Truth
-
-
-def write_omni3d(scene: Scene, folder: Path) -> Path:
-    """Write the stills of a scene as Omni3D JSON, and the corners of its boxes to cuboids.npz for the comparison."""
-    images = []
-    annotations = []
-    cuboids = {}
-    for number in scene.stills():
-        view = scene.views[number]
-        c = view.camera
-        path = f"train/{number:04d}.png"
-        (folder / "train").mkdir(exist_ok=True)
-        Image.fromarray(view.image).save(folder / path)
-        images.append(
-            {
-                "id": number,
-                "file_path": path,
-                "width": c.width,
-                "height": c.height,
-                "K": [[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]],
-            }
-        )
-        for s in view.sightings:
-            box = np.array(scene.object(s.object_id).box)
-            turn = c.rotation @ Rotation.from_euler("xyz", box[6:9], degrees=True).as_matrix()
-            centre = c.rotation @ box[:3] + c.translation
-            length, height, width = box[3:6]
-            cube = np.array([[x, y, z] for z in (-1, 1) for y, x in ((-1, -1), (-1, 1), (1, 1), (1, -1))])
-            cuboids[len(annotations)] = cube * [length / 2, height / 2, width / 2] @ turn.T + centre
-            annotations.append(
-                {
-                    "id": len(annotations),
-                    "image_id": number,
-                    "category_id": 1,
-                    "valid3D": True,
-                    "category_name": scene.object(s.object_id).name,
-                    "bbox2D_trunc": [-1] * 4,
-                    "behind_camera": bool(centre[2] < 0),
-                    "bbox2D_tight": list(s.box_2d),
-                    "center_cam": list(centre),
-                    "dimensions": [width, height, length],
-                    "R_cam": turn.tolist(),
-                    "visibility": s.visibility,
-                    "truncation": 0.0,
-                }
-            )
-    file = folder / "Made_train.json"
-    file.write_text(
-        json.dumps(
-            {"info": {}, "images": images, "categories": [{"id": 1, "name": "thing"}], "annotations": annotations}
-        )
-    )
-    np.savez(folder / "cuboids.npz", **{str(k): v for k, v in cuboids.items()})
-    return file
 
 
 def test_omni3d_boxes_have_omni3ds_corners(walked: list[Scene], tmp_path: Path) -> None:
@@ -116,7 +61,9 @@ def test_omni3d_rows(walked: list[Scene], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dimensions": [1, 0, 1]}, "sizes > 0"),
+        ({"center_cam": [0, float("nan"), 2]}, "finite numbers"),
+        ({"R_cam": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "mirrored"),
+        ({"category_name": " "}, "expected a class name"),
         ({"dimensions": None}, "no usable 3D box"),
         ({"R_cam": [[1]]}, "no usable 3D box"),
     ],
@@ -133,38 +80,6 @@ def test_bad_omni3d_is_named(walked: list[Scene], tmp_path: Path, change: dict, 
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="expected Omni3D JSON"):
         list(read_omni3d(tmp_path / "x.json", tmp_path))
-
-
-def write_scan(scene: Scene, folder: Path, turn: float = 30.0) -> Path:
-    """Write the walk as a ScanNet-style folder in a rotated and shifted world; axis_alignment undoes the change."""
-    for name in ("color", "depth", "instance", "pose", "intrinsic"):
-        (folder / name).mkdir(parents=True)
-    moved = np.eye(4)
-    moved[:3, :3] = Rotation.from_euler("z", turn, degrees=True).as_matrix()
-    moved[:3, 3] = [1.0, -2.0, 0.5]
-    for number, k in enumerate(scene.walk):
-        view = scene.views[k]
-        world = np.eye(4)
-        world[:3, :3] = view.camera.rotation.T
-        world[:3, 3] = view.camera.position
-        np.savetxt(folder / "pose" / f"{number}.txt", moved @ world)
-        Image.fromarray(np.round(view.depth * 1000).astype(np.uint16)).save(folder / "depth" / f"{number}.png")
-        Image.fromarray(view.ids.astype(np.uint16)).save(folder / "instance" / f"{number}.png")
-        Image.fromarray(view.image).resize((640, 480)).save(folder / "color" / f"{number}.jpg", quality=95)
-    c = scene.views[scene.walk[0]].camera
-    np.savetxt(folder / "intrinsic" / "intrinsic_depth.txt", [[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]])
-    (folder / "pose" / "99.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
-    instances = [
-        {"id": t.id, "label": t.name, "center": t.box[:3], "size": [t.box[3], t.box[5], t.box[4]], "heading": t.box[8]}
-        for t in scene.objects
-    ]
-    described = {
-        "instances": instances,
-        "axis_alignment": np.linalg.inv(moved).tolist(),
-        "polygon": scene.polygon.tolist(),
-    }
-    (folder / "boxes.json").write_text(json.dumps(described))
-    return folder
 
 
 def test_a_scan_gives_back_the_room(walked: list[Scene], tmp_path: Path) -> None:

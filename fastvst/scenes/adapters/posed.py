@@ -3,7 +3,7 @@
 Layout of a scene folder; files of a frame are named by its number:
 
     color/0.jpg
-    depth/0.png                      uint16, millimetres
+    depth/0.png                      uint16, millimetres; 0 and 65535 = not measured
     instance/0.png                   uint16 object ids, 0 = none
     pose/0.txt                       4 x 4, camera to world
     intrinsic/intrinsic_depth.txt    4 x 4 or 3 x 3, in pixels of the depth map
@@ -17,16 +17,28 @@ Z. Colour images are resized to the depth map, to which ScanNet registers them.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastvst.scenes.scene import Scene, SceneObject, View, observe, wide_pairs
-from fastvst.spatial.camera import Camera, unproject
+from fastvst.scenes.adapters.checks import (
+    Convention,
+    Problems,
+    Report,
+    box_problem,
+    intrinsics_problem,
+    outline_of,
+    rotation_problem,
+    size_problem,
+)
+from fastvst.scenes.adapters.frames import Frame, assemble, camera_at, motion_pairs, spread
+from fastvst.scenes.adapters.labels import clean_label
+from fastvst.scenes.scene import Scene, SceneObject
 
-POINTS = 256  # surface points per object, from which its visibility is estimated
+SATURATED = 65535  # of 16-bit depth
 
 
 def read_posed(
@@ -35,9 +47,12 @@ def read_posed(
     frames: int = 20,
     stills: int = 4,
     pairs: int = 6,
+    motions: int = 4,
     fps: float = 2.0,
     source: str = "posed",
     seed: int = 0,
+    convention: Convention | None = None,
+    report: Report | None = None,
 ) -> Scene:
     """The scene of one folder.
 
@@ -45,48 +60,56 @@ def read_posed(
         frames: frames of the video, spread evenly over the scan.
         stills: views for single-image questions, spread evenly over these frames.
         pairs: at most so many wide pairs, see `scene.wide_pairs`.
+        motions: at most so many pairs for camera motion, see `frames.motion_pairs`.
         fps: frame rate of the video rows.
         source: `data_source` of the rows.
         seed: decides the surface points and the pairs.
+        convention: how pose/*.txt are written; None is the layout above. The depth must lie in the boxes: otherwise the
+            scene is refused, and the message names the convention that fits.
+        report: called with every problem of one box or frame; that box or frame is then left out.
 
     Raises:
         FileNotFoundError: a missing file; names it.
-        ValueError: an unusable pose, depth map or box; names the scene and the frame or box.
+        ValueError: depth and boxes that do not belong together; without `report` also an unusable pose, depth map or
+            box. Names the scene and the frame or box.
     """
     folder = Path(folder)
+    problems = Problems(report)
     described = json.loads(_existing(folder / "boxes.json").read_text(encoding="utf-8"))
+    objects = read_boxes(folder.name, described["instances"], problems)
+    problems.finish()
     align = np.array(described.get("axis_alignment", np.eye(4)), dtype=np.float64)
-    objects = tuple(_object(folder, entry) for entry in described["instances"])
-    numbers = sorted((p.stem for p in (folder / "pose").glob("*.txt")), key=lambda stem: (len(stem), stem))
-    stored = {n: np.loadtxt(folder / "pose" / f"{n}.txt").reshape(4, 4) for n in numbers}
-    numbers = [n for n in numbers if np.isfinite(stored[n]).all()]  # ScanNet writes -inf where tracking was lost
-    poses = {n: align @ stored[n] for n in numbers}
+    fault = rotation_problem(align[:3, :3])
+    if fault is not None:
+        raise ValueError(f"{folder}: axis_alignment: {fault}")
+    poses = _poses(folder, align, convention or Convention(), problems)
+    numbers = sorted(poses, key=lambda stem: (len(stem), stem))
     if len(numbers) < 2:
+        problems.finish()
         raise ValueError(f"{folder}: {len(numbers)} frames with a usable pose; expected two or more in pose/*.txt")
-    chosen = [numbers[k] for k in _spread(len(numbers), frames)]
     intrinsic = np.loadtxt(_existing(folder / "intrinsic" / "intrinsic_depth.txt"))
-    raw = [_frame(folder, n, poses[n], intrinsic) for n in chosen]
-    surface = _surfaces(raw, {item.id for item in objects}, np.random.default_rng([seed, 8]))
-    views = [View(c, image, observe(c, depth, ids, surface), depth, ids) for c, image, depth, ids in raw]
-    walk = tuple(range(len(views)))
-    found = wide_pairs(views, walk, np.random.default_rng([seed, 9]), pairs)
+    walk = [
+        frame for k in spread(len(numbers), frames) if (frame := _try(folder, numbers[k], poses, intrinsic, problems))
+    ]
+    moved = motion_pairs([poses[n][0] for n in numbers], np.random.default_rng([seed, 10]), motions)
+    two = [tuple(_try(folder, numbers[k], poses, intrinsic, problems) for k in pair) for pair in moved]
     polygon = described.get("polygon")
-    return Scene(
-        name=folder.name,
-        objects=objects,
-        views=(*views, *(views[k] for k in _spread(len(views), stills))),
-        polygon=None if polygon is None else np.array(polygon, dtype=np.float64),
-        height=described.get("height"),
-        pairs=tuple(found),
-        walk=walk,
+    scene = assemble(
+        folder.name,
+        objects,
+        walk,
+        [(a, b) for a, b in two if a is not None and b is not None],
+        stills=stills,
+        pairs=pairs,
         fps=fps,
-        metadata={"source": source},
+        polygon=None if polygon is None else outline_of(polygon),
+        height=described.get("height"),
+        source=source,
+        seed=seed,
+        problems=problems,
     )
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Up to `count` indices spread evenly over a list of this length."""
-    return np.unique(np.round(np.linspace(0, length - 1, count)).astype(int)).tolist()
+    problems.finish()
+    return scene
 
 
 def _existing(path: Path) -> Path:
@@ -96,69 +119,98 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _object(folder: Path, entry: dict[str, Any]) -> SceneObject:
+def read_boxes(scene: str, entries: list[dict[str, Any]], problems: Problems) -> tuple[SceneObject, ...]:
+    """Boxes in the form of boxes.json as objects. One with an unusable box is kept with `known` = False, if it has an
+    id and a label; two boxes of one id are both unusable."""
+    found: dict[int, SceneObject] = {}
+    for entry in entries:
+        try:
+            item = _object(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            problems.add(
+                ValueError(
+                    f"{scene}: box {entry}: {error!r}; expected id, label, center, size, heading; it is left out"
+                )
+            )
+            continue
+        fault = box_problem(item.box)
+        if item.id in found:
+            fault = f"two boxes have the id {item.id}"
+        if fault is not None:
+            problems.add(ValueError(f"{scene}: box {item.id} ({item.name}): {fault}; no question is about it"))
+        found[item.id] = SceneObject(item.id, item.name, item.box, known=fault is None)
+    return tuple(found.values())
+
+
+def _object(entry: dict[str, Any]) -> SceneObject:
+    x, y, z = (float(v) for v in entry["center"])
+    dx, dy, dz = (float(v) for v in entry["size"])
+    number = int(entry["id"])
+    heading = float(entry.get("heading", 0.0))
+    if number <= 0:
+        raise ValueError(f"id {number}; expected an id > 0")
+    return SceneObject(number, clean_label(entry["label"]), (x, y, z, dx, dz, dy, -90.0, 0.0, heading))
+
+
+def _poses(
+    folder: Path, align: np.ndarray, convention: Convention, problems: Problems
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Frame -> camera-to-world pose (4, 4) in the aligned world, and the aligned pose as stored."""
+    found = {}
+    for path in (folder / "pose").glob("*.txt"):
+        try:
+            stored = np.loadtxt(path).reshape(4, 4)
+        except ValueError as error:
+            problems.add(ValueError(f"{folder}: pose/{path.name}: {error}; expected 4 x 4 numbers; it is left out"))
+            continue
+        if not np.isfinite(stored).all():  # ScanNet writes -inf where tracking was lost
+            continue
+        fault = rotation_problem(stored[:3, :3])
+        if fault is not None:
+            determinant = float(np.linalg.det(stored[:3, :3]))
+            text = f"{folder}: pose/{path.name} has determinant {determinant:.3f}; {fault}; the frame is left out"
+            problems.add(ValueError(text))
+            continue
+        found[path.stem] = (align @ convention.read(stored), align @ stored)
+    return found
+
+
+def _try(
+    folder: Path,
+    number: str,
+    poses: dict[str, tuple[np.ndarray, np.ndarray]],
+    intrinsic: np.ndarray,
+    problems: Problems,
+) -> Frame | None:
+    """The frame, or None if it cannot be used."""
     try:
-        x, y, z = (float(v) for v in entry["center"])
-        dx, dy, dz = (float(v) for v in entry["size"])
-        number = int(entry["id"])
-        name = str(entry["label"])
-        heading = float(entry.get("heading", 0.0))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: box {entry}: {error!r}; expected id, label, center, size, heading") from error
-    if number <= 0 or min(dx, dy, dz) <= 0:
-        raise ValueError(f"{folder}: box {number} ({name}): size {(dx, dy, dz)}; expected an id > 0 and sizes > 0")
-    return SceneObject(number, name, (x, y, z, dx, dz, dy, -90.0, 0.0, heading))
+        return _frame(folder, number, poses[number], intrinsic)
+    except (OSError, ValueError) as error:
+        if problems.report is None:
+            raise
+        problems.add(error)
+        return None
 
 
-def _frame(
-    folder: Path, number: str, pose: np.ndarray, intrinsic: np.ndarray
-) -> tuple[Camera, np.ndarray, np.ndarray, np.ndarray]:
-    """Camera, image (H, W, 3), depth (H, W) in metres and ids (H, W) of one frame, all at the size of the depth map."""
+def _frame(folder: Path, number: str, poses: tuple[np.ndarray, np.ndarray], intrinsic: np.ndarray) -> Frame:
+    """One frame at the size of its depth map."""
     with Image.open(_existing(folder / "depth" / f"{number}.png")) as opened:
-        depth = np.asarray(opened).astype(np.float32) / 1000
-    if depth.ndim != 2:
-        raise ValueError(f"{folder}: depth/{number}.png has shape {depth.shape}; expected one channel of millimetres")
+        stored = np.asarray(opened)
+    if stored.ndim != 2:
+        raise ValueError(f"{folder}: depth/{number}.png has shape {stored.shape}; expected one channel of millimetres")
+    depth = np.where(stored >= SATURATED, 0, stored).astype(np.float32) / 1000
     height, width = depth.shape
+    fault = intrinsics_problem(intrinsic, width, height)
+    if fault is not None:
+        raise ValueError(f"{folder}: intrinsic/intrinsic_depth.txt: {fault}")
     colour = next((p for p in (folder / "color").glob(f"{number}.*")), folder / "color" / f"{number}.jpg")
     with Image.open(_existing(colour)) as opened:
+        fault = size_problem((width, height), opened.size)
+        if fault is not None and abs(math.log(width * opened.height / height / opened.width)) > 0.05:
+            raise ValueError(f"{folder}: color/{colour.name} and depth/{number}.png differ in shape: {fault}")
         image = np.asarray(opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
     with Image.open(_existing(folder / "instance" / f"{number}.png")) as opened:
         ids = np.asarray(opened.resize((width, height), Image.Resampling.NEAREST)).astype(np.int32)
-    rotation = pose[:3, :3]
-    position = pose[:3, 3]
-    determinant = float(np.linalg.det(rotation))
-    if abs(abs(determinant) - 1) > 0.01:
-        raise ValueError(f"{folder}: pose/{number}.txt has determinant {determinant:.3f}; expected a rotation")
-    camera = Camera(
-        width,
-        height,
-        float(intrinsic[0, 0]),
-        float(intrinsic[1, 1]),
-        float(intrinsic[0, 2]),
-        float(intrinsic[1, 2]),
-        rotation.T,
-        -rotation.T @ position,
-    )
-    return camera, image, depth, ids
-
-
-def _surfaces(raw: list, known: set[int], rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """Object id -> world points (S, 3) on its surface, from all frames that show it."""
-    points: dict[int, list[np.ndarray]] = {}
-    for camera, _, depth, ids in raw:
-        for object_id in np.unique(ids):
-            if int(object_id) not in known:
-                continue
-            rows, columns = np.nonzero((ids == object_id) & (depth > 0.05))
-            if len(rows) == 0:
-                continue
-            k = rng.choice(len(rows), min(POINTS, len(rows)), replace=False)
-            pixels = np.stack([columns[k] + 0.5, rows[k] + 0.5], 1)
-            points.setdefault(int(object_id), []).append(
-                unproject(camera, pixels, depth[rows[k], columns[k]].astype(np.float64))
-            )
-    found = {}
-    for object_id, parts in points.items():
-        cloud = np.concatenate(parts)
-        found[object_id] = cloud[rng.choice(len(cloud), min(POINTS, len(cloud)), replace=False)]
-    return found
+    if ids.ndim != 2:
+        raise ValueError(f"{folder}: instance/{number}.png has shape {ids.shape}; expected one channel of object ids")
+    return Frame(number, camera_at(width, height, intrinsic, poses[0]), poses[1], image, depth, ids)

@@ -1,0 +1,261 @@
+"""From posed frames with depth to a scene: one path for every data set of scans.
+
+A reader gives the frames of a scan, each with its camera, image, depth map and object ids. `assemble` checks that the
+depth lies in the boxes, finds where each object can be marked, and chooses the pairs of views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MISFIT, Problems, inside_box, share_in_boxes
+from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, wide_pairs
+from fastvst.spatial.boxes import corners
+from fastvst.spatial.camera import Camera, project, unproject
+
+POINTS = 256  # surface points per object, from which its visibility is estimated
+NEAR = 0.05  # metres; a smaller depth is a hole
+ENOUGH = 20  # surface points below which an object's box is not judged by them
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame of a scan.
+
+    `name`: as the data set calls it. `pose`: its stored 4 x 4 matrix. `image` (H, W, 3) uint8. `depth` (H, W) float32,
+    planar, metres, 0 where it is missing or saturated. `ids` (H, W) int32 object ids, 0 = none. All at one size.
+    """
+
+    name: str
+    camera: Camera
+    pose: np.ndarray
+    image: np.ndarray
+    depth: np.ndarray
+    ids: np.ndarray
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread evenly over a list of this length."""
+    return np.unique(np.round(np.linspace(0, length - 1, count)).astype(int)).tolist()
+
+
+def camera_at(width: int, height: int, intrinsics: np.ndarray, pose: np.ndarray) -> Camera:
+    """A camera from intrinsics (3, 3) and a camera-to-world pose (4, 4) with OpenCV axes."""
+    rotation = pose[:3, :3].T
+    fx, fy, cx, cy = (float(intrinsics[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    return Camera(width, height, fx, fy, cx, cy, rotation, -rotation @ pose[:3, 3])
+
+
+def planar_depth(along_ray: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """Distances along the rays (H, W) -> planar depth (H, W), by the intrinsics (3, 3) in pixels."""
+    height, width = along_ray.shape
+    x = (np.arange(width) + 0.5 - intrinsics[0, 2]) / intrinsics[0, 0]
+    y = (np.arange(height) + 0.5 - intrinsics[1, 2]) / intrinsics[1, 1]
+    return along_ray / np.sqrt(1 + x[None] ** 2 + y[:, None] ** 2)
+
+
+def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObject]) -> np.ndarray:
+    """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies."""
+    ids = np.zeros(depth.shape, np.int32)
+    height, width = depth.shape
+    for item in sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6]))):
+        cube = corners([item.box])[0]
+        pixels, ahead = project(camera, cube)
+        if (ahead <= NEAR).all():
+            continue
+        low = np.zeros(2, int)
+        high = np.array([width, height])
+        if (ahead > NEAR).all():  # otherwise a corner is behind the camera and the box may reach any pixel
+            low = np.clip(np.floor(pixels.min(0)).astype(int), 0, [width, height])
+            high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, [width, height])
+        if (high <= low).any():
+            continue
+        window = (slice(low[1], high[1]), slice(low[0], high[0]))
+        rows, columns = np.nonzero(depth[window] > NEAR)
+        rows = rows + low[1]
+        columns = columns + low[0]
+        world = unproject(camera, np.stack([columns + 0.5, rows + 0.5], 1), depth[rows, columns].astype(np.float64))
+        inside = inside_box(world, item.box, 0.0)
+        ids[rows[inside], columns[inside]] = item.id
+    return ids
+
+
+def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Up to `count` pairs of frames, at most 90 frames apart, between which the camera did one thing.
+
+    It moved 0.2 m or more and turned less than 4 degrees, or it turned 8 degrees or more and moved less than 5 cm.
+    `poses`: camera-to-world (4, 4). No frame is in two pairs.
+    """
+    found: list[tuple[int, int]] = []
+    used: set[int] = set()
+    places = np.array([pose[:3, 3] for pose in poses])
+    turns = np.array([pose[:3, :3] for pose in poses])
+    for a in rng.permutation(len(poses))[:400]:
+        if len(found) == count:
+            break
+        later = np.arange(a + 1, min(a + 91, len(poses)))
+        shift = np.linalg.norm(places[later] - places[a], axis=1)
+        cosine = (np.einsum("ij,nij->n", turns[a], turns[later]) - 1) / 2
+        turned = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+        clear = later[((shift >= 0.2) & (turned < 4)) | ((turned >= 8) & (shift < 0.05))]
+        free = [int(b) for b in clear if int(b) not in used]
+        if free and int(a) not in used:
+            b = free[int(rng.integers(len(free)))]
+            found.append((int(a), b))
+            used |= {int(a), b}
+    return found
+
+
+def surfaces(frames: Sequence[Frame], known: set[int], rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """Object id -> up to `POINTS` world points (S, 3) on its surface, from all frames that show it."""
+    points: dict[int, list[np.ndarray]] = {}
+    for frame in frames:
+        ids = np.where(frame.depth > NEAR, frame.ids, 0).ravel()
+        order = np.argsort(ids, kind="stable")
+        found, start, number = np.unique(ids[order], return_index=True, return_counts=True)
+        for object_id, first, size in zip(found.tolist(), start, number, strict=True):
+            if object_id not in known:
+                continue
+            flat = order[first + rng.choice(size, min(POINTS, size), replace=False)]
+            rows, columns = np.divmod(flat, frame.ids.shape[1])
+            pixels = np.stack([columns + 0.5, rows + 0.5], 1)
+            depth = frame.depth[rows, columns].astype(np.float64)
+            points.setdefault(object_id, []).append(unproject(frame.camera, pixels, depth))
+    found_points = {}
+    for object_id, parts in points.items():
+        cloud = np.concatenate(parts)
+        found_points[object_id] = cloud[rng.choice(len(cloud), min(POINTS, len(cloud)), replace=False)]
+    return found_points
+
+
+def trusted(frame: Frame, objects: dict[int, SceneObject]) -> np.ndarray:
+    """Mask (H, W) of the pixels with a measured depth that lies in the box of the pixel's own object."""
+    mask = np.zeros(frame.ids.shape, bool)
+    rows, columns = np.nonzero((frame.ids > 0) & (frame.depth > NEAR))
+    ids = frame.ids[rows, columns]
+    pixels = np.stack([columns + 0.5, rows + 0.5], 1)
+    world = unproject(frame.camera, pixels, frame.depth[rows, columns].astype(np.float64))
+    for object_id in np.unique(ids).tolist():
+        own = np.nonzero(ids == object_id)[0]
+        if object_id in objects and objects[object_id].known:
+            good = own[inside_box(world[own], objects[object_id].box)]
+            mask[rows[good], columns[good]] = True
+    return mask
+
+
+def check_boxes(
+    scene: str,
+    objects: Sequence[SceneObject],
+    frames: Sequence[Frame],
+    points: dict[int, np.ndarray],
+    problems: Problems,
+) -> tuple[SceneObject, ...]:
+    """The objects, with `known` = False where the measured surface is not in the box.
+
+    Raises:
+        ValueError: depth and boxes of the scene do not belong together; names the convention that would fit.
+    """
+    boxes = {o.id: o.box for o in objects if o.known}
+    judged = {i: cloud for i, cloud in points.items() if i in boxes and len(cloud) >= ENOUGH}
+    share = share_in_boxes(judged, boxes)
+    if judged and share < MISFIT:
+        raise ValueError(
+            f"{scene}: {share:.0%} of the measured surfaces lie in the boxes of their objects; expected nearly all. "
+            + _what_fits(frames, boxes)
+        )
+    checked = []
+    for item in objects:
+        inside = inside_box(judged[item.id], item.box).mean() if item.id in judged else 1.0
+        if inside < MISFIT:
+            text = f"{scene}: object {item.id} ({item.name}): {inside:.0%} of its measured surface lie in its box"
+            problems.add(ValueError(text + "; no question is about it"))
+        checked.append(dataclasses.replace(item, known=item.known and inside >= MISFIT))
+    return tuple(checked)
+
+
+def _what_fits(frames: Sequence[Frame], boxes: dict[int, tuple[float, ...]]) -> str:
+    """Which reading of the poses puts the depth into the boxes, in words."""
+    rng = np.random.default_rng(0)
+    best = (0.0, "")
+    for convention in CONVENTIONS:
+        moved = []
+        for frame in frames[:: max(1, len(frames) // 6)]:
+            try:
+                pose = convention.read(frame.pose)
+            except np.linalg.LinAlgError:
+                continue
+            c = frame.camera
+            k = np.array([[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]])
+            moved.append(dataclasses.replace(frame, camera=camera_at(c.width, c.height, k, pose)))
+        share = share_in_boxes(surfaces(moved, set(boxes), rng), boxes)
+        best = max(best, (share, str(convention)))
+    if best[0] >= FITS:
+        return f"{best[0]:.0%} would if the poses are read as: {best[1]}."
+    return f"None of {len(CONVENTIONS)} readings of the poses fits; the best ({best[1]}) gives {best[0]:.0%}."
+
+
+def assemble(
+    name: str,
+    objects: Sequence[SceneObject],
+    walk: Sequence[Frame],
+    motions: Sequence[tuple[Frame, Frame]] = (),
+    *,
+    stills: int = 4,
+    pairs: int = 6,
+    fps: float = 2.0,
+    polygon: np.ndarray | None = None,
+    height: float | None = None,
+    source: str,
+    seed: int = 0,
+    problems: Problems,
+) -> Scene:
+    """The scene of a scan.
+
+    Args:
+        walk: frames of the video in order, `fps` frames a second.
+        motions: pairs of frames for camera motion.
+        stills: views for single-image questions, spread evenly over the walk.
+        pairs: at most so many wide pairs, see `scene.wide_pairs`.
+        source: `data_source` of the rows.
+        seed: decides the surface points and the pairs.
+
+    Raises:
+        ValueError: depth and boxes do not belong together.
+    """
+    every = [*walk, *(frame for pair in motions for frame in pair)]
+    points = surfaces(every, {o.id for o in objects}, np.random.default_rng([seed, 8]))
+    checked = check_boxes(name, objects, every, points, problems)
+    by_id = {o.id: o for o in checked}
+    views = []
+    for frame in every:
+        seen = observe(frame.camera, frame.depth, frame.ids, points, trusted(frame, by_id))
+        views.append(
+            View(frame.camera, frame.image, tuple(_unless_known(s, by_id) for s in seen), frame.depth, frame.ids)
+        )
+    number = len(walk)
+    order = tuple(range(number))
+    wide = wide_pairs(views, order, np.random.default_rng([seed, 9]), pairs)
+    chosen = spread(number, stills)
+    first_motion = number + len(chosen)
+    moved = [(first_motion + 2 * k, first_motion + 2 * k + 1, "motion") for k in range(len(motions))]
+    return Scene(
+        name=name,
+        objects=tuple(o for o in checked if o.known),
+        ignored=tuple(o for o in checked if not o.known),
+        views=(*views[:number], *(views[k] for k in chosen), *views[number:]),
+        polygon=polygon,
+        height=height,
+        pairs=(*wide, *moved),
+        walk=order,
+        fps=fps,
+        metadata={"source": source},
+    )
+
+
+def _unless_known(s: Sighting, objects: dict[int, SceneObject]) -> Sighting:
+    """The sighting, with visibility 0 if its object is not known: no question is about it."""
+    return s if objects[s.object_id].known else dataclasses.replace(s, visibility=0.0)
