@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
-from fastvst_kernels.integrations.lm_head import check_logits, plain_head_weight
+from fastvst_kernels.integrations.lm_head import LMHead, check_logits, lm_head
 from fastvst_kernels.objectives import DAPO, Objective
 
 
@@ -51,9 +51,11 @@ def transformers_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor)
     """The value of `model(input_ids=..., labels=...).loss`, without its (B, T, V) logits.
 
     Raises:
-        ValueError: the model scales, caps, biases or adapts its logits.
+        ValueError: the model makes its logits in a way that the operator does not compute.
     """
-    return linear_cross_entropy(*_with_head(model, input_ids, labels))
+    head = checked_head(model, input_ids)
+    hidden, targets = hidden_and_targets(model, input_ids, labels)
+    return linear_cross_entropy(hidden, head.weight, targets, **head.options())
 
 
 def policy_update(
@@ -69,13 +71,21 @@ def policy_update(
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     completion = torch.arange(len(rewards)).repeat_interleave(labels.shape[1] - 1)
     mask = (labels[:, 1:] != -100).flatten()
+    checked_head(model, input_ids)
     with torch.no_grad():
-        old, _ = linear_logprobs(*_with_head(model, input_ids, labels))
+        head = lm_head(model)
+        hidden, targets = hidden_and_targets(model, input_ids, labels)
+        old, _ = linear_logprobs(hidden, head.weight, targets, **head.options())
     history = []
     for _ in range(updates):
+        head = lm_head(model)
+        hidden, targets = hidden_and_targets(model, input_ids, labels)
         loss, stats = linear_policy_loss(
-            *_with_head(model, input_ids, labels),
+            hidden,
+            head.weight,
+            targets,
             objective,
+            **head.options(),
             old_logprobs=old,
             advantages=advantages[completion],
             row_weights=objective.row_weights(mask, completion),
@@ -88,11 +98,11 @@ def policy_update(
     return history
 
 
-def _with_head(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, targets = hidden_and_targets(model, input_ids, labels)
-    weight = plain_head_weight(model)
-    check_logits(model, input_ids, weight)
-    return hidden, weight, targets
+def checked_head(model: PreTrainedModel, input_ids: Tensor) -> LMHead:
+    """The LM head (weight, bias, scale, soft cap), compared with the model's own logits of two tokens."""
+    head = lm_head(model)
+    check_logits(model, input_ids, head)
+    return head
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from fastvst.rl.advantages import AdvantageKind
 from fastvst.rl.packing import Group, PolicyPack, Sharing, divide_into_packs, make_pack
 from fastvst.train.distributed import World
 from fastvst_kernels import linear_logprobs, linear_policy_loss
+from fastvst_kernels.lm_head.policy_loss import rows_with_loss
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -170,19 +171,27 @@ def policy_head(pack: PolicyPack, objective: Objective, temperature: float, *, f
             log-probabilities are needed.
     """
 
+    vectors: dict[str, Any] = {
+        "advantages": pack.advantages,
+        "old_logprobs": None if first else pack.old_logprobs,
+        "sampler_logprobs": pack.rollout_logprobs,
+        "row_weights": pack.row_weights,
+        "sequence_ids": pack.sequence_ids,
+    }
+
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # On a GPU the loss does not select rows by itself. One wait here costs less than their products.
+        targets = pack.batch.targets
+        rows = rows_with_loss(objective, targets=targets, **vectors) if targets.is_cuda else None
         return linear_policy_loss(
             hidden[pack.batch.loss_rows],
             weight,
-            pack.batch.targets,
+            targets,
             objective,
-            advantages=pack.advantages,
-            old_logprobs=None if first else pack.old_logprobs,
             ref_logprobs=pack.ref_logprobs,
-            sampler_logprobs=pack.rollout_logprobs,
-            row_weights=pack.row_weights,
-            sequence_ids=pack.sequence_ids,
+            rows=rows,
             temperature=temperature,
+            **vectors,
         )
 
     return head

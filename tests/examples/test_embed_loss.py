@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fastvst_kernels.objectives import DAPO, GSPO
 
@@ -57,19 +58,49 @@ def test_policy_update_raises_the_rewarded_completions() -> None:
         assert history[0]["rows_computed"] == 4 * 14
 
 
-def test_models_whose_logits_are_more_than_a_product_are_refused() -> None:
+SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 2.0}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Phi", {}),  # its LM head has a bias
+    ],
+)
+def test_models_that_bias_scale_or_cap_their_logits(name: str, options: dict[str, float]) -> None:
+    torch.manual_seed(0)
     input_ids, labels = batch()
-    biased = embed_loss.tiny_qwen()
-    biased.lm_head = torch.nn.Linear(32, 300)
-    with pytest.raises(ValueError, match="an LM head with a bias"):
-        embed_loss.transformers_loss(biased, input_ids, labels)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **HEADS, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3) if p.dim() > 1 else p.normal_()
+    theirs = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+    ours = embed_loss.transformers_loss(model, input_ids, labels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    parameters = list(model.parameters())
+    grads = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_models_whose_logits_the_operator_does_not_compute_are_refused() -> None:
+    input_ids, labels = batch()
     adapted = embed_loss.tiny_qwen()
     adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
     with pytest.raises(ValueError, match="type Sequential"):
         embed_loss.transformers_loss(adapted, input_ids, labels)
     capped = embed_loss.tiny_qwen()
     capped.config.final_logit_softcapping = 3.0
-    with pytest.raises(ValueError, match="final_logit_softcapping=3.0"):
+    with pytest.raises(ValueError, match="soft cap 3.0"):  # Qwen 2 does not read this field of its config
+        embed_loss.transformers_loss(capped, input_ids, labels)
+    capped.config.final_logit_softcapping = None
+    capped.config.logits_soft_cap = 3.0
+    with pytest.raises(ValueError, match="logits_soft_cap=3.0"):
         embed_loss.transformers_loss(capped, input_ids, labels)
     scaled = embed_loss.tiny_qwen()
     real = scaled.forward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,26 @@ def make_head_case(
     targets = torch.randint(0, vocabulary, (rows,), generator=g)
     targets[torch.rand(rows, generator=g) < ignored] = -100
     return hidden, weight, targets
+
+
+LOGITS: dict[str, dict[str, float | bool]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scaled": {"scale": 0.3},
+    "capped": {"softcap": 1.5},
+    "large cap": {"softcap": 50.0},
+    "all": {"bias": True, "scale": 1.7, "softcap": 2.0},
+}
+
+
+def logit_options(name: str, weight: Tensor) -> dict[str, Any]:
+    """Keyword arguments that change the logits, by name of `LOGITS`; the bias (V,) requires a gradient."""
+    options: dict[str, Any] = dict(LOGITS[name])
+    if options.pop("bias", False):
+        g = torch.Generator().manual_seed(3)
+        bias = torch.randn(weight.shape[0], generator=g, dtype=torch.float64).to(weight.dtype)
+        options["bias"] = bias.requires_grad_()
+    return options
 
 
 def huge_logits_case(size: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""A scalar loss whose gradients are computed in the forward pass, while a chunk's logits are at hand."""
+"""What the losses' autograd formulas share: gradients that the forward pass computes, while a chunk's logits exist."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,33 +12,35 @@ from fastvst_kernels.shared.boundary import first_order
 
 
 class Computed(NamedTuple):
-    """A scalar loss, its gradients by (hidden, weight), and vectors without gradient that the caller wants as well."""
+    """A scalar loss, its gradients by (hidden, weight, bias), and vectors that the caller wants, without gradient."""
 
     loss: Tensor
-    gradients: tuple[Tensor | None, Tensor | None]
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
     vectors: tuple[Tensor, ...] = ()
 
 
 def gradient_in_forward(
-    name: str, hidden: Tensor, weight: Tensor, compute: Callable[[Tensor, Tensor, bool, bool], Computed]
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    compute: Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool]], Computed],
 ) -> tuple[Tensor, ...]:
-    """(loss, *vectors) of `compute(hidden, weight, need_hidden, need_weight)`; only the loss is differentiable.
+    """(loss, *vectors) of `compute(hidden, weight, bias, needs)`; only the loss is differentiable.
 
-    The first backward scales the gradients of the forward pass and hands them out. Another one (retain_graph=True)
-    computes them again. A derivative of the gradients raises an error that names the operator `name`.
+    A derivative of the gradients raises an error that names the operator `name`.
     """
-    return _GradientInForward.apply(hidden, weight, compute, name, torch.is_grad_enabled())
+    return _GradientInForward.apply(hidden, weight, bias, compute, name, torch.is_grad_enabled())
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, compute, name: str, enabled: bool):
-        ctx.needs = tuple(enabled and need for need in ctx.needs_input_grad[:2])
-        ctx.compute = compute
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute, name: str, enabled: bool):
+        needs = tuple(enabled and need for need in ctx.needs_input_grad[:3])
         ctx.name = name
-        ctx.save_for_backward(hidden, weight)
-        loss, ctx.gradients, vectors = compute(hidden, weight, *ctx.needs)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        loss, gradients, vectors = compute(hidden, weight, bias, needs)
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*vectors)
         return loss, *vectors
 
@@ -48,17 +50,27 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _hand_out(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = ctx.gradients
-    if gradients is None:
-        gradients = ctx.compute(*(x.detach() for x in ctx.saved_tensors), *ctx.needs).gradients
-    ctx.gradients = None
-    hidden, weight = (_scaled(g, grad, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-    return hidden, weight, None, None, None
+    made = (
+        None if g is None else scaled(g, grad, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return *made, None, None, None
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None:
-        return None
-    if gradient.dtype == dtype:
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))  # one pass scales and rounds
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`: one pass scales and rounds."""
+    if gradient.dtype == dtype or torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def refuse_second_order(name: str, gradients: Sequence[Tensor | None]) -> None:
+    """Raise if a formula is asked for the derivative of the gradients that the forward pass has computed.
+
+    Raises:
+        RuntimeError: one of the gradients of those outputs is given.
+    """
+    if any(g is not None for g in gradients):
+        raise RuntimeError(
+            f"{name} has no second derivative: its gradients (create_graph=True) cannot be differentiated; "
+            "use the plain formula for a penalty on gradients"
+        )

@@ -7,16 +7,19 @@ target):
 
     d loss / d logit_v = p_v * (a + b * (log p_v + E)) + c * [v = t] + u,        a, b, c, u one number for each row.
 
-Rows that skip products: a row whose coefficients are known to be 0 beforehand (ignored target, weight 0, advantage 0)
-skips all three. A row whose coefficients turn out to be 0 (clipped) skips the two backward products on the CPU. This
-selection needs the number of such rows on the host, so on CUDA they stay and contribute zeros. The selection before the
-first product needs one number on the host, too: the only place where a call waits for the device.
+Behind a soft cap the chain rule multiplies this by the cap's slope. The bias gets its column sums.
+
+Rows that skip products: on the CPU a row whose coefficients are known to be 0 beforehand (ignored target, weight 0,
+advantage 0) skips all three, and a row whose coefficients turn out to be 0 (clipped) skips the two backward products.
+Both selections need the number of such rows on the host. On CUDA a call never waits for the device, so such rows are
+computed as zeros, unless the caller gives the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,52 +30,73 @@ from fastvst_kernels.lm_head.types import (
     Coefficients,
     Gradients,
     Head,
+    Logits,
     Statistics,
     VocabularyShard,
+    wide_dtype,
 )
 
 CPU_BLOCK = 1 << 18  # logits of one elementwise step on the CPU: its temporaries stay in the second-level cache
 
 
-def rows_where(keep: Tensor) -> Tensor | None:
-    """(m,) int64, the rows where keep (M,) holds, or None for all rows. Waits for the device to learn the count."""
+def select_rows(keep: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows are computed: (index (m,) int64 or None for all, (m,) bool of those that have a loss or None for all).
+
+    Args:
+        keep: (M,) bool, the rows that have a loss.
+        rows: (m,) integers that the caller gives, or None: on the CPU the rows of `keep`, elsewhere all rows.
+    """
+    if rows is not None:
+        rows = rows.long()
+        return rows, keep[rows]
+    if keep.device.type != "cpu":
+        return None, keep
     index = keep.nonzero().squeeze(1)
-    return None if index.shape[0] == keep.shape[0] else index
+    return (None if index.shape[0] == keep.shape[0] else index), None
 
 
 def make_head(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
-    index: Tensor | None,
+    selected: tuple[Tensor | None, Tensor | None],
+    logits: Logits,
     *,
-    temperature: float = 1.0,
-    chunk_rows: int | None = None,
-    shard: VocabularyShard | None = None,
     exact: bool = False,
 ) -> Head:
-    """The head for the rows `index` of hidden (None: all), with the float32 copy of the weight where it needs one.
+    """The head for the rows of `select_rows`, with the float32 copy of the weight where it needs one.
 
     exact: the gradient of the logits is computed before the loss scale is known. In float16 it would underflow, so
         float16 products run in float32.
     """
     half = weight.dtype in (torch.bfloat16, torch.float16)
     wide = half and (weight.device.type == "cpu" or (exact and weight.dtype == torch.float16))
+    index, keep = selected
+    targets = (targets if index is None else targets[index]).long()
     return Head(
         hidden=hidden,
         weight=weight,
         operand=weight.float() if wide else weight,
+        bias=None if bias is None else bias.to(wide_dtype(hidden)),
         index=index,
-        targets=(targets if index is None else targets[index]).long(),
-        scale=1 / temperature,
-        chunk_rows=chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type),
-        shard=shard,
+        keep=keep,
+        targets=targets if keep is None else torch.where(keep, targets, 0),
+        scale=logits.scale,
+        bound=logits.bound,
+        chunk_rows=logits.chunk_rows or default_chunk_rows(weight.shape[0], weight.device.type),
+        shard=logits.shard,
     )
 
 
 def subset(head: Head, index: Tensor) -> Head:
     """The head for the rows `index` (k,) of the head's rows, ascending."""
-    return replace(head, index=index if head.index is None else head.index[index], targets=head.targets[index])
+    return replace(
+        head,
+        index=index if head.index is None else head.index[index],
+        keep=None if head.keep is None else head.keep[index],
+        targets=head.targets[index],
+    )
 
 
 def default_chunk_rows(vocabulary: int, device_type: str) -> int:
@@ -81,29 +105,32 @@ def default_chunk_rows(vocabulary: int, device_type: str) -> int:
     return max(multiple, elements // max(vocabulary, 1) // multiple * multiple)
 
 
-def make_gradients(head: Head, need_hidden: bool, need_weight: bool) -> Gradients:
-    """The tensors that the chunks fill: hidden's rows are written once, the weight's gradient is a sum."""
+def make_gradients(head: Head, need_hidden: bool, need_weight: bool, need_bias: bool = False) -> Gradients:
+    """The tensors that the chunks fill: hidden's rows are written once, the others are sums."""
     hidden = None
     weight = None
+    bias = None
     if need_hidden:
         # A sharded head sums the ranks' parts, in float32. A float16 gradient would underflow before it meets the
         # loss scale, so it stays in float32 as well.
         wide = head.shard is not None or head.hidden.dtype == torch.float16
         dtype = head.dtype if wide else head.hidden.dtype
         make = torch.empty_like if head.index is None else torch.zeros_like
-        hidden = make(head.hidden, dtype=dtype)
+        hidden = make(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
     if need_weight:
-        weight = torch.zeros_like(head.weight, dtype=head.dtype)
-    return Gradients(hidden, weight)
+        weight = torch.zeros_like(head.weight, dtype=head.dtype, memory_format=torch.contiguous_format)
+    if need_bias and head.bias is not None:
+        bias = torch.zeros_like(head.bias)
+    return Gradients(hidden, weight, bias)
 
 
-def finish_gradients(head: Head, gradients: Gradients) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients for autograd: hidden's in its own dtype (float16: in float32), the weight's still in float32."""
+def finish_gradients(head: Head, gradients: Gradients) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients for autograd: hidden's in its own dtype (float16: in float32), the others still in float32."""
     hidden = gradients.hidden
     if hidden is not None and head.shard is not None:
         torch.distributed.all_reduce(hidden, group=head.shard.group)
         hidden = hidden if head.hidden.dtype == torch.float16 else hidden.to(head.hidden.dtype)
-    return hidden, gradients.weight
+    return hidden, gradients.weight, gradients.bias
 
 
 def chunks(head: Head) -> Iterator[tuple[slice, Tensor]]:
@@ -120,15 +147,17 @@ def chunk_statistics(head: Head, part: slice, buffer: Tensor, *, as_exp: bool = 
     as_exp: the loss has no gradient by the entropy, so the buffer may keep exp(logit) instead (CPU).
     """
     rows = head.hidden[part] if head.index is None else head.hidden[head.index[part]]
+    if head.keep is not None:
+        rows = rows.masked_fill(~head.keep[part, None], 0)  # 0 * NaN would reach the weight's gradient
     targets = local_targets(head, part)
     write_logits(rows, head, buffer)
     if runs_kernel(buffer):
         from fastvst_kernels.lm_head.kernels import partial_statistics
 
-        partial = partial_statistics(buffer, targets, head.scale)
+        partial = partial_statistics(buffer, targets, head.scale, bias=head.bias, bound=head.bound)
         subtracted = torch.zeros_like(partial[0])
     else:
-        partial = partial_statistics_(buffer, targets, head.scale, as_exp)
+        partial = partial_statistics_(buffer, targets, head.scale, keeps_exp(head, as_exp), bound=head.bound)
         subtracted = partial[0]
     return rows, combine(from_all_ranks(partial, head.shard), head.vocabulary, subtracted)
 
@@ -154,7 +183,7 @@ def chunk_backward(
     Returns:
         How many rows took part in the products.
     """
-    if gradients.hidden is None and gradients.weight is None:
+    if not gradients.wanted:
         return 0
     targets = local_targets(head, part)
     coefficients = coefficients.scaled(head.scale)
@@ -175,11 +204,14 @@ def chunk_backward(
     if runs_kernel(buffer):
         from fastvst_kernels.lm_head.kernels import row_gradient_
 
-        d = row_gradient_(buffer, targets, found, coefficients, head.scale, head.operand.dtype)
+        options: dict[str, Any] = {"bias": head.bias, "bound": head.bound}
+        d = row_gradient_(buffer, targets, found, coefficients, head.scale, head.operand.dtype, **options)
     else:
-        d = row_gradient_plain_(buffer, targets, found, coefficients, as_exp)
+        d = row_gradient_plain_(buffer, targets, found, coefficients, keeps_exp(head, as_exp), bound=head.bound)
     if extra is not None:
         extra(d)
+    if gradients.bias is not None:
+        gradients.bias.add_(d.sum(0, dtype=head.dtype))
     backward_products(d, rows, head, index if index is not None else part, gradients)
     return rows.shape[0]
 
@@ -198,17 +230,33 @@ def runs_kernel(buffer: Tensor) -> bool:
     return buffer.is_cuda and buffer.dtype == torch.float32
 
 
-def buffer_scale(head: Head, buffer: Tensor) -> float:
-    """What the values that `chunk_statistics` leaves in the buffer have to be multiplied by to be scaled logits.
+def keeps_exp(head: Head, wanted: bool) -> bool:
+    """Whether the buffer may keep exp(x - maximum): the slope of a soft cap needs x itself, which may underflow."""
+    return wanted and head.bound is None
 
-    The kernels leave the logits as they are, the plain path has scaled them.
+
+def top_logits(head: Head, buffer: Tensor, found: Statistics, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest final logits (m, count) of each row, and their tokens.
+
+    buffer: what `chunk_statistics` left (without `as_exp`). The kernels leave the products as they are; the plain path
+        leaves final logits of which it has subtracted each row's maximum.
     """
-    return head.scale if runs_kernel(buffer) else 1.0
+    if not runs_kernel(buffer):
+        values, tokens = buffer.topk(count, dim=1)
+        return values + (found.offset + found.lse)[:, None], tokens
+    values, tokens = (buffer if head.bias is None else buffer + head.bias).topk(count, dim=1)
+    values = values * head.scale
+    return (values if head.bound is None else head.bound * (values / head.bound).tanh()), tokens
 
 
 def write_logits(rows: Tensor, head: Head, buffer: Tensor) -> None:
-    """Fill the buffer (m, V), float32 or float64. Logits of half-precision products are never rounded to 16 bits."""
-    if head.operand.dtype == head.dtype:
+    """Fill the buffer (m, V), float32 or float64. Logits of half-precision products are never rounded to 16 bits.
+
+    The kernels add the bias when they read the buffer.
+    """
+    if head.operand.dtype == head.dtype and head.bias is not None and not runs_kernel(buffer):
+        torch.addmm(head.bias, rows.to(head.dtype), head.operand.t(), out=buffer)
+    elif head.operand.dtype == head.dtype:
         torch.mm(rows.to(head.dtype), head.operand.t(), out=buffer)
     else:
         torch.mm(rows, head.operand.t(), out_dtype=torch.float32, out=buffer)
@@ -218,7 +266,7 @@ def backward_products(d: Tensor, rows: Tensor, head: Head, place: Tensor | slice
     """Add d.T @ rows to the weight's gradient and write d @ weight to the rows `place` of hidden's gradient."""
     if head.operand.dtype == head.dtype:
         if gradients.weight is not None:
-            gradients.weight.addmm_(d.t(), rows.to(head.dtype))
+            torch.addmm(gradients.weight, d.t(), rows.to(head.dtype), out=gradients.weight)
         if gradients.hidden is None:
             return
         product = d @ head.operand
@@ -231,8 +279,10 @@ def backward_products(d: Tensor, rows: Tensor, head: Head, place: Tensor | slice
     gradients.hidden[place] = product.to(gradients.hidden.dtype)
 
 
-def partial_statistics_(buffer: Tensor, targets: Tensor, scale: float, as_exp: bool) -> Tensor:
-    """Scale the logits and subtract each row's maximum, in place (as_exp: then take exp), and reduce them.
+def partial_statistics_(
+    buffer: Tensor, targets: Tensor, scale: float, as_exp: bool, *, bound: float | None = None
+) -> Tensor:
+    """Scale and cap the logits and subtract each row's maximum, in place (as_exp: then take exp), and reduce them.
 
     Returns:
         (5, m): maximum; sum of e = exp(x - maximum); sum of e * (x - maximum); the target's x - maximum (-inf where
@@ -246,6 +296,8 @@ def partial_statistics_(buffer: Tensor, targets: Tensor, scale: float, as_exp: b
         target = targets[start : start + step]
         if scale != 1:
             block.mul_(scale)
+        if bound is not None:
+            block.div_(bound).tanh_().mul_(bound)
         torch.amax(block, 1, out=out[0])
         block.sub_(out[0, :, None])
         e = block.exp()
@@ -277,7 +329,7 @@ def combine(partial: Tensor, vocabulary: int, subtracted: Tensor) -> Statistics:
     Args:
         partial: (parts, 5, m), each part as `partial_statistics_` returns it.
         vocabulary: entries of all parts together.
-        subtracted: (m,), what was subtracted from the scaled logits that the buffer holds now.
+        subtracted: (m,), what was subtracted from the final logits that the buffer holds now.
     """
     tops, totals, dots, targets, sums = partial.unbind(1)
     top = tops.amax(0)
@@ -297,28 +349,42 @@ def combine(partial: Tensor, vocabulary: int, subtracted: Tensor) -> Statistics:
 
 
 def row_gradient_plain_(
-    buffer: Tensor, targets: Tensor, found: Statistics, coefficients: Coefficients, as_exp: bool
+    buffer: Tensor,
+    targets: Tensor,
+    found: Statistics,
+    coefficients: Coefficients,
+    as_exp: bool,
+    *,
+    bound: float | None = None,
 ) -> Tensor:
     """The module's formula, in place on the buffer that `partial_statistics_` left."""
-    a = coefficients.a
-    b = coefficients.b
     if as_exp:
-        buffer.mul_((a * found.offset.exp())[:, None])
-    else:
-        step = max(1, CPU_BLOCK // buffer.shape[1])
-        for start in range(0, buffer.shape[0], step):
-            rows = slice(start, start + step)
-            block = buffer[rows].add_(found.offset[rows, None])
-            p = block.exp()
-            if b is None:
-                torch.mul(p, a[rows, None], out=block)
-            else:
-                block.add_(found.entropy[rows, None]).mul_(b[rows, None]).add_(a[rows, None]).mul_(p)
-    if coefficients.u is not None:
-        buffer.add_(coefficients.u[:, None])
-    at_target = torch.where(targets >= 0, coefficients.c, 0.0)
-    buffer.scatter_add_(1, targets.clamp(min=0)[:, None], at_target[:, None])
+        buffer.mul_((coefficients.a * found.offset.exp())[:, None])
+        _add_constants_(buffer, targets, coefficients)
+        return buffer
+    step = max(1, CPU_BLOCK // buffer.shape[1])
+    for start in range(0, buffer.shape[0], step):
+        rows = slice(start, start + step)
+        some = coefficients.take(rows)
+        block = buffer[rows].add_(found.offset[rows, None])
+        slope = None if bound is None else 1 - ((block + found.lse[rows, None]) / bound).square()
+        p = block.exp()
+        if some.b is None:
+            torch.mul(p, some.a[:, None], out=block)
+        else:
+            block.add_(found.entropy[rows, None]).mul_(some.b[:, None]).add_(some.a[:, None]).mul_(p)
+        _add_constants_(block, targets[rows], some)
+        if slope is not None:
+            block.mul_(slope)
     return buffer
+
+
+def _add_constants_(block: Tensor, targets: Tensor, coefficients: Coefficients) -> None:
+    """Add u to all columns and c to the target's."""
+    if coefficients.u is not None:
+        block.add_(coefficients.u[:, None])
+    at_target = torch.where(targets >= 0, coefficients.c, 0.0)
+    block.scatter_add_(1, targets.clamp(min=0)[:, None], at_target[:, None])
 
 
 def move_rows_(buffer: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.lm_head.autograd import Computed, gradient_in_forward
-from fastvst_kernels.lm_head.checks import check_inputs, check_row_vector
+from fastvst_kernels.lm_head.checks import check_inputs, check_row_vector, logits_of
 from fastvst_kernels.lm_head.chunked import (
     chunk_backward,
     chunk_statistics,
@@ -17,12 +17,14 @@ from fastvst_kernels.lm_head.chunked import (
     finish_gradients,
     make_gradients,
     make_head,
-    rows_where,
+    select_rows,
     subset,
 )
-from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Head, VocabularyShard, wide_dtype
+from fastvst_kernels.lm_head.cross_entropy import reference_logits
+from fastvst_kernels.lm_head.logprobs import logprobs_op
+from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Head, Logits, VocabularyShard, wide_dtype
 from fastvst_kernels.objectives import Objective, kl_estimate
-from fastvst_kernels.shared.boundary import public_operator
+from fastvst_kernels.shared.boundary import is_traced, public_operator
 from fastvst_kernels.shared.sequence_sums import dense_ids, sequence_sum
 
 
@@ -51,8 +53,14 @@ class PolicyRows:
         taken: dict[str, Any] = {name: vector[index] for name, vector in self.present().items()}
         return replace(self, **taken)
 
+    def masked(self, keep: Tensor) -> PolicyRows:
+        """The floats of rows that keep (m,) leaves out become 0: they may hold NaN."""
+        names = [name for name, vector in self.present().items() if vector.is_floating_point()]
+        kept: dict[str, Any] = {name: torch.where(keep, getattr(self, name), 0.0) for name in names}
+        return replace(self, **kept)
 
-@public_operator(lower=("hidden", "weight"), any_strides=("hidden", "weight"))
+
+@public_operator(lower=("hidden", "weight", "bias"), any_strides=("hidden", "weight"))
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -65,12 +73,18 @@ def linear_policy_loss(
     sampler_logprobs: Tensor | None = None,
     row_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
     temperature: float = 1.0,
+    rows: Tensor | None = None,
     chunk_rows: int | None = None,
     shard: VocabularyShard | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum(row_weights * objective.loss) with log p of `softmax(hidden @ weight.T / temperature)` at the targets.
+    """sum(row_weights * objective.loss) with log p of `softmax(logits / temperature)` at the targets.
+
+    The logits are `scale * (hidden @ weight.T + bias)`, and with a soft cap `softcap * tanh(logits / softcap)`.
 
     Args:
         hidden: (M, H); weight: (V, H), one floating dtype.
@@ -84,18 +98,20 @@ def linear_policy_loss(
             target).
         sequence_ids: (M,) integers, equal for the tokens of one completion; needed by GSPO and by importance weights of
             level "sequence" and "geometric". Sums and means of a sequence are over its rows with target and weight.
+        bias, scale, softcap: as in `linear_cross_entropy`.
         temperature: > 0, that of the rollouts.
-        chunk_rows: rows of one chunk; default 16 MiB of logits on the CPU, 1.25 GiB on CUDA.
-        shard: `weight` is one rank's part of the vocabulary.
-        validate: check the values of targets on CUDA, too (a synchronisation).
+        rows, chunk_rows, shard, validate: as in `linear_cross_entropy`.
 
     Rows with target -100, weight 0, or (where the objective allows it, without KL and entropy terms) advantage 0 or
-    importance 0 skip all products; where the loss needs whole sequences, only whole sequences of such rows do. Clipped
-    rows skip the two backward products on the CPU. Token-level objectives cost 6 M H V operations. Sequence-level ones,
-    and sequence-level importance weights without old_logprobs, need all log-probabilities first: two passes, 8 M H V.
+    importance 0 have no loss; where the loss needs whole sequences, only whole sequences of such rows have none. On the
+    CPU they skip all products, and clipped rows skip the two backward products. On CUDA they are computed as zeros;
+    `rows=rows_with_loss(...)` skips them and waits for the device once.
+    Token-level objectives cost 6 M H V operations. Sequence-level ones, and sequence-level importance weights without
+    old_logprobs, need all log-probabilities first: two passes, 8 M H V. So does a call that is traced (torch.compile,
+    torch.export, fake tensors), because its objective becomes a part of the graph.
 
     Returns:
-        loss: scalar float32 (float64 for float64 inputs); gradients flow to hidden and weight.
+        loss: scalar float32 (float64 for float64 inputs); gradients flow to hidden, weight and bias.
         stats: scalars on the device, without gradient. Over the rows that were computed, each row counting once:
             clip_low, clip_high, clip_dual (fractions), ratio_mean, ratio_max, entropy, logprob, kl_old_k1, kl_old_k3
             (KL(old || new), on samples of the old policy), and where the input was given importance, kl_ref_k1,
@@ -106,12 +122,15 @@ def linear_policy_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an input that the objective needs is missing,
-            temperature <= 0, targets out of range.
+            temperature <= 0, targets or rows out of range.
     """
-    check_inputs(
-        hidden, weight, targets, temperature=temperature, chunk_rows=chunk_rows, shard=shard, validate=validate
-    )
+    logits = logits_of(scale=scale, softcap=softcap, temperature=temperature, chunk_rows=chunk_rows, shard=shard)
+    traced = is_traced(hidden, weight, targets)
+    check = validate or (targets.device.type == "cpu" and not traced)
+    check_inputs(hidden, weight, bias, targets, rows=rows, shard=shard, validate=check)
     counted = targets != IGNORE
+    if rows is not None:
+        counted = counted & torch.zeros_like(counted).index_fill(0, rows.long(), True)
     if row_weights is None:
         row_weights = counted.to(wide_dtype(hidden)) / counted.sum().clamp(min=1)
     given = PolicyRows(
@@ -124,30 +143,96 @@ def linear_policy_loss(
     )
     _check_policy_rows(given, objective, hidden)
     two_passes = objective.sequence_level or (_mixes_rows(objective) and old_logprobs is None)
-    counted &= row_weights != 0
-    rows = _prepare(given, objective, counted, wide_dtype(hidden))
-    index = rows_where(_rows_that_matter(objective, rows, counted, two_passes))
+    counted = counted & (row_weights != 0)
+    vectors = _prepare(given, objective, counted, wide_dtype(hidden))
+    matter = _rows_that_matter(objective, vectors, counted, two_passes)
+    if traced:
+        vectors = vectors.masked(matter)
+        return _traced(hidden, weight, bias, torch.where(matter, targets, IGNORE), objective, vectors, matter, logits)
+    return _eager(hidden, weight, bias, targets, objective, vectors, select_rows(matter, rows), logits, two_passes)
+
+
+def _eager(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    objective: Objective,
+    vectors: PolicyRows,
+    selected: tuple[Tensor | None, Tensor | None],
+    logits: Logits,
+    two_passes: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with its gradients computed in the forward pass, for the rows of `select_rows`."""
+    index, keep = selected
     if index is not None:
-        rows = rows.take(index)
-        if rows.sequence_ids is not None:
-            rows = replace(rows, sequence_ids=dense_ids(rows.sequence_ids))
+        vectors = vectors.take(index)
+        if vectors.sequence_ids is not None:
+            vectors = replace(vectors, sequence_ids=dense_ids(vectors.sequence_ids))
+    if keep is not None:
+        vectors = vectors.masked(keep)
 
-    options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "shard": shard}
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> Computed:
+        head = make_head(hidden, weight, bias, targets, selected, logits, exact=any(needs))
+        return (_two_passes if two_passes else _one_pass)(head, objective, vectors, needs)
 
-    def compute(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> Computed:
-        exact = need_hidden or need_weight
-        head = make_head(hidden, weight, targets, index, exact=exact, **options)
-        run = _two_passes if two_passes else _one_pass
-        return run(head, objective, rows, need_hidden, need_weight)
-
-    loss, logprobs, entropy, products = gradient_in_forward("linear_policy_loss", hidden, weight, compute)
-    stats = policy_statistics(objective, rows, logprobs, entropy)
+    loss, logprobs, entropy, products = gradient_in_forward("linear_policy_loss", hidden, weight, bias, compute)
+    stats = policy_statistics(objective, vectors, logprobs, entropy, keep)
     total = hidden.shape[0]
     stats["rows_total"] = loss.new_full((), total)
     stats["rows_computed"] = loss.new_full((), logprobs.shape[0])
     stats["rows_backward"] = products[1]
     stats["gemm_saved"] = 1 - (products[0] + 2 * products[1]) / max(1, (4 if two_passes else 3) * total)
     return loss, stats
+
+
+def _traced(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    objective: Objective,
+    vectors: PolicyRows,
+    keep: Tensor,
+    logits: Logits,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss as the operator of the log-probabilities and the objective's formula, both in the caller's graph."""
+    logprobs, entropy = logprobs_op(hidden, weight, bias, targets, None, *logits.flat(weight), None)
+    losses = _token_losses(objective, vectors, logprobs, entropy if objective.uses_entropy else entropy.detach())
+    loss = torch.where(keep, losses * vectors.row_weights, 0.0).sum()
+    stats = policy_statistics(objective, vectors, logprobs.detach(), entropy.detach(), keep)
+    total = hidden.shape[0]
+    stats["rows_total"] = loss.new_full((), total)
+    computed = keep.sum().to(loss.dtype) if hidden.device.type == "cpu" else loss.new_full((), total)
+    stats["rows_computed"] = computed.detach()
+    stats["rows_backward"] = computed.detach()
+    stats["gemm_saved"] = 1 - computed.detach() / stats["rows_total"].clamp(min=1)
+    return loss, stats
+
+
+@torch.no_grad()
+def rows_with_loss(
+    objective: Objective,
+    *,
+    targets: Tensor,
+    advantages: Tensor,
+    row_weights: Tensor,
+    old_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """(m,) int64, ascending: the rows that `linear_policy_loss` has to compute, for its argument `rows`.
+
+    Waits for the device to learn their number.
+
+    Args:
+        targets, advantages, row_weights, old_logprobs, sampler_logprobs, sequence_ids: (M,), as there.
+    """
+    given = PolicyRows(advantages, row_weights, old_logprobs, None, sampler_logprobs, sequence_ids)
+    counted = (targets != IGNORE) & (row_weights != 0)
+    two_passes = objective.sequence_level or (_mixes_rows(objective) and old_logprobs is None)
+    vectors = _prepare(given, objective, counted, wide_dtype(advantages))
+    return _rows_that_matter(objective, vectors, counted, two_passes).nonzero().squeeze(1)
 
 
 def linear_policy_loss_reference(
@@ -162,10 +247,14 @@ def linear_policy_loss_reference(
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """The loss with all logits at once, in plain differentiable PyTorch; every row must have a target."""
-    logprobs = torch.log_softmax(hidden @ weight.t() / temperature, dim=-1)
+    logits = reference_logits(hidden, weight, bias, scale=scale, softcap=softcap, temperature=temperature)
+    logprobs = torch.log_softmax(logits, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     logprobs = logprobs.gather(1, targets[:, None]).squeeze(1)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
@@ -184,8 +273,13 @@ def linear_policy_loss_reference(
     return (row_weights * loss).sum()
 
 
-def policy_statistics(objective: Objective, rows: PolicyRows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-    """The statistics of `rows` (m,) with their current log-probabilities and entropies (m,); all 0 where m is 0."""
+def policy_statistics(
+    objective: Objective, rows: PolicyRows, logprobs: Tensor, entropy: Tensor, keep: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The statistics of `rows` (m,) with their current log-probabilities and entropies (m,); all 0 where m is 0.
+
+    keep: (m,) bool, the rows that count; None = all.
+    """
     with torch.no_grad():
         old = logprobs if rows.old_logprobs is None else rows.old_logprobs
         ratio = objective.log_ratio(logprobs, old, rows.sequence_ids).exp()
@@ -216,7 +310,11 @@ def policy_statistics(objective: Objective, rows: PolicyRows, logprobs: Tensor, 
             gap = (old - rows.sampler_logprobs).abs().nan_to_num(nan=0.0)
             values["sampler_gap"] = gap
             largest["sampler_gap_max"] = gap
-        count = max(1, logprobs.shape[0])
+        count: Tensor | int = max(1, logprobs.shape[0])
+        if keep is not None:
+            values = {name: torch.where(keep, value.to(logprobs.dtype), 0.0) for name, value in values.items()}
+            largest = {name: torch.where(keep, value, 0.0) for name, value in largest.items()}
+            count = keep.sum().clamp(min=1)
         stats = {name: value.to(logprobs.dtype).sum() / count for name, value in values.items()}
         stats |= {name: v.amax() if logprobs.shape[0] else logprobs.new_zeros(()) for name, v in largest.items()}
         return stats
@@ -276,15 +374,16 @@ def _rows_that_matter(objective: Objective, rows: PolicyRows, counted: Tensor, t
     return alive
 
 
-def _one_pass(head: Head, objective: Objective, rows: PolicyRows, need_hidden: bool, need_weight: bool) -> Computed:
+def _one_pass(head: Head, objective: Objective, rows: PolicyRows, needs: tuple[bool, bool, bool]) -> Computed:
     """Loss and gradients chunk by chunk. Vectors: log-probabilities (m,), entropies (m,), `_product_rows`."""
-    gradients = make_gradients(head, need_hidden, need_weight)
+    gradients = make_gradients(head, *needs)
     values, logprobs, entropy = (rows.row_weights.new_empty(head.rows) for _ in range(3))
     backward_rows = 0
     as_exp = not objective.uses_entropy
     for part, buffer in chunks(head):
         h, found = chunk_statistics(head, part, buffer, as_exp=as_exp)
-        values[part], coefficients = _differentiate(objective, rows.take(part), found.logprob, found.entropy)
+        keep = None if head.keep is None else head.keep[part]
+        values[part], coefficients = _differentiate(objective, rows.take(part), found.logprob, found.entropy, keep)
         logprobs[part] = found.logprob
         entropy[part] = found.entropy
         backward_rows += chunk_backward(head, part, h, buffer, found, coefficients, gradients, as_exp=as_exp)
@@ -292,7 +391,7 @@ def _one_pass(head: Head, objective: Objective, rows: PolicyRows, need_hidden: b
     return Computed(values.sum(), finish_gradients(head, gradients), (logprobs, entropy, products))
 
 
-def _two_passes(head: Head, objective: Objective, rows: PolicyRows, need_hidden: bool, need_weight: bool) -> Computed:
+def _two_passes(head: Head, objective: Objective, rows: PolicyRows, needs: tuple[bool, bool, bool]) -> Computed:
     """As `_one_pass`, for losses that need the log-probabilities of whole sequences: the logits are computed twice."""
     logprobs, entropy = (rows.row_weights.new_empty(head.rows) for _ in range(2))
     for part, buffer in chunks(head):
@@ -300,17 +399,17 @@ def _two_passes(head: Head, objective: Objective, rows: PolicyRows, need_hidden:
         logprobs[part] = found.logprob
         entropy[part] = found.entropy
         del buffer  # the second pass has a buffer of its own; this reference would keep both alive
-    values, coefficients = _differentiate(objective, rows, logprobs, entropy)
+    values, coefficients = _differentiate(objective, rows, logprobs, entropy, head.keep)
     forward_rows = head.rows
     backward_rows = 0
     as_exp = not objective.uses_entropy
-    needs_gradient = need_hidden or need_weight
+    needs_gradient = any(needs)
     if needs_gradient and not head.hidden.is_cuda:
         alive = coefficients.nonzero_rows()
         if alive.shape[0] < head.rows:
             head = subset(head, alive)
             coefficients = coefficients.take(alive)
-    gradients = make_gradients(head, need_hidden, need_weight)
+    gradients = make_gradients(head, *needs)
     if needs_gradient:
         for part, buffer in chunks(head):
             h, found = chunk_statistics(head, part, buffer, as_exp=as_exp)
@@ -326,8 +425,31 @@ def _product_rows(like: Tensor, forward_rows: int, backward_rows: int) -> Tensor
     return torch.stack([like.new_full((), forward_rows), like.new_full((), backward_rows)])
 
 
+def _token_losses(objective: Objective, rows: PolicyRows, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """The losses (m,) of the rows, differentiable by logprobs and entropy (m,).
+
+    Raises:
+        ValueError: the objective returns something else than one loss for each row.
+    """
+    loss = objective.loss(
+        logprobs,
+        old_logprobs=logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs,
+        ref_logprobs=rows.ref_logprobs,
+        advantages=rows.advantages,
+        entropy=entropy,
+        importance=_importance(objective, rows, logprobs.detach()),
+        sequence_ids=rows.sequence_ids,
+    )
+    if loss.shape != logprobs.shape:
+        raise ValueError(
+            f"{type(objective).__name__}.loss returned shape {tuple(loss.shape)}; "
+            f"expected one loss for each of {logprobs.shape[0]} tokens"
+        )
+    return loss
+
+
 def _differentiate(
-    objective: Objective, rows: PolicyRows, logprobs: Tensor, entropy: Tensor
+    objective: Objective, rows: PolicyRows, logprobs: Tensor, entropy: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Coefficients]:
     """Weighted losses (m,) of the rows, and their coefficients in the gradient of the logits.
 
@@ -337,25 +459,15 @@ def _differentiate(
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
         entropy = entropy.detach().requires_grad_(objective.uses_entropy)
-        loss = objective.loss(
-            logprobs,
-            old_logprobs=logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs,
-            ref_logprobs=rows.ref_logprobs,
-            advantages=rows.advantages,
-            entropy=entropy,
-            importance=_importance(objective, rows, logprobs.detach()),
-            sequence_ids=rows.sequence_ids,
-        )
-        if loss.shape != logprobs.shape:
-            raise ValueError(
-                f"{type(objective).__name__}.loss returned shape {tuple(loss.shape)}; "
-                f"expected one loss for each of {logprobs.shape[0]} tokens"
-            )
-        loss = loss * rows.row_weights
+        loss = _token_losses(objective, rows, logprobs, entropy) * rows.row_weights
         g = e = None
         if loss.requires_grad:
             inputs = (logprobs, entropy) if objective.uses_entropy else (logprobs,)
             g, *rest = torch.autograd.grad(loss.sum(), inputs, allow_unused=True)
             e = rest[0] if rest else None
     g = torch.zeros_like(rows.row_weights) if g is None else g
-    return loss.detach(), Coefficients(a=-g, c=g, b=None if e is None else -e)
+    loss = loss.detach()
+    if keep is not None:  # a formula of the caller may give inf * 0 on rows without loss
+        loss, g = (torch.where(keep, x, 0.0) for x in (loss, g))
+        e = None if e is None else torch.where(keep, e, 0.0)
+    return loss, Coefficients(a=-g, c=g, b=None if e is None else -e)

@@ -30,6 +30,39 @@ class VocabularyShard:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """How logits come from the products z = hidden @ weight.T + bias, and how they are computed.
+
+    u = scale * z, and with a bound x = bound * tanh(u / bound), else x = u.
+
+    Attributes:
+        scale: the factor of the logits divided by the temperature.
+        bound: the soft cap divided by the temperature, or None.
+        chunk_rows: rows of one chunk; None = `default_chunk_rows`.
+        shard: the rank's part of the vocabulary, or None.
+    """
+
+    scale: float = 1.0
+    bound: float | None = None
+    chunk_rows: int | None = None
+    shard: VocabularyShard | None = None
+
+    def flat(self, weight: Tensor) -> tuple[float, float | None, int | None, str | None, int, int]:
+        """The arguments of a torch operator: scale, bound, chunk_rows, the group's name, start and total."""
+        if self.shard is None:
+            return self.scale, self.bound, self.chunk_rows, None, 0, weight.shape[0]
+        return self.scale, self.bound, self.chunk_rows, self.shard.group.group_name, self.shard.start, self.shard.total
+
+
+def shard_of(group: str | None, start: int, total: int) -> VocabularyShard | None:
+    """The shard whose process group has this name."""
+    if group is None:
+        return None
+    process_group = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return VocabularyShard(process_group, start, total)
+
+
+@dataclass(frozen=True)
 class Head:
     """The LM head and the rows that it is applied to.
 
@@ -37,19 +70,23 @@ class Head:
         hidden: (M, H).
         weight: (V, H), or (V_rank, H) with a shard.
         operand: weight, or its float32 copy (half precision on the CPU).
+        bias: (V,) of the logits' dtype, or None.
         index: (m,) int64, the rows of hidden that are computed, ascending; None = all.
+        keep: (m,) bool, the rows that have a loss; the others are computed as zeros. None = all.
         targets: (m,) int64.
-        scale: 1 / temperature, the factor of the logits.
+        scale, bound, shard: see `Logits`.
         chunk_rows: rows of one chunk.
-        shard: the rank's part of the vocabulary, or None.
     """
 
     hidden: Tensor
     weight: Tensor
     operand: Tensor
+    bias: Tensor | None
     index: Tensor | None
+    keep: Tensor | None
     targets: Tensor
     scale: float
+    bound: float | None
     chunk_rows: int
     shard: VocabularyShard | None
 
@@ -74,9 +111,9 @@ class Statistics:
     Attributes:
         logprob: log p of the target.
         entropy: of the softmax.
-        lse: log-sum-exp of the scaled logits.
-        mean: mean of the scaled logits.
-        offset: what turns a logit into a log-probability when it is added to the value in the chunk's buffer.
+        lse: log-sum-exp of the final logits.
+        mean: mean of the final logits.
+        offset: what turns a final logit into a log-probability when it is added to the value in the chunk's buffer.
     """
 
     logprob: Tensor
@@ -124,10 +161,15 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The sums over chunks: hidden (M, H) and weight (V, H), None where no gradient is asked for."""
+    """The sums over chunks: hidden (M, H), weight (V, H), bias (V,); None where no gradient is asked for."""
 
     hidden: Tensor | None
     weight: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        return any(x is not None for x in (self.hidden, self.weight, self.bias))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fastvst_kernels.shared.tensors import readable
@@ -67,6 +68,13 @@ def public_operator(
         return operator
 
     return decorate
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether no value of a tensor is known: torch.compile, torch.export, fake and meta tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
 def without_autocast(backward: Backward) -> Backward:

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fastvst_kernels import linear_cross_entropy, linear_logprobs
-from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
-from lm_head_case import huge_logits_case, make_head_case
+from fastvst_kernels import linear_cross_entropy
+from fastvst_kernels.lm_head import chunked, cross_entropy, logprobs
+from fastvst_kernels.lm_head.cross_entropy import cross_entropy_forward, linear_cross_entropy_reference
+from fastvst_kernels.lm_head.logprobs import logprobs_backward, logprobs_forward
+from lm_head_case import LOGITS, huge_logits_case, logit_options, make_head_case
 
 
 @settings(max_examples=40, deadline=None)
@@ -19,15 +21,18 @@ from lm_head_case import huge_logits_case, make_head_case
     st.sampled_from([0.0, 1e-2]),
     st.booleans(),
     st.floats(0, 1),
+    st.sampled_from(sorted(LOGITS)),
 )
-def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignored):
+def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignored, kind):
     hidden, weight, targets = make_head_case(rows, ignored=ignored, seed=rows)
     row_weights = torch.randn(rows, dtype=torch.float64) if weighted else None
     options = {"row_weights": row_weights, "label_smoothing": smoothing, "z_loss": z_loss}
+    options |= logit_options(kind, weight)
+    inputs = [x for x in (hidden, weight, options.get("bias")) if x is not None]
     got = linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk, **options)
     want = linear_cross_entropy_reference(hidden, weight, targets, **options)
     torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
-    grads = [torch.autograd.grad(x * 3, (hidden, weight)) for x in (got, want)]
+    grads = [torch.autograd.grad(x * 3, inputs) for x in (got, want)]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-10)
 
@@ -44,13 +49,26 @@ def test_equals_torch_cross_entropy(smoothing):
     )
 
 
+def capped_as_gemma2(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
+    """What transformers' Gemma 2 does to its logits (with a bias and a scale before it), in float64."""
+    logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double()) * scale
+    if softcap is not None:
+        logits = logits / softcap
+        logits = torch.tanh(logits)
+        logits = logits * softcap
+    return F.cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_lower_precision_gives_a_float32_loss_near_float64(dtype, tolerance):
+def test_lower_precision_gives_a_float32_loss_near_float64(dtype, tolerance, kind):
     hidden, weight, targets = make_head_case(200, size=64, vocabulary=300, dtype=dtype)
-    exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
-    got = linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
+    options = logit_options(kind, weight)
+    exact = capped_as_gemma2(hidden, weight, targets, **options)
+    got = linear_cross_entropy(hidden, weight, targets, chunk_rows=64, **options)
     assert got.dtype == torch.float32 and abs(got.item() - exact.item()) < tolerance * exact.item()
-    mine, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (got, exact))
+    inputs = [x for x in (hidden, weight, options.get("bias")) if x is not None]
+    mine, theirs = (torch.autograd.grad(x, inputs) for x in (got, exact))
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == dtype and (a - b).abs().max() < 2 * tolerance * b.abs().max()
 
@@ -120,10 +138,12 @@ def test_logits_do_not_outlive_a_chunk():
             return out
 
     hidden, weight, targets = make_head_case(1000, size=8, vocabulary=500, dtype=torch.float32)
-    with Watch():
-        linear_cross_entropy(hidden, weight, targets, chunk_rows=50).backward()
-        logprobs, entropy = linear_logprobs(hidden, weight, targets, chunk_rows=50)
-        (logprobs.sum() + entropy.sum()).backward()
+    options = (1.0, None, 50, None, 0, 500)  # what Logits.flat gives
+    grads = torch.randn(2, 1000)
+    with Watch(), torch.no_grad():
+        cross_entropy_forward(hidden, weight, None, targets, None, None, *options, 0.0, 0.0, [True, True, False])
+        logprobs_forward(hidden, weight, None, targets, None, *options, None)
+        logprobs_backward(*grads, hidden, weight, None, targets, None, *options, None, [True, True, False])
     assert max(sizes) == 50 * 500
 
 
@@ -135,8 +155,50 @@ def test_backward_may_run_again():
     assert all(torch.equal(a, 2 * b) for a, b in zip(first, second, strict=True))
 
 
+def test_rows_that_are_given_equal_ignored_targets():
+    hidden, weight, targets = make_head_case(40)
+    rows = torch.arange(3, 40, 2)
+    others = torch.ones(40, dtype=torch.bool).index_fill(0, rows, False)
+    want = linear_cross_entropy(hidden, weight, targets.masked_fill(others, -100))
+    got = linear_cross_entropy(hidden, weight, targets, rows=rows, chunk_rows=7)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    for bad, message in ((torch.tensor([1, 1]), "do not ascend"), (torch.tensor([3, 40]), "reach from 3 to 40")):
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(hidden, weight, targets, rows=bad)
+    with pytest.raises(ValueError, match="rows is torch.bool"):
+        linear_cross_entropy(hidden, weight, targets, rows=others)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_masked_rows_equal_compacted_rows(monkeypatch, kind):
+    """On a GPU rows without a loss are computed as zeros; the same code runs here with the selection of a GPU."""
+    results = []
+    for select in (chunked.select_rows, lambda keep, rows: (None, keep)):
+        for module in (cross_entropy, logprobs):
+            monkeypatch.setattr(module, "select_rows", select)
+        hidden, weight, targets = make_head_case(40)
+        with torch.no_grad():
+            hidden[targets == -100] = torch.nan
+        options = logit_options(kind, weight)
+        inputs = [x for x in (hidden, weight, options.get("bias")) if x is not None]
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss=0.1, label_smoothing=0.1, chunk_rows=7, **options)
+        made = logprobs.linear_logprobs(hidden, weight, targets, chunk_rows=7, **options)
+        total = loss + made[0].square().sum() + made[1].square().sum()
+        results.append((loss, *made, *torch.autograd.grad(total, inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.isfinite().all()
+
+
 def test_bad_input_is_refused():
     hidden, weight, targets = make_head_case(5)
+    for option in ("scale", "softcap"):
+        with pytest.raises(ValueError, match=f"{option} is -1.0; expected a finite number above 0"):
+            linear_cross_entropy(hidden, weight, targets, **{option: -1.0})
+    with pytest.raises(ValueError, match="bias is torch.float32 of shape .5,."):
+        linear_cross_entropy(hidden, weight, targets, bias=torch.zeros(5))
     for bad in (29, -1):
         with pytest.raises(ValueError, match=f"target {bad} at row 3 is outside the vocabulary of 29"):
             linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, bad, 4]))

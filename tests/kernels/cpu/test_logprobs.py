@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastvst_kernels import linear_logprobs
 from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
-from lm_head_case import huge_logits_case, make_head_case
+from lm_head_case import LOGITS, huge_logits_case, logit_options, make_head_case
 
 
 @settings(max_examples=30, deadline=None)
@@ -16,13 +16,19 @@ from lm_head_case import huge_logits_case, make_head_case
     st.sampled_from([1, 7, None]),
     st.sampled_from([0.5, 1.0, 3.0]),
     st.sampled_from([None, 1, 5, 29]),
+    st.sampled_from(sorted(LOGITS)),
 )
-def test_equal_float64_formula(rows, chunk, temperature, top):
+def test_equal_float64_formula(rows, chunk, temperature, top, kind):
     hidden, weight, targets = make_head_case(rows, seed=rows)
-    options = {"temperature": temperature, "top_entropy": top}
+    options = {"temperature": temperature, "top_entropy": top} | logit_options(kind, weight)
+    inputs = [x for x in (hidden, weight, options.get("bias")) if x is not None]
     got = linear_logprobs(hidden, weight, targets, chunk_rows=chunk, **options)
     want = linear_logprobs_reference(hidden, weight, targets, **options)
-    distribution = torch.distributions.Categorical(logits=hidden @ weight.T / temperature)
+    logits = hidden @ weight.T + (options.get("bias", torch.zeros(29, dtype=torch.float64)))
+    logits = logits * options.get("scale", 1.0)
+    cap = options.get("softcap")
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
     keep = targets >= 0
     torch.testing.assert_close(got[0][keep], distribution.log_prob(targets.clamp(min=0))[keep])
     if top is None:
@@ -30,7 +36,7 @@ def test_equal_float64_formula(rows, chunk, temperature, top):
     grads = [torch.randn(rows, dtype=torch.float64) for _ in range(2)]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
-    mine, theirs = (torch.autograd.grad(x, (hidden, weight), grads) for x in (got, want))
+    mine, theirs = (torch.autograd.grad(x, inputs, grads) for x in (got, want))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 

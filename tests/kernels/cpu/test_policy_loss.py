@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastvst_kernels.lm_head import policy_loss
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
-from fastvst_kernels.lm_head.policy_loss import linear_policy_loss, linear_policy_loss_reference
+from fastvst_kernels.lm_head.policy_loss import linear_policy_loss, linear_policy_loss_reference, rows_with_loss
 from fastvst_kernels.lm_head.types import VocabularyShard
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
+from lm_head_case import LOGITS, logit_options
 from ranks import run_ranks
 
 OBJECTIVES: tuple[Objective, ...] = (
@@ -220,6 +222,45 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Mean.loss returned shape"):
         run(make(8), Mean())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("kind", LOGITS)
+def test_bias_scale_and_softcap(objective: Objective, kind: str) -> None:
+    problem = make(21)
+    problem["sequence_ids"] = torch.arange(21) // 5  # the plain formula needs them dense
+    options = logit_options(kind, problem["weight"])
+    inputs = [x for x in (problem["hidden"], problem["weight"], options.get("bias")) if x is not None]
+    got = run(problem, objective, chunk_rows=8, **options)[0]
+    want = linear_policy_loss_reference(objective=objective, temperature=0.8, **problem, **options)
+    for a, b in zip(*((x.detach(), *torch.autograd.grad(x, inputs)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_masked_and_traced_rows_equal_compacted_rows(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
+    """On a GPU rows without a loss are zeros; a traced call is the log-probabilities and the objective's formula."""
+    problem = make(30)
+    problem["targets"][::4] = -100
+    problem["advantages"][5:10] = 0
+    with torch.no_grad():
+        problem["hidden"][::4] = torch.nan
+        problem["old_logprobs"][::4] = torch.nan
+    loss, stats = run(problem, objective, chunk_rows=8)
+    want = with_gradients(loss, problem)
+    names = ("targets", "advantages", "row_weights", "old_logprobs", "sampler_logprobs", "sequence_ids")
+    rows = rows_with_loss(objective, **{name: problem[name] for name in names})
+    assert len(rows) == stats["rows_computed"]
+    given = run(problem, objective, chunk_rows=8, rows=rows)
+    monkeypatch.setattr(policy_loss, "select_rows", lambda keep, rows: (None, keep))
+    masked = run(problem, objective, chunk_rows=8)
+    monkeypatch.setattr(policy_loss, "is_traced", lambda *tensors: True)
+    for loss, other in (given, masked, run(problem, objective)):
+        for a, b in zip(with_gradients(loss, problem), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert other.keys() == stats.keys()
+        for name in stats.keys() - {"rows_computed", "rows_backward", "gemm_saved"}:
+            torch.testing.assert_close(other[name], stats[name], msg=name)
 
 
 def _sharded(env: dict[str, str], rank_sizes: tuple[int, int]) -> float:
