@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -37,6 +38,7 @@ PUBLISHED = (
 )
 OPEN = "\ufdd0"  # noncharacters around what a `generation` tag encloses
 CLOSE = "\ufdd1"
+MOST = 1_000_000  # characters or steps that one operation of a template may make
 TAG = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -76,6 +78,28 @@ def is_stock(template: str) -> bool:
     return template.strip() in (JINJA_TEMPLATE.strip(), PUBLISHED.strip())
 
 
+def is_stock_without_images(template: ChatTemplate) -> bool:
+    """True for a template that is the stock one on text and cannot write images: the one in tokenizer_config.json of
+    the published checkpoints. transformers uses it where the folder has no template of the processor."""
+    stock = ChatTemplate("stock", JINJA_TEMPLATE)
+    asks = _text_message("user", "\ue000?")
+    answers = _text_message("assistant", "\ue001 <think>a</think> b")
+    system = _text_message("system", "\ue002")
+    try:
+        for talk in ([asks], [asks, answers], [system, asks], [system, asks, answers, asks, answers], [asks, asks]):
+            for prompt in (False, True):
+                if template.render(talk, add_generation_prompt=prompt) != stock.render(
+                    talk, add_generation_prompt=prompt
+                ):
+                    return False
+    except TemplateError:
+        return False
+    try:
+        return "<|image_pad|>" not in template.render([{"role": "user", "content": [{"type": "image", "image": True}]}])
+    except TemplateError:
+        return True
+
+
 class ChatTemplate:
     """A compiled template. Can be pickled: worker processes compile it again.
 
@@ -97,17 +121,25 @@ class ChatTemplate:
     def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, str]]:
         return ChatTemplate, (self.name, self.source)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """The text of a conversation, each image and video as one pad.
+
+        Args:
+            messages: as in `Sample.messages`, and those of `tool_turns.take_apart`.
+            tools: the tools that the model may call.
 
         Raises:
             TemplateError: the template raises, e.g. for an order of roles that it does not allow.
         """
-        return self._run(messages, add_generation_prompt).replace(OPEN, "").replace(CLOSE, "")
+        return self._run(messages, tools, add_generation_prompt).replace(OPEN, "").replace(CLOSE, "")
 
-    def render_supervised(self, messages: Sequence[Message], supervise: str) -> tuple[str, list[tuple[int, int]]]:
+    def render_supervised(
+        self, messages: Sequence[Message], supervise: str, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the character ranges under the loss: those of the template's `generation` tags, else the
-        assistant's messages.
+        assistant's messages. Messages with "learn": False are left out.
 
         A message is the text by which the conversation grows when the message is added. `supervise` is that of
         `fastvst.data.chat.render`.
@@ -115,23 +147,28 @@ class ChatTemplate:
         Raises:
             TemplateError: a later message changes the text of an earlier one, so that no exact mask exists.
         """
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        silent = [i for i in spoken if messages[i].get("learn") is False]
         if TAG.search(self.source):
-            return _take_marks(self._run(messages, False))
-        text = self.render(messages)
+            text, spans = _take_marks(self._run(messages, tools, False))
+            left_out = [self._message_span(messages, i, text, tools) for i in silent]
+            return text, [span for span in spans if not any(a <= span[0] < b for a, b in left_out)]
+        text = self.render(messages, tools=tools)
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, end = self._message_span(messages, index, text)
-                if supervise == "content":
-                    start += len(self._header(messages, index, start))
-                    closing = text.rfind("<|im_end|>", start, end)
-                    end = closing + len("<|im_end|>") if closing >= 0 else end
-                spans.append((start, end))
+        for index in [i for i in spoken if i not in silent]:
+            start, end = self._message_span(messages, index, text, tools)
+            if supervise == "content":
+                start += len(self._header(messages, index, start, tools))
+                closing = text.rfind("<|im_end|>", start, end)
+                end = closing + len("<|im_end|>") if closing >= 0 else end
+            spans.append((start, end))
         return text, spans
 
-    def _message_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-        before = self.render(messages[:index]) if index else ""
-        after = self.render(messages[: index + 1])
+    def _message_span(
+        self, messages: Sequence[Message], index: int, text: str, tools: Sequence[Any] | None
+    ) -> tuple[int, int]:
+        before = self.render(messages[:index], tools=tools) if index else ""
+        after = self.render(messages[: index + 1], tools=tools)
         if not after.startswith(before) or not text.startswith(after):
             raise TemplateError(
                 f"{self.name} writes message {index} differently when other messages follow, so the loss mask would "
@@ -139,27 +176,29 @@ class ChatTemplate:
             )
         return len(before), len(after)
 
-    def _header(self, messages: Sequence[Message], index: int, start: int) -> str:
+    def _header(self, messages: Sequence[Message], index: int, start: int, tools: Sequence[Any] | None) -> str:
         """What precedes the content of an assistant's message."""
         one, two = [
-            self.render([*messages[:index], _text_message("assistant", t)])[start:] for t in ("\ue000", "\ue001")
+            self.render([*messages[:index], _text_message("assistant", t)], tools=tools)[start:]
+            for t in ("\ue000", "\ue001")
         ]
         same = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), 0)
         return one[:same]
 
-    def _run(self, messages: Sequence[Message], prompt: bool) -> str:
+    def _run(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool) -> str:
         turns = [self._plain(message) for message in messages]
         try:
-            return self._template.render(messages=turns, tools=None, documents=None, add_generation_prompt=prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise TemplateError(f"{self.name} fails: {error}") from error
+            return self._template.render(messages=turns, tools=tools, documents=None, add_generation_prompt=prompt)
+        except (Exception, RecursionError) as error:  # a template may raise anything
+            raise TemplateError(f"{self.name} fails: {type(error).__name__}: {error}") from error
 
     def _plain(self, message: Message) -> dict[str, Any]:
         """A message as transformers gives it to the template; a content of texts only is one string if possible."""
+        kept = {key: value for key, value in message.items() if key in ("role", "tool_calls")}
         parts = [{k: v if k in ("type", "text") else True for k, v in part.items()} for part in message["content"]]
         if self._strings and all(part["type"] == "text" for part in parts):
-            return {**message, "content": "".join([str(part["text"]) for part in parts])}
-        return {**message, "content": parts}
+            return {**kept, "content": "".join([str(part["text"]) for part in parts])}
+        return {**kept, "content": parts}
 
     def _takes_strings(self) -> bool:
         self._strings = True
@@ -232,11 +271,33 @@ class _Generation(jinja2.ext.Extension):
         return OPEN + caller() + CLOSE
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, in which a short expression cannot make a huge text or number either."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(v) if isinstance(v, (str, bytes, list, tuple)) else abs(v) for v in (left, right)]
+        most = sizes[0] * sizes[1] if operator == "*" else sizes[0] ** min(sizes[1], 100)
+        if most > MOST:
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, int) and abs(value) > MOST for value in (*args, *kwargs.values())):
+            raise jinja2.exceptions.SecurityError(f"a function is called with a number above {MOST}")
+        return super().call(context, called, *args, **kwargs)
+
+
+def _bounded(function: Callable[..., str], *args: Any, **kwargs: Any) -> str:
+    if any(isinstance(value, int) and abs(value) > MOST for value in (*args, *kwargs.values())):
+        raise jinja2.exceptions.SecurityError(f"a filter is called with a number above {MOST}")
+    return function(*args, **kwargs)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment of transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -245,6 +306,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment.filters["tojson"] = tojson
+    for name in ("center", "indent", "wordwrap"):
+        environment.filters[name] = functools.partial(_bounded, environment.filters[name])
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -24,6 +24,7 @@ from fastvst.data.processor_files import ProcessorFiles, read_files, write_files
 from fastvst.data.sample import Message, Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
 from fastvst.data.too_long import how_to_admit
+from fastvst.data.tool_turns import take_apart
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops
@@ -154,7 +155,7 @@ class Processor:
             SampleError: a sample that cannot be used. Reasons: "too_long", "literal_special_token", "empty_sample",
                 "missing_image", "broken_image", "empty_file", "empty_image", "aspect_ratio", "bad_image_type",
                 "decompression_bomb", "decode_timeout", "missing_video", "broken_video", "empty_video",
-                "bad_video_type", "bad_fps", "bad_field", "unexpected_error" (an exception of a library, named).
+                "bad_video_type", "bad_fps", "bad_field", "chat_template", "unexpected_error" (an exception of a library, named).
         """
         with _refused(sample):
             tokenized = self._tokenize(sample, add_generation_prompt)
@@ -291,9 +292,10 @@ def _conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(L,) int32 tokens and labels, by the stock template or by the model's own."""
     if processor.files.template is not None:
-        if any(message.get("learn") is False for message in messages):
-            raise MediaError("unsupported_weight", "weight 0 in a turn, and the model has its own chat template")
-        return _own_template(processor, messages, sample.kind, grids, add_generation_prompt)
+        try:
+            return _own_template(processor, messages, sample.kind, grids, add_generation_prompt)
+        except ValueError as error:
+            raise MediaError("chat_template", str(error)) from error
     segments = render(
         messages,
         system=system_prompt(sample.kind),
@@ -313,7 +315,9 @@ def _own_template(
     """(L,) int32 tokens and labels by the model's own chat template; without labels if a completion is to follow."""
     template = processor.files.template
     assert template is not None
-    if messages[0]["role"] != "system" and system_prompt(kind) != DEFAULT_SYSTEM:
+    thinking = system_prompt(kind) != DEFAULT_SYSTEM
+    messages, tools = take_apart(messages, keep_added=thinking)
+    if messages[0]["role"] != "system" and thinking:
         messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt(kind)}]}, *messages]
     merge = processor.model_config.vision.spatial_merge_size**2
     counts = iter([t * h * w // merge for t, h, w in grids])
@@ -322,10 +326,10 @@ def _own_template(
         if part["type"] in PADS:
             pads[processor.token_id(PADS[part["type"]])].append(next(counts))
     if add_generation_prompt:
-        text = template.render(messages, add_generation_prompt=True)
+        text = template.render(messages, tools=tools, add_generation_prompt=True)
         spans: list[tuple[int, int]] = []
     else:
-        text, spans = template.render_supervised(messages, processor.config.supervise)
+        text, spans = template.render_supervised(messages, processor.config.supervise, tools)
     vision = {processor.token_id(name) for name in (*PADS.values(), "<|vision_start|>", "<|vision_end|>")}
     return chat_template.tokens_and_labels(processor.tokenizer, text, spans, pads, vision)
 

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fastvst.data.chat import JINJA_TEMPLATE
-from fastvst.data.chat_template import ChatTemplate, find_template, is_stock
+from fastvst.data.chat_template import ChatTemplate, find_template, is_stock, is_stock_without_images
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, PatchGeometry
 from fastvst.data.processor_config import ProcessorConfig
 from fastvst.model import checkpoint_files
@@ -96,6 +96,8 @@ def read_files(
         {path.stem: path.read_text(encoding="utf-8") for path in extra},
     )
     template = None if found is None or is_stock(found[1]) else ChatTemplate(f"{directory / found[0]}", found[1])
+    if template is not None and is_stock_without_images(template):
+        template = None
     name, values = _image_processor(directory)
     pixels = _pixels(directory / name, values, model_config)
     own = directory / OWN_FILE

@@ -25,7 +25,8 @@ class Sample:
             unification ("bbox_3d") and selects the system prompt ("thought*").
         notes: keys of the row that nothing reads.
         changes: (code, detail) of every value that is written in an unusual way and was read as it was meant.
-        messages: role and parts, and "learn": False where the loss leaves an assistant message out. A part is one of
+        messages: role and parts, "learn": False where the loss leaves an assistant message out, and "tools" where a
+            source has written tools, calls or responses as text (see `fastvst.data.tool_turns`). A part is one of
             {"type": "text", "text": str},
             {"type": "image", "image": PIL.Image | path | encoded bytes, "min_pixels"?, "max_pixels"?,
              "resized_width"?, "resized_height"?},
@@ -83,7 +84,11 @@ class Sample:
                         '{"type": "text"|"image"|"video", <that type>: ...}'
                     )
             kept: Message = {"role": role, "content": [dict(part) for part in content]}
-            clean.append({**kept, "learn": False} if message.get("learn") is False else kept)
+            if message.get("learn") is False:
+                kept["learn"] = False
+            if message.get("tools"):
+                kept["tools"] = message["tools"]
+            clean.append(kept)
         return cls(str(id), source, kind, clean, answer, dict(metadata or {}))
 
     def parts(self, kind: str) -> list[Part]:

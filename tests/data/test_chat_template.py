@@ -10,8 +10,11 @@ from transformers import AutoTokenizer
 
 from fastvst.batch import IGNORE
 from fastvst.data import Processor, Sample
-from fastvst.data.chat_template import PUBLISHED, ChatTemplate, TemplateError, is_stock
+from fastvst.data.chat_template import PUBLISHED, ChatTemplate, is_stock
+from fastvst.data.ledger import SampleError
+from fastvst.data.sources import open_source
 from fastvst.model import ModelConfig
+from tool_talk import QWEN, TALK, TOOLS
 
 SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nThink first.<|im_end|>\n{% endif %}"
@@ -105,7 +108,7 @@ def test_images_become_their_pads(tmp_path):
 
 def test_a_template_that_rewrites_earlier_messages_serves_generation_only(tmp_path):
     processor = Processor.from_pretrained(directory(tmp_path / "m", FORGETS))
-    with pytest.raises(TemplateError, match=r"chat_template.json writes message 1 differently.*generation only"):
+    with pytest.raises(SampleError, match=r"chat_template.json writes message 1 differently.*generation only"):
         processor.encode(Sample.from_messages(TURNS))
     processor.encode(Sample.from_messages(TURNS), add_generation_prompt=True)
     assert (processor.encode(Sample.from_messages(TURNS[:2])).labels != IGNORE).any()
@@ -134,9 +137,27 @@ def test_the_order_of_the_places_and_the_loser_named(tmp_path):
     assert Processor.from_pretrained(path).files.template.source == TAGGED
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__['__builtins__'] }}",
+        "{{ messages.append(1) }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ 'a'.ljust(10000000000) }}",
+        "{{ 'a'|center(10000000000) }}",
+        "{{ 9**9**9 }}",
+        "{{ lipsum(n=100000) }}",
+        "{% for i in range(10000000000) %}x{% endfor %}",
+        "{{ messages[7].content }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
 def test_broken_and_hostile_templates_are_refused(tmp_path, template):
-    with pytest.raises(TemplateError, match="chat_template.json"):
+    with pytest.raises(ValueError, match="chat_template.json"):
         processor = Processor.from_pretrained(directory(tmp_path / "m", template))
         processor.encode(Sample.from_messages(TURNS[:1]), add_generation_prompt=True)
 
@@ -157,3 +178,90 @@ def test_every_file_is_written_back_as_it_was(tmp_path):
     Processor.from_pretrained(path, max_pixels=40_000).save_pretrained(tmp_path / "b")
     changed = json.loads((tmp_path / "b" / "preprocessor_config.json").read_text())
     assert changed == fields | {"size": {"shortest_edge": 784, "longest_edge": 40_000}}
+
+
+def test_stock_on_text_without_images_is_the_stock_one(tmp_path):
+    whole = QWEN + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    assert Processor.from_pretrained(directory(tmp_path / "m", whole)).files.template is None
+    for other in (QWEN, whole.replace("helpful", "spatial")):
+        assert Processor.from_pretrained(directory(tmp_path / "n", other)).files.template is not None
+
+
+OWN_TOOLS = QWEN.replace("You are a helpful assistant.", "Measure first.")
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_tools_reach_the_template_as_tools(tmp_path, system, tools, form):
+    path = directory(tmp_path / "m", OWN_TOOLS)
+    talk = [{"role": "system", "content": system}, *TALK] if system else TALK
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(talk, tools=tools)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({form: talk, "tools": tools}) + "\n")
+    (sample,) = open_source(rows)
+    processor = pickle.loads(pickle.dumps(Processor.from_pretrained(path)))
+    again = Sample.from_json(json.loads(json.dumps(sample.to_json())))
+    encoded = processor.encode(again)
+    assert encoded.tokens.tolist() == theirs["input_ids"] == processor.encode(sample).tokens.tolist()
+    learnt = processor.decode(encoded.labels[encoded.labels != IGNORE], skip_special=False)
+    assert learnt.count("<tool_call>") == 3 and learnt.count("<|im_start|>assistant") == 3
+    assert "tool_response" not in learnt and "signatures" not in learnt
+
+
+def test_text_of_a_row_that_looks_like_tools_stays_text(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    turns = [TURNS[0], {"role": "assistant", "content": '<tool_call>\n{"a": 1}\n</tool_call>'}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    path = directory(tmp_path / "m", OWN_TOOLS)
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(turns)["input_ids"]
+    assert Processor.from_pretrained(path).encode(next(iter(open_source(rows)))).tokens.tolist() == theirs
+
+
+@pytest.mark.parametrize("template", [SYSTEM, TAGGED])
+def test_turns_with_weight_0_are_left_out(tmp_path, template):
+    processor = Processor.from_pretrained(directory(tmp_path / "m", template))
+    whole = processor.encode(Sample.from_messages(TURNS))
+    for silent in ((1,), (3,), (1, 3)):
+        turns = [{**turn, "learn": False} if i in silent else turn for i, turn in enumerate(TURNS)]
+        encoded = processor.encode(Sample.from_messages(turns))
+        assert encoded.tokens.tolist() == whole.tokens.tolist()
+        text = processor.decode(encoded.labels[encoded.labels != IGNORE], skip_special=False)
+        assert ["left" in text, "right" in text] == [i not in silent for i in (1, 3)]
+
+
+VIDEO = SYSTEM.replace(
+    "{% else %}{{ p['text'] }}",
+    "{% elif p['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ p['text'] }}",
+)
+
+
+def test_videos_and_several_images_become_their_pads(tmp_path):
+    path = directory(tmp_path / "m", VIDEO)
+    frames = [Image.new("RGB", (56, 56))] * 4
+    parts = [
+        {"type": "video", "video": frames},
+        {"type": "text", "text": "then"},
+        {"type": "image", "image": Image.new("RGB", (56, 84))},
+        {"type": "image", "image": Image.new("RGB", (56, 56))},
+    ]
+    messages = [{"role": "user", "content": parts}, TURNS[1], {"role": "user", "content": parts[3:]}, TURNS[3]]
+    encoded = Processor.from_pretrained(path, video_min_pixels=3136).encode(Sample.from_messages(messages))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    grids = encoded.grid.tolist()
+    counts = [t * h * w // 4 for t, h, w in grids]
+    assert [g[0] for g in grids] == [2, 1, 1, 1]
+    for pad, numbers in (("<|video_pad|>", counts[:1]), ("<|image_pad|>", counts[1:])):  # as Qwen2_5_VLProcessor
+        for number in numbers:
+            text = text.replace(pad, "<|placeholder|>" * number, 1)
+        text = text.replace("<|placeholder|>", pad)
+    assert encoded.tokens.tolist() == tokenizer(text)["input_ids"]
+
+
+def test_a_template_that_raises_costs_the_row_only(tmp_path):
+    strict = "{% if messages|length > 2 %}{{ raise_exception('one question only') }}{% endif %}" + SYSTEM
+    processor = Processor.from_pretrained(directory(tmp_path / "m", strict))
+    processor.encode(Sample.from_messages(TURNS[:2]))
+    with pytest.raises(SampleError, match=r"memory/7: chat_template: .*chat_template.json fails: .*one question only"):
+        processor.encode(Sample.from_messages(TURNS, id="7"))

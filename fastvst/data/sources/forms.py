@@ -128,7 +128,7 @@ def turns_of(row: dict[str, Any], form: str, context: RowContext, question: str 
     if form == "prompt" and isinstance(asked, (list, dict)):
         turns += read_turns([asked] if isinstance(asked, dict) else asked, form, context)
     else:
-        turns.append(("user", _asked(row, form, asked, context), True))
+        turns.append(("user", _asked(row, form, asked, context), {}))
     return turns + _response(row, form, context)
 
 
@@ -168,7 +168,7 @@ def _response(row: dict[str, Any], form: str, context: RowContext) -> list[Turn]
     if not isinstance(response, str):
         context.changed("number_as_text", f"the answer is the number {response!r}")
     thought = row.get("thought") if form == "question" else None
-    return [("assistant", f"<think>{thought}</think> {response}" if thought else str(response), True)]
+    return [("assistant", f"<think>{thought}</think> {response}" if thought else str(response), {})]
 
 
 def _pairs(value: Any, key: str, context: RowContext) -> list[Turn]:
@@ -186,7 +186,7 @@ def _pairs(value: Any, key: str, context: RowContext) -> list[Turn]:
             return read_turns(value, key, context)
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise context.fail("bad_schema", f"{key} holds {short(pair)}; expected [question, answer]")
-        turns += [("user", pair[0], True), ("assistant", pair[1], True)]
+        turns += [("user", pair[0], {}), ("assistant", pair[1], {})]
     return turns
 
 

@@ -68,7 +68,7 @@ def place(turns: list[Turn], images: list[Part], videos: list[Part], row: RowCon
     queues = {kind: iter(media) for kind, media in have.items()}
     front = [] if found else [*images, *videos]
     messages: list[Message] = []
-    for role, content, learn in turns:
+    for role, content, flags in turns:
         parts: list[Part] = []
         for piece in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             text = piece.get("text") if isinstance(piece, dict) and piece.get("type") == "text" else None
@@ -85,7 +85,7 @@ def place(turns: list[Turn], images: list[Part], videos: list[Part], row: RowCon
         if role == "user" and front:
             parts = [*front, *parts]
             front = []
-        messages.append({"role": role, "content": parts, **({} if learn else {"learn": False})})
+        messages.append({"role": role, "content": parts, **flags})
     if front:
         raise row.fail("mark_count", f"{len(front)} images, but no human turn to put them into")
     return messages
@@ -108,7 +108,7 @@ def _in_one_spelling(
         if lost:
             raise row.fail("mark_count", f"the text has the mark {lost.group()!r}, but the row has no images")
         return [
-            (role, _with_paths(text, row) if role == "user" else text, learn) for role, text, learn in turns
+            (role, _with_paths(text, row) if role == "user" else text, flags) for role, text, flags in turns
         ], images
     found = [match for text in texts for match in OTHER_TAGS.finditer(text)]
     kinds = ["video" if (match["kind"] or match["kind2"]).lower() == "video" else "image" for match in found]
@@ -131,7 +131,7 @@ def _in_one_spelling(
         return OTHER_TAGS.sub(lambda m: "<video>" if (m["kind"] or m["kind2"]).lower() == "video" else "<image>", text)
 
     return [
-        (role, _map(content, spelled) if role == "user" else content, learn) for role, content, learn in turns
+        (role, _map(content, spelled) if role == "user" else content, flags) for role, content, flags in turns
     ], ordered
 
 

@@ -130,7 +130,7 @@ def _with_system(turns: list[Turn], row: dict[str, Any], kind: str, context: Row
     if not is_absent(system):
         if not isinstance(system, str):
             raise context.fail("bad_schema", f"system is {short(system)}; expected text")
-        turns = [("system", system, True), *turns]
+        turns = [("system", system, {}), *turns]
     try:
         listed = tools_text(first(row, "tools", "functions"))
     except ValueError as error:
@@ -138,10 +138,10 @@ def _with_system(turns: list[Turn], row: dict[str, Any], kind: str, context: Row
     if not listed:
         return turns
     if turns[0][0] != "system":
-        return [("system", system_prompt(kind) + listed, True), *turns]
+        return [("system", system_prompt(kind) + listed, {"tools": "added"}), *turns]
     content = turns[0][1]
     text = content.strip() + listed if isinstance(content, str) else [*content, {"type": "text", "text": listed}]
-    return [("system", text, True), *turns[1:]]
+    return [("system", text, {"tools": True}), *turns[1:]]
 
 
 def _ignored_inside(row: dict[str, Any], form: str) -> set[str]:

@@ -37,7 +37,7 @@ EXPECTED = (
     "expected {from: human|gpt|system, value: text} or {role: user|assistant|system|tool, content: text or parts}"
 )
 
-Turn = tuple[str, Any, bool]  # role, text or parts, whether it is learnt
+Turn = tuple[str, Any, dict[str, Any]]  # role, text or parts, further keys of the message ("learn", "tools")
 
 
 def first(row: dict[str, Any], *keys: str, default: Any = None) -> Any:
@@ -46,7 +46,7 @@ def first(row: dict[str, Any], *keys: str, default: Any = None) -> Any:
 
 
 def read_turns(rows: Any, key: str, row: RowContext) -> list[Turn]:
-    """(role, content, whether it is learnt) of every turn; content is a text or a list of parts.
+    """(role, content, further keys of the message) of every turn; content is a text or a list of parts.
 
     Args:
         rows: a list of {from, value} or {role, content}, or the JSON text of it.
@@ -71,7 +71,7 @@ def read_turns(rows: Any, key: str, row: RowContext) -> list[Turn]:
         role = _role(turn, row)
         try:
             content = turn_content(role, turn, row) if role else None
-            learn = _is_learnt(turn) if role else True
+            flags = _flags(role, turn) if role else {}
         except ValueError as error:
             if error.__class__ is not ValueError:
                 raise
@@ -80,9 +80,9 @@ def read_turns(rows: Any, key: str, row: RowContext) -> list[Turn]:
             raise row.fail("bad_schema", f"turn {index} is {short(turn)}; {EXPECTED}")
         spoken = {"call": "assistant", "tool": "user"}.get(role, role)
         if role == before and role in ("call", "tool") and isinstance(turns[-1][1], str) and isinstance(content, str):
-            turns[-1] = (spoken, f"{turns[-1][1]}\n{content}", turns[-1][2] and learn)
+            turns[-1] = (spoken, f"{turns[-1][1]}\n{content}", turns[-1][2] | flags)
         else:
-            turns.append((spoken, content, learn))
+            turns.append((spoken, content, flags))
         before = role
     return turns
 
@@ -161,6 +161,12 @@ def _typed(part: Any, row: RowContext) -> Any:
         return part
     row.changed("part_without_type", f"a part is {short(part)}")
     return {**part, "type": found[0]}
+
+
+def _flags(role: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the message: "learn": False, and "tools": True if its text was made of calls or responses of tools."""
+    made = role in ("call", "tool") or (role == "assistant" and first(turn, "tool_calls", "function_call") is not None)
+    return ({} if _is_learnt(turn) else {"learn": False}) | ({"tools": True} if made else {})
 
 
 def _is_learnt(turn: dict[str, Any]) -> bool:
