@@ -155,7 +155,8 @@ class Processor:
             SampleError: a sample that cannot be used. Reasons: "too_long", "literal_special_token", "empty_sample",
                 "missing_image", "broken_image", "empty_file", "empty_image", "aspect_ratio", "bad_image_type",
                 "decompression_bomb", "decode_timeout", "missing_video", "broken_video", "empty_video",
-                "bad_video_type", "bad_fps", "bad_field", "chat_template", "unexpected_error" (an exception of a library, named).
+                "bad_video_type", "bad_fps", "bad_field", "chat_template", "unexpected_error" (an
+                exception of a library, named).
         """
         with _refused(sample):
             tokenized = self._tokenize(sample, add_generation_prompt)
