@@ -10,185 +10,54 @@ are listed too, because they are probably mistakes: marks of two kinds, a litera
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastvst.data.images import MediaError, image_size
+from fastvst.data.check_report import CheckReport
+from fastvst.data.images import target_size
 from fastvst.data.ledger import SampleError
+from fastvst.data.mixture import SourceConfig, limit_pixels, open_configured
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from fastvst.data.sources import open_source
-from fastvst.data.sources.rows import PADS, TAGS
-from fastvst.data.sources.source import FIRST_ROWS, Source
+from fastvst.data.sources.marks import PADS, TAGS
+from fastvst.data.sources.source import Source, unread_media
+from fastvst.data.video import explicit_size
+from fastvst.data.vision_inputs import VisionInput
 
 OPTION = re.compile(r"(?:^|[\s(])([A-F])[.):]\s", re.MULTILINE)
 LETTER = re.compile(r"\s*\(?([A-F])(?:[.):\s]|$)")
-MOST_LISTED = 10_000  # problems that are kept with their ids; all are counted
-ACCEPTED = ("double_marks", "literal_mark", "duplicate_id", "angle_range", "behind_camera", "box_size", "bad_boxes")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem of one row: its reason code, the row's id and location, and the details."""
-
-    reason: str
-    id: str
-    where: str
-    detail: str
-
-
-@dataclass
-class CheckReport:
-    """What `check_source` found.
-
-    Attributes:
-        path: the data set.
-        rows: number of rows read, good and bad.
-        usable: number of rows that the loader accepts.
-        types: number of rows by VST's `type`.
-        sources: number of rows by `data_source`.
-        sizes: number of images by stored (width, height); a video counts with its first frame.
-        images, videos: number of images and videos in usable rows.
-        tokens: tokens of every usable row.
-        vision_tokens: merged patches in all usable rows.
-        letters: number of correct answers of multiple-choice rows, by number of options and letter.
-        problems: the first 10,000 problems.
-        counts: number of all problems, by reason.
-        examples: the first usable rows of every type, for a page.
-        lines: what the source says about its files: what is read, and what is not.
-        ignored: number of rows by key that nothing reads.
-        ignored_first: the first row with each of these keys.
-    """
-
-    path: str
-    rows: int = 0
-    usable: int = 0
-    types: Counter = field(default_factory=Counter)
-    sources: Counter = field(default_factory=Counter)
-    sizes: Counter = field(default_factory=Counter)
-    images: int = 0
-    videos: int = 0
-    tokens: list[int] = field(default_factory=list)
-    vision_tokens: int = 0
-    letters: dict[int, Counter] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-    examples: dict[str, list[Sample]] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    ignored: Counter = field(default_factory=Counter)
-    ignored_first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, id: str, where: str, detail: str) -> None:
-        """Count one problem, and keep it if there are not too many."""
-        self.counts[reason] += 1
-        if len(self.problems) < MOST_LISTED:
-            self.problems.append(Problem(reason, id, where, detail))
-
-    @property
-    def vision_share(self) -> float:
-        """Share of vision tokens among all tokens."""
-        return self.vision_tokens / max(sum(self.tokens), 1)
-
-    def balance(self) -> dict[int, float]:
-        """Balance of the answer letters for each number of options.
-
-        It is the chi-square of the letters against a uniform distribution, divided by its degrees of freedom. About 1
-        is balanced; VST's release (36 / 36 / 14 / 14 %) has 0.19 x rows / 3.
-        """
-        found = {}
-        for count, letters in sorted(self.letters.items()):
-            seen = np.array([letters["ABCDEF"[k]] for k in range(count)], dtype=np.float64)
-            even = seen.sum() / count
-            found[count] = float(((seen - even) ** 2 / even).sum() / (count - 1)) if count > 1 and even > 0 else 0.0
-        return found
-
-    def table(self) -> str:
-        """The report as text."""
-        tokens = np.array(self.tokens or [0])
-        lines = [
-            f"{self.path}: {self.rows} rows, {self.usable} usable, {self.images} images, {self.videos} videos",
-            "types: " + ", ".join(f"{name} {count}" for name, count in self.types.most_common()),
-            "sources: " + ", ".join(f"{name} {count}" for name, count in self.sources.most_common(12)),
-            "sizes: " + ", ".join(f"{w}x{h} {count}" for (w, h), count in self.sizes.most_common(8)),
-            f"tokens: {int(tokens.sum())} in all; a row has {tokens.mean():.0f} on average, "
-            f"{np.percentile(tokens, 95):.0f} at the 95th percentile, {tokens.max()} at most; "
-            f"{self.vision_share:.1%} are vision tokens",
-        ]
-        for count, skew in self.balance().items():
-            letters = self.letters[count]
-            total = sum(letters.values())
-            shares = ", ".join(f"{k} {letters[k] / total:.1%}" for k in "ABCDEF"[:count])
-            lines.append(f"letters of {total} questions with {count} options: {shares} (chi-square / df {skew:.1f})")
-        lines += self.lines
-        lines += [
-            f"ignored: {key} in {count} rows, e.g. {self.ignored_first[key]}"
-            for key, count in self.ignored.most_common()
-        ]
-        if not self.counts:
-            return "\n".join([*lines, "no problems"])
-        lines.append(f"problems: {sum(self.counts.values())}")
-        for reason, count in self.counts.most_common():
-            first = [p for p in self.problems if p.reason == reason][:3]
-            kind = "accepted, but probably wrong" if reason in ACCEPTED else "rejected"
-            lines.append(f"  {count:>8}  {reason} ({kind})")
-            lines += [f"            {p.id} at {p.where}: {p.detail[:160]}" for p in first]
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers and all listed problems; JSON-able."""
-        return {
-            "path": self.path,
-            "rows": self.rows,
-            "usable": self.usable,
-            "types": dict(self.types),
-            "sources": dict(self.sources),
-            "sizes": {f"{w}x{h}": count for (w, h), count in self.sizes.items()},
-            "pictures": self.images,
-            "videos": self.videos,
-            "tokens": int(sum(self.tokens)),
-            "vision_share": self.vision_share,
-            "letters": {str(count): dict(letters) for count, letters in self.letters.items()},
-            "balance": {str(count): skew for count, skew in self.balance().items()},
-            "files": self.lines,
-            "ignored": dict(self.ignored),
-            "counts": dict(self.counts),
-            "problems": [dataclasses.asdict(p) for p in self.problems],
-        }
 
 
 def check_source(
-    path: str | Path,
+    config: SourceConfig | str | Path,
     processor: Processor,
     *,
-    format: str = "auto",
-    image_folder: str | Path | None = None,
-    split: str | None = None,
     limit: int | None = None,
     examples: int = 3,
+    tokens_per_pack: int | None = None,
+    **keys: Any,
 ) -> CheckReport:
     """Read a data set once. The headers of its images are read; no image is decoded.
 
     Args:
-        split: split to read, by the naming rules of the Hub; None: the only one.
+        config: the source, as a mixture has it, or its path.
         limit: number of rows to read; None: all.
         examples: number of usable rows of every type to keep.
+        tokens_per_pack: longer rows are rejected, as by the loader; None: only those longer than max_seq_len.
+        keys: other keys of the source (see `SourceConfig`), where `config` is a path.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
     """
-    source = open_source(path, format, image_folder=image_folder, split=split)
-    lines = [line for line in source.first_lines() if not line.endswith(f"(in the first {FIRST_ROWS} rows)")]
-    report = CheckReport(str(path), lines=lines)
+    config = config if isinstance(config, SourceConfig) else SourceConfig(str(config), **keys)
+    source = open_configured(config)
+    report = CheckReport(config.path, lines=source.first_lines(rows=0))
     for problem in source.problems:
-        report.add(problem.reason, problem.id, str(path), problem.detail)
+        report.add(problem.reason, problem.id, config.path, problem.detail)
     seen: dict[str, str] = {}
     for row, sample, where in _rows(source):
         if limit is not None and report.rows == limit:
@@ -197,39 +66,63 @@ def check_source(
         if isinstance(sample, SampleError):
             report.add(sample.reason, sample.id, where, sample.detail)
             continue
-        for key in sample.notes:
-            report.ignored[key] += 1
-            report.ignored_first.setdefault(key, where)
         first = seen.setdefault(sample.id, where)
         if first != where:
             report.add("duplicate_id", sample.id, where, f"also at {first}")
-        for reason, detail in [*_marks(row), *_boxes(sample)]:
-            report.add(reason, sample.id, where, detail)
-        _measure(report, sample, where, processor, examples)
+        sample = limit_pixels(sample, config)
+        _note(report, row, sample, where)
+        _measure(report, sample, where, processor, examples, tokens_per_pack)
     return report
 
 
 def _rows(source: Source) -> Iterator[tuple[Any, Sample | SampleError, str]]:
-    """(raw row or ValueError, the loader's sample or error, file and row) of every row."""
-    for block, (table, inner) in enumerate(source.blocks):
-        raw = source.tables[table].rows(inner)
-        for number, (row, sample) in enumerate(zip(raw, source.samples(block), strict=True)):
+    """(row as it was read or ValueError, the loader's sample or error, file and row) of every row."""
+    for block in range(len(source.blocks)):
+        for number, (row, sample) in enumerate(source.pairs(block)):
             yield row, sample, source.where(block, number)
 
 
-def _measure(report: CheckReport, sample: Sample, where: str, processor: Processor, examples: int) -> None:
+def _note(report: CheckReport, row: Any, sample: Sample, where: str) -> None:
+    """What is ignored and changed in a row, and what is probably wrong in it."""
+    for key in sample.notes:
+        report.ignored[key] += 1
+        report.ignored_first.setdefault(key, where)
+    for code, detail in dict(reversed(sample.changes)).items():
+        report.change(code, sample.id, where, detail)
+    for key in unread_media(row, sample):
+        report.add(
+            "unread_media", sample.id, where, f'nothing reads the images of {key}; columns = {{image = "{key}"}} does'
+        )
+    answers = [m for m in sample.messages if m["role"] == "assistant" and m.get("learn") is not False]
+    if not answers:
+        report.prompts += 1
+    elif "thought" in sample.kind and not any("<think>" in text for text in _texts(sample, "assistant")):
+        report.add("no_thought", sample.id, where, f"type {sample.kind!r} asks for thinking; the answers have none")
+    for reason, detail in [*_marks(row), *_boxes(sample)]:
+        report.add(reason, sample.id, where, detail)
+
+
+def _measure(
+    report: CheckReport, sample: Sample, where: str, processor: Processor, examples: int, tokens_per_pack: int | None
+) -> None:
     report.types[sample.kind] += 1
     report.sources[sample.source] += 1
     try:
-        cost = processor.measure(sample)
-        for part in [*sample.parts("image"), *sample.parts("video")]:
-            media = part[part["type"]]
-            media = media[0] if isinstance(media, (list, tuple)) else media
-            if part["type"] == "image" or not isinstance(part["video"], (str, bytes)):
-                report.sizes[image_size(media, max_source_pixels=processor.config.max_source_pixels)] += 1
-    except (SampleError, MediaError) as error:
+        found = processor.inspect(sample)
+    except SampleError as error:
         report.add(error.reason, sample.id, where, error.detail)
         return
+    cost = found.cost
+    if tokens_per_pack is not None and cost.tokens > tokens_per_pack:
+        report.add("too_long", sample.id, where, f"{cost.tokens} tokens, but a pack holds {tokens_per_pack}")
+        return
+    for note in found.notes:
+        report.change(note, sample.id, where)
+    for code, detail in dict(reversed([c for one in found.inputs for c in _resized(one, processor)])).items():
+        report.change(code, sample.id, where, detail)
+    for one in found.inputs:
+        if one.frames is None or not isinstance(one.part["video"], (str, bytes)):
+            report.sizes[one.source_size] += 1
     report.usable += 1
     report.images += len(sample.parts("image"))
     report.videos += len(sample.parts("video"))
@@ -239,6 +132,24 @@ def _measure(report: CheckReport, sample: Sample, where: str, processor: Process
     kept = report.examples.setdefault(sample.kind, [])
     if len(kept) < examples:
         kept.append(sample)
+
+
+def _resized(one: VisionInput, processor: Processor) -> list[tuple[str, str]]:
+    """Changes of size other than rounding to whole patches, and the number of frames that are taken of a video."""
+    size = one.size
+    source = one.source_size
+    detail = f"{source[0]} x {source[1]} becomes {size[0]} x {size[1]}"
+    found = []
+    kind = "image" if one.frames is None else "video"
+    if explicit_size(one.part) is not None:
+        found.append((f"{kind}_size_given", detail))
+    else:
+        free = target_size(*source, factor=processor.geometry.factor, min_pixels=1, max_pixels=1 << 62)
+        if size != free:
+            found.append((f"{kind}_{'reduced' if size[0] * size[1] < free[0] * free[1] else 'enlarged'}", detail))
+    if one.frames is not None and len(set(one.frames.indices)) < one.frames.total:
+        found.append(("frames_sampled", f"{len(one.frames.indices)} of {one.frames.total} frames"))
+    return found
 
 
 def _texts(sample: Sample, role: str) -> list[str]:

@@ -17,6 +17,7 @@ from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
+from fastvst.data.sources import FORMATS
 
 STYLE = (
     "<style>.tokens{font:12px/1.7 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}"
@@ -111,9 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("action", choices=["check"])
     add("path", help="file or folder of the data set")
     add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
-    add("--format", default="auto", help="format of the data set: auto, vst, llava, openai or hf (default: auto)")
+    add("--format", default="auto", help=f"auto (default), or the only format that is read: {', '.join(FORMATS)}")
     add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
     add("--split", help="split of the data set (default: the only one)")
+    add("--columns", type=json.loads, help='names of columns, e.g. \'{"question": "prompt", "image": "path"}\'')
+    add("--question", help="question that is asked about images that have only a caption")
     add("--limit", type=int, help="number of rows to check (default: all)")
     add(
         "--max-seq-len", type=int, default=16384, help="most tokens in a row; longer rows are rejected (default: 16384)"
@@ -132,6 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         image_folder=arguments.image_folder,
         split=arguments.split,
+        columns=arguments.columns or {},
+        question=arguments.question,
         limit=arguments.limit,
     )
     print(report.table())

@@ -10,14 +10,16 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 JSON_BLOCK = 256  # rows in a block
+FIRST_ROWS = 64  # rows whose keys tell the form of a file
 LINE = re.compile(rb"[^\r\n\x1e]+")
 # One step through a JSON text that may be wrong in its details: a string, a bracket, or anything else.
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^"\[\]{}]+', re.DOTALL)
@@ -60,8 +62,7 @@ class JsonTable:
         count = len(spans)
         blocks = [min(JSON_BLOCK, count - at) for at in range(0, count, JSON_BLOCK)]
         table = cls(path, blocks, [], spans, encoding)
-        first = next((row for b in range(len(blocks)) for row in table.rows(b) if isinstance(row, dict)), {})
-        return cls(path, blocks, list(first), spans, encoding)
+        return cls(path, blocks, first_keys(table.rows(b) for b in range(len(blocks))), spans, encoding)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -83,6 +84,12 @@ class JsonTable:
                     yield ValueError(f"not JSON: {error}; expected an object")
                     continue
                 yield row if isinstance(row, dict) else ValueError(f"a JSON {type(row).__name__}; expected an object")
+
+
+def first_keys(blocks: Iterable[Iterator[Row | ValueError]]) -> list[str]:
+    """The keys of the first FIRST_ROWS rows that can be read."""
+    rows = islice((row for rows in blocks for row in rows if isinstance(row, dict)), FIRST_ROWS)
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

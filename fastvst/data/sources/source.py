@@ -15,7 +15,7 @@ from fastvst.data.sample import Sample
 from fastvst.data.sources.csv_files import CsvTable
 from fastvst.data.sources.files import ArrowTable, ParquetTable, Table
 from fastvst.data.sources.forms import COLUMNS, FORMS, RESPONSES, check_names, named, preference_pairs, row_form
-from fastvst.data.sources.json_files import JsonTable
+from fastvst.data.sources.json_files import FIRST_ROWS, JsonTable
 from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
 from fastvst.data.sources.media import looks_like_media
 from fastvst.data.sources.rows import to_sample
@@ -38,8 +38,6 @@ ACCEPTED = (
     f"of the columns {', '.join(ALL_FORMS)}; other names are given by `columns` of the source, e.g. columns = "
     '{question = "prompt", answer = "label", image = "path"}; a data set of captions needs its `question`'
 )
-
-FIRST_ROWS = 64  # rows whose keys are looked at before a run
 
 Ref = tuple[int, int]  # (block, row) in the data set
 
@@ -320,8 +318,9 @@ def _open_table(file: Path, wanted: frozenset[str]) -> Table:
 
 
 def _recognise(root: Path, format: str, tables: list[Table], columns: Mapping[str, str], question: str | None) -> str:
-    """The format, from the columns of the first table that has any."""
-    given = next((table.columns for table in tables if table.columns), [])
+    """The format, from the columns of the first table that has a row form, or of the first one."""
+    named_form = [t for t in tables if row_form(named(dict.fromkeys(t.columns), columns), question)]
+    given = next((table.columns for table in [*named_form, *tables] if table.columns), [])
     lost = [column for column in columns.values() if all(column not in t.columns for t in tables if t.columns)]
     if lost and not isinstance(tables[0], (JsonTable, TarTable)):  # their rows may have different keys
         raise ValueError(f"{root}: columns names {lost}, but the columns are {given[:16]}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.sources.json_files import Row
+from fastvst.data.sources.json_files import Row, first_keys
 from fastvst.data.sources.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 TAR_BLOCK = 256  # rows in a block
@@ -73,6 +73,8 @@ class TarTable:
                         broken = f"the archive ends within {member.name}"
                     names.append(member.name)
                     places.append((row, member.offset_data, member.size))
+                if not broken and not _has_end(path, archive.offset):  # tarfile stops there without a word
+                    broken = f"the archive has no end mark after {archive.offset} bytes; it was cut or damaged"
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             if not names:
                 raise ValueError(f"not a tar archive: {error}") from error
@@ -82,8 +84,7 @@ class TarTable:
         count = row + 1 + bool(broken and not broken.startswith("the archive ends within"))
         blocks = [min(TAR_BLOCK, count - at) for at in range(0, count, TAR_BLOCK)]
         found = cls(path, blocks, [], names, table, ends, broken)
-        first = next(found.rows(0), {}) if blocks else {}
-        return cls(path, blocks, list(first) if isinstance(first, dict) else [], names, table, ends, broken)
+        return cls(path, blocks, first_keys(found.rows(b) for b in range(len(blocks))), names, table, ends, broken)
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
@@ -109,6 +110,14 @@ class TarTable:
                     yield problem or _row(files)
                 except (ValueError, RecursionError) as error:
                     yield ValueError(f"{next(iter(files))}: {error}")
+
+
+def _has_end(path: Path, at: int) -> bool:
+    """Whether the block of zeros that ends an archive is at this place, or the block before it."""
+    with open(path, "rb") as file:
+        file.seek(max(at - 512, 0))
+        blocks = file.read(1024)
+    return blocks[:512] == bytes(512) or blocks[512:] == bytes(512)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -79,4 +79,4 @@ def as_number(value: Any) -> int | float | None:
 
 def is_absent(value: Any) -> bool:
     """None, NaN (as columns of numbers have it) and "" are no value."""
-    return value is None or value == "" or (isinstance(value, float) and value != value)
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and value != value)
