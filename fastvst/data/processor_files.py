@@ -23,6 +23,7 @@ from fastvst.model.config import ModelConfig
 OWN_FILE = "fastvst_processor.json"
 NESTED = "processor_config.json"
 FLAT = "preprocessor_config.json"
+VIDEO = "video_preprocessor_config.json"
 KEPT = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,7 +31,7 @@ KEPT = (
     "added_tokens.json",
     FLAT,
     NESTED,
-    "video_preprocessor_config.json",
+    VIDEO,
     "chat_template.json",
     "chat_template.jinja",
 )
@@ -51,6 +52,16 @@ DEFAULTS: dict[str, Any] = {
     "image_std": CLIP_STD,
 }
 LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+# The same for videos (Qwen2VLVideoProcessor, pixels of a frame). transformers 4.52 had other limits.
+VIDEO_DEFAULTS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28, "min_frames": 4, "max_frames": 768}
+VIDEO_LIMITS_4_52 = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+VIDEO_FIELDS = {
+    "min_pixels": "video_min_pixels",
+    "max_pixels": "video_max_pixels",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+    "fps": "fps",
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +72,14 @@ class ProcessorFiles:
         contents: file name -> bytes.
         template: the model's own chat template, or None for the stock one.
         pixels: the fields of ProcessorConfig that the image processor's file gave.
+        video: the fields of ProcessorConfig that the video processor's file gave.
         tokens: tokens of the tokenizer when it was loaded.
     """
 
     contents: Mapping[str, bytes] = field(default_factory=dict)
     template: ChatTemplate | None = None
     pixels: Mapping[str, Any] = field(default_factory=dict)
+    video: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
 
     def json(self, name: str) -> dict[str, Any]:
@@ -79,7 +92,8 @@ def read_files(
     """The files of a model directory, and the fields of ProcessorConfig that they set.
 
     Pixel limits and normalisation come from transformers 5's `processor_config.json`, else from
-    `preprocessor_config.json`; everything else from `fastvst_processor.json`, where fastvst wrote the directory.
+    `preprocessor_config.json`; limits of videos from the same file, else from `video_preprocessor_config.json`;
+    everything else from `fastvst_processor.json`, where fastvst wrote the directory.
 
     Raises:
         FileNotFoundError: neither of the first two describes an image processor.
@@ -100,9 +114,13 @@ def read_files(
         template = None
     name, values = _image_processor(directory)
     pixels = _pixels(directory / name, values, model_config)
-    own = directory / OWN_FILE
-    files = ProcessorFiles(contents, template, pixels, tokenizer.get_vocab_size())
-    return files, (read_json(own) if own.is_file() else {}) | pixels
+    video = _video(directory, model_config, pixels)
+    own = read_json(directory / OWN_FILE) if (directory / OWN_FILE).is_file() else {}
+    others = sorted(n for n, value in video.items() if n in own and own[n] != value)
+    if others:
+        warnings.warn(f"{directory}: {OWN_FILE} has other values of {', '.join(others)}; {VIDEO} is used", stacklevel=4)
+    files = ProcessorFiles(contents, template, pixels, video, tokenizer.get_vocab_size())
+    return files, own | pixels | video
 
 
 def _image_processor(directory: Path) -> tuple[str, dict[str, Any]]:
@@ -124,6 +142,45 @@ def _image_processor(directory: Path) -> tuple[str, dict[str, Any]]:
     )
 
 
+def _video(directory: Path, model_config: ModelConfig, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ProcessorConfig in the video processor's file; empty without one.
+
+    transformers reads preprocessor_config.json then. It expects frames that qwen-vl-utils has resized within its own
+    limits, which are the defaults of ProcessorConfig.
+    """
+    nested = read_json(directory / NESTED).get("video_processor") if (directory / NESTED).is_file() else None
+    flat = read_json(directory / VIDEO) if (directory / VIDEO).is_file() else None
+    values = nested if nested is not None else flat
+    if values is None:
+        return {}
+    path = directory / (NESTED if nested is not None else VIDEO)
+    version = str(model_config.stored.get("config.json", {}).get("transformers_version") or "")
+    defaults = VIDEO_DEFAULTS | (VIDEO_LIMITS_4_52 if version.startswith("4.52.") else {})
+    found = _video_fields(values, defaults)
+    if nested is not None and flat is not None and _video_fields(flat, defaults) != found:
+        warnings.warn(
+            f"{directory}: the video limits of {NESTED} are used, as in transformers; {VIDEO} has others", stacklevel=5
+        )
+    _check_steps(path, values, model_config)
+    scales = _scales(values)
+    if any(pixels[name] != scale for name, scale in scales.items()):
+        raise ValueError(f"{path} normalises videos with {scales}, images are normalised with other values")
+    return found
+
+
+def _video_fields(values: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, Any]:
+    size = values.get("size") or {}
+    found: dict[str, Any] = {}
+    for name, field_name in VIDEO_FIELDS.items():
+        edge = LIMITS.get(name, name)
+        value = values.get(name) or size.get(edge) or size.get(name) or defaults.get(name)
+        if value is not None:
+            found[field_name] = float(value) if name == "fps" and isinstance(value, int) else value
+    if values.get("do_sample_frames") and values.get("num_frames"):  # transformers: this many, whatever the rate
+        found |= {"min_frames": values["num_frames"], "max_frames": values["num_frames"]}
+    return found
+
+
 def _limits(values: Mapping[str, Any]) -> dict[str, int]:
     size = values.get("size") or {}
     found = {name: values.get(name) or size.get(edge) or size.get(name) for name, edge in LIMITS.items()}
@@ -139,6 +196,16 @@ def _pixels(path: Path, values: Mapping[str, Any], model_config: ModelConfig) ->
             f"{path} describes a {kind} with size {size}: images of a fixed size. Qwen2.5-VL needs the "
             "Qwen2VLImageProcessor of its published checkpoint, with pixel limits"
         )
+    _check_steps(path, values, model_config)
+    return _limits(values) | _scales(values)
+
+
+def _scales(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(values.get(name) or DEFAULTS[name]) for name in ("image_mean", "image_std")}
+
+
+def _check_steps(path: Path, values: Mapping[str, Any], model_config: ModelConfig) -> None:
+    """Raise ValueError for another patch size than the model's, or another processing of pixels."""
     vision = model_config.vision
     for name, expected in (
         ("patch_size", vision.patch_size),
@@ -150,8 +217,6 @@ def _pixels(path: Path, values: Mapping[str, Any], model_config: ModelConfig) ->
     for name, published in PIXEL_STEPS.items():
         if values.get(name) not in (None, published):
             raise ValueError(f"{path} says {name} = {values[name]}; only {published} is supported")
-    scales = {name: tuple(values.get(name) or DEFAULTS[name]) for name in ("image_mean", "image_std")}
-    return _limits(values) | scales
 
 
 def write_files(
@@ -186,32 +251,51 @@ def write_files(
 
 
 def _pixel_files(geometry: PatchGeometry, config: ProcessorConfig, files: ProcessorFiles) -> dict[str, bytes]:
-    """The image processor's file where there was none, or where a limit has changed."""
+    """The files of the image and the video processor where there were none, or where a limit has changed."""
     if not files.pixels:
-        content = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            **PIXEL_STEPS,
-            "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
-            "min_pixels": config.min_pixels,
-            "max_pixels": config.max_pixels,
-            "patch_size": geometry.patch_size,
-            "temporal_patch_size": geometry.temporal_patch_size,
-            "merge_size": geometry.merge_size,
-            "image_mean": list(geometry.mean),
-            "image_std": list(geometry.std),
-        }
-        return {FLAT: json_text(content).encode()}
-    changes = {n: getattr(config, n) for n, value in files.pixels.items() if getattr(config, n) != value}
-    if not changes:
-        return {}
-    whole = files.json(NESTED)
-    name = NESTED if whole.get("image_processor") is not None else FLAT
-    whole = files.json(name)
-    values = whole["image_processor"] if name == NESTED else whole
-    for key, value in changes.items():
-        _set(values, key, list(value) if isinstance(value, tuple) else value)
-    return {name: json_text(whole).encode()}
+        return _fresh_pixel_files(geometry, config)
+    written: dict[str, Any] = {}
+    fields = {name: name for name in files.pixels}
+    for part, names, read, flat in (
+        ("image_processor", fields, files.pixels, FLAT),
+        ("video_processor", VIDEO_FIELDS, files.video, VIDEO),
+    ):
+        name = NESTED if files.json(NESTED).get(part) is not None else flat
+        whole = written.get(name) or files.json(name)
+        for key, own in names.items():
+            value = getattr(config, own)
+            if own in read and read[own] != value:
+                _set(whole[part] if name == NESTED else whole, key, list(value) if isinstance(value, tuple) else value)
+                written[name] = whole
+    return {name: json_text(whole).encode() for name, whole in written.items()}
+
+
+def _fresh_pixel_files(geometry: PatchGeometry, config: ProcessorConfig) -> dict[str, bytes]:
+    common = {
+        "processor_class": "Qwen2_5_VLProcessor",
+        **PIXEL_STEPS,
+        "patch_size": geometry.patch_size,
+        "temporal_patch_size": geometry.temporal_patch_size,
+        "merge_size": geometry.merge_size,
+        "image_mean": list(geometry.mean),
+        "image_std": list(geometry.std),
+    }
+    image = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        **common,
+        "size": {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+    }
+    video = {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        **common,
+        "size": {"shortest_edge": config.video_min_pixels, "longest_edge": config.video_max_pixels},
+        "min_frames": config.min_frames,
+        "max_frames": config.max_frames,
+        "fps": config.fps,
+    }
+    return {FLAT: json_text(image).encode(), VIDEO: json_text(video).encode()}
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,9 +132,13 @@ class ModelConfig:
         if generation.is_file():
             stored[GENERATION] = read_json(generation)
         try:
-            return _from_stored(stored)
+            config = _from_stored(stored)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+        twice = config_json.contradictions(stored[CONFIG])
+        if twice:
+            warnings.warn(f"{path}: {'; '.join(twice)}, as in transformers", stacklevel=2)
+        return config
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:

@@ -83,6 +83,28 @@ def parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, tower
 
 
+def contradictions(data: Mapping[str, Any]) -> list[str]:
+    """Fields that a config.json has in two places with different values, each with the one that counts."""
+    text = data.get("text_config")
+    found = []
+    if isinstance(text, dict):
+        here = data.get("tie_word_embeddings")
+        there = text.get("tie_word_embeddings")
+        if None not in (here, there) and bool(here) != bool(there):
+            found.append(f"tie_word_embeddings is {here} and in text_config {there}; the embeddings are tied")
+        both = [n for n in (*SIZES, *TEXT_DEFAULTS) if None not in (data.get(n), text.get(n)) and data[n] != text[n]]
+        found += [f"{name} is {data[name]} and in text_config {text[name]}; text_config counts" for name in both]
+    else:
+        text = data
+    ropes = [text.get("rope_scaling"), text.get("rope_parameters")]
+    for name in ("mrope_section", "rope_theta"):
+        values = [rope.get(name) for rope in ropes if isinstance(rope, dict)]
+        if len(values) == 2 and None not in values and values[0] != values[1]:
+            first, second = values
+            found.append(f"{name} is {first} in rope_scaling and {second} in rope_parameters; rope_scaling counts")
+    return found
+
+
 def token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
     """The tokens of an `eos_token_id` field."""
     if eos is None:

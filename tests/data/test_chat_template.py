@@ -168,7 +168,7 @@ def test_every_file_is_written_back_as_it_was(tmp_path):
     fields |= {"mine": 1, "min_pixels": None, "max_pixels": None, "size": {"shortest_edge": 784, "longest_edge": 78400}}
     (path / "preprocessor_config.json").write_text(json.dumps(fields))
     (path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 5}}))
+    (path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 602112}}))
     tokenizer = Processor.preset("tiny").tokenizer
     tokenizer.enable_truncation(max_length=16)
     tokenizer.save(str(path / "tokenizer.json"))

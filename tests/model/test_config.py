@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,42 @@ def test_one_absent_field_of_the_decoder(name, nested):
     expected = getattr(theirs, name)
     assert (ours.eos_token_ids == (expected,)) if name == "eos_token_id" else (getattr(ours, name) == expected)
     assert ours.hidden_size == theirs.hidden_size == 3584
+
+
+@pytest.mark.parametrize("here, there", [(True, False), (False, True), (True, None), (None, True), (False, None)])
+def test_a_tie_here_and_not_there(tmp_path, here, there):
+    data = ModelConfig.preset("tiny").config_content()
+    for place, value in ((data, here), (data["text_config"], there)):
+        place.pop("tie_word_embeddings")
+        place |= {} if value is None else {"tie_word_embeddings": value}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours = ModelConfig.from_pretrained(tmp_path).tie_word_embeddings
+    assert ours == Qwen2_5_VLConfig.from_pretrained(tmp_path).tie_word_embeddings
+    expected = f"tie_word_embeddings is {here} and in text_config {there}; the embeddings are tied, as in transformers"
+    told = [str(w.message) for w in said if "config.json" in str(w.message)]
+    assert len(told) == (None not in (here, there)) and all(text.endswith(expected) for text in told)
+
+
+def test_two_values_in_one_file_are_named_once(tmp_path):
+    data = ModelConfig.preset("tiny").config_content() | {"hidden_size": 2048, "rms_norm_eps": 1e-3}
+    data["text_config"]["rope_parameters"] = data["text_config"]["rope_parameters"] | {"rope_theta": 5.0}
+    data["text_config"]["rope_scaling"]["rope_theta"] = 7.0
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning) as said:
+        ours = ModelConfig.from_pretrained(tmp_path)
+    theirs = Qwen2_5_VLConfig.from_pretrained(tmp_path).text_config
+    assert (
+        (ours.hidden_size, ours.rope_theta) == (theirs.hidden_size, theirs.rope_parameters["rope_theta"]) == (192, 7.0)
+    )
+    (text,) = [str(w.message) for w in said if "config.json" in str(w.message)]
+    for words in (
+        "hidden_size is 2048 and in text_config 192; text_config counts",
+        "rms_norm_eps is 0.001",
+        "rope_theta is 7.0 in rope_scaling and 5.0 in rope_parameters; rope_scaling counts",
+    ):
+        assert words in text
 
 
 def test_absent_kv_heads_are_eight():
