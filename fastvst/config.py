@@ -32,7 +32,8 @@ def load_config(config_class: type[T], arguments: Sequence[str] = (), default: T
 
     Arguments are `--optimizer.lr 1e-4`, `--optimizer.lr=1e-4` or `optimizer.lr=1e-4`; a bool needs no value
     (`--dry-run`). Dashes in names mean underscores. Values are TOML (`[1, 2]`, `[{path = "a"}]`); strings need no
-    quotes, `none` clears an optional value, and a list of strings can be written as `a,b`.
+    quotes, `none` clears an optional value, and a list of strings can be written as `a,b`, as can a list of tables that
+    need only one key: `--data.sources a.jsonl,b.jsonl`.
 
     Raises:
         ConfigError: an unknown name (the message has the nearest valid one), a wrong type, or an unreadable file.
@@ -146,10 +147,11 @@ def usage(config_class: type[Any]) -> str:
         owner = config_class
         for section in sections:
             owner = _unwrap(_hints(owner)[section])[0]
-        lines.append(f"  --{name} <{_type_name(_hints(owner)[last])}>  (default {json.dumps(_plain(value))})")
+        default = "none" if value is None else json.dumps(_plain(value))
+        lines.append(f"  --{name} <{_type_name(_hints(owner)[last])}>  (default {default})")
         text = _attribute_help(owner, last)
         if text:
-            lines.append(f"      {text}")
+            lines.append(f"      {text[0].upper()}{text[1:]}")
     return "\n".join(lines)
 
 
@@ -227,6 +229,8 @@ def _type_name(annotation: Any) -> str:
     args = typing.get_args(inner)
     if origin is Literal:
         text = " | ".join(repr(a) for a in args)
+    elif origin in (Union, types.UnionType):
+        text = " | ".join(_type_name(a) for a in args)
     elif origin is not None:
         shown = ", ".join("..." if a is Ellipsis else _type_name(a) for a in args)
         text = f"{getattr(origin, '__name__', 'union')}[{shown}]"
@@ -242,6 +246,9 @@ def _parse(annotation: Any, raw: str) -> Any:
         return None
     if inner in (str, Path) or (typing.get_origin(inner) is Literal and raw in typing.get_args(inner)):
         return raw
+    table = _only_key(inner)
+    if table and raw[:1] not in ("[", "{"):
+        return [{table: word} for word in raw.split(",") if word]
     text = raw.lower() if raw in ("True", "False") else raw
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -249,6 +256,15 @@ def _parse(annotation: Any, raw: str) -> Any:
         if typing.get_origin(inner) in (tuple, list) and typing.get_args(inner)[0] is str and raw[:1] != "[":
             return [word for word in raw.split(",") if word]
         return raw
+
+
+def _only_key(annotation: Any) -> str | None:
+    """The key of a list of tables whose only required key is a string, so that words can stand for tables."""
+    args = typing.get_args(annotation)
+    if typing.get_origin(annotation) not in (tuple, list) or not dataclasses.is_dataclass(args[0]):
+        return None
+    needed = [f.name for f in option_fields(args[0]) if f.default is f.default_factory is dataclasses.MISSING]
+    return needed[0] if len(needed) == 1 and _hints(typing.cast(type, args[0]))[needed[0]] is str else None
 
 
 def _build(cls: type[T], values: Mapping[str, Any], default: T, prefix: str) -> T:

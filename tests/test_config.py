@@ -85,6 +85,8 @@ def test_defaults_of_the_owner_of_the_section_win_over_those_of_the_class() -> N
         (["--train.freeze", '["vision"]'], ("train", "freeze"), ("vision",)),
         (["--train.betas", "[0.8, 1]"], ("train", "betas"), (0.8, 1.0)),
         (["--data.sources", '[{path = "x", weight = 2}]'], ("data", "sources"), (Source("x", 2.0),)),
+        (["--data.sources", "x.jsonl"], ("data", "sources"), (Source("x.jsonl"),)),
+        (["--data.sources=x, y,2024"], ("data", "sources"), (Source("x"), Source(" y"), Source("2024"))),
         (["--data.weights", "{a = 1}"], ("data", "weights"), {"a": 1.0}),
         (["--data.weights.a", "3"], ("data", "weights"), {"a": 3.0}),
     ],
@@ -176,7 +178,7 @@ def test_render_marks_what_was_changed_and_help_names_everything() -> None:
     ]
     usage = cfg.usage(Config)
     assert all(f"--{name} <" in usage for name in names)
-    assert "how long it runs." in usage and "it runs. rate" not in usage
+    assert "How long it runs." in usage and "--train.limit <float | None>  (default none)" in usage and "it runs. rate" not in usage
 
 
 def test_values_cannot_be_changed_afterwards() -> None:
@@ -232,7 +234,7 @@ def test_options_that_docstrings_show_exist(file: str, script: str, monkeypatch:
     text = "\n".join(docstrings(ROOT / file))
     text = re.sub(r"torchrun [^\n]*?examples/\w+\.py", "", text)  # torchrun has options of its own
     shown = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text) + re.findall(r"(?<![\w.])([a-z_]+\.[a-z_]+)=", text)
-    names = {name.replace("-", "_") for name in shown} - {"config", "help", "section.name"}
+    names = {name.replace("-", "_") for name in shown} - {"config", "help", "section.name", "nproc"}
     assert names
     assert names <= {name for name, _ in cfg.leaves(config_of(script, monkeypatch)())}
 
@@ -242,4 +244,5 @@ def test_every_option_of_a_script_has_a_help_text(script: str, monkeypatch: pyte
     config_class = config_of(script, monkeypatch)
     lines = cfg.usage(config_class).splitlines()
     assert len(lines) == 2 * len(list(cfg.leaves(config_class())))  # a line for the option and a line for its text
-    assert not [line for line in lines if re.match(r" {6}(see|of) ", line)]
+    assert not [line for line in lines if re.match(r" {6}(See|Of) ", line)]
+    assert [line for line in lines[1::2] if line[6].islower()] == [], "every text begins like a sentence"

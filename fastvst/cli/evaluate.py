@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvst import jsonl
+from fastvst.cli import compare_rooms
 from fastvst.data.sample import Sample
 from fastvst.evaluate import predictions
 from fastvst.evaluate.errors import write_errors
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="paper",
         help="pixel limits of images and videos: the paper's, or those of the model directory",
     )
+    compare_rooms.add_arguments(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """`fastvst evaluate`: rooms compare checkpoints; everything else is answered and scored."""
+    (compare_rooms.run if arguments.benchmark == ["rooms"] else run)(arguments)
 
 
 def run(arguments: argparse.Namespace) -> Report:

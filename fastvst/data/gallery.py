@@ -109,7 +109,7 @@ def _runs(kinds: Sequence[str]) -> list[tuple[int, int]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst data check PATH`."""
     add = parser.add_argument
-    add("action", choices=["check"])
+    add("action", choices=["check"], help="check: read every row and report what training would use")
     add("path", help="file or folder of the data set")
     add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
     add("--format", default="auto", help=f"auto (default), or the only format that is read: {', '.join(FORMATS)}")

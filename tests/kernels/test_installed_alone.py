@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
-import venv
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
+from installation import build_wheel, install
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -61,47 +56,10 @@ with torch.no_grad():
 FAMILIES = ["attention", "window", "rope", "norm", "activation", "lm_head", "decode", "sampling", "invariant"]
 
 
-def closure(requirements: list[str]) -> dict[str, metadata.Distribution]:
-    """The installed distributions that requirements name, with everything that those require."""
-    found: dict[str, metadata.Distribution] = {}
-    for text in requirements:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        made = metadata.distribution(wanted.name)
-        found |= {wanted.name.lower(): made}
-        found |= closure([r for r in made.requires or [] if "extra ==" not in r])
-    return found
-
-
-def top_level(distribution: metadata.Distribution) -> Iterator[Path]:
-    """The files and folders of a distribution directly in site-packages."""
-    root = Path(str(distribution.locate_file("")))
-    for name in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
-        yield root / name
-
-
 @pytest.mark.slow
 def test_one_operator_of_each_family_runs_forward_and_backward(tmp_path):
-    source = tmp_path / "kernels"  # a build writes into its source
-    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    offline = ["--no-index", "--no-cache-dir"]
-    build = [*pip, "wheel", *offline, "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(source)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    (declared,) = metadata.distributions(path=[str(wheel)])
-
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    for distribution in closure(declared.requires or []).values():
-        for path in top_level(distribution):
-            (packages / path.name).symlink_to(path)
-    # With its dependencies and without an index: pip refuses if one of them is missing in the environment.
-    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", str(python)]
-    subprocess.run([*install, "install", *offline, str(wheel)], check=True)
-
+    wheel = build_wheel(KERNELS, tmp_path)
+    python = install(wheel, tmp_path / "env") / "python"
     done = subprocess.run([str(python), "-I", "-c", OPERATORS], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == FAMILIES
