@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvst import config as cfg
@@ -146,6 +146,7 @@ def test_toml_file_lies_between_defaults_and_arguments(tmp_path: Path) -> None:
         load_config(Config, ["--config", str(file)])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 @given(
     st.builds(
         Config,
@@ -178,7 +179,11 @@ def test_render_marks_what_was_changed_and_help_names_everything() -> None:
     ]
     usage = cfg.usage(Config)
     assert all(f"--{name} <" in usage for name in names)
-    assert "How long it runs." in usage and "--train.limit <float | None>  (default none)" in usage and "it runs. rate" not in usage
+    assert (
+        "How long it runs." in usage
+        and "--train.limit <float | None>  (default none)" in usage
+        and "it runs. rate" not in usage
+    )
 
 
 def test_values_cannot_be_changed_afterwards() -> None:

@@ -132,7 +132,9 @@ def _parser(chosen: str) -> tuple[Parser, Parser]:
         formatter_class=_wide,
     )
     parser.add_argument("--version", action="version", version=f"fastvst {__version__}", help="show the version")
-    group = parser.add_subparsers(dest="command", required=True, metavar="COMMAND [OPTIONS]", title="commands")
+    group = parser.add_subparsers(
+        prog="fastvst", dest="command", required=True, metavar="COMMAND [OPTIONS]", title="commands"
+    )
     found = parser
     for name, command in COMMANDS.items():
         made = group.add_parser(

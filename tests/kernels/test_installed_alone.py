@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from installation import build_wheel, install
 
 KERNELS = Path(__file__).parents[2] / "kernels"
