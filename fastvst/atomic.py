@@ -70,9 +70,12 @@ def into(
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write one UTF-8 text file; missing parent folders are created."""
+    """Write one UTF-8 text file; missing parent folders are created.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as an escape ("\\ud83d"), which JSON reads back.
+    """
     with file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def replace(partial: Path, path: Path) -> None:

@@ -94,7 +94,9 @@ def drop_from_step(path: str | Path, first_step: int) -> None:
 
 
 def _encode(rows: Iterable[Any], ensure_ascii: bool, default: Callable[[Any], Any] | None) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=ensure_ascii, default=default) + "\n" for row in rows).encode("utf-8")
+    """Half of a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape."""
+    lines = [json.dumps(row, ensure_ascii=ensure_ascii, default=default) + "\n" for row in rows]
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _whole_lines(data: bytes) -> bytes:

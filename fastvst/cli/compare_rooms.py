@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastvst import atomic
 from fastvst.evaluate.rooms import RoomResults
 
 STAGES = {
@@ -112,9 +113,8 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
     print(table(results))
     if arguments.out:
         out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: r.to_json() for name, r in results.items()}, indent=1)
-        (out / "results.json").write_text(text, encoding="utf-8")
-        (out / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+        atomic.write_text(out / "results.json", text)
+        atomic.write_text(out / "results.md", table(results) + "\n")
         print(f"page: {write_comparison(out, results)}")
     return results

@@ -9,17 +9,18 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvst import jsonl
+from fastvst import atomic, jsonl
 from fastvst.cli import compare_rooms
 from fastvst.data.sample import Sample
-from fastvst.evaluate import predictions
+from fastvst.evaluate import fingerprint, predictions
 from fastvst.evaluate.errors import write_errors
 from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.report import Report
+from fastvst.train import lock
 
 BENCHMARKS = {
     "vsi_bench": "fastvst.evaluate.vsi_bench",
@@ -70,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     """`fastvst evaluate`: rooms compare checkpoints; everything else is answered and scored."""
-    (compare_rooms.run if arguments.benchmark == ["rooms"] else run)(arguments)
+    from fastvst.rollout import RolloutError
+
+    try:
+        (compare_rooms.run if arguments.benchmark == ["rooms"] else run)(arguments)
+    except RolloutError as error:  # of the checkpoint, not of the program
+        raise ValueError(str(error)) from error
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -78,7 +84,15 @@ def run(arguments: argparse.Namespace) -> Report:
 
     Raises:
         ValueError, FileNotFoundError: wrong arguments; missing or malformed files.
+        FolderInUse: another process writes the folder of --out.
     """
+    try:
+        return _run(arguments)
+    finally:
+        lock.release()
+
+
+def _run(arguments: argparse.Namespace) -> Report:
     words = [word.lower().replace("-", "_") for word in arguments.benchmark]
     scoring = words[0] == "score"
     name = words[-1]
@@ -97,7 +111,7 @@ def run(arguments: argparse.Namespace) -> Report:
     _check_choice(benchmark, "extraction", arguments.extraction, getattr(benchmark, "EXTRACTIONS", ()))
     everything = benchmark.load(arguments.data)
     rows = everything[: arguments.limit]
-    from fastvst.evaluate.run import sampling_of, sampling_settings
+    from fastvst.evaluate.run import question_keys, sampling_of, sampling_settings
 
     if scoring:
         if not arguments.predictions:
@@ -113,9 +127,13 @@ def run(arguments: argparse.Namespace) -> Report:
         for row in rows:  # a row without a prompt is an error before the first answer, not after an hour
             if row.askable:
                 prompt(row)
-        _settle(out, name, arguments)
-        files = _answer_all(benchmark.__name__, rows, arguments, out)
+        lock.acquire(out)
+        key = settle(out, _settings(name, benchmark, arguments))
+        keys = question_keys(rows, prompt, key)
+        files = _answer_all(benchmark.__name__, rows, keys, key, arguments, out)
     found = [p for file in files for p in predictions.read(file)]
+    if not scoring:
+        found = [p for p in found if p.key == keys.get(p.id, p.key)]
     texts, failures = predictions.for_rows(rows, found, [row.id for row in everything])
     options = _scoring_options(benchmark, arguments, scoring)
     report: Report = benchmark.score(rows, texts, thinking=arguments.thinking, failures=failures, **options)
@@ -125,16 +143,21 @@ def run(arguments: argparse.Namespace) -> Report:
         report = dataclasses.replace(report, sampling=sampling)
     if out is not None:
         save(report, rows, out)
-    print(report.markdown())
+    say(report.markdown())
     return report
 
 
+def say(text: str) -> None:
+    """Print a text that the terminal's encoding may not hold; what it does not hold becomes an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def save(report: Report, rows: Sequence[Row], out: Path) -> None:
-    """results.json (with every prediction), results.md and errors.html."""
-    out.mkdir(parents=True, exist_ok=True)
+    """results.json (with every prediction), results.md and errors.html; each file is written whole or not at all."""
     text = json.dumps(report.to_json(), ensure_ascii=False, indent=1)
-    (out / "results.json").write_text(text, encoding="utf-8")
-    (out / "results.md").write_text(report.markdown(), encoding="utf-8")
+    atomic.write_text(out / "results.json", text)
+    atomic.write_text(out / "results.md", report.markdown())
     write_errors(out / "errors.html", report, rows)
 
 
@@ -183,50 +206,89 @@ def _scoring_options(benchmark: Any, arguments: argparse.Namespace, scoring: boo
     return options | ({"prompt_style": style} if style else {})
 
 
-def _settle(out: Path, name: str, arguments: argparse.Namespace) -> None:
-    """Record the settings of the predictions in `out`; refuse to mix predictions of different settings."""
-    settings = {
+def _settings(name: str, benchmark: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the answers: weights, processor, prompt and sampling. Paths are no part of it."""
+    from fastvst.evaluate.run import sampling_of, sampling_settings
+
+    return {
         "benchmark": name,
-        "model": str(Path(arguments.model[0]).resolve()),
+        "weights": fingerprint.of_directory(arguments.model[0]),
+        "processor": fingerprint.of_processor(_processor(benchmark, arguments)),
+        "dtype": sorted({_dtype(device) for device in arguments.devices}),
         "thinking": arguments.thinking,
-        "max_new_tokens": arguments.max_new_tokens,
+        "prompt_style": _prompt_style(benchmark, arguments),
         "pixels": arguments.pixels,
-        "prompt_style": _prompt_style(importlib.import_module(BENCHMARKS[name]), arguments),
+        "sampling": sampling_settings(sampling_of(benchmark.__name__), _answer_limit(benchmark, arguments)),
     }
+
+
+def _processor(benchmark: Any, arguments: argparse.Namespace) -> Any:
+    from fastvst.data.processor import Processor
+
+    options = benchmark.PROCESSOR if arguments.pixels == "paper" else {}
+    return Processor.from_pretrained(arguments.model[0], **options)
+
+
+def _dtype(device: str) -> str:
+    """Compute dtype: float32 on the CPU, bfloat16 on a GPU."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def settle(out: Path, settings: Mapping[str, Any]) -> str:
+    """Record the settings of the predictions in `out`; returns their fingerprint.
+
+    Predictions of other settings, or of unknown ones, move with their results into a folder of their own, which the
+    terminal names with what differs.
+    """
     path = out / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = ", ".join(f"{k}: {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v)
-        if changed:
-            raise ValueError(f"{out} holds predictions of another run ({changed}); choose another --out or empty it")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    found = sorted(out.glob("predictions*.jsonl"))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    differing = fingerprint.differences(before, settings)
+    if found and differing:
+        others = [out / name for name in ("settings.json", "results.json", "results.md", "errors.html")]
+        target = predictions.set_aside([*found, *(p for p in others if p.is_file())], "set-aside")
+        what = differing if before else "their settings are not recorded"
+        print(f"{out}: predictions of another run ({what}) are set aside in {target}", file=sys.stderr)
+    atomic.write_text(path, json.dumps(settings, indent=1))
+    return fingerprint.of(settings)
 
 
-def _answer_all(module: str, rows: Sequence[Row], arguments: argparse.Namespace, out: Path) -> list[Path]:
+def _answer_all(
+    module: str, rows: Sequence[Row], keys: Mapping[str, str], key: str, arguments: argparse.Namespace, out: Path
+) -> list[Path]:
     """Each device answers its share of the open questions; returns all prediction files of `out`."""
     devices = arguments.devices
     for path in out.glob("predictions*.jsonl"):
         jsonl.drop_torn_line(path)
-    done = {p.id for path in out.glob("predictions*.jsonl") for p in predictions.read(path)}
+    found = [p for path in out.glob("predictions*.jsonl") for p in predictions.read(path)]
+    done = {p.id for p in found if not p.failed and p.key == keys.get(p.id)}
+    changed = sorted({p.id for p in found if p.key != keys.get(p.id, p.key)} - done)
+    if changed:
+        named = ", ".join(changed[:10]) + (", ..." if len(changed) > 10 else "")
+        print(f"{len(changed)} questions or their images have changed and are asked again: {named}", file=sys.stderr)
     left = [row for row in rows if row.id not in done and row.askable]
     ids = [[row.id for row in left[rank :: len(devices)]] for rank in range(len(devices))]
     if len(devices) == 1:
-        _work(0, module, rows, ids, arguments, out)
+        _work(0, module, rows, ids, key, arguments, out)
     else:
         from torch import multiprocessing
 
-        multiprocessing.spawn(_work, (module, None, ids, arguments, out), nprocs=len(devices))
+        multiprocessing.spawn(_work, (module, None, ids, key, arguments, out), nprocs=len(devices))
     return sorted(out.glob("predictions*.jsonl"))
 
 
 def _work(
-    rank: int, module: str, rows: Sequence[Row] | None, ids: Sequence[Sequence[str]], arguments: Any, out: Path
+    rank: int,
+    module: str,
+    rows: Sequence[Row] | None,
+    ids: Sequence[Sequence[str]],
+    key: str,
+    arguments: Any,
+    out: Path,
 ) -> None:
     """One device: load the model and answer a share of the rows. The process reads the rows itself."""
     import torch
 
-    from fastvst.data.processor import Processor
     from fastvst.evaluate.run import answer, sampling_of
     from fastvst.model import Qwen25VL
 
@@ -236,9 +298,8 @@ def _work(
     mine = set(ids[rank])
     asked = [row for row in (benchmark.load(arguments.data) if rows is None else rows) if row.id in mine]
     device = arguments.devices[rank]
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = getattr(torch, _dtype(device))
     model = Qwen25VL.from_pretrained(arguments.model[0], dtype=dtype, device=device)
-    options = benchmark.PROCESSOR if arguments.pixels == "paper" else {}
     limit = _answer_limit(benchmark, arguments)
     last = [0.0]
 
@@ -249,13 +310,14 @@ def _work(
 
     speed = answer(
         model,
-        Processor.from_pretrained(arguments.model[0], **options),
+        _processor(benchmark, arguments),
         asked,
         _prompt(benchmark, arguments),
         out / f"predictions-{rank}.jsonl",
         max_new_tokens=limit,
         batch_size=arguments.batch_size,
         sampling=sampling_of(module),
+        run=key,
         log=log,
     )
     rate = f"{speed.questions / speed.seconds:.2f} questions/s, {speed.tokens / speed.seconds:.0f} tokens/s"

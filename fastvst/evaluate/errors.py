@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastvst import atomic
-from fastvst.data.images import MediaError
+from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.video import VideoConfig, load_frames, select_frames
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
@@ -19,6 +18,8 @@ from fastvst.html import image_tag, page, table
 IMAGES = 4
 WIDTH = 360
 CHARACTERS = 1500  # limits of one card: images, their width in pixels, characters per text
+SOURCE_PIXELS = 10**8
+SECONDS = 30.0  # limits of one file
 FRAMES = VideoConfig(min_frames=IMAGES, max_frames=IMAGES, max_pixels=WIDTH * WIDTH, min_pixels=28 * 28)
 
 
@@ -63,20 +64,28 @@ def _short(text: str) -> str:
 
 
 def _images(row: Row) -> list[str]:
-    """<img> elements; a file that cannot be opened becomes a message."""
-    try:
-        images = [_open(file) for file in row.images[:IMAGES]]
-        if row.video is not None and row.video.is_file():
-            part = {"type": "video", "video": row.video}
-            plan = select_frames(
-                part, FRAMES, total_pixels=FRAMES.max_pixels * IMAGES, factor=28, max_source_pixels=10**8
-            )
-            frames = load_frames(part, plan, time_limit=30.0, max_source_pixels=10**8)
-            images += [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:IMAGES]]
-    except (OSError, MediaError) as error:
-        return [f"<p>no image: {escape(str(error))}</p>"]
-    return [image_tag(image, f"image {i + 1} of {row.id}", width=WIDTH, quality=75) for i, image in enumerate(images)]
+    """<img> elements, as the model saw the images; one that cannot be decoded becomes a message."""
+    found: list[str] = []
+    for number, media in enumerate(row.images[:IMAGES], 1):
+        try:
+            image = load_rgb(media, max_source_pixels=SOURCE_PIXELS, time_limit=SECONDS)
+            found.append(image_tag(image, f"image {number} of {row.id}", width=WIDTH, quality=75))
+        except MediaError as error:
+            found.append(f"<p>no image: {escape(str(error))}</p>")
+    if row.video is not None:
+        try:
+            frames = _frames(row.video)
+            tags = [image_tag(f, f"frame {i} of {row.id}", width=WIDTH, quality=75) for i, f in enumerate(frames, 1)]
+            found += tags
+        except Exception as error:  # video libraries raise many kinds; the page must be written
+            found.append(f"<p>no video: {escape(str(error))}</p>")
+    return found
 
 
-def _open(image: bytes | Path) -> Image.Image:
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+def _frames(video: Path) -> list[Image.Image]:
+    part = {"type": "video", "video": video}
+    plan = select_frames(
+        part, FRAMES, total_pixels=FRAMES.max_pixels * IMAGES, factor=28, max_source_pixels=SOURCE_PIXELS
+    )
+    frames = load_frames(part, plan, time_limit=SECONDS, max_source_pixels=SOURCE_PIXELS)
+    return [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames[:IMAGES]]

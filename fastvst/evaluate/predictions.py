@@ -1,10 +1,11 @@
-"""Predictions on disk: JSONL of {"id", "prediction", "failed", "tokens"}, appended as they are made.
+"""Predictions on disk: JSONL of {"id", "prediction", "failed", "tokens", "key"}, appended as they are made.
 
-They are read to resume a run and to score it. Files of other programs can be read too.
+They are read to resume a run and to score it. Files of other programs can be read too; they have no keys.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +21,19 @@ TEXTS = ("prediction", "response", "predictions_raw", "answer_text", "output")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer. `failed` is the reason for a missing answer ("" otherwise); `tokens` is the length of the answer."""
+    """One answer.
+
+    Attributes:
+        failed: the reason for a missing answer, "" otherwise.
+        tokens: length of the answer.
+        key: fingerprint of the run and of the question (see fingerprint.py); "" if another program wrote the file.
+    """
 
     id: str
     prediction: str | None
     failed: str = ""
     tokens: int = 0
+    key: str = ""
 
 
 def append(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -63,7 +71,18 @@ def _prediction(cell: Any, where: str) -> Prediction:
     tokens = cell.get("tokens") or 0
     if not isinstance(tokens, (int, float)) or tokens != tokens:
         raise ValueError(f"{where}: tokens is {tokens!r}; expected a number")
-    return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(tokens))
+    return Prediction(str(identifier), text, str(cell.get("failed") or ""), int(tokens), str(cell.get("key") or ""))
+
+
+def set_aside(paths: Sequence[Path], name: str) -> Path:
+    """Move files of one folder into the first folder `name`-1, `name`-2, ... next to them that does not exist."""
+    folder = paths[0].parent
+    number = next(n for n in itertools.count(1) if not (folder / f"{name}-{n}").exists())
+    target = folder / f"{name}-{number}"
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    return target
 
 
 def for_rows(
@@ -100,7 +119,7 @@ def remarks(rows: Sequence[Row], predictions: Sequence[Prediction]) -> list[str]
     asked = {row.id for row in rows}
     beyond = {p.id for p in predictions} - asked
     texts: dict[str, set[str | None]] = {}
-    for prediction in predictions:
+    for prediction in (p for p in predictions if not p.failed):
         texts.setdefault(prediction.id, set()).add(prediction.prediction)
     differing = sorted(i for i, found in texts.items() if len(found) > 1 and i in asked)
     notes = []

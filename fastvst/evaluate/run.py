@@ -17,7 +17,7 @@ from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Part, Sample
 from fastvst.data.video import load_frames, select_frames, total_pixel_budget
-from fastvst.evaluate import predictions
+from fastvst.evaluate import fingerprint, predictions
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.predictions import Prediction
 from fastvst.rollout import Engine, RolloutError, SamplingParams
@@ -69,24 +69,36 @@ def answer(
     max_new_tokens: int,
     batch_size: int = 16,
     sampling: SamplingParams = GREEDY,
+    run: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Speed:
     """Answer `rows` and append one line each to `path`. Rows that `path` already answers are skipped.
 
-    Rows that cannot be asked or scored are skipped too: the report names them.
+    A row is answered if a line without a failure has its key: the fingerprint of this run and of the question. Rows
+    that cannot be asked or scored are skipped too: the report names them.
 
-    A question that cannot be encoded, or that does not fit into memory alone, gets a line with the reason and no
-    prediction. Questions about the same images or video are neighbours: the media are decoded once and go through the
-    vision tower once.
+    A question that cannot be encoded, that does not fit into memory alone, or whose logits are not finite, gets a line
+    with the reason and no prediction; the next call asks it again. Questions about the same images or video are
+    neighbours: the media are decoded once and go through the vision tower once.
 
     Args:
         prompt: row to Sample (a benchmark's `prompt`).
         batch_size: answers decoded together.
         sampling: sampling parameters; their max_tokens is replaced by `max_new_tokens`.
+        run: fingerprint of weights, processor and settings; default: that of the arguments.
         log: receives a progress line whenever answers are complete.
+
+    Raises:
+        RolloutError: the logits of all questions that were asked together are not finite, and no question has been
+            answered.
     """
     jsonl.drop_torn_line(path)
-    done = {p.id for p in predictions.read(path)} if path.exists() else set()
+    params = dataclasses.replace(sampling, max_tokens=max_new_tokens, logprobs=False)
+    if run is None:
+        run = fingerprint.of([fingerprint.of_model(model), fingerprint.of_processor(processor), str(params)])
+    keys = question_keys(rows, prompt, run)
+    found = predictions.read(path) if path.exists() else []
+    done = {p.id for p in found if not p.failed and p.key == keys.get(p.id)}
     left = in_order_of_media([row for row in rows if row.id not in done and row.askable])
     begin = time.monotonic()
     asked = 0
@@ -95,9 +107,8 @@ def answer(
     training = model.training
     model.eval()
     engine = Engine(model, processor, max_sequences=batch_size)
-    params = dataclasses.replace(sampling, max_tokens=max_new_tokens, logprobs=False)
     for made in _answers(engine, _encoded(processor, left, prompt), params, batch_size):
-        predictions.append(path, made)
+        predictions.append(path, [dataclasses.replace(p, key=keys[p.id]) for p in made])
         asked = asked + len(made)
         tokens = tokens + sum(p.tokens for p in made)
         failed += sum(bool(p.failed) for p in made)
@@ -112,6 +123,7 @@ def _answers(
     """Predictions as they are complete; a new question starts as soon as another finishes."""
     live: list[tuple[Row, EncodedSample, Request]] = []
     over = False
+    answered = False
     while live or not over:
         ready: list[tuple[Row, EncodedSample]] = []
         wanted = len(live) <= batch_size  # then many at once, so that equal images meet
@@ -131,12 +143,18 @@ def _answers(
         try:
             if not engine.step():
                 continue
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RolloutError) as error:
             for *_, request in live:
                 engine.cancel(request)
-            yield [_alone(engine, row, sample, params) for row, sample, _ in live]
+            engine.release()  # values that are not finite must not stay in the pages
+            made = [_alone(engine, row, sample, params) for row, sample, _ in live]
+            if isinstance(error, RolloutError) and not answered and all(p.failed for p in made):
+                raise
+            answered = answered or not all(p.failed for p in made)
+            yield made
             live = []
             continue
+        answered = True
         finished = [_prediction(row, request) for row, _, request in live if request.done]
         live = [item for item in live if not item[2].done]
         if finished:
@@ -144,11 +162,13 @@ def _answers(
 
 
 def _alone(engine: Engine, row: Row, sample: EncodedSample, params: SamplingParams) -> Prediction:
-    """Answer one question alone, after a batch that contained it ran out of memory."""
+    """Answer one question alone, after a batch with it ran out of memory or had logits that are not finite."""
     try:
         ((rollout,),) = engine.generate([sample], params)
     except torch.OutOfMemoryError:
         return Prediction(row.id, None, f"out_of_memory: {len(sample)} tokens, alone")
+    except RolloutError as error:
+        return Prediction(row.id, None, f"not_finite: {error}")
     return Prediction(row.id, rollout.text, "", len(rollout.tokens))
 
 
@@ -156,6 +176,12 @@ def _prediction(row: Row, request: Request) -> Prediction:
     (rollout,) = request.rollouts
     assert rollout is not None  # the request is finished
     return Prediction(row.id, rollout.text, "", len(rollout.tokens))
+
+
+def question_keys(rows: Sequence[Row], prompt: Prompt, run: str) -> dict[str, str]:
+    """id -> key of the rows that are asked: the fingerprint of the run and of the question with its media."""
+    fingerprints = fingerprint.SampleFingerprints()
+    return {row.id: fingerprints.of(prompt(row), run) for row in rows if row.askable}
 
 
 def in_order_of_media(rows: Sequence[Row]) -> list[Row]:

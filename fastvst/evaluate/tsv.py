@@ -57,8 +57,7 @@ def load_rows(path: Path, required: Sequence[str], download: str, *, category: s
     A row without an image, or without one of its images, is marked as unaskable.
 
     Raises:
-        ValueError: see `read_tsv`; a row has no index, no question or no answer; an image is not base64, or refers to a
-            row without an image.
+        ValueError: see `read_tsv`; a row has no index, no question or no answer.
     """
     table = read_tsv(path, ["index", "question", *required], download)
     cells = {row.get("index", ""): row.get("image", "") for row in table}
@@ -92,7 +91,7 @@ def load_rows(path: Path, required: Sequence[str], download: str, *, category: s
 def _images(
     cell: dict[str, str], cells: dict[str, str], decoded: dict[str, tuple[bytes, ...]], path: Path
 ) -> tuple[tuple[bytes | Path, ...], str]:
-    """The images of a row, and why it cannot be asked: an image is missing."""
+    """The images of a row, and why it cannot be asked: an image is missing or not base64."""
     text = cell.get("image", "").strip()
     owner = cell["index"]
     where = f"{path}, row {owner}"
@@ -103,12 +102,12 @@ def _images(
         owner = text
         text = cells.get(text, "")
         if len(text) <= REFERENCE:
-            raise ValueError(f"{where}: its image is row {owner!r}, which has no image")
+            return (), f"{where}: its image is row {owner!r}, which has no image"
     if owner not in decoded:
         try:
             decoded[owner] = tuple(base64.b64decode(str(part), validate=False) for part in listed(text))
         except (binascii.Error, ValueError) as error:
-            raise ValueError(f"{path}, row {owner}: its image is not base64 ({error})") from error
+            return (), f"{where}: its image is not base64 ({error})"
     found = decoded[owner]
     if not all(found) or not found:
         return tuple(filter(None, found)), f"{where} has {sum(map(bool, found))} of its {max(len(found), 1)} images"

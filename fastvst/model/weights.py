@@ -45,7 +45,7 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
         WeightsError: missing, unexpected, wrong-shaped or truncated tensors, or NaN; names the first ones.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found, problems = _match(_find_files(directory), wanted, tied)
+    found, problems = _match(weight_files(directory), wanted, tied)
     if problems:
         raise WeightsError(_summary(directory, problems, found, wanted))
     model.to(dtype).to_empty(device=device)
@@ -130,7 +130,7 @@ def _config_text(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
     return files.json_text(content)
 
 
-def _find_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory: those that the index names, or the only one."""
     index = directory / INDEX
     if (directory / SINGLE).is_file():

@@ -1,4 +1,4 @@
-"""One trainer for each run folder: a lock on `<out>/.lock` that names the process which holds it.
+"""One writer for each run folder or file: a lock file next to it that names the process which holds it.
 
 The lock is a flock: the kernel drops it when the process ends, however it ends. Child processes give up their copy.
 """
@@ -11,28 +11,44 @@ import socket
 import time
 from pathlib import Path
 
-_held: dict[Path, int] = {}  # resolved run folder -> descriptor of its lock file
+_held: dict[Path, int] = {}  # resolved run folder or file -> descriptor of its lock file
 
 
-class FolderInUse(RuntimeError):
-    """Another process trains in the run folder; the message names it."""
+class FolderInUse(OSError):
+    """Another process writes the folder or file; the message names it."""
 
 
 def acquire(out: Path) -> None:
-    """Lock the run folder for this process; the folder is created if it is missing.
+    """Lock the run folder for this process, by `<out>/.lock`; the folder is created if it is missing.
 
     Raises:
         FolderInUse: another process holds the lock.
     """
-    release(out)
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    _lock(out, out / ".lock", "--out")
+
+
+def acquire_file(path: Path) -> None:
+    """Lock a file for this process, by `.<name>.lock` next to it; its folder is created if it is missing.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _lock(path, path.with_name(f".{path.name}.lock"), "--output")
+
+
+def _lock(out: Path, file: Path, option: str) -> None:
+    release(out)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
         os.close(descriptor)
-        raise FolderInUse(f"{out} is in use by {holder}; wait until it ends, stop it, or pass another --out") from None
+        raise FolderInUse(
+            f"{out} is in use by {holder}; wait until it ends, stop it, or pass another {option}"
+        ) from None
     os.ftruncate(descriptor, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
@@ -40,7 +56,7 @@ def acquire(out: Path) -> None:
 
 
 def release(out: Path | None = None) -> None:
-    """Give up the lock of a folder, or all locks of this process."""
+    """Give up the lock of a folder or file, or all locks of this process."""
     for folder in list(_held) if out is None else [out.resolve()]:
         descriptor = _held.pop(folder, None)
         if descriptor is not None:

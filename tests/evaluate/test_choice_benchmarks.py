@@ -102,8 +102,10 @@ def test_tsv_errors_say_what_to_download(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the column category; it has .*index.* Download MMStar.tsv"):
         mmstar.load(tmp_path)
     write_tsv(tmp_path / "MMStar.tsv", [rows[0] | {"image": "77"}])
-    with pytest.raises(ValueError, match="its image is row '77', which has no image"):
-        mmstar.load(tmp_path)
+    assert "its image is row '77', which has no image" in mmstar.load(tmp_path)[0].unaskable
+    write_tsv(tmp_path / "MMStar.tsv", [rows[0] | {"image": rows[0]["image"][:-3]}, rows[1]])
+    broken, whole_row = mmstar.load(tmp_path)
+    assert "row 0: its image is not base64" in broken.unaskable and whole_row.askable
     write_tsv(tmp_path / "MMStar.tsv", [rows[0], rows[0]])
     with pytest.raises(ValueError, match="two rows with id '0'"):
         mmstar.load(tmp_path)

@@ -55,10 +55,12 @@ def test_answers_are_those_of_greedy_one_by_one(
 
 def test_goes_on_after_a_torn_line(model: Qwen25VL, processor: Processor, rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    predictions.append(path, [Prediction(rows[0].id, "kept"), Prediction(rows[2].id, "kept")])
+    keys = run.question_keys(rows, mmstar.prompt, "this run")
+    kept = [Prediction(rows[i].id, "kept", key=keys[rows[i].id]) for i in (0, 2)]
+    predictions.append(path, kept)
     with open(path, "a") as file:
         file.write('{"id": "3", "predic')
-    speed = run.answer(model, processor, rows, mmstar.prompt, path, max_new_tokens=2)
+    speed = run.answer(model, processor, rows, mmstar.prompt, path, max_new_tokens=2, run="this run")
     made = predictions.read(path)
     assert speed.questions == 5 and sorted(p.id for p in made) == [row.id for row in rows]
     assert [p.prediction for p in made[:2]] == ["kept", "kept"]
@@ -211,8 +213,12 @@ def test_command_answers_scores_and_writes(
     assert again == report, "the second run answers nothing new"
     files = [str(p) for p in out.glob("predictions*.jsonl")]
     assert command.run(arguments("score", "mmstar", "--data", str(tmp_path), "--predictions", *files)) == report
-    with pytest.raises(ValueError, match="holds predictions of another run .thinking: False, now True"):
-        command.run(arguments(*words, "--thinking"))
+    kept = (out / "predictions-0.jsonl").read_bytes()
+    command.run(arguments(*words, "--thinking"))
+    said = capsys.readouterr().err
+    assert "predictions of another run (thinking: False, now True" in said and "set-aside-1" in said
+    assert (out / "set-aside-1" / "predictions-0.jsonl").read_bytes() == kept
+    assert (out / "set-aside-1" / "results.json").is_file()
 
 
 def test_sampling_of_the_paper_is_in_the_results(rows: list[Row]) -> None:
