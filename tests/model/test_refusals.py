@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvst.cli import main
 from fastvst.model import Qwen25VL
 from fastvst.model.weights import WeightsError
-from hf_parity import hf_name, make_models, small_config
+from hf_parity import hf_name, small_config
 
 
 @pytest.fixture
@@ -113,64 +112,3 @@ def test_the_printed_advice_for_pickles_works(folder):
     command = refusal(folder, FileNotFoundError).splitlines()[-1]
     subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
     Qwen25VL.from_pretrained(folder.with_name("m-safetensors"))
-
-
-def test_merge_adds_the_product_of_the_two_matrices(tmp_path, capsys):
-    ours, _ = make_models(small_config(), torch.float32)
-    base = tmp_path / "base"
-    ours.save_pretrained(base)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "rank_pattern": {"up_proj": 2},
-        "alpha_pattern": {"up_proj": 3},
-    }
-    config["base_model_name_or_path"] = str(base)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    names = ["model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.mlp.up_proj"]
-    tensors = {}
-    deltas = []
-    for name, rank, scale in zip(names, (4, 2), (2.0, 1.5)):
-        rows = 64 if rank == 4 else 48
-        a = torch.randn(rank, 64)
-        b = torch.randn(rows, rank)
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-        deltas.append(b @ a * scale)
-    head = torch.randn(101, 64)
-    save_file(tensors | {"base_model.model.lm_head.weight": head}, adapter / "adapter_model.safetensors")
-    assert main(["merge", "--adapter", str(adapter), "--out", str(tmp_path / "out")]) == 0
-    assert "3 changed tensors" in capsys.readouterr().out
-    before = ours.state_dict()
-    after = Qwen25VL.from_pretrained(tmp_path / "out").state_dict()
-    expected = dict(zip(["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"], deltas))
-    for name, tensor in after.items():
-        wanted = head if name == "lm_head.weight" else before[name] + expected.get(name, 0)
-        torch.testing.assert_close(tensor, wanted)
-
-
-def test_merge_equals_peft(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    ours, theirs = make_models(small_config(), torch.float32)
-    base = tmp_path / "base"
-    ours.save_pretrained(base)
-    options = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "v_proj", "up_proj", "qkv"],
-        modules_to_save=["lm_head"],
-        init_lora_weights=False,
-        **options,
-    )
-    model = peft.get_peft_model(theirs, config)
-    with torch.no_grad():
-        model.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
-    model.save_pretrained(tmp_path / "adapter")
-    out = tmp_path / "out"
-    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--base", str(base), "--out", str(out)]) == 0
-    state = model.merge_and_unload().state_dict()
-    for name, tensor in Qwen25VL.from_pretrained(out).state_dict().items():
-        torch.testing.assert_close(tensor, state[hf_name(name)])
