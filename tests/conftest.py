@@ -34,7 +34,7 @@ def renderer() -> Renderer:
 def scenes(renderer: Renderer) -> list[Scene]:
     from fastvst.scenes.rooms.shoot import ShotConfig, shoot
 
-    return [shoot(seed, renderer, ShotConfig(views=2, overlap=1.0)) for seed in range(700, 708)]
+    return [shoot(seed, renderer, ShotConfig(views=2, overlap=1.0, around=3.0)) for seed in range(700, 708)]
 
 
 @pytest.fixture(scope="session")
@@ -42,4 +42,6 @@ def walked(renderer: Renderer) -> list[Scene]:
     """Scenes with one still, a video, and wide pairs."""
     from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 
-    return [shoot(seed, renderer, ShotConfig(views=1, overlap=1.0), WalkConfig()) for seed in range(720, 724)]
+    return [
+        shoot(seed, renderer, ShotConfig(views=1, overlap=1.0, around=3.0), WalkConfig()) for seed in range(720, 724)
+    ]

@@ -14,12 +14,14 @@ HELDOUT = RoomsConfig(
 )
 
 # One attempt of every task for each still, pair or video.
-ALL_TASKS = RoomsConfig(rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig())
+ALL_TASKS = RoomsConfig(
+    shots=ShotConfig(around=4.0), rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig()
+)
 
 # VST-P's proportions in every file. The numbers of attempts are set so that no task yields far more than its share:
 # 3D boxes are 57 % of VST-P.
 VST_P_MIX = RoomsConfig(
-    shots=ShotConfig(overlap=1.0),
+    shots=ShotConfig(overlap=1.0, around=2.0),
     rows={
         "detection_3d": 12,
         "grounding_3d": 2,
@@ -65,7 +67,7 @@ _REPLAY = {
     "object_object": 1,
 }
 COLD_START = RoomsConfig(
-    shots=ShotConfig(overlap=1.0),
+    shots=ShotConfig(overlap=1.0, around=2.0),
     rows={
         **{f"{THOUGHT}{name}": 2.0 for name in _REASONED},
         f"{THOUGHT}object_object": 6.0,

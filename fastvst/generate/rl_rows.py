@@ -1,7 +1,8 @@
 """Rows for reinforcement learning, made of samples with a checkable answer, with their difficulty.
 
 The columns are those of VST-R's RL rows (arXiv 2511.05491). `meta_info` is a JSON string:
-{"mode": [reward names], "question_type": ..., "task": ..., "answer": the checkable answer, "difficulty": {...}}.
+{"mode": [reward names], "question_type": ..., "task": ..., "answer": the checkable answer, "difficulty": {...},
+"sizes": [{"resized_width": ..., "resized_height": ...}, ...]}; a size of -1 leaves the image to the processor.
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
     parts = sample.messages[0]["content"]
     text = ""
     images: list[Image.Image] = []
+    sizes: list[dict[str, int]] = []
     for part in parts:
         shown = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
         images += shown
+        sizes += [{key: part.get(key, -1) for key in ("resized_width", "resized_height")}] * len(shown)
         text += IMAGE_PLACEHOLDER * len(shown) + part.get("text", "")
     reply = "".join(part["text"] for part in sample.messages[1]["content"])
     thought, _, answer = reply.rpartition("</think>")
@@ -81,6 +84,7 @@ def rl_row(sample: Sample, quality: int = 95, difficulty: dict[str, float] | Non
         "task": sample.metadata.get("task", sample.kind),
         "answer": sample.answer,
         "difficulty": difficulty or {},
+        "sizes": sizes,
     }
     return {
         "id": sample.id,

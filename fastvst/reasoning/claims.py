@@ -56,10 +56,10 @@ def across(scene: Scene, view: int, object_id: int) -> tuple[float, float] | Non
 
 
 def side_of(scene: Scene, view: int, object_id: int) -> str | None:
-    """left, middle or right third, where the dot and the 2D box agree and neither is within 3 % of a border."""
+    """left, middle or right third, where the dot and the 2D box agree and neither is within 4 % of a border."""
     found = set()
     for u in across(scene, view, object_id) or ():
-        if min(abs(u - 1 / 3), abs(u - 2 / 3)) < 0.03:
+        if min(abs(u - 1 / 3), abs(u - 2 / 3)) < 0.04:
             return None
         found.add("left" if u < 1 / 3 else "middle" if u < 2 / 3 else "right")
     return found.pop() if len(found) == 1 else None
@@ -78,10 +78,10 @@ def range_of(scene: Scene, view: int, object_id: int) -> str | None:
 
 
 def left_of(scene: Scene, view: int, a: int, b: int) -> bool:
-    """Whether a is left of b in the image by 8 % of its width, by the dots and by the 2D boxes."""
+    """Whether a is left of b in the image by 10 % of its width, by the dots and by the 2D boxes."""
     first = across(scene, view, a)
     second = across(scene, view, b)
-    return first is not None and second is not None and all(q - p >= 0.08 for p, q in zip(first, second, strict=True))
+    return first is not None and second is not None and all(q - p >= 0.1 for p, q in zip(first, second, strict=True))
 
 
 def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
@@ -271,6 +271,11 @@ def _count(scene: Scene, c: Claim) -> bool:
 SIDES: dict[str, Callable[[float], str | None]] = {"easy": left_right, "medium": left_right_back, "hard": quadrant}
 
 
+def _taller(one: float, other: float) -> bool:
+    """Whether a height is greater than another by 5 cm and by 10 %."""
+    return one - other >= max(0.05, 0.1 * one)
+
+
 def _faces(scene: Scene, c: Claim) -> bool:
     turned = turn_between(*(place_of(scene, c[key]) for key in ("origin", "anchor", "target")))
     return SIDES[c["level"]](turned) == c["result"]
@@ -292,7 +297,7 @@ CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
     ),
     "tall": lambda scene, c: abs(100 * scene.object(c["objects"][0]).height - c["value"]) <= 5.01,
     "size": lambda scene, c: abs(100 * measure(scene.object(c["objects"][0]), c["what"]) - c["value"]) <= 0.51,
-    "taller": lambda scene, c: scene.object(c["objects"][0]).height - scene.object(c["objects"][1]).height >= 0.05,
+    "taller": lambda scene, c: _taller(*(scene.object(i).height for i in c["objects"])),
     "scale": _scale,
     "spot": _spot,
     "same": _same,

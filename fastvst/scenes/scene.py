@@ -14,6 +14,16 @@ import numpy as np
 from fastvst.spatial.boxes import to_camera_frame
 from fastvst.spatial.camera import Camera
 
+# How the second view of a pair was chosen.
+PAIR_KINDS = {
+    "motion": "the camera moved or turned a little",
+    "overlap": "a second still of what the first shows",
+    "walk": "two frames of a rendered walk",
+    "wide": "two frames of a scan",
+    "turn": "every turn of the viewing direction is equally frequent",
+    "place": "every direction from the first camera to the second is equally frequent",
+}
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -95,8 +105,8 @@ class Scene:
     """An annotated place. `name` is unique in its data set.
 
     `polygon`: outline on the floor (K, 2), counter-clockwise, metres, or None. `pairs`: views to compare, as (index of
-    the first, index of the second, kind) with kind "motion", "overlap" or "wide". `walk`: indices of the frames of a
-    video in order, `fps` frames a second.
+    the first, index of the second, kind); see PAIR_KINDS. `walk`: indices of the frames of a video in order, `fps`
+    frames a second.
 
     Questions about directions, routes and videos need a world with Z up. A single image with the identity pose has
     neither `pairs` nor `walk` and therefore gets none of them. `up` is the unit vector that points up in the world,
@@ -196,12 +206,17 @@ def observe(
     return tuple(sightings)
 
 
+def clearly_seen(view: View) -> set[int]:
+    """Ids of the objects of which a view shows 60 pixels and 30 % of the surface."""
+    return {s.object_id for s in view.sightings if s.visibility >= 0.3 and s.pixels >= 60}
+
+
 def wide_pairs(
-    views: list[View], frames: tuple[int, ...], rng: np.random.Generator, count: int
+    views: list[View], frames: tuple[int, ...], rng: np.random.Generator, count: int, kind: str = "wide"
 ) -> list[tuple[int, int, str]]:
-    """Up to `count` pairs (index, index, "wide") of frames whose viewing directions differ by 35-100 degrees and that
+    """Up to `count` pairs (index, index, `kind`) of frames whose viewing directions differ by 35-100 degrees and that
     both show the same two or more objects clearly. No frame is in two pairs."""
-    seen = {k: {s.object_id for s in views[k].sightings if s.visibility >= 0.3 and s.pixels >= 60} for k in frames}
+    seen = {k: clearly_seen(views[k]) for k in frames}
     found: list[tuple[int, int, str]] = []
     for k in rng.permutation(len(frames) ** 2):
         if len(found) == count:
@@ -210,7 +225,7 @@ def wide_pairs(
         b = frames[int(k) % len(frames)]
         cosine = float(views[a].camera.rotation[2] @ views[b].camera.rotation[2])
         if -0.17 < cosine < 0.82 and len(seen[a] & seen[b]) >= 2 and not any(a in p or b in p for p in found):
-            found.append((a, b, "wide"))
+            found.append((a, b, kind))
     return found
 
 

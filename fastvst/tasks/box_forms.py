@@ -20,6 +20,7 @@ from fastvst.data.sample import Sample
 from fastvst.spatial.boxes import angles, format_boxes, rotations
 from fastvst.spatial.camera import BASE_WIDTH, unify_fov
 from fastvst.spatial.prompts import fov_detection_prompt, read_camera
+from fastvst.tasks.common import grid_size
 
 _UVD = (
     "* x_center, y_center, z_center: the center of the object in the camera coordinate, in meters. z_center is the "
@@ -42,7 +43,7 @@ class BoxForm:
         quaternion: a box has ten numbers; its rotation is qx, qy, qz, qw.
         intrinsics: False removes the camera from the prompt.
         predict_fov: the prompt has no camera, and the answer begins with the horizontal field of view.
-        resize: False keeps the image's size; the text still states the field of view.
+        resize: False keeps the stored image's size; the text still states the field of view.
         base_width: image width of the virtual camera, pixels.
     """
 
@@ -73,6 +74,8 @@ def apply(sample: Sample, form: BoxForm) -> Sample:
     if not form.resize:
         new_width = width
         new_height = height
+    if form.uvd:  # the pixels that the model gets: the loader rounds every size to whole patches
+        new_width, new_height = grid_size(new_width, new_height)
     text = fov_detection_prompt(prompt.rsplit("\n", 1)[1], new_width, new_height, hfov, vfov)
     if form.predict_fov or not form.intrinsics:
         text = text[text.index("In the camera coordinate system") :]
@@ -86,9 +89,7 @@ def apply(sample: Sample, form: BoxForm) -> Sample:
     reply = write(boxes, [entry["label"] for entry in truth], form, camera, scale)
     if form.predict_fov:
         reply = f"hfov={hfov:.2f} degree.\n{reply}"
-    image = {**parts[0]}
-    if form.resize:
-        image |= {"resized_width": new_width, "resized_height": new_height}
+    image = {**parts[0], "resized_width": new_width, "resized_height": new_height}
     messages = [
         {"role": "user", "content": [image, {"type": "text", "text": text}]},
         {"role": "assistant", "content": [{"type": "text", "text": reply}]},

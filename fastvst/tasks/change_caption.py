@@ -56,11 +56,14 @@ def movement(first: View, second: View) -> list[Statement]:
     across = float(shift[0])
     ahead = float(shift[2])
     words = []
+    doubtful = False
     for value, (low, high), other in ((across, ("left", "right"), ahead), (ahead, ("backward", "forward"), across)):
         if abs(value) >= 0.3 and abs(value) >= 0.5 * abs(other):
             words.append(high if value > 0 else low)
+        elif abs(value) >= 0.25 and abs(value) >= 0.4 * abs(other):
+            doubtful = True  # neither small enough to leave out nor large enough to name
     found = []
-    if words and max(abs(across), abs(ahead)) >= 0.3:
+    if words and not doubtful:
         found.append(Statement(SHIFT[0].format(way=listed(words)), {"says": "shift", "words": words}))
     if 15 <= abs(pan) <= 165:
         way = "right" if pan > 0 else "left"

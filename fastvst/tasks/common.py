@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.data.images import PatchGeometry, target_size
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, Sighting, View
 
@@ -163,6 +164,15 @@ def choice(right: str, candidates: list[str], *, lettered: bool) -> dict[str, An
     return answer | ({"letter": LETTERS[candidates.index(right)]} if lettered else {})
 
 
+def grid_size(width: int, height: int) -> tuple[int, int]:
+    """The size (width, height) in whole merged patches of 28 pixels to which the loader rounds a requested size.
+
+    A row whose text contains pixel numbers requests it, and its numbers are pixels of it.
+    """
+    factor = PatchGeometry().factor
+    return target_size(width, height, factor=factor, min_pixels=1, max_pixels=1, explicit=(width, height))
+
+
 def listed(items: list[str], word: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"
@@ -184,12 +194,15 @@ def sample(
     answer: dict[str, Any],
     metadata: dict[str, Any] | None = None,
     fps: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Sample:
     """A Sample: the first user message holds the images, then the first question.
 
-    `answer` belongs to the last turn. With `fps` the images are the frames of one video.
+    `answer` belongs to the last turn. With `fps` the images are the frames of one video. `size`: width and height to
+    which the loader must resize the images; None leaves it to the processor.
     """
-    media: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    wanted = {} if size is None else {"resized_width": size[0], "resized_height": size[1]}
+    media: list[dict[str, Any]] = [{"type": "image", "image": image, **wanted} for image in images]
     if fps is not None:
         media = [{"type": "video", "video": images, "fps": fps}]
     messages: list[dict[str, Any]] = []

@@ -17,6 +17,7 @@ from fastvst.tasks.common import LETTERS, TaskConfig, canvas, choice, choose, li
 TASK = "correspondence"
 KIND = "correspondence"
 RIM = 0.07  # share of the image side kept free of points
+RING = 0.2  # width of the ring of wrong spots over the distance of the right one
 STEEP = 0.1  # metres of depth across three pixels
 
 COLOUR_FORM = (
@@ -89,24 +90,25 @@ def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> n
 
 
 def wrong_spots(
-    view: View, point: np.ndarray, there: np.ndarray, nearer: int, apart: float, rng: np.random.Generator
+    view: View, point: np.ndarray, there: np.ndarray, apart: float, rng: np.random.Generator
 ) -> list[np.ndarray] | None:
     """Three wrong spots (2,) of the second view, `apart` pixels from each other and the right one; None if none fit.
 
-    `nearer` of them are nearer than the right spot `there` to the place that the point has in the first image. Random
-    wrong spots would be farther away: the nearest circle to that place would be right in 60 % of the rows.
+    They are about as far as the right spot `there` from the place that the point has in the first image, in other
+    directions. Otherwise the distance would tell: the nearest of four random circles is right in 60 % of the rows, and
+    with a random rank a circle close to that place is right in 35 %. The ring that holds all four is as often mostly
+    inside the right spot as outside it.
     """
-    others = visible_points(view, rng, 200)
-    gaps = np.linalg.norm(others - point, axis=1)
+    others = visible_points(view, rng, 4000)
     moved = float(np.linalg.norm(there - point))
+    gaps = np.linalg.norm(others - point, axis=1)
+    wide = max(RING * moved, 4.0)
+    inner = moved - wide * float(rng.uniform())
     found: list[np.ndarray] = []
-    for pool, count in ((others[gaps < moved], nearer), (others[gaps >= moved], 3)):
-        for other in pool:
-            if len(found) < count and all(np.hypot(*(other - spot)) >= apart for spot in (there, *found)):
-                found.append(other)
-        if len(found) < count:
-            return None
-    return found
+    for other in others[(gaps >= inner) & (gaps <= inner + wide)]:
+        if len(found) < 3 and all(np.hypot(*(other - spot)) >= apart for spot in (there, *found)):
+            found.append(other)
+    return found if len(found) == 3 else None
 
 
 def make(
@@ -118,10 +120,9 @@ def make(
     if first.depth is None or second.depth is None:
         return None
     apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(canvas(second)))
-    nearer = int(rng.integers(4))
-    for point in visible_points(first, rng, 12):
+    for point in visible_points(first, rng, 40):
         there = match(first, second, point, config)
-        wrong = None if there is None else wrong_spots(second, point, there, nearer, apart, rng)
+        wrong = None if there is None else wrong_spots(second, point, there, apart, rng)
         if wrong is not None:
             break
     else:

@@ -8,7 +8,7 @@ from PIL import Image
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, Sighting, View
 from fastvst.spatial import draw
-from fastvst.tasks.common import LETTERS, TaskConfig, apart, canvas, choose, nameable, pick, sample, usable
+from fastvst.tasks.common import LETTERS, TaskConfig, apart, canvas, choose, grid_size, nameable, pick, sample, usable
 
 TASK = "depth_comparison"
 KIND = "depth"
@@ -107,8 +107,9 @@ def _finish(
     form: str,
     points: list,
     kind: str = "choice",
+    size: tuple[int, int] | None = None,
 ) -> Sample:
-    """`points`: u, v, depth and title of the compared points, for the metadata."""
+    """`points`: u, v, depth and title of the compared points, for the metadata; `size`: see `common.sample`."""
     answer = {"type": kind, "value": reply, "candidates": candidates}
     metadata = {"form": form, "view": view_index, "points": points}
     return sample(
@@ -120,6 +121,7 @@ def _finish(
         turns=[(question, reply)],
         answer=answer,
         metadata=metadata,
+        size=size,
     )
 
 
@@ -229,16 +231,18 @@ def _boxes(scene: Scene, view_index: int, rng: np.random.Generator, config: Task
     titles = [name if base.count(name) == 1 else f"{name}-{LETTERS[k]}" for k, name in enumerate(base)]
     near = rng.uniform() < 0.5
     best = int(np.argmin(dots) if near else np.argmax(dots))
-    boxes = [[round(x) for x in s.box_2d] for s in chosen]
+    image = canvas(view)
+    size = grid_size(*image.size)
+    scale = np.array([size[0] / image.width, size[1] / image.height] * 2)
+    boxes = [[round(float(x)) for x in np.array(s.box_2d) * scale] for s in chosen]
     parts = [f"{title} (bbox_2d: [{','.join(map(str, box))}])" for title, box in zip(titles, boxes, strict=True)]
     question = pick(rng, BOXES).format(
         list=", ".join(parts[:-1]) + " and " + parts[-1],
         word=pick(rng, (NEAR if near else FAR) if len(parts) == 2 else (NEAREST if near else FARTHEST)),
     )
     points = [[*s.point, s.depth, title] for s, title in zip(chosen, titles, strict=True)]
-    return _finish(
-        scene, view_index, index, canvas(view), question, titles[best], titles, "near" if near else "far", points
-    )
+    form = "near" if near else "far"
+    return _finish(scene, view_index, index, image, question, titles[best], titles, form, points, size=size)
 
 
 _FORMS = {

@@ -56,7 +56,7 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
     for word, sign in (("leftmost", 1), ("rightmost", -1)):
         gaps = [sign * (s.point[0] - target.point[0]) for s in others]
         gaps += [sign * (middle[s.object_id] - middle[target.object_id]) for s in others]
-        if min(gaps) >= 0.08 * view.camera.width:
+        if min(gaps) >= 0.1 * view.camera.width:
             found.append((f"{word} {name}", {"rule": word}))
     for word, sign in (("closest", 1), ("farthest", -1)):  # by dots and by whole boxes
         gaps = [s.nearest - target.farthest if sign > 0 else target.nearest - s.farthest for s in others]
@@ -68,7 +68,8 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
             continue
         box = scene.object(anchor.object_id).box
         gap = box_distance(scene.object(target.object_id).box, box)
-        if all(box_distance(scene.object(s.object_id).box, box) - gap >= config.distance_gap for s in others):
+        nearest = min(box_distance(scene.object(s.object_id).box, box) for s in others)
+        if nearest - gap >= max(config.distance_gap, config.distance_ratio * nearest):
             title = scene.object(anchor.object_id).name
             found.append((f"{name} nearest to the {title}", {"rule": "near", "anchor": anchor.object_id}))
     return found

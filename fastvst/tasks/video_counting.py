@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.tasks.common import TaskConfig, choose, pick, plural
-from fastvst.tasks.video import options, row, survey
+from fastvst.tasks.video import Kind, options, row, survey
 
 TASK = "video_counting"
 
@@ -23,18 +25,24 @@ PHRASES = (
     "Walking through this room, how many {name}(s) do you pass in total?",
     "In total, how many {name}(s) are there? Count each only once.",
 )
-PAIRS = 0.25  # share of the attempts that may ask about a class with two objects
+# Share of the classes with this many objects that are asked about. Without it "2" would be right in 78 % of the rows.
+KEPT = {2: 0.2, 3: 0.6}
+
+
+def kept(scene: Scene, kind: Kind) -> bool:
+    """Whether a class is asked about at all: always the same answer, so that more attempts ask no more of the pairs."""
+    return zlib.crc32(f"{scene.name} {kind.name}".encode()) / 2**32 < KEPT.get(len(kind.ids), 1.0)
 
 
 def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
     """One row about the walk, or None if no class has two or more objects, all clearly seen."""
-    several = [kind for kind in survey(scene, config).values() if len(kind.ids) > 1 and not plural(kind.name)]
+    several = [
+        kind
+        for kind in survey(scene, config).values()
+        if len(kind.ids) > 1 and not plural(kind.name) and kept(scene, kind)
+    ]
     if not several:
         return None
-    if rng.uniform() >= PAIRS:  # most classes with several objects have two: "2" would be right in 78 % of the rows
-        several = [kind for kind in several if len(kind.ids) > 2]
-        if not several:
-            return None
     kind = pick(rng, several)
     count = len(kind.ids)
     choices = None

@@ -86,7 +86,9 @@ def _closest(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: 
         box = scene.object(known[anchor]).box
         gaps = [box_distance(box, scene.object(known[name]).box) for name in names]
         ordered = np.sort(gaps)
-        if ordered[0] >= APART and (np.diff(ordered) >= APART).all() and ordered[1] - ordered[0] >= config.distance_gap:
+        lead = ordered[1] - ordered[0]
+        clear = lead >= config.distance_gap and lead >= config.distance_ratio * ordered[1]
+        if clear and ordered[0] >= APART and (np.diff(ordered) >= APART).all():
             break
     else:
         return None

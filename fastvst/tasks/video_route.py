@@ -69,12 +69,11 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         return None
     known = {n: i for n, i in unique(scene, config).items() if height_range(scene.object(i).box)[0] < 0.2}
     legs = int(rng.integers(1, 3))
-    for _ in range(60 if len(known) >= legs + 2 else 0):
+    wanted = [pick(rng, TURNS) for _ in range(legs)]  # chosen before the objects, so that no turn is more frequent
+    for _ in range(400 if len(known) >= legs + 2 else 0):
         names = choose(rng, sorted(known), legs + 2)  # the start, the object that it faces, then the stops
         ids = [known[name] for name in names]
         stops = [ids[0], *ids[2:]]
-        if not all(walkable(scene, p, q) for p, q in zip(stops, stops[1:], strict=False)):
-            continue
         points = [spot(scene, i) for i in stops]
         facing = spot(scene, ids[1]) - points[0]
         if np.linalg.norm(facing) < LEG:
@@ -83,7 +82,7 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         for p, q in zip(points, points[1:], strict=False):
             turns.append(turn_word(clockwise(facing, q - p)))
             facing = q - p
-        if all(turns):
+        if turns == wanted and all(walkable(scene, p, q) for p, q in zip(stops, stops[1:], strict=False)):
             break
     else:
         return None
@@ -94,7 +93,7 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         number += 2
     question = pick(rng, START).format(a=names[0], b=names[1], z=names[-1])
     question += " " + pick(rng, FILL).format(steps=" ".join(steps))
-    right = ", ".join(str(turn) for turn in turns)
+    right = ", ".join(wanted)
     every = list(TURNS) if legs == 1 else [f"{p}, {q}" for p in TURNS for q in TURNS]
     choices, _ = options(rng, right, choose(rng, [text for text in every if text != right], min(3, len(every) - 1)))
     free = bool(rng.uniform() < config.easy / 2)

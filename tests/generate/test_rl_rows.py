@@ -56,10 +56,10 @@ def test_samples_without_a_checkable_answer_are_rejected(walked: list[Scene]) ->
 
 
 def test_every_task_with_a_checkable_answer_has_rl_rows(tmp_path: Path, renderer: Renderer) -> None:
-    shots = ShotConfig(width=160, height=120, views=1, overlap=1.0)
+    shots = ShotConfig(width=160, height=120, views=1, overlap=1.0, around=4.0)
     tries = dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 2.0)
     config = RoomsConfig(shots=shots, rows=tries, walk=WalkConfig(), quality=60)
-    make_rl_rows(tmp_path / "rl.parquet", 260, 5, config)
+    make_rl_rows(tmp_path / "rl.parquet", 420, 5, config)
     hard = defaultdict(list)
     for row in open_source(tmp_path / "rl.parquet"):
         meta = row.metadata["meta_info"]

@@ -45,6 +45,9 @@ def test_boxes_come_back(uvd: bool, quat: bool, resize: bool) -> None:
     form = BoxForm(uvd=uvd, quaternion=quat, resize=resize)
     prompt, reply, part = parts(apply(row(), form))
     width, height = (365, 265) if not resize else unify_fov(365, 265, 265.0)[:2]
+    if uvd:  # pixels of the image that the model gets, in whole patches
+        width = round(width / 28) * 28
+        height = round(height / 28) * 28
     scale = np.array([width / 365, height / 265])
     found, labels = read(reply, form, CAMERA, scale)
     assert labels == ["chair", "chair"] and found.shape == (2, 9)
@@ -59,7 +62,7 @@ def test_boxes_come_back(uvd: bool, quat: bool, resize: bool) -> None:
     assert all(len(n.split(",")) == (10 if quat else 9) for n in numbers)
     assert ("qx, qy, qz, qw]" in prompt) == quat and ("u_center, v_center" in prompt) == uvd
     assert ("pitch" in prompt) != quat and "hfov=" in prompt and f"Image width={width} and height={height}" in prompt
-    assert (part.get("resized_width"), part.get("resized_height")) == ((width, height) if resize else (None, None))
+    assert (part["resized_width"], part["resized_height"]) == (width, height)
     if uvd:  # pinhole projection by hand
         u = (265.0 * 0.34 / 2.5 + 182.5) * scale[0]
         assert float(numbers[0].split(",")[0]) == round(u)
@@ -83,6 +86,20 @@ def test_the_loader_changes_nothing_more() -> None:
         assert tuple(encoded.grid[0, 1:].tolist()) == (size[1] // 14, size[0] // 14)
     assert processor.encode(row()).notes == ("fov_unified",)
     assert processor.encode(row()).grid.tolist() == processor.encode(apply(row(), BoxForm(uvd=True))).grid.tolist()
+
+
+@pytest.mark.parametrize("form", [BoxForm(uvd=True), BoxForm(uvd=True, resize=False), BoxForm(resize=False)])
+def test_the_pixels_of_the_text_are_those_that_the_model_gets(form: BoxForm) -> None:
+    """Even where the processor would make the image smaller, and where the size is no multiple of 28."""
+    made = apply(row(), form)
+    small = Processor.preset("tiny", max_pixels=168 * 126, fov_base_width=200)
+    grid = small.encode(made).grid[0, 1:].tolist()
+    prompt, reply, _ = parts(made)
+    stated = [int(x) for x in re.search(r"Image width=(\d+) and height=(\d+)", prompt).groups()]
+    assert all(abs(14 * g - x) < (1 if form.uvd else 15) for g, x in zip(reversed(grid), stated, strict=True))
+    if form.uvd:
+        u = int(re.search(r"\[(-?\d+),", reply)[1])
+        assert u == round((265.0 * 0.34 / 2.5 + 182.5) * 14 * grid[1] / 365)
 
 
 def test_other_rows_stay_as_they_are_and_rows_without_a_camera_are_named() -> None:

@@ -236,7 +236,12 @@ def _listed(row: dict[str, Any], names: tuple[str, ...], aliases: tuple[str, ...
 
 
 def _apply_sizes(images: list[Part], meta_info: Any, context: RowContext) -> None:
-    """Set the sizes of VST's meta_info: {resized_width, resized_height, ...} for each image; -1 = unchanged."""
+    """Set the sizes of VST's meta_info: {resized_width, resized_height, ...} for each image; -1 = unchanged.
+
+    In an RL row, whose meta_info is an object, they are its "sizes".
+    """
+    if isinstance(meta_info, dict):
+        meta_info = meta_info.get("sizes")
     if not isinstance(meta_info, list) or len(meta_info) != len(images):
         return
     for part, info in zip(images, meta_info, strict=True):

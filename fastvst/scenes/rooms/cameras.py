@@ -53,15 +53,13 @@ def still(
     for _ in range(tries):
         position = np.array([*rng.uniform(low, high), rng.uniform(1.2, 1.7)])
         target = centres[int(rng.integers(len(centres)))] + rng.normal(0, 0.4, 3)
-        yaw = math.degrees(math.atan2(-(target[0] - position[0]), target[1] - position[1]))
+        yaw = _yaw(target - position)
         pitch = float(rng.uniform(-25, 0))
         roll = float(rng.uniform(-3, 3))
         if not clear(room, position):
             continue
         camera = place(base, position, look(yaw, pitch, roll))
-        uv, depth = project(camera, centres)
-        seen = (depth > 0.9) & (depth < 6) & (uv > 0).all(1) & (uv[:, 0] < width) & (uv[:, 1] < height)
-        score = float(seen.sum()) + float(rng.uniform())
+        score = float(_framed(camera, centres).sum()) + float(rng.uniform())
         if score > best_score:
             best = camera
             best_score = score
@@ -131,9 +129,71 @@ def second(room: Room, camera: Camera, target: np.ndarray, rng: np.random.Genera
         if reach < 1.0 or not clear(room, position):
             continue
         pitch = min(0.0, max(-30.0, math.degrees(math.atan2(d[2], reach))))
-        yaw = math.degrees(math.atan2(-d[0], d[1]))
-        return place(camera, position, look(yaw, pitch, float(rng.uniform(-3, 3))))
+        return place(camera, position, look(_yaw(d), pitch, float(rng.uniform(-3, 3))))
     return None
+
+
+def clear_spots(room: Room, rng: np.random.Generator, tries: int = 200) -> np.ndarray:
+    """Random clear positions (N, 3) at the height of hand-held stills, N <= `tries`."""
+    low = room.polygon.min(0)
+    high = room.polygon.max(0)
+    spots = np.concatenate([rng.uniform(low, high, (tries, 2)), rng.uniform(1.2, 1.7, (tries, 1))], 1)
+    return spots[[clear(room, spot) for spot in spots]]
+
+
+def around(
+    room: Room, rng: np.random.Generator, width: int, height: int, kind: str, angle: float, spots: np.ndarray
+) -> tuple[Camera, Camera] | None:
+    """Two stills from any two of the clear `spots` (N, 3) that look at the same pieces, or None if none are found.
+
+    The centres of at least two pieces are in both images, 0.9 to 6 m away. The caller chooses `angle` (degrees,
+    clockwise from above): two views of the same pieces that are chosen freely mostly differ by less than 75 degrees.
+
+    Args:
+        kind: what `angle` is: "turn" from the first viewing direction to the second, or "place", the direction of the
+            second camera from the first one, relative to the first viewing direction.
+    """
+    if len(spots) < 2:
+        return None
+    centres = np.array([item.box[:3] for item in room.items])
+    focal = float(rng.uniform(0.75, 0.94)) * width
+    base = Camera(width, height, focal, focal, width / 2, height / 2, np.eye(3), np.zeros(3))
+    one, two = rng.integers(len(spots), size=(2, 10000))
+    step = spots[two, :2] - spots[one, :2]
+    if kind == "turn":
+        first = rng.uniform(-180, 180, len(one))
+        second_yaw = first - angle
+    else:
+        first = np.degrees(np.arctan2(-step[:, 0], step[:, 1])) + angle
+        second_yaw = rng.uniform(-180, 180, len(one))
+    shared = _ahead(spots, centres, one, first) & _ahead(spots, centres, two, second_yaw)
+    fits = (np.linalg.norm(step, axis=1) > 0.6) & (shared.sum(1) >= 2)
+    for k in np.flatnonzero(fits)[:120]:
+        pair = [
+            place(base, spots[spot], look(float(yaw), float(rng.uniform(-25, 0)), float(rng.uniform(-3, 3))))
+            for spot, yaw in ((one[k], first[k]), (two[k], second_yaw[k]))
+        ]
+        if (_framed(pair[0], centres) & _framed(pair[1], centres)).sum() >= 2:
+            return pair[0], pair[1]
+    return None
+
+
+def _ahead(spots: np.ndarray, centres: np.ndarray, spot: np.ndarray, yaw: np.ndarray) -> np.ndarray:
+    """(M, K): whether each of K centres is less than 30 degrees off the viewing direction `yaw` (M,) at spots[spot]."""
+    step = centres[None, :, :2] - spots[:, None, :2]
+    bearing = np.degrees(np.arctan2(-step[..., 0], step[..., 1]))[spot]
+    return np.abs((bearing - yaw[:, None] + 180) % 360 - 180) < 30
+
+
+def _yaw(direction: np.ndarray) -> float:
+    """Degrees counter-clockwise from +Y to a direction (2,) or (3,) on the floor."""
+    return math.degrees(math.atan2(-direction[0], direction[1]))
+
+
+def _framed(camera: Camera, points: np.ndarray) -> np.ndarray:
+    """Which of the world points (N, 3) are in the image, 0.9 to 6 m away; walls and pieces hide none."""
+    uv, depth = project(camera, points)
+    return (depth > 0.9) & (depth < 6) & (uv > 0).all(1) & (uv[:, 0] < camera.width) & (uv[:, 1] < camera.height)
 
 
 def walk(

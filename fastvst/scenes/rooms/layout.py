@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvst.scenes.rooms.parts import Piece
+from fastvst.scenes.rooms.parts import GRID, Piece, support
 
 # Metres.
 WALL_GAP = 0.02  # between a wall and a piece on the floor; skirting boards are thinner
@@ -91,6 +91,23 @@ def collide(a: Prism, b: Prism, clearance: float = 0.0) -> bool:
             if sa.max() <= sb.min() or sb.max() <= sa.min():
                 return False
     return True
+
+
+def rests(piece: Piece, carrier: Piece, right: float, back: float, turn: float) -> bool:
+    """Whether the flat top of `carrier` is below every part of a piece on it.
+
+    A piece on the corner of a round table or on a tap would hang in the air.
+
+    Args:
+        right, back: centre of the piece in the axes of the carrier, metres.
+        turn: yaw of the piece relative to the carrier, radians.
+    """
+    w, d, _ = carrier.size
+    cells = (np.arange(GRID) + 0.5) / GRID - 0.5
+    x, y = np.meshgrid(cells * w - right, cells * d - back)
+    along = np.abs(math.cos(turn) * x + math.sin(turn) * y) <= piece.size[0] / 2 + 0.5 * w / GRID
+    across = np.abs(-math.sin(turn) * x + math.cos(turn) * y) <= piece.size[1] / 2 + 0.5 * d / GRID
+    return bool(support(carrier)[along & across].all())
 
 
 def inside(polygon: np.ndarray, outline: np.ndarray, eps: float = 1e-9) -> bool:
@@ -250,7 +267,7 @@ class Builder:
         return -1
 
     def on_top(
-        self, other: int, piece: Piece, *, spread: float = 1.0, face: float | None = None, tries: int = 12
+        self, other: int, piece: Piece, *, spread: float = 1.0, face: float | None = None, tries: int = 30
     ) -> int:
         """Place a piece on the flat top of the item `other`, inside its outline scaled by `spread`.
 
@@ -272,6 +289,8 @@ class Builder:
                 return -1
             right = self.rng.uniform(-room_w, room_w)
             back = self.rng.uniform(-room_d, room_d)
+            if not rests(piece, base.piece, right, back, t):
+                continue
             c = math.cos(math.radians(base.yaw))
             s = math.sin(math.radians(base.yaw))
             x = base.position[0] + c * right - s * back

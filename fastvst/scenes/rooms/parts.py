@@ -6,11 +6,19 @@ Every public function with only a Generator returns a random `Piece` whose mesh 
 from __future__ import annotations
 
 import colorsys
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from fastvst.scenes.rooms.assets import Block, Mesh, Model, boxes_mesh, join, lathe_mesh
+
+# Least and greatest factor by which a piece differs from its usual size. With less, the name alone gives the size: at
+# 0.9 to 1.1 the best number for each name is within 10 % of the truth in 62 % of the questions.
+SPREAD = (0.7, 1.4)
+LONGEST = 2.4  # metres; longer pieces leave no place for others
+GRID = 48  # cells along each side of the top of a piece that carries others
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,29 +34,65 @@ class Piece:
     top: float = -1.0
 
 
-def _piece(name: str, mesh: Mesh, carries: bool = False) -> Piece:
-    """A piece of the mesh, moved to the frame of `Mesh`; `carries`: its top is flat."""
+def stretch(rng: np.random.Generator, longest: float, least: float = SPREAD[0], most: float = SPREAD[1]) -> float:
+    """A random factor for all sides of a piece whose longest side is `longest` metres.
+
+    Its logarithm is uniform from `least` to `most`. No piece becomes longer than LONGEST, except by its own design.
+    """
+    most = max(min(most, LONGEST / longest), 1.0)
+    return math.exp(rng.uniform(math.log(least), math.log(most)))
+
+
+def _piece(
+    rng: np.random.Generator, name: str, mesh: Mesh, carries: bool = False, spread: tuple[float, float] = SPREAD
+) -> Piece:
+    """A piece of the mesh in a random size, moved to the frame of `Mesh`; `carries`: its top is flat."""
     low = mesh.positions.min(0)
     high = mesh.positions.max(0)
     shift = np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]], dtype=np.float32)
-    size = tuple(float(s) for s in high - low)
-    centred = Mesh(mesh.positions - shift, mesh.uv, mesh.rgba, mesh.layer, mesh.triangles)
-    return Piece(name, (size[0], size[1], size[2]), centred, size[2] if carries else -1.0)
+    scale = np.float32(stretch(rng, float((high - low).max()), *spread))
+    centred = Mesh((mesh.positions - shift) * scale, mesh.uv, mesh.rgba, mesh.layer, mesh.triangles)
+    w, d, h = (float(s) for s in (high - low) * scale)
+    return Piece(name, (w, d, h), centred, h if carries else -1.0)
 
 
-def from_model(model: Model, rng: np.random.Generator, vary: float = 0.1) -> Piece:
-    """A model of the catalogue with its sides scaled by a factor of up to 1 +- `vary` and slightly changed colours."""
+@lru_cache(maxsize=8)  # a carrier is asked once for each thing on it
+def support(piece: Piece) -> np.ndarray:
+    """Where the top of a piece can carry something: (GRID, GRID) booleans over its footprint, [depth, width].
+
+    A cell counts if a triangle at most 2 mm below `piece.top` covers its centre.
+    """
+    corners = piece.mesh.positions[piece.mesh.triangles].astype(np.float64)
+    a, b, c = np.moveaxis(corners[(corners[..., 2] > piece.top - 0.002).all(1)][..., :2], 1, 0)
+    steps = (np.arange(GRID) + 0.5) / GRID - 0.5
+    x, y = np.meshgrid(steps * piece.size[0], steps * piece.size[1])
+    points = np.stack([x.ravel(), y.ravel()], 1)[:, None]
+    sides = []
+    for start, end in ((a, b), (b, c), (c, a)):
+        along = end - start
+        off = points - start
+        sides.append(along[:, 0] * off[..., 1] - along[:, 1] * off[..., 0])
+    covered = (np.minimum.reduce(sides) >= 0) | (np.maximum.reduce(sides) <= 0)
+    return covered.any(1).reshape(GRID, GRID)
+
+
+def from_model(model: Model, rng: np.random.Generator, vary: float = 0.1, size: float | None = None) -> Piece:
+    """A model of the catalogue in a random size and slightly changed colours.
+
+    All sides are scaled by `size` (None draws it, see `stretch`), then each by up to 1 +- `vary`.
+    """
     plan, tall = rng.uniform(1 - vary, 1 + vary, 2)
-    scale = np.array([plan * rng.uniform(1 - vary / 2, 1 + vary / 2), plan, tall], dtype=np.float32)
+    if size is None:
+        size = stretch(rng, float(model.size.max()) * (1 + vary))
+    scale = np.array([plan * rng.uniform(1 - vary / 2, 1 + vary / 2), plan, tall], dtype=np.float32) * np.float32(size)
     tint = (np.array(hue(rng, 0.35, 0.9)) * 0.5 + 0.5) * rng.uniform(0.75, 1.15)
     rgba = model.mesh.rgba.copy()
     rgba[:, :3] = np.clip(rgba[:, :3] * tint, 0.02, 1.0)
-    size = model.size * scale
+    sides = model.size * scale
     flat_top = model.drop > 0 and abs(model.drop - model.size[2]) < 0.01
     mesh = Mesh(model.mesh.positions * scale, model.mesh.uv, rgba, model.mesh.layer, model.mesh.triangles)
-    return Piece(
-        model.name, (float(size[0]), float(size[1]), float(size[2])), mesh, float(size[2]) if flat_top else -1.0
-    )
+    w, d, h = (float(s) for s in sides)
+    return Piece(model.name, (w, d, h), mesh, h if flat_top else -1.0)
 
 
 def hue(rng: np.random.Generator, saturation: float, value: float) -> tuple[float, float, float]:
@@ -77,7 +121,7 @@ def door(rng: np.random.Generator) -> Piece:
         ((-w / 2 + 0.18, -0.045, h * 0.5), (w / 2 - 0.18, 0.0, h - 0.25), panel),
         ((w / 2 - 0.15, -0.08, 1.0), (w / 2 - 0.09, -0.04, 1.04), (0.75, 0.7, 0.5)),
     ]
-    return _piece("door", boxes_mesh(blocks))
+    return _piece(rng, "door", boxes_mesh(blocks), spread=(0.85, 1.12))
 
 
 def window(rng: np.random.Generator) -> Piece:
@@ -91,7 +135,7 @@ def window(rng: np.random.Generator) -> Piece:
         x = -w / 2 + k * (w - 0.06) / (bars - 1)
         blocks.append(((x, -0.03, 0), (x + 0.06, 0.03, h), frame))
     blocks += [((-w / 2, -0.03, z), (w / 2, 0.03, z + 0.06), frame) for z in (0.0, h - 0.06)]
-    return _piece("window", boxes_mesh(blocks))
+    return _piece(rng, "window", boxes_mesh(blocks))
 
 
 def picture(rng: np.random.Generator) -> Piece:
@@ -105,7 +149,7 @@ def picture(rng: np.random.Generator) -> Piece:
         a = np.sort(rng.uniform(-w / 2 + 0.06, w / 2 - 0.06, 2))
         b = np.sort(rng.uniform(0.06, h - 0.06, 2))
         blocks.append(((a[0], -0.024, b[0]), (a[1], 0.0, b[1]), hue(rng, 0.7, 0.8)))
-    return _piece("picture", boxes_mesh(blocks))
+    return _piece(rng, "picture", boxes_mesh(blocks))
 
 
 def mirror(rng: np.random.Generator) -> Piece:
@@ -115,7 +159,7 @@ def mirror(rng: np.random.Generator) -> Piece:
         ((-w / 2, -0.015, 0), (w / 2, 0.015, h), (0.55, 0.55, 0.55)),
         ((-w / 2 + 0.03, -0.018, 0.03), (w / 2 - 0.03, 0.0, h - 0.03), (0.6, 0.64, 0.66, 0.15)),
     ]
-    return _piece("mirror", boxes_mesh(blocks))
+    return _piece(rng, "mirror", boxes_mesh(blocks))
 
 
 def curtain(rng: np.random.Generator) -> Piece:
@@ -132,20 +176,20 @@ def curtain(rng: np.random.Generator) -> Piece:
         )
         for k in range(folds)
     ]
-    return _piece("curtain", boxes_mesh(blocks))
+    return _piece(rng, "curtain", boxes_mesh(blocks))
 
 
 def coffee_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(0.8, 1.3)
     d = rng.uniform(0.5, 0.75)
     h = rng.uniform(0.35, 0.5)
-    return _piece("coffee table", _table(w, d, h, wood(rng)), carries=True)
+    return _piece(rng, "coffee table", _table(w, d, h, wood(rng)), carries=True)
 
 
 def side_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(0.4, 0.55)
     h = rng.uniform(0.45, 0.6)
-    return _piece("side table", _table(w, w, h, wood(rng)), carries=True)
+    return _piece(rng, "side table", _table(w, w, h, wood(rng)), carries=True)
 
 
 def work_desk(rng: np.random.Generator) -> Piece:
@@ -156,14 +200,14 @@ def work_desk(rng: np.random.Generator) -> Piece:
     drawers = [
         ((w / 2 - 0.42, -d / 2 + 0.05, 0.08), (w / 2 - 0.03, d / 2 - 0.03, h - 0.05), tuple(0.8 * c for c in colour))
     ]
-    return _piece("desk", join(_table(w, d, h, colour), boxes_mesh(drawers)), carries=True)
+    return _piece(rng, "desk", join(_table(w, d, h, colour), boxes_mesh(drawers)), carries=True)
 
 
 def dining_table(rng: np.random.Generator) -> Piece:
     w = rng.uniform(1.2, 1.9)
     d = rng.uniform(0.75, 1.0)
     h = rng.uniform(0.71, 0.77)
-    return _piece("table", _table(w, d, h, wood(rng)), carries=True)
+    return _piece(rng, "table", _table(w, d, h, wood(rng)), carries=True)
 
 
 def _table(w: float, d: float, h: float, colour: tuple[float, ...]) -> Mesh:
@@ -176,7 +220,16 @@ def _table(w: float, d: float, h: float, colour: tuple[float, ...]) -> Mesh:
     return boxes_mesh(blocks)
 
 
-def _chest(name: str, w: float, d: float, h: float, rows: int, columns: int, colour: tuple[float, ...]) -> Piece:
+def _chest(
+    rng: np.random.Generator,
+    name: str,
+    w: float,
+    d: float,
+    h: float,
+    rows: int,
+    columns: int,
+    colour: tuple[float, ...],
+) -> Piece:
     front = tuple(0.88 * c for c in colour)
     knob = (0.3, 0.3, 0.3)
     blocks: list[Block] = [
@@ -193,21 +246,23 @@ def _chest(name: str, w: float, d: float, h: float, rows: int, columns: int, col
             blocks.append(
                 (((x0 + x1) / 2 - 0.05, -d / 2, (z0 + z1) / 2), ((x0 + x1) / 2 + 0.05, 0, (z0 + z1) / 2 + 0.02), knob)
             )
-    return _piece(name, boxes_mesh(blocks), carries=True)
+    return _piece(rng, name, boxes_mesh(blocks), carries=True)
 
 
 def tv_stand(rng: np.random.Generator) -> Piece:
-    return _chest("tv stand", rng.uniform(1.2, 1.8), rng.uniform(0.35, 0.5), rng.uniform(0.4, 0.6), 1, 3, wood(rng))
+    return _chest(
+        rng, "tv stand", rng.uniform(1.2, 1.8), rng.uniform(0.35, 0.5), rng.uniform(0.4, 0.6), 1, 3, wood(rng)
+    )
 
 
 def dresser(rng: np.random.Generator) -> Piece:
     colour = wood(rng) if rng.uniform() < 0.7 else hue(rng, 0.25, 0.9)
-    return _chest("dresser", rng.uniform(0.8, 1.3), rng.uniform(0.4, 0.5), rng.uniform(0.75, 1.1), 4, 2, colour)
+    return _chest(rng, "dresser", rng.uniform(0.8, 1.3), rng.uniform(0.4, 0.5), rng.uniform(0.75, 1.1), 4, 2, colour)
 
 
 def night_stand(rng: np.random.Generator) -> Piece:
     return _chest(
-        "night stand", rng.uniform(0.4, 0.55), rng.uniform(0.36, 0.45), rng.uniform(0.42, 0.62), 2, 1, wood(rng)
+        rng, "night stand", rng.uniform(0.4, 0.55), rng.uniform(0.36, 0.45), rng.uniform(0.42, 0.62), 2, 1, wood(rng)
     )
 
 
@@ -217,6 +272,7 @@ def floor_lamp(rng: np.random.Generator) -> Piece:
     shade = (*hue(rng, 0.25, 0.95), 0.35)
     metal = (0.2, 0.2, 0.22)
     return _piece(
+        rng,
         "floor lamp",
         lathe_mesh(
             [
@@ -232,6 +288,7 @@ def table_lamp(rng: np.random.Generator) -> Piece:
     r = rng.uniform(0.11, 0.16)
     shade = (*hue(rng, 0.25, 0.95), 0.35)
     return _piece(
+        rng,
         "lamp",
         lathe_mesh(
             [
@@ -246,7 +303,7 @@ def vase(rng: np.random.Generator) -> Piece:
     h = rng.uniform(0.22, 0.38)
     r = rng.uniform(0.06, 0.1)
     profile = [(0.0, 0.0), (r * 0.6, 0.0), (r, h * 0.4), (r * 0.45, h * 0.8), (r * 0.6, h)]
-    return _piece("vase", lathe_mesh([(profile, hue(rng, 0.6, 0.75))]))
+    return _piece(rng, "vase", lathe_mesh([(profile, hue(rng, 0.6, 0.75))]))
 
 
 def books(rng: np.random.Generator) -> Piece:
@@ -259,7 +316,7 @@ def books(rng: np.random.Generator) -> Piece:
         dx = 0.0 if k == 0 else rng.uniform(0, 0.02)
         blocks.append(((-w / 2 + dx, -d / 2 + dx, z), (w / 2 - dx, d / 2 - dx, z + t), hue(rng, 0.65, 0.7)))
         z += t
-    return _piece("books", boxes_mesh(blocks))
+    return _piece(rng, "books", boxes_mesh(blocks))
 
 
 def laptop(rng: np.random.Generator) -> Piece:
@@ -271,7 +328,7 @@ def laptop(rng: np.random.Generator) -> Piece:
         ((-w / 2, d / 2 - 0.012, 0.02), (w / 2, d / 2, d), (grey, grey, grey)),
         ((-w / 2 + 0.015, d / 2 - 0.016, 0.04), (w / 2 - 0.015, d / 2 - 0.01, d - 0.015), (0.3, 0.5, 0.8, 0.4)),
     ]
-    return _piece("laptop", boxes_mesh(blocks))
+    return _piece(rng, "laptop", boxes_mesh(blocks))
 
 
 def monitor(rng: np.random.Generator) -> Piece:
@@ -283,7 +340,7 @@ def monitor(rng: np.random.Generator) -> Piece:
         ((-w / 2, -0.03, h * 0.28), (w / 2, 0.01, h), (0.1, 0.1, 0.1)),
         ((-w / 2 + 0.02, -0.033, h * 0.28 + 0.02), (w / 2 - 0.02, 0.0, h - 0.02), (*hue(rng, 0.6, 0.7), 0.5)),
     ]
-    return _piece("monitor", boxes_mesh(blocks))
+    return _piece(rng, "monitor", boxes_mesh(blocks))
 
 
 def carton(rng: np.random.Generator) -> Piece:
@@ -294,7 +351,7 @@ def carton(rng: np.random.Generator) -> Piece:
         ((-w / 2, -d / 2, 0), (w / 2, d / 2, h), brown),
         ((-0.03, -d / 2, h), (0.03, d / 2, h + 0.002), (0.8, 0.72, 0.55)),
     ]
-    return _piece("box", boxes_mesh(blocks))
+    return _piece(rng, "box", boxes_mesh(blocks))
 
 
 def bathtub(rng: np.random.Generator) -> Piece:
@@ -312,4 +369,4 @@ def bathtub(rng: np.random.Generator) -> Piece:
         ((-w / 2 + t, d / 2 - t, 0.12), (w / 2 - t, d / 2, h), white),
         ((-w / 2 + t, -d / 2 + t, 0.12), (w / 2 - t, d / 2 - t, 0.14), inner),
     ]
-    return _piece("bathtub", boxes_mesh(blocks))
+    return _piece(rng, "bathtub", boxes_mesh(blocks))

@@ -30,23 +30,28 @@ FLOOR_THINGS = (
     "stool",
     "bench",
 )
+CROWDS = ("teddy bear", "trash can", "speaker", "crate", "stool", "chair", "armchair", "barrel", "bench", "plant")
 
 
 def model(b: Builder, *names: str, vary: float = 0.1) -> Piece:
     """A random model of the catalogue with one of these class names."""
-    pack = load_pack()
-    keys = pack.named(*names)
-    return parts.from_model(pack.models[keys[int(b.rng.integers(len(keys)))]], b.rng, vary)
+    return catalogue(b, *load_pack().named(*names), vary=vary)
 
 
-def catalogue(b: Builder, *keys: str, vary: float = 0.0) -> Piece:
-    """A random model with one of these catalogue keys."""
-    return parts.from_model(load_pack().models[keys[int(b.rng.integers(len(keys)))]], b.rng, vary)
+def catalogue(b: Builder, *keys: str, vary: float = 0.0, size: float | None = None) -> Piece:
+    """A random model with one of these catalogue keys; `size`: its factor, see `parts.from_model`."""
+    return parts.from_model(load_pack().models[keys[int(b.rng.integers(len(keys)))]], b.rng, vary, size)
 
 
 def chance(b: Builder, probability: float) -> bool:
     """True with this probability."""
     return float(b.rng.uniform()) < probability
+
+
+def hang(b: Builder, piece: Piece, low: float, high: float, tries: int = 25) -> int:
+    """Hang a piece on a wall with its base `low` to `high` metres above the floor, or lower below a low ceiling."""
+    base = min(float(b.rng.uniform(low, high)), b.height - 0.05 - piece.size[2])
+    return b.on_wall(piece, base=base, gap=HANG_GAP, tries=tries)
 
 
 def shell(b: Builder, windows: int) -> None:
@@ -55,7 +60,7 @@ def shell(b: Builder, windows: int) -> None:
     if index >= 0:
         b.keep_free(index, 0.7)
     for _ in range(windows):
-        index = b.on_wall(parts.window(b.rng), base=float(b.rng.uniform(0.85, 1.0)), gap=HANG_GAP)
+        index = hang(b, parts.window(b.rng), 0.85, 1.0)
         if index >= 0 and chance(b, 0.35):
             pane = b.items[index]
             drape = parts.curtain(b.rng)
@@ -64,9 +69,9 @@ def shell(b: Builder, windows: int) -> None:
 
 
 def pictures(b: Builder, count: int) -> None:
-    """Framed art on the walls."""
-    for _ in range(count):
-        b.on_wall(parts.picture(b.rng), base=float(b.rng.uniform(1.25, 1.6)), gap=HANG_GAP, tries=8)
+    """Framed art on the walls: one to six, about `count` of them."""
+    for _ in range(1 + int(b.rng.binomial(5, (count - 1) / 5 + 0.1))):
+        hang(b, parts.picture(b.rng), 1.25, 1.6, tries=8)
 
 
 def small_things(b: Builder, carrier: int, count: int, spread: float = 1.0) -> None:
@@ -222,6 +227,14 @@ def fillers(b: Builder, count: int) -> None:
             b.anywhere(model(b, *FLOOR_THINGS, vary=0.12))
 
 
+def crowd(b: Builder) -> None:
+    """In half of the rooms three to six copies of one object along the walls: otherwise few classes have so many."""
+    if chance(b, 0.5):
+        piece = model(b, *CROWDS)
+        for _ in range(int(b.rng.integers(3, 7))):
+            b.on_wall(piece, gap=0.05)
+
+
 def bedroom(b: Builder) -> None:
     shell(b, 1)
     bed_group(b)
@@ -270,16 +283,17 @@ def kitchen(b: Builder) -> None:
     units = ["sinkCabinet", "lowerCabinet", "drawersCabinet", "lowerCabinet"]
     b.rng.shuffle(units)
     s = 0.4
+    size = parts.stretch(b.rng, 2.17, most=1.1)  # one factor for the row; 2.17 m is the tallest of its cabinets
     row = [("largeFridge", "refrigerator")[int(b.rng.integers(2))], *units[: int(b.rng.integers(3, 5))], "highCabinet"]
     for key in row:
-        piece = catalogue(b, key)
+        piece = catalogue(b, key, size=size)
         w = piece.size[0]
         index = b.on_wall(piece, wall=wall, at=s + w / 2, tries=1)
         if index >= 0:
             small_things(b, index, int(b.rng.integers(0, 2)))
             if key in units and chance(b, 0.7):
-                hung = catalogue(b, "upperCabinet", "glassDoorCabinet")
-                b.on_wall(hung, wall=wall, at=s + w / 2, base=1.45, gap=HANG_GAP, tries=1)
+                hung = catalogue(b, "upperCabinet", "glassDoorCabinet", size=size)
+                b.on_wall(hung, wall=wall, at=s + w / 2, base=1.45 * size, gap=HANG_GAP, tries=1)
         s += w + 0.035
     table_group(b)
     if chance(b, 0.5):
@@ -294,21 +308,22 @@ def bathroom(b: Builder) -> None:
         b.on_wall(parts.bathtub(b.rng))
     else:
         b.on_wall(model(b, "shower stall"), gap=0.03)
-    sink = b.on_wall(model(b, "sink"), front=0.5)
-    if sink >= 0:
-        base = b.items[sink]
+    index = b.on_wall(model(b, "sink"), front=0.5)
+    if index >= 0:
+        sink = b.items[index]
         glass = parts.mirror(b.rng)
         for k, (start, along, normal, _) in enumerate(b.walls()):
-            offset = np.array(base.position[:2]) - start
-            if float(offset @ normal) < base.piece.size[1] / 2 + 0.05:
-                b.on_wall(glass, wall=k, at=float(offset @ along), base=1.25, gap=HANG_GAP, tries=1)
+            offset = np.array(sink.position[:2]) - start
+            if float(offset @ normal) < sink.piece.size[1] / 2 + 0.05:
+                base = max(1.25, sink.piece.size[2] + 0.05)
+                b.on_wall(glass, wall=k, at=float(offset @ along), base=base, gap=HANG_GAP, tries=1)
                 break
     b.on_wall(model(b, "toilet", vary=0.06), front=0.4)
     for name, probability in (("bidet", 0.5), ("trash can", 0.7), ("radiator", 0.4), ("potty", 0.2), ("stool", 0.4)):
         if chance(b, probability):
             b.on_wall(model(b, name))
     if chance(b, 0.7):
-        b.on_wall(model(b, "towel rack"), base=float(b.rng.uniform(0.7, 1.1)), gap=HANG_GAP)
+        hang(b, model(b, "towel rack"), 0.7, 1.1)
     if chance(b, 0.4):
         b.on_wall(catalogue(b, "verticalShelves", vary=0.1))
     fillers(b, int(b.rng.integers(1, 3)))
@@ -348,5 +363,6 @@ def furnish(seed: int, l_shape: float = 0.25) -> Room:
         recipe, _, low, high = KINDS[kind]
         builder = Builder(rng, outline_room(rng, low, high, l_shape), float(rng.uniform(2.45, 2.9)))
         recipe(builder)
+        crowd(builder)
         if len(builder.items) >= 6:
             return Room(kind, seed, builder.polygon, builder.height, tuple(builder.items))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvst.scenes.rooms.cameras import motion, second, still, walk
+from fastvst.scenes.rooms.cameras import around, clear_spots, motion, second, still, walk
 from fastvst.scenes.rooms.geometry import Geometry, build_geometry
 from fastvst.scenes.rooms.layout import Room
 from fastvst.scenes.rooms.recipes import furnish
 from fastvst.scenes.rooms.render_base import Renderer
-from fastvst.scenes.scene import Scene, SceneObject, View, observe, wide_pairs
+from fastvst.scenes.scene import Scene, SceneObject, View, clearly_seen, observe, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
 
 
@@ -21,10 +21,11 @@ class ShotConfig:
 
     width: int = 320  # pixels
     height: int = 240
-    views: int = 2  # stills per room
+    views: int = 2  # stills per room, besides those of `around`
     rotate: float = 0.25  # share of motion pairs in which the camera only rotates
     two_axes: float = 0.25  # share of shifts, among the others, that go along two axes
     overlap: float = 0.5  # probability that a still also gets a wide-baseline second view (an "overlap" pair)
+    around: float = 0.5  # most pairs (on average) of stills from any two sides of the room ("turn", "place")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ def shoot(seed: int, renderer: Renderer, config: ShotConfig, video: WalkConfig |
     """The annotated scene of a room seed: always the same for one renderer backend and configuration.
 
     With `video` the views also hold the frames of a walk, after the stills. The stills do not depend on it.
+    The views of `config.around` follow those of `config.views`, which do not depend on them.
     """
     room = furnish(seed)
     geometry = build_geometry(room)
     renderer.load(geometry)
     views, pairs = _stills(room, renderer, geometry, np.random.default_rng([seed, 3]), config)
+    _add_around(room, renderer, geometry, np.random.default_rng([seed, 8]), config, views, pairs)
     frames: tuple[int, ...] = ()
     if video is not None:
         rng = np.random.default_rng([seed, 7])
@@ -68,7 +71,7 @@ def shoot(seed: int, renderer: Renderer, config: ShotConfig, video: WalkConfig |
         first = len(views)
         views += [snapshot(renderer, geometry, camera) for camera in path or []]
         frames = tuple(range(first, len(views)))
-        pairs += wide_pairs(views, frames, rng, video.pairs)
+        pairs += wide_pairs(views, frames, rng, video.pairs, "walk")
     objects = tuple(SceneObject(k + 1, item.piece.name, item.box) for k, item in enumerate(room.items))
     return Scene(
         name=f"room-{seed}",
@@ -112,6 +115,35 @@ def _stills(
                 pairs.append((first, len(views), "overlap"))
                 views.append(snapshot(renderer, geometry, other))
     return views, pairs
+
+
+def _add_around(
+    room: Room,
+    renderer: Renderer,
+    geometry: Geometry,
+    rng: np.random.Generator,
+    config: ShotConfig,
+    views: list[View],
+    pairs: list[tuple[int, int, str]],
+) -> None:
+    """Append the views of `config.around` pairs and the pairs themselves. The first view of a pair is a still."""
+    count = int(config.around) + int(rng.uniform() < config.around % 1)
+    spots = clear_spots(room, rng) if count else np.zeros((0, 3))
+    for _ in range(count):
+        kind = "turn" if rng.uniform() < 0.6 else "place"
+        angle = float(rng.uniform(-180, 180))
+        # Views from opposite sides are found in 75 to 85 % of the rooms, others nearly always.
+        if kind == "turn" and rng.uniform() > (0.75 if abs(angle) < 135 else 0.87 if abs(angle) < 165 else 1.0):
+            continue
+        for _ in range(4):  # the angle stays: a redrawn one would be more often one that is easy to find
+            cameras = around(room, rng, config.width, config.height, kind, angle, spots)
+            if cameras is None:
+                break
+            one, two = (snapshot(renderer, geometry, camera) for camera in cameras)
+            if presentable(one) and len(clearly_seen(one) & clearly_seen(two)) >= 2:
+                pairs.append((len(views), len(views) + 1, kind))
+                views += [one, two]
+                break
 
 
 def _target(view: View) -> np.ndarray:
