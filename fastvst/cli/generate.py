@@ -6,17 +6,16 @@ import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvst import jsonl
+from fastvst.cli.generate_rows import describe, generate_file
+from fastvst.data.gallery import add_source_arguments
+from fastvst.data.mixture import SourceConfig
 from fastvst.data.sample import Message, Part, Sample
-from fastvst.data.sources.json_files import JsonTable
-from fastvst.data.sources.rows import row_form, to_sample
-from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
+from fastvst.rollout.request import RolloutError, SamplingParams
 
 if TYPE_CHECKING:
     from fastvst.data.processor import Processor
@@ -37,10 +36,9 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst generate`."""
     _add_model_arguments(parser)
-    parser.add_argument(
-        "--input", required=True, help='JSON Lines or array of rows as for training, or {"id", "prompt", "images"}'
-    )
-    parser.add_argument("--output", required=True, help="JSONL; lines are appended, and a stopped run resumes there")
+    parser.add_argument("--input", required=True, help="rows in any format that training reads, e.g. JSON Lines")
+    parser.add_argument("--output", required=True, help="JSON Lines in the order of the rows; a stopped run resumes")
+    add_source_arguments(parser)
     parser.add_argument("--n", type=int, default=1, help="answers per prompt")
     parser.add_argument("--batch", type=int, default=256, help="answers decoded together")
 
@@ -68,7 +66,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> Engine:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """Answer every row of the input that the output does not hold; returns the exit status."""
+    """Answer every row of the input that the output does not answer; returns the exit status."""
     params = SamplingParams(
         n=arguments.n,
         temperature=arguments.temperature,
@@ -76,116 +74,22 @@ def run_generate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
     )
+    source = SourceConfig(
+        arguments.input,
+        arguments.format,
+        image_folder=arguments.image_folder,
+        split=arguments.split,
+        columns=arguments.columns or {},
+        question=arguments.question,
+    )
     engine = load(arguments, max_sequences=arguments.batch)
-    source = Path(arguments.input)
     output = Path(arguments.output)
-    counts = generate_file(engine, source, output, params, log=lambda line: print(line, file=sys.stderr, flush=True))
+    settings = describe(arguments.model, engine, params, arguments.input)
+    counts = generate_file(
+        engine, source, output, params, settings, log=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     print(f"{output}: {counts.answered} answered, {counts.failed} failed, {counts.skipped} were there", file=sys.stderr)
     return 0
-
-
-@dataclass
-class Counts:
-    """Counts of rows by outcome."""
-
-    answered: int = 0
-    failed: int = 0
-    skipped: int = 0
-
-
-def generate_file(
-    engine: Engine, source: Path, output: Path, params: SamplingParams, *, log: Callable[[str], None]
-) -> Counts:
-    """Append one line for each row of `source` to `output`: {"id", "answers": [...]} or {"id", "error"}.
-
-    Rows whose id is in `output` are skipped, so a stopped run resumes. A torn last line is dropped first. A row that
-    cannot be read, encoded or fitted into memory gets its error; the other rows are answered.
-    """
-    jsonl.append(output, [])
-    done = {row["id"] for row in jsonl.read(output)}
-    total = sum(JsonTable.open(source).block_rows)
-    counts = Counts()
-    begin = time.monotonic()
-    tokens = 0
-    window = max(1, engine.config.max_sequences // params.n)
-
-    def write(row: dict[str, Any]) -> None:
-        jsonl.append(output, [row], ensure_ascii=False)
-
-    for rows in _windows(source, window, done, counts):
-        ready: list[tuple[str, Any]] = []
-        for name, row in rows:
-            try:
-                ready.append((name, engine.encode(row_sample(row, name, source.parent), params)))
-            except Exception as error:  # whatever a library raises, one row does not end the file
-                counts.failed += 1
-                write({"id": name, "error": f"{type(error).__name__}: {error}"})
-
-        def keep(index: int, rollouts: list[Rollout], names: Sequence[str] = [n for n, _ in ready]) -> None:  # noqa: B006
-            nonlocal tokens
-            counts.answered += 1
-            tokens += sum(len(r.tokens) for r in rollouts)
-            answers = [{"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts]
-            write({"id": names[index], "answers": answers})
-
-        engine.generate([encoded for _, encoded in ready], params, progress=keep)
-        seconds = time.monotonic() - begin
-        over = counts.answered + counts.failed
-        left = seconds / max(over, 1) * (total - over - counts.skipped)
-        log(
-            f"{over + counts.skipped}/{total} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
-            f"{left:.0f} s left"
-        )
-    return counts
-
-
-def row_sample(row: Any, name: str, folder: Path) -> Sample:
-    """A row as a Sample: a row of any form that training reads, or {"prompt", "images", "videos"}.
-
-    Media paths are relative to the input's folder.
-
-    Raises:
-        ValueError: an invalid row, or the error in place of a row that could not be read.
-    """
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"the row is a {type(row).__name__}; expected an object with messages or prompt")
-    if "kind" in row:
-        row = {**row, "type": row["kind"]}
-    if "prompt" in row and row_form(row) is None:
-        if not isinstance(row["prompt"], str):
-            raise ValueError(f"prompt is {row['prompt']!r:.80}; expected text")
-        parts: list[Part] = []
-        for kind in ("image", "video"):
-            media = row.get(f"{kind}s")
-            if media is not None and not isinstance(media, list):
-                raise ValueError(f"{kind}s is {media!r:.80}; expected a list")
-            parts += [{"type": kind, kind: one} for one in media or []]
-        content = [*parts, {"type": "text", "text": row["prompt"]}]
-        row = {"type": row.get("type"), "tools": row.get("tools"), "messages": [{"role": "user", "content": content}]}
-    if row_form(row) is None:
-        raise ValueError(f"the row has {sorted(row)}; expected messages, or prompt (and images, videos)")
-    return to_sample({**row, "id": name}, source="generate", where=name, folder=folder)
-
-
-def _windows(source: Path, size: int, done: set[str], counts: Counts) -> Iterator[list[tuple[str, Any]]]:
-    """Rows without an answer, `size` at a time. A ValueError is in the place of a row that is not a JSON object."""
-    window: list[tuple[str, Any]] = []
-    table = JsonTable.open(source)
-    rows = (row for block in range(len(table.block_rows)) for row in table.rows(block))
-    for number, row in enumerate(rows):
-        given = row.get("id") if isinstance(row, dict) else None
-        name = f"line-{number}" if given is None else str(given).encode("utf-8", "backslashreplace").decode("utf-8")
-        if name in done:
-            counts.skipped += 1
-            continue
-        window.append((name, row))
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
 
 
 @dataclass

@@ -106,17 +106,23 @@ def _runs(kinds: Sequence[str]) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """The keys of a source (`SourceConfig`) as arguments."""
+    add = parser.add_argument
+    add("--format", default="auto", help=f"auto (default), or the only format that is read: {', '.join(FORMATS)}")
+    add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
+    add("--split", help="split of the data set (default: the only one)")
+    add("--columns", type=json.loads, help='names of columns, e.g. \'{"question": "prompt", "image": "path"}\'')
+    add("--question", help="question that is asked about images that have only a caption")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst data check PATH`."""
     add = parser.add_argument
     add("action", choices=["check"], help="check: read every row and report what training would use")
     add("path", help="file or folder of the data set")
     add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
-    add("--format", default="auto", help=f"auto (default), or the only format that is read: {', '.join(FORMATS)}")
-    add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
-    add("--split", help="split of the data set (default: the only one)")
-    add("--columns", type=json.loads, help='names of columns, e.g. \'{"question": "prompt", "image": "path"}\'')
-    add("--question", help="question that is asked about images that have only a caption")
+    add_source_arguments(parser)
     add("--limit", type=int, help="number of rows to check (default: all)")
     add(
         "--max-seq-len", type=int, default=16384, help="most tokens in a row; longer rows are rejected (default: 16384)"

@@ -14,10 +14,12 @@ from PIL import Image
 
 from fastvst.cli import generate as command
 from fastvst.cli import main
+from fastvst.cli.generate_rows import describe, generate_file, read_rows
+from fastvst.data.mixture import SourceConfig, open_configured
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rollout import Engine, SamplingParams
+from fastvst.rollout import Engine, RolloutError, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def write_rows(path: Path) -> list[str]:
     lines = [
         json.dumps({"id": "a", "prompt": "How many chairs?", "images": ["red.png"]}),
         "{not json",
-        json.dumps({"id": "b", "messages": [{"role": "user", "content": "Hello"}]}),
+        json.dumps({"id": 7, "messages": [{"role": "user", "content": "Hello"}]}),
         json.dumps({"id": "gone", "prompt": "?", "images": ["no_such.png"]}),
         json.dumps([1, 2]),
         json.dumps({"id": "long", "prompt": "word " * 17_000}),
@@ -50,26 +52,99 @@ def write_rows(path: Path) -> list[str]:
     return lines
 
 
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def words_of(folder: Path, source: Path, output: Path, *more: str) -> list[str]:
+    words = ["generate", "--model", str(folder), "--input", str(source), "--output", str(output)]
+    return [*words, "--max-tokens", "5", *more]
+
+
 def test_generate_goes_on_past_bad_rows_and_where_it_stopped(folder, tmp_path, capsys):
     write_rows(tmp_path)
     output = tmp_path / "out" / "out.jsonl"
-    words = ["generate", "--model", str(folder), "--input", str(tmp_path / "in.jsonl"), "--output", str(output)]
-    words += ["--max-tokens", "5", "--n", "2", "--temperature", "1", "--batch", "4"]
+    words = words_of(folder, tmp_path / "in.jsonl", output, "--n", "2", "--temperature", "1", "--batch", "4")
     assert main(words) == 0
-    rows = {row["id"]: row for row in map(json.loads, output.read_text().split("\n")[:-1])}
-    assert set(rows) == {"a", "b", "gone", "long", "odd", "line-1", "line-4", "line-7"}
-    good = {name for name, row in rows.items() if "answers" in row}
-    assert good == {"a", "b", "line-7"} and all(len(rows[name]["answers"]) == 2 for name in good)
-    assert "missing_image" in rows["gone"]["error"] and "too_long" in rows["long"]["error"]
-    assert "expected an object" in rows["line-1"]["error"] and "robot" in rows["odd"]["error"]
+    rows = lines_of(output)
+    assert [r["id"] for r in rows] == ["a", "line-1", 7, "gone", "line-4", "long", "odd", "line-7"], "order and types"
+    by_id = {row["id"]: row for row in rows}
+    good = {name for name, row in by_id.items() if "answers" in row}
+    assert good == {"a", 7, "line-7"} and all(len(by_id[name]["answers"]) == 2 for name in good)
+    assert "missing_image" in by_id["gone"]["error"] and "too_long" in by_id["long"]["error"]
+    assert "expected an object" in by_id["line-1"]["error"] and "robot" in by_id["odd"]["error"]
     assert "3 answered, 5 failed, 0 were there" in capsys.readouterr().err
 
     kept = output.read_text().split("\n")[:3]
-    output.write_text("\n".join(kept) + '\n{"id": "b", "ans')
+    output.write_text("\n".join(kept) + '\n{"id": 7, "ans')
     assert main(words) == 0
-    again = [json.loads(line) for line in output.read_text().split("\n")[:-1]]
-    assert "\n".join(json.dumps(r, ensure_ascii=False) for r in again[:3]) == "\n".join(kept)
-    assert {r["id"]: r for r in again} == rows and len(again) == len(rows)
+    again = lines_of(output)
+    assert again == rows and "\n".join(output.read_text().split("\n")[:3]) == "\n".join(kept)
+
+    Image.new("RGB", (64, 48), (10, 10, 200)).save(tmp_path / "no_such.png")
+    capsys.readouterr()
+    assert main(words) == 0, "failed rows are asked again, and their lines are replaced where they are"
+    assert "1 answered, 4 failed, 3 were there" in capsys.readouterr().err
+    later = lines_of(output)
+    assert [r["id"] for r in later] == [r["id"] for r in rows] and "answers" in later[3]
+    assert [r for r in later if r["id"] != "gone"] == [r for r in rows if r["id"] != "gone"]
+
+
+def test_a_changed_question_or_image_is_asked_again(folder, tmp_path, capsys):
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "a.png")
+    rows = [{"id": 1, "prompt": "What?", "image": "a.png"}, {"id": "1", "prompt": "Who?"}, {"id": 1, "prompt": "Who?"}]
+    source = tmp_path / "in.jsonl"
+    words = words_of(folder, source, tmp_path / "out.jsonl")
+    for changed, expected in ((rows, 3), (rows, 0), (rows[::-1], 0), ([{**rows[0], "prompt": "Where?"}, *rows[1:]], 1)):
+        source.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        assert main(words) == 0
+        assert f": {expected} answered, 0 failed, {3 - expected} were there" in capsys.readouterr().err
+        assert [line["id"] for line in lines_of(tmp_path / "out.jsonl")] == [row["id"] for row in changed]
+    Image.new("RGB", (64, 48), (10, 10, 200)).save(tmp_path / "a.png")
+    assert main(words) == 0 and ": 1 answered" in capsys.readouterr().err
+
+
+def test_answers_of_another_model_or_of_other_settings_are_refused(folder, tmp_path, capsys):
+    source = tmp_path / "in.csv"
+    source.write_text("question,answer\nWho?,Ann\n")
+    output = tmp_path / "out.jsonl"
+    assert main(words_of(folder, source, output)) == 0
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert settings["model"] == str(folder) and settings["rows"] == str(source)
+    assert settings["answers"]["sampling"]["max_tokens"] == 5
+    before = output.read_text()
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    Qwen25VL(ModelConfig.preset("tiny")).save_pretrained(other, processor=Processor.from_pretrained(folder))
+    capsys.readouterr()
+    for words in (words_of(other, source, output), words_of(folder, source, output, "--temperature", "0.5")):
+        assert main(words) == 2 and "choose another --output" in capsys.readouterr().err
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    assert main(words_of(folder, source, output)) == 2 and "are not recorded" in capsys.readouterr().err
+    assert output.read_text() == before
+
+
+def test_one_row_that_cannot_be_answered_does_not_end_the_others(engine, tmp_path, monkeypatch):
+    """Logits that are not finite, or memory that does not suffice, for one row among three."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": k, "prompt": f"Word {k}?"}) + "\n" for k in range(3)))
+    params = SamplingParams(temperature=0, max_tokens=3)
+    settings = describe("tiny", engine, params, "in.jsonl")
+    generate = engine.generate
+
+    def broken(prompts, params, **options):
+        if any("Word 1?" in engine.processor.decode(p.tokens.tolist()) for p in prompts):
+            raise RolloutError("logits that are not finite")
+        return generate(prompts, params, **options)
+
+    monkeypatch.setattr(engine, "generate", broken)
+    source = SourceConfig(str(tmp_path / "in.jsonl"))
+    counts = generate_file(engine, source, tmp_path / "out.jsonl", params, settings, log=lambda line: None)
+    assert (counts.answered, counts.failed) == (2, 1)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["id"] for line in lines] == [0, 1, 2] and "not finite" in lines[1]["error"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 1, "prompt": "Word 1?"}) + "\n")
+    with pytest.raises(RolloutError):
+        generate_file(engine, source, tmp_path / "none.jsonl", params, settings, log=lambda line: None)
 
 
 def test_a_missing_model_is_a_line(tmp_path, capsys):
@@ -151,11 +226,14 @@ def test_rows_of_training_are_prompts(tmp_path):
         {"prompt": "What?", "images": ["red.png"]},
         {"prompt": "What?", "images": None},
     ]
-    seen = [command.row_sample(row, "x", tmp_path).parts("image") for row in rows]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(str(tmp_path / "in.jsonl"))
+    seen = [row.sample.parts("image") for row in read_rows(open_configured(source), source)]
     assert seen == [[{"type": "image", "image": str(tmp_path / "red.png")}]] * 4 + [[]]
-    for row in ({"prompt": 5}, {"images": 5, "prompt": "x"}, {"messages": [5]}, {"messages": talk}, [1]):
-        with pytest.raises(ValueError):
-            command.row_sample(row, "x", tmp_path)
+    bad = [{"prompt": 5}, {"images": 5, "prompt": "x"}, {"messages": [5]}, {"messages": talk}, [1]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*bad, rows[0]]))
+    found = list(read_rows(open_configured(source), source))
+    assert [isinstance(row.sample, ValueError) for row in found] == [True] * 5 + [False]
 
 
 def test_boxes_are_drawn_in_the_image_that_the_user_gave(tmp_path):

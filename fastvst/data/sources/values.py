@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
         return bytes(value)
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
-    return str(value) if isinstance(value, (decimal.Decimal, uuid.UUID)) else value
+    return str(value) if isinstance(value, (decimal.Decimal, uuid.UUID, datetime.timedelta)) else value
 
 
 def parsed(text: str) -> Any:
