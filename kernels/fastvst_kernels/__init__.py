@@ -3,6 +3,7 @@
 Needs torch, and triton for the GPU kernels. Nothing here depends on a model or a trainer.
 """
 
+from fastvst_kernels import flops as _flops  # noqa: F401 - registers the formulas of torch's FLOP counter
 from fastvst_kernels.activation.op import swiglu
 from fastvst_kernels.attention.api import AttentionPlan, attention_reference, packed_attention, prepare
 from fastvst_kernels.decode.op import decode_attention
@@ -15,6 +16,8 @@ from fastvst_kernels.norm.op import add_rms_norm, rms_norm
 from fastvst_kernels.rope.op import mrope, vision_rope
 from fastvst_kernels.sampling.op import sample_tokens
 from fastvst_kernels.window.op import window_attention
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AttentionPlan",

@@ -63,7 +63,7 @@ def linears_backward(
     if needs_x:
         grad_x = aligned_mm(grads[0], weights[0])
         for part, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x.addmm_(part, weight)
+            torch.addmm(grad_x, part, weight, out=grad_x)  # as addmm_, but counted by FlopCounterMode
     # Parameters need dense gradients. Copying 3,420 columns costs less than half of what aligned rows save.
     return grad_x, [
         aligned_mm(g.t(), x).contiguous() if need else None for g, need in zip(grads, needs_weights, strict=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastvst_kernels.attention.backends import AttentionCall, flash_attention, torch_attention
 from fastvst_kernels.attention.cpu import attention_reference
 from fastvst_kernels.attention.op import attention_op
-from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, prepare
+from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, make_plan, prepare
 from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interpreted, log_once
-from fastvst_kernels.shared.boundary import public_operator
+from fastvst_kernels.shared.boundary import has_no_values, public_operator
 from fastvst_kernels.shared.checks import check_attention_inputs, check_attention_values
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
@@ -77,6 +77,9 @@ def packed_attention(
         raise ValueError(f"scale is {scale}; expected a positive number")
     if plan is not None:
         plan.check(q, cu_seqlens, groups, causal, validate=validate)
+    if has_no_values(q) and backend in ("auto", "torch", "triton"):
+        out, lse = attention_op(q, k, v, cu_seqlens, groups, None, None, None, causal, scale)
+        return (out, lse.transpose(0, 1)) if return_lse else out
     backend = _resolve(backend, q)
     on_host = q.device.type == "cpu"
     if backend == "triton" or (backend == "torch" and on_host):
@@ -140,11 +143,12 @@ def _tile_tables(
     """The tables that the kernels read for q, from `plan` or made here."""
     tiles = kernel_tiles(q)
     if plan is None:
-        plan = prepare(
+        plan = make_plan(
             cu_seqlens,
             groups,
             causal=causal,
             num_tokens=q.shape[0],
+            padded=torch.compiler.is_compiling() or None,  # the number of tiles is not known
             query_blocks=(tiles.forward.block_m, tiles.queries.block_m),
             key_blocks=(tiles.keys.block_n,),
         )

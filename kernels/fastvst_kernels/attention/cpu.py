@@ -13,7 +13,7 @@ from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.checks import check_attention_values
 
 
-@public_operator(lower=("q", "k", "v"))
+@public_operator(lower=("q", "k", "v"), reads_values=True)
 def attention_reference(
     q: Tensor,
     k: Tensor,

@@ -70,7 +70,7 @@ class AttentionPlan:
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
     fingerprint: int | Tensor | None = None
-    seen: Seen = field(default_factory=Seen, repr=False, compare=False)
+    seen: Seen | None = field(default_factory=Seen, repr=False, compare=False)
 
     def check(
         self, q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, causal: bool, *, validate: bool = False
@@ -90,7 +90,7 @@ class AttentionPlan:
                 f"the plan is for {self.num_tokens} tokens, causal={self.causal}, groups={self.shared}; the call has "
                 f"{q.shape[0]}, {causal}, {shared}: make the plan with prepare() from the same offsets and groups"
             )
-        if self.fingerprint is None or torch.compiler.is_compiling() or cu_seqlens.is_meta:
+        if self.fingerprint is None or self.seen is None or torch.compiler.is_compiling() or cu_seqlens.is_meta:
             return
         if self.seen.knows(cu_seqlens, groups) or (isinstance(self.fingerprint, Tensor) and not validate):
             return
@@ -133,7 +133,7 @@ class AttentionPlan:
         return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys, mark)
 
 
-@public_operator()
+@public_operator(reads_values=True)
 def prepare(
     cu_seqlens: Tensor,
     groups: Tensor | None = None,
@@ -161,6 +161,28 @@ def prepare(
     Raises:
         ValueError: no `num_tokens` for offsets on a device, groups without causal, a block size that no kernel uses.
     """
+    return make_plan(
+        cu_seqlens,
+        groups,
+        causal=causal,
+        num_tokens=num_tokens,
+        padded=padded,
+        query_blocks=query_blocks,
+        key_blocks=key_blocks,
+    )
+
+
+def make_plan(
+    cu_seqlens: Tensor,
+    groups: Tensor | None,
+    *,
+    causal: bool,
+    num_tokens: int | None = None,
+    padded: bool | None = None,
+    query_blocks: Sequence[int] = BLOCKS,
+    key_blocks: Sequence[int] = BLOCKS,
+) -> AttentionPlan:
+    """`prepare`, which torch.compile can trace where the offsets are on a device."""
     if groups is not None and not causal:
         raise ValueError("groups (shared prompts) need causal=True")
     if unknown := sorted((set(query_blocks) | set(key_blocks)) - set(BLOCKS)):
@@ -200,8 +222,10 @@ def prepare(
             first = begin if causal else starts[owner]
             last = group_ends[owner]
             keys[block] = _longest_first(torch.stack([begin, end, first, last], 1), last - first)
+    if torch.compiler.is_compiling():  # this plan serves the one call that makes it
+        return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, None, None)
     mark: int | Tensor = fingerprint(cu_seqlens, groups)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu":
         mark = int(mark)
     return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, mark)
 

@@ -106,7 +106,7 @@ def _resolve(backend: str, q: Tensor, tables: PageTables) -> str:
         check_interpreter("decode_attention", q)
         if tables.max_group is None:
             raise ValueError("backend 'triton' needs max_group, the rows of the largest group, as an int")
-    if backend == "torch" and q.device.type != "cpu":
+    if backend == "torch" and q.device.type not in ("cpu", "meta"):
         raise ValueError(f"backend 'torch' gathers on the CPU; use 'triton' for {q.device.type!r} tensors")
     return backend
 

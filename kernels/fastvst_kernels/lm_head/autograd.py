@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,16 +61,3 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dtype == dtype or torch.compiler.is_compiling():
         return (gradient * factor).to(dtype)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def refuse_second_order(name: str, gradients: Sequence[Tensor | None]) -> None:
-    """Raise if a formula is asked for the derivative of the gradients that the forward pass has computed.
-
-    Raises:
-        RuntimeError: one of the gradients of those outputs is given.
-    """
-    if any(g is not None for g in gradients):
-        raise RuntimeError(
-            f"{name} has no second derivative: its gradients (create_graph=True) cannot be differentiated; "
-            "use the plain formula for a penalty on gradients"
-        )

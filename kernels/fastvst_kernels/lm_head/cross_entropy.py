@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.lm_head.autograd import refuse_second_order, scaled
+from fastvst_kernels.lm_head.autograd import scaled
 from fastvst_kernels.lm_head.checks import check_inputs, check_row_vector, check_values, logits_of
 from fastvst_kernels.lm_head.chunked import (
     chunk_backward,
@@ -19,7 +19,7 @@ from fastvst_kernels.lm_head.chunked import (
     select_rows,
 )
 from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Logits, VocabularyShard, shard_of, wide_dtype
-from fastvst_kernels.shared.boundary import public_operator, without_autocast
+from fastvst_kernels.shared.boundary import first_order, public_operator
 
 
 @public_operator(lower=("hidden", "weight", "bias"), any_strides=("hidden", "weight"))
@@ -159,12 +159,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.needs = inputs[-1]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-@without_autocast
-def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple:
-    refuse_second_order("linear_cross_entropy", others)
+@first_order("linear_cross_entropy")
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
     made: list[Tensor | None] = [None] * 15
     if grad is not None:
         for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):

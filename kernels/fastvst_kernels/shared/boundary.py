@@ -5,7 +5,8 @@
 - layout: an argument whose strides the kernels and the CPU path cannot read is copied once (`shared.tensors.readable`);
 - autocast: the arguments are cast as torch's own operators cast them, then autocast is off inside, so that what is
   documented as float32 is float32;
-- vmap and forward-mode differentiation, for which there are no rules, are refused by name.
+- vmap, forward-mode differentiation and DTensors, for which there are no rules, are refused by name;
+- the profiler shows the operator's name.
 """
 
 from __future__ import annotations
@@ -22,13 +23,24 @@ from torch.autograd import forward_ad
 
 from fastvst_kernels.shared.tensors import readable
 
+_SHARDED = (
+    "{name} got {argument} as a DTensor (a sharded parameter of FSDP2 or tensor parallelism). Two ways work: call the "
+    "operator inside the forward of the module that fully_shard wraps, where FSDP2 has gathered its parameters (an LM "
+    "head: LinearCrossEntropyLoss as a part of it, or torch.distributed.fsdp.register_fsdp_forward_method); or, with "
+    "the vocabulary split over ranks that have equal rows, give weight.to_local() and a VocabularyShard"
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def public_operator(
-    *, lower: tuple[str, ...] = (), promote: tuple[str, ...] = (), any_strides: tuple[str, ...] = ()
+    *,
+    lower: tuple[str, ...] = (),
+    promote: tuple[str, ...] = (),
+    any_strides: tuple[str, ...] = (),
+    reads_values: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a public function on tensors.
 
@@ -36,6 +48,7 @@ def public_operator(
         lower: arguments that autocast casts to its dtype, as `F.linear` and SDPA do.
         promote: arguments that autocast casts to the widest dtype among them, as additions do.
         any_strides: arguments that are read by torch's matrix products only, which take any strides.
+        reads_values: the host reads values of the arguments, so the operator cannot be traced.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,12 +61,17 @@ def public_operator(
                 return function(*args, **kwargs)  # the call is wrong: Python says how
             given |= kwargs
             _refuse_transforms(function.__name__, given)
+            if reads_values and is_traced(*(x for x in given.values() if isinstance(x, Tensor))):
+                raise RuntimeError(
+                    f"{function.__name__} reads values of its arguments, so torch.compile, torch.export and fake or "
+                    "meta tensors cannot trace it; call it outside"
+                )
             for name, value in given.items():
                 if name not in any_strides:
                     given[name] = _map(readable, value)
             device = next((value.device.type for value in given.values() if isinstance(value, Tensor)), "cpu")
             if not _autocast_enabled(device):
-                return _call(function, names, len(args), given)
+                return _named(function, names, len(args), given)
             dtype = torch.get_autocast_dtype(device)
             widest = _widest([x for name in promote if isinstance(x := given.get(name), Tensor)])
             for name in given:
@@ -62,7 +80,7 @@ def public_operator(
                 elif name in promote and widest is not None:
                     given[name] = _map(lambda x: x.to(widest), given[name])
             with torch.autocast(device, enabled=False):
-                return _call(function, names, len(args), given)
+                return _named(function, names, len(args), given)
 
         operator.fastvst_operator = True  # type: ignore[attr-defined]
         return operator
@@ -75,6 +93,11 @@ def is_traced(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether x only estimates shapes: a meta tensor, or a fake tensor outside of compilation."""
+    return x.is_meta or (isinstance(x, FakeTensor) and not torch.compiler.is_compiling())
 
 
 def without_autocast(backward: Backward) -> Backward:
@@ -141,6 +164,14 @@ def _call(function: Callable[..., R], names: tuple[str, ...], positional: int, g
     return function(*args, **{name: value for name, value in given.items() if name not in names[:positional]})
 
 
+def _named(function: Callable[..., R], names: tuple[str, ...], positional: int, given: dict[str, Any]) -> R:
+    """The call, as a row of the profiler if one runs."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return _call(function, names, positional, given)
+    with torch.profiler.record_function(f"fastvst::{function.__name__}"):
+        return _call(function, names, positional, given)
+
+
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`change` of a tensor, or of every tensor of a list or tuple; anything else as it is."""
     if isinstance(value, Tensor):
@@ -154,6 +185,18 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
+def _is_sharded(x: Any) -> bool:
+    plain = type(x) in (Tensor, torch.nn.Parameter) or not isinstance(x, Tensor)
+    return not plain and torch.distributed.is_available() and isinstance(x, _dtensor_class())
+
+
+@functools.cache
+def _dtensor_class() -> type:
+    from torch.distributed.tensor import DTensor  # takes half a second, so only where a tensor subclass comes
+
+    return DTensor
+
+
 def _widest(tensors: list[Tensor]) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors)) if tensors else None
 
@@ -163,11 +206,15 @@ def _autocast_enabled(device: str) -> bool:
 
 
 def _refuse_transforms(name: str, given: dict[str, Any]) -> None:
-    """Raise for vmap and forward mode.
+    """Raise for vmap, forward mode and DTensors.
 
     Raises:
         RuntimeError: a tensor is a batch of `torch.vmap`, or has a tangent.
+        ValueError: a tensor is a DTensor.
     """
+    for argument, value in given.items():
+        if any(_is_sharded(x) for x in (value if type(value) in (list, tuple) else [value])):
+            raise ValueError(_SHARDED.format(name=name, argument=argument))
     if torch.compiler.is_compiling():
         return
     vectorized = torch._C._are_functorch_transforms_active()

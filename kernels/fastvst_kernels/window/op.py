@@ -56,7 +56,7 @@ def window_attention(
     """
     check_offsets("cu_windows", cu_windows, qkv)
     width = 4 * check_vision_rope(qkv, bias, positions, num_heads)[0]
-    on_host = qkv.device.type == "cpu"
+    on_host = qkv.device.type in ("cpu", "meta")
     if validate:
         check_offset_values("cu_windows", cu_windows, qkv.shape[0])
     if max_window is None and not on_host:

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor, nn
 
 from fastvst_kernels.integrations import transformers as integration
+from host_models import MODELS, HostModel, build, images_batch, table
 
-SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-QUIET = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-ENCODER = SIZES | QUIET | {"pad_token_id": 0, "max_position_embeddings": 64}
-BIG = {"attention_bias": True, "attention_dropout": 0.0}
-
-# The class, its options with every attention feature on, and None or what refuses it.
-MODELS: list[tuple[str, dict[str, Any], str | None]] = [
-    ("Llama", GROUPED | BIG, None),
-    ("Mistral", GROUPED | {"sliding_window": 3}, None),
-    ("Qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}, None),
-    ("Qwen3", GROUPED | {"head_dim": 16, "attention_bias": True}, None),
-    ("Gemma", GROUPED | {"head_dim": 16}, None),
-    ("Gemma2", GROUPED | {"head_dim": 16, "attn_logit_softcapping": 0.5, "sliding_window": 3}, "softcap"),
-    ("Granite", GROUPED | {"attention_multiplier": 0.7, "attention_bias": True}, None),
-    ("Phi3", GROUPED | {"sliding_window": 3}, None),
-    ("Olmo2", GROUPED | {"attention_bias": True}, None),
-    ("Mixtral", GROUPED | EXPERTS | {"sliding_window": 3}, None),
-    ("Cohere", GROUPED | {"use_qk_norm": True}, None),
-    ("GptOss", GROUPED | EXPERTS | {"head_dim": 16, "sliding_window": 3}, "s_aux"),
-    ("StableLm", GROUPED | {"use_qkv_bias": True}, None),
-]
+DOCS = Path(__file__).parents[3] / "docs" / "embedding.md"
+HOSTS = {model.name: model for model in MODELS}
 
 
 def is_refusal(error: Exception) -> bool:
     return isinstance(error, ValueError) and "fastvst" in str(error)
-
-
-def build(name: str, options: dict[str, Any], kind: str = "ForCausalLM") -> nn.Module:
-    torch.manual_seed(0)
-    integration.register()
-    config = getattr(tf, f"{name}Config")(**options)
-    config._attn_implementation = "eager"
-    model = getattr(tf, name + kind)(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4 if p.dim() > 1 else 1)
-    return model
 
 
 def outcome(model: nn.Module, implementation: str, call: dict[str, Any], real: Tensor) -> list[Tensor]:
@@ -92,34 +59,43 @@ def compare(model: nn.Module, call: dict[str, Any], real: Tensor, what: str) -> 
         torch.testing.assert_close(a / scale, b / scale, rtol=1e-4, atol=1e-4, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.parametrize(("name", "options", "refused"), MODELS, ids=[model[0] for model in MODELS])
-def test_decoders_equal_eager_or_are_refused(name: str, options: dict[str, Any], refused: str | None):
-    model = build(name, options | PADS)
-    for what, (call, real) in batches().items():
-        call = call | {"use_cache": False}
-        if refused is None:
+def calls_of(model: HostModel) -> dict[str, tuple[dict[str, Any], Tensor]]:
+    """The calls of a class by name, each with the real places of its first result."""
+    if model.kind == "vision":
+        # In float64: large random weights magnify float32's rounding, with torch's own attention as well.
+        return {"images": ({"pixel_values": torch.randn(2, 3, 28, 28).double()}, torch.ones(2, dtype=torch.bool))}
+    if model.kind == "vision-language":
+        call, real = images_batch()
+        return {"images": (call | {"use_cache": False}, real)}
+    calls = {what: (dict(call), real) for what, (call, real) in batches().items()}
+    if model.kind != "decoder":
+        calls.pop("packed")
+    for call, _ in calls.values():
+        if model.kind == "encoder-decoder":
+            call["decoder_input_ids"] = call["input_ids"]
+            call["decoder_attention_mask"] = call["attention_mask"]
+        if model.kind in ("decoder", "encoder-decoder"):
+            call["use_cache"] = False
+    return calls
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_class_equals_eager_or_is_refused(name: str):
+    host = HOSTS[name]
+    model = build(host)
+    model = model.double() if host.kind == "vision" else model
+    for what, (call, real) in calls_of(host).items():
+        if host.refused is None:
             compare(model, call, real, f"{name}, {what}")
             continue
-        with pytest.raises(ValueError, match=refused) as error:
+        with pytest.raises(ValueError, match=host.refused) as error:
             outcome(model, "fastvst", call, real)
         assert is_refusal(error.value)
 
 
-@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra"])
-def test_encoders_equal_eager(name: str):
-    model = build(name, ENCODER, "ForMaskedLM")
-    for what, (call, real) in batches().items():
-        if what != "packed":
-            compare(model, call, real, f"{name}, {what}")
-
-
-def test_vision_towers_equal_eager():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    """In float64: large random weights magnify float32's rounding, with torch's own attention as well."""
-    pixels = {"pixel_values": torch.randn(2, 3, 28, 28, dtype=torch.float64)}
-    for name in ("CLIPVision", "SiglipVision"):
-        model = build(name, sizes | {"image_size": 28, "patch_size": 7}, "Model").double()
-        compare(model, pixels, torch.ones(2, dtype=torch.bool), name)
+def test_the_docs_show_the_table():
+    assert len(MODELS) >= 25
+    assert table() in DOCS.read_text(encoding="utf-8"), "run: python tools/make_embedding.py"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -136,7 +112,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_padding_and_sequences_reach_the_packed_kernel(monkeypatch: pytest.MonkeyPatch):
     calls = counted(monkeypatch)
-    model = build("Llama", GROUPED | PADS)
+    model = build(HOSTS["Llama"])
     expected = {"left": [0, 7, 18], "right": [0, 6, 17, 18], "both": [0, 7, 15], "packed": [0, 5, 6, 11]}
     for what, offsets in expected.items():
         call, real = batches()[what]
@@ -147,7 +123,7 @@ def test_padding_and_sequences_reach_the_packed_kernel(monkeypatch: pytest.Monke
 
 def test_generate_with_padding_gives_the_tokens_of_eager(monkeypatch: pytest.MonkeyPatch):
     calls = counted(monkeypatch)
-    model = build("Qwen2", GROUPED | PADS)
+    model = build(HOSTS["Qwen3"])
     call, _ = batches()["left"]
     made = []
     for name in ("eager", "fastvst"):
@@ -158,7 +134,7 @@ def test_generate_with_padding_gives_the_tokens_of_eager(monkeypatch: pytest.Mon
 
 
 def test_offsets_that_contradict_the_mask_and_unknown_keywords_are_refused():
-    model = build("Llama", GROUPED | PADS)
+    model = build(HOSTS["Llama"])
     model.set_attn_implementation("fastvst")
     ids = torch.randint(3, 97, (1, 11))
     offsets = torch.tensor([0, 5, 11], dtype=torch.int32)

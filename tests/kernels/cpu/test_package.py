@@ -1,4 +1,4 @@
-"""The kernels are a package of their own: torch is all they import."""
+"""The kernels are a package of their own: torch, and triton through torch's FLOP counter, is all they import."""
 
 import importlib.util
 import subprocess
@@ -12,7 +12,7 @@ import sys, torch
 before = set(sys.modules)
 import fastvst_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"fastvst", "transformers", "triton", "numpy", "PIL", "pandas", "safetensors"}))
+print(sorted(new & {"fastvst", "transformers", "numpy", "PIL", "pandas", "safetensors"}))
 """
 
 WITHOUT_NUMPY = """
