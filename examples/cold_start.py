@@ -26,6 +26,7 @@ from fastvst.config import ConfigError
 from fastvst.data import Processor, Sample, open_source
 from fastvst.evaluate.answers import score
 from fastvst.model import Qwen25VL
+from fastvst.model.hub import local_checkpoint
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.train.run import read_config, run_script
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     config = read_config(Config, arguments, __doc__)
     if config is None:
         return None
-    if not (Path(config.model) / "config.json").is_file():
+    if not (local_checkpoint(config.model) / "config.json").is_file():
         raise ConfigError(f"no checkpoint in {config.model}; run examples/sft.py first, or give --model DIR")
     train = rooms(config, "train", config.samples)
     heldout = rooms(config, "heldout", config.heldout)

@@ -31,8 +31,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastvst.config import render, to_dict
-from fastvst.data import Ledger, MixtureConfig, Processor, ProcessorConfig, SourceConfig
+from fastvst.config import not_an_option, render, to_dict
+from fastvst.data import Ledger, MixtureConfig, ProcessorConfig
 from fastvst.model import Qwen25VL
 from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
@@ -52,7 +52,7 @@ from fastvst.rl.rollouts import (
     resolve_old_logprobs,
     sample_and_score,
 )
-from fastvst.rl.rooms import RoomsOptions, make_rooms, supervised_model
+from fastvst.rl.rooms import RoomsOptions, find_data, open_prompts, supervised_model
 from fastvst.rollout import RolloutError
 from fastvst.train import guard
 from fastvst.train.checkpoint import CheckpointConfig
@@ -60,16 +60,18 @@ from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.recipes import Layers, rl_layers
 from fastvst.train.run import (
     Saver,
     build_model,
     build_processor,
     joined,
-    open_data,
     open_run_folder,
+    raise_together,
     read_config,
     run_script,
     same_data,
+    say_hopeless_sources,
 )
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
 from fastvst.train.stop_signal import StopRequest
@@ -93,7 +95,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Without data.sources it trains on rooms with the defaults of `rooms_defaults`, on a small CPU.
+    """A whole run. Without data.sources it trains on rooms with the settings of `layers`, on a small CPU.
 
     examples/vst_rl.toml is the third stage of VST.
 
@@ -105,6 +107,7 @@ class Config:
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what a step would cost, and end.
         bad_samples: stop when a larger share of the rows cannot be used; <out>/ledger-*.jsonl lists them.
+        origins: (option, where its value comes from) of values that are not the defaults below.
     """
 
     out: str = "runs/rl"
@@ -129,26 +132,26 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig(every=30, hf=False)
     guard: GuardConfig = GuardConfig(spike=50.0)
     log: LogConfig = LogConfig(every=1)
+    origins: tuple[tuple[str, str], ...] = not_an_option(())
 
 
-def rooms_defaults(config: Config) -> Config:
-    """The defaults of a run like `config`: those of the rooms' demonstration if it names no data."""
-    default = Config()
-    if config.data.sources:
-        return default
-    return dataclasses.replace(
-        default,
-        sampling=SamplingConfig(prompts=48),
+def layers(given: Mapping[str, Any]) -> Layers:
+    """Settings that follow from what the user gives: see fastvst/train/recipes.py, and those of the rooms."""
+    rooms = {
+        "sampling.max_tokens": 96,
         # The tiny model's boxes are never right, but it can learn their format: groups without a right completion are
         # kept. Its probabilities are flat: a penalty on entropy makes it give the most likely answer more often.
-        filter=FilterConfig(low=-0.01, high=0.99, tries=1),
-        update=dataclasses.replace(default.update, entropy_coef=-0.1),
-        optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.01, freeze=("vision", "merger")),
-    )
+        "filter.low": -0.01,
+        "filter.high": 0.99,
+        "filter.tries": 1,
+        "update.entropy_coef": -0.1,
+        "optimizer.freeze": ["vision", "merger"],
+    }
+    return [*([] if given.get("data.sources") else [("for the rooms", rooms)]), *rl_layers(given)]
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    config = read_config(Config, arguments, __doc__, rooms_defaults)
+    config = read_config(Config, arguments, __doc__, layers)
     if config is None:
         return
     budget.check(config)
@@ -157,7 +160,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         if config.model.path is None:
             path = world.once_per_node("start model", lambda: supervised_model(Path(__file__).with_name("sft.py")))
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-        world.say(render(config), world.describe())
+        world.say(render(config, dict(config.origins)), world.describe())
         if config.dry_run:
             dry_run(config, world)
         else:
@@ -175,24 +178,6 @@ def load_model(config: Config, world: World) -> Qwen25VL:
         recompute=config.model.recompute,
         reshard=config.parallel.reshard,
     )
-
-
-def find_data(config: Config, world: World) -> tuple[MixtureConfig, str | None]:
-    """The mixture of the prompts, and the rows of the evaluation."""
-    if config.data.sources:
-        return config.data, config.evaluation.path
-    train, test = make_rooms(config.rooms, config.evaluation.questions, world)
-    source = SourceConfig(path=train, name="rooms")
-    return dataclasses.replace(config.data, sources=(source,)), config.evaluation.path or test
-
-
-def open_prompts(
-    config: Config, mixture: MixtureConfig, processor: Processor, ledger: Ledger, **place: int
-) -> PromptStream:
-    """The stream of prompts; `place`: rank, size and completion tokens of PromptStream."""
-    data = open_data(mixture, whole_rows=True)
-    system = config.sampling.system
-    return PromptStream(data, processor, ledger, system=system, needs_answer=config.reward.needs_answer, **place)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -316,7 +301,7 @@ def improve(
             else:
                 shares = [float(p.row_weights.sum()) for p in batch.packs]
                 ids = [p.batch.sample_ids for p in batch.packs]
-                skip = guard.skip_row(world.rank, step, reason, [loss.item() for loss in losses], shares, ids)
+                skip = guard.skip_row(world.rank, step + 1, reason, [loss.item() for loss in losses], shares, ids)
                 row["skipped"] = reason
                 guard.record_skip(config.guard, recent, Path(config.out), skip)
             optimizer.zero_grad()
@@ -331,16 +316,17 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     out = Path(config.out)
     settings = to_dict(config)
     resume_from = open_run_folder(out, config.resume, world)
-    mixture, test_rows = find_data(config, world)
+    mixture, test_rows = find_data(config.data, config.rooms, config.evaluation, world)
     processor = build_processor(config.processor, config.model.path)
     model = load_model(config, world)
     reference = None if config.update.kl == "none" else policy.as_reference(load_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
-    ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200)
+    ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200, deferred=True)
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
     place = {"rank": world.rank, "size": world.size, "completion_tokens": completion_tokens}
     stream = open_prompts(config, mixture, processor, ledger, **place)
+    say_hopeless_sources(stream.mixture, stream.examine, world)
     first = 0
     recent = guard.Recent()
     filtered = FilterState()
@@ -370,9 +356,16 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             world.say(f"held out, step {step}: {write_evaluation(out, row, world)}")
 
     metrics = Metrics(
-        out, config.log, config.steps, first_step=first, is_main=world.is_main, settings=settings, line=progress_text
+        out,
+        config.log,
+        config.steps,
+        done=first,
+        is_main=world.is_main,
+        settings=settings,
+        line=progress_text,
+        origins=config.origins,
     )
-    log = RolloutLog(out, rank=world.rank, first_step=first)
+    log = RolloutLog(out, rank=world.rank, done=first)
     with metrics, RewardPool(config.reward) as pool:
         watch = UpdateWatch(config.guard.patience)
         row: dict[str, Any] | None = None
@@ -390,7 +383,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 world.say(end)
                 break
             filtered = rollouts.filtered
-            log.write(step, rollouts.records)
+            log.write(step + 1, rollouts.records)
             started = time.perf_counter()
             with config.sampling.numerics_context():
                 found, sharing, recent = improve(
@@ -408,20 +401,23 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 update=config.update,
             )
             row = {
-                "step": step,
+                "step": step + 1,
                 "lr": optimizer.param_groups[-1]["lr"],
                 **figures,
                 **found,
                 **rates,
                 "memory_gib": memory_gib(world.device),
                 "kept_share": round(filtered.kept_share, 4),
+                **ledger.figures(),
             }
             metrics.log(row)
             watch.saw(row, filtered, pool.summary())
-            stopped = bool(world.sum(torch.tensor(float(stop.requested), device=world.device)).item())
+            ends = float(stop.requested or ledger.failure() is not None)
+            stopped = bool(world.sum(torch.tensor(ends, device=world.device)).item())
             step += 1
             if stopped or saver.due(step, config.steps):
                 save(step)
+        raise_together(ledger.failure(), world)
         if stopped:
             world.say(f"stopped by a signal after step {step}; continue with --resume auto")
             return
@@ -436,7 +432,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
 
 def dry_run(config: Config, world: World) -> None:
     """Memory and FLOPs of a step, estimated from the first 100 prompts; nothing is sampled, trained or written."""
-    mixture, _ = find_data(config, world)
+    mixture, _ = find_data(config.data, config.rooms, config.evaluation, world)
     if world.is_main:
         processor = build_processor(config.processor, config.model.path)
         print(budget.dry_run(config, open_prompts(config, mixture, processor, Ledger()), world), flush=True)

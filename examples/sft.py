@@ -31,10 +31,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvst.config import render, to_dict
+from fastvst.config import not_an_option, render, to_dict
 from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
-from fastvst.data.ledger import TooManyBadSamples
-from fastvst.data.loader import make_loader
+from fastvst.data.ledger import BadSamples, TooManyBadSamples
+from fastvst.data.loader import make_loader, make_planner
 from fastvst.evaluate import rooms as rooms_benchmark
 from fastvst.evaluate.training_page import write_report
 from fastvst.model import Qwen25VL
@@ -44,6 +44,7 @@ from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib, peak_flops
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.recipes import sft_layers
 from fastvst.train.run import (
     Saver,
     build_model,
@@ -53,9 +54,11 @@ from fastvst.train.run import (
     model_config,
     open_data,
     open_run_folder,
+    raise_together,
     read_config,
     run_script,
     same_data,
+    say_hopeless_sources,
     total_steps,
 )
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
@@ -105,31 +108,19 @@ STEPS = 1300  # of the rooms' demonstration
 
 
 @dataclass(frozen=True)
-class BadSamples:
-    """When samples that cannot be used stop the run. All of them are listed in <out>/ledger-*.jsonl.
-
-    Attributes:
-        max_fraction: stop when their share is higher than this and `min_samples` samples have been read.
-        min_samples: samples that must have been read before max_fraction applies.
-        strict: stop at the first one.
-    """
-
-    max_fraction: float = 0.01
-    min_samples: int = 1000
-    strict: bool = False
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole run. The defaults train on rooms on a small CPU; examples/vst.toml is the first stage of VST.
 
+    With model.path they are those of fastvst/train/recipes.py: the limits of the checkpoint, a recipe for its size.
+
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
-        steps: optimizer steps; none = all of data.epochs, or 1300 if that is none too.
+        steps: optimizer steps; none = all of data.epochs, which is 1 for your own data; for the rooms 1300.
         seed: random seed of the initial weights.
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what the run would cost, and end.
+        origins: (option, where its value comes from) of values that are not the defaults below.
     """
 
     out: str = "runs/sft"
@@ -151,14 +142,15 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
+    origins: tuple[tuple[str, str], ...] = not_an_option(())
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    config = read_config(Config, arguments, __doc__)
+    config = read_config(Config, arguments, __doc__, sft_layers)
     if config is None:
         return
     with joined(config.parallel, environment) as (world, stop):
-        world.say(render(config), world.describe())
+        world.say(render(config, dict(config.origins)), world.describe())
         if config.dry_run:
             dry_run(config, world)
         else:
@@ -279,19 +271,19 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         if loader_state is None:
             world.say("the data start anew (resume.data is anew)")
 
-    bad = config.bad_samples
     loader = make_loader(
         mixture,
         processor,
         dataclasses.replace(config.loader, pin_memory=world.device.type == "cuda"),
         rank=world.rank,
         world_size=world.size,
-        ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", bad.max_fraction, bad.min_samples, bad.strict),
+        ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", deferred=True, **vars(config.bad_samples)),
     )
     if resume_from is not None and loader_state is not None:
         with same_data(resume_from):
             loader.load_state_dict(loader_state)
     world.say(*loader.notes)
+    say_hopeless_sources(mixture, make_planner(mixture, processor, config.loader, world.size).examine, world)
 
     def save(step: int) -> None:
         saver.save(step, state={"guard": recent.to_json()}, rank_state={"loader": loader.state_dict()})
@@ -300,10 +292,11 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         out,
         config.log,
         steps,
-        first_step=first,
+        done=first,
         is_main=world.is_main,
         settings=settings,
         peak_flops=peak_flops(world),
+        origins=config.origins,
     )
     with metrics:
         model.train()
@@ -315,8 +308,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             waited = time.perf_counter()
             try:
                 packs = list(itertools.islice(batches, config.loader.accumulation))
-            except TooManyBadSamples:
-                if step > first and world.size == 1:  # other ranks may not have reached the limit
+            except TooManyBadSamples:  # no usable row is left: on all ranks, for they plan the same steps
+                if step > first:
                     save(step)
                 raise
             waited = time.perf_counter() - waited
@@ -324,19 +317,20 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 world.say(f"the data ended after {step} steps (data.epochs is {config.data.epochs})")
                 break
             set_learning_rates(optimizer, config.schedule, step, steps)
+            ends = stop.requested or loader.ledger.failure() is not None
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
-                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, stop.requested)
+                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, ends)
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm)
             if reason is None:
                 optimizer.step()
             else:  # on all ranks: the decision depends on reduced numbers only
                 values = [loss.item() for loss in losses]
-                row = guard.skip_row(world.rank, step, reason, values, shares, [p.sample_ids for p in packs])
+                row = guard.skip_row(world.rank, step + 1, reason, values, shares, [p.sample_ids for p in packs])
                 guard.record_skip(config.guard, recent, out, row)
             optimizer.zero_grad()
             metrics.log(
                 {
-                    "step": step,
+                    "step": step + 1,
                     "loss": totals.loss,
                     "lr": optimizer.param_groups[-1]["lr"],
                     "grad_norm": totals.grad_norm,
@@ -347,7 +341,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                     "flops": totals.flops,
                     "fill": totals.tokens / (totals.packs * config.loader.tokens_per_pack),
                     "memory_gib": memory_gib(world.device),
-                    "rejected": loader.ledger.total,
+                    **loader.ledger.figures(),
                     **({"skipped": reason} if reason else {}),
                 }
             )
@@ -356,10 +350,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             if stopped or saver.due(step, steps):
                 save(step)
             begin = time.perf_counter()
+    if not stopped:
+        save(step)
+    raise_together(loader.ledger.failure(), world)
     if stopped:
         world.say(f"stopped by a signal after step {step}; continue with --resume auto")
         return
-    save(step)
     directory = saver.save_model()
     world.say(loader.report, loader.ledger.summary(), f"model: {directory}")
     if world.is_main:

@@ -78,6 +78,17 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def give_new_mode(path: Path) -> None:
+    """Give a file the mode of a newly created one: safetensors and tempfile make files that only their owner reads."""
+    fresh = path.with_name(f".{path.name}.mode-{os.getpid()}")
+    descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        path.chmod(os.fstat(descriptor).st_mode & 0o777)
+    finally:
+        os.close(descriptor)
+        fresh.unlink()
+
+
 def replace(partial: Path, path: Path) -> None:
     """Flush the finished file or folder `partial` and rename it to `path`, which may exist.
 

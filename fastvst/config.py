@@ -14,7 +14,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -38,20 +38,79 @@ def load_config(config_class: type[T], arguments: Sequence[str] = (), default: T
     Raises:
         ConfigError: an unknown name (the message has the nearest valid one), a wrong type, or an unreadable file.
     """
+    tree: dict[str, Any] = {}
+    for _, settings in given(config_class, arguments):
+        tree = _merge(tree, settings)
+    return _build(config_class, tree, config_class() if default is None else default, "")
+
+
+def given(config_class: type[Any], arguments: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(origin, tree of values) of every TOML file and of the command line; the later ones win.
+
+    Names are checked, values are not.
+
+    Raises:
+        ConfigError: an unknown name on the command line, or an unreadable file.
+    """
     words = list(arguments)
-    from_file: dict[str, Any] = {}
+    files: list[tuple[str, dict[str, Any]]] = []
     from_arguments: dict[str, Any] = {}
     while words:
         name, annotation, value = _take_argument(config_class, words)
         if name == "config":
-            from_file = _merge(from_file, _read_toml(Path(value)))
-            continue
-        branch: Any = _parse(annotation, value)
-        for part in reversed(name.split(".")):
-            branch = {part: branch}
-        from_arguments = _merge(from_arguments, branch)
-    tree = _merge(from_file, from_arguments)
-    return _build(config_class, tree, config_class() if default is None else default, "")
+            files.append((f"from {Path(value).name}", _read_toml(Path(value))))
+        else:
+            from_arguments = _merge(from_arguments, _branch(name, _parse(annotation, value)))
+    return [*files, ("from the command line", from_arguments)]
+
+
+def resolve(
+    config_class: type[T],
+    arguments: Sequence[str],
+    layers: Callable[[Mapping[str, Any]], Iterable[tuple[str, Mapping[str, Any]]]],
+) -> tuple[T, dict[str, str]]:
+    """`load_config` on top of settings that depend on what the user has given.
+
+    Args:
+        layers: called with dotted name -> unchecked value of what the user has given, it returns (origin, dotted name
+            -> value) of further settings. They replace the defaults, the later ones win, and the user's win over all.
+
+    Returns:
+        (the configuration, dotted name -> origin of every value that is not a default).
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    by_user = given(config_class, arguments)
+    known = {name: value for _, settings in by_user for name, value in _flatten(config_class, settings)}
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, values in layers(known):
+        for name, value in values.items():
+            tree = _merge(tree, _branch(name, value))
+            origins[name] = origin
+    for origin, settings in by_user:
+        tree = _merge(tree, settings)
+        origins |= {name: origin for name, _ in _flatten(config_class, settings)}
+    return _build(config_class, tree, config_class(), ""), origins
+
+
+def _branch(name: str, value: Any) -> dict[str, Any]:
+    """The tree with one value."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _flatten(config_class: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the options in a tree; names that do not exist are left out."""
+    for field in option_fields(config_class):
+        inner = _unwrap(_hints(config_class)[field.name])[0]
+        value = tree.get(field.name)
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            yield from _flatten(typing.cast(type, inner), value, f"{prefix}{field.name}.")
+        elif field.name in tree:
+            yield prefix + field.name, value
 
 
 def _take_argument(config_class: type[Any], words: list[str]) -> tuple[str, Any, str]:
@@ -117,15 +176,19 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + field.name, value
 
 
-def render(config: Any) -> str:
-    """The resolved configuration, one `name = value` line per option; `*` marks values that differ from the default."""
+def render(config: Any, origins: Mapping[str, str] | None = None) -> str:
+    """The resolved configuration, one `name = value` line per option; `*` marks values that differ from the default.
+
+    Args:
+        origins: from `resolve`; then every line ends with the origin of its value.
+    """
     default = dict(leaves(type(config)()))
-    rows = [(name, value, default.get(name) != value) for name, value in leaves(config)]
+    rows = [(name, json.dumps(_plain(value), ensure_ascii=False), value) for name, value in leaves(config)]
     width = max(len(name) for name, _, _ in rows)
-    lines = [
-        f"{'*' if changed else ' '} {name:<{width}} = {json.dumps(_plain(value), ensure_ascii=False)}"
-        for name, value, changed in rows
-    ]
+    lines = []
+    for name, text, value in rows:
+        line = f"{'*' if default.get(name) != value else ' '} {name:<{width}} = {text}"
+        lines.append(line if origins is None else f"{line}  # {origins.get(name, 'default')}")
     return "\n".join(lines)
 
 
@@ -161,7 +224,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
     torch.set_num_threads(1)  # tests fork ranks, and a fork of a process whose OpenMP team runs can hang
     # torch imports Triton at the first call of a custom operator. If a renderer has loaded Mesa's LLVM before, the
     # process crashes; the other order works.

@@ -186,3 +186,18 @@ def test_a_kill_leaves_the_old_one(tmp_path: Path, what: str, target: str) -> No
     assert done.returncode == -signal.SIGKILL
     assert content.read_text() == "old"
     assert all(name == "f" or name.startswith(".f.partial-") for name in names(tmp_path))  # a hidden rest may stay
+
+
+def test_a_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.touch(0o600)
+    before = os.umask(0o022)
+    try:
+        atomic.give_new_mode(private)
+        assert private.stat().st_mode & 0o777 == 0o644
+        os.umask(0o077)
+        atomic.give_new_mode(private)
+        assert private.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+    assert [p.name for p in tmp_path.iterdir()] == ["private"]

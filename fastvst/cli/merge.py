@@ -10,6 +10,7 @@ import torch
 from fastvst.data import Processor
 from fastvst.model import ModelConfig, Qwen25VL, adapter, weights
 from fastvst.model.checkpoint_files import CONFIG, read_json
+from fastvst.model.hub import local_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the merged model; returns the exit status."""
     folder: Path = arguments.adapter
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    base = arguments.base or (folder if (folder / CONFIG).is_file() else Path(named))
+    base = arguments.base or (folder if (folder / CONFIG).is_file() else local_checkpoint(named))
     if not (base / CONFIG).is_file():
         raise FileNotFoundError(f"the base model {base} is not a folder with config.json; pass --base DIR")
     out = arguments.out or folder.resolve().with_name(f"{folder.resolve().name}-merged")

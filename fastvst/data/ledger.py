@@ -34,6 +34,21 @@ class TooManyBadSamples(RuntimeError):
     """The share of unusable samples is above the limit, or no sample is usable. The message contains the summary."""
 
 
+@dataclass(frozen=True)
+class BadSamples:
+    """When samples that cannot be used stop the run. All of them are listed in <out>/ledger-*.jsonl.
+
+    Attributes:
+        max_fraction: stop when their share is higher than this and `min_samples` samples have been read.
+        min_samples: samples that must have been read before max_fraction applies.
+        strict: stop at the first one.
+    """
+
+    max_fraction: float = 0.01
+    min_samples: int = 1000
+    strict: bool = False
+
+
 @dataclass
 class Ledger:
     """Records rejected samples and ends the run when their share is too high.
@@ -43,6 +58,7 @@ class Ledger:
         max_fraction: largest allowed share of bad samples among those seen.
         min_samples: the share is checked once this many samples were seen.
         strict: raise the first SampleError.
+        deferred: neither `record` nor `check` raises. The owner asks `failure` where all ranks can end together.
         seen: samples read so far, good and bad.
         counts: bad samples by reason. A sample that returns in a later epoch is counted again, but not written again.
         examples: the first bad sample of each reason.
@@ -53,10 +69,12 @@ class Ledger:
     max_fraction: float = 0.01
     min_samples: int = 1000
     strict: bool = False
+    deferred: bool = False
     seen: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     weight: float = 0.0
+    _first: SampleError | None = field(default=None, repr=False)
     _written: set[tuple[str, str, str, str]] = field(default_factory=set, repr=False)
     _bytes: int = field(default=-1, repr=False)  # length of the file that this run wrote; -1: nothing yet
 
@@ -80,8 +98,9 @@ class Ledger:
                 rank that decodes the sample, so each counts world_size times.
 
         Raises:
-            SampleError: `error` itself, in strict mode.
+            SampleError: `error` itself, in strict mode, unless the ledger is deferred.
         """
+        self._first = self._first or error
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
         self.examples.setdefault(error.reason, f"{error.source}/{error.id}: {error.detail}")
         self.weight += weight
@@ -89,16 +108,28 @@ class Ledger:
         if write and key not in self._written:
             self._written.add(key)
             self._append({**_fields(error), "where": where})
-        if self.strict:
+        if self.strict and not self.deferred:
             raise error
 
     def check(self) -> None:
-        """Raise TooManyBadSamples if the share of bad samples is above `max_fraction`."""
-        if self.seen >= self.min_samples and self.weight > self.max_fraction * self.seen:
-            raise TooManyBadSamples(
-                f"{self.weight / self.seen:.1%} of {self.seen} samples cannot be used (limit {self.max_fraction:.1%} "
-                f"after {self.min_samples}): repair or remove the data, or raise max_fraction.\n{self.summary()}"
-            )
+        """Raise `failure`, unless the ledger is deferred."""
+        if not self.deferred and (failure := self.failure()) is not None:
+            raise failure
+
+    def failure(self) -> TooManyBadSamples | None:
+        """The error of a run that must end: the share of bad samples is above `max_fraction`, or one in strict mode."""
+        if self.strict and self._first is not None:
+            return TooManyBadSamples(f"bad_samples.strict is on, and a sample cannot be used: {self._first}")
+        if self.seen < self.min_samples or self.weight <= self.max_fraction * self.seen:
+            return None
+        return TooManyBadSamples(
+            f"{self.weight / self.seen:.1%} of {self.seen} samples cannot be used (limit {self.max_fraction:.1%} "
+            f"after {self.min_samples}): repair or remove the data, or raise max_fraction.\n{self.summary()}"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """For the log: `rejected` samples of all ranks (broken pixels of others are estimated), and their share."""
+        return {"rejected": round(self.weight), "rejected_share": round(self.weight / max(self.seen, 1), 6)}
 
     def summary(self) -> str:
         """A table of reason, count and first example, and the path of the full list."""

@@ -128,17 +128,21 @@ class Planner:
         if self.watch is not None:
             self.watch(f"{sample.source}/{sample.id}")
         try:
-            cost = self.processor.measure(sample)
+            return Planned(ref, sample, self.examine(sample))
         except SampleError as error:
             return error
         except Exception as error:
             name = f"{sample.source}/{sample.id} ({self.mixture.where(ref)})"
             raise RuntimeError(f"measuring {name} failed with {type(error).__name__}: {error}") from error
+
+    def examine(self, sample: Sample) -> Cost:
+        """The cost of a sample that fits into a pack. Raises SampleError for one that cannot be used."""
+        cost = self.processor.measure(sample)
         budget = self.packing.tokens_per_pack
         if cost.tokens > budget:
             detail = f"{cost.tokens} tokens ({cost.patches // 4} of images), but a pack holds {budget}; never truncated"
-            return SampleError("too_long", sample.source, sample.id, detail)
-        return Planned(ref, sample, cost)
+            raise SampleError("too_long", sample.source, sample.id, detail)
+        return cost
 
     def state_dict(self) -> dict[str, Any]:
         """The mixture's state and the references of the buffered samples; JSON-able, some tens of KB."""

@@ -28,6 +28,7 @@ from fastvst.data.tool_turns import take_apart
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops
+from fastvst.model.hub import local_checkpoint
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
 
 
@@ -92,6 +93,7 @@ class Processor:
         """Read `tokenizer.json`, `preprocessor_config.json` and `config.json` of a model directory.
 
         Args:
+            directory: a folder, or a name on the Hub (see `fastvst.model.hub`).
             model_config: used instead of the directory's `config.json`.
             options: fields of ProcessorConfig; they override those of the directory.
 
@@ -99,7 +101,7 @@ class Processor:
             FileNotFoundError: a missing directory or file, named, with what to do.
             ValueError: an unknown option (the message has the nearest valid name), or files that contradict each other.
         """
-        directory = Path(directory)
+        directory = local_checkpoint(directory)
         tokenizer = load_tokenizer(directory)
         if model_config is None:
             if not (directory / "config.json").is_file():

@@ -112,15 +112,27 @@ def read_files(
     template = None if found is None or is_stock(found[1]) else ChatTemplate(f"{directory / found[0]}", found[1])
     if template is not None and is_stock_without_images(template):
         template = None
+    own, pixels, video = _options(directory, model_config)
+    files = ProcessorFiles(contents, template, pixels, video, tokenizer.get_vocab_size())
+    return files, own | pixels | video
+
+
+def read_options(directory: Path, model_config: ModelConfig) -> dict[str, Any]:
+    """The fields of ProcessorConfig that the files of a model directory set. Raises as `read_files`."""
+    own, pixels, video = _options(directory, model_config)
+    return own | pixels | video
+
+
+def _options(directory: Path, model_config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The fields of fastvst_processor.json, of the image processor's file and of the video processor's file."""
     name, values = _image_processor(directory)
     pixels = _pixels(directory / name, values, model_config)
     video = _video(directory, model_config, pixels)
     own = read_json(directory / OWN_FILE) if (directory / OWN_FILE).is_file() else {}
     others = sorted(n for n, value in video.items() if n in own and own[n] != value)
     if others:
-        warnings.warn(f"{directory}: {OWN_FILE} has other values of {', '.join(others)}; {VIDEO} is used", stacklevel=4)
-    files = ProcessorFiles(contents, template, pixels, video, tokenizer.get_vocab_size())
-    return files, own | pixels | video
+        warnings.warn(f"{directory}: {OWN_FILE} has other values of {', '.join(others)}; {VIDEO} is used", stacklevel=5)
+    return own, pixels, video
 
 
 def _image_processor(directory: Path) -> tuple[str, dict[str, Any]]:

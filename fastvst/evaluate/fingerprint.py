@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvst.data.sample import Part, Sample
 from fastvst.model import weights
+from fastvst.model.hub import local_checkpoint
 
 if TYPE_CHECKING:
     from fastvst.data.processor import Processor
@@ -50,7 +51,7 @@ def of_directory(directory: str | Path) -> str:
     Raises:
         FileNotFoundError: the directory has no weights.
     """
-    files = [path for path in weights.weight_files(Path(directory)) if path.is_file()]
+    files = [path for path in weights.weight_files(local_checkpoint(directory)) if path.is_file()]
     chunks = [(path, begin) for path in files for begin in range(0, max(path.stat().st_size, 1), CHUNK)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return of(list(pool.map(_chunk, *zip(*chunks, strict=True))))

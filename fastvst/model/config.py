@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvst.model import config_json
 from fastvst.model.checkpoint_files import CONFIG, GENERATION, json_text, read_json
+from fastvst.model.hub import local_checkpoint
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,14 @@ class ModelConfig:
         A field that the file leaves out has the value that transformers gives it. The EOS tokens come from
         `generation_config.json` if the file exists.
 
+        Args:
+            directory: a folder, or a name on the Hub (see `fastvst.model.hub`).
+
         Raises:
             FileNotFoundError: no such directory or no config.json in it.
             ValueError: another architecture, an unknown rope type or activation, a missing field.
         """
-        path = Path(directory) / CONFIG
+        path = local_checkpoint(directory) / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; expected the directory of a Qwen2.5-VL checkpoint")
         generation = path.with_name(GENERATION)

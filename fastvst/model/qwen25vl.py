@@ -14,6 +14,7 @@ from fastvst.batch import PackedBatch
 from fastvst.model import refusals, weights
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
+from fastvst.model.hub import local_checkpoint
 from fastvst.model.layers import Attend, Norm
 from fastvst.model.vision import PatchKernel, VisionTower
 from fastvst_kernels import packed_attention
@@ -146,12 +147,15 @@ class Qwen25VL(nn.Module):
         The model is built without memory, then filled tensor by tensor: the host holds the model and at most the
         memory pages of one file.
 
+        Args:
+            directory: a folder, or a name on the Hub (see `fastvst.model.hub`).
+
         Raises:
             FileNotFoundError: no such directory, config or weights.
             ValueError: a LoRA adapter, a quantised checkpoint or another architecture.
             fastvst.model.weights.WeightsError: missing, unexpected, wrong-shaped, truncated or NaN tensors.
         """
-        directory = Path(directory)
+        directory = local_checkpoint(directory)
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory; expected a Qwen2.5-VL model directory")
         refusals.check(directory)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastvst import atomic
 from fastvst.model import checkpoint_files as files
 from fastvst.model import config_json, refusals
 from fastvst.model.checkpoint_files import INDEX, SINGLE
@@ -269,3 +270,4 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    atomic.give_new_mode(path)

@@ -13,7 +13,7 @@ from fastvst import jsonl
 from fastvst.data.ledger import SampleError
 from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
-from fastvst.rl.prompts import Prompt, PromptStream
+from fastvst.rl.prompts import NoPrompts, Prompt, PromptStream
 from fastvst.rl.records import GroupRecord
 from fastvst.train.distributed import World
 
@@ -63,7 +63,7 @@ def evaluation_row(
         records: the groups that this rank sampled. Prompts that no rank could encode (broken images) do not count.
 
     Raises:
-        ValueError: no rank has a group.
+        NoPrompts: no rank has a group.
     """
     values = torch.zeros(len(prompts), 3, dtype=torch.float64)
     for record in records:
@@ -74,7 +74,7 @@ def evaluation_row(
     table = world.sum(values.to(world.device)).tolist()
     rows = [(q, reward, accuracy) for q, (reward, accuracy, seen) in zip(prompts, table, strict=True) if seen]
     if not rows:
-        raise ValueError("no held-out prompt could be used; the ledger holds the reasons")
+        raise NoPrompts("no held-out prompt could be used; the ledger holds the reasons")
     tasks = sorted({q.task for q, _, _ in rows})
     by_task = {task: _means([row for row in rows if row[0].task == task]) for task in tasks}
     return {"step": step, **_means(rows), "tasks": by_task}

@@ -197,6 +197,11 @@ class PromptStream:
         """The prompt of a row with the settings of this stream. Raises SampleError."""
         return make_prompt(sample, turn, number, system=self.system, needs_answer=self.needs_answer)
 
+    def examine(self, sample: Sample, turn: int = 0, number: int = 0) -> tuple[Prompt, int]:
+        """The prompt of a row and its number of tokens. Raises SampleError for a row that cannot be used."""
+        prompt = self.prompt(sample, turn, number)
+        return prompt, self.processor.measure(prompt.sample, add_generation_prompt=True).tokens
+
     def _next(self) -> tuple[Prompt, int] | None:
         """The next usable prompt and its number of tokens; None at the end of the data."""
         for _ in range(MAX_REJECTED):
@@ -208,8 +213,7 @@ class PromptStream:
             try:
                 if isinstance(drawn.sample, SampleError):
                     raise drawn.sample
-                prompt = self.prompt(drawn.sample, self.drawn, self.asked)
-                tokens = self.processor.measure(prompt.sample, add_generation_prompt=True).tokens
+                prompt, tokens = self.examine(drawn.sample, self.drawn, self.asked)
             except SampleError as error:
                 self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)
                 continue
@@ -227,7 +231,7 @@ class PromptStream:
             try:
                 encoded.append((prompt, self.processor.encode(prompt.sample, add_generation_prompt=True)))
             except SampleError as error:
-                self.ledger.record(error, where=prompt.sample.id, weight=1 / self.size)
+                self.ledger.record(error, where=prompt.sample.id, weight=self.size)  # others decode other prompts
         return encoded
 
     def state_dict(self) -> dict[str, Any]:

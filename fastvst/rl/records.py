@@ -17,7 +17,7 @@ from fastvst.rl.policy_update import UpdateConfig
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.rewards.verifiable import BOXES, MODES, Reward
 from fastvst.train.distributed import World
-from fastvst.train.metrics import duration
+from fastvst.train.metrics import duration, rejected
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SAVED_PROMPTS = 2  # kept prompts of each step whose images are saved
@@ -78,11 +78,12 @@ class RolloutLog:
     A resumed run first drops the rows of the steps that it repeats.
     """
 
-    def __init__(self, out: Path, *, rank: int, first_step: int) -> None:
+    def __init__(self, out: Path, *, rank: int, done: int) -> None:
+        """`done`: steps done so far."""
         self.out = out
         self.path = out / ("rollouts.jsonl" if rank == 0 else f"rollouts-{rank:05d}.jsonl")
         out.mkdir(parents=True, exist_ok=True)
-        jsonl.drop_from_step(self.path, first_step)
+        jsonl.drop_from_step(self.path, done + 1)
 
     def write(self, step: int, records: Sequence[GroupRecord]) -> None:
         """Append a step. The images of the first kept prompts are saved in <out>/rollouts/."""
@@ -239,7 +240,7 @@ def step_rates(
 def progress_text(row: dict[str, Any], total_steps: int) -> str:
     """Three lines about a step: the rewards, the update, the time."""
     width = len(str(total_steps))
-    head = f"step {row['step'] + 1:>{width}}/{total_steps}"
+    head = f"step {row['step']:>{width}}/{total_steps}"
     modes = " ".join(f"{k.removeprefix('reward/')} {v:.3f}" for k, v in row.items() if k.startswith("reward/"))
     rewards = (
         f"{head}  reward {row['reward']:.4f} ({modes})  accuracy {row['accuracy']:.3f}  format {row['format']:.3f}  "
@@ -262,6 +263,7 @@ def progress_text(row: dict[str, Any], total_steps: int) -> str:
         f"shared prompts save {row['token_saving']:.2f}x tokens  mem {row['memory_gib']:.1f} GiB  "
         f"left {duration(row['eta'])}"
     )
+    time += rejected(row)
     if row["split_groups"]:
         time += f"  {row['split_groups']:.0f} groups did not fit into a pack"
     indent = " " * (len(head) + 2)

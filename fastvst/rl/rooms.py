@@ -1,15 +1,21 @@
-"""What examples/rl.py trains on without data: a model of the first command, and prompts about rendered rooms."""
+"""What examples/rl.py trains on: prompts of rows; without any, rendered rooms and the model of the first command."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastvst.config import not_an_option
+from fastvst.config import ConfigError, not_an_option
+from fastvst.data import Ledger, MixtureConfig, Processor, SourceConfig
+from fastvst.rl.heldout import EvaluationConfig
+from fastvst.rl.prompts import PromptStream
 from fastvst.train.distributed import World
+from fastvst.train.run import open_data
 
 ROWS = {"depth_comparison": 1.0, "distance": 1.0, "measurement": 1.0, "detection_3d": 0.25}
 
@@ -45,11 +51,32 @@ def make_rooms(options: RoomsOptions, questions: int, world: World) -> tuple[str
     return make("train", options.samples, options.seed), make("heldout", questions, 0)
 
 
+def find_data(
+    data: MixtureConfig, rooms: RoomsOptions, evaluation: EvaluationConfig, world: World
+) -> tuple[MixtureConfig, str | None]:
+    """The mixture of the prompts, and the rows of the evaluation."""
+    if data.sources:
+        return data, evaluation.path
+    train, test = make_rooms(rooms, evaluation.questions, world)
+    return dataclasses.replace(data, sources=(SourceConfig(path=train, name="rooms"),)), evaluation.path or test
+
+
+def open_prompts(
+    config: Any, mixture: MixtureConfig, processor: Processor, ledger: Ledger, **place: int
+) -> PromptStream:
+    """The stream of prompts; `place`: rank, size and completion tokens of PromptStream."""
+    data = open_data(mixture, whole_rows=True)
+    system = config.sampling.system
+    return PromptStream(data, processor, ledger, system=system, needs_answer=config.reward.needs_answer, **place)
+
+
 def supervised_model(script: Path, folder: Path = Path("runs/sft")) -> str:
     """The directory that `script` (examples/sft.py) writes; if it is missing, the script runs in its own process."""
     if not (folder / "hf" / "config.json").exists():
         print(f"{folder / 'hf'} does not exist: running examples/sft.py first", flush=True)
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_"))}
         plain = {k: v for k, v in plain.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        subprocess.run([sys.executable, str(script), "--out", str(folder)], env=plain, check=True)
+        status = subprocess.run([sys.executable, str(script), "--out", str(folder)], env=plain).returncode
+        if status or not (folder / "hf" / "config.json").exists():
+            raise ConfigError(f"{script} ended with status {status} and without a model; pass --model.path DIR")
     return str(folder / "hf")

@@ -94,7 +94,7 @@ class World:
 
     def say(self, *lines: object) -> None:
         """Print the lines on rank 0."""
-        if self.is_main:
+        if self.is_main and lines:
             print(*lines, sep="\n", flush=True)
 
     def once_per_node(self, key: str, make: Callable[[], str]) -> str:

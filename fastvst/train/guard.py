@@ -105,10 +105,10 @@ def record_skip(config: GuardConfig, recent: Recent, out: Path, row: dict[str, A
     step = row["step"]
     reason = row["reason"]
     jsonl.append(out / f"skipped-{row['rank']:05d}.jsonl", [row])
-    print(f"rank {row['rank']}, step {step + 1} skipped, {reason}: {row['packs']}", flush=True)
+    print(f"rank {row['rank']}, step {step} skipped, {reason}: {row['packs']}", flush=True)
     if recent.in_a_row >= config.patience:
         raise GuardError(
-            f"step {step + 1}: {recent.in_a_row} steps in a row were skipped, the last one because {reason}. The "
+            f"step {step}: {recent.in_a_row} steps in a row were skipped, the last one because {reason}. The "
             f"samples are in {out}/skipped-*.jsonl. Lower optimizer.lr, look at those samples, or raise guard.patience "
             "and resume from the last checkpoint"
         )

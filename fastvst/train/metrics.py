@@ -1,11 +1,14 @@
-"""The figures of a run: a progress line, metrics.jsonl always, TensorBoard and W&B on request."""
+"""The figures of a run: a progress line, metrics.jsonl always, TensorBoard and W&B on request.
+
+Steps are counted from 1 everywhere. The row of step k is written after the k-th step, and so is the checkpoint step-k.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,11 +52,12 @@ class Metrics:
 
     Args:
         out: run folder; rows are appended to `out/metrics.jsonl`.
-        first_step: rows of this step and of later steps are dropped. A run that was killed after its last checkpoint
-            leaves such rows, and the resumed run writes them again.
+        done: steps done so far; rows of later steps are dropped. A run that was killed after its last checkpoint leaves
+            such rows, and the resumed run writes them again.
         settings: the resolved configuration; it is written to `out/config.json` and sent to W&B.
         line: makes the progress line of a row; default `progress_line`.
         peak_flops: FLOP/s of all devices together, for the MFU; None = unknown.
+        origins: (option, where its value comes from), written to `out/config_origins.json`.
     """
 
     def __init__(
@@ -62,11 +66,12 @@ class Metrics:
         config: LogConfig,
         total_steps: int,
         *,
-        first_step: int,
+        done: int,
         is_main: bool,
         settings: dict[str, Any],
         line: Callable[[dict[str, Any], int], str] | None = None,
         peak_flops: float | None = None,
+        origins: Iterable[tuple[str, str]] = (),
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -81,13 +86,14 @@ class Metrics:
             return
         if config.tensorboard:
             module = _optional("torch.utils.tensorboard", "tensorboard", "log.tensorboard")
-            self._tensorboard = module.SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+            self._tensorboard = module.SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
         if config.wandb:
             module = _optional("wandb", "wandb", "log.wandb")
             out.mkdir(parents=True, exist_ok=True)
             self._wandb = module.init(project=config.wandb, dir=str(out), config=settings, resume="allow")
-        jsonl.drop_from_step(self.path, first_step)
-        atomic.write_text(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        jsonl.drop_from_step(self.path, done + 1)
+        for name, values in (("config.json", settings), ("config_origins.json", dict(origins))):
+            atomic.write_text(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Metrics:
         return self
@@ -107,7 +113,7 @@ class Metrics:
         seconds = row["seconds"]
         old = self._seconds_per_step
         self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds  # about the last ten steps
-        row["eta"] = round((self.total_steps - step - 1) * self._seconds_per_step, 1)
+        row["eta"] = round((self.total_steps - step) * self._seconds_per_step, 1)
         jsonl.append(self.path, [row])
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         if self._tensorboard is not None:
@@ -115,7 +121,7 @@ class Metrics:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        if step % self.config.every == 0 or step == self.total_steps - 1 or "skipped" in row:
+        if step % self.config.every == 0 or step in (1, self.total_steps) or "skipped" in row:
             print(self.line(row, self.total_steps), flush=True)
 
 
@@ -162,12 +168,17 @@ def progress_line(row: dict[str, Any], total_steps: int) -> str:
     width = len(str(total_steps))
     mfu = f"mfu {100 * row['mfu']:.1f}%  " if "mfu" in row else ""
     text = (
-        f"step {row['step'] + 1:>{width}}/{total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"step {row['step']:>{width}}/{total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
         f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['images_per_s']:,.1f} img/s  {mfu}"
         f"fill {100 * row['fill']:.1f}%  mem {row['memory_gib']:.1f} GiB  left {duration(row['eta'])}"
     )
-    text += f"  rejected {row['rejected']}" if row.get("rejected") else ""
+    text += rejected(row)
     return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text
+
+
+def rejected(row: dict[str, Any]) -> str:
+    """The count and the share of samples that cannot be used; empty if there are none."""
+    return f"  rejected {row['rejected']:,} ({100 * row['rejected_share']:.2g}%)" if row.get("rejected") else ""
 
 
 def duration(seconds: float) -> str:

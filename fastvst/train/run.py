@@ -7,18 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fastvst.config import ConfigError, leaves, load_config, usage
+from fastvst.config import ConfigError, leaves, load_config, resolve, usage
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig
 from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.loader import make_planner, open_again
 from fastvst.data.mixture import Mixture, open_mixture
+from fastvst.data.probe import probe
+from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model import weights as hf
 from fastvst.train import checkpoint, distributed, lock
@@ -26,11 +28,17 @@ from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
 from fastvst.train.optimizer import freeze
+from fastvst.train.recipes import Layers
 from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
 from fastvst.train.stop_signal import StopRequest
 from fastvst.train.watchdog import Watchdog
 
 C = TypeVar("C")
+
+
+class RankError(RuntimeError):
+    """Another rank has an error that ends the run on all ranks; the message has its text."""
+
 
 # Errors whose message tells the user what to change; everything else ends with a traceback.
 USER_ERRORS: tuple[type[Exception], ...] = (
@@ -39,6 +47,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     CheckpointError,
     GuardError,
     TooManyBadSamples,
+    RankError,
     lock.FolderInUse,
     FileNotFoundError,
 )
@@ -63,20 +72,26 @@ def read_config(
     config_class: type[C],
     arguments: Sequence[str],
     description: str | None,
-    defaults: Callable[[C], C] | None = None,
+    layers: Callable[[Mapping[str, Any]], Layers] | None = None,
 ) -> C | None:
     """The configuration that the command line describes, or None after printing the help that it asks for.
 
     Args:
-        defaults: called with that configuration, it returns the defaults for such a run, on top of which the command
-            line is read again.
+        layers: see `fastvst.config.resolve`. The class needs a field `origins`, which receives (name, origin) pairs.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, or model.path is not a checkpoint.
     """
     if not {"-h", "--help"} & set(arguments):
-        config = load_config(config_class, arguments)
-        return config if defaults is None else load_config(config_class, arguments, defaults(config))
+        if layers is None:
+            return load_config(config_class, arguments)
+        try:
+            config, origins = resolve(config_class, arguments, layers)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"model.path: {error}") from error
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(f"model.path: {error}") from error
+        return replace(cast(Any, config), origins=tuple(origins.items()))
     try:
         print(f"{description}\nOptions:\n{usage(config_class)}", flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, as in `--help | head`
@@ -123,9 +138,29 @@ def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
                 print(f"{path} was renamed to {set_damaged_aside(path).name}", flush=True)
         except lock.FolderInUse as error:
             refused = error
-    if world.sum(torch.tensor(float(refused is not None), device=world.device)).item():
-        raise refused or lock.FolderInUse(f"{out} is in use; see the message of rank 0")
+    raise_together(refused, world)
     return found
+
+
+def raise_together(error: Exception | None, world: World) -> None:
+    """Raise on every rank if any rank has an error: its own one, or RankError. Every rank calls it."""
+    failed = torch.zeros(world.size, device=world.device)
+    failed[world.rank] = error is not None
+    ranks = world.sum(failed).nonzero().flatten().tolist()
+    if not ranks:
+        return
+    if world.store is not None and world.rank == ranks[0]:
+        world.store.set("first error", str(error))
+    if error is not None:
+        raise error
+    assert world.store is not None
+    raise RankError(f"rank {ranks[0]}: {world.store.get('first error').decode()}")
+
+
+def say_hopeless_sources(mixture: Mixture, examine: Callable[[Sample], object], world: World) -> None:
+    """Print the sources whose first rows all fail, with the first reason."""
+    if world.is_main:
+        world.say(*(found.describe() for found in probe(mixture, examine) if found.hopeless))
 
 
 def open_data(config: MixtureConfig, *, whole_rows: bool = False) -> Mixture:

@@ -87,3 +87,15 @@ def test_a_new_run_starts_a_new_file(tmp_path) -> None:
     path.write_text('{"id": "of another run"}\n')
     Ledger(path).record(error(1))
     assert "another run" not in path.read_text() and len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_deferred_ledger_leaves_the_end_to_its_owner(strict: bool) -> None:
+    ledger = Ledger(max_fraction=0.1, min_samples=10, strict=strict, deferred=True)
+    for number in range(2):
+        ledger.saw(5)
+        ledger.record(SampleError("broken_image", "set", str(number), "torn"))
+        ledger.check()
+        assert (ledger.failure() is not None) == (strict or number == 1)
+    assert "set/0: broken_image: torn" in str(ledger.failure()) if strict else "20.0% of 10" in str(ledger.failure())
+    assert ledger.figures() == {"rejected": 2, "rejected_share": 0.2}

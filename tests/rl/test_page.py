@@ -16,9 +16,9 @@ WORLD = distributed.start(ParallelConfig(device="cpu", threads=1), environment={
 
 def test_the_page_escapes_completions_rows_and_settings(tmp_path: Path) -> None:
     group = record(0, UGLY_TEXTS, [0, 0, 1, 0, 0], task="<i>task</i>")
-    log = RolloutLog(tmp_path, rank=0, first_step=0)
-    log.write(0, [group])
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "answers": 5}\n')
+    log = RolloutLog(tmp_path, rank=0, done=0)
+    log.write(1, [group])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "answers": 5}\n')
     row = evaluation_row(0, [question(0)], [record(0, ["3"], [1.0])], WORLD)
     write_evaluation(tmp_path, row, WORLD)
     html = write_report(tmp_path, {"out": "</pre><script>"}).read_text(encoding="utf-8")
@@ -29,9 +29,9 @@ def test_the_page_escapes_completions_rows_and_settings(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_each_of_a_few_groups_once(tmp_path: Path) -> None:
-    log = RolloutLog(tmp_path, rank=0, first_step=0)
+    log = RolloutLog(tmp_path, rank=0, done=0)
     for step in range(3):
-        log.write(step, [record(step, [f"completion {step}"], [0.0])])
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "answers": 3}\n')
+        log.write(step + 1, [record(step, [f"completion {step}"], [0.0])])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "answers": 3}\n')
     html = write_report(tmp_path, {}).read_text(encoding="utf-8")
     assert [html.count(f"completion {step}") for step in range(3)] == [1, 1, 1]

@@ -16,19 +16,19 @@ WORLD = distributed.start(ParallelConfig(device="cpu", threads=1), environment={
 def test_the_log_has_every_completion_and_a_resumed_run_replaces_its_steps(tmp_path: Path) -> None:
     group = record(0, UGLY_TEXTS, [0, 0, 1, 0, 0])
     group.advantages = [-0.5, -0.5, 2.0, -0.5, -0.5]
-    log = RolloutLog(tmp_path, rank=0, first_step=0)
-    for step in range(3):
+    log = RolloutLog(tmp_path, rank=0, done=0)
+    for step in (1, 2, 3):
         log.write(step, [group, record(1, ["3"], [1], "too_easy")])
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 0, 1, 1, 2, 2] and [r["verdict"] for r in rows[:2]] == ["keep", "too_easy"]
+    assert [r["step"] for r in rows] == [1, 1, 2, 2, 3, 3] and [r["verdict"] for r in rows[:2]] == ["keep", "too_easy"]
     assert [a["text"] for a in rows[0]["answers"]] == UGLY_TEXTS and rows[0]["answers"][2]["advantage"] == 2
     assert len(rows[0]["pictures"]) == 1 and rows[1]["pictures"] == [] and (tmp_path / rows[0]["pictures"][0]).exists()
     with (tmp_path / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 2, "torn')
-    log = RolloutLog(tmp_path, rank=0, first_step=2)
-    log.write(2, [group])
+        file.write('{"step": 3, "torn')
+    log = RolloutLog(tmp_path, rank=0, done=2)
+    log.write(3, [group])
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 0, 1, 1, 2]
+    assert [r["step"] for r in rows] == [1, 1, 2, 2, 3]
 
 
 def test_the_figures_of_a_step_are_means_over_all_completions() -> None:
@@ -41,7 +41,7 @@ def test_the_figures_of_a_step_are_means_over_all_completions() -> None:
     assert found["answer_tokens"] == 204 and step_figures([], WORLD)["reward"] == 0
     parts = ("prefill", "decode", "reward", "update")
     timing = {f"{p}_seconds": 1.0 for p in parts} | {f"{p}_tokens_per_s": 5.0 for p in parts}
-    update = {"step": 0, "loss": 0.1, "lr": 1e-3, "grad_norm": 1.0, "token_saving": 2.5, "split_groups": 3.0}
+    update = {"step": 1, "loss": 0.1, "lr": 1e-3, "grad_norm": 1.0, "token_saving": 2.5, "split_groups": 3.0}
     text = progress_text(found | timing | update | {"seconds": 4.0, "memory_gib": 1.0, "eta": 60.0}, 10)
     for part in ("reward 0.5000 (mra 0.500)", "groups 1/2", "max 200", "2.50x", "decode 1.0", "3 groups did not fit"):
         assert part in text

@@ -67,7 +67,7 @@ def rows_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def test_a_run_writes_its_files(whole: Path, model: Path) -> None:
     rows = rows_of(whole)
-    assert [r["step"] for r in rows] == list(range(8))
+    assert [r["step"] for r in rows] == list(range(1, 9))
     keys = "reward accuracy format length length_max clipped entropy grad_norm clip_low clip_high kl_old_k3 too_easy "
     keys += "too_hard kept sampler_gap sampler_gap_max prefill_seconds decode_seconds reward_seconds update_seconds "
     keys += "decode_tokens_per_s update_tokens_per_s token_saving split_groups kept_share reward/relaxed"
@@ -77,7 +77,7 @@ def test_a_run_writes_its_files(whole: Path, model: Path) -> None:
         r["ratio_max"] == 1.0 for r in rows if "ratio_max" in r
     )  # the only update of a step is on policy: no old log-probabilities
     asked = rows_of(whole, "rollouts.jsonl")
-    assert {g["step"] for g in asked} == set(range(8)) and all(len(g["answers"]) == 4 for g in asked)
+    assert {g["step"] for g in asked} == set(range(1, 9)) and all(len(g["answers"]) == 4 for g in asked)
     kept = [g for g in asked if g["verdict"] == "keep"]
     assert all(abs(sum(a["advantage"] for a in g["answers"])) < 1e-4 for g in kept)
     assert [r["step"] for r in rows_of(whole, "evaluation.jsonl")] == [0, 4, 8]
@@ -248,9 +248,9 @@ def test_a_nan_skips_the_step_and_names_the_prompts(model: Path, data: Path, rew
     rows = rows_of(out)
     assert ["skipped" in r for r in rows] == [False, True, False]
     (note,) = rows_of(out, "skipped-00000.jsonl")
-    asked = {f"{g['source']}/{g['id']}" for g in rows_of(out, "rollouts.jsonl") if g["step"] == 1}
+    asked = {f"{g['source']}/{g['id']}" for g in rows_of(out, "rollouts.jsonl") if g["step"] == 2}
     named = {name for part in note["packs"] for name in part["samples"]}
-    assert note["step"] == 1 and named and named <= asked
+    assert note["step"] == 2 and named and named <= asked
     assert torch.isfinite(Qwen25VL.from_pretrained(out / "hf").head_weight).all()
     with pytest.raises(GuardError, match="2 steps in a row"):
         _with_a_nan({}, rl_arguments(tmp_path / "b", data, model, reward, "guard.patience=2"), (0, 1, 2))
@@ -280,8 +280,8 @@ def test_equal_rewards_train_nothing_and_write_no_model(model: Path, data: Path,
 
 
 def test_the_defaults_of_the_rooms_belong_to_the_rooms(data: Path) -> None:
-    rooms = read_config(rl.Config, [], None, rl.rooms_defaults)
-    own = read_config(rl.Config, [f'data.sources=[{{path = "{data}"}}]', "sampling.answers=3"], None, rl.rooms_defaults)
+    rooms = read_config(rl.Config, [], None, rl.layers)
+    own = read_config(rl.Config, [f'data.sources=[{{path = "{data}"}}]', "sampling.answers=3"], None, rl.layers)
     assert (rooms.filter.low, rooms.update.entropy_coef, rooms.sampling.max_tokens) == (-0.01, -0.1, 96)
     assert rooms.optimizer.freeze == ("vision", "merger") and rooms.sampling.answers == 8
     assert (own.filter.low, own.update.entropy_coef, own.optimizer.freeze) == (None, 0.0, ())

@@ -54,10 +54,10 @@ def test_the_run_stops_after_k_skips_in_a_row(tmp_path: Path, capsys: pytest.Cap
     config = GuardConfig(patience=3)
     recent = Recent()
     rows = []
-    for step in range(3):
+    for step in (1, 2, 3):
         reason, recent = check(config, recent, math.nan, 1.0)
         rows.append(skip_row(0, step, reason or "", [math.nan], [1.0], [["a/1"]]))
-        if step < 2:
+        if step < 3:
             record_skip(config, recent, tmp_path, rows[-1])
     with pytest.raises(GuardError, match=r"step 3: 3 steps in a row.*loss is nan.*skipped-\*\.jsonl"):
         record_skip(config, recent, tmp_path, rows[-1])

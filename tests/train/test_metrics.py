@@ -14,9 +14,9 @@ def _row(step: int, **more: object) -> dict[str, object]:
     return {**row, "fill": 0.98, "memory_gib": 1.5, "flops": 2e12, **more}
 
 
-def _open(out: Path, first_step: int = 0, is_main: bool = True, **log: object) -> Metrics:
+def _open(out: Path, done: int = 0, is_main: bool = True, **log: object) -> Metrics:
     config = LogConfig(**log)  # type: ignore[arg-type]
-    return Metrics(out, config, total_steps=10, first_step=first_step, is_main=is_main, settings={})
+    return Metrics(out, config, total_steps=10, done=done, is_main=is_main, settings={})
 
 
 def _steps(out: Path) -> list[int]:
@@ -25,33 +25,33 @@ def _steps(out: Path) -> list[int]:
 
 def test_every_step_is_in_the_file_and_every_kth_on_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with _open(tmp_path, every=4) as metrics:
-        for step in range(10):
+        for step in range(1, 11):
             metrics.log(_row(step))
-    assert _steps(tmp_path) == list(range(10))
+    assert _steps(tmp_path) == list(range(1, 11))
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ["1/10", "5/10", "9/10", "10/10"]
+    assert shown == ["1/10", "4/10", "8/10", "10/10"]
 
 
 def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path: Path) -> None:
     with _open(tmp_path) as metrics:
-        for step in range(6):
+        for step in range(1, 7):
             metrics.log(_row(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
-    with _open(tmp_path, first_step=4) as metrics:
-        for step in range(4, 7):
+        file.write('{"step": 7, "lo')  # killed while writing
+    with _open(tmp_path, done=4) as metrics:
+        for step in range(5, 8):
             metrics.log(_row(step))
-    assert _steps(tmp_path) == list(range(7))
-    with _open(tmp_path, first_step=0) as metrics:
-        metrics.log(_row(0))
-    assert _steps(tmp_path) == [0]
+    assert _steps(tmp_path) == list(range(1, 8))
+    with _open(tmp_path, done=0) as metrics:
+        metrics.log(_row(1))
+    assert _steps(tmp_path) == [1]
 
 
 def test_rates_and_line() -> None:
     row = rates(_row(3))
     assert (row["tokens_per_s"], row["images_per_s"], row["tflops_per_s"]) == (2000.0, 8.0, 4.0)
     line = progress_line({**row, "eta": 3725}, 10)
-    for part in ("step  4/10", "loss 2.0000", "lr 1.00e-03", "grad 0.500", "2,000 tok/s", "8.0 img/s", "fill 98.0%"):
+    for part in ("step  3/10", "loss 2.0000", "lr 1.00e-03", "grad 0.500", "2,000 tok/s", "8.0 img/s", "fill 98.0%"):
         assert part in line
     assert "mem 1.5 GiB" in line and line.endswith("left 1:02:05")
     assert progress_line({**row, "eta": 3, "skipped": "nan"}, 10).endswith("left 0:03  SKIPPED: nan")
@@ -84,7 +84,7 @@ def test_peak_of_known_devices(name: str, teraflops: float | None) -> None:
 
 def test_the_settings_are_kept_in_the_run_folder(tmp_path: Path) -> None:
     config = LogConfig()
-    with Metrics(tmp_path, config, 10, first_step=0, is_main=True, settings={"steps": 10}):
+    with Metrics(tmp_path, config, 10, done=0, is_main=True, settings={"steps": 10}):
         assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 10}
 
 
@@ -96,7 +96,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_time_left_is_the_steps_left_times_a_step(tmp_path: Path) -> None:
     with _open(tmp_path) as metrics:
-        for step in range(3):
+        for step in (1, 2, 3):
             metrics.log(_row(step, seconds=2.0))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["eta"] == pytest.approx(14.0)
 
@@ -116,11 +116,11 @@ def test_a_missing_option_says_what_to_install(
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with _open(tmp_path, tensorboard=True) as metrics:
-        for step in range(3):
-            metrics.log(_row(step, seconds=2.0 + step))
+        for step in range(1, 4):
+            metrics.log(_row(step, seconds=1.0 + step))
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("seconds")] == [(0, 2.0), (1, 3.0), (2, 4.0)]
+    assert [(e.step, e.value) for e in events.Scalars("seconds")] == [(1, 2.0), (2, 3.0), (3, 4.0)]
     written = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert set(events.Tags()["scalars"]) == {k for k, v in written.items() if isinstance(v, (int, float))} - {"step"}
 

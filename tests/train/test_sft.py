@@ -203,7 +203,7 @@ def test_resume_after_a_kill_gives_the_uninterrupted_curve_bit_for_bit(
     process = _start(command)
     process.join(120)
     assert process.exitcode == 0
-    assert [row["step"] for row in rows_of(out)] == list(range(20))
+    assert [row["step"] for row in rows_of(out)] == list(range(1, 21))
     assert curve(out) == whole
 
 
@@ -304,7 +304,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(
     parameters = sum(p.numel() for p in Qwen25VL.from_pretrained(model).parameters())
     for part in (f"parameters: {parameters:,}", "packing: fill", "TFLOP", "optimizer.lr", "GiB on each GPU", "decoder"):
         assert part in text
-    assert "first 2" in text and "over the 40 samples" in text
+    assert "first 40 samples" in text and "over the 40 samples" in text
     assert not (tmp_path / "run").exists()
 
 
