@@ -17,7 +17,7 @@ from fastvst.model.decoder import Decoder
 from fastvst.model.hub import local_checkpoint
 from fastvst.model.layers import Attend, Norm
 from fastvst.model.vision import PatchKernel, VisionTower
-from fastvst_kernels import packed_attention
+from fastvst_kernels import linear_cross_entropy, packed_attention
 
 Head = Callable[[Tensor, Tensor], Any]
 TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
@@ -98,6 +98,34 @@ class Qwen25VL(nn.Module):
     def logits(self, batch: PackedBatch) -> Tensor:
         """(T, vocab_size) logits, for tests and debugging: training never holds them all."""
         return self(batch, head=nn.functional.linear)
+
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """() float32: cross entropy of the supervised tokens, the mean weighted by `batch.target_weights`.
+
+        The logits are never held all at once. A training run that spreads a step over packs and ranks divides by the
+        weight of all of them instead (`token_mean` in examples/sft.py).
+
+        Raises:
+            ValueError: no token of the batch is supervised.
+        """
+        if not batch.num_targets:
+            raise ValueError(f"no token of {', '.join(batch.sample_ids)} is supervised; expected an assistant message")
+        shares = batch.target_weights / batch.target_weights.sum()
+
+        def head(hidden: Tensor, weight: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden[batch.loss_rows], weight, batch.targets, row_weights=shares)
+
+        return self(batch, head=head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.embed_tokens.weight.dtype
 
     @property
     def head_weight(self) -> Tensor:
