@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+MAX_TEMPLATE = 2**20  # bytes of one chat template
 LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 # The same for videos (Qwen2VLVideoProcessor, pixels of a frame). transformers 4.52 had other limits.
 VIDEO_DEFAULTS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28, "min_frames": 4, "max_frames": 768}
@@ -101,6 +102,8 @@ def read_files(
     """
     extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     paths = [directory / name for name in KEPT] + extra
+    for one in [path for path in paths if path.is_file() and path.name != "tokenizer.json"]:
+        checkpoint_files.check_size(one, MAX_TEMPLATE if one.suffix == ".jinja" else checkpoint_files.MAX_JSON)
     contents = {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()}
     for name in contents:
         if name.endswith(".json") and name != "tokenizer.json":

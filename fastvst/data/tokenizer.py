@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from fastvst.model.checkpoint_files import check_pointer, read_json
+from fastvst.model.checkpoint_files import check_pointer, check_size, read_json
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENIZER = ASSETS / "tiny_tokenizer.json"
@@ -64,6 +64,7 @@ REQUIRED_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+MAX_TOKENIZER = 2**28  # bytes; Qwen2.5's tokenizer.json has 11 MB
 
 
 def byte_symbols() -> list[str]:
@@ -123,6 +124,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"or make it: python -m fastvst.data.tokenizer convert --ranks qwen.tiktoken --out {directory}"
         )
     check_pointer(path)
+    check_size(path, MAX_TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every malformed file
@@ -146,11 +148,14 @@ def _add_tokens(tokenizer: Tokenizer, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     fields = read_json(path) if path.is_file() else {}
     legacy = directory / "added_tokens.json"
-    if "added_tokens_decoder" in fields:
-        for number, token in fields["added_tokens_decoder"].items():
-            found[int(number)] = AddedToken(**{k: v for k, v in token.items() if not k.startswith("__")})
-    elif legacy.is_file():
-        found = {number: AddedToken(name, normalized=False) for name, number in read_json(legacy).items()}
+    try:
+        if "added_tokens_decoder" in fields:
+            for number, token in fields["added_tokens_decoder"].items():
+                found[int(number)] = AddedToken(**{k: v for k, v in token.items() if not k.startswith("__")})
+        elif legacy.is_file():
+            found = {int(number): AddedToken(name, normalized=False) for name, number in read_json(legacy).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path if fields else legacy}: the added tokens cannot be read: {error}") from error
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for number, token in sorted(found.items()):
         if token.content not in known:

@@ -15,6 +15,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_JSON = 2**26  # bytes; the index of the 72B model has 0.1 MB
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # The first name of a group is always written. The others say the same in another form: where a save does not write
@@ -53,16 +54,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: not UTF-8, not JSON (the message has the line), or not an object.
+        ValueError: not UTF-8, not JSON (the message has the line), nested too deeply, too large, or not an object.
     """
     check_pointer(path)
+    check_size(path, MAX_JSON)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains a {type(content).__name__}; expected a JSON object")
     return content
+
+
+def check_size(path: Path, most: int) -> None:
+    """Raise ValueError if a file has more than `most` bytes, before anything is read."""
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes; expected at most {most:,}")
 
 
 def check_pointer(path: Path) -> None:

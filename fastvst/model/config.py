@@ -13,6 +13,25 @@ from fastvst.model import config_json
 from fastvst.model.checkpoint_files import CONFIG, GENERATION, json_text, read_json
 from fastvst.model.hub import local_checkpoint
 
+# Counts above these build modules, tables or images until the memory is full; the 72B model is far below.
+MOST = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "depth": 1000,
+    "num_heads": 100_000,
+    "out_hidden_size": 1_000_000,
+    "in_channels": 100,
+    "patch_size": 1000,
+    "temporal_patch_size": 100,
+    "spatial_merge_size": 100,
+    "window_size": 100_000,
+    "tokens_per_second": 1_000_000,
+}
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -100,6 +119,9 @@ class ModelConfig:
             (self.video_rule not in ("extent", "grid"), "video_rule must be 'extent' or 'grid'"),
         ]
         wrong = [text for failed, text in problems if failed]
+        for part in (self, v):
+            found = [(f.name, getattr(part, f.name)) for f in dataclasses.fields(part) if f.name in MOST]
+            wrong += [f"{n} is {value:,}, expected at most {MOST[n]:,}" for n, value in found if value > MOST[n]]
         if wrong:
             raise ValueError(f"invalid model config: {'; '.join(wrong)}; got {self}")
 

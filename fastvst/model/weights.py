@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import warnings
@@ -27,6 +28,8 @@ RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
 
 
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SHOWN = 5  # problems in a message; a wrong model has a thousand
 
 
@@ -66,8 +69,12 @@ def _summary(
     found: Mapping[Path, list[tuple[str, str | None]]],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> str:
-    """The first problems and how many there are, or the prefix that all names share."""
-    headers = [name for path in found for name in read_header(path)[0]]
+    """The first problems and how many there are, or what is wrong with all of the names or tensors."""
+    entries = {name: entry for path in found for name, entry in read_header(path)[0].items()}
+    known = refusals.quantised_tensors(entries) or refusals.wrapped_names(entries)
+    if known:
+        return f"{directory}: {known}"
+    headers = list(entries)
     for name in headers:
         prefix, ending, _ = name.partition("model.embed_tokens.weight")
         prefix = prefix if ending else name.partition("model.language_model.embed_tokens.weight")[0]
@@ -140,6 +147,9 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     if index.is_file():
         names = sorted(set(_weight_map(index).values()))
+        others = sorted(p.name for p in directory.iterdir() if files.SHARD.fullmatch(p.name) and p.name not in names)
+        if others:
+            warnings.warn(f"{directory}: {INDEX} does not list {', '.join(others[:SHOWN])}; not read", stacklevel=4)
         outside = [n for n in names if Path(n).name != n]
         if outside:
             raise WeightsError(f"{index} names files outside its directory: {outside}")
@@ -159,8 +169,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     found = files.read_json(index).get("weight_map")
-    if not isinstance(found, dict):
-        raise WeightsError(f"{index} has no weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise WeightsError(f"{index} has no weight_map from tensors to files")
     return found
 
 
@@ -178,16 +188,34 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= size - 8:
             return {}, f"{path.name}: truncated or not safetensors ({size} bytes)"
+        if length > MAX_HEADER:
+            return {}, f"{path.name}: its header has {length:,} bytes; safetensors allows {MAX_HEADER:,}"
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            wrong = next((name for name, entry in header.items() if not _is_tensor(entry)), None)
+        except (ValueError, AttributeError, TypeError, RecursionError):
             return {}, f"{path.name}: its header is not JSON; not a safetensors file"
-    header.pop("__metadata__", None)
+    if wrong is not None:
+        return {}, f"{path.name}: the header entry of {wrong[:80]} is {str(header[wrong])[:120]}; the file is damaged"
     cut = [n for n, t in header.items() if 8 + length + t["data_offsets"][1] > size]
     if cut:
         need = 8 + length + max(t["data_offsets"][1] for t in header.values())
         return header, f"{path.name}: truncated at {size} of {need} bytes; cut off: {', '.join(sorted(cut)[:SHOWN])}"
     return header, None
+
+
+def _is_tensor(entry: Any) -> bool:
+    """True for a header entry whose shape, dtype and place agree."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
+        return False
+    shape, offsets = numbers
+    width = BYTES.get(entry["dtype"])
+    used = offsets[1] - offsets[0] if len(offsets) == 2 else -1
+    return used >= 0 and len(shape) <= 8 and (width is None or used == width * math.prod(shape))
 
 
 def published_name(name: str) -> str:

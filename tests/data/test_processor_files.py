@@ -178,3 +178,52 @@ def test_videos_that_are_processed_otherwise_are_refused(folder, fields, words):
     (folder / "video_preprocessor_config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"video_preprocessor_config.json.*{words}"):
         Processor.from_pretrained(folder)
+
+
+def test_nothing_of_a_folder_runs(folder, tmp_path):
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("processing_own.py", "tokenization_own.py", "__init__.py"):
+        (folder / name).write_text(code)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        own = {"auto_map": {"AutoProcessor": "processing_own.Own", "AutoTokenizer": ["tokenization_own.Own", None]}}
+        fields = json.loads((folder / name).read_text()) | own | {"trust_remote_code": True}
+        (folder / name).write_text(json.dumps(fields))
+    Processor.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert not marker.exists()
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["trust_remote_code"] is True
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.json",
+        "chat_template.jinja",
+    ],
+)
+def test_huge_files_are_refused_before_they_are_read(folder, name):
+    with open(folder / name, "wb") as file:
+        file.truncate(2**40)  # sparse: nothing is on the disk
+    with pytest.raises(ValueError, match=f"{name} has 1,099,511,627,776 bytes"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a": ' * 200_000, "{,}", "[1]"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"]
+)
+def test_deep_and_damaged_files_are_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("decoder", [[1], {"x": {"content": "a"}}, {"4096": 7}, {"4096": {"text": "a"}}])
+def test_added_tokens_that_cannot_be_read_are_named(folder, decoder):
+    fields = json.loads((folder / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="tokenizer_config.json( gives the token|: the added tokens cannot be read)"):
+        Processor.from_pretrained(folder)
