@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from fastvst.cli.generate_rows import describe, generate_file
 from fastvst.data.gallery import add_source_arguments
 from fastvst.data.mixture import SourceConfig
 from fastvst.data.sample import Message, Part, Sample
+from fastvst.evaluate.boxes_2d import boxes_2d
 from fastvst.rollout.request import RolloutError, SamplingParams
 
 if TYPE_CHECKING:
@@ -85,9 +85,14 @@ def run_generate(arguments: argparse.Namespace) -> int:
     engine = load(arguments, max_sequences=arguments.batch)
     output = Path(arguments.output)
     settings = describe(arguments.model, engine, params, arguments.input)
-    counts = generate_file(
-        engine, source, output, params, settings, log=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        counts = generate_file(engine, source, output, params, settings, log=log)
+    except RolloutError as error:  # of the checkpoint, not of the program
+        raise ValueError(str(error)) from error
     print(f"{output}: {counts.answered} answered, {counts.failed} failed, {counts.skipped} were there", file=sys.stderr)
     return 0
 
@@ -235,19 +240,3 @@ def _sizes(
     inputs = measure_vision_inputs(messages, processor.config, processor.geometry)
     last = [one for one in inputs if one.frames is None][-1]
     return last.source_size, last.size
-
-
-def boxes_2d(answer: str) -> list[tuple[tuple[float, float, float, float], str]]:
-    """Entries {"bbox_2d": [x1, y1, x2, y2], "label"} of a JSON list in the answer, as Qwen2.5-VL writes them."""
-    begin = answer.find("[")
-    end = answer.rfind("]")
-    try:
-        entries = json.loads(answer[begin : end + 1]) if 0 <= begin < end else []
-    except (ValueError, RecursionError):
-        return []
-    found = []
-    for entry in entries if isinstance(entries, list) else []:
-        box = entry.get("bbox_2d") if isinstance(entry, dict) else None
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in box):
-            found.append(((box[0], box[1], box[2], box[3]), str(entry.get("label", ""))))
-    return found

@@ -1,8 +1,9 @@
 """Answers to the rows of a data set, in the order of its rows, in a file that a stopped run resumes.
 
 A line is {"id", "answers": [{"text", "finish_reason", "tokens"}], "key"}, or {"id", "error"} for a row that could not
-be answered; it is asked again by the next call. `key` is the fingerprint of the question with its images and of the
-settings. OUTPUT.settings.json names the model, its settings and the rows.
+be answered; it is asked again by the next call. An answer about one image that has 2D boxes also has "boxes", in the
+pixels of the user's image. `key` is the fingerprint of the question with its images and of the settings.
+OUTPUT.settings.json names the model, its settings and the rows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from fastvst.data.sample import Sample
 from fastvst.data.sources import Source
 from fastvst.data.sources.forms import named
 from fastvst.data.sources.values import is_absent, plain
-from fastvst.evaluate import fingerprint
+from fastvst.evaluate import boxes_2d, fingerprint
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
+from fastvst.train import lock
 
 if TYPE_CHECKING:
     from fastvst.batch import EncodedSample
@@ -96,6 +98,7 @@ def describe(model: str, engine: Engine, params: SamplingParams, rows: str) -> d
         "answers": {
             "weights": fingerprint.of_model(engine.model),
             "processor": fingerprint.of_processor(engine.processor),
+            "dtype": str(engine.model.head_weight.dtype).removeprefix("torch."),
             "sampling": dataclasses.asdict(params),
         },
     }
@@ -119,24 +122,43 @@ def settle(output: Path, settings: dict[str, Any]) -> None:
 
 def generate_file(
     engine: Engine,
-    source: SourceConfig,
-    output: Path,
+    source: SourceConfig | str | Path,
+    output: str | Path,
     params: SamplingParams,
-    settings: dict[str, Any],
+    settings: dict[str, Any] | None = None,
     *,
-    log: Callable[[str], None],
+    log: Callable[[str], None] = lambda line: None,
 ) -> Counts:
     """Answer the rows of `source` that `output` does not answer yet.
 
     A row that cannot be read, encoded or fitted into memory gets its error; the other rows are answered.
 
     Args:
-        settings: from `describe`.
+        settings: from `describe`; default: those of the engine, without a name of the model.
 
     Raises:
         ValueError: see `settle` and `open_source`.
         RolloutError: no row could be answered, because the model's logits are not finite.
+        FolderInUse: another process writes `output`.
     """
+    config = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    output = Path(output)
+    settings = settings or describe("", engine, params, config.path)
+    lock.acquire_file(output)
+    try:
+        return _generate(engine, config, output, params, settings, log)
+    finally:
+        lock.release(output)
+
+
+def _generate(
+    engine: Engine,
+    source: SourceConfig,
+    output: Path,
+    params: SamplingParams,
+    settings: dict[str, Any],
+    log: Callable[[str], None],
+) -> Counts:
     opened = open_configured(source)
     settle(output, settings)
     lines = _Lines.open(output)
@@ -176,9 +198,25 @@ def read_rows(source: Source, config: SourceConfig, run: str = "") -> Iterator[R
                 continue
             sample = limit_pixels(sample, config)
             try:
-                yield Row(name, sample, fingerprints.of(sample, run))
+                yield Row(name, sample, fingerprints.of(without_answer(sample), run))
             except OSError as error:
                 yield Row(name, error)
+
+
+def without_answer(sample: Sample) -> Sample:
+    """The sample without the assistant's last message, which no model is shown."""
+    last = sample.messages[-1:] and sample.messages[-1]["role"] == "assistant"
+    return dataclasses.replace(sample, messages=sample.messages[:-1]) if last else sample
+
+
+def written(rollout: Rollout, prompt: EncodedSample) -> dict[str, Any]:
+    """One answer of a line; its 2D boxes are in the pixels of the only image of the prompt, as the user gave it."""
+    answer = {"text": rollout.text, "finish_reason": rollout.finish_reason, "tokens": len(rollout.tokens)}
+    boxes = boxes_2d.boxes_2d(rollout.text)
+    if boxes and len(prompt.sizes) == 1:
+        found = boxes_2d.in_source_pixels(boxes, prompt.sizes[0], prompt.source_sizes[0])
+        answer["boxes"] = boxes_2d.as_json(found)
+    return answer
 
 
 @dataclass
@@ -199,10 +237,10 @@ class _Window:
             self.lines.places.append(number)
             self.written += 1
 
-    def keep(self, place: int, rollouts: list[Rollout]) -> None:
+    def keep(self, place: int, prompt: EncodedSample, rollouts: list[Rollout]) -> None:
         self.counts.answered += 1
         self.tokens += sum(len(r.tokens) for r in rollouts)
-        answers = [{"text": r.text, "finish_reason": r.finish_reason, "tokens": len(r.tokens)} for r in rollouts]
+        answers = [written(rollout, prompt) for rollout in rollouts]
         self.put(place, {"answers": answers, "key": self.rows[place].key})
 
     def fail(self, place: int, error: Exception) -> None:
@@ -226,7 +264,7 @@ def _answer(engine: Engine, window: _Window, params: SamplingParams) -> None:
             except Exception as error:  # whatever a library raises, one row does not end the file
                 window.fail(place, error)
     try:
-        engine.generate([one for _, one in ready], params, progress=lambda i, made: window.keep(ready[i][0], made))
+        engine.generate([one for _, one in ready], params, progress=lambda i, made: window.keep(*ready[i], made))
     except (RolloutError, torch.OutOfMemoryError) as error:
         _answer_alone(engine, window, [(place, one) for place, one in ready if place not in window.made], params)
         if isinstance(error, RolloutError) and not window.counts.answered:
@@ -239,6 +277,6 @@ def _answer_alone(
     """Answer rows one by one, after they could not be answered together; those that cannot get their error."""
     for place, one in ready:
         try:
-            window.keep(place, engine.generate([one], params)[0])
+            window.keep(place, one, engine.generate([one], params)[0])
         except (RolloutError, torch.OutOfMemoryError) as error:
             window.fail(place, error)

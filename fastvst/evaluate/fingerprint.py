@@ -31,6 +31,7 @@ CHUNK = 1 << 26  # bytes that one thread hashes at a time; hashlib releases the 
 WHOLE = 1 << 22  # media files up to 4 MiB are hashed whole
 BLOCKS = 64  # evenly spaced blocks of BLOCK bytes that stand for a larger media file
 BLOCK = 1 << 16
+REMEMBERED = 256  # images and videos whose fingerprint is kept
 VALUES = 1 << 24  # integers of a tensor that are summed at a time
 ODD = 0x9E3779B1  # every place of a chunk has a factor of its own
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
@@ -89,7 +90,7 @@ def of_processor(processor: Processor) -> str:
 class SampleFingerprints:
     """Fingerprints of questions: every text, and the content of every image and video.
 
-    It remembers the media that it has hashed while it lives: many questions are about one image.
+    It remembers the last media that it has hashed: neighbouring questions are often about one image.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,8 @@ class SampleFingerprints:
             return [self._digest(one) for one in media]
         key = str(media) if isinstance(media, (str, Path)) else id(media)
         if key not in self._media:
+            if len(self._media) == REMEMBERED:  # what it remembers stays in memory
+                self._media.clear()
             self._media[key] = (media, _media_digest(media))
         return self._media[key][1]
 
