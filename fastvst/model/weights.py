@@ -209,10 +209,12 @@ def _is_tensor(entry: Any) -> bool:
     """True for a header entry whose shape, dtype and place agree."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
-    numbers = [entry.get("shape"), entry.get("data_offsets")]
-    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
+    shape = entry.get("shape")
+    offsets = entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list):
         return False
-    shape, offsets = numbers
+    if not all(type(number) is int and number >= 0 for number in [*shape, *offsets]):
+        return False
     width = BYTES.get(entry["dtype"])
     used = offsets[1] - offsets[0] if len(offsets) == 2 else -1
     return used >= 0 and len(shape) <= 8 and (width is None or used == width * math.prod(shape))
