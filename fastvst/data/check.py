@@ -54,7 +54,7 @@ def check_source(
         FileNotFoundError, ValueError: as `open_source`.
     """
     config = config if isinstance(config, SourceConfig) else SourceConfig(str(config), **keys)
-    source = open_configured(config)
+    source = open_configured(config).with_whole_rows()
     report = CheckReport(config.path, lines=source.first_lines(rows=0))
     for problem in source.problems:
         report.add(problem.reason, problem.id, config.path, problem.detail)
@@ -94,6 +94,9 @@ def _note(report: CheckReport, row: Any, sample: Sample, where: str) -> None:
             "unread_media", sample.id, where, f'nothing reads the images of {key}; columns = {{image = "{key}"}} does'
         )
     answers = [m for m in sample.messages if m["role"] == "assistant" and m.get("learn") is not False]
+    empty = [m for m in answers if not "".join(p.get("text", "") for p in m["content"]).strip()]
+    if empty:
+        report.add("empty_answer", sample.id, where, "an answer without text; the model learns to say nothing")
     if not answers:
         report.prompts += 1
     elif "thought" in sample.kind and not any("<think>" in text for text in _texts(sample, "assistant")):

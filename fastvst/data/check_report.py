@@ -21,6 +21,7 @@ ACCEPTED = (
     "box_size",
     "bad_boxes",
     "no_thought",
+    "empty_answer",
     "unread_media",
 )
 

@@ -83,7 +83,7 @@ class CsvTable:
                     text = file.read(end - begin).decode(self.encoding)
                     cells: list[str] = next(_reader(io.StringIO(text, newline=""), self.separator), [])
                 except (ValueError, csv.Error) as error:
-                    yield ValueError(f"not a row of CSV: {error}")
+                    yield ValueError(f"not a row of CSV: {error}; save the file as UTF-8 or UTF-16")
                     continue
                 if len(cells) != len(self.columns):
                     lines = text.count("\n")

@@ -29,13 +29,15 @@ class ParquetTable:
     """A Parquet file; its blocks are its row groups.
 
     Attributes:
-        wanted: columns that are read; None: all.
+        wanted: columns that the row forms look at; None: all.
+        whole: read the other columns too.
     """
 
     path: Path
     block_rows: list[int]
     columns: list[str]
     wanted: frozenset[str] | None = None
+    whole: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -54,7 +56,7 @@ class ParquetTable:
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
-        columns = [c for c in self.columns if self.wanted is None or c in self.wanted]
+        columns = [c for c in self.columns if self.whole or self.wanted is None or c in self.wanted]
         count = self.block_rows[block]
         at = 0
         problem = ValueError(f"row group {block} ends before its row {count}")
@@ -64,7 +66,7 @@ class ParquetTable:
                 for batch in file.iter_batches(BATCH, row_groups=[block], columns=columns, use_threads=False):
                     skip = max(start - at, 0)
                     if skip < batch.num_rows:
-                        yield from _batch_rows(batch.slice(skip, count - at - skip), self.wanted is None)
+                        yield from _batch_rows(batch.slice(skip, count - at - skip), self.wanted)
                     at += batch.num_rows
         except Exception as error:  # pyarrow raises many kinds on damaged data
             problem = ValueError(f"row group {block} cannot be read: {error}")
@@ -74,12 +76,13 @@ class ParquetTable:
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches. `wanted` as for Parquet."""
+    """An Arrow IPC stream or file, memory mapped; its blocks are its record batches. Attributes as for Parquet."""
 
     path: Path
     block_rows: list[int]
     columns: list[str]
     wanted: frozenset[str] | None = None
+    whole: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -100,13 +103,13 @@ class ArrowTable:
         """Rows of a block from `start` on."""
         try:
             batch = _record_batches(self.path)[block]
-            batch = batch.select([c for c in self.columns if self.wanted is None or c in self.wanted])
+            batch = batch.select([c for c in self.columns if self.whole or self.wanted is None or c in self.wanted])
         except Exception as error:
             for _ in range(start, self.block_rows[block]):
                 yield ValueError(f"record batch {block} cannot be read: {error}")
             return
         for at in range(start, batch.num_rows, BATCH):
-            yield from _batch_rows(batch.slice(at, BATCH), self.wanted is None)
+            yield from _batch_rows(batch.slice(at, BATCH), self.wanted)
 
 
 def _check_counts(path: Path, rows: list[int]) -> None:
@@ -122,30 +125,30 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise ValueError(f"the column {twice!r} is there {names.count(twice)} times; give every column its own name")
 
 
-def _batch_rows(batch: pa.RecordBatch, whole: bool) -> list[Row | ValueError]:
+def _batch_rows(batch: pa.RecordBatch, wanted: frozenset[str] | None) -> list[Row | ValueError]:
     """The rows of a batch; ValueErrors in place of rows with a value that is not what its column says (not UTF-8).
 
     Args:
-        whole: all columns are read. Then a value that Python has no type for (nanoseconds) becomes text.
+        wanted: columns whose values a row needs. A value of another column that cannot be read becomes its error.
     """
     try:
         batch.validate(full=True)  # offsets beyond the data would be read from other memory
         return batch.to_pylist()
     except Exception:
-        return [_one_row(batch.slice(index, 1), whole) for index in range(batch.num_rows)]
+        return [_one_row(batch.slice(index, 1), wanted) for index in range(batch.num_rows)]
 
 
-def _one_row(batch: pa.RecordBatch, whole: bool) -> Row | ValueError:
+def _one_row(batch: pa.RecordBatch, wanted: frozenset[str] | None) -> Row | ValueError:
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             column.validate(full=True)
             row[name] = column[0].as_py()
         except Exception as error:
-            if whole and pa.types.is_temporal(column.type):
-                row[name] = str(column.cast(pa.int64())[0].as_py())
-                continue
-            return ValueError(f"column {name!r} cannot be read: {type(error).__name__}: {error}")
+            text = f"column {name!r} cannot be read: {type(error).__name__}: {error}"
+            if wanted is None or name in wanted:
+                return ValueError(text)
+            row[name] = text
     return row
 
 

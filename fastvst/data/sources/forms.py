@@ -162,6 +162,9 @@ def _response(row: dict[str, Any], form: str, context: RowContext) -> list[Turn]
             response = found
     if isinstance(response, list) and response and all(isinstance(turn, dict) and "role" in turn for turn in response):
         return read_turns(response, "completion", context)
+    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], str):
+        context.changed("list_of_one", f"the answer is {short(response)}")
+        response = response[0]
     if isinstance(response, (list, dict, bool)):
         context.changed("answer_not_learnt", f"the answer is {short(response)}; only a text or a number is learnt")
         return []

@@ -86,7 +86,21 @@ def find_files(root: Path, kinds: Sequence[str], split: str | None) -> Layout:
         return _saved(root / _choose(root, _saved_splits(root), split), None)
     if (root / "state.json").is_file():
         return _saved(root, split)
+    _check_registry(root)
     return _search(root, kinds, split)
+
+
+def _check_registry(root: Path) -> None:
+    """Raise ValueError for a data folder of LLaMA-Factory: each of its files is a data set of its own."""
+    path = root / "dataset_info.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
+        return
+    entries = content.values() if isinstance(content, dict) else []
+    files = [str(entry["file_name"]) for entry in entries if isinstance(entry, dict) and "file_name" in entry]
+    if files:
+        raise ValueError(f"{path} names data sets of their own: {files[:12]}; give the path of one of them")
 
 
 def _search(root: Path, kinds: Sequence[str], split: str | None) -> Layout:

@@ -130,7 +130,9 @@ def _with_system(turns: list[Turn], row: dict[str, Any], kind: str, context: Row
     if not is_absent(system):
         if not isinstance(system, str):
             raise context.fail("bad_schema", f"system is {short(system)}; expected text")
-        turns = [("system", system, {}), *turns]
+        if turns[0][0] == "system" and turns[0][1] != system:
+            raise context.fail("bad_schema", f"two system messages: {short(system)} and {short(turns[0][1])}")
+        turns = turns if turns[0][0] == "system" else [("system", system, {}), *turns]
     try:
         listed = tools_text(first(row, "tools", "functions"))
     except ValueError as error:

@@ -87,7 +87,7 @@ class Source:
     def with_whole_rows(self) -> Source:
         """The same source; its samples keep their row as it was read."""
         tables = [
-            dataclasses.replace(t, wanted=None) if isinstance(t, (ParquetTable, ArrowTable)) else t for t in self.tables
+            dataclasses.replace(t, whole=True) if isinstance(t, (ParquetTable, ArrowTable)) else t for t in self.tables
         ]
         return dataclasses.replace(self, tables=tables, whole_rows=True)
 
@@ -169,13 +169,17 @@ class Source:
         known = {*COLUMNS, *self.columns.values()}
         arrow = [table for table in self.tables if isinstance(table, (ParquetTable, ArrowTable))]
         unread = sorted({column for table in arrow for column in table.columns if column not in known})
-        if unread:
+        if unread and rows:
             lines.append(f"{self.name}: ignored: the columns {', '.join(unread)}")
-        first = list(islice(self.pairs(0), rows)) if rows else []
-        keys = Counter(key for _, sample in first if isinstance(sample, Sample) for key in sample.notes)
+        pairs = islice(self.with_whole_rows().pairs(0), rows)
+        first = [(row, sample) for row, sample in pairs if isinstance(sample, Sample)]
+        keys = Counter(key for _, sample in first for key in sample.notes if key not in unread)
         if keys:
             listed = ", ".join(f"{key} {count}" for key, count in keys.most_common())
             lines.append(f"{self.name}: ignored: {listed} (in the first {rows} rows)")
+        prompts = sum(not any(m["role"] == "assistant" for m in sample.messages) for _, sample in first)
+        if prompts:
+            lines.append(f"{self.name}: {prompts} of the first {rows} rows have no answer to learn; they are prompts")
         lost = sorted({key for row, sample in first for key in unread_media(row, sample)})
         if lost:
             lines.append(
@@ -185,9 +189,18 @@ class Source:
         return lines
 
 
-def unread_media(row: Any, sample: Sample | SampleError) -> list[str]:
+def _lists_inside(table: Table) -> str:
+    """A sentence about a JSON file that is one object whose lists may be the rows (COCO, VQA)."""
+    if not isinstance(table, JsonTable) or sum(table.block_rows) != 1:
+        return ""
+    row = next(table.rows(0))
+    lists = [key for key, value in row.items() if isinstance(value, list)] if isinstance(row, dict) else []
+    return f"The file is one object; save the list of rows ({' or '.join(lists[:4])}) as a file. " if lists else ""
+
+
+def unread_media(row: Any, sample: Sample) -> list[str]:
     """Columns of a row without images that nothing reads, and that hold images or videos."""
-    if not isinstance(sample, Sample) or sample.parts("image") or sample.parts("video"):
+    if sample.parts("image") or sample.parts("video"):
         return []
     return [key for key in sample.notes if key in row and looks_like_media(row[key])]
 
@@ -334,7 +347,8 @@ def _recognise(root: Path, format: str, tables: list[Table], columns: Mapping[st
     allowed = FORMATS[format][1] if format != "auto" else FORMS
     if form is None or form not in allowed:
         raise ValueError(
-            f"{root}: rows have the columns {given[:16]}; format {format!r} needs one of {list(allowed)}. {ACCEPTED}"
+            f"{root}: rows have the columns {given[:16]}; format {format!r} needs one of {list(allowed)}. "
+            f"{_lists_inside(tables[0])}{ACCEPTED}"
         )
     if format != "auto":
         return format
