@@ -150,8 +150,12 @@ def layers(given: Mapping[str, Any]) -> Layers:
     return [*([] if given.get("data.sources") else [("for the rooms", rooms)]), *rl_layers(given)]
 
 
+def read(arguments: Sequence[str]) -> Config | None:
+    return read_config(Config, arguments, __doc__, layers)
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    config = read_config(Config, arguments, __doc__, layers)
+    config = read(arguments)
     if config is None:
         return
     budget.check(config)

@@ -145,8 +145,12 @@ class Config:
     origins: tuple[tuple[str, str], ...] = not_an_option(())
 
 
+def read(arguments: Sequence[str]) -> Config | None:
+    return read_config(Config, arguments, __doc__, sft_layers)
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    config = read_config(Config, arguments, __doc__, sft_layers)
+    config = read(arguments)
     if config is None:
         return
     with joined(config.parallel, environment) as (world, stop):

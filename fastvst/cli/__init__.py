@@ -49,7 +49,7 @@ COMMANDS = {
         "fastvst.cli.rooms",
     ),
     "data": Command(
-        "inspect a data set before training on it", "fastvst data check rows.jsonl --out check", "fastvst.data.gallery"
+        "inspect a data set before training on it", "fastvst data check rows.jsonl --out check", "fastvst.cli.data"
     ),
     "evaluate": Command(
         "answer and score a benchmark, or score predictions",

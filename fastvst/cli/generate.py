@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvst.cli.data import add_source_arguments, source_of
 from fastvst.cli.generate_rows import describe, generate_file
-from fastvst.data.gallery import add_source_arguments
-from fastvst.data.mixture import SourceConfig
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.evaluate.boxes_2d import boxes_2d
 from fastvst.rollout.request import RolloutError, SamplingParams
@@ -74,14 +73,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
     )
-    source = SourceConfig(
-        arguments.input,
-        arguments.format,
-        image_folder=arguments.image_folder,
-        split=arguments.split,
-        columns=arguments.columns or {},
-        question=arguments.question,
-    )
+    source = source_of(arguments.input, arguments)
     engine = load(arguments, max_sequences=arguments.batch)
     output = Path(arguments.output)
     settings = describe(arguments.model, engine, params, arguments.input)

@@ -55,7 +55,7 @@ def check_source(
     """
     config = config if isinstance(config, SourceConfig) else SourceConfig(str(config), **keys)
     source = open_configured(config).with_whole_rows()
-    report = CheckReport(config.path, lines=source.first_lines(rows=0))
+    report = CheckReport(config.path, source.name, lines=source.first_lines(rows=0))
     for problem in source.problems:
         report.add(problem.reason, problem.id, config.path, problem.detail)
     seen: dict[str, str] = {}

@@ -42,6 +42,7 @@ class CheckReport:
 
     Attributes:
         path: the data set.
+        name: its name in ids and errors.
         rows: number of rows read, good and bad.
         usable: number of rows that the loader accepts.
         prompts: number of rows without a turn that is learnt; supervised training learns nothing from them.
@@ -63,6 +64,7 @@ class CheckReport:
     """
 
     path: str
+    name: str = ""
     rows: int = 0
     usable: int = 0
     prompts: int = 0

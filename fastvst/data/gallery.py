@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from html import escape
@@ -12,12 +11,11 @@ from PIL import Image
 
 from fastvst import atomic, html
 from fastvst.batch import IGNORE
-from fastvst.data.check import CheckReport, check_source
+from fastvst.data.check_report import CheckReport
 from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from fastvst.data.sources import FORMATS
 
 STYLE = (
     "<style>.tokens{font:12px/1.7 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}"
@@ -104,50 +102,3 @@ def tokens(sample: Sample, processor: Processor) -> str:
 def _runs(kinds: Sequence[str]) -> list[tuple[int, int]]:
     edges = [0, *(k for k in range(1, len(kinds)) if kinds[k] != kinds[k - 1]), len(kinds)]
     return list(zip(edges, edges[1:], strict=False))
-
-
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """The keys of a source (`SourceConfig`) as arguments."""
-    add = parser.add_argument
-    add("--format", default="auto", help=f"auto (default), or the only format that is read: {', '.join(FORMATS)}")
-    add("--image-folder", help="folder in which relative image paths start (default: that of the file that names them)")
-    add("--split", help="split of the data set (default: the only one)")
-    add("--columns", type=json.loads, help='names of columns, e.g. \'{"question": "prompt", "image": "path"}\'')
-    add("--question", help="question that is asked about images that have only a caption")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastvst data check PATH`."""
-    add = parser.add_argument
-    add("action", choices=["check"], help="check: read every row and report what training would use")
-    add("path", help="file or folder of the data set")
-    add("--model", help="model directory whose tokenizer counts the tokens (default: that of the tiny preset)")
-    add_source_arguments(parser)
-    add("--limit", type=int, help="number of rows to check (default: all)")
-    add(
-        "--max-seq-len", type=int, default=16384, help="most tokens in a row; longer rows are rejected (default: 16384)"
-    )
-    add("--out", help="folder for a page with examples and for check.json")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Check the data set, print the report and write the page. Returns 1 if any row has a problem, else 0."""
-    options = {"max_seq_len": arguments.max_seq_len}
-    model = arguments.model
-    processor = Processor.from_pretrained(model, **options) if model else Processor.preset("tiny", **options)
-    report = check_source(
-        arguments.path,
-        processor,
-        format=arguments.format,
-        image_folder=arguments.image_folder,
-        split=arguments.split,
-        columns=arguments.columns or {},
-        question=arguments.question,
-        limit=arguments.limit,
-    )
-    print(report.table())
-    if not model:
-        print("tokens were counted with the tiny preset's tokenizer; --model DIR chooses another one")
-    if arguments.out:
-        print(f"page: {write_gallery(report, processor, arguments.out)}")
-    return 1 if report.counts else 0
