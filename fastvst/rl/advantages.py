@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
-EPS = 1e-6  # added to the standard deviation (VST and EasyR1 use 1e-6, TRL 1e-4)
+EPS = 1e-6  # added to the standard deviation (VST and EasyR1 use 1e-6, TRL 1e-4), but at most a thousandth of it
+ROUNDING = 1e-12  # relative difference of rewards that are equal: 0.1 + 0.2 is not 0.3
 
 
 def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None = None) -> Tensor:
@@ -19,6 +20,8 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
     rloo: r - mean of the other completions (arXiv 2402.14740 eq. 8).
     reinforce++: (r - group mean) / (deviation + 1e-6), where the deviation is that of the global batch
         (arXiv 2501.03262, the variant with a baseline).
+
+    The first and the last do not depend on the scale of the rewards, be it 1e-9 or 1e9 (to a thousandth).
 
     A zero-variance group gets exactly 0 everywhere, even where r - mean would round to 1e-8.
 
@@ -36,6 +39,8 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
     """
     if rewards.dim() != 2:
         raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (groups, completions)")
+    if not rewards.numel():
+        return rewards.clone()
     n = (~rewards.isnan()).sum(1, keepdim=True).to(rewards.dtype)
     centred = _centred(rewards)
     if kind == "dr_grpo":
@@ -43,12 +48,14 @@ def advantages(rewards: Tensor, kind: AdvantageKind, *, deviation: float | None 
     if kind == "rloo":
         return centred * (n / (n - 1).clamp(min=1))
     if kind == "grpo":
-        spread = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        return centred / (spread + EPS)
+        # Squares of very small or large rewards would leave the range of the dtype.
+        largest = centred.abs().amax(1, keepdim=True).clamp(min=torch.finfo(centred.dtype).tiny)
+        spread = largest * ((centred / largest).square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        return torch.where(centred == 0, 0.0, centred / (spread + (spread / 1000).clamp(max=EPS)))
     if kind == "reinforce++":
         if deviation is None:
             raise ValueError("reinforce++ needs the deviation of the global batch (pooled_deviation)")
-        return centred / (deviation + EPS)
+        return centred / (deviation + min(EPS, deviation / 1000)) if deviation > 0 else centred
     raise ValueError(f"advantages are {kind!r}; expected 'grpo', 'dr_grpo', 'rloo' or 'reinforce++'")
 
 
@@ -65,6 +72,11 @@ def pooled_deviation(squares: float, count: float) -> float:
     return (squares / max(count - 1, 1)) ** 0.5
 
 
+def equal(least: float, most: float) -> bool:
+    """True for rewards that differ by rounding only."""
+    return most - least <= ROUNDING * max(abs(least), abs(most))
+
+
 def _centred(rewards: Tensor) -> Tensor:
     """(G, n) rewards minus the mean of their group's scored ones; exactly 0 without a score and in equal groups."""
     if not rewards.numel():
@@ -72,4 +84,5 @@ def _centred(rewards: Tensor) -> Tensor:
     missing = rewards.isnan()
     most = rewards.masked_fill(missing, -torch.inf).amax(1, keepdim=True)
     least = rewards.masked_fill(missing, torch.inf).amin(1, keepdim=True)
-    return torch.where(missing | (most <= least), 0.0, rewards - rewards.nanmean(1, keepdim=True))
+    same = most - least <= ROUNDING * torch.maximum(most.abs(), least.abs())
+    return torch.where(missing | same, 0.0, rewards - rewards.nanmean(1, keepdim=True))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastvst.rl.advantages import equal
+
 
 class NoUpdate(RuntimeError):
     """The run cannot train: no group had an advantage for too many steps. The message says why and what to change."""
@@ -86,7 +88,7 @@ def verdict(
         if config.low is not None and config.low < 0:
             return "keep"
     rewards = accuracies if totals is None else [total for total in totals if not math.isnan(total)]
-    return "keep" if scored and len(rewards) > 0 and max(rewards) > min(rewards) else "equal"
+    return "keep" if scored and len(rewards) > 0 and not equal(min(rewards), max(rewards)) else "equal"
 
 
 class UpdateWatch:

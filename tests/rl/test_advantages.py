@@ -63,3 +63,10 @@ def test_a_completion_without_a_score_takes_no_part(kind: str) -> None:
     assert found[0, 3] == 0 and not found[1].any(), "no advantage, no baseline, and an equal group stays equal"
     squares, count = square_sum(rewards)
     assert count == 6 and squares == pytest.approx(square_sum(whole)[0])
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-9, 1e-3, 1.0, 1e9, 1e200])
+def test_normalised_advantages_do_not_depend_on_the_scale_of_the_reward(scale: float) -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 3.0], [-2.0, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    expected = advantages(rewards, "grpo")
+    torch.testing.assert_close(advantages(rewards * scale, "grpo"), expected, rtol=1e-3, atol=0)

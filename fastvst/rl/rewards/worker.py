@@ -8,17 +8,23 @@ user code goes to standard error. The process ends when its parent ends.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import copy
 import ctypes
+import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from fastvst.rl import rewards
@@ -64,21 +70,57 @@ class Term(NamedTuple):
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function named by "file.py:function". Raises ValueError or FileNotFoundError with what is wrong."""
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise ValueError(f"reward.function is {spec!r}; expected file.py:function")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"reward.function: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))
-    module_spec.loader.exec_module(module)
+    """The function named by "file.py:function" or "package.module:function".
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, with the line of the file.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise ValueError(f"reward.function is {spec!r}; expected file.py:function or package.module:function")
+    module = _load_module(place)
     function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"reward.function: {file} has no function {name!r}")
+    if function is None:
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise ValueError(f"reward.function: {place} has no function {name!r}; it has {', '.join(names) or 'none'}")
+    if inspect.isclass(function) or not callable(function):
+        kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
+        raise ValueError(f"reward.function: {spec} is {kind}; expected a function f(responses, rows)")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        signature = inspect.signature(function)
+        raise ValueError(
+            f"reward.function: {spec} has the arguments {signature}; expected (responses, rows): {error}"
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
     return function
+
+
+def _load_module(place: str) -> ModuleType:
+    """The module of a file, or of a dotted name that is found in the working folder or is installed."""
+    try:
+        if not place.endswith(".py"):
+            sys.path.insert(0, os.getcwd())
+            return importlib.import_module(place)
+        file = Path(place).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"reward.function: there is no file {file} (looked up in {os.getcwd()})")
+        name = f"user_reward_{len(sys.modules)}"  # several files have different names
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        sys.path.insert(0, str(file.resolve().parent))
+        spec.loader.exec_module(module)
+        return module
+    except FileNotFoundError:
+        raise
+    except BaseException as error:  # SystemExit and KeyboardInterrupt of the user's file too
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {frame.lineno}" for frame in frames if Path(place).name == Path(frame.filename).name]
+        where = f"{place}{lines[-1] if lines and not isinstance(error, SyntaxError) else ''}"
+        raise ValueError(f"reward.function: {where}: {type(error).__name__}: {error}") from error
 
 
 def load_terms(terms: list[list[Any]]) -> list[Term]:
@@ -103,7 +145,9 @@ def score_rows(rows: list[dict[str, Any]], terms: list[Term]) -> list[list[Any]]
         if term.function is None:
             columns.append([{"overall": reward[BUILT_IN.index(term.name)]} for reward in known])
             continue
-        values = term.function(responses, [user_row(row) for row in rows])
+        values = term.function(list(responses), [copy.deepcopy(user_row(row)) for row in rows])
+        if inspect.iscoroutine(values):
+            values = asyncio.run(values)
         if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)):
             raise ValueError(
                 f"{term.name} returned {type(values).__name__}; expected a list of one number for each response"
@@ -184,18 +228,20 @@ def main(settings: dict[str, Any]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the trainer ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the output of user code must not mix with the replies
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(2, 1)  # the output of user code must not mix with the replies,
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and its input() must not take a request
     terms: list[Term] = []
     fatal = ""
     try:
         terms = load_terms(settings["terms"])
     except Exception as error:
-        fatal = f"{type(error).__name__}: {error}"
+        fatal = f"{error}" if str(error).startswith("reward.function") else f"{type(error).__name__}: {error}"
     limit = int(settings["memory_gib"] * 2**30)
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"fatal": fatal}), file=out, flush=True)
-    for line in sys.stdin:
+    for line in requests:
         reply = _reply(line, terms, settings["memory_gib"])
         print(json.dumps(reply), file=out, flush=True)
         if reply.get("dead"):
@@ -206,7 +252,7 @@ def _reply(line: str, terms: list[Term], memory_gib: float) -> dict[str, Any]:
     try:
         return {"rewards": score_rows(decode_request(line), terms)}
     except ImportError as error:
-        return {"fatal": str(error)}
+        return {"fatal": f"the reward needs a package: {error}"}
     except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
         return {"failed": f"MemoryError: more than {memory_gib} GiB", "dead": True}
     except Exception as error:
