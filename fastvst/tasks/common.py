@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastvst.data.images import PatchGeometry, target_size
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, Sighting, View
 
@@ -169,6 +168,8 @@ def grid_size(width: int, height: int) -> tuple[int, int]:
 
     A row whose text contains pixel numbers requests it, and its numbers are pixels of it.
     """
+    from fastvst.data.images import PatchGeometry, target_size  # imports torch, which a reward process does without
+
     factor = PatchGeometry().factor
     return target_size(width, height, factor=factor, min_pixels=1, max_pixels=1, explicit=(width, height))
 
