@@ -142,9 +142,18 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path) -> None:
     (tmp_path / "rows.csv").write_text("q,a\nWho?,Ann.\n")
     with pytest.raises(ValueError, match=r"columns names \['label'\], but the columns are \['q', 'a'\]"):
         open_source(tmp_path / "rows.csv", columns={"question": "q", "answer": "label"})
-    with pytest.raises(ValueError, match='chosen and a rejected answer are not read.*answer = "chosen"'):
+    with pytest.raises(ValueError, match='chosen and a rejected answer are not read.*completion = "chosen"'):
         open_source(write(tmp_path, {"prompt": "?", "chosen": "a", "rejected": "b"}, name="dpo.jsonl"))
     assert set(FORMS) <= set(NAMES)
+
+
+def test_the_chosen_answers_of_pairs_are_read_by_name(tmp_path) -> None:
+    row = {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "Bob."}]}
+    (sample,) = open_source(write(tmp_path, row), columns={"completion": "chosen"})
+    assert spoken(sample) == ASKED and sample.notes == ("rejected",)
+    row = {"chosen": TURNS, "rejected": TURNS}
+    (sample,) = open_source(write(tmp_path, row), columns={"messages": "chosen"})
+    assert spoken(sample) == ASKED
 
 
 def test_captions_need_the_question_of_the_source(tmp_path) -> None:

@@ -95,7 +95,9 @@ def named(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with the names that `columns` gives. A column that had such a name itself is not read."""
     if not columns:
         return row
-    kept = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
+    read = {*columns, *columns.values()}
+    read |= {"rejected"} if "chosen" in read else set()  # the chosen answer is asked for by name
+    kept = {key: value for key, value in row.items() if key not in read}
     return {**kept, **{name: row[column] for name, column in columns.items() if column in row}}
 
 
@@ -199,8 +201,8 @@ def _refuse(row: dict[str, Any], form: str, context: RowContext) -> None:
         if not is_absent(row.get(name)):
             raise context.fail(
                 "preference_pair",
-                f"the row has `{name}`: pairs of a chosen and a rejected answer are not read; columns = {{question = "
-                '"prompt", answer = "chosen"} trains on the chosen ones',
+                f"the row has `{name}`: pairs of a chosen and a rejected answer are not read; columns = {{completion = "
+                '"chosen"} trains on the chosen ones',
             )
     if isinstance(row.get("label"), bool) and form == "prompt":
         raise context.fail("preference_pair", "the row has a `label`, true or false, for its completion; leave it out")

@@ -342,7 +342,7 @@ def _recognise(root: Path, format: str, tables: list[Table], columns: Mapping[st
     if preference_pairs(found) and form in (None, "prompt"):
         raise ValueError(
             f"{root}: rows have the columns {given[:16]}: pairs of a chosen and a rejected answer are not read; "
-            'columns = {question = "prompt", answer = "chosen"} trains on the chosen ones'
+            'columns = {completion = "chosen"} trains on the chosen ones'
         )
     allowed = FORMATS[format][1] if format != "auto" else FORMS
     if form is None or form not in allowed:
