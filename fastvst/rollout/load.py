@@ -17,7 +17,7 @@ def load(
     """The model of a Qwen2.5-VL directory, published or written by training, and its processor.
 
     Args:
-        path: directory with config.json, weights and tokenizer.
+        path: directory with config.json, weights and tokenizer, or a name on the Hugging Face Hub.
         device: of the model.
         dtype: of the weights. None: float32 on the CPU, bfloat16 on a GPU.
         options: fields of `fastvst.data.ProcessorConfig` in place of the directory's, such as max_pixels.
