@@ -8,6 +8,29 @@ from fastvst.generate.rooms import DEFAULT_ROWS, THOUGHT, RoomsConfig
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 
+# The mixture of examples/sft.py. The numbers follow from the learning curves of `python -m bench.learnability`: how
+# many questions a small reader of each task needs (docs/measured.md). 8,300 rows come from about 650 rooms. A list of
+# 3D boxes is 300 tokens long, the other rows have 50 to 80: more boxes would dominate the loss.
+DEFAULT_MIX = {
+    "depth_comparison": 2400,
+    "distance": 2500,
+    "measurement": 1100,
+    "detection_3d": 300,
+    "correspondence": 1000,
+    "camera_motion": 1000,
+}
+DEFAULT = RoomsConfig(
+    rows={
+        "depth_comparison": 3,
+        "distance": 3,
+        "measurement": 1.5,
+        "detection_3d": 0.4,
+        "correspondence": 1,
+        "camera_motion": 1,
+    },
+    shares={name: float(count) for name, count in DEFAULT_MIX.items()},
+)
+
 # The default tasks in equal shares, few rows per room: 1,200 rows are 200 of each task about more than 80 rooms.
 HELDOUT = RoomsConfig(
     rows=dict.fromkeys(DEFAULT_ROWS, 1.0) | {"correspondence": 0.6}, shares=dict.fromkeys(DEFAULT_ROWS, 1.0)
@@ -79,7 +102,7 @@ COLD_START = RoomsConfig(
 )
 
 PRESETS = {
-    "default": RoomsConfig(),
+    "default": DEFAULT,
     "heldout": HELDOUT,
     "all": ALL_TASKS,
     "vst_p": VST_P_MIX,

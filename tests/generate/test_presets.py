@@ -23,7 +23,7 @@ from fastvst.data import MixtureConfig, Processor, open_source
 from fastvst.evaluate.rooms import questions
 from fastvst.generate import rooms as generate
 from fastvst.generate.parquet import SCHEMA
-from fastvst.generate.presets import ALL_TASKS, COLD_START, PRESETS, VST_P_MIX, VST_P_REST
+from fastvst.generate.presets import ALL_TASKS, COLD_START, DEFAULT, PRESETS, VST_P_MIX, VST_P_REST
 from fastvst.generate.rooms import DEFAULT_ROWS, RoomsConfig, apportion, make_rooms, room_rows, room_seed
 from fastvst.reasoning.geometric import TRACES
 from fastvst.scenes.rooms.render_base import Renderer
@@ -79,6 +79,19 @@ def test_the_default_rows_are_what_they_were(renderer: Renderer) -> None:
         pytest.skip("recorded with OpenGL")
     text = json.dumps([[r["id"], r["conversations"], r["type"]] for r in rows])
     assert (len(rows), hashlib.sha256(text.encode()).hexdigest()[:16]) == RECORDED
+
+
+@pytest.mark.parametrize("samples", [60, 500, 8300])
+def test_the_first_command_gets_the_questions_that_the_curves_ask_for(samples: int) -> None:
+    """2,500 of distance, 1,000 pairs of each task with two images (docs/measured.md), in every file alike."""
+    from examples.sft import RoomsOptions
+
+    assert DEFAULT.shares is not None and set(DEFAULT.shares) == set(DEFAULT.rows) == set(DEFAULT_ROWS)
+    plan = Counter(apportion(DEFAULT.shares, samples))
+    total = sum(DEFAULT.shares.values())
+    assert all(abs(plan[task] - samples * share / total) <= 2 for task, share in DEFAULT.shares.items())
+    if samples == RoomsOptions().samples:
+        assert plan["distance"] == 2500 and plan["camera_motion"] == plan["correspondence"] == 1000
 
 
 RECORDED = (38, "4dbde3a3ce263206")  # generator version 11
