@@ -1,4 +1,4 @@
-"""How many questions of each task a small reader needs: learning curves of nineteen tasks, with a picture.
+"""How many questions of each task a small reader needs: learning curves of nineteen tasks, and a page of charts.
 
     python -m bench.learnability --out bench/results/cpu      # learnability.json and learnability.html
     python -m bench.learnability --tower other.safetensors    # with another tower's tokens

@@ -290,7 +290,8 @@ def camera_camera(scene: Scene, row: Sample) -> Question | None:
     meta = row.metadata
     label = direction(float(meta["angle"]))
     cameras = [scene.views[k].camera for k in meta["views"]]
-    target, base = cameras[meta["asked"]], cameras[1 - meta["asked"]]
+    target = cameras[meta["asked"]]
+    base = cameras[1 - meta["asked"]]
     shift, ahead = moved(base, target)
     level = base.rotation @ np.array([0.0, 0.0, 1.0])  # up, in the frame of the base camera
     way = shift if meta["mode"] == "position" else ahead
