@@ -1,4 +1,4 @@
-"""The page of the learnability bench: a table, and a small chart of the learning curves of each task.
+"""The page of the learnability bench: a table, and a small chart of the learning curves of each task."""
 
 from __future__ import annotations
 
