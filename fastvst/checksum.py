@@ -117,6 +117,23 @@ def blocks_of(marker: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     return [(name, i, crc) for name, entry in entries for i, crc in enumerate(entry["crc32"])]
 
 
+def check_inner(folder: Path, names: Iterable[str]) -> None:
+    """Compare files of a folder inside a finished one (`step-000200/hf`) with the marker there; no marker = no check.
+
+    Raises:
+        Damaged: a file was changed after it was written; the message names it.
+    """
+    outer = folder.resolve().parent
+    if not (outer / MARKER).is_file():
+        return
+    inside = {f"{folder.resolve().name}/{name}" for name in names}
+    blocks = [block for block in blocks_of(read_marker(outer)) if block[0] in inside]
+    found = checksums(outer, [(name, number) for name, number, _ in blocks])
+    for block, crc in zip(blocks, found, strict=True):
+        if crc != block[2]:
+            raise Damaged(f"{describe(outer, block)}. If you changed it, move {folder} out of the checkpoint")
+
+
 def describe(folder: Path, block: tuple[str, int, str]) -> str:
     """The message for a block whose checksum is wrong."""
     name, number, _ = block

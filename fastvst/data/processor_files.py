@@ -103,6 +103,7 @@ def read_files(
     extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     paths = [directory / name for name in KEPT] + extra
     for one in [path for path in paths if path.is_file() and path.name != "tokenizer.json"]:
+        checkpoint_files.check_pointer(one)
         checkpoint_files.check_size(one, MAX_TEMPLATE if one.suffix == ".jinja" else checkpoint_files.MAX_JSON)
     contents = {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()}
     for name in contents:

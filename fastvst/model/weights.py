@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvst import atomic
+from fastvst import atomic, checksum
 from fastvst.model import checkpoint_files as files
 from fastvst.model import config_json, refusals
 from fastvst.model.checkpoint_files import INDEX, SINGLE
@@ -47,11 +47,13 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
     Raises:
         FileNotFoundError: the directory has no safetensors files.
         WeightsError: missing, unexpected, wrong-shaped or truncated tensors, or NaN; names the first ones.
+        Damaged: the directory is part of a run's checkpoint whose marker has another checksum of a file.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found, problems = _match(weight_files(directory), wanted, tied)
     if problems:
         raise WeightsError(_summary(directory, problems, found, wanted))
+    checksum.check_inner(directory, [path.name for path in found])
     model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for path, names in found.items():

@@ -211,6 +211,13 @@ def test_huge_files_are_refused_before_they_are_read(folder, name):
         Processor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "chat_template.jinja"])
+def test_pointers_of_git_lfs_are_named(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        Processor.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("content", ["[" * 1_000_000, '{"a": ' * 200_000, "{,}", "[1]"])
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastvst import checksum
 from fastvst.model import Qwen25VL
 from fastvst.model.weights import WeightsError
 from hf_parity import hf_name, small_config
@@ -288,6 +289,23 @@ def test_deep_and_huge_json(folder, little_memory, name):
     with open(folder / name, "wb") as file:
         file.truncate(2**33)
     assert f"{name} has 8,589,934,592 bytes" in refusal(folder)
+
+
+def test_weights_inside_a_checkpoint_of_a_run_are_compared_with_its_marker(folder):
+    outer = folder.parent
+    names = [str(path.relative_to(outer)) for path in folder.iterdir()]
+    checksum.write_marker(outer, checksum.measure(outer, names))
+    (folder / "README.md").write_text("a note")
+    Qwen25VL.from_pretrained(folder)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert "m/model.safetensors was changed after it was written" in refusal(folder)
+    (outer / "COMPLETE").write_text("")
+    assert "COMPLETE is damaged" in refusal(folder)
+    (outer / "COMPLETE").unlink()
+    Qwen25VL.from_pretrained(folder)
 
 
 def test_nothing_of_a_checkpoint_runs(folder, tmp_path):
