@@ -288,18 +288,19 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
         shards[-1][name] = tensor
         filled += size
     if len(shards) == 1:
-        _write(shards[0], directory / SINGLE)
+        write_tensors(shards[0], directory / SINGLE)
         return
     places: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, directory / file)
+        write_tensors(shard, directory / file)
         places |= dict.fromkeys(shard, file)
     total = sum(t.numel() * t.element_size() for t in state.values())
     content = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file."""
     save_file({n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
     atomic.give_new_mode(path)
