@@ -48,6 +48,11 @@ COMMANDS = {
         "fastvst rooms make --out rows --samples 2000",
         "fastvst.cli.rooms",
     ),
+    "scans": Command(
+        "read other people's scans and write questions about them",
+        "fastvst scans scannet scans --out rows.parquet",
+        "fastvst.cli.scans",
+    ),
     "data": Command(
         "inspect a data set before training on it", "fastvst data check rows.jsonl --out check", "fastvst.cli.data"
     ),

@@ -20,17 +20,14 @@ from fastvst.scenes.adapters.frames import ids_from_boxes, motion_pairs, planar_
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.adapters.omni3d import ignored, read_omni3d
 from fastvst.scenes.adapters.posed import read_posed
-from fastvst.scenes.rooms.geometry import build_geometry
-from fastvst.scenes.rooms.recipes import furnish
 from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.floor import upright
 from fastvst.tasks import PAIRS, SINGLE, WALKS
 from fastvst.tasks.common import article, plural, prose
+from scan_answers import wrong_answers
 from scans import write_omni3d, write_scan
-from scene_truth import Truth
-from tests.tasks import test_tasks, test_video, test_views
 
 TRACES = ("depth_comparison", "distance", "measurement", "object_object", "correspondence", "camera_camera")
 
@@ -39,27 +36,6 @@ def scan_of(scene: Scene, folder: Path, share: float) -> Scene:
     """The walk of a rendered room, written with missing depth and read back; it knows the room that it comes from."""
     found = read_posed(write_scan(scene, folder, turn=0.0, share=share), stills=4)
     return replace(found, metadata={**found.metadata, "room_seed": scene.metadata["room_seed"]})
-
-
-def wrong_answers(scan: Scene, tries: int) -> tuple[Counter, list[str]]:
-    """Rows of every task about a scan, checked against the meshes of its room by the tests of the tasks."""
-    rows = scene_samples(scan, 5, replace(ALL_TASKS, rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], tries)))
-    truth = Truth(scan)
-    geometry = build_geometry(furnish(scan.metadata["room_seed"]))
-    rays = test_tasks.Rays(geometry)
-    counts: Counter = Counter()
-    wrong = []
-    for row in rows:
-        task = row.metadata["task"]
-        try:
-            if task in test_tasks.CHECKS:
-                test_tasks.CHECKS[task](scan, geometry, rays, row)
-            else:
-                (test_views.CHECKS | test_video.CHECKS)[task](truth, row)
-        except AssertionError as error:
-            wrong.append(f"{row.id}: {row.answer} {row.metadata} {error}"[:600])
-        counts[task] += 1
-    return counts, wrong
 
 
 def test_missing_depth_gives_no_wrong_answer(walked: list[Scene], tmp_path: Path) -> None:

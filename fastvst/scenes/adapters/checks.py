@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -141,7 +141,7 @@ class Convention:
 
     def read(self, stored: np.ndarray) -> np.ndarray:
         """A stored pose (4, 4) as camera-to-world: OpenCV axes, Z up, metres."""
-        matrix = np.array(stored, dtype=np.float64)
+        matrix: np.ndarray = np.array(stored, dtype=np.float64)
         matrix[:3, 3] *= self.unit
         if self.pose == "world_to_camera":
             matrix = np.linalg.inv(matrix)
@@ -173,7 +173,7 @@ def inside_box(points: np.ndarray, box: Sequence[float], margin: float = MARGIN)
     return (local <= b[3:6] / 2 * (1 + MARGIN) + margin).all(-1)
 
 
-def share_in_boxes(points: dict[int, np.ndarray], boxes: dict[int, Sequence[float]]) -> float:
+def share_in_boxes(points: Mapping[int, np.ndarray], boxes: Mapping[int, Sequence[float]]) -> float:
     """Mean over the objects of the share of their world points (N, 3) that lies in their own box."""
     shares = [inside_box(cloud, boxes[i]).mean() for i, cloud in points.items() if i in boxes and len(cloud)]
     return float(np.mean(shares)) if shares else 0.0

@@ -7,10 +7,12 @@ depth lies in the boxes, finds where each object can be marked, and chooses the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MISFIT, Problems, inside_box, share_in_boxes
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, wide_pairs
@@ -36,6 +38,108 @@ class Frame:
     image: np.ndarray
     depth: np.ndarray
     ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What is taken from a scan.
+
+    Attributes:
+        frames: frames of the video, spread evenly over the scan.
+        stills: views for single-image questions, spread evenly over these frames.
+        pairs: at most so many wide pairs, see `scene.wide_pairs`.
+        motions: at most so many pairs for camera motion, see `motion_pairs`.
+        fps: frame rate of the video rows.
+        width: images whose longer side is larger are reduced to it, pixels; the depth map is brought to the same size.
+        source: `data_source` of the rows; empty is the name of the format.
+        seed: decides the surface points and the pairs.
+    """
+
+    frames: int = 20
+    stills: int = 4
+    pairs: int = 6
+    motions: int = 4
+    fps: float = 2.0
+    width: int = 640
+    source: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "stills", "pairs", "motions", "fps", "width"):
+            least = 0 if name in ("pairs", "motions") else 2 if name == "frames" else 1
+            if not getattr(self, name) >= least:
+                raise ValueError(f"scan option {name} {getattr(self, name)!r}; expected {least} or more")
+
+
+def named(options: ScanOptions | None, format: str) -> ScanOptions:
+    """The options with the name of the format as `source`, unless they have one."""
+    options = options or ScanOptions()
+    return options if options.source else dataclasses.replace(options, source=format)
+
+
+def make_frame(
+    name: str,
+    image: np.ndarray,
+    depth: np.ndarray,
+    intrinsics: np.ndarray,
+    pose: np.ndarray,
+    objects: Sequence[SceneObject],
+    options: ScanOptions,
+    ids: np.ndarray | None = None,
+) -> Frame:
+    """A frame at the size of the image (reduced to `options.width`), upright.
+
+    Args:
+        image: (H, W, 3) uint8. intrinsics: (3, 3) in its pixels. pose: camera to world (4, 4), OpenCV axes, Z up.
+        depth: (h, w) planar, metres, of the same view; each pixel of the image takes the value of the pixel below it.
+        ids: (h, w) object ids; None finds them from the boxes.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, options.width / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if size != (width, height):
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    k = np.diag([size[0] / width, size[1] / height, 1.0]) @ intrinsics[:3, :3]
+    camera = camera_at(*size, k, pose)
+    depth = nearest(np.where(np.isfinite(depth), depth, 0).astype(np.float32), size)
+    masks = ids_from_boxes(camera, depth, objects) if ids is None else nearest(ids, size).astype(np.int32)
+    return upright(Frame(name, camera, pose, image, depth, masks))
+
+
+def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (h, w) at another size (width, height): each pixel takes the value of the pixel below its centre."""
+    height, width = values.shape
+    if (width, height) == size:
+        return values
+    columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(int)
+    rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(int)
+    return values[rows[:, None], columns[None]]
+
+
+def upright(frame: Frame) -> Frame:
+    """The frame turned by quarters so that the world's Z points up in the image; a portrait scan becomes readable.
+
+    A camera that looks straight up or down (within 25 degrees) keeps its orientation.
+    """
+    right, down, _ = frame.camera.rotation[:, 2]  # the world's Z in the camera frame
+    if math.hypot(right, down) < math.sin(math.radians(25)):
+        return frame
+    quarters = round(math.atan2(right, -down) / (math.pi / 2)) % 4  # anticlockwise
+    for _ in range(quarters):
+        frame = _quarter(frame)
+    return frame
+
+
+def _quarter(frame: Frame) -> Frame:
+    """The frame turned by 90 degrees anticlockwise."""
+    c = frame.camera
+    turn = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    camera = Camera(c.height, c.width, c.fy, c.fx, c.cy, c.width - c.cx, turn @ c.rotation, turn @ c.translation)
+    pose = np.eye(4)
+    pose[:3, :3] = camera.rotation.T
+    pose[:3, 3] = camera.position
+    maps = (np.ascontiguousarray(np.rot90(m)) for m in (frame.image, frame.depth, frame.ids))
+    return Frame(frame.name, camera, pose, *maps)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -204,30 +308,24 @@ def assemble(
     walk: Sequence[Frame],
     motions: Sequence[tuple[Frame, Frame]] = (),
     *,
-    stills: int = 4,
-    pairs: int = 6,
-    fps: float = 2.0,
+    options: ScanOptions,
+    problems: Problems,
     polygon: np.ndarray | None = None,
     height: float | None = None,
-    source: str,
-    seed: int = 0,
-    problems: Problems,
+    video: bool = True,
 ) -> Scene:
     """The scene of a scan.
 
     Args:
-        walk: frames of the video in order, `fps` frames a second.
+        walk: frames of the video in order.
         motions: pairs of frames for camera motion.
-        stills: views for single-image questions, spread evenly over the walk.
-        pairs: at most so many wide pairs, see `scene.wide_pairs`.
-        source: `data_source` of the rows.
-        seed: decides the surface points and the pairs.
+        video: whether the walk is a video; False makes every frame of it a still.
 
     Raises:
         ValueError: depth and boxes do not belong together.
     """
     every = [*walk, *(frame for pair in motions for frame in pair)]
-    points = surfaces(every, {o.id for o in objects}, np.random.default_rng([seed, 8]))
+    points = surfaces(every, {o.id for o in objects}, np.random.default_rng([options.seed, 8]))
     checked = check_boxes(name, objects, every, points, problems)
     by_id = {o.id: o for o in checked}
     views = []
@@ -238,8 +336,8 @@ def assemble(
         )
     number = len(walk)
     order = tuple(range(number))
-    wide = wide_pairs(views, order, np.random.default_rng([seed, 9]), pairs)
-    chosen = spread(number, stills)
+    wide = wide_pairs(views, order, np.random.default_rng([options.seed, 9]), options.pairs)
+    chosen = spread(number, options.stills) if video else []
     first_motion = number + len(chosen)
     moved = [(first_motion + 2 * k, first_motion + 2 * k + 1, "motion") for k in range(len(motions))]
     return Scene(
@@ -250,10 +348,53 @@ def assemble(
         polygon=polygon,
         height=height,
         pairs=(*wide, *moved),
-        walk=order,
-        fps=fps,
-        metadata={"source": source},
+        walk=order if video else (),
+        fps=options.fps,
+        metadata={"source": options.source},
     )
+
+
+def assemble_from(
+    name: str,
+    objects: Sequence[SceneObject],
+    poses: Sequence[np.ndarray],
+    load: Callable[[int], Frame],
+    *,
+    options: ScanOptions,
+    problems: Problems,
+    video: bool = True,
+    polygon: np.ndarray | None = None,
+) -> Scene:
+    """The scene of a scan whose frames are read one by one: frames spread over it, and pairs for camera motion.
+
+    Args:
+        poses: camera to world (4, 4) of every frame with a usable pose, in order.
+        load: the frame with this index; OSError and ValueError leave it out.
+
+    Raises:
+        ValueError: fewer than two frames, or depth and boxes that do not belong together.
+    """
+    read: dict[int, Frame | None] = {}
+
+    def frame(k: int) -> Frame | None:
+        if k not in read:
+            try:
+                read[k] = load(k)
+            except (OSError, ValueError) as error:
+                problems.add(ValueError(f"{name}: frame {k}: {error}; it is left out"))
+                read[k] = None
+        return read[k]
+
+    walk = [item for k in spread(len(poses), options.frames) if (item := frame(k)) is not None] if len(poses) else []
+    if len(walk) < 2:
+        problems.finish()
+        raise ValueError(f"{name}: {len(walk)} usable frames of {len(poses)} with a pose; expected two or more")
+    moved = motion_pairs(poses, np.random.default_rng([options.seed, 10]), options.motions if video else 0)
+    both = [(frame(a), frame(b)) for a, b in moved]
+    motions = [(a, b) for a, b in both if a is not None and b is not None]
+    scene = assemble(name, objects, walk, motions, options=options, problems=problems, video=video, polygon=polygon)
+    problems.finish()
+    return scene
 
 
 def _unless_known(s: Sighting, objects: dict[int, SceneObject]) -> Sighting:

@@ -156,7 +156,7 @@ def _object(annotation: dict[str, Any], number: int, names: dict, image: str, pr
         width, height, length = (float(x) for x in annotation["dimensions"])
         rotation = np.array(annotation["R_cam"], dtype=np.float64)
         fault = rotation_problem(rotation)
-        box = UNKNOWN_BOX
+        box: tuple[float, ...] = UNKNOWN_BOX
         if fault is None:
             turn = angles(rotation[None])[0]
             box = (*(float(x) for x in annotation["center_cam"]), length, height, width, *(float(x) for x in turn))

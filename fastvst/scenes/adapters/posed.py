@@ -34,7 +34,7 @@ from fastvst.scenes.adapters.checks import (
     rotation_problem,
     size_problem,
 )
-from fastvst.scenes.adapters.frames import Frame, assemble, camera_at, motion_pairs, spread
+from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble, camera_at, motion_pairs, spread
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.scene import Scene, SceneObject
 
@@ -99,14 +99,10 @@ def read_posed(
         objects,
         walk,
         [(a, b) for a, b in two if a is not None and b is not None],
-        stills=stills,
-        pairs=pairs,
-        fps=fps,
+        options=ScanOptions(frames, stills, pairs, motions, fps, source=source, seed=seed),
+        problems=problems,
         polygon=None if polygon is None else outline_of(polygon),
         height=described.get("height"),
-        source=source,
-        seed=seed,
-        problems=problems,
     )
     problems.finish()
     return scene
