@@ -155,9 +155,10 @@ def object_table(scene: Scene, views: Sequence[int] = ()) -> str:
     """The objects of the scene as text, one per line.
 
     A line holds the name, the size in metres, the place on the plan of `draw_bev` (x to the right of the first camera,
-    y ahead of it), the rotation, and the views that show the object.
+    y ahead of it), the anticlockwise rotation on the plan, and the views that show the object.
     """
     origin, turn = frame(scene, views[0] if views else None)
+    page_turn = math.degrees(math.atan2(turn[1, 0], turn[0, 0]))  # anticlockwise, from the world's axes to the page's
     lines = ["id | object | width x depth x height (m) | right, ahead (m) | turned (deg) | seen in image"]
     for thing in scene.objects:
         right, ahead = (np.array(thing.box[:2]) - origin) @ turn.T
@@ -165,6 +166,7 @@ def object_table(scene: Scene, views: Sequence[int] = ()) -> str:
             str(k + 1) for k, v in enumerate(views) if any(s.object_id == thing.id for s in scene.views[v].sightings)
         ]
         size = f"{thing.box[3]:.2f} x {thing.box[5]:.2f} x {thing.height:.2f}"
-        place = f"{right:.2f}, {ahead:.2f} | {thing.box[8]:.0f}"
+        degrees = (thing.box[8] + page_turn + 180) % 360 - 180
+        place = f"{right:.2f}, {ahead:.2f} | {degrees:.0f}"
         lines.append(f"{thing.id} | {thing.name} | {size} | {place} | {', '.join(seen) or '-'}")
     return "\n".join(lines)

@@ -56,3 +56,9 @@ def test_labels_find_free_places(monkeypatch: pytest.MonkeyPatch) -> None:
     for k, a in enumerate(drawn):
         assert a[0] >= 0 and a[2] <= 1200 and a[1] >= 0 and a[3] <= 1200
         assert all(min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1]) for b in drawn[:k])
+
+
+@pytest.mark.parametrize("yaw", [0.0, 37.0, 120.0, -90.0, 180.0])
+def test_the_table_turns_with_the_first_camera(yaw: float) -> None:
+    made = scene(yaw, [(2.5, 4.0, 0.4, 1.2, 0.8, 2.0, -90, 0, yaw + 30)])
+    assert bev.object_table(made, [0]).splitlines()[1].split(" | ")[4] == "30"

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvst.data.chat import system_prompt
 from fastvst.data.sample import Part, Sample
-from fastvst.data.sources import forms
+from fastvst.data.sources import forms, vst
 from fastvst.data.sources.forms import COLUMNS, row_form
 from fastvst.data.sources.marks import IMAGE_OPTIONS, PADS, PART_KEYS, PART_OPTIONS, TAGS, option, place
 from fastvst.data.sources.media import all_images, media_list, payload
@@ -61,7 +61,15 @@ def to_sample(
     answer = _truth(row, form, meta_info, metadata)
     images, videos = _media(row, kind, context)
     _apply_sizes(images, meta_info, context)
+    is_vst = vst.is_vst(row, form)
+    if is_vst:
+        turns = vst.vst_turns(turns, len(images), context)
+    if is_vst and vst.shows_no_images(kind) and (images or videos):
+        context.changed("images_not_shown", f"type {kind!r}: VST shows none of the {len(images) + len(videos)} images")
+        images = []
+        videos = []
     messages = place(turns, images, videos, context)
+    messages = vst.stripped(messages) if is_vst else messages
     try:
         sample = Sample.from_messages(
             messages, id=context.id, source=context.source, kind=kind, answer=answer, metadata=metadata

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MISFIT, Problems, inside_box, share_in_boxes
-from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, wide_pairs
-from fastvst.spatial.boxes import corners
+from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
+from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
+from fastvst.spatial.boxes import corners, rotations, to_camera_frame
 from fastvst.spatial.camera import Camera, project, unproject
 
 POINTS = 256  # surface points per object, from which its visibility is estimated
@@ -166,10 +166,11 @@ def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObj
     """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies."""
     ids = np.zeros(depth.shape, np.int32)
     height, width = depth.shape
-    for item in sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6]))):
-        cube = corners([item.box])[0]
+    known = sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6])))
+    for item, cube in zip(known, corners([o.box for o in known]), strict=True):
         pixels, ahead = project(camera, cube)
-        if (ahead <= NEAR).all():
+        nearest_corner = max(float(ahead.min()), NEAR)
+        if ahead.max() <= NEAR:
             continue
         low = np.zeros(2, int)
         high = np.array([width, height])
@@ -178,14 +179,34 @@ def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObj
             high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, [width, height])
         if (high <= low).any():
             continue
-        window = (slice(low[1], high[1]), slice(low[0], high[0]))
-        rows, columns = np.nonzero(depth[window] > NEAR)
-        rows = rows + low[1]
-        columns = columns + low[0]
-        world = unproject(camera, np.stack([columns + 0.5, rows + 0.5], 1), depth[rows, columns].astype(np.float64))
-        inside = inside_box(world, item.box, 0.0)
-        ids[rows[inside], columns[inside]] = item.id
+        window = depth[low[1] : high[1], low[0] : high[0]]
+        near = np.flatnonzero((window > nearest_corner) & (window < ahead.max()))
+        rows, columns = np.divmod(near, window.shape[1])
+        inside = in_box_seen(camera, item.box, rows + low[1], columns + low[0], window.ravel()[near], 0.0)
+        ids[rows[inside] + low[1], columns[inside] + low[0]] = item.id
     return ids
+
+
+def in_box_seen(
+    camera: Camera,
+    box: Sequence[float],
+    rows: np.ndarray,
+    columns: np.ndarray,
+    depth: np.ndarray,
+    margin: float = MARGIN,
+) -> np.ndarray:
+    """Whether the surface seen at pixels (N,) with these depths (N,) lies in a box, as `checks.inside_box`; float32."""
+    local = to_camera_frame([box], camera)[0]
+    turn = rotations(local[None, 6:9])[0]
+    x = (columns + (0.5 - camera.cx)).astype(np.float32) * depth / np.float32(camera.fx)
+    y = (rows + (0.5 - camera.cy)).astype(np.float32) * depth / np.float32(camera.fy)
+    offset = local[:3] @ turn
+    inside = np.ones(len(depth), bool)
+    for axis in range(3):
+        a, b, c = turn[:, axis].astype(np.float32)
+        half = np.float32(local[3 + axis] / 2 * (1 + MARGIN) + margin)
+        inside &= np.abs(a * x + b * y + c * depth - np.float32(offset[axis])) <= half
+    return inside
 
 
 def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -214,41 +235,46 @@ def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: i
     return found
 
 
-def surfaces(frames: Sequence[Frame], known: set[int], rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """Object id -> up to `POINTS` world points (S, 3) on its surface, from all frames that show it."""
+def surfaces(
+    frames: Sequence[Frame],
+    pixels: Sequence[dict[int, np.ndarray]],
+    known: Collection[int],
+    rng: np.random.Generator,
+) -> dict[int, np.ndarray]:
+    """Object id -> up to `POINTS` world points (S, 3) on its surface, from all frames that show it.
+
+    pixels: `pixels_by_id` of each frame.
+    """
     points: dict[int, list[np.ndarray]] = {}
-    for frame in frames:
-        ids = np.where(frame.depth > NEAR, frame.ids, 0).ravel()
-        order = np.argsort(ids, kind="stable")
-        found, start, number = np.unique(ids[order], return_index=True, return_counts=True)
-        for object_id, first, size in zip(found.tolist(), start, number, strict=True):
+    for frame, own in zip(frames, pixels, strict=True):
+        depth = frame.depth.ravel()
+        for object_id, flat in own.items():
             if object_id not in known:
                 continue
-            flat = order[first + rng.choice(size, min(POINTS, size), replace=False)]
-            rows, columns = np.divmod(flat, frame.ids.shape[1])
-            pixels = np.stack([columns + 0.5, rows + 0.5], 1)
-            depth = frame.depth[rows, columns].astype(np.float64)
-            points.setdefault(object_id, []).append(unproject(frame.camera, pixels, depth))
-    found_points = {}
+            some = flat[rng.integers(len(flat), size=4 * POINTS)]  # some are drawn twice, some have no depth
+            some = some[depth[some] > NEAR][:POINTS]
+            if not len(some):
+                continue
+            rows, columns = np.divmod(some, frame.ids.shape[1])
+            spots = np.stack([columns + 0.5, rows + 0.5], 1)
+            points.setdefault(object_id, []).append(unproject(frame.camera, spots, depth[some].astype(np.float64)))
+    found = {}
     for object_id, parts in points.items():
         cloud = np.concatenate(parts)
-        found_points[object_id] = cloud[rng.choice(len(cloud), min(POINTS, len(cloud)), replace=False)]
-    return found_points
+        found[object_id] = cloud[rng.choice(len(cloud), min(POINTS, len(cloud)), replace=False)]
+    return found
 
 
-def trusted(frame: Frame, objects: dict[int, SceneObject]) -> np.ndarray:
+def trusted(frame: Frame, pixels: dict[int, np.ndarray], objects: Mapping[int, SceneObject]) -> np.ndarray:
     """Mask (H, W) of the pixels with a measured depth that lies in the box of the pixel's own object."""
-    mask = np.zeros(frame.ids.shape, bool)
-    rows, columns = np.nonzero((frame.ids > 0) & (frame.depth > NEAR))
-    ids = frame.ids[rows, columns]
-    pixels = np.stack([columns + 0.5, rows + 0.5], 1)
-    world = unproject(frame.camera, pixels, frame.depth[rows, columns].astype(np.float64))
-    for object_id in np.unique(ids).tolist():
-        own = np.nonzero(ids == object_id)[0]
+    mask = np.zeros(frame.ids.size, bool)
+    depth = frame.depth.ravel()
+    for object_id, flat in pixels.items():
         if object_id in objects and objects[object_id].known:
-            good = own[inside_box(world[own], objects[object_id].box)]
-            mask[rows[good], columns[good]] = True
-    return mask
+            own = flat[depth[flat] > NEAR]
+            rows, columns = np.divmod(own, frame.ids.shape[1])
+            mask[own[in_box_seen(frame.camera, objects[object_id].box, rows, columns, depth[own])]] = True
+    return mask.reshape(frame.ids.shape)
 
 
 def check_boxes(
@@ -295,7 +321,7 @@ def _what_fits(frames: Sequence[Frame], boxes: dict[int, tuple[float, ...]]) -> 
             c = frame.camera
             k = np.array([[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]])
             moved.append(dataclasses.replace(frame, camera=camera_at(c.width, c.height, k, pose)))
-        share = share_in_boxes(surfaces(moved, set(boxes), rng), boxes)
+        share = share_in_boxes(surfaces(moved, [pixels_by_id(frame.ids) for frame in moved], boxes, rng), boxes)
         best = max(best, (share, str(convention)))
     if best[0] >= FITS:
         return f"{best[0]:.0%} would if the poses are read as: {best[1]}."
@@ -325,12 +351,13 @@ def assemble(
         ValueError: depth and boxes do not belong together.
     """
     every = [*walk, *(frame for pair in motions for frame in pair)]
-    points = surfaces(every, {o.id for o in objects}, np.random.default_rng([options.seed, 8]))
+    pixels = [pixels_by_id(frame.ids) for frame in every]
+    points = surfaces(every, pixels, {o.id for o in objects}, np.random.default_rng([options.seed, 8]))
     checked = check_boxes(name, objects, every, points, problems)
     by_id = {o.id: o for o in checked}
     views = []
-    for frame in every:
-        seen = observe(frame.camera, frame.depth, frame.ids, points, trusted(frame, by_id))
+    for frame, own in zip(every, pixels, strict=True):
+        seen = observe(frame.camera, frame.depth, frame.ids, points, trusted(frame, own, by_id), own)
         views.append(
             View(frame.camera, frame.image, tuple(_unless_known(s, by_id) for s in seen), frame.depth, frame.ids)
         )
