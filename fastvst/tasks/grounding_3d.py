@@ -6,6 +6,8 @@ pixel numbers in the text would then be wrong.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastvst.data.sample import Sample
@@ -48,7 +50,7 @@ def descriptions(scene: Scene, view: View, target: Sighting, config: TaskConfig)
     if len(same) == 1:
         return [(name, {"rule": "only"})]
     others = [s for s in same if s is not target]
-    if not all(scene.object(s.object_id).known for s in others):
+    if any(s.farthest == math.inf for s in others):  # nobody knows where one of them is
         return []
     found: list[tuple[str, dict]] = []
     middle = {s.object_id: (s.box_2d[0] + s.box_2d[2]) / 2 for s in same}

@@ -21,6 +21,7 @@ from fastvst.spatial.camera import Camera, project, unproject
 
 POINTS = 256  # surface points per object, from which its visibility is estimated
 NEAR = 0.05  # metres; a smaller depth is a hole
+SURE = 60  # pixels found from boxes and depth below which an object's place in the image is not sure
 ENOUGH = 20  # surface points below which an object's box is not judged by them
 
 
@@ -30,6 +31,8 @@ class Frame:
 
     `name`: as the data set calls it. `pose`: its stored 4 x 4 matrix. `image` (H, W, 3) uint8. `depth` (H, W) float32,
     planar, metres, 0 where it is missing or saturated. `ids` (H, W) int32 object ids, 0 = none. All at one size.
+
+    `masks` is False if the ids were found from boxes and depth: an object may then show where it has no pixel.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Frame:
     image: np.ndarray
     depth: np.ndarray
     ids: np.ndarray
+    masks: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ def make_frame(
     k = np.diag([size[0] / width, size[1] / height, 1.0]) @ intrinsics[:3, :3]
     camera = camera_at(*size, k, pose)
     depth = nearest(np.where(np.isfinite(depth), depth, 0).astype(np.float32), size)
-    masks = ids_from_boxes(camera, depth, objects) if ids is None else nearest(ids, size).astype(np.int32)
-    return upright(Frame(name, camera, pose, image, depth, masks))
+    found = ids_from_boxes(camera, depth, objects) if ids is None else nearest(ids, size).astype(np.int32)
+    return upright(Frame(name, camera, pose, image, depth, found, ids is not None))
 
 
 def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -138,8 +142,8 @@ def _quarter(frame: Frame) -> Frame:
     pose = np.eye(4)
     pose[:3, :3] = camera.rotation.T
     pose[:3, 3] = camera.position
-    maps = (np.ascontiguousarray(np.rot90(m)) for m in (frame.image, frame.depth, frame.ids))
-    return Frame(frame.name, camera, pose, *maps)
+    image, depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.image, frame.depth, frame.ids))
+    return Frame(frame.name, camera, pose, image, depth, ids, frame.masks)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -163,7 +167,10 @@ def planar_depth(along_ray: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
 
 
 def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObject]) -> np.ndarray:
-    """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies."""
+    """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies.
+
+    The floor and the wall at its faces are not the object: see `own_space`.
+    """
     ids = np.zeros(depth.shape, np.int32)
     height, width = depth.shape
     known = sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6])))
@@ -182,20 +189,70 @@ def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObj
         window = depth[low[1] : high[1], low[0] : high[0]]
         near = np.flatnonzero((window > nearest_corner) & (window < ahead.max()))
         rows, columns = np.divmod(near, window.shape[1])
-        inside = in_box_seen(camera, item.box, rows + low[1], columns + low[0], window.ravel()[near], 0.0)
+        seen = (rows + low[1], columns + low[0], window.ravel()[near])
+        inside = in_space(camera, item.box, *own_space(camera, item.box), *seen)
         ids[rows[inside] + low[1], columns[inside] + low[0]] = item.id
     return ids
 
 
-def in_box_seen(
+def hints(frame: Frame, objects: Sequence[SceneObject]) -> list[Sighting]:
+    """Sightings without visibility of objects that the frame may show although hardly a pixel is known to be theirs.
+
+    A ray into the box of such an object is not blocked before it, or its depth is missing. No question is about them,
+    but no answer says that they are not to be seen.
+    """
+    found = []
+    height, width = frame.depth.shape
+    for item in objects:
+        if not item.known:
+            continue
+        pixels, ahead = project(frame.camera, corners([item.box])[0])
+        if ahead.max() <= NEAR:
+            continue
+        low = np.zeros(2, int)
+        high = np.array([width, height])
+        if (ahead > NEAR).all():
+            low = np.clip(np.floor(pixels.min(0)).astype(int), 0, [width, height])
+            high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, [width, height])
+        window = frame.depth[low[1] : high[1], low[0] : high[0]]
+        free = (window <= NEAR) | (window >= max(float(ahead.min()), NEAR) - MARGIN)
+        if free.any():
+            box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+            centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+            found.append(Sighting(item.id, 0.0, int(free.sum()), box, centre, 0.0, (0.0, math.inf)))
+    return found
+
+
+def own_space(camera: Camera, box: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the visible surface of an object itself lies in its box: lowest and highest local coordinates (3,), metres.
+
+    It lies at the faces that the camera looks at, with 1 cm to spare. At the other faces are the wall behind the object
+    and the floor under it: 2 cm there are left out, 4 cm at the bottom, but at most a fifth of the box.
+    """
+    b = np.array(box, dtype=np.float64)
+    half = b[3:6] / 2
+    place = (camera.position - b[:3]) @ rotations(b[None, 6:9])[0]
+    cut = np.minimum(np.array([0.02, 0.02, 0.02]), 0.2 * b[3:6])
+    low = np.where(place < -half, -half - 0.01, -half + cut)
+    high = np.where(place > half, half + 0.01, half - cut)
+    if place[1] <= half[1]:  # local Y points down
+        high[1] = half[1] - min(0.04, 0.2 * b[4])
+    return low, high
+
+
+def in_space(
     camera: Camera,
     box: Sequence[float],
+    low: np.ndarray,
+    high: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     depth: np.ndarray,
-    margin: float = MARGIN,
 ) -> np.ndarray:
-    """Whether the surface seen at pixels (N,) with these depths (N,) lies in a box, as `checks.inside_box`; float32."""
+    """Whether the surface seen at pixels (N,) with these depths (N,) has local coordinates of a box between two (3,).
+
+    Computed in float32.
+    """
     local = to_camera_frame([box], camera)[0]
     turn = rotations(local[None, 6:9])[0]
     x = (columns + (0.5 - camera.cx)).astype(np.float32) * depth / np.float32(camera.fx)
@@ -204,8 +261,8 @@ def in_box_seen(
     inside = np.ones(len(depth), bool)
     for axis in range(3):
         a, b, c = turn[:, axis].astype(np.float32)
-        half = np.float32(local[3 + axis] / 2 * (1 + MARGIN) + margin)
-        inside &= np.abs(a * x + b * y + c * depth - np.float32(offset[axis])) <= half
+        along = a * x + b * y + c * depth - np.float32(offset[axis])
+        inside &= (along >= np.float32(low[axis])) & (along <= np.float32(high[axis]))
     return inside
 
 
@@ -273,7 +330,9 @@ def trusted(frame: Frame, pixels: dict[int, np.ndarray], objects: Mapping[int, S
         if object_id in objects and objects[object_id].known:
             own = flat[depth[flat] > NEAR]
             rows, columns = np.divmod(own, frame.ids.shape[1])
-            mask[own[in_box_seen(frame.camera, objects[object_id].box, rows, columns, depth[own])]] = True
+            box = objects[object_id].box
+            half = np.array(box[3:6]) / 2 * (1 + MARGIN) + MARGIN
+            mask[own[in_space(frame.camera, box, -half, half, rows, columns, depth[own])]] = True
     return mask.reshape(frame.ids.shape)
 
 
@@ -358,6 +417,10 @@ def assemble(
     views = []
     for frame, own in zip(every, pixels, strict=True):
         seen = observe(frame.camera, frame.depth, frame.ids, points, trusted(frame, own, by_id), own)
+        if not frame.masks:
+            seen = tuple(s for s in seen if s.pixels >= SURE)
+            sure = {s.object_id for s in seen}
+            seen = (*seen, *hints(frame, [o for o in checked if o.id not in sure]))
         views.append(
             View(frame.camera, frame.image, tuple(_unless_known(s, by_id) for s in seen), frame.depth, frame.ids)
         )
