@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from fastvst.batch import IGNORE
 from fastvst.data.chat import JINJA_TEMPLATE
 from fastvst.data.sample import Message
+from fastvst.model.json_values import chat_templates, checked
 
 # The template of the published checkpoints; text for text the same conversation as JINJA_TEMPLATE.
 PUBLISHED = (
@@ -58,9 +59,9 @@ def find_template(read: Callable[[str], str | None], extra: Mapping[str, str]) -
         text = read(name)
         if text is None:
             continue
-        value = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
-        if isinstance(value, list):  # [{"name": ..., "template": ...}, ...]
-            value = {one["name"]: one["template"] for one in value}
+        value = text
+        if not name.endswith(".jinja"):
+            value = checked(json.loads(text), {"chat_template": chat_templates}, f"{name}: ").get("chat_template")
         if isinstance(value, dict):
             value = value.get("default")
         if isinstance(value, str):

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from fastvst.data.chat import JINJA_TEMPLATE
 from fastvst.data.chat_template import ChatTemplate, find_template, is_stock, is_stock_without_images
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, PatchGeometry
-from fastvst.data.processor_config import ProcessorConfig
+from fastvst.data.processor_config import ProcessorConfig, make_config
 from fastvst.model import checkpoint_files
 from fastvst.model.checkpoint_files import json_text, read_json
 from fastvst.model.config import ModelConfig
+from fastvst.model.json_values import checked, count, flag, mapping, number, one_or_equal, several, text
 
 OWN_FILE = "fastvst_processor.json"
 NESTED = "processor_config.json"
@@ -62,6 +63,20 @@ VIDEO_FIELDS = {
     "min_frames": "min_frames",
     "max_frames": "max_frames",
     "fps": "fps",
+}
+# How the fields of the image and video processors' files are read.
+COUNTS = (*LIMITS, *LIMITS.values(), "min_frames", "max_frames", "num_frames")
+READERS = {name: count() for name in COUNTS} | {
+    "patch_size": one_or_equal(count()),
+    "temporal_patch_size": one_or_equal(count()),
+    "merge_size": one_or_equal(count()),
+    "fps": number(0, above=True),
+    "image_mean": several(number(), 3),
+    "image_std": several(number(0, above=True), 3),
+    "size": mapping,
+    "image_processor_type": text,
+    "do_center_crop": flag,
+    "do_sample_frames": flag,
 }
 
 
@@ -133,16 +148,43 @@ def _options(directory: Path, model_config: ModelConfig) -> tuple[dict[str, Any]
     pixels = _pixels(directory / name, values, model_config)
     video = _video(directory, model_config, pixels)
     own = read_json(directory / OWN_FILE) if (directory / OWN_FILE).is_file() else {}
+    try:
+        make_config(own)
+    except ValueError as error:
+        raise ValueError(f"{directory / OWN_FILE}: {error}") from error
+    try:
+        make_config(own | pixels | video)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {name} and {VIDEO}: {error}") from error
     others = sorted(n for n, value in video.items() if n in own and own[n] != value)
     if others:
         warnings.warn(f"{directory}: {OWN_FILE} has other values of {', '.join(others)}; {VIDEO} is used", stacklevel=5)
     return own, pixels, video
 
 
+def _fields(path: Path, key: str = "") -> dict[str, Any] | None:
+    """The fields of an image or video processor's file, or of the object `key` in it; None without one.
+
+    Raises:
+        ValueError: a value of another type than the field has, with file and field.
+    """
+    if not path.is_file():
+        return None
+    found: Any = read_json(path)
+    where = f"{path}: "
+    if key:
+        found = checked(found, {key: mapping}, where).get(key)
+        where += f"{key}."
+    if found is None:
+        return None
+    found = checked(found, READERS, where)
+    return found | {"size": checked(found["size"], READERS, f"{where}size.")} if found.get("size") else found
+
+
 def _image_processor(directory: Path) -> tuple[str, dict[str, Any]]:
     """(file, fields) of the image processor, in transformers' order."""
-    nested = read_json(directory / NESTED).get("image_processor") if (directory / NESTED).is_file() else None
-    flat = read_json(directory / FLAT) if (directory / FLAT).is_file() else None
+    nested = _fields(directory / NESTED, "image_processor")
+    flat = _fields(directory / FLAT)
     if nested is not None:
         if flat is not None and _limits(flat) != _limits(nested):
             warnings.warn(
@@ -164,8 +206,8 @@ def _video(directory: Path, model_config: ModelConfig, pixels: Mapping[str, Any]
     transformers reads preprocessor_config.json then. It expects frames that qwen-vl-utils has resized within its own
     limits, which are the defaults of ProcessorConfig.
     """
-    nested = read_json(directory / NESTED).get("video_processor") if (directory / NESTED).is_file() else None
-    flat = read_json(directory / VIDEO) if (directory / VIDEO).is_file() else None
+    nested = _fields(directory / NESTED, "video_processor")
+    flat = _fields(directory / VIDEO)
     values = nested if nested is not None else flat
     if values is None:
         return {}
@@ -209,8 +251,8 @@ def _pixels(path: Path, values: Mapping[str, Any], model_config: ModelConfig) ->
     size = values.get("size") or {}
     if not kind.startswith(("Qwen2VL", "Qwen2_5_VL")) or "height" in size or values.get("do_center_crop"):
         raise ValueError(
-            f"{path} describes a {kind} with size {size}: images of a fixed size. Qwen2.5-VL needs the "
-            "Qwen2VLImageProcessor of its published checkpoint, with pixel limits"
+            f"{path} describes image_processor_type {kind} with size {size}: images of a fixed size. Qwen2.5-VL needs "
+            "the Qwen2VLImageProcessor of its published checkpoint, with pixel limits"
         )
     _check_steps(path, values, model_config)
     return _limits(values) | _scales(values)

@@ -159,8 +159,15 @@ class ModelConfig:
             stored[GENERATION] = read_json(generation)
         try:
             config = _from_stored(stored)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        outside = [token for token in config.eos_token_ids if token >= config.vocab_size]
+        if outside:
+            warnings.warn(
+                f"{path.parent}: eos_token_id {outside} is outside of the vocabulary of {config.vocab_size} tokens; no "
+                "completion ends with it",
+                stacklevel=2,
+            )
         twice = config_json.contradictions(stored[CONFIG])
         if twice:
             warnings.warn(f"{path}: {'; '.join(twice)}, as in transformers", stacklevel=2)
@@ -195,9 +202,12 @@ class ModelConfig:
 
 def _from_stored(stored: Mapping[str, Any]) -> ModelConfig:
     fields, tower = config_json.parse(stored[CONFIG])
-    eos = stored.get(GENERATION, {}).get("eos_token_id")
+    try:
+        eos = config_json.generation_eos(stored.get(GENERATION, {}))
+    except ValueError as error:
+        raise ValueError(f"{GENERATION}: {error}") from error
     if eos is not None:
-        fields["eos_token_ids"] = config_json.token_ids(eos)
+        fields["eos_token_ids"] = eos
     return ModelConfig(**fields, vision=VisionConfig(**tower), stored=stored)
 
 

@@ -8,6 +8,18 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from fastvst.model.json_values import (
+    checked,
+    count,
+    flag,
+    mapping,
+    number,
+    one_or_equal,
+    several,
+    text,
+    token_ids,
+)
+
 logger = logging.getLogger(__name__)
 WRITTEN_FOR = "5.17.0"  # the transformers version whose form of config.json `fresh` writes, and of the defaults below
 
@@ -49,6 +61,34 @@ ROPE_THETA = 1_000_000.0
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MAY_BE_NULL = ("bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+# How the fields of a config.json are read.
+ROPE_READERS = {"mrope_section": several(count(0), 3), "rope_theta": number(0, above=True)}
+TOP_READERS = {name: count(0) for name in TOKEN_DEFAULTS} | {
+    "text_config": mapping,
+    "vision_config": mapping,
+    "tie_word_embeddings": flag,
+    "fastvst_video_rule": text,
+    "transformers_version": text,
+}
+TEXT_READERS = {name: count() for name in (*SIZES, "num_key_value_heads", "max_position_embeddings")} | {
+    "rms_norm_eps": number(0),
+    "initializer_range": number(0),
+    "rope_theta": number(0, above=True),
+    "bos_token_id": count(0),
+    "eos_token_id": token_ids,
+    "pad_token_id": count(-1),
+    "hidden_act": text,
+    "use_sliding_window": flag,
+    "tie_word_embeddings": flag,
+    "layer_types": several(text),
+    "rope_scaling": mapping,
+    "rope_parameters": mapping,
+}
+VISION_READERS = {name: one_or_equal(count()) for name in VISION_DEFAULTS} | {
+    "hidden_act": text,
+    "fullatt_block_indexes": several(count(0)),
+}
+GENERATION_READERS = {"eos_token_id": token_ids}
 
 
 def parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,9 +102,18 @@ def parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if data.get("model_type") != "qwen2_5_vl":
         raise ValueError(f"model_type is {data.get('model_type')!r}; expected 'qwen2_5_vl'")
-    nested = isinstance(data.get("text_config"), dict)
+    data = checked(data, TOP_READERS)
+    null = [name for name in TOKEN_DEFAULTS if data.get(name, 0) is None]
+    if null:
+        raise ValueError(f"{null[0]} is null; expected a token id")
+    nested = data.get("text_config") is not None
     text = {**TEXT_DEFAULTS, **_present(data["text_config"] if nested else data)}
+    text = checked(text, TEXT_READERS, "text_config." if nested else "")
+    for name in ("rope_scaling", "rope_parameters"):
+        if text.get(name):
+            text[name] = checked(text[name], ROPE_READERS, f"{name}.")
     vision = {**VISION_DEFAULTS, **_present(data.get("vision_config") or {})}
+    vision = checked(vision, VISION_READERS, "vision_config.")
     _check_supported(text, vision)
     missing = [name for name in SIZES if name not in text]
     if missing:
@@ -74,12 +123,16 @@ def parse(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     fields |= {name: text[name] for name in TEXT_DEFAULTS if name not in ("hidden_act", "use_sliding_window")}
     fields |= {name: data.get(name, default) for name, default in TOKEN_DEFAULTS.items()}
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or text["num_attention_heads"]
-    fields["eos_token_ids"] = token_ids(fields.pop("eos_token_id"))
+    fields["eos_token_ids"] = tuple(fields.pop("eos_token_id") or ())
     fields["tie_word_embeddings"] = bool(data.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     fields |= {"rope_theta": theta, "mrope_section": section}
-    version = str(data.get("transformers_version", "4"))
-    fields["video_rule"] = data.get("fastvst_video_rule") or _video_rule(version)
-    tower = {name: _one_or_tuple(name, vision[name]) for name in VISION_DEFAULTS if name != "hidden_act"}
+    version = data.get("transformers_version") or "4"
+    rule = data.get("fastvst_video_rule")
+    if rule not in (None, "", "extent", "grid"):
+        raise ValueError(f"fastvst_video_rule is {rule!r}; expected 'extent' or 'grid'")
+    fields["video_rule"] = rule or _video_rule(version)
+    tower = {name: vision[name] for name in VISION_DEFAULTS if name != "hidden_act"}
+    tower["fullatt_block_indexes"] = tuple(tower["fullatt_block_indexes"])
     return fields, tower
 
 
@@ -105,11 +158,10 @@ def contradictions(data: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
-    """The tokens of an `eos_token_id` field."""
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+def generation_eos(data: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The EOS tokens of a generation_config.json; None if it names none. Raises ValueError as `checked`."""
+    found = checked(data, GENERATION_READERS).get("eos_token_id")
+    return None if found is None else tuple(found)
 
 
 def fresh(config: Any) -> dict[str, Any]:
@@ -216,21 +268,16 @@ def _check_supported(text: Mapping[str, Any], vision: Mapping[str, Any]) -> None
         raise ValueError("use_sliding_window is true; sliding windows in the decoder are not supported")
 
 
-def _one_or_tuple(name: str, value: Any) -> Any:
-    """Lists as tuples; a patch size may be written as a list of equal numbers."""
-    if isinstance(value, (list, tuple)):
-        return value[0] if "patch_size" in name and len(set(value)) == 1 else tuple(value)
-    return value
-
-
 def _rope(text: Mapping[str, Any]) -> tuple[float, tuple[int, int, int]]:
     """(theta, mrope_section) from `rope_scaling` and `rope_theta` (4.x), else from `rope_parameters` (5.x)."""
     rope = text.get("rope_scaling") or text.get("rope_parameters")
-    if not rope or "mrope_section" not in rope:
+    if not rope or rope.get("mrope_section") is None:
         raise ValueError(f"rope_scaling / rope_parameters is {rope!r}; expected a dict with 'mrope_section'")
-    kinds = {rope.get("rope_type"), rope.get("type")} - {None}
-    if not kinds <= {"default", "mrope"}:
-        raise ValueError(f"rope type {sorted(kinds)} is not known; expected 'mrope' (or 'default' with mrope_section)")
+    for key in ("rope_type", "type"):
+        if rope.get(key) not in (None, "default", "mrope"):
+            raise ValueError(
+                f"rope type [{rope[key]!r:.80}] is not known ({key}); expected 'mrope', or 'default' with mrope_section"
+            )
     return float(rope.get("rope_theta") or text.get("rope_theta") or ROPE_THETA), tuple(rope["mrope_section"])
 
 

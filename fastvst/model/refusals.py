@@ -40,8 +40,9 @@ def check(directory: Path) -> None:
             f"{directory} is quantised: config.json says {quantised}. fastvst loads float weights only.\n{ADVICE}"
         )
     names = config.get("architectures") or [ARCHITECTURE]
+    names = [names] if isinstance(names, str) else names
     kind = config.get("model_type", "qwen2_5_vl")
-    if ARCHITECTURE not in names or kind != "qwen2_5_vl":
+    if not isinstance(names, list) or ARCHITECTURE not in names or kind != "qwen2_5_vl":
         raise ValueError(f"{path} says architectures = {names}, model_type = {kind!r}; fastvst has only {ARCHITECTURE}")
     if "model_type" not in config:
         raise ValueError(f"{path} has no model_type; it is not the config.json of a model{hint(directory)}")

@@ -23,10 +23,11 @@ class StopRules:
     def __init__(self, eos_tokens: Collection[int], vocabulary: int, processor: Processor | None = None) -> None:
         """
         Args:
+            eos_tokens: those beyond the vocabulary cannot be sampled.
             processor: turns tokens into text; without it stop strings are ignored.
         """
         self.is_eos = np.zeros(vocabulary, dtype=bool)
-        self.is_eos[sorted(eos_tokens)] = True
+        self.is_eos[[token for token in sorted(eos_tokens) if token < vocabulary]] = True
         self.processor = processor
 
     def finish_reason(self, completion: Completion) -> str | None:
