@@ -47,7 +47,7 @@ def test_texts_of_help_begin_in_lower_case_and_end_without_a_stop(capsys):
         (["data", "chek", "x"], "fastvst data: argument action: invalid choice: 'chek'"),
         (["data", "chek", "x"], "did you mean 'check'?"),
         (["data", "check", "x", "--modle", "y"], "unrecognized arguments: --modle y; did you mean '--model'?"),
-        (["merge"], "fastvst merge: the following arguments are required: --adapter"),
+        (["generate"], "fastvst generate: the following arguments are required: "),
         (["--verson"], "COMMAND"),
     ],
 )
@@ -68,6 +68,7 @@ def test_a_wrong_word_is_one_line_with_the_near_word(arguments, expected, capsys
         (["evaluate", "vsi_bench", "--model", "a"], "needs --data"),
         (["evaluate", "no_such_benchmark", "--data", "x", "--model", "y"], "no_such_benchmark"),
         (["evaluate", "vsi_bench", "--data", "nowhere", "--model", "nowhere", "--out", "o"], "nowhere"),
+        (["merge"], "pass either two or more checkpoints, or --adapter DIR"),
         (["sft", "--nproc"], "--nproc is ''"),
         (["rl", "--nproc", "two"], "--nproc is 'two'; expected the number of processes"),
     ],
