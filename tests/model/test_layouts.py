@@ -91,6 +91,8 @@ def version5():
 SHORT = {"hidden_size": 64, "num_heads": 2, "depth": 2, "intermediate_size": 192, "out_hidden_size": 192, "in_chans": 3}
 FAST = PREPROCESSOR | {"image_processor_type": "Qwen2VLImageProcessorFast", "crop_size": None, "do_center_crop": None}
 LIMITS_IN_SIZE = {k: v for k, v in PREPROCESSOR.items() if "_pixels" not in k}
+VIDEO = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"longest_edge": 602112, "shortest_edge": 100352}}
+VIDEO |= {"do_sample_frames": False, "fps": None, "min_frames": 4, "max_frames": 768, "return_metadata": False}
 LAYOUTS = {
     "4.41, 3B": (flat("4.41.2", rope_scaling=MROPE, vision_config=TOWER, tie_word_embeddings=True), PREPROCESSOR),
     "4.41, 7B, 72B": (flat("4.41.2", rope_scaling=MROPE, vision_config=TOWER, tie_word_embeddings=False), PREPROCESSOR),
@@ -106,7 +108,10 @@ LAYOUTS = {
         nested("4.57.1", "dtype"),
         LIMITS_IN_SIZE | {"size": {"longest_edge": 12845056, "shortest_edge": 3136}},
     ),
-    "5.x": (version5(), {"image_processor": FAST, "processor_class": "Qwen2_5_VLProcessor"}),
+    "5.x": (
+        version5(),
+        {"image_processor": FAST, "video_processor": VIDEO, "processor_class": "Qwen2_5_VLProcessor"},
+    ),
 }
 
 

@@ -226,6 +226,31 @@ def test_sigterm_saves_and_exits_cleanly(
     assert curve(out) == whole and (out / "hf" / "config.json").exists()
 
 
+@pytest.mark.slow
+def test_going_back_and_a_flipped_bit_give_the_same_curve_and_lose_nothing(
+    model: Path, data: Path, whole: list[tuple[float, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = arguments(
+        out, data, model, "steps=20", "loader.accumulation=2", "checkpoint.every=5", "checkpoint.keep=9"
+    )
+    sft.main(command)
+    sft.main([*command, f"resume={out / 'checkpoints' / 'step-000005'}"])
+    assert "branch 2 of this run starts from step-000005" in capsys.readouterr().out
+    names = {p.name for p in (out / "checkpoints").glob("step-*")}
+    assert names == {"step-000005"} | {f"step-0000{n}{end}" for n in (10, 15, 20) for end in ("", "-1")}
+    assert curve(out) == whole and len((out / "metrics-branch-1.jsonl").read_text().splitlines()) == 20
+    shard = next((out / "checkpoints" / "step-000020" / "state").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    sft.main([*command, "resume=auto"])
+    said = capsys.readouterr().out
+    assert f"passed over: {shard} was changed" in said and f"resumed from {out}/checkpoints/step-000015\n" in said
+    assert curve(out) == whole and (out / "checkpoints" / "step-000020.damaged").is_dir()
+    assert complete(out / "checkpoints")[-1].name == "step-000020"
+
+
 def _signal_one(env: dict[str, str], command: list[str], out: Path, number: int) -> str:
     """Rank 1 sends itself a signal after step 3."""
 
