@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvst import jsonl
+from fastvst.config import check_at_least
 
 
 class SampleError(ValueError):
@@ -47,6 +48,11 @@ class BadSamples:
     max_fraction: float = 0.01
     min_samples: int = 1000
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(0, max_fraction=self.max_fraction, min_samples=self.min_samples)
+        if self.max_fraction > 1:
+            raise ValueError(f"max_fraction is {self.max_fraction}; expected a share from 0 to 1")
 
 
 @dataclass

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvst.config import ConfigError
+from fastvst.data.probe import probe
 from fastvst.model import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops
-from fastvst.rl.prompts import PromptStream
+from fastvst.rl.policy_update import make_objective
+from fastvst.rl.prompts import Prompt, PromptStream
+from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
 from fastvst.train.budget import GIB, Memory, Placement, estimate_memory
 from fastvst.train.distributed import World
 
@@ -22,6 +25,12 @@ def check(config: Any) -> None:
     """
     sampling = config.sampling
     update = config.update
+    if not 0 <= config.bad_samples <= 1:
+        raise ConfigError(f"bad_samples is {config.bad_samples}; expected a share from 0 to 1")
+    try:
+        make_objective(update, sampling.max_tokens)
+    except ValueError as error:
+        raise ConfigError(f"update: {error}") from error
     longest = config.processor.max_seq_len
     if update.tokens_per_pack < longest + sampling.max_tokens:
         raise ConfigError(
@@ -56,11 +65,11 @@ class PromptForecast:
     modes: tuple[str, ...]
 
 
-def forecast_prompts(stream: PromptStream, count: int) -> PromptForecast:
-    """Measure the first `count` prompts of a stream."""
+def forecast_prompts(stream: PromptStream, count: int) -> tuple[Prompt, PromptForecast]:
+    """The first prompt of a stream, and averages over the first `count` ones. Raises NoPrompts without any."""
     prompts = stream.take(count)
     costs = [stream.processor.measure(p.sample, add_generation_prompt=True) for p in prompts]
-    return PromptForecast(
+    return prompts[0], PromptForecast(
         prompts=len(prompts),
         tokens=sum(c.tokens for c in costs) / len(costs),
         patches=sum(c.patches for c in costs) / len(costs),
@@ -70,18 +79,46 @@ def forecast_prompts(stream: PromptStream, count: int) -> PromptForecast:
     )
 
 
+def one_reward(config: RewardConfig, prompt: Prompt) -> str:
+    """The reward of the true answer, if the row has one, and of an empty completion, by the reward of the run.
+
+    Raises:
+        RewardError: the reward cannot be loaded, or gives neither of them a score.
+    """
+    last = prompt.sample.messages[-1]
+    texts = [""]
+    if last["role"] == "assistant":
+        texts.insert(0, "".join(part.get("text", "") for part in last["content"]))
+    with RewardPool(config) as pool:
+        (rewards,) = pool.score([[prompt.row(text) for text in texts]])
+        if not any(reward.scored for reward in rewards):
+            raise RewardError(f"no reward for prompt {prompt.sample.source}/{prompt.sample.id}: {rewards[0].reason}")
+    shown = [
+        f"{text[:60]!r}: {reward.overall:.4g}{'' if reward.scored else ' (no score)'} ({reward.reason})"
+        for text, reward in zip(texts, rewards, strict=True)
+    ]
+    return f"reward for prompt {prompt.sample.source}/{prompt.sample.id}: {'; '.join(shown)}"
+
+
 def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 100) -> str:
     """The text of `--dry-run`: tokens and FLOPs of a step, and the memory of each part on a device.
+
+    It begins with the first rows of every source, the rejected rows with their reasons, and the reward of a prompt.
 
     Args:
         config: of examples/rl.py; its sections model, sampling, update and optimizer are read.
         stream: of rank 0 of one rank, so that it yields every prompt.
         prompts: how many of the first prompts are measured.
+
+    Raises:
+        NoPrompts: no row can be used.
+        RewardError: as `one_reward`.
     """
+    rows = [found.describe() for found in probe(stream.mixture, stream.examine)]
     model = ModelConfig.from_pretrained(config.model.path)
     sampling = config.sampling
     update = config.update
-    found = forecast_prompts(stream, prompts)
+    first, found = forecast_prompts(stream, prompts)
     n = sampling.answers
     limit = sampling.max_tokens
     shared = found.tokens + n * limit
@@ -92,6 +129,9 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
     kv = sampling.prompts / world.size * shared * bytes_per_token
     reference = sum(memory.weights.values()) if update.kl != "none" else 0.0
     lines = [
+        *rows,
+        stream.ledger.summary(),
+        one_reward(config.reward, first),
         f"first {found.prompts} prompts ({stream.ledger.total} rows rejected): {found.tokens:.0f} tokens on average, "
         f"longest {found.longest}, {found.patches:.0f} patches; reward modes {', '.join(found.modes)}",
         f"a step: {sampling.prompts} prompts x {n} completions of at most {limit} tokens: up to "

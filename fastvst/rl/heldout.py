@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastvst import jsonl
+from fastvst.config import ConfigError, check_at_least
 from fastvst.data.ledger import SampleError
 from fastvst.data.sources import open_source
 from fastvst.evaluate.statistics import bootstrap
@@ -36,20 +37,34 @@ class EvaluationConfig:
     every: int = 20
     questions: int = 200
 
+    def __post_init__(self) -> None:
+        check_at_least(0, every=self.every)
+        check_at_least(1, questions=self.questions)
+
 
 def read_prompts(path: str | Path, count: int, stream: PromptStream) -> list[Prompt]:
     """The first `count` usable prompts of a data set, numbered from 0, with the settings of the stream of training.
 
     Unusable rows are recorded in the stream's ledger.
+
+    Raises:
+        ConfigError: `path` cannot be opened.
+        NoPrompts: no row can be used.
     """
     prompts: list[Prompt] = []
-    for sample in open_source(path, ledger=stream.ledger).with_whole_rows():
+    try:
+        source = open_source(path, ledger=stream.ledger).with_whole_rows()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"evaluation.path: {error}") from error
+    for sample in source:
         if len(prompts) == count:
             break
         try:
             prompts.append(stream.prompt(sample, turn=len(prompts), number=len(prompts)))
         except SampleError as error:
             stream.ledger.record(error, where=str(path))
+    if not prompts:
+        raise NoPrompts(f"evaluation.path: no held-out prompt of {path} can be used\n{stream.ledger.summary()}")
     return prompts
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastvst.config import check_at_least
 from fastvst.rl.advantages import AdvantageKind
 from fastvst.rl.packing import Group, PolicyPack, Sharing, divide_into_packs, make_pack
 from fastvst.train.distributed import World
@@ -72,6 +73,9 @@ class UpdateConfig:
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     importance: Literal["none", "token", "sequence", "geometric"] = "none"
     tokens_per_pack: int = 2048
+
+    def __post_init__(self) -> None:
+        check_at_least(1, epochs=self.epochs, minibatches=self.minibatches, tokens_per_pack=self.tokens_per_pack)
 
 
 def make_objective(config: UpdateConfig, max_tokens: int) -> Objective:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from fastvst.batch import EncodedSample
-from fastvst.config import ConfigError
+from fastvst.config import ConfigError, check_at_least
 from fastvst.data.processor import Processor
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rl.packing import Answer, Group
@@ -73,6 +73,8 @@ class SamplingConfig:
         )
 
     def __post_init__(self) -> None:
+        check_at_least(1, prompts=self.prompts, max_tokens=self.max_tokens)
+        check_at_least(2, answers=self.answers)  # one completion has no other to be compared with
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p is {self.top_p}; expected above 0, up to 1")
         if not self.temperature > 0:

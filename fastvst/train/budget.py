@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from fastvst.data import Mixture, PackedBatch, PackingReport, pack
+from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.loader import LoaderConfig, make_planner
+from fastvst.data.probe import probe
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import pack_flops
 from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
@@ -209,26 +211,43 @@ class PackForecast:
 
 
 def forecast_packs(
-    mixture: Mixture, processor: Any, config: LoaderConfig, *, world_size: int, samples: int = 200
+    mixture: Mixture,
+    processor: Any,
+    config: LoaderConfig,
+    *,
+    world_size: int,
+    samples: int = 200,
+    ledger: Ledger | None = None,
 ) -> PackForecast:
     """Pack the first `samples` samples; one pack is encoded to count its targets and FLOPs.
 
+    Args:
+        ledger: receives the samples that cannot be used.
+
     Raises:
-        ValueError: no sample can be used.
+        TooManyBadSamples: no sample can be used; with the reasons.
     """
+    ledger = Ledger(deferred=True) if ledger is None else ledger
     planner = make_planner(mixture, processor, config, world_size)
     report = PackingReport()
     first = None
-    rejected = 0
     while report.samples < samples and (step := planner.next_step()) is not None:
-        rejected += len(step.bad)
+        ledger.saw(step.seen)
+        for error, where in step.bad:
+            ledger.record(error, where=where)
         if not step.packs:
             break
         report.add(step.loads, step.samples, config.tokens_per_pack)
         first = first or max(step.packs, key=len)
-    if first is None:
-        raise ValueError(f"none of the first {rejected} samples can be used; the ledger of a run says why")
-    batch = pack([processor.encode(item.sample) for item in first])
+    encoded = []
+    for item in first or ():
+        try:
+            encoded.append(processor.encode(item.sample))
+        except SampleError as error:  # pixels that cannot be decoded
+            ledger.record(error, where=mixture.where(item.ref))
+    if not encoded:
+        raise TooManyBadSamples(f"none of the first {ledger.seen} samples can be used.\n{ledger.summary()}")
+    batch = pack(encoded)
     flops = pack_flops(
         processor.model_config,
         batch.cu_seqlens.diff().tolist(),
@@ -240,7 +259,7 @@ def forecast_packs(
     return PackForecast(
         report=report,
         samples=report.samples,
-        rejected=rejected,
+        rejected=ledger.total,
         rows=len(mixture),
         tokens=report.tokens / report.packs,
         patches=report.patches / report.packs,
@@ -259,11 +278,23 @@ def dry_run(
     recompute: str,
     frozen: Iterable[str] = (),
 ) -> str:
-    """The text of `--dry-run`: parameters, packs of the first 200 samples, FLOPs and memory. Nothing is trained."""
+    """The text of `--dry-run`: parameters, packs of the first 200 samples, FLOPs and memory. Nothing is trained.
+
+    It begins with the first rows of every source, and has a table of the rejected samples with their reasons.
+
+    Raises:
+        TooManyBadSamples: no sample can be used.
+    """
+    probes = probe(mixture, make_planner(mixture, processor, loader, world.size).examine)
+    rows = "\n".join(found.describe() for found in probes)
+    ledger = Ledger(deferred=True)
     with torch.device("meta"):
         counts = count_parameters(Qwen25VL(config))
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    packs = forecast_packs(mixture, processor, loader, world_size=world.size)
+    try:
+        packs = forecast_packs(mixture, processor, loader, world_size=world.size, ledger=ledger)
+    except TooManyBadSamples as error:
+        raise TooManyBadSamples(f"{error}\n{rows}") from error
     memory = estimate_memory(
         config,
         Placement.of(world),
@@ -276,7 +307,12 @@ def dry_run(
     per_token, per_patch = kept_bytes(config, recompute, world.dtype)
     kept = f"kept for the backward pass (recompute {recompute}, {str(world.dtype).removeprefix('torch.')}): "
     kept += f"{per_token / 1e6:.4g} MB a token, {per_patch / 1e6:.4g} MB a patch"
-    return f"parameters: {sum(counts.values()):,} ({parts})\n{packs.describe()}\n{kept}\n{memory.table()}"
+    rows = f"{rows}\n{ledger.summary()}"
+    return f"{rows}\nparameters: {sum(counts.values()):,} ({parts})\n{packs.describe()}\n{kept}\n{memory.table()}"
+
+
+class OutOfMemory(RuntimeError):
+    """A device has too little memory for a step; the message says what to change."""
 
 
 @contextlib.contextmanager
@@ -304,7 +340,7 @@ def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: in
             peak = torch.cuda.max_memory_allocated(world.device)
             state = f" ({peak / GIB:.1f} GiB allocated at the peak, {free / GIB:.1f} of {total / GIB:.1f} GiB free)"
         largest = max(packs, key=lambda pack: pack.num_tokens + pack.num_patches).describe()
-        raise RuntimeError(
+        raise OutOfMemory(
             f"rank {world.rank}: {world.device} is out of memory{state} on a pack of {largest}. Change, in this order: "
             f"{'; '.join(advice)}. --dry-run shows the memory of every part"
         ) from error

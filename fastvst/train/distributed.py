@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from fastvst.config import not_an_option
+from fastvst.config import check_at_least, check_positive, not_an_option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,6 +50,10 @@ class ParallelConfig:
     reshard: bool = not_an_option(True)
     threads: int = 0
     timeout: float = not_an_option(600.0)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, replicas=self.replicas, threads=self.threads)
+        check_positive(timeout=self.timeout)
 
 
 @dataclass(frozen=True)

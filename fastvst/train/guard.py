@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvst import jsonl
-from fastvst.config import not_an_option
+from fastvst.config import check_at_least, not_an_option
 
 WINDOW = 64  # accepted steps in the median
 MIN_STEPS = 16  # accepted steps before a value can count as a spike
@@ -32,6 +32,9 @@ class GuardConfig:
 
     spike: float = not_an_option(10.0)
     patience: int = 5
+
+    def __post_init__(self) -> None:
+        check_at_least(0, spike=self.spike, patience=self.patience)
 
 
 @dataclass(frozen=True)

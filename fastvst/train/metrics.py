@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastvst import atomic, jsonl
+from fastvst.config import check_at_least
 from fastvst.train.distributed import World
 
 # Peak bfloat16 FLOP/s of the tensor cores without sparsity, by the product names that CUDA reports. Source: NVIDIA's
@@ -45,6 +46,13 @@ class LogConfig:
     every: int = 10
     tensorboard: bool = False
     wandb: str = ""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, every=self.every)
+
+
+class MissingPackage(ImportError):
+    """An option needs a package that is not installed; the message says which one."""
 
 
 class Metrics:
@@ -199,4 +207,6 @@ def _optional(module: str, package: str, option: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{option} is on, but {package} is not installed: pip install {package} ({error})") from None
+        raise MissingPackage(
+            f"{option} is on, but {package} is not installed: pip install {package} ({error})"
+        ) from None

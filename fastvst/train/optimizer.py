@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastvst.config import check_at_least
+
 PARTS = ("vision", "merger", "decoder")
 EPS = 1e-8  # added to the root of the second moment; torch's and the paper's default
 
@@ -37,6 +39,11 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        merger_lr = self.vision_lr if self.merger_lr is None else self.merger_lr
+        rates = {"lr": self.lr, "vision_lr": self.vision_lr, "merger_lr": merger_lr}
+        check_at_least(0, **rates, weight_decay=self.weight_decay, clip=self.clip)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; expected two numbers of at least 0 and below 1")
         unknown = sorted(set(self.freeze) - set(PARTS))
         if unknown:
             raise ValueError(f"freeze names {unknown}; the parts are {list(PARTS)}")

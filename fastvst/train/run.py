@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -24,9 +25,11 @@ from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model import weights as hf
 from fastvst.train import checkpoint, distributed, lock
+from fastvst.train.budget import OutOfMemory
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
+from fastvst.train.metrics import MissingPackage
 from fastvst.train.optimizer import freeze
 from fastvst.train.recipes import Layers
 from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
@@ -49,8 +52,15 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     TooManyBadSamples,
     RankError,
     lock.FolderInUse,
+    MissingPackage,
+    OutOfMemory,
     FileNotFoundError,
 )
+# Errors of the disk and of paths, which the user can repair.
+USER_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EADDRINUSE, errno.EMFILE, errno.ENFILE),
+}
 COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
 OTHER_RANKS_WAIT = 5.0  # seconds before a rank other than 0 prints an error: torchrun ends it sooner if rank 0 failed
 
@@ -62,7 +72,11 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
     """Call a script's `main` with the command line. USER_ERRORS and `errors` end it with one line, not a traceback."""
     try:
         main(sys.argv[1:])
-    except (*USER_ERRORS, *errors) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it
+    except (*USER_ERRORS, *errors, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, USER_ERRORS) and error.errno not in USER_ERRNOS:
+            raise
         if int(os.environ.get("RANK", 0)):
             time.sleep(OTHER_RANKS_WAIT)
         sys.exit(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
@@ -77,7 +91,7 @@ def read_config(
     """The configuration that the command line describes, or None after printing the help that it asks for.
 
     Args:
-        layers: see `fastvst.config.resolve`. The class needs a field `origins`, which receives (name, origin) pairs.
+        layers: see `fastvst.config.resolve`. The class needs `steps` and a field `origins` for (name, origin).
 
     Raises:
         ConfigError: as `load_config`, or model.path is not a checkpoint.
@@ -91,6 +105,9 @@ def read_config(
             raise FileNotFoundError(f"model.path: {error}") from error
         except (OSError, ValueError) as error:
             raise error if isinstance(error, ConfigError) else ConfigError(f"model.path: {error}") from error
+        steps = cast(Any, config).steps
+        if steps is not None and steps < 1:
+            raise ConfigError(f"steps is {steps}; expected at least 1")
         return replace(cast(Any, config), origins=tuple(origins.items()))
     try:
         print(f"{description}\nOptions:\n{usage(config_class)}", flush=True)
@@ -128,7 +145,7 @@ def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
         CheckpointError: the checkpoint that `resume` names is damaged, or "auto" finds none that is whole.
     """
     found, damaged = find(resume, out / "checkpoints", world)
-    refused: lock.FolderInUse | None = None
+    refused: Exception | None = None
     if world.is_main:
         try:
             lock.acquire(out)
@@ -138,6 +155,8 @@ def open_run_folder(out: Path, resume: str, world: World) -> Path | None:
                 print(f"{path} was renamed to {set_damaged_aside(path).name}", flush=True)
         except lock.FolderInUse as error:
             refused = error
+        except OSError as error:
+            refused = ConfigError(f"out: {out} cannot be a run folder: {error.strerror} ({error.filename})")
     raise_together(refused, world)
     return found
 
@@ -227,13 +246,18 @@ def build_model(
         reshard: see `ParallelConfig`.
     """
     source = None
+    failure: Exception | None = None
+    with torch.device("meta"):
+        skeleton = Qwen25VL(model_config(path, preset))
     if world.is_main and path:
-        source = Qwen25VL.from_pretrained(path, dtype=torch.float32)
+        try:
+            source = Qwen25VL.from_pretrained(path, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            failure = ConfigError(f"model.path: {error}")
     elif world.is_main:
         torch.manual_seed(seed)
         source = Qwen25VL.fresh(preset)
-    with torch.device("meta"):
-        skeleton = Qwen25VL(model_config(path, preset))
+    raise_together(failure, world)
     freeze(skeleton, frozen)
     model = distributed.place(source, skeleton, world, reshard=reshard)
     model.recompute = recompute
@@ -242,13 +266,20 @@ def build_model(
 
 def model_config(path: str | None, preset: str = "tiny") -> ModelConfig:
     """The configuration of the model that `build_model` builds."""
-    return ModelConfig.from_pretrained(path) if path else ModelConfig.preset(preset)
+    try:
+        return ModelConfig.from_pretrained(path) if path else ModelConfig.preset(preset)
+    except ValueError as error:
+        raise ConfigError(f"{'model.path' if path else 'model.preset'}: {error}") from error
 
 
 def build_processor(config: ProcessorConfig, path: str | None, preset: str = "tiny") -> Processor:
     """The processor of a checkpoint or preset with the options of `config`; the rest comes from the checkpoint."""
     options = dict(leaves(config))
-    return Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
+    try:
+        return Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
+    except ValueError as error:
+        hint = f"model.path: {error}" if path else f"model.preset is {preset!r} without model.path: {error}"
+        raise ConfigError(hint) from error
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from fastvst.config import check_at_least
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -24,8 +26,7 @@ class ScheduleConfig:
     lr_min: float = 1e-7
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or self.lr_min < 0:
-            raise ValueError(f"warmup ({self.warmup}) and lr_min ({self.lr_min}) must not be negative")
+        check_at_least(0, warmup=self.warmup, lr_min=self.lr_min)
 
 
 def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from fastvst.config import check_at_least, check_positive
 from fastvst.rl.rewards.verifiable import Reward
 from fastvst.rl.rewards.worker import BUILT_IN, encode_request
 
@@ -74,6 +75,11 @@ class RewardConfig:
     workers: int = 1
     time_limit: float = 20.0
     memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, overlong_buffer=self.overlong_buffer, memory_gib=self.memory_gib)
+        check_at_least(1, workers=self.workers)
+        check_positive(time_limit=self.time_limit)
 
     @property
     def terms(self) -> list[RewardTerm]:
