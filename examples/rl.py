@@ -429,7 +429,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         evaluate(config.steps)
         world.say(pool.summary(), ledger.summary())
     save(step)
-    directory = saver.save_model()
+    directory = saver.save_model("reinforcement learning", stream.mixture)
     if world.is_main:
         print(f"model: {directory}\nreport: {write_report(out, settings)}", flush=True)
 

@@ -38,7 +38,7 @@ from fastvst.data.loader import make_loader, make_planner
 from fastvst.evaluate import rooms as rooms_benchmark
 from fastvst.evaluate.training_page import write_report
 from fastvst.model import Qwen25VL
-from fastvst.train import budget, guard
+from fastvst.train import budget, guard, model_card
 from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
@@ -360,7 +360,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     if stopped:
         world.say(f"stopped by a signal after step {step}; continue with --resume auto")
         return
-    directory = saver.save_model()
+    directory = saver.save_model("supervised fine-tuning", mixture)
     world.say(loader.report, loader.ledger.summary(), f"model: {directory}")
     if world.is_main:
         evaluate(config, processor, world, rooms)
@@ -374,6 +374,7 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Pa
         train, heldout = rooms
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
         results = rooms_benchmark.evaluate(model, processor, heldout, world.device, train_path=train)
+        model_card.add_evaluation(out / "hf", results.table())
         print(results.table(), results.table_of_forms(), sep="\n\nby form of the question:\n")
     print(f"report: {write_report(out / 'report', out / 'metrics.jsonl', results, to_dict(config))}", flush=True)
 

@@ -30,6 +30,7 @@ from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
 from fastvst.train.metrics import MissingPackage
+from fastvst.train.model_card import write_card
 from fastvst.train.optimizer import freeze
 from fastvst.train.recipes import Layers
 from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
@@ -74,7 +75,9 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
-    except (*USER_ERRORS, *errors, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (*USER_ERRORS, *errors, OSError)):
+            raise
         if isinstance(error, OSError) and not isinstance(error, USER_ERRORS) and error.errno not in USER_ERRNOS:
             raise
         if int(os.environ.get("RANK", 0)):
@@ -335,9 +338,12 @@ class Saver:
         )
         self.world.say(f"saved {path}")
 
-    def save_model(self) -> Path:
-        """Write the Hugging Face directory `out/hf` in the compute dtype."""
-        return checkpoint.save_hf(self.out / "hf", self.model, self.world, self._write_hf, self.world.dtype)
+    def save_model(self, method: str, mixture: Mixture) -> Path:
+        """Write the Hugging Face directory `out/hf` in the compute dtype, with its model card (see `write_card`)."""
+        folder = checkpoint.save_hf(self.out / "hf", self.model, self.world, self._write_hf, self.world.dtype)
+        if self.world.is_main:
+            write_card(self.out, self.settings, mixture, method)
+        return folder
 
     def _write_hf(self, path: Path, tensors: dict[str, Tensor]) -> None:
         hf.save(path, self.model.config, tensors, processor=self.processor)

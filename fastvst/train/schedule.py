@@ -8,8 +8,6 @@ from typing import Literal
 
 import torch
 
-from fastvst.config import check_at_least
-
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -26,7 +24,8 @@ class ScheduleConfig:
     lr_min: float = 1e-7
 
     def __post_init__(self) -> None:
-        check_at_least(0, warmup=self.warmup, lr_min=self.lr_min)
+        if not (0 <= self.warmup < math.inf and 0 <= self.lr_min < math.inf):
+            raise ValueError(f"warmup ({self.warmup}) and lr_min ({self.lr_min}) must not be negative")
 
 
 def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
