@@ -69,8 +69,8 @@ def test_models_of_a_preset_follow_the_seed_and_models_of_a_directory_the_direct
 
 def test_the_processor_takes_its_options_and_keeps_the_rest_of_the_checkpoint(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
-    file = path / "preprocessor_config.json"
-    file.write_text(file.read_text().replace("0.48145466", "0.25"))
+    for file in (path / "preprocessor_config.json", path / "video_preprocessor_config.json"):
+        file.write_text(file.read_text().replace("0.48145466", "0.25"))
     processor = build_processor(ProcessorConfig(max_pixels=56 * 56, image_mean=(0.0, 0.0, 0.0)), str(path))
     assert processor.config.max_pixels == 56 * 56
     assert processor.config.image_mean[0] == 0.25  # the normalisation is not an option
