@@ -12,6 +12,7 @@ from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss
 from fastvst_kernels.lm_head.types import VocabularyShard
+from fastvst_kernels.losses import LinearCrossEntropyLoss, LinearLogProbs, LinearPolicyLoss
 from fastvst_kernels.norm.op import add_rms_norm, rms_norm
 from fastvst_kernels.rope.op import mrope, vision_rope
 from fastvst_kernels.sampling.op import sample_tokens
@@ -21,6 +22,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPlan",
+    "LinearCrossEntropyLoss",
+    "LinearLogProbs",
+    "LinearPolicyLoss",
     "VocabularyShard",
     "add_rms_norm",
     "attention_reference",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvst_kernels.integrations import transformers as integration
+from fastvst_kernels.integrations import attention as integration
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from fastvst_kernels.integrations import transformers as integration
+from fastvst_kernels.integrations import attention as integration
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

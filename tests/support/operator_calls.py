@@ -12,7 +12,7 @@ import fastvst_kernels
 from fastvst_kernels.objectives import DAPO
 
 OFFSETS = torch.tensor([0, 5, 12], dtype=torch.int32)
-CLASSES = ("AttentionPlan", "VocabularyShard")
+CLASSES = ("AttentionPlan", "LinearCrossEntropyLoss", "LinearLogProbs", "LinearPolicyLoss", "VocabularyShard")
 
 
 def operator_names() -> list[str]:

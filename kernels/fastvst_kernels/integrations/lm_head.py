@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvst_kernels.integrations.layers import FusedHead
+
 # Fields of a config that change the logits behind the LM head, each with the argument that it becomes.
 SCALES = {
     "logit_scale": lambda value: value,  # Cohere
@@ -124,7 +126,7 @@ def _linear(head: Any) -> tuple[Tensor | None, Tensor | None, list[str]]:
         if isinstance(head, LoraLinear):
             adapter = head
             head = head.base_layer
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, FusedHead):
         return None, None, [f"an LM head of type {type(head).__name__}"]
     if head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head):
         return None, None, ["an LM head with hooks or a parametrization"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvst_kernels.integrations import transformers as integration
+from fastvst_kernels.integrations import attention as integration
 from host_models import MODELS, HostModel, build, images_batch, table
 
 DOCS = Path(__file__).parents[3] / "docs" / "embedding.md"
