@@ -40,6 +40,7 @@ HARMLESS = {
     "hidden_dim": "a size",
     "dim": "a size",
     "max_length_k": "the longest sequence of the keys; checked through cu_seq_lens_k",
+    "seq_idx": "the numbers of the sequences for state-space layers; position_ids and offsets separate them here",
     "mm_token_type_ids": "used by positions and by the mask function",
     "token_type_ids": "used by embeddings and by the mask function",
     "image_grid_thw": "used by the vision tower",
