@@ -250,12 +250,18 @@ class Mixture(Iterator[Drawn]):
     def _fingerprint(self) -> dict[str, Any]:
         return {
             "sources": [
-                [source.name, len(source), zlib.crc32(repr(source.block_rows).encode())] for source in self.sources
+                [source.name, len(source), zlib.crc32(repr(source.block_rows).encode()), *_reading(source)]
+                for source in self.sources
             ],
             "weights": self._weights,
             "seed": self.config.seed,
             "shuffle_buffer": self.config.shuffle_buffer,
         }
+
+
+def _reading(source: Source) -> list[Any]:
+    """What changes the meaning of a source's rows: the names of its columns and its question; [] without them."""
+    return [dict(sorted(source.columns.items())), source.question] if source.columns or source.question else []
 
 
 def open_mixture(config: MixtureConfig, *, whole_rows: bool = False) -> Mixture:

@@ -119,3 +119,32 @@ def test_mutated_files_end_and_count_every_row(tmp_path) -> None:
         except ValueError:
             continue  # the first byte says that it is an array, and the array does not end
         assert len(rows) >= 20 and sum(row in ROWS for row in rows) >= 30 - 2 * 4
+
+
+def test_a_key_that_is_there_twice_costs_its_row(tmp_path) -> None:
+    path = write(
+        tmp_path / "a.jsonl", '{"id": 1, "id": 2}\n{"id": 3, "turns": [{"a": 1, "a": 1}]}\n{"id": 4}\n', "utf-8"
+    )
+    first, second, third = read(path)
+    assert "the key 'id' twice" in str(first) and "the key 'a' twice" in str(second) and third == {"id": 4}
+
+
+def test_the_first_row_does_not_decide_alone_what_a_file_is(tmp_path) -> None:
+    rows = [{"note": "made by hand"}, {"id": 1, "messages": []}]
+    table = JsonTable.open(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)), "utf-8"))
+    assert table.columns == ["note", "id", "messages"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "end", "notes"),
+    [
+        ("utf-8", "\n", ()),
+        ("utf-8", "\r\n", ("line ends CR LF",)),
+        ("utf-8-sig", "\r", ("byte order mark", "line ends CR")),
+        ("utf-16", "\n", ("encoding utf-16-le", "byte order mark")),
+        ("utf-16-be", "\n\x1e", ("encoding utf-16-be", "line ends record separators")),
+    ],
+)
+def test_what_is_unusual_in_a_file_is_noted(tmp_path, encoding: str, end: str, notes: tuple[str, ...]) -> None:
+    lines = "".join(json.dumps(row) + end for row in ROWS[:3])
+    assert JsonTable.open(write(tmp_path / "a.jsonl", lines, encoding)).notes == notes

@@ -212,3 +212,23 @@ def test_glob_patterns(pattern: str) -> None:
         system.pipe(f"/root/{name}", b"")
     found = {name.removeprefix("/root/") for name in system.glob(f"/root/{pattern}") if system.isfile(name)}
     assert {name for name in names if re.fullmatch(glob_regex(pattern), name)} == found
+
+
+def test_a_data_folder_of_llama_factory_is_several_data_sets(tmp_path) -> None:
+    touch(tmp_path, "a.jsonl", "b.jsonl")
+    assert ids(tmp_path) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.jsonl"}, "hub": {"hf_hub_url": "x"}}))
+    with pytest.raises(ValueError, match=r"names data sets of their own: \['a.jsonl'\]; give the path"):
+        open_source(tmp_path)
+    assert ids(tmp_path / "a.jsonl") == ["a.jsonl"]
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"description": "", "features": {"id": {"dtype": "string"}}})
+    )
+    assert ids(tmp_path) == ["a.jsonl", "b.jsonl"], "that of `datasets` describes the columns"
+
+
+def test_a_file_that_is_one_object_names_its_lists(tmp_path) -> None:
+    coco = {"info": {}, "images": [{"id": 1}], "annotations": [{"caption": "x"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=r"one object; save the list of rows \(images or annotations\)"):
+        open_source(tmp_path / "coco.json")

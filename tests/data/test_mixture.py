@@ -104,6 +104,17 @@ def test_a_state_of_other_files_is_refused(paths, tmp_path) -> None:
         open_mixture(config(shorter)).load_state_dict(state)
 
 
+def test_a_state_of_other_columns_is_refused(paths) -> None:
+    def mixture(**keys) -> Mixture:
+        return open_mixture(MixtureConfig((SourceConfig(str(paths[0]), **keys),)))
+
+    state = mixture(columns={"id": "id"}).state_dict()
+    mixture(columns={"id": "id"}).load_state_dict(json.loads(json.dumps(state)))
+    for other in ({}, {"columns": {"id": "image"}}, {"columns": {"id": "id"}, "question": "Describe."}):
+        with pytest.raises(ValueError, match="does not fit this mixture: sources"):
+            mixture(**other).load_state_dict(state)
+
+
 def test_pixel_limits_of_a_source_are_set_on_its_images(tmp_path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [fake_row("0", 4, ("1x1", "2x2"))])
     source = SourceConfig(str(path), min_pixels=3136, max_pixels=100352)

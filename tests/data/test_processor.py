@@ -371,3 +371,19 @@ def test_template_and_labels_on_qwens_own_tokenizer(tmp_path: Path) -> None:
     ]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert processor.encode(Sample.from_messages(messages)).tokens.tolist() == list(ids)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("odd"), RecursionError("deep"), MemoryError(), KeyError("x"), OSError()]
+)
+def test_whatever_a_library_raises_costs_one_row(monkeypatch, error) -> None:
+    def broken(*arguments, **options):
+        raise error
+
+    sample = Sample.from_messages([{"role": "user", "content": "?"}], id="r", source="s")
+    processor = Processor.preset("tiny")
+    monkeypatch.setattr("fastvst.data.processor.measure_vision_inputs", broken)
+    for call in (processor.measure, processor.encode, processor.inspect):
+        with pytest.raises(SampleError) as caught:
+            call(sample)
+        assert caught.value.reason == "unexpected_error" and type(error).__name__ in caught.value.detail

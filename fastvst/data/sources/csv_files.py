@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.sources.json_files import Row, text_encoding
+from fastvst.data.sources.json_files import Row, text_encoding, text_notes
 
 CSV_BLOCK = 256  # rows in a block
 LARGEST_CELL = 1 << 28  # characters; images are base64 in such cells
@@ -67,10 +67,9 @@ class CsvTable:
     @property
     def notes(self) -> tuple[str, ...]:
         """How the file differs from UTF-8 with commas (or tabs in a .tsv file)."""
-        found = [f"encoding {self.encoding}"] if self.encoding != "utf-8" else []
-        found += ["byte order mark"] if text_encoding(self.path)[1] else []
+        found = text_notes(self.path, self.encoding)
         usual = "\t" if self.path.suffix.lower() == ".tsv" else ","
-        return (*found, f"separator {self.separator!r}") if self.separator != usual else tuple(found)
+        return (*found, f"separator {self.separator!r}") if self.separator != usual else found
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that do not fit the header."""

@@ -66,9 +66,8 @@ class JsonTable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the file differs from UTF-8 without a byte order mark."""
-        found = [f"encoding {self.encoding}"] if self.encoding != "utf-8" else []
-        return (*found, "byte order mark") if text_encoding(self.path)[1] else tuple(found)
+        """How the file differs from UTF-8 without a byte order mark and with LF at the end of a line."""
+        return text_notes(self.path, self.encoding)
 
     def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
         """Rows of a block from `start` on; ValueErrors in place of rows that are not JSON objects."""
@@ -84,6 +83,16 @@ class JsonTable:
                     yield ValueError(f"not JSON: {error}; expected an object")
                     continue
                 yield row if isinstance(row, dict) else ValueError(f"a JSON {type(row).__name__}; expected an object")
+
+
+def text_notes(path: Path, encoding: str) -> tuple[str, ...]:
+    """How a text differs from UTF-8 without a byte order mark and with LF at the end of a line, from its first 64 KiB."""
+    found = [f"encoding {encoding}"] if encoding != "utf-8" else []
+    found += ["byte order mark"] if text_encoding(path)[1] else []
+    with open(path, "rb") as file:
+        text = file.read(1 << 16).decode(encoding, "replace")
+    ends = {"CR LF": "\r\n" in text, "CR": re.search("\r(?!\n|$)", text), "record separators": "\x1e" in text}
+    return (*found, *(f"line ends {name}" for name, there in ends.items() if there))
 
 
 def first_keys(blocks: Iterable[Iterator[Row | ValueError]]) -> list[str]:
