@@ -234,6 +234,8 @@ def test_columns_of_every_type(tmp_path, writer: str) -> None:
 
 
 def test_more_rows_than_the_file_can_hold_are_not_counted_one_by_one(tmp_path) -> None:
-    pq.write_table(pa.table({"question": pa.nulls(5_000_000, pa.string())}), tmp_path / "rows.parquet")
+    content = pa.table({"question": pa.nulls(5_000_000)})  # a column of the type null needs no bytes
+    with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), content.schema) as sink:
+        sink.write_table(content)
     with pytest.raises(ValueError, match=r"names 5000000 rows in \d+ bytes; it is damaged"):
-        open_configured(SourceConfig(str(tmp_path / "rows.parquet")))
+        open_configured(SourceConfig(str(tmp_path / "rows.arrow")))

@@ -86,7 +86,7 @@ class JsonTable:
 
 
 def text_notes(path: Path, encoding: str) -> tuple[str, ...]:
-    """How a text differs from UTF-8 without a byte order mark and with LF at the end of a line, from its first 64 KiB."""
+    """How a text differs from UTF-8 without a byte order mark and with LF after a line, from its first 64 KiB."""
     found = [f"encoding {encoding}"] if encoding != "utf-8" else []
     found += ["byte order mark"] if text_encoding(path)[1] else []
     with open(path, "rb") as file:
