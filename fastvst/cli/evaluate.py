@@ -15,6 +15,7 @@ from typing import Any
 
 from fastvst import atomic, jsonl
 from fastvst.cli import compare_rooms
+from fastvst.cli.data import add_source_arguments, source_of
 from fastvst.data.sample import Sample
 from fastvst.evaluate import fingerprint, predictions
 from fastvst.evaluate.errors import write_errors
@@ -38,13 +39,14 @@ BENCHMARKS = {
     "mindcube": "fastvst.evaluate.mindcube",
     "sunrgbd_det": "fastvst.evaluate.sunrgbd_det",
 }
+OWN = "own"  # questions of one's own
 THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst evaluate`."""
     names = ", ".join(BENCHMARKS)
-    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms")
+    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms, own")
     parser.add_argument("--data", help="the published file, or the folder of the published files")
     parser.add_argument(
         "--model",
@@ -52,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory, as training writes it (not with score); rooms: one or more, each DIR or NAME=DIR",
     )
     parser.add_argument("--out", help="folder of predictions, results and the error page; a stopped run resumes there")
+    parser.add_argument("--task", help="own: how answers are scored: choice, number, text or boxes")
+    add_source_arguments(parser)
     parser.add_argument("--predictions", nargs="+", help="score: JSONL files with id and prediction")
     parser.add_argument("--thinking", action="store_true", help="thinking prompt; the text after </think> is scored")
     parser.add_argument("--limit", type=int, help="only the first N questions")
@@ -96,9 +100,9 @@ def _run(arguments: argparse.Namespace) -> Report:
     words = [word.lower().replace("-", "_") for word in arguments.benchmark]
     scoring = words[0] == "score"
     name = words[-1]
-    if len(words) != 1 + scoring or name not in BENCHMARKS:
+    if len(words) != 1 + scoring or name not in (*BENCHMARKS, OWN):
         raise ValueError(
-            f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}"
+            f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}, own"
         )
     if arguments.data is None:
         raise ValueError(f"{name} needs --data, the published file or the folder that holds the published files")
@@ -106,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> Report:
         raise ValueError(f"{name} takes one --model; only rooms compares several")
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit is {arguments.limit}; expected at least 1")
-    benchmark = importlib.import_module(BENCHMARKS[name])
+    benchmark = _benchmark(name, arguments)
     _check_choice(benchmark, "prompt-style", arguments.prompt_style, getattr(benchmark, "PROMPT_STYLES", ()))
     _check_choice(benchmark, "extraction", arguments.extraction, getattr(benchmark, "EXTRACTIONS", ()))
     everything = benchmark.load(arguments.data)
@@ -130,7 +134,9 @@ def _run(arguments: argparse.Namespace) -> Report:
         lock.acquire(out)
         key = settle(out, _settings(name, benchmark, arguments))
         keys = question_keys(rows, prompt, key)
-        files = _answer_all(benchmark.__name__, rows, keys, key, arguments, out)
+        files = _answer_all(name, rows, keys, key, arguments, out)
+        if name == OWN:
+            benchmark = dataclasses.replace(benchmark, processor=_processor(benchmark, arguments))
     found = [p for file in files for p in predictions.read(file)]
     if not scoring:
         found = [p for p in found if p.key == keys.get(p.id, p.key)]
@@ -139,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> Report:
     report: Report = benchmark.score(rows, texts, thinking=arguments.thinking, failures=failures, **options)
     report = dataclasses.replace(report, notes=(*report.notes, *predictions.remarks(rows, found)))
     if not scoring:
-        sampling = sampling_settings(sampling_of(benchmark.__name__), _answer_limit(benchmark, arguments))
+        sampling = sampling_settings(sampling_of(name), _answer_limit(benchmark, arguments))
         report = dataclasses.replace(report, sampling=sampling)
     if out is not None:
         save(report, rows, out)
@@ -206,6 +212,17 @@ def _scoring_options(benchmark: Any, arguments: argparse.Namespace, scoring: boo
     return options | ({"prompt_style": style} if style else {})
 
 
+def _benchmark(name: str, arguments: argparse.Namespace) -> Any:
+    """The module of a published benchmark, or the object with the same functions for questions of one's own."""
+    if name != OWN:
+        return importlib.import_module(BENCHMARKS[name])
+    from fastvst.evaluate.own import TASKS, OwnQuestions
+
+    if arguments.task is None:
+        raise ValueError(f"own needs --task, one of {', '.join(TASKS)}")
+    return OwnQuestions(source_of(arguments.data, arguments), arguments.task)
+
+
 def _settings(name: str, benchmark: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """All that decides the answers: weights, processor, prompt and sampling. Paths are no part of it."""
     from fastvst.evaluate.run import sampling_of, sampling_settings
@@ -217,8 +234,9 @@ def _settings(name: str, benchmark: Any, arguments: argparse.Namespace) -> dict[
         "dtype": sorted({_dtype(device) for device in arguments.devices}),
         "thinking": arguments.thinking,
         "prompt_style": _prompt_style(benchmark, arguments),
+        "task": arguments.task,
         "pixels": arguments.pixels,
-        "sampling": sampling_settings(sampling_of(benchmark.__name__), _answer_limit(benchmark, arguments)),
+        "sampling": sampling_settings(sampling_of(name), _answer_limit(benchmark, arguments)),
     }
 
 
@@ -254,7 +272,7 @@ def settle(out: Path, settings: Mapping[str, Any]) -> str:
 
 
 def _answer_all(
-    module: str, rows: Sequence[Row], keys: Mapping[str, str], key: str, arguments: argparse.Namespace, out: Path
+    name: str, rows: Sequence[Row], keys: Mapping[str, str], key: str, arguments: argparse.Namespace, out: Path
 ) -> list[Path]:
     """Each device answers its share of the open questions; returns all prediction files of `out`."""
     devices = arguments.devices
@@ -269,17 +287,17 @@ def _answer_all(
     left = [row for row in rows if row.id not in done and row.askable]
     ids = [[row.id for row in left[rank :: len(devices)]] for rank in range(len(devices))]
     if len(devices) == 1:
-        _work(0, module, rows, ids, key, arguments, out)
+        _work(0, name, rows, ids, key, arguments, out)
     else:
         from torch import multiprocessing
 
-        multiprocessing.spawn(_work, (module, None, ids, key, arguments, out), nprocs=len(devices))
+        multiprocessing.spawn(_work, (name, None, ids, key, arguments, out), nprocs=len(devices))
     return sorted(out.glob("predictions*.jsonl"))
 
 
 def _work(
     rank: int,
-    module: str,
+    name: str,
     rows: Sequence[Row] | None,
     ids: Sequence[Sequence[str]],
     key: str,
@@ -294,7 +312,7 @@ def _work(
 
     if not ids[rank]:
         return
-    benchmark = importlib.import_module(module)
+    benchmark = _benchmark(name, arguments)
     mine = set(ids[rank])
     asked = [row for row in (benchmark.load(arguments.data) if rows is None else rows) if row.id in mine]
     device = arguments.devices[rank]
@@ -316,7 +334,7 @@ def _work(
         out / f"predictions-{rank}.jsonl",
         max_new_tokens=limit,
         batch_size=arguments.batch_size,
-        sampling=sampling_of(module),
+        sampling=sampling_of(name),
         run=key,
         log=log,
     )

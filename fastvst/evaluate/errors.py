@@ -11,9 +11,11 @@ from PIL import Image
 from fastvst import atomic
 from fastvst.data.images import MediaError, load_rgb
 from fastvst.data.video import VideoConfig, load_frames, select_frames
+from fastvst.evaluate.boxes_2d import boxes_2d
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
 from fastvst.html import image_tag, page, table
+from fastvst.spatial import draw
 
 IMAGES = 4
 WIDTH = 360
@@ -56,19 +58,32 @@ def _card(line: Scored, row: Row) -> str:
         lines.append(f'<p class="wrong">failed: {_short(line.failed)}</p>')
     else:
         lines.append(f'<p class="wrong">read as {_short(line.extracted) or "nothing"}: {_short(line.prediction)}</p>')
-    return f'<div class="card"><div class="pair">{"".join(_images(row))}</div>{"".join(lines)}</div>'
+    return f'<div class="card"><div class="pair">{"".join(_images(line, row))}</div>{"".join(lines)}</div>'
 
 
 def _short(text: str) -> str:
     return escape(text if len(text) <= CHARACTERS else text[:CHARACTERS] + " …")
 
 
-def _images(row: Row) -> list[str]:
+def _with_boxes(image: Image.Image, line: Scored, row: Row) -> Image.Image:
+    """The image with the true 2D boxes in green and the boxes of the answer in red, for questions about boxes."""
+    if row.fields.get("task") != "boxes":
+        return image
+    image = image.copy()
+    for text, colour in ((line.answer, "green"), (line.extracted, "red")):
+        for box, label in boxes_2d(text):
+            draw.box_2d(image, box, colour, label)
+    return image
+
+
+def _images(line: Scored, row: Row) -> list[str]:
     """<img> elements, as the model saw the images; one that cannot be decoded becomes a message."""
     found: list[str] = []
     for number, media in enumerate(row.images[:IMAGES], 1):
         try:
             image = load_rgb(media, max_source_pixels=SOURCE_PIXELS, time_limit=SECONDS)
+            if number == len(row.images):  # the boxes are in the pixels of the last image, as displayed
+                image = _with_boxes(image, line, row)
             found.append(image_tag(image, f"image {number} of {row.id}", width=WIDTH, quality=75))
         except MediaError as error:
             found.append(f"<p>no image: {escape(str(error))}</p>")
