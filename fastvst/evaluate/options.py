@@ -22,10 +22,11 @@ _SEVERAL = re.compile(r"(?:or|and|/|&)\s*\(?[A-Z]\b")
 _WRONG = re.compile(r"(?:is|was|are)(?:n't| not| wrong| incorrect| false)\b")
 _REASON = re.compile(r"(?:because|since|as|is|was|seems|would|must|for|so|the one)\b", re.IGNORECASE)
 _DENIED = re.compile(
-    r"(?:\bnot|n't|\brather than|\binstead of)\s+(?:option\s+|choice\s+)?\(?[A-Z]\b\)?"
+    r"(?:\b[Nn]ot|n't|\brather than|\binstead of)\s+(?:option\s+|choice\s+)?\(?[A-Z]\b\)?"
     r"|\b(?:[Oo]ptions?\s+)?\(?[A-Z]\)?(?:(?:,\s*|\s+and\s+|\s+or\s+)\(?[A-Z]\)?)*"
     r"\s+(?:is|are|was|were)(?:n't|\s+not|\s+wrong|\s+incorrect|\s+false)\b"
 )
+_QUOTES = str.maketrans("“”„‘’‚«»", '"""\'\'\'""')
 _END = r"(?=\s*[.,;:!)\]]|\s*$)"
 _STATED_IN_A_SENTENCE = tuple(
     re.compile(pattern)
@@ -33,7 +34,7 @@ _STATED_IN_A_SENTENCE = tuple(
         r"(?:^|[\s(])([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b",
         r"(?:\b(?:choose|chose|pick|picked|select|selected|go with|going with|opt for)\s+|选择?\s*)(?:option\s+)?"
         rf"\(?([A-Z]){_END}",
-        r"\b(?:it is|it's|It is|It's|is|be|so|So|[Tt]herefore|[Tt]hus|[Hh]ence),?\s+(?:option\s+)?"
+        r"\b(?:it is|it's|It is|It's|is|be|but|so|So|[Tt]herefore|[Tt]hus|[Hh]ence),?\s+(?:option\s+)?"
         r"\(?([A-HJ-Z])\)?\s*[.!]*\s*$",
         r"\(([A-Z])\)\s*[.!]*\s*$",
         r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Z])\b(?!\s+(?:[A-Z]|or|and)\b)",
@@ -42,8 +43,8 @@ _STATED_IN_A_SENTENCE = tuple(
 
 
 def plain(text: str) -> str:
-    """NFKC, without markup."""
-    return _MARKUP.sub("", unicodedata.normalize("NFKC", text)).strip()
+    """NFKC, straight quotes, without markup."""
+    return _MARKUP.sub("", unicodedata.normalize("NFKC", text).translate(_QUOTES)).strip()
 
 
 def statement(text: str) -> str:

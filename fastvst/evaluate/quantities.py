@@ -43,7 +43,7 @@ _LATEX = (
     (re.compile(r"\\[,;! ]|~(?=[a-z])"), " "),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"[$`]"), ""),
-    (re.compile(r"(?<!\d)\*+|\*+(?!\s*\d)(?=[\s.,;:a-z]|$)"), ""),
+    (re.compile(r"(?<![\d*])\*+|\*+(?!\s*\d)(?=[\s.,;:a-z]|$)"), ""),
 )
 _GROUPING_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f'](?=\d{3}(?!\d))")
 _FRACTION = re.compile("[¼½¾⅐-⅞]")
@@ -59,9 +59,11 @@ _POWER = r"(?:e[-+]?\d+(?![\w.])|\s*[x*]\s*10\s*(?:\^|\*\*)\s*\{?[-+]?\d+\}?)?"
 _NUMBER = rf"(?:\d+[ -]+\d+/[1-9]\d*(?![\d/])|\d+\s?/\s?[1-9]\d*(?![\d/])|{_PLAIN}{_POWER})"
 # Not inside of a word, a version or an identifier ("chair-2"); no ordinals ("3rd").
 _VALUE = re.compile(
-    rf"(?<![\w.,/])(?<![a-z]-)(?P<sign>(?:[-+]|minus )?)\s?(?P<number>{_NUMBER})(?!\.?\d|/\d|(?:st|nd|rd|th)\b)"
+    rf"(?<![\w.,/^])(?<![a-z]-)(?P<sign>(?:[-+]|minus )?)\s?(?P<number>{_NUMBER})"
+    r"(?!\.?\d|/\d|\s*\^\s*[-\d{]|(?:st|nd|rd|th)\b)"
     r"(?:\s*(?P<scale>hundred|thousand|million)\b)?"
 )
+_BARE_POWER = re.compile(r"(?<![\w.,/^])10\s*(?:\^|\*\*)\s*\{?([-+]?\d+)\}?")  # other powers are no numbers
 _CLOCK = re.compile(r"(?<![\w.:])(?:(\d+):)?(\d+):([0-5]\d)(?![\d:])")
 _PI = re.compile(
     rf"(?<![\w.])(?P<number>{_PLAIN})?\s*\*?\s*(?:π|pi\b)(?:\s*/\s*(?P<divisor>[1-9]\d*))?(?P<rad>\s*rad)?"
@@ -103,6 +105,7 @@ def plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS).lower()
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
+    text = _BARE_POWER.sub(lambda m: m[0] if m.string[: m.start()].rstrip()[-1:] in ("x", "*") else f"1e{m[1]}", text)
     return digits_for_words(_PI.sub(_pi, text)).strip()
 
 

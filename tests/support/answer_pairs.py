@@ -282,6 +282,20 @@ OTHERS = {
     ("text", True, None): "true -> 1|True. -> 1|false -> 0|1 -> 0",
     ("text", ("two", "2"), None): "two -> 1|2 -> 1|three -> 0|['two', '2'] -> 0",
     ("text", "[40, 12,80,96]", None): "[40, 12,80,96] -> 1|[40,12,80,96] -> 1|[40, 12, 80] -> 0|40 -> 0",
+    ("number", 1200.5, None): "1.200,5 -> 1|1,200.5 -> 1|1 200.5 -> 0|1200,5 -> 1|1.2005 -> 0",
+    ("number", 1000, None): "10^3 -> 1|10**3 -> 1|$10^{3}$ -> 1|1 x 10^3 -> 1|1 \\times 10^3 -> 1|10 -> 0|2^3 -> 0",
+    ("number", 2, "m"): "2^3 -> 0|2^3 m -> 0|10^2 cm x 2 -> 0|2 m² -> 0|2 m/s -> 0|2 kg -> 0|2 m ± 0.1 m -> 1|≈2m -> 1",
+    ("number", 27, "in"): "2 ft 3 in -> 1|2 feet 3 inches -> 1|2'3\" -> 1|2 ft. 3 in. -> 1|2 ft -> 0|3 in -> 0",
+    ("number", 71, "in"): "5'11\" -> 1|5′11″ -> 1|5 feet 11 inches -> 1|511 -> 0",
+    ("number", 1.5, "m²"): "1.5 m² -> 1|1.5 m^2 -> 1|1.5 square metres -> 1|15000 cm² -> 1|1.5 m -> 0",
+    ("number", 45, "°"): "45° -> 1|45 degrees -> 1|45º -> 1|$45^\\circ$ -> 1|0.785398 rad -> 1|-45° -> 0",
+    ("number", -3, None): "minus 3 -> 1|−3 -> 1|-3 -> 1|3 -> 0|– 3 -> 1",
+    ("number", 1, "m"): "100 cm -> 1|1000 mm -> 1|39.37 inches -> 1|1 yard -> 0|10 mph -> 0",
+    ("number", 16.1, "km/h"): "10 mph -> 1|10 miles per hour -> 1|10 -> 0|16.1 km/h -> 1",
+    ("number", 3, None): "３ -> 1|Ⅳ -> 0|There are 3 chairs. -> 1|3, not 4 -> 1|2 or 4 -> 0",
+    ("choice", "A", None): "A -> 1|a -> 1|a. -> 1|A is my answer -> 1|It is A. -> 1|Answer: A -> 1|“A” -> 1|‘A’. -> 1"
+    "|I think it is a chair -> 0|A chair -> 0|a chair -> 0|A or B -> 0|B and A -> 0|I -> 0|I see a chair -> 0"
+    "|Not B, but A -> 1|not A but B -> 0|Both A and B -> 0|A is wrong. -> 0|The answer is not A. -> 0|答案：A -> 1",
     ("text", "3 m", None): "3 m -> 1|300 cm -> 1|3 metres -> 1|3 -> 0|3 ft -> 0",
 }
 
