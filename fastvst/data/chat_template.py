@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -59,7 +60,7 @@ def find_template(read: Callable[[str], str | None], extra: Mapping[str, str]) -
         text = read(name)
         if text is None:
             continue
-        value = text
+        value: Any = text
         if not name.endswith(".jinja"):
             value = checked(json.loads(text), {"chat_template": chat_templates}, f"{name}: ").get("chat_template")
         if isinstance(value, dict):
@@ -114,7 +115,8 @@ class ChatTemplate:
         self.name = name
         self.source = source
         try:
-            self._template = _environment().from_string(source)
+            self._environment = _environment()
+            self._template = self._environment.from_string(self._environment.bounded(source))
         except jinja2.TemplateError as error:
             raise TemplateError(f"{name} is not a valid chat template: {error}") from error
         self._strings = self._takes_strings()
@@ -188,6 +190,7 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool) -> str:
         turns = [self._plain(message) for message in messages]
+        self._environment.steps = MOST
         try:
             return self._template.render(messages=turns, tools=tools, documents=None, add_generation_prompt=prompt)
         except (Exception, RecursionError) as error:  # a template may raise anything
@@ -273,30 +276,76 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja's sandbox, in which a short expression cannot make a huge text or number either."""
+    """jinja's sandbox, in which a short template cannot make a huge text or number, or loop for ever, either.
 
-    intercepted_binops = frozenset(["*", "**"])
+    Attributes:
+        steps: steps of loops that the current rendering may still take.
+    """
+
+    intercepted_binops = frozenset(["*", "**", "+"])
+    steps = MOST
+
+    def bounded(self, source: str) -> jinja2.nodes.Template:
+        """The syntax tree of a template whose loops are counted and whose concatenated texts are measured."""
+        tree = self.parse(source)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        for text in tree.find_all(jinja2.nodes.Concat):
+            text.nodes = [
+                jinja2.nodes.Filter(n, "_measured", [], [], None, None, lineno=text.lineno) for n in text.nodes
+            ]
+        return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(v) if isinstance(v, (str, bytes, list, tuple)) else abs(v) for v in (left, right)]
-        most = sizes[0] * sizes[1] if operator == "*" else sizes[0] ** min(sizes[1], 100)
-        if most > MOST:
+        texts = [isinstance(v, (str, bytes, list, tuple)) for v in (left, right)]
+        sizes = [len(v) if text else abs(v) for v, text in zip((left, right), texts, strict=True)]
+        most = sum(sizes) if operator == "+" else sizes[0] * sizes[1] if operator == "*" else 0
+        if operator == "**":
+            most = sizes[0] ** min(sizes[1], 100)
+        if most > MOST and (any(texts) or operator != "+"):
             raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, int) and abs(value) > MOST for value in (*args, *kwargs.values())):
-            raise jinja2.exceptions.SecurityError(f"a function is called with a number above {MOST}")
+        owner = getattr(called, "__self__", None)
+        if isinstance(owner, str) and called.__name__ in ("replace", "join"):
+            _check_sizes(owner, *args)
+        _check_numbers(*args, *kwargs.values())
         return super().call(context, called, *args, **kwargs)
+
+    def counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        """The values of a loop; raises SecurityError after MOST steps of all loops of a rendering."""
+        for value in values:
+            self.steps -= 1
+            if self.steps < 0:
+                raise jinja2.exceptions.SecurityError(f"its loops take more than {MOST} steps")
+            yield value
+
+
+def _check_numbers(*values: Any) -> None:
+    if any(isinstance(value, int) and abs(value) > MOST for value in values):
+        raise jinja2.exceptions.SecurityError(f"a function is called with a number above {MOST}")
+
+
+def _check_sizes(*values: Any) -> None:
+    sizes = [len(value) for value in values if isinstance(value, (str, list, tuple))]
+    if math.prod(sizes) > 10 * MOST:
+        raise jinja2.exceptions.SecurityError("replace or join would make a text that is too large")
 
 
 def _bounded(function: Callable[..., str], *args: Any, **kwargs: Any) -> str:
-    if any(isinstance(value, int) and abs(value) > MOST for value in (*args, *kwargs.values())):
-        raise jinja2.exceptions.SecurityError(f"a filter is called with a number above {MOST}")
+    _check_numbers(*args, *kwargs.values())
     return function(*args, **kwargs)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _measured(value: Any) -> str:
+    text = str(value)
+    if len(text) > MOST:
+        raise jinja2.exceptions.SecurityError(f"a text has more than {MOST} characters")
+    return text
+
+
+def _environment() -> _Sandbox:
     """The environment of transformers' `apply_chat_template`."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
 
@@ -309,6 +358,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = tojson
     for name in ("center", "indent", "wordwrap"):
         environment.filters[name] = functools.partial(_bounded, environment.filters[name])
+    environment.filters["_counted"] = environment.counted
+    environment.filters["_measured"] = _measured
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -220,10 +220,13 @@ class Processor:
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
         notes += tuple(note for one in inputs for note in one.notes)
         grids = [one.grid for one in inputs]
+        merged = sum(t * h * w for t, h, w in grids) // self.model_config.vision.spatial_merge_size**2
+        if merged > self.config.max_seq_len:  # before a list of so many tokens takes memory
+            raise _too_long(self, messages, merged, inputs)
         tokens, labels = _conversation(self, messages, sample, grids, add_generation_prompt)
         patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
-            raise _too_long(self, messages, tokens, inputs)
+            raise _too_long(self, messages, len(tokens), inputs)
         targets = int((labels != IGNORE).sum())
         cost = Cost(len(tokens), patches, float(sample_flops(self.model_config, len(tokens), grids, targets)))
         return TokenizedSample(tokens, labels, inputs, cost, tuple(dict.fromkeys(notes)))
@@ -254,15 +257,15 @@ def _refused(sample: Sample) -> Iterator[None]:
 
 
 def _too_long(
-    processor: Processor, messages: Sequence[Message], tokens: np.ndarray, inputs: Sequence[VisionInput]
+    processor: Processor, messages: Sequence[Message], tokens: int, inputs: Sequence[VisionInput]
 ) -> MediaError:
     config = processor.config
     merge = processor.model_config.vision.spatial_merge_size**2
     merged = sum(t * h * w // merge for t, h, w in (one.grid for one in inputs))
     return MediaError(
         "too_long",
-        f"{len(tokens)} tokens ({merged} of {len(inputs)} images) and max_seq_len is {config.max_seq_len}; samples are "
-        f"never truncated. {how_to_admit(messages, len(tokens) - merged, config, processor.geometry)}",
+        f"{tokens} tokens ({merged} of {len(inputs)} images) and max_seq_len is {config.max_seq_len}; samples are "
+        f"never truncated. {how_to_admit(messages, tokens - merged, config, processor.geometry)}",
     )
 
 

@@ -151,6 +151,11 @@ def test_the_order_of_the_places_and_the_loser_named(tmp_path):
         "{{ lipsum(n=100000) }}",
         "{% for i in range(10000000000) %}x{% endfor %}",
         "{{ messages[7].content }}",
+        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 999999 %}{% for i in s %}{% for j in s %}{% endfor %}{% endfor %}",
+        "{% set s = 'a' * 999999 %}{{ s.replace('a', s)|length }}",
         "{{ raise_exception('roles must alternate') }}",
         "{{ 1 / 0 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -265,3 +270,19 @@ def test_a_template_that_raises_costs_the_row_only(tmp_path):
     processor.encode(Sample.from_messages(TURNS[:2]))
     with pytest.raises(SampleError, match=r"memory/7: chat_template: .*chat_template.json fails: .*one question only"):
         processor.encode(Sample.from_messages(TURNS, id="7"))
+
+
+def test_loops_that_ask_for_their_neighbours_are_those_of_transformers(tmp_path):
+    template = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.first }}{{ loop.last }}{{ loop.revindex }}"
+        "{{ loop.previtem.role if not loop.first }}{{ loop.nextitem.role if not loop.last }}{{ loop.cycle('a', 'b') }}"
+        "<|im_start|>{{ m.role + m['content'] }}"
+        "{% if loop.index > 3 %}{% break %}{% endif %}{% else %}none{% endfor %}{% for a, b in messages[0].items() %}"
+        "{{ a ~ b ~ 7 }}{% endfor %}{% for x in [] %}{% else %}empty{% endfor %}{% for x in nothing %}{% endfor %}"
+        "{% for i in range(3) if i != 1 %}{{ i * 2 + 1 }}{{ 2 ** i }}{% endfor %}{{ [1] + [2] }}{{ 'ab' * 2 }}"
+    )
+    path = directory(tmp_path / "m", template)
+    for turns in (TURNS, TURNS[:1], TURNS * 2):
+        theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(turns, tokenize=False)
+        messages = Sample.from_messages(turns).messages
+        assert Processor.from_pretrained(path).files.template.render(messages) == theirs

@@ -282,6 +282,15 @@ def test_literal_tokens_in_answers_are_refused_and_added_plain_ones_are_not() ->
     assert TINY.token_id("<tool_call>") in encoded.labels.tolist()
 
 
+def test_a_huge_size_is_refused_before_memory_is_taken() -> None:
+    image = {"type": "image", "image": Image.new("RGB", (56, 56)), "min_pixels": 10**15, "max_pixels": 10**16}
+    with pytest.raises(SampleError, match=r"too_long: \d{12,} tokens"):
+        TINY.encode(Sample.from_messages([{"role": "user", "content": [image]}]))
+    wide = Processor.preset("tiny", min_pixels=10**15, max_pixels=10**16)
+    with pytest.raises(SampleError, match="too_long"):
+        wide.measure(Sample.from_messages([{"role": "user", "content": [{**image, "min_pixels": 10**15}]}]))
+
+
 def test_too_long_says_the_numbers() -> None:
     processor = Processor.preset("tiny", max_seq_len=30)
     with pytest.raises(SampleError, match=r"\d+ tokens \(24 of 1 images\) and max_seq_len is 30"):
