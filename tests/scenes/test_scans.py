@@ -225,6 +225,7 @@ def test_omni3ds_ignore_rules() -> None:
         ({"K": [[0, 0, 80], [0, 500, 60], [0, 0, 1]]}, "focal lengths"),
         ({"K": [[500, 40, 80], [0, 500, 60], [0, 0, 1]]}, "skew"),
         ({"K": [[500, 0, 2000], [0, 500, 60], [0, 0, 1]]}, "principal point"),
+        ({"K": [[120, 0, 250], [0, 120, 200], [0, 0, 1]]}, "do not project to the 2D boxes"),
         ({"width": 100, "height": 4000}, "pixels"),
         ({"file_path": "gone.png"}, "no such file"),
     ],

@@ -36,7 +36,7 @@ from fastvst.scenes.adapters.checks import (
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View
 from fastvst.spatial.boxes import angles, corners, rotations
-from fastvst.spatial.camera import Camera
+from fastvst.spatial.camera import Camera, project
 
 UNKNOWN_BOX = (math.nan,) * 9
 LARGEST = 20.0  # metres; if the median object of an image is larger, its sizes are not in metres
@@ -117,6 +117,7 @@ def _scene(
         image = np.asarray(opened.convert("RGB"))
     camera = _camera(entry, image)
     boxes_2d = [_box_2d(a, image.shape[1] / entry["width"], image.shape[0] / entry["height"]) for a in described]
+    _check_boxes_2d(camera, objects, boxes_2d)
     view = View(camera, image, tuple(_sightings(camera, objects, boxes_2d, described)))
     metadata = {"source": source, "file": entry["file_path"]}
     return Scene(
@@ -217,6 +218,26 @@ def _box_2d(a: dict[str, Any], sx: float, sy: float) -> np.ndarray | None:
         ):
             return np.array(box, dtype=np.float64) * [sx, sy, sx, sy]
     return None
+
+
+def _check_boxes_2d(camera: Camera, objects: list[SceneObject], boxes_2d: list[np.ndarray | None]) -> None:
+    """Raise ValueError if the 3D boxes do not project to the 2D boxes: wrong intrinsics, axes or units.
+
+    What is visible of an object lies inside the projection of its 3D box: of most 2D boxes more than half must.
+    """
+    shares = []
+    for item, box in zip(objects, boxes_2d, strict=True):
+        pixels, ahead = project(camera, corners([item.box])[0])
+        if not item.known or box is None or ahead.min() <= 0.1:
+            continue
+        low = np.maximum(pixels.min(0), box[:2])
+        high = np.minimum(pixels.max(0), box[2:])
+        shares.append(float(np.prod(np.maximum(high - low, 0)) / np.prod(box[2:] - box[:2])))
+    if shares and np.median(shares) < 0.5:
+        raise ValueError(
+            f"the 3D boxes do not project to the 2D boxes (median share inside: {np.median(shares):.0%}); "
+            "are the intrinsics, the axes or the units others?"
+        )
 
 
 def _sightings(
