@@ -34,7 +34,7 @@ from fastvst.train.model_card import write_card
 from fastvst.train.optimizer import freeze
 from fastvst.train.recipes import Layers
 from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
-from fastvst.train.stop_signal import StopRequest
+from fastvst.train.stop_signal import StopRequest, end_with_launcher
 from fastvst.train.watchdog import Watchdog
 
 C = TypeVar("C")
@@ -129,6 +129,7 @@ def joined(parallel: ParallelConfig, environment: Mapping[str, str] | None) -> I
     Args:
         environment: see `distributed.start`.
     """
+    end_with_launcher(os.environ if environment is None else environment)
     world = distributed.start(parallel, environment=environment)
     try:
         with Watchdog(world), StopRequest() as stop:

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
+
+POLL_S = 1.0  # seconds between looks at the launcher
+GRACE_S = 120.0  # seconds for a checkpoint after the launcher has died
+
+
+def end_with_launcher(environment: Mapping[str, str]) -> None:
+    """Under torchrun: when its process dies, this one gets SIGTERM, and after GRACE_S it ends in any case.
+
+    A launcher that is killed cannot end its processes, which would train on and hold the GPUs and the run folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        threading.Thread(target=_follow, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _follow(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(128 + signal.SIGTERM)
 
 
 class StopRequest:
