@@ -82,6 +82,23 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
     return None, Recent(losses, norms, 0, recent.skipped)
 
 
+def expect_targets(weight: float) -> None:
+    """Refuse a step without anything to learn: its loss is 0, and only weight decay would move the weights.
+
+    Args:
+        weight: target weight of the global batch, the same number on every rank.
+
+    Raises:
+        GuardError: it is 0.
+    """
+    if not weight:
+        raise GuardError(
+            "no token of this step is supervised: its rows are prompts without an answer, or all of them were "
+            "rejected (ledger-*.jsonl in the run folder). `fastvst data check` names them; `columns` of a source says "
+            "which column is the answer"
+        )
+
+
 def skip_row(
     rank: int, step: int, reason: str, losses: Sequence[float], weights: Sequence[float], ids: Sequence[Sequence[str]]
 ) -> dict[str, Any]:

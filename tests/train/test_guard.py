@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvst.train.guard import WINDOW, GuardConfig, GuardError, Recent, check, record_skip, skip_row
+from small_run import arguments, load_script, write_model
 
 
 def _after(values: list[float], config: GuardConfig | None = None) -> Recent:
@@ -71,3 +72,13 @@ def test_the_report_names_the_samples_and_is_json() -> None:
         {"loss": 2.0, "samples": ["a/1"]},
         {"loss": "nan", "samples": ["b/2", "b/3"]},
     ]
+
+
+def test_a_run_on_prompts_without_answers_ends_with_an_error_and_writes_no_model(tmp_path: Path) -> None:
+    """Its loss is 0 in every step, and weight decay would move the weights."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "label": "a number"}) + "\n" for n in range(20)))
+    model = write_model(tmp_path / "model")
+    with pytest.raises(GuardError, match="no token of this step is supervised.*`columns` of a source"):
+        load_script().main(arguments(tmp_path / "run", rows, model, "steps=2"))
+    assert not (tmp_path / "run" / "hf").exists()
