@@ -77,7 +77,9 @@ COMMANDS = {
         "run_generate",
     ),
     "merge": Command(
-        "merge a LoRA adapter into its base model", "fastvst merge --adapter adapter --out merged", "fastvst.cli.merge"
+        "average checkpoints, or merge a LoRA adapter into its base",
+        "fastvst merge --adapter adapter --out merged",
+        "fastvst.cli.merge",
     ),
 }
 

@@ -24,6 +24,7 @@ from fastvst.data.mixture import SourceConfig, limit_pixels, open_configured
 from fastvst.data.sample import Sample
 from fastvst.data.sources import Source
 from fastvst.data.sources.forms import named
+from fastvst.data.sources.source import unread_media
 from fastvst.data.sources.values import is_absent, plain
 from fastvst.evaluate import boxes_2d, fingerprint
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams
@@ -195,6 +196,12 @@ def read_rows(source: Source, config: SourceConfig, run: str = "") -> Iterator[R
             number += 1
             if not isinstance(sample, Sample):
                 yield Row(name, sample)
+                continue
+            if unread := unread_media(raw, sample):
+                key = unread[0]
+                yield Row(
+                    name, ValueError(f'nothing reads the images of {key}; name it: --columns \'{{"image": "{key}"}}\'')
+                )
                 continue
             sample = limit_pixels(sample, config)
             try:

@@ -88,3 +88,12 @@ def test_the_true_answer_is_no_part_of_the_question(tmp_path: Path) -> None:
     talk[1]["content"] = "Later."
     source.write_text(json.dumps({"id": 1, "messages": talk}) + "\n")
     assert generate_file(engine, source, tmp_path / "out.jsonl", params).skipped == 1
+
+
+def test_an_image_in_an_unknown_column_is_a_failed_row_and_no_blind_answer(tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    rows = [{"id": 1, "prompt": "Which colour?", "picture": "a.png"}, {"id": 2, "prompt": "Hello", "note": "no image"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate_file(make_engine(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", SamplingParams(max_tokens=2))
+    first, second = lines(tmp_path / "out.jsonl")
+    assert "nothing reads the images of picture; name it: --columns" in first["error"] and second["answers"]
