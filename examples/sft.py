@@ -228,9 +228,8 @@ def accumulate(
     loss = world.sum(torch.stack(losses).sum())
     # The only point where the host waits for the device: one read of eight numbers for the guard and the log.
     read = torch.cat([loss.double().view(1), norm.double().view(1).to(world.device), totals]).tolist()
-    guard.expect_targets(read[2])
     found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0)
-    return found, losses, [w / max(read[2], 1e-9) for w in weights]
+    return found, losses, [w / guard.expect_targets(read[2]) for w in weights]
 
 
 def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

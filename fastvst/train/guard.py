@@ -82,8 +82,8 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
     return None, Recent(losses, norms, 0, recent.skipped)
 
 
-def expect_targets(weight: float) -> None:
-    """Refuse a step without anything to learn: its loss is 0, and only weight decay would move the weights.
+def expect_targets(weight: float) -> float:
+    """The weight itself, or an error for a step without anything to learn: its loss is 0, and only weight decay would move the weights.
 
     Args:
         weight: target weight of the global batch, the same number on every rank.
@@ -97,6 +97,7 @@ def expect_targets(weight: float) -> None:
             "rejected (ledger-*.jsonl in the run folder). `fastvst data check` names them; `columns` of a source says "
             "which column is the answer"
         )
+    return weight
 
 
 def skip_row(
