@@ -83,7 +83,7 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
 
 
 def expect_targets(weight: float) -> float:
-    """The weight itself, or an error for a step without anything to learn: its loss is 0, and only weight decay would move the weights.
+    """The weight, or an error if the step has nothing to learn. Its loss is 0: only weight decay moves the weights.
 
     Args:
         weight: target weight of the global batch, the same number on every rank.
