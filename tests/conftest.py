@@ -44,5 +44,5 @@ def walked(renderer: Renderer) -> list[Scene]:
     from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 
     return [
-        shoot(seed, renderer, ShotConfig(views=1, overlap=1.0, around=3.0), WalkConfig()) for seed in range(720, 724)
+        shoot(seed, renderer, ShotConfig(views=1, overlap=1.0, around=3.0), WalkConfig()) for seed in range(732, 736)
     ]

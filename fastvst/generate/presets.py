@@ -54,7 +54,7 @@ VST_P_MIX = RoomsConfig(
         "measurement": 1.3,
         "correspondence": 2.5,
         "detection_multi": 3,
-        "object_object": 4,
+        "object_object": 7,
         "camera_camera": 0.6,
         "camera_motion": 1.0,
         "change_caption": 0.4,
@@ -93,7 +93,7 @@ COLD_START = RoomsConfig(
     shots=ShotConfig(overlap=1.0, around=2.0),
     rows={
         **{f"{THOUGHT}{name}": 2.0 for name in _REASONED},
-        f"{THOUGHT}object_object": 6.0,
+        f"{THOUGHT}object_object": 9.0,
         f"{THOUGHT}depth_comparison": 3.0,
         **dict.fromkeys(_REPLAY, 0.5),
     },

@@ -12,6 +12,7 @@ from fastvst.tasks.common import TaskConfig, apart, canvas, choice, choose, dist
 
 TASK = "object_object"
 KIND = "multi_image"
+TRIES = 200
 
 OBJECTS = (
     "The {a} is {given} of the {b}. In which direction is the {c} from the {b}?",
@@ -79,12 +80,14 @@ def _clear_choice(
     eye: int,
     given: int,
 ) -> tuple[list[Marked], int] | None:
-    """`count` marked objects and the compass sector that answers the question; None after 30 tries.
+    """`count` marked objects and the compass sector that answers the question; None if no try fits.
 
-    The observer is the camera of image `eye`, or the third object for eye = -1.
+    The observer is the camera of image `eye`, or the third object for eye = -1. The turn from the given direction to
+    the answer is chosen before the objects: otherwise one step on is right in 40 % of the rows.
     """
     gap = 4 * draw.radius_of(canvas(scene.views[pair[0]]))
-    for _ in range(30 if len(pool) >= count else 0):
+    wanted = (given + int(rng.integers(8))) % 8
+    for _ in range(TRIES if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)
         ids = [s.object_id for s, _ in chosen]
         names = [scene.object(i).name for i in ids]
@@ -95,7 +98,7 @@ def _clear_choice(
             continue
         origin = spot(scene, ids[2]) if eye < 0 else scene.views[pair[:2][eye]].camera.position[:2]
         place = relation(origin, spot(scene, ids[0]), spot(scene, ids[1]), given)
-        if place is not None:
+        if place == wanted:
             return chosen, place
     return None
 

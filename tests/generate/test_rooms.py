@@ -16,7 +16,7 @@ from fastvst.generate import rooms as generate
 from fastvst.generate.rooms import RoomsConfig, cache_root, make_rooms, room_rows, room_seed
 from fastvst.scenes.rooms.shoot import ShotConfig
 
-SMALL = RoomsConfig(shots=ShotConfig(width=160, height=120, views=1))
+SMALL = RoomsConfig(shots=ShotConfig(width=160, height=120, views=1, around=0.0))
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -7,12 +7,15 @@ import math
 import numpy as np
 import pytest
 import shapely
+from embreex import rtcore_scene
+from embreex.mesh_construction import TriangleMesh
 from shapely.geometry import MultiPoint, Point, Polygon
 
 from fastvst.scenes.rooms.assets import PACK, load_pack
 from fastvst.scenes.rooms.cameras import motion, second, still
 from fastvst.scenes.rooms.geometry import build_geometry
-from fastvst.scenes.rooms.layout import Item, Prism, Room, collide, inside, notch_of
+from fastvst.scenes.rooms.layout import Item, Prism, Room, collide, inside, notch_of, rests
+from fastvst.scenes.rooms.parts import from_model, support
 from fastvst.scenes.rooms.recipes import KINDS, furnish
 from fastvst.spatial.boxes import corners, iou_3d
 
@@ -54,9 +57,59 @@ def check_room(room: Room) -> None:
                 assert outlines[i].intersection(outlines[j]).area < 1e-9
 
 
+def check_rests(room: Room) -> None:
+    """Every piece touches what carries it to within 1 cm: the floor, a wall, or another piece under all of its base."""
+    geometry = build_geometry(room)
+    walls = Polygon(room.polygon).exterior
+    faces = geometry.ids[geometry.triangles[:, 0]]
+    for index, item in enumerate(room.items):
+        points = geometry.positions[geometry.ids == index + 1].astype(np.float64)
+        where = f"room {room.seed}: {item.piece.name}"
+        low = points[:, 2].min()
+        if item.on < 0 and low < 0.01:
+            continue
+        if item.on < 0:
+            assert shapely.distance(shapely.points(points[:, :2]), walls).min() < 0.01, f"{where} hangs in the air"
+            continue
+        scene = rtcore_scene.EmbreeScene()
+        TriangleMesh(scene, geometry.positions[geometry.triangles[faces == item.on + 1]])
+        base = points[points[:, 2] < low + 0.002]
+        start = (base + [0, 0, 0.001]).astype(np.float32)
+        hit = scene.run(start, np.tile(np.array([[0, 0, -1]], np.float32), (len(start), 1)), output=True)
+        gap = np.where(hit["primID"] >= 0, hit["tfar"], np.inf)
+        carrier = room.items[item.on].piece.name
+        assert gap.max() < 0.01, f"{where} hangs {gap.max():.3f} m over the {carrier}"
+        assert low >= room.items[item.on].position[2] + room.items[item.on].piece.top, f"{where} is in the {carrier}"
+
+
 def test_layout_of_some_rooms() -> None:
     for seed in range(25):
         check_room(furnish(seed))
+        check_rests(furnish(seed))
+
+
+def test_nothing_stands_on_the_corner_of_a_round_table() -> None:
+    models = load_pack().models
+    table = from_model(models["oakTable"], np.random.default_rng(0))
+    cup = from_model(models["plasticCup"], np.random.default_rng(0))
+    edge = table.size[0] / 2 - cup.size[0]
+    assert rests(cup, table, 0.0, 0.0, 0.3) and rests(cup, table, edge, 0.0, 0.3)
+    assert not rests(cup, table, edge, table.size[1] / 2 - cup.size[1], 0.3)
+    assert 0.7 < support(table).mean() < 0.85  # pi / 4 is 0.785
+
+
+def test_sizes_vary_and_stay_below_the_ceiling() -> None:
+    """The best height for each class is within a tenth of the truth for less than 45 % of the pieces."""
+    heights: dict[str, list[float]] = {}
+    for seed in range(60):
+        room = furnish(seed)
+        for item in room.items:
+            heights.setdefault(item.piece.name, []).append(item.piece.size[2])
+            assert item.piece.size[2] < room.height
+    found = {name: np.array(values) for name, values in heights.items() if len(values) >= 15}
+    hits = {n: max(np.sum(np.abs(v - guess) <= 0.1 * v) for guess in v) / len(v) for n, v in found.items()}
+    assert len(hits) > 10
+    assert sum(hits[n] * len(v) for n, v in found.items()) / sum(len(v) for v in found.values()) < 0.45, hits
 
 
 @pytest.mark.slow
@@ -65,6 +118,7 @@ def test_layout_of_two_hundred_rooms() -> None:
     for seed in range(1000, 1200):
         room = furnish(seed)
         check_room(room)
+        check_rests(room)
         kinds.add(room.kind)
         kinds.add(f"{len(room.polygon)} corners")
     assert kinds == {*KINDS, "4 corners", "6 corners"}

@@ -1,90 +1,130 @@
-"""No rule that ignores the image answers a task much better than the best constant answer."""
+"""No rule that ignores the image answers a task much better than the best constant answer (support/blind.py).
+
+`pytest bench/cpu/test_blind_rules.py -s` prints the whole table; docs/evaluation.md explains the exceptions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from fastvst.data.sample import Sample
-from fastvst.generate.presets import ALL_TASKS
-from fastvst.generate.rooms import RoomsConfig, room_samples, room_seed
+from blind import EXCEPTIONS, RULES, SMALL, Asked, Clue, battery, excess, gather
+from fastvst.generate.rooms import RoomsConfig, room_samples, room_seed, scene_samples
 from fastvst.scenes.rooms.render import Renderer
-
-# Attempts per still, pair or video: many rows of the tasks with choices, none of the tasks with numbers and boxes.
-ROWS = {"correspondence": 2.0, "camera_motion": 1.0, "distance": 3.0, "depth_comparison": 3.0, "object_object": 6.0}
-MARGIN = 0.08  # 5 points, and the noise of a few hundred questions
-
-
-def place(row: Sample) -> int:
-    """Position of the right answer among the candidates."""
-    answer = row.answer
-    assert answer is not None
-    return answer["candidates"].index(answer["value"])
+from fastvst.scenes.rooms.shoot import ShotConfig, shoot
+from fastvst.tasks import PAIRS, SINGLE, WALKS
+from fastvst.tasks.measurement import TOLERANCE
+from trees import Tree
 
 
-def best_constant(rows: list[Sample]) -> float:
-    """Share of the most frequent answer."""
-    return max(Counter(row.answer["value"] for row in rows if row.answer).values()) / len(rows)
-
-
-def best_by(rows: list[Sample], key: Callable[[Sample], Any], label: Callable[[Sample], Any]) -> float:
-    """Share that the best rule key -> label gets right on the second half, learned on the first half."""
-    half = len(rows) // 2
-    learned: dict[Any, Counter[Any]] = defaultdict(Counter)
-    for row in rows[:half]:
-        learned[key(row)][label(row)] += 1
-    overall = Counter(label(row) for row in rows[:half]).most_common(1)[0][0]
-    guess = {k: c.most_common(1)[0][0] for k, c in learned.items()}
-    return float(np.mean([guess.get(key(row), overall) == label(row) for row in rows[half:]]))
-
-
-@pytest.fixture(scope="module")
-def asked(renderer: Renderer) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = defaultdict(list)
-    config = RoomsConfig(rows=ROWS, shots=dataclasses.replace(ALL_TASKS.shots, overlap=1.0))
-    for number in range(70):
-        for row in room_samples(room_seed("heldout", 9, number), renderer, config):
-            if row.answer is not None and row.answer["type"] == "choice":
-                found[row.metadata["task"]].append(row)
-    assert all(len(rows) > 40 for rows in found.values()), {task: len(rows) for task, rows in found.items()}
+def choices(right: list[int], clue: str = "", shown: tuple[str, ...] = ("lamp", "desk", "bed")) -> list[Asked]:
+    """Questions with the candidates `shown`, of which number right[k] is right. `clue` has a feature that tells."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number, place in enumerate(right):
+        answer = {"type": "choice", "value": shown[place], "candidates": list(shown)}
+        told = np.c_[np.arange(len(shown)) == place, rng.uniform(size=len(shown))].astype(float)
+        noise = rng.uniform(size=(len(shown), 2))
+        clues = {rule: Clue(told if rule == clue else noise) for rule in RULES[1:]}
+        found.append(Asked("toy", "near", number // 4, "Which is nearer?", answer, clues, shown, shown))
     return found
 
 
-@pytest.mark.slow
-def test_the_order_of_the_options_says_nothing(asked: dict[str, list[Sample]]) -> None:
-    for task, rows in asked.items():
-        lettered = [row for row in rows if "letter" in (row.answer or {})]
-        if len(lettered) > 60:
-            share = max(Counter(map(place, lettered)).values()) / len(lettered)
-            assert share < 0.25 + MARGIN + 0.05, (task, share)
+@pytest.mark.parametrize("rule", ["positions", "sizes", "given", "options"])
+def test_a_rule_finds_what_tells_and_nothing_else(rule: str) -> None:
+    rng = np.random.default_rng(1)
+    (result,) = battery(choices(rng.integers(3, size=800).tolist(), rule))
+    assert result.count == 800 and 0.25 < result.majority < 0.42
+    assert result.rules[rule] == 1.0
+    assert all(share < result.majority + 0.08 for name, share in result.rules.items() if name != rule), result
+
+
+def test_names_that_tell_are_found() -> None:
+    rng = np.random.default_rng(2)
+    found = []
+    for number in range(600):
+        shown = tuple(rng.permutation(["lamp", "desk", "bed", "door"])[:2].tolist())
+        place = shown.index(min(shown))  # the first in the alphabet is right
+        (one,) = choices([place], shown=shown)
+        found.append(dataclasses.replace(one, room=number))
+    (result,) = battery(found)
+    assert result.rules["names"] > 0.98 and result.majority < 0.56 and result.rules["positions"] < 0.6
+
+
+def test_names_that_give_numbers_are_found() -> None:
+    rng = np.random.default_rng(3)
+    sizes = {"bathtub": 170.0, "cup": 10.0, "desk": 75.0, "bed": 200.0}
+    found = []
+    for number in range(400):
+        name = str(rng.choice(list(sizes)))
+        answer = {"type": "number", "value": sizes[name] * rng.uniform(0.95, 1.05), "unit": "cm", "tolerance": 0.1}
+        clues = {"length": Clue(np.zeros(1))}
+        found.append(Asked("toy", "height", number, f"How tall is the {name}?", answer, clues, (name,)))
+    (result,) = battery(found)
+    assert result.rules["names"] > 0.98 and result.majority < 0.5 and result.rules["length"] < 0.5
+
+
+def test_trees_learn_steps_and_leave_noise() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.uniform(size=(1000, 3))
+    y = (x[:, 1] > 0.5).astype(int) + (x[:, 1] > 0.75)
+    tree = Tree().fit(x, y, 3)
+    assert (tree.shares(x).argmax(1) == y).mean() > 0.9
+    noise = Tree().fit(x, rng.integers(2, size=1000), 2)
+    assert (noise.shares(rng.uniform(size=(1000, 3))).argmax(1) == rng.integers(2, size=1000)).mean() < 0.57
+
+
+def test_every_task_is_gathered(renderer: Renderer) -> None:
+    asked = gather(renderer, range(6), most=60)
+    assert {q.task for q in asked} == {*SINGLE, *PAIRS, *WALKS}
+    assert {rule for q in asked for rule in q.clues} == set(RULES) - {"names"}
+    assert sum(bool(q.names) for q in asked) > 200
+
+
+@pytest.fixture(scope="module")
+def asked(renderer: Renderer) -> list[Asked]:
+    return gather(renderer, range(250))
 
 
 @pytest.mark.slow
-def test_the_place_in_the_other_image_says_little(asked: dict[str, list[Sample]]) -> None:
-    rows = asked["correspondence"]
-    gaps = [np.linalg.norm(np.array(r.metadata["spots"]) - np.array(r.metadata["point"]), axis=1) for r in rows]
-    for rank in range(4):
-        share = np.mean([int(np.argsort(g)[rank]) == place(row) for g, row in zip(gaps, rows, strict=True)])
-        assert share < best_constant(rows) + MARGIN + 0.02, (rank, share)
+def test_no_rule_is_five_points_above_the_majority(asked: list[Asked]) -> None:
+    results = battery(asked)
+    assert len(results) == 19
+    found = {(r.task, rule): share for r in results for rule, share in excess(r).items()}
+    unnamed = {key: share for key, share in found.items() if key not in EXCEPTIONS}
+    assert not unnamed, unnamed
+    for key, figure in EXCEPTIONS.items():
+        assert next(r for r in results if r.task == key[0]).rules[key[1]] <= figure + 0.03, (key, found)
 
 
 @pytest.mark.slow
-def test_no_shift_is_frequent(asked: dict[str, list[Sample]]) -> None:
-    words = Counter(r.answer["value"] for r in asked["camera_motion"] if r.answer and r.metadata["mode"] == "shift")
+def test_the_image_adds_15_points_to_the_name_of_what_is_measured(renderer: Renderer, asked: list[Asked]) -> None:
+    """Height of the 2D box times the depth of the dot over the focal length, against the best number for each name."""
+    names = next(r for r in battery([q for q in asked if q.task == "measurement"])).rules["names"]
+    config = RoomsConfig(shots=ShotConfig(), tasks=dataclasses.replace(SMALL, min_pixels=60), rows={"measurement": 3.0})
+    hits = []
+    for number in range(40):
+        scene = shoot(room_seed("heldout", 12, number), renderer, config.shots)
+        for row in scene_samples(scene, number, config):
+            view = scene.views[row.metadata["view"]]
+            by_id = {s.object_id: s for s in view.sightings}
+            for i, what, answer in zip(*(row.metadata[k] for k in ("objects", "what", "turn_answers")), strict=True):
+                if what == "height":
+                    s = by_id[i]
+                    guess = 100 * (s.box_2d[3] - s.box_2d[1]) * s.depth / view.camera.fy
+                    hits.append(abs(guess - answer["value"]) <= TOLERANCE * answer["value"])
+    assert len(hits) > 300 and np.mean(hits) >= names + 0.15, (np.mean(hits), names)
+
+
+@pytest.mark.slow
+def test_no_shift_is_frequent(renderer: Renderer) -> None:
+    words: Counter[str] = Counter()
+    for number in range(100):
+        config = RoomsConfig(rows={"camera_motion": 1.0}, shots=ShotConfig(width=160, height=120, overlap=0, around=0))
+        rows = room_samples(room_seed("heldout", 9, number), renderer, config)
+        words.update(r.answer["value"] for r in rows if r.answer and r.metadata["mode"] == "shift")
     single = {word: n for word, n in words.items() if " and " not in word}
     assert len(single) == 6 and max(single.values()) < 0.3 * sum(single.values()), single
-
-
-@pytest.mark.slow
-def test_the_names_say_little(asked: dict[str, list[Sample]]) -> None:
-    rows = asked["distance"]
-    shortest = np.mean([np.argmin([len(c) for c in r.answer["candidates"]]) == place(r) for r in rows if r.answer])
-    assert abs(shortest - 0.5) < MARGIN + 0.05
-    rows = asked["object_object"]
-    given = best_by(rows, lambda r: r.metadata["given"], lambda r: r.answer["value"] if r.answer else "")
-    assert given < best_constant(rows) + MARGIN + 0.05

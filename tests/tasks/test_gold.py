@@ -13,8 +13,9 @@ import pytest
 from fastvst.data.sample import Sample
 from fastvst.evaluate.answers import chosen_option, score
 from fastvst.evaluate.rooms import questions, summarise
-from fastvst.generate.presets import ALL_TASKS, COLD_START
-from fastvst.generate.rooms import RoomsConfig, room_samples, room_seed, scene_samples
+from fastvst.generate.presets import ALL_TASKS
+from fastvst.generate.rooms import THOUGHT, RoomsConfig, room_samples, room_seed, scene_samples
+from fastvst.reasoning import geometric
 from fastvst.rl import rewards
 from fastvst.scenes.rooms.render import Renderer
 from fastvst.scenes.scene import Scene
@@ -46,24 +47,31 @@ def check(row: Sample) -> str:
             # VST's box reward contains the IoU, and a reply has two decimals: thin boxes lose most by rounding.
             least = 0.8 if answer["type"] == "boxes" else 1.0
             assert rewards.score(direct, answer, thinking=False).accuracy >= least, where
-            thought = f"<think>Let me look.</think> {direct}"
-            thoughtful = rewards.score(thought, answer, thinking=True)
-            assert thoughtful.accuracy >= least and thoughtful.format == 1.0, where
+            thoughts = [f"<think>Let me look.</think> {direct}", *([reply] if "</think>" in reply else [])]
+            for thoughtful in (rewards.score(thought, answer, thinking=True) for thought in thoughts):
+                assert thoughtful.accuracy >= least and thoughtful.format == 1.0, where
         if answer["type"] == "choice":
             for wrong in wrong_replies(answer):
                 assert score(wrong, answer) == 0.0, (*where, wrong)
                 assert rewards.score(wrong, answer, thinking=False).accuracy == 0.0, (*where, wrong)
-    return f"{row.metadata['task']}: {row.metadata.get('form', '')}"
+    reasoned = "thought " if "</think>" in row.messages[-1]["content"][-1]["text"] else ""
+    return f"{reasoned}{row.metadata['task']}: {row.metadata.get('form', '')}"
+
+
+# Every task that has traces.
+THOUGHTS = RoomsConfig(
+    rows={f"{THOUGHT}{task}": 3.0 for task in geometric.TRACES}, shots=ALL_TASKS.shots, walk=ALL_TASKS.walk
+)
 
 
 @pytest.mark.parametrize("easy", [0.0, 0.5, 1.0])
 def test_gold_in_a_few_rooms(walked: list[Scene], easy: float) -> None:
     found: Counter[str] = Counter()
-    for config in (ALL_TASKS, COLD_START):
+    for config in (ALL_TASKS, THOUGHTS):
         config = dataclasses.replace(config, tasks=TaskConfig(easy=easy))
         for number, scene in enumerate(walked):
             found.update(check(row) for row in scene_samples(scene, number, config))
-    assert len({name.split(":")[0] for name in found}) >= 19, found
+    assert len({name.split(":")[0] for name in found}) >= 19 + len(geometric.TRACES) - 2, found
 
 
 def test_a_question_about_a_view_is_asked_once(scenes: list[Scene]) -> None:
@@ -84,8 +92,13 @@ def test_gold_of_every_task_and_form(renderer: Renderer, split: str) -> None:
     for number in range(25):
         rows = room_samples(room_seed(split, 5, number), renderer, dataclasses.replace(ALL_TASKS))
         rows += room_samples(room_seed(split, 6, number), renderer, RoomsConfig())
+        for easy in (0.0, 1.0):
+            config = dataclasses.replace(THOUGHTS, tasks=TaskConfig(easy=easy))
+            rows += room_samples(room_seed(split, 7, number), renderer, config)
         found.update(check(row) for row in rows)
-    assert sum(found.values()) > 500 and len(found) > 30, found
+    assert sum(found.values()) > 500 and len(found) > 60, found
+    reasoned = {name.split(":")[0].removeprefix("thought ") for name in found if name.startswith("thought ")}
+    assert reasoned == set(geometric.TRACES), found
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def hang(b: Builder, piece: Piece, low: float, high: float, tries: int = 25) -> 
 
 
 def shell(b: Builder, windows: int) -> None:
-    """A door with free floor in front of it, and windows, some with a curtain."""
+    """A door with free floor in front of it, and up to 2 `windows` + 1 windows, some with a curtain."""
     index = b.on_wall(parts.door(b.rng), gap=HANG_GAP)
     if index >= 0:
         b.keep_free(index, 0.7)
-    for _ in range(windows):
+    for _ in range(int(b.rng.integers(2 * windows + 2))):
         index = hang(b, parts.window(b.rng), 0.85, 1.0)
         if index >= 0 and chance(b, 0.35):
             pane = b.items[index]
@@ -69,8 +69,8 @@ def shell(b: Builder, windows: int) -> None:
 
 
 def pictures(b: Builder, count: int) -> None:
-    """Framed art on the walls: one to six, about `count` of them."""
-    for _ in range(1 + int(b.rng.binomial(5, (count - 1) / 5 + 0.1))):
+    """One to 2 `count` pieces of framed art on the walls."""
+    for _ in range(int(b.rng.integers(1, 2 * count + 1))):
         hang(b, parts.picture(b.rng), 1.25, 1.6, tries=8)
 
 
