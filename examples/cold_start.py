@@ -25,9 +25,10 @@ import torch
 from fastvst.config import ConfigError
 from fastvst.data import Processor, Sample, open_source
 from fastvst.evaluate.answers import score
-from fastvst.model import Qwen25VL
+from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.hub import local_checkpoint
 from fastvst.rollout import Engine, SamplingParams
+from fastvst.train.recipes import size_of
 from fastvst.train.run import read_config, run_script
 
 FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
@@ -68,6 +69,13 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         return None
     if not (local_checkpoint(config.model) / "config.json").is_file():
         raise ConfigError(f"no checkpoint in {config.model}; run examples/sft.py first, or give --model DIR")
+    size = size_of(ModelConfig.from_pretrained(config.model))
+    if size is not None:
+        raise ConfigError(
+            f"{config.model} has the size {size}; this script has the pixels, lengths and learning rate of the tiny "
+            "model. For a published checkpoint: examples/sft.py --config examples/cold_start.toml --model.path "
+            f"{config.model} --data.sources '[...]'"
+        )
     train = rooms(config, "train", config.samples)
     heldout = rooms(config, "heldout", config.heldout)
     sft.main(

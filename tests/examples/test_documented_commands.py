@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fastvst.config import ConfigError
 from fastvst.model import ModelConfig
 from fastvst.train.run import read_config
 from rl_run import load_rl
@@ -129,3 +130,11 @@ def test_nothing_of_the_rooms_is_left_with_a_checkpoint_and_rows(checkpoint: Pat
     config = read_config(module.Config, given, None, layers)
     assert config.processor.max_pixels == 12845056 and config.optimizer.freeze == () and config.optimizer.lr < 1e-4
     assert "for the rooms" not in dict(config.origins).values()
+
+
+def test_the_cold_start_of_the_tiny_model_refuses_a_published_checkpoint(checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import cold_start
+
+    with pytest.raises(ConfigError, match=r"has the size [37]B.*--config examples/cold_start.toml"):
+        cold_start.main(["--model", str(checkpoint)])
