@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from fastvst.config import load_config
+from fastvst.model import ModelConfig
 from small_run import ROOT, load_script, write_model
 
 
@@ -59,7 +60,7 @@ def cold_start(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_stopped_training_is_not_measured(
     cold_start: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(ModelConfig.preset("tiny").to_json())
     monkeypatch.setattr(cold_start, "rooms", lambda *_: "rows")
     monkeypatch.setattr(cold_start.sft, "main", lambda *_: None)  # as after SIGTERM: no model is written
     assert cold_start.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")]) is None
