@@ -42,6 +42,15 @@ def test_sampling():
     assert names["tokens"].shape == (4,) and (names["logprobs"] < 0).all()
 
 
+def test_transformers():
+    names = run("apply(model)")
+    assert "loss" in names["report"].replaced and names["loss"].isfinite()
+
+
+def test_there_is_a_test_for_every_block():
+    assert len(BLOCKS) == 4
+
+
 @pytest.mark.parametrize(
     "path", re.findall(r"`((?:examples|bench|tests|docs)/[\w/]+(?:\.\w+)?)/?`", README.read_text())
 )
