@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tower", type=Path, default=TINY_TOWER, help="file of tools/build_tower.py")
     parser.add_argument("--rooms", type=int, default=450, help="rooms with stills and pairs")
     parser.add_argument("--videos", type=int, default=200, help="rooms with a video")
-    parser.add_argument("--workers", type=int, default=2, help="rendering processes")
+    parser.add_argument("--most", type=int, default=2400, help="questions of one task")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render, threads that read")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    questions, batches = read(render(options.cache, options.rooms, options.videos, options.workers))
+    questions, batches = read(render(options.cache, options.rooms, options.videos, options.workers), options.most)
     begin = time.monotonic()
-    reading = readers.read_tokens(options.tower, batches)
+    reading = readers.read_tokens(options.tower, batches, options.workers)
     print(
         f"{len(questions)} questions, {len(reading.tokens)} images read in {time.monotonic() - begin:.0f} s", flush=True
     )
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": SEED,
         "rooms": options.rooms,
         "video_rooms": options.videos,
+        "most": options.most,
         "generator_version": GENERATOR_VERSION,
         "tower": options.tower.name,
     }

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -124,9 +125,24 @@ def render(folder: Path, rooms: int, video_rooms: int, workers: int) -> Path:
     return target
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], Iterator[Sequence[bytes]]]:
-    """The questions, and their images in batches of 64."""
+def read(folder: Path, most: int) -> tuple[list[dict[str, Any]], Iterator[Sequence[bytes]]]:
+    """Up to `most` questions of each task, and their images in batches; `images` of a question count only these."""
     text = (folder / "questions.jsonl").read_text(encoding="utf-8")
-    file = pq.ParquetFile(folder / "images.parquet")
-    batches = (batch.column("image").to_pylist() for batch in file.iter_batches(64))
-    return [json.loads(line) for line in text.split("\n") if line], batches
+    found = []
+    asked: Counter[str] = Counter()
+    for line in text.split("\n"):
+        question = json.loads(line) if line else None
+        if question is not None and asked[question["task"]] < most:
+            asked[question["task"]] += 1
+            found.append(question)
+    places = {image: k for k, image in enumerate(sorted({image for q in found for image in q["images"]}))}
+
+    def batches() -> Iterator[Sequence[bytes]]:
+        first = 0
+        for batch in pq.ParquetFile(folder / "images.parquet").iter_batches(64):
+            wanted = [image for k, image in enumerate(batch.column("image").to_pylist(), first) if k in places]
+            first += len(batch)
+            if wanted:
+                yield wanted
+
+    return [q | {"images": [places[image] for image in q["images"]]} for q in found], batches()

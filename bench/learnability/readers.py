@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,7 @@ class Reading:
     names: list[str]
 
 
-@torch.no_grad()
-def read_tokens(file: Path, batches: Iterator[Sequence[bytes]]) -> Reading:
+def read_tokens(file: Path, batches: Iterator[Sequence[bytes]], workers: int = 2) -> Reading:
     """Tokens of images of 320 x 240 pixels, in reading order, from the tower in `file` (tools/build_tower.py)."""
     with safe_open(file, "pt") as stored:
         tensors = {key: stored.get_tensor(key).float() for key in stored.keys()}  # noqa: SIM118
@@ -58,29 +59,34 @@ def read_tokens(file: Path, batches: Iterator[Sequence[bytes]]) -> Reading:
     tower = VisionTower(ModelConfig.preset("tiny").vision)
     tower.load_state_dict({k.removeprefix("visual."): t for k, t in tensors.items() if k.startswith("visual.")})
     processor = Processor.preset("tiny", max_pixels=168 * 126, max_seq_len=4096, fov_base_width=200)
-    found = []
-    for batch in batches:
-        samples = []
-        for image in batch:
-            content = [{"type": "image", "image": Image.open(BytesIO(image))}]
-            row = Sample.from_messages([{"role": "user", "content": content}])
-            samples.append(processor.encode(row, add_generation_prompt=True))
-        packed = pack(samples)
-        tokens = tower(
-            packed.patches,
-            packed.vision_positions,
-            packed.cu_windows,
-            packed.cu_images,
-            max_window=packed.max_window,
-            max_image=packed.max_image,
-        )
-        starts = np.cumsum([0, *(len(s) for s in samples)])[:-1]
-        rows = torch.cat([s.vision_slots.long() + int(k) for s, k in zip(samples, starts, strict=True)])
-        reading = torch.empty_like(tokens)
-        reading[torch.searchsorted(rows, packed.vision_slots.long())] = tokens
-        found.append(reading.view(len(samples), -1, tokens.shape[1]).numpy())
+    with ThreadPoolExecutor(workers) as pool:  # decoding, resizing and matrix products release the interpreter's lock
+        tokens = list(pool.map(partial(read_batch, tower, processor), batches))
     directions = {k.removeprefix("directions."): t.numpy() for k, t in tensors.items() if k.startswith("directions.")}
-    return Reading(np.concatenate(found), directions, names)
+    return Reading(np.concatenate(tokens), directions, names)
+
+
+@torch.no_grad()
+def read_batch(tower: VisionTower, processor: Processor, batch: Sequence[bytes]) -> np.ndarray:
+    """Tokens (images, 24, H) of one batch."""
+    samples = []
+    for image in batch:
+        content = [{"type": "image", "image": Image.open(BytesIO(image))}]
+        row = Sample.from_messages([{"role": "user", "content": content}])
+        samples.append(processor.encode(row, add_generation_prompt=True))
+    packed = pack(samples)
+    tokens = tower(
+        packed.patches,
+        packed.vision_positions,
+        packed.cu_windows,
+        packed.cu_images,
+        max_window=packed.max_window,
+        max_image=packed.max_image,
+    )
+    starts = np.cumsum([0, *(len(s) for s in samples)])[:-1]
+    rows = torch.cat([s.vision_slots.long() + int(k) for s, k in zip(samples, starts, strict=True)])
+    reading = torch.empty_like(tokens)
+    reading[torch.searchsorted(rows, packed.vision_slots.long())] = tokens
+    return reading.view(len(samples), -1, tokens.shape[1]).numpy()
 
 
 class Lookup:
@@ -162,6 +168,8 @@ def token_features(question: Question, names: dict[str, int], lookup: Lookup) ->
     means = lookup.tokens[question["images"]].mean(1)
     if question["task"] == "video_caption":
         whole = [np.diff(means, axis=0).mean(0), means.mean(0)]
+    elif question["task"] == "camera_motion":
+        whole = [means[1] - means[0]]
     elif len(means) > 2:
         whole = [means.mean(0)]
     else:

@@ -17,7 +17,7 @@ from fastvst.tasks import VST_P
 def test_exact_rules_find_every_label_of_every_task(tmp_path: Path) -> None:
     """Rendered in processes of their own: Mesa and Triton cannot share one."""
     folder = questions.render(tmp_path, 12, 6, 2)
-    asked, batches = questions.read(folder)
+    asked, batches = questions.read(folder, 10_000)
     found = Counter(q["task"] for q in asked)
     assert set(found) == set(VST_P)
     assert all(q["exact"] for q in asked), Counter(q["task"] for q in asked if not q["exact"])
@@ -29,6 +29,13 @@ def test_exact_rules_find_every_label_of_every_task(tmp_path: Path) -> None:
         if q["kind"] == "pick":
             assert shape[0] == len(q["look"]) - q["shared"] > q["label"]
     assert questions.render(tmp_path, 12, 6, 2) == folder
+    few, batches = questions.read(folder, 3)
+    assert max(Counter(q["task"] for q in few).values()) == 3
+    some = [image for batch in batches for image in batch]
+    assert len(some) == 1 + max(k for q in few for k in q["images"])
+    for one in few:
+        same = next(q for q in asked if {**q, "images": 0} == {**one, "images": 0})
+        assert [some[k] for k in one["images"]] == [images[k] for k in same["images"]]
 
 
 def test_gaps_are_distances_of_boxes() -> None:
