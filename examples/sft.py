@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Qwen2.5-VL: a training script, from configuration to report.
 
-Without arguments it renders about 8,300 questions about furnished rooms (once; they are cached), trains the tiny model
+Without arguments it renders about 8,760 questions about furnished rooms (once; they are cached), trains the tiny model
 on them (a decoder with random weights and a pretrained vision tower), evaluates it on rooms that training never saw,
 and writes runs/sft/report/index.html.
 
@@ -97,7 +97,7 @@ class RoomsOptions:
         folder: where the rows are cached; none = the user's cache folder.
     """
 
-    samples: int = 8300
+    samples: int = 8760
     heldout: int = 1200
     seed: int = 0
     workers: int = 2

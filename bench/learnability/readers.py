@@ -132,15 +132,28 @@ class Lookup:
         share = np.exp(6 * (clear - clear.max()))
         return np.concatenate([share @ pooled / share.sum(), clear[: len(clear)]])
 
-    def box(self, image: int, by: str, which: str) -> np.ndarray:
-        """x1, y1, x2, y2 of a drawn box in image widths, from the values of its tokens; see tools/tower_data.py.
+    def boxes(self, image: int, by: str, which: str) -> list[np.ndarray]:
+        """x1, y1, x2, y2 of a drawn box in image widths, read in three ways.
 
-        A tower without these values has the box's centre only.
+        From the values of its tokens (see tools/tower_data.py), from mean and spread of the places of its tokens, and
+        from the extent of the tokens that have more than half of the colour.
         """
-        read = self.values @ self.pooled(image, by, which)
+        weights = self.weights(image, by, which)
+        read = self.values @ (weights @ self.tokens[image])
         v, u = (read[13:15] + 1) / 2
-        height, width = read[15:17] / 2 if len(read) > 15 else (0.0, 0.0)
-        return np.array([u - width / 2, (v - height / 2) * 0.75, u + width / 2, (v + height / 2) * 0.75])
+        height, width = np.maximum(read[15:17] / 2, 0.03)
+        cells = np.arange(self.tokens.shape[1])
+        places = np.stack([(cells % COLUMNS + 0.5) / COLUMNS, (cells // COLUMNS + 0.5) * 0.1875], 1)
+        middle = weights @ places
+        reach = np.maximum(1.2 * np.sqrt(weights @ (places - middle) ** 2), 0.015)
+        shown = places[self.tokens[image] @ self.direction(by, which) > 0.5]
+        shown = shown if len(shown) else middle[None]
+        half = np.array([0.5 / COLUMNS, 0.09375])
+        return [
+            np.array([u - width / 2, (v - height / 2) * 0.75, u + width / 2, (v + height / 2) * 0.75]),
+            np.concatenate([middle - reach, middle + reach]),
+            np.concatenate([shown.min(0) - half, shown.max(0) + half]),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,10 +198,13 @@ def _candidates(question: Question, lookup: Lookup) -> np.ndarray:
     shared = question["shared"]
     if question["task"] == "distance":
         image = question["images"][0]
-        boxes = [lookup.box(image, *look[1:]) for look in question["look"]]
-        pooled = [lookup.pooled(image, *look[1:]) for look in question["look"]]
-        depth = [float(lookup.values[12] @ p) for p in pooled]
-        return np.array([[*pair_cues(boxes[0], boxes[k]), abs(depth[k] - depth[0])] for k in range(1, len(boxes))])
+        boxes = [lookup.boxes(image, *look[1:]) for look in question["look"]]
+        depth = [float(lookup.values[12] @ lookup.pooled(image, *look[1:])) for look in question["look"]]
+        found = []
+        for k in range(1, len(boxes)):
+            gaps = [x for a, b in zip(boxes[0], boxes[k], strict=True) for x in pair_cues(a, b)]
+            found.append([*gaps, abs(depth[k] - depth[0])])
+        return np.array(found)
     things = [lookup.thing(question, look) for look in question["look"]]
     if not shared:
         return np.array(things)

@@ -62,7 +62,7 @@ def dot(image: Image.Image, point: tuple[float, float], colour: str | tuple[int,
 
 def circle(image: Image.Image, point: tuple[float, float], colour: str | tuple[int, int, int], label: str = "") -> None:
     """Draw a ring around `point` (u, v) that leaves the point visible; the label is placed as in `dot`."""
-    r = 1.5 * radius_of(image)
+    r = 1.25 * radius_of(image)
     u, v = point
     draw = ImageDraw.Draw(image)
     draw.ellipse([u - r - 1, v - r - 1, u + r + 1, v + r + 1], outline=(255, 255, 255), width=1)
