@@ -30,6 +30,7 @@ TESTED = {
     "fastvst data check": HERE,
     "fastvst sft": HERE,
     "xdg-open": HERE,
+    "fastvst evaluate own": HERE,
     "fastvst chat": HERE,
     "fastvst generate": HERE,
     "fastvst rl": HERE,
@@ -47,7 +48,7 @@ def test_every_command_is_run_by_a_test():
     unknown = [line for line in commands() if not any(line.startswith(known) for known in TESTED)]
     assert unknown == [] and all((ROOT / path).is_file() for path in TESTED.values())
     assert all(any(line.startswith(known) for line in commands()) for known in TESTED)
-    assert len(commands("Your own data")) == 8
+    assert len(commands("Your own data")) == 9
 
 
 def test_the_page_is_short_and_links_every_page_of_the_documentation():
@@ -90,11 +91,13 @@ def run(line: str, folder: Path, text: str = "") -> str:
 
 @pytest.mark.slow
 def test_your_own_data(folder):
-    check, plan, train, look, talk, generate, _, learn = commands("Your own data")
+    check, plan, train, look, evaluate, talk, generate, _, learn = commands("Your own data")
     assert "40 rows, 40 usable" in run(check, folder)
     assert "one pass over the 40 samples" in run(plan, folder) and not (folder / "runs").exists()
     assert "model: runs/own/hf" in run(train, folder)
     run(look, folder)
+    run(evaluate, folder)
+    assert (folder / "scores" / "results.json").is_file()
     shown = run(f"{talk} --max-tokens 4", folder, "/image room.jpg\nWhich colour is the image?\n/quit\n")
     assert "goes with your next message" in shown
     run(f"{generate} --max-tokens 4", folder)
