@@ -29,6 +29,8 @@ from fastvst.rollout.sampler import Drawn, SamplingRows, next_tokens
 from fastvst_kernels import linear_logprobs
 from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
 from fastvst_kernels.invariant.tiles import AttentionTiles, make_tiles
+from fastvst_kernels.lm_head.cross_entropy import cross_entropy_forward
+from fastvst_kernels.lm_head.logprobs import logprobs_backward, logprobs_forward
 
 aten = torch.ops.aten
 
@@ -57,7 +59,17 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801 - used as a context mana
             q, k, v, cu_seqlens, groups, *_, causal, scale = args
             if causal:
                 return _packed_attention(q, k, v, cu_seqlens, groups, scale)
+        if func in _LM_HEAD:  # PyTorch runs an operator's own products outside the mode
+            with self:
+                return _LM_HEAD[func](*args, **kwargs)
         return func(*args, **kwargs)
+
+
+_LM_HEAD = {
+    torch.ops.fastvst.linear_cross_entropy.default: cross_entropy_forward,
+    torch.ops.fastvst.linear_logprobs.default: logprobs_forward,
+    torch.ops.fastvst.linear_logprobs_backward.default: logprobs_backward,
+}
 
 
 def _add_mm(x: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
