@@ -39,7 +39,7 @@ HELDOUT = RoomsConfig(
 
 # One attempt of every task for each still, pair or video.
 ALL_TASKS = RoomsConfig(
-    shots=ShotConfig(around=4.0), rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig()
+    shots=ShotConfig(around=8.0), rows=dict.fromkeys([*SINGLE, *PAIRS, *WALKS], 1.0), walk=WalkConfig()
 )
 
 # VST-P's proportions in every file. The numbers of attempts are set so that no task yields far more than its share:

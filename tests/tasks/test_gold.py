@@ -97,7 +97,7 @@ def test_gold_of_every_task_and_form(renderer: Renderer, split: str) -> None:
             rows += room_samples(room_seed(split, 7, number), renderer, config)
         found.update(check(row) for row in rows)
     assert sum(found.values()) > 500 and len(found) > 60, found
-    reasoned = {name.split(":")[0].removeprefix("thought ") for name in found if name.startswith("thought ")}
+    reasoned = {name.split(":")[0].removeprefix(f"thought {THOUGHT}") for name in found if name.startswith("thought ")}
     assert reasoned == set(geometric.TRACES), found
 
 
