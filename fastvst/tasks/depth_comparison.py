@@ -91,9 +91,19 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     if (
         rng.uniform() < config.easy
     ):  # one word only: with a quarter of "farther" the tiny model answered "nearer" to both
-        return _two_points(scene, view_index, rng, config, index, near=True)
+        made = _two_points if _spots(scene.views[view_index], config) else _two_objects
+        return made(scene, view_index, rng, config, index, near=True)
     form = pick(rng, ("two_points", "two_objects", "one_of_many", "order", "boxes"))
     return _FORMS[form](scene, view_index, rng, config, index)
+
+
+def _spots(view: View, config: TaskConfig) -> list[Sighting]:
+    """Usable sightings whose dot has one known depth.
+
+    Without a depth map a dot on the centre of a box may show what is behind the object (through the legs of a table).
+    Then only questions about the objects are asked.
+    """
+    return [s for s in usable(view, config) if s.nearest == s.farthest]
 
 
 def _finish(
@@ -130,7 +140,7 @@ def _two_points(
 ) -> Sample | None:
     """`near`: the question asks for the nearer point (True) or the farther one (False); None draws it."""
     view = scene.views[view_index]
-    chosen = _marked(view, usable(view, config), 2, rng, config)
+    chosen = _marked(view, _spots(view, config), 2, rng, config)
     if chosen is None:
         return None
     image = canvas(view)
@@ -150,8 +160,9 @@ def _two_points(
 
 
 def _two_objects(
-    scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str
+    scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str, near: bool | None = None
 ) -> Sample | None:
+    """`near`: as in `_two_points`."""
     view = scene.views[view_index]
     chosen = _marked(view, nameable(scene, view, config), 2, rng, config)
     if chosen is None:
@@ -160,7 +171,7 @@ def _two_objects(
     colours = choose(rng, tuple(draw.COLOURS), 2)
     for s, colour in zip(chosen, colours, strict=True):
         draw.dot(image, s.point, colour)
-    near = rng.uniform() < 0.5
+    near = rng.uniform() < 0.5 if near is None else near
     best = (min if near else max)((0, 1), key=lambda k: chosen[k].depth)
     names = [scene.object(s.object_id).name for s in chosen]
     question = pick(rng, TWO_OBJECTS).format(
@@ -175,7 +186,7 @@ def _one_of_many(
 ) -> Sample | None:
     view = scene.views[view_index]
     count = int(rng.integers(3, 5))
-    chosen = _marked(view, usable(view, config), count, rng, config)
+    chosen = _marked(view, _spots(view, config), count, rng, config)
     if chosen is None:
         return None
     image = canvas(view)
@@ -196,7 +207,7 @@ def _one_of_many(
 def _order(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskConfig, index: str) -> Sample | None:
     view = scene.views[view_index]
     for count in (int(rng.integers(3, 6)), 3):
-        chosen = _marked(view, usable(view, config), count, rng, config)
+        chosen = _marked(view, _spots(view, config), count, rng, config)
         if chosen is not None:
             break
     else:
