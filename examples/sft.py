@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Qwen2.5-VL: a training script, from configuration to report.
 
-Without arguments it renders about 8,760 questions about furnished rooms (once; they are cached), trains the tiny model
+Without arguments it renders about 2,400 questions about furnished rooms (once; they are cached), trains the tiny model
 on them (a decoder with random weights and a pretrained vision tower), evaluates it on rooms that training never saw,
 and writes runs/sft/report/index.html.
 
@@ -97,14 +97,14 @@ class RoomsOptions:
         folder: where the rows are cached; none = the user's cache folder.
     """
 
-    samples: int = 8760
+    samples: int = 2400
     heldout: int = 1200
     seed: int = 0
     workers: int = 2
     folder: str | None = None
 
 
-STEPS = 1900  # of the rooms' demonstration
+STEPS = 1300  # of the rooms' demonstration
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Config:
 
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
-        steps: optimizer steps; none = all of data.epochs, which is 1 for your own data; for the rooms 1900.
+        steps: optimizer steps; none = all of data.epochs, which is 1 for your own data; for the rooms 1300.
         seed: random seed of the initial weights.
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.

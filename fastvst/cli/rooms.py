@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 # The names in fastvst.generate.presets. Importing that module loads pyarrow and all tasks; `fastvst --help` should not.
-PRESETS = ("default", "heldout", "all", "vst_p", "vst_p_rest", "cold_start")
+PRESETS = ("default", "learnable", "heldout", "all", "vst_p", "vst_p_rest", "cold_start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="default",
-        help="default: the six tasks of examples/sft.py; all: all nineteen tasks; vst_p: all nineteen in VST-P's "
+        help="default: the six tasks of examples/sft.py; learnable: as many rows of each as a small reader needs; all: all nineteen tasks; vst_p: all nineteen in VST-P's "
         "proportions; vst_p_rest: the four of them that the published data lack; cold_start: rows with reasoning, and "
         "a sixth without (default: default)",
     )

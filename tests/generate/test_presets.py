@@ -23,7 +23,7 @@ from fastvst.data import MixtureConfig, Processor, open_source
 from fastvst.evaluate.rooms import questions
 from fastvst.generate import rooms as generate
 from fastvst.generate.parquet import SCHEMA
-from fastvst.generate.presets import ALL_TASKS, COLD_START, DEFAULT, PRESETS, VST_P_MIX, VST_P_REST
+from fastvst.generate.presets import ALL_TASKS, COLD_START, LEARNABLE, PRESETS, VST_P_MIX, VST_P_REST
 from fastvst.generate.rooms import DEFAULT_ROWS, RoomsConfig, apportion, make_rooms, room_rows, room_seed
 from fastvst.reasoning.geometric import TRACES
 from fastvst.scenes.rooms.render_base import Renderer
@@ -82,15 +82,13 @@ def test_the_default_rows_are_what_they_were(renderer: Renderer) -> None:
 
 
 @pytest.mark.parametrize("samples", [60, 500, 8760])
-def test_the_first_command_gets_the_questions_that_the_curves_ask_for(samples: int) -> None:
+def test_the_learnable_mixture_has_the_questions_that_the_curves_ask_for(samples: int) -> None:
     """2,500 of distance, 1,000 pairs of a moving camera (docs/measured.md), in every file alike."""
-    from examples.sft import RoomsOptions
-
-    assert DEFAULT.shares is not None and set(DEFAULT.shares) == set(DEFAULT.rows) == set(DEFAULT_ROWS)
-    plan = Counter(apportion(DEFAULT.shares, samples))
-    total = sum(DEFAULT.shares.values())
-    assert all(abs(plan[task] - samples * share / total) <= 2 for task, share in DEFAULT.shares.items())
-    if samples == RoomsOptions().samples:
+    assert LEARNABLE.shares is not None and set(LEARNABLE.shares) == set(LEARNABLE.rows) == set(DEFAULT_ROWS)
+    plan = Counter(apportion(LEARNABLE.shares, samples))
+    total = sum(LEARNABLE.shares.values())
+    assert all(abs(plan[task] - samples * share / total) <= 2 for task, share in LEARNABLE.shares.items())
+    if samples == 8760:
         assert plan["distance"] == 2500 and plan["camera_motion"] == 1000
 
 
