@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="default",
-        help="default: the six tasks of examples/sft.py; learnable: as many rows of each as a small reader needs; all: all nineteen tasks; vst_p: all nineteen in VST-P's "
+        help="default: the six tasks of examples/sft.py; learnable: as many rows of each as a small reader needs; "
+        "all: all nineteen tasks; vst_p: all nineteen in VST-P's "
         "proportions; vst_p_rest: the four of them that the published data lack; cold_start: rows with reasoning, and "
         "a sixth without (default: default)",
     )
