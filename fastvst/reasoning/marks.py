@@ -121,6 +121,8 @@ def correspondence(
     right = sample.answer["candidates"].index(sample.answer["value"])
     world = unproject(first.camera, np.array(here), first.depth[int(here[1]), int(here[0])].astype(np.float64))
     for k, (label, spot) in enumerate(zip(labels, meta["spots"], strict=True)):
+        if not 0.05 < float(second.depth[int(spot[1]), int(spot[0])]) < np.inf:
+            return None  # no depth was measured there, so no distance is known
         other = int(second.ids[int(spot[1]), int(spot[0])])
         if k == right:
             fact = {"says": "same", "views": meta["views"], "points": [here, spot], "objects": [thing]}

@@ -11,7 +11,7 @@ The functions `bitwise_*` are the engine's steps in `numerics="bitwise"`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801 - used as a context mana
         kwargs = kwargs or {}
         if func in (aten.mm.default, aten.mm.dtype):  # mm.dtype gets the result's dtype; the LM head's loss uses it
             return invariant_mm(*args)
+        if func is aten.matmul.default and args[0].dim() == args[1].dim() == 2:  # not taken apart in an operator
+            return invariant_mm(*args)
         if func in (aten.mm.out, aten.mm.dtype_out):
             return kwargs["out"].copy_(invariant_mm(*args))
         if func in (aten.addmm.default, aten.addmm.dtype) and not kwargs:
@@ -65,7 +67,7 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801 - used as a context mana
         return func(*args, **kwargs)
 
 
-_LM_HEAD = {
+_LM_HEAD: dict[Any, Callable[..., Any]] = {
     torch.ops.fastvst.linear_cross_entropy.default: cross_entropy_forward,
     torch.ops.fastvst.linear_logprobs.default: logprobs_forward,
     torch.ops.fastvst.linear_logprobs_backward.default: logprobs_backward,

@@ -191,6 +191,10 @@ def observe(
         mask = ids[window] == object_id
         trusted = None if measured is None else measured[window] & mask
         blind = trusted is not None and not trusted.any()
+        if trusted is not None and not blind:  # the dot has a depth that is typical of the visible part
+            typical = float(np.median(depth[window][trusted]))
+            near = trusted & (np.abs(depth[window] - typical) <= 0.15 * typical)
+            trusted = near if near.any() else trusted
         row, column = _deepest(mask, None if blind else trusted)
         row = row + top
         column = column + left

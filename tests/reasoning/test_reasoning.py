@@ -319,7 +319,9 @@ def test_every_sentence_holds_in_a_few_rooms(walked: list[Scene]) -> None:
 def test_every_sentence_holds_in_two_hundred_traces(renderer: Renderer) -> None:
     counts: Counter = Counter()
     for seed in range(6200, 6204):
-        counts += check_scene(shoot(seed, renderer, ShotConfig(views=2, overlap=1.0), WalkConfig(pairs=4)), 6)
+        counts += check_scene(
+            shoot(seed, renderer, ShotConfig(views=2, overlap=1.0, around=4.0), WalkConfig(pairs=4)), 6
+        )
     assert sum(counts[task] for task in TASKS) >= 200 and min(counts[task] for task in TASKS) >= 20, counts
     assert set(claims.CHECKS) - set(counts) <= {"plan", "answer", "unseen", "on"}, counts
 

@@ -90,7 +90,7 @@ def test_every_product_is_invariant(model, config):
 
     with Recorder() as plain:
         run()
-    assert {"aten.mm", "aten.addmm", "aten.addmm_"} <= plain.products, "the recorder sees the products of a plain run"
+    assert {"aten.mm", "aten.addmm"} <= plain.products, "the recorder sees the products of a plain run"
     with Recorder() as tiled, batch_invariant():
         run()
     assert tiled.products == {"fastvst.invariant_mm"}

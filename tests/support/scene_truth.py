@@ -64,6 +64,7 @@ class Truth:
         self.room = furnish(scene.metadata["room_seed"])
         self.geometry = build_geometry(self.room)
         self.maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.whole: dict[int, np.ndarray] = {}
         self._places: dict[int, np.ndarray] = {}
 
     @cached_property
@@ -95,8 +96,12 @@ class Truth:
         return self.maps[view]
 
     def pixels(self, view: int, object_id: int) -> int:
-        """Approximate number of pixels of a view that show an object."""
-        return 4 * int((self.look(view)[0] == object_id).sum())
+        """Number of pixels of a view that show an object."""
+        if view not in self.whole:
+            camera = self.scene.views[view].camera
+            u, v = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+            self.whole[view] = self.cast(camera, np.stack([u.ravel(), v.ravel()], 1))[1]
+        return int((self.whole[view] == object_id).sum())
 
     def middle(self, view: int, object_id: int) -> np.ndarray:
         """Middle of the visible part in a view, as shares of width and height (2,)."""

@@ -36,7 +36,8 @@ def test_one_rank_speaks_about_a_mistake(tmp_path: Path, mistake: str) -> None:
     text = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert sum(line.startswith("sft.py: ") for line in text.splitlines()) == 1, text
-    assert f'File "{ROOT}' not in text  # no traceback of ours; torchrun prints its own
+    # no traceback of ours; torchrun prints its own, and it may be installed under the root
+    assert f'File "{ROOT}/examples' not in text and f'File "{ROOT}/fastvst' not in text
 
 
 def test_the_processes_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:

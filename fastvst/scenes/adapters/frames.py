@@ -269,7 +269,7 @@ def in_space(
 def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """Up to `count` pairs of frames, at most 90 frames apart, between which the camera did one thing.
 
-    It moved 0.2 m or more and turned less than 4 degrees, or it turned 8 degrees or more and moved less than 5 cm.
+    It moved 0.2 m or more and turned less than 4 degrees, or it turned 8 to 60 degrees and moved less than 5 cm.
     `poses`: camera-to-world (4, 4). No frame is in two pairs.
     """
     found: list[tuple[int, int]] = []
@@ -283,7 +283,7 @@ def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: i
         shift = np.linalg.norm(places[later] - places[a], axis=1)
         cosine = (np.einsum("ij,nij->n", turns[a], turns[later]) - 1) / 2
         turned = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-        clear = later[((shift >= 0.2) & (turned < 4)) | ((turned >= 8) & (shift < 0.05))]
+        clear = later[((shift >= 0.2) & (turned < 4)) | ((turned >= 8) & (turned <= 60) & (shift < 0.05))]
         free = [int(b) for b in clear if int(b) not in used]
         if free and int(a) not in used:
             b = free[int(rng.integers(len(free)))]

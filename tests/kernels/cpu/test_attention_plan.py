@@ -78,5 +78,5 @@ def test_moves_and_refuses():
         prepare(torch.tensor([0, 5]), torch.tensor([-1]), causal=False)
     with pytest.raises(ValueError, match="used by no kernel"):
         prepare(torch.tensor([0, 5]), causal=True, query_blocks=(48,))
-    with pytest.raises(ValueError, match="needs num_tokens"):
+    with pytest.raises(RuntimeError, match="reads values of its arguments"):
         prepare(torch.zeros(2, dtype=torch.int32, device="meta"), causal=True)
