@@ -123,6 +123,9 @@ def correspondence(
     for k, (label, spot) in enumerate(zip(labels, meta["spots"], strict=True)):
         if not 0.05 < float(second.depth[int(spot[1]), int(spot[0])]) < np.inf:
             return None  # no depth was measured there, so no distance is known
+        around = second.ids[int(spot[1]) - 1 : int(spot[1]) + 2, int(spot[0]) - 1 : int(spot[0]) + 2]
+        if (around != around[1, 1]).any():
+            return None  # on a sliver or a rim nobody can say which object the spot is on
         other = int(second.ids[int(spot[1]), int(spot[0])])
         if k == right:
             fact = {"says": "same", "views": meta["views"], "points": [here, spot], "objects": [thing]}
