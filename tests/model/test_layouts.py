@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig
 
 from fastvst.data import Processor
 from fastvst.model import ModelConfig, Qwen25VL
+from published_files import PREPROCESSOR
 
 TOWER = {
     "depth": 2,
@@ -54,17 +55,6 @@ IDS = {"vision_start_token_id": 4083, "vision_end_token_id": 4084, "image_token_
 ROOT = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **IDS}
 MROPE = {"type": "mrope", "mrope_section": [4, 6, 6]}
 DEFAULT_ROPE = {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"}
-PREPROCESSOR = {
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-}
 
 
 def flat(version: str, **fields):

@@ -14,22 +14,12 @@ from fastvst.data import Processor
 from fastvst.model import ModelConfig
 from fastvst.train import recipes
 from fastvst.train.run import read_config
+from published_files import PREPROCESSOR
 from rl_run import load_rl
 from small_run import load_script, small_config, write_model
 
 sft = load_script()
 rl = load_rl()
-PUBLISHED = {  # preprocessor_config.json of Qwen2.5-VL
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-}
 
 
 def published(folder: Path, size: str, **files: Any) -> Path:
@@ -37,7 +27,7 @@ def published(folder: Path, size: str, **files: Any) -> Path:
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
     (folder / "config.json").write_text(json.dumps(ModelConfig.preset(size).config_content()))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | files.pop("preprocessor", {})))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | files.pop("preprocessor", {})))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -105,7 +95,7 @@ def test_limits_of_videos_come_from_the_video_processor(tmp_path: Path) -> None:
     assert limits == (50176, 301056, 64) and config.processor.fps == 1.0
     assert origins["processor.max_frames"] == "from the checkpoint"
     nested = {
-        "image_processor": PUBLISHED | {"max_pixels": 401408},
+        "image_processor": PREPROCESSOR | {"max_pixels": 401408},
         "video_processor": {"max_pixels": 100352, "min_pixels": 784},
     }
     path = published(tmp_path / "nested", "3b", processor_config=nested)
