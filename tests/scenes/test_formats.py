@@ -268,7 +268,7 @@ def test_hypersim_files_are_read_without_unpickling(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.hdf5"):
         read_hdf5(tmp_path / "b.hdf5")
     np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
-    from fastvst.scenes.adapters.colmap import read_depth
+    from fastvst.scenes.adapters.depth import read_depth
 
     with pytest.raises(ValueError, match="allow_pickle|Object arrays"):
         read_depth(tmp_path / "c.npy")

@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastvst.scenes.adapters.boxes import named_object, oriented_box, read_json
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem
+from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, spread
 from fastvst.scenes.adapters.units import unit_of_boxes
 from fastvst.scenes.scene import Scene, SceneObject
@@ -69,15 +70,13 @@ def read_arkitscenes(
     def load(k: int, objects: tuple[SceneObject, ...]) -> Frame:
         with Image.open(images[times[k]]) as opened:
             image = np.asarray(opened.convert("RGB"))
-        with Image.open(_at(depths, times[k], "depth")) as opened:
-            stored = np.asarray(opened)
         width, height, fx, fy, cx, cy = np.loadtxt(_at(lenses, times[k], "pincam"))
         scale = np.diag([image.shape[1] / width, image.shape[0] / height, 1.0])
         k3 = scale @ np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
         fault = intrinsics_problem(k3, image.shape[1], image.shape[0])
         if fault is not None:
             raise ValueError(fault)
-        depth = np.where(stored >= 65535, 0, stored).astype(np.float32) / 1000
+        depth = read_depth(_at(depths, times[k], "depth"))
         return make_frame(images[times[k]].stem, image, depth, k3, poses[k], objects, options)
 
     bare = [load(k, ()) for k in spread(len(times), 6)] if times else []

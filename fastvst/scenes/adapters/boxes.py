@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,18 @@ def named_object(scene: str, number: int, label: Any, box: Any, problems: Proble
         return SceneObject(number, name, (float("nan"),) * 9, known=False)
 
 
+def one_of_each_id(scene: str, objects: Iterable[SceneObject | None], problems: Problems) -> tuple[SceneObject, ...]:
+    """The objects without None. Of two with one id nobody knows which one is meant: the last is kept, not known."""
+    found: dict[int, SceneObject] = {}
+    for item in objects:
+        if item is not None and item.id in found:
+            problems.add(ValueError(f"{scene}: two boxes have the id {item.id}; no question is about them"))
+            item = dataclasses.replace(item, known=False)
+        if item is not None:
+            found[item.id] = item
+    return tuple(found.values())
+
+
 def read_ply_points(path: Path) -> np.ndarray:
     """Vertices (N, 3) of a PLY file, float64.
 
@@ -124,7 +137,6 @@ def segment_boxes(
     *,
     first_id: int = 1,
     labels: dict[str, str] | None = None,
-    skip: Collection[int] = (),
 ) -> tuple[SceneObject, ...]:
     """Objects of ScanNet's annotation: groups of segments of a mesh, with tight upright boxes.
 
@@ -138,7 +150,7 @@ def segment_boxes(
     order = np.argsort(segments, kind="stable")
     starts = np.unique(segments[order], return_index=True)
     where = dict(zip(starts[0].tolist(), np.split(order, starts[1][1:]), strict=True))
-    found: dict[int, SceneObject] = {}
+    found = []
     for group in groups:
         number = int(group.get("objectId", group.get("id", -first_id))) + first_id
         own = [where[s] for s in group.get("segments", []) if s in where]
@@ -149,13 +161,8 @@ def segment_boxes(
             return tight_box(points[np.concatenate(own)])
 
         label = group.get("label")
-        item = named_object(scene, number, (labels or {}).get(str(label), label), box, problems)
-        if number in found:
-            problems.add(ValueError(f"{scene}: two objects have the id {number}; no question is about them"))
-            item = SceneObject(number, found[number].name, (float("nan"),) * 9, known=False)
-        if item is not None and number not in skip:
-            found[number] = item
-    return tuple(found.values())
+        found.append(named_object(scene, number, (labels or {}).get(str(label), label), box, problems))
+    return one_of_each_id(scene, found, problems)
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Problems:
         else:
             self.found.append(error)
 
+    def leave_out(self, where: str, error: Exception) -> None:
+        """Note that `error` cost what `where` names; a missing file stays a FileNotFoundError."""
+        what = repr(error) if isinstance(error, (KeyError, TypeError)) else str(error)
+        text = f"{where}: {what}; it is left out"
+        self.add(FileNotFoundError(text) if isinstance(error, FileNotFoundError) else ValueError(text))
+
     def finish(self) -> None:
         """Raise the first problem if there are any and nobody was told; the message counts the others."""
         if self.found:
@@ -45,10 +51,6 @@ class Problems:
             more = len(self.found) - 1
             rest = f" (and {more} more problems; pass `report` to list all and to keep the rest)" if more else ""
             raise type(first)(f"{first}{rest}")
-
-
-def refuse(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 def box_problem(box: Sequence[float]) -> str | None:

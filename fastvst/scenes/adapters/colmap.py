@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastvst.scenes.adapters.boxes import named_object, oriented_box, read_json
+from fastvst.scenes.adapters.boxes import named_object, one_of_each_id, oriented_box, read_json
 from fastvst.scenes.adapters.checks import (
     Convention,
     Problems,
@@ -26,6 +26,7 @@ from fastvst.scenes.adapters.checks import (
     outline_of,
     rotation_problem,
 )
+from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
 from fastvst.scenes.adapters.posed import read_boxes
 from fastvst.scenes.scene import Scene, SceneObject
@@ -145,25 +146,6 @@ def read_transforms(path: Path, convention: Convention, problems: Problems) -> l
     return found
 
 
-def read_depth(path: Path, unit: float = 0.001) -> np.ndarray:
-    """A depth map in metres, 0 where it is missing: 16-bit PNG in `unit` metres, or .npy in metres.
-
-    Raises:
-        ValueError: several channels, or 8-bit depth.
-    """
-    if path.suffix == ".npy":
-        depth = np.load(path, allow_pickle=False).astype(np.float32)
-    else:
-        with Image.open(path) as opened:
-            stored = np.asarray(opened)
-        if stored.dtype == np.uint8:
-            raise ValueError(f"{path}: 8-bit depth (a picture of depth?); expected 16 bits")
-        depth = np.where(stored >= 65535, 0, stored).astype(np.float32) * unit
-    if depth.ndim != 2:
-        raise ValueError(f"{path}: depth of shape {depth.shape}; expected one channel")
-    return np.where(np.isfinite(depth) & (depth > 0), depth, 0)
-
-
 def read_nerfstudio(
     folder: str | Path,
     options: ScanOptions | None = None,
@@ -273,18 +255,13 @@ def read_scannetpp(folder: str | Path, options: ScanOptions | None = None, *, re
 
 def _obb_objects(scene: str, annotation: dict[str, Any], problems: Problems) -> tuple[SceneObject, ...]:
     """Objects from oriented boxes {"centroid", "axesLengths", "normalizedAxes"}; each axis is three numbers."""
-    found: dict[int, SceneObject] = {}
+    found = []
     for entry in annotation["segGroups"]:
-        number = int(entry.get("objectId", entry.get("id", -1))) + 1
 
         def box(entry: dict[str, Any] = entry) -> tuple[float, ...]:
             obb = entry["obb"]
             return oriented_box(obb["centroid"], obb["normalizedAxes"], obb["axesLengths"])
 
-        item = named_object(scene, number, entry.get("label"), box, problems)
-        if item is not None and number in found:
-            problems.add(ValueError(f"{scene}: two objects have the id {number}; no question is about them"))
-            item = SceneObject(number, item.name, item.box, known=False)
-        if item is not None:
-            found[number] = item
-    return tuple(found.values())
+        number = int(entry.get("objectId", entry.get("id", -1))) + 1
+        found.append(named_object(scene, number, entry.get("label"), box, problems))
+    return one_of_each_id(scene, found, problems)

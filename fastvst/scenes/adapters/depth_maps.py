@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastvst.scenes.adapters.checks import Problems, Report, size_problem
-from fastvst.scenes.adapters.colmap import read_depth
-from fastvst.scenes.adapters.frames import nearest
+from fastvst.scenes.adapters.depth import nearest, read_depth
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View
 from fastvst.spatial.camera import Camera
 

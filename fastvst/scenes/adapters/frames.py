@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
+from fastvst.scenes.adapters.depth import nearest
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
 from fastvst.spatial.boxes import corners, rotations, to_camera_frame
 from fastvst.spatial.camera import Camera, project, unproject
@@ -110,16 +111,6 @@ def make_frame(
     return upright(Frame(name, camera, pose, image, depth, found, ids is not None))
 
 
-def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at another size (width, height): each pixel takes the value of the pixel below its centre."""
-    height, width = values.shape
-    if (width, height) == size:
-        return values
-    columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(int)
-    rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(int)
-    return values[rows[:, None], columns[None]]
-
-
 def upright(frame: Frame) -> Frame:
     """The frame turned by quarters so that the world's Z points up in the image; a portrait scan becomes readable.
 
@@ -158,41 +149,45 @@ def camera_at(width: int, height: int, intrinsics: np.ndarray, pose: np.ndarray)
     return Camera(width, height, fx, fy, cx, cy, rotation, -rotation @ pose[:3, 3])
 
 
-def planar_depth(along_ray: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """Distances along the rays (H, W) -> planar depth (H, W), by the intrinsics (3, 3) in pixels."""
-    height, width = along_ray.shape
-    x = (np.arange(width) + 0.5 - intrinsics[0, 2]) / intrinsics[0, 0]
-    y = (np.arange(height) + 0.5 - intrinsics[1, 2]) / intrinsics[1, 1]
-    return along_ray / np.sqrt(1 + x[None] ** 2 + y[:, None] ** 2)
-
-
 def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObject]) -> np.ndarray:
     """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies.
 
     The floor and the wall at its faces are not the object: see `own_space`.
     """
     ids = np.zeros(depth.shape, np.int32)
-    height, width = depth.shape
     known = sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6])))
-    for item, cube in zip(known, corners([o.box for o in known]), strict=True):
-        pixels, ahead = project(camera, cube)
-        nearest_corner = max(float(ahead.min()), NEAR)
-        if ahead.max() <= NEAR:
+    for item in known:
+        place = window_of(camera, item.box)
+        if place is None:
             continue
-        low = np.zeros(2, int)
-        high = np.array([width, height])
-        if (ahead > NEAR).all():  # otherwise a corner is behind the camera and the box may reach any pixel
-            low = np.clip(np.floor(pixels.min(0)).astype(int), 0, [width, height])
-            high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, [width, height])
-        if (high <= low).any():
-            continue
-        window = depth[low[1] : high[1], low[0] : high[0]]
-        near = np.flatnonzero((window > nearest_corner) & (window < ahead.max()))
-        rows, columns = np.divmod(near, window.shape[1])
-        seen = (rows + low[1], columns + low[0], window.ravel()[near])
-        inside = in_space(camera, item.box, *own_space(camera, item.box), *seen)
-        ids[rows[inside] + low[1], columns[inside] + low[0]] = item.id
+        rows_at, columns_at, near, far = place
+        window = depth[rows_at, columns_at]
+        between = np.flatnonzero((window > near) & (window < far))
+        rows, columns = np.divmod(between, window.shape[1])
+        rows = rows + rows_at.start
+        columns = columns + columns_at.start
+        inside = in_space(camera, item.box, *own_space(camera, item.box), rows, columns, window.ravel()[between])
+        ids[rows[inside], columns[inside]] = item.id
     return ids
+
+
+def window_of(camera: Camera, box: Sequence[float]) -> tuple[slice, slice, float, float] | None:
+    """Where a box may show in the image: its rows, its columns, and its nearest and farthest depth in metres.
+
+    None if it is behind the camera or outside the image. A box with a corner behind the camera may reach any pixel.
+    """
+    pixels, ahead = project(camera, corners([box])[0])
+    if ahead.max() <= NEAR:
+        return None
+    size = [camera.width, camera.height]
+    low = np.zeros(2, int)
+    high = np.array(size)
+    if (ahead > NEAR).all():
+        low = np.clip(np.floor(pixels.min(0)).astype(int), 0, size)
+        high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, size)
+    if (high <= low).any():
+        return None
+    return slice(low[1], high[1]), slice(low[0], high[0]), max(float(ahead.min()), NEAR), float(ahead.max())
 
 
 def hints(frame: Frame, objects: Sequence[SceneObject]) -> list[Sighting]:
@@ -202,22 +197,15 @@ def hints(frame: Frame, objects: Sequence[SceneObject]) -> list[Sighting]:
     but no answer says that they are not to be seen.
     """
     found = []
-    height, width = frame.depth.shape
     for item in objects:
-        if not item.known:
+        place = window_of(frame.camera, item.box) if item.known else None
+        if place is None:
             continue
-        pixels, ahead = project(frame.camera, corners([item.box])[0])
-        if ahead.max() <= NEAR:
-            continue
-        low = np.zeros(2, int)
-        high = np.array([width, height])
-        if (ahead > NEAR).all():
-            low = np.clip(np.floor(pixels.min(0)).astype(int), 0, [width, height])
-            high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, [width, height])
-        window = frame.depth[low[1] : high[1], low[0] : high[0]]
-        free = (window <= NEAR) | (window >= max(float(ahead.min()), NEAR) - MARGIN)
+        rows, columns, near, _ = place
+        window = frame.depth[rows, columns]
+        free = (window <= NEAR) | (window >= near - MARGIN)
         if free.any():
-            box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
             found.append(Sighting(item.id, 0.0, int(free.sum()), box, centre, 0.0, (0.0, math.inf)))
     return found
@@ -232,7 +220,7 @@ def own_space(camera: Camera, box: Sequence[float]) -> tuple[np.ndarray, np.ndar
     b = np.array(box, dtype=np.float64)
     half = b[3:6] / 2
     place = (camera.position - b[:3]) @ rotations(b[None, 6:9])[0]
-    cut = np.minimum(np.array([0.02, 0.02, 0.02]), 0.2 * b[3:6])
+    cut = np.minimum(0.02, 0.2 * b[3:6])
     low = np.where(place < -half, -half - 0.01, -half + cut)
     high = np.where(place > half, half + 0.01, half - cut)
     if place[1] <= half[1]:  # local Y points down
@@ -454,6 +442,7 @@ def assemble_from(
     problems: Problems,
     video: bool = True,
     polygon: np.ndarray | None = None,
+    height: float | None = None,
 ) -> Scene:
     """The scene of a scan whose frames are read one by one: frames spread over it, and pairs for camera motion.
 
@@ -471,7 +460,7 @@ def assemble_from(
             try:
                 read[k] = load(k)
             except (OSError, ValueError) as error:
-                problems.add(ValueError(f"{name}: frame {k}: {error}; it is left out"))
+                problems.leave_out(f"{name}: frame {k}", error)
                 read[k] = None
         return read[k]
 
@@ -482,7 +471,9 @@ def assemble_from(
     moved = motion_pairs(poses, np.random.default_rng([options.seed, 10]), options.motions if video else 0)
     both = [(frame(a), frame(b)) for a, b in moved]
     motions = [(a, b) for a, b in both if a is not None and b is not None]
-    scene = assemble(name, objects, walk, motions, options=options, problems=problems, video=video, polygon=polygon)
+    scene = assemble(
+        name, objects, walk, motions, options=options, problems=problems, polygon=polygon, height=height, video=video
+    )
     problems.finish()
     return scene
 

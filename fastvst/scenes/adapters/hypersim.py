@@ -24,7 +24,8 @@ from PIL import Image
 
 from fastvst.scenes.adapters.boxes import named_object, oriented_box
 from fastvst.scenes.adapters.checks import Problems, Report
-from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, planar_depth, spread
+from fastvst.scenes.adapters.depth import planar_depth
+from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, spread
 from fastvst.scenes.scene import Scene, SceneObject
 
 # Class names of NYU40, from 1.

@@ -77,13 +77,11 @@ def read_omni3d(
             continue
         try:
             if entry["id"] in seen:
-                raise ValueError(f"{annotation_file}: two images have the id {entry['id']}; the second is left out")
+                raise ValueError(f"two images have the id {entry['id']}")
             seen.add(entry["id"])
             scene = _scene(entry, groups.get(entry["id"], []), names, Path(image_folder), source, problems)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            what = repr(error) if isinstance(error, KeyError) else str(error)
-            text = f"{annotation_file}: image {entry.get('id')}: {what}"
-            problems.add(FileNotFoundError(text) if isinstance(error, FileNotFoundError) else ValueError(text))
+            problems.leave_out(f"{annotation_file}: image {entry.get('id')}", error)
             continue
         if scene is not None:
             yield scene

@@ -16,6 +16,7 @@ Z. Colour images are resized to the depth map, to which ScanNet registers them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.adapters.boxes import one_of_each_id
 from fastvst.scenes.adapters.checks import (
     Convention,
     Problems,
@@ -34,11 +36,10 @@ from fastvst.scenes.adapters.checks import (
     rotation_problem,
     size_problem,
 )
-from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble, camera_at, motion_pairs, spread
+from fastvst.scenes.adapters.depth import read_depth
+from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, camera_at
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.scene import Scene, SceneObject
-
-SATURATED = 65535  # of 16-bit depth
 
 
 def read_posed(
@@ -84,28 +85,18 @@ def read_posed(
         raise ValueError(f"{folder}: axis_alignment: {fault}")
     poses = _poses(folder, align, convention or Convention(), problems)
     numbers = sorted(poses, key=lambda stem: (len(stem), stem))
-    if len(numbers) < 2:
-        problems.finish()
-        raise ValueError(f"{folder}: {len(numbers)} frames with a usable pose; expected two or more in pose/*.txt")
     intrinsic = np.loadtxt(_existing(folder / "intrinsic" / "intrinsic_depth.txt"))
-    walk = [
-        frame for k in spread(len(numbers), frames) if (frame := _try(folder, numbers[k], poses, intrinsic, problems))
-    ]
-    moved = motion_pairs([poses[n][0] for n in numbers], np.random.default_rng([seed, 10]), motions)
-    two = [tuple(_try(folder, numbers[k], poses, intrinsic, problems) for k in pair) for pair in moved]
     polygon = described.get("polygon")
-    scene = assemble(
+    return assemble_from(
         folder.name,
         objects,
-        walk,
-        [(a, b) for a, b in two if a is not None and b is not None],
+        [poses[number][0] for number in numbers],
+        lambda k: _frame(folder, numbers[k], poses[numbers[k]], intrinsic),
         options=ScanOptions(frames, stills, pairs, motions, fps, source=source, seed=seed),
         problems=problems,
         polygon=None if polygon is None else outline_of(polygon),
         height=described.get("height"),
     )
-    problems.finish()
-    return scene
 
 
 def _existing(path: Path) -> Path:
@@ -118,24 +109,19 @@ def _existing(path: Path) -> Path:
 def read_boxes(scene: str, entries: list[dict[str, Any]], problems: Problems) -> tuple[SceneObject, ...]:
     """Boxes in the form of boxes.json as objects. One with an unusable box is kept with `known` = False, if it has an
     id and a label; two boxes of one id are both unusable."""
-    found: dict[int, SceneObject] = {}
+    found = []
     for entry in entries:
         try:
             item = _object(entry)
         except (KeyError, TypeError, ValueError) as error:
-            problems.add(
-                ValueError(
-                    f"{scene}: box {entry}: {error!r}; expected id, label, center, size, heading; it is left out"
-                )
-            )
+            problems.leave_out(f"{scene}: box {entry}: expected id, label, center, size, heading", error)
             continue
         fault = box_problem(item.box)
-        if item.id in found:
-            fault = f"two boxes have the id {item.id}"
         if fault is not None:
             problems.add(ValueError(f"{scene}: box {item.id} ({item.name}): {fault}; no question is about it"))
-        found[item.id] = SceneObject(item.id, item.name, item.box, known=fault is None)
-    return tuple(found.values())
+            item = dataclasses.replace(item, known=False)
+        found.append(item)
+    return one_of_each_id(scene, found, problems)
 
 
 def _object(entry: dict[str, Any]) -> SceneObject:
@@ -171,30 +157,9 @@ def _poses(
     return found
 
 
-def _try(
-    folder: Path,
-    number: str,
-    poses: dict[str, tuple[np.ndarray, np.ndarray]],
-    intrinsic: np.ndarray,
-    problems: Problems,
-) -> Frame | None:
-    """The frame, or None if it cannot be used."""
-    try:
-        return _frame(folder, number, poses[number], intrinsic)
-    except (OSError, ValueError) as error:
-        if problems.report is None:
-            raise
-        problems.add(error)
-        return None
-
-
 def _frame(folder: Path, number: str, poses: tuple[np.ndarray, np.ndarray], intrinsic: np.ndarray) -> Frame:
     """One frame at the size of its depth map."""
-    with Image.open(_existing(folder / "depth" / f"{number}.png")) as opened:
-        stored = np.asarray(opened)
-    if stored.ndim != 2:
-        raise ValueError(f"{folder}: depth/{number}.png has shape {stored.shape}; expected one channel of millimetres")
-    depth = np.where(stored >= SATURATED, 0, stored).astype(np.float32) / 1000
+    depth = read_depth(_existing(folder / "depth" / f"{number}.png"))
     height, width = depth.shape
     fault = intrinsics_problem(intrinsic, width, height)
     if fault is not None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastvst.scenes.adapters.boxes import read_json, read_ply_points, segment_boxes
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem, rotation_problem
+from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
 from fastvst.scenes.adapters.sens import SensFile
 from fastvst.scenes.scene import Scene, SceneObject
@@ -119,9 +120,7 @@ def _exported(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray, Callable
     def load(name: str) -> Shot:
         with Image.open(folder / "color" / f"{name}.jpg") as opened:
             image = np.asarray(opened.convert("RGB"))
-        with Image.open(folder / "depth" / f"{name}.png") as opened:
-            stored = np.asarray(opened)
-        return image, np.where(stored >= 65535, 0, stored).astype(np.float32) / 1000
+        return image, read_depth(folder / "depth" / f"{name}.png")
 
     return numbers, poses, np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt")[:3, :3], load
 

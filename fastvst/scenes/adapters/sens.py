@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.adapters.depth import metres
+
 MAX_FRAMES = 1_000_000
 MAX_BYTES = 1 << 28  # of one frame's colour or depth
 
@@ -107,4 +109,4 @@ class SensFile:
         if len(data) != 2 * width * height:
             raise ValueError(f"{self.path}: frame {k}: {len(data)} bytes of depth; expected {2 * width * height}")
         stored = np.frombuffer(data, "<u2").reshape(height, width)
-        return image, np.where(stored == 65535, 0, stored).astype(np.float32) / self.units
+        return image, metres(stored, self.units)
