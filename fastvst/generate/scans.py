@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fastvst import atomic
 from fastvst.generate.parquet import SCHEMA, to_row, write_rows
-from fastvst.generate.rooms import ROWS_PER_FILE, RoomsConfig, scene_samples
+from fastvst.generate.rooms import GENERATOR_VERSION, ROWS_PER_FILE, RoomsConfig, scene_samples
 from fastvst.scenes.adapters.arkitscenes import read_arkitscenes
 from fastvst.scenes.adapters.checks import Report
 from fastvst.scenes.adapters.colmap import read_nerfstudio, read_scannetpp
@@ -194,7 +194,8 @@ def make_scan_rows(
     """Read all scans of a folder and write their rows.
 
     `out` that ends in .parquet is one file; else it is a folder with one file a scan. A repeated call reads only the
-    scans that have no file yet. What was left out is listed in <out>.problems.jsonl.
+    scans that have no rows yet; a finished file is found again. What was left out is listed in <out>.problems.jsonl,
+    the options are in <out>.settings.json.
 
     Args:
         workers: processes; 0 reads in this process. The rows do not depend on it.
@@ -205,10 +206,13 @@ def make_scan_rows(
 
     Raises:
         FileNotFoundError: no scan of this format.
-        ValueError: no scan gave a row; the message holds the first problem.
+        ValueError: no scan gave a row; the message holds the first problem. Or `out` has rows of other options.
     """
     out = Path(out)
     scans = scan_folders(config.format, folder)
+    settings = _settle(out, config)
+    if out.is_file() and settings.get("scans") == [str(scan) for scan in scans]:
+        return Counter(scans=len(scans))
     parts = out if out.suffix != ".parquet" else out.with_name(f".{out.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     names = _part_names(scans)
@@ -234,7 +238,32 @@ def make_scan_rows(
         raise ValueError(f"{folder}: {len(scans)} scans, no row: {first}")
     if parts != out:
         _join(files, out)
+        atomic.write_text(
+            _settings_file(out), json.dumps({**settings, "scans": [str(scan) for scan in scans]}, indent=1)
+        )
     return total
+
+
+def _settings_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.settings.json")
+
+
+def _settle(out: Path, config: ScansConfig) -> dict[str, Any]:
+    """The options of the rows in `out`, kept in a file of its own; ValueError if it has rows of other ones."""
+    path = _settings_file(out)
+    options = json.loads(json.dumps({"version": GENERATOR_VERSION, **asdict(config)}))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and out.exists() else {}
+    differing = [
+        f"{name}: {before.get(name)!r}, now {options[name]!r}" for name in options if before.get(name) != options[name]
+    ]
+    if before and differing:
+        raise ValueError(
+            f"{out} has rows of other options ({'; '.join(differing)}); choose another --out, or remove it"
+        )
+    if not before:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, json.dumps(options, indent=1))
+    return before or options
 
 
 def _part_names(scans: list[Path]) -> dict[Path, str]:

@@ -161,6 +161,13 @@ def test_the_command_writes_rows_and_resumes(walked: list[Scene], tmp_path: Path
     assert (tmp_path / "rows.parquet").is_file()
     joined = {s.id: str(s.answer) for s in open_source(tmp_path / "rows.parquet")}
     assert joined == {s.id: str(s.answer) for s in more} and one["scans"] == 3
+    before = (tmp_path / "rows.parquet").read_bytes()
+    again = make_scan_rows(tmp_path / "in", tmp_path / "rows.parquet", config, workers=0, progress=None)
+    assert again == {"scans": 3} and (tmp_path / "rows.parquet").read_bytes() == before
+    for out in ("rows", "rows.parquet"):  # rows of other options are never taken for those that were asked for
+        other = replace(config, tasks=("distance",))
+        with pytest.raises(ValueError, match="rows of other options .tasks: .*measurement.*distance"):
+            make_scan_rows(tmp_path / "in", tmp_path / out, other, workers=0, progress=None)
     with pytest.raises(FileNotFoundError, match="no scannet scan"):
         make_scan_rows(tmp_path / "in", tmp_path / "x", ScansConfig("scannet"), progress=None)
     with pytest.raises(ValueError, match="does not allow"):
