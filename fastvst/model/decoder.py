@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvst.model.config import ModelConfig
 from fastvst.model.layers import Attend, GatedMLP, Norm, run_block
+from fastvst.model.recompute import of_blocks
 from fastvst_kernels import mrope
 from fastvst_kernels.recompute import norm_qkv, project_add_norm
 
@@ -50,7 +51,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False, keeps_products=True)
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.index = index
@@ -80,10 +81,11 @@ class Decoder(nn.Module):
             x: (T, hidden_size).
             positions: (3, T) integer M-RoPE positions.
             attend: layer i calls `attend(i, q, k, v)` with (T, heads, head_dim) tensors.
+            recompute: the decoder's policy (see `fastvst.model.recompute`).
 
         Returns:
             (T, hidden_size) after the final norm.
         """
-        for layer in self.layers:
-            x = run_block(layer, recompute, x, positions, attend)
+        for layer, policy in zip(self.layers, of_blocks(recompute, len(self.layers)), strict=True):
+            x = run_block(layer, policy, x, positions, attend)
         return self.norm(x)

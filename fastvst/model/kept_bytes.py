@@ -7,6 +7,7 @@ often it is saved; parameters do not count. The kernels on a GPU keep the same, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import DecoderLayer
 from fastvst.model.layers import run_block
+from fastvst.model.recompute import of_blocks
 from fastvst.model.vision import VisionBlock
 from fastvst_kernels import packed_attention
 
@@ -23,7 +25,20 @@ ROWS = (1024, 2048)  # the difference of two sizes contains only what grows with
 
 
 def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
-    """Bytes for each token that all layers of the decoder keep under a recompute policy."""
+    """Bytes for each token that all layers of the decoder keep under its recompute policy."""
+    return sum(layer_bytes(config, policy, dtype) for policy in of_blocks(recompute, config.num_hidden_layers))
+
+
+def vision_bytes_per_patch(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
+    """Bytes for each patch that all blocks of the vision tower keep under its recompute policy."""
+    full = set(config.vision.fullatt_block_indexes)
+    policies = of_blocks(recompute, config.vision.depth)
+    return sum(block_bytes(config, p, dtype, windowed=i not in full) for i, p in enumerate(policies))
+
+
+@functools.cache
+def layer_bytes(config: ModelConfig, policy: str, dtype: torch.dtype) -> float:
+    """Bytes for each token that one layer of the decoder keeps under "none", "light" or "full"."""
 
     def run(rows: int) -> int:
         with torch.device("meta"):
@@ -37,37 +52,34 @@ def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dt
                 return packed_attention(q, k, v, offsets, causal=True, max_seqlen=rows)
 
             known.extend((positions, offsets))
-            return run_block(layer, recompute, x, positions, attend)
+            return run_block(layer, policy, x, positions, attend)
 
         known: list[Tensor] = []  # tensors of the batch, not of a layer
         return _kept(layer, forward, rows, config.hidden_size, dtype, known)
 
-    return config.num_hidden_layers * _slope(run)
+    return _slope(run)
 
 
-def vision_bytes_per_patch(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
-    """Bytes for each patch that all blocks of the vision tower keep under a recompute policy."""
+@functools.cache
+def block_bytes(config: ModelConfig, policy: str, dtype: torch.dtype, *, windowed: bool) -> float:
+    """Bytes for each patch that one block of the vision tower keeps under "none", "light" or "full"."""
     v = config.vision
-    total = 0.0
-    for windowed in (True, False):
 
-        def run(rows: int, windowed: bool = windowed) -> int:
-            with torch.device("meta"):
-                block = VisionBlock(v, windowed=windowed)
-            longest = 64 if windowed else rows
+    def run(rows: int) -> int:
+        with torch.device("meta"):
+            block = VisionBlock(v, windowed=windowed)
+        longest = 64 if windowed else rows
 
-            def forward(x: Tensor) -> Tensor:
-                positions = torch.zeros(rows, 2, dtype=torch.int32)
-                offsets = torch.zeros(rows // longest + 1, dtype=torch.int32)
-                known.extend((positions, offsets))
-                return run_block(block, recompute, x, positions, offsets, longest)
+        def forward(x: Tensor) -> Tensor:
+            positions = torch.zeros(rows, 2, dtype=torch.int32)
+            offsets = torch.zeros(rows // longest + 1, dtype=torch.int32)
+            known.extend((positions, offsets))
+            return run_block(block, policy, x, positions, offsets, longest)
 
-            known: list[Tensor] = []
-            return _kept(block, forward, rows, v.hidden_size, dtype, known)
+        known: list[Tensor] = []
+        return _kept(block, forward, rows, v.hidden_size, dtype, known)
 
-        full = len(set(v.fullatt_block_indexes))
-        total += (v.depth - full if windowed else full) * _slope(run)
-    return total
+    return _slope(run)
 
 
 def _slope(run: Callable[[int], int]) -> float:

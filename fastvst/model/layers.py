@@ -1,16 +1,4 @@
-"""Layers that both towers use, and the recompute policies.
-
-A policy says what is kept for the backward pass:
-
-    none    the saved tensors of every operator
-    light   for each block its input, q, k, v, the attention output and the two MLP projections; norms, activations,
-            rotary embeddings and the sum behind the attention are computed again (`fastvst_kernels.recompute`). One
-            matrix product runs twice, the attention's output projection: 6 % of the 7b's forward operations for 7 % of
-            its memory
-    full    the input of every block (`torch.utils.checkpoint`)
-
-All three give the same gradients, bit for bit: they run the same operators on the same numbers.
-"""
+"""Layers that both towers use. `fastvst.model.recompute` describes the recompute policies."""
 
 from __future__ import annotations
 
@@ -21,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvst.model.recompute import POLICIES
 from fastvst_kernels.norm.float32 import float32_rms_norm
 from fastvst_kernels.recompute import Normed, gated_mlp
 
-POLICIES = ("none", "light", "full")
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, heads, head_dim)
 
 
@@ -41,17 +29,18 @@ class Norm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(h)) * up(h))`."""
+    """`down(silu(gate(h)) * up(h))`; under recompute policy "light" gate(h) and up(h) are kept if `keeps_products`."""
 
-    def __init__(self, size: int, inner: int, *, bias: bool) -> None:
+    def __init__(self, size: int, inner: int, *, bias: bool, keeps_products: bool) -> None:
         super().__init__()
+        self.keeps_products = keeps_products
         self.gate_proj = nn.Linear(size, inner, bias=bias)
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, h: Tensor | Normed) -> Tensor:
         """(T, size) -> (T, size)"""
-        return gated_mlp(h, self.gate_proj, self.up_proj, self.down_proj)
+        return gated_mlp(h, self.gate_proj, self.up_proj, self.down_proj, keep=self.keeps_products)
 
 
 def run_block(block: nn.Module, policy: str, *args: Any) -> Tensor:

@@ -16,6 +16,7 @@ from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.hub import local_checkpoint
 from fastvst.model.layers import Attend, Norm
+from fastvst.model.recompute import Recompute, of_tower
 from fastvst.model.vision import PatchKernel, VisionTower
 from fastvst_kernels import linear_cross_entropy, packed_attention
 
@@ -30,7 +31,8 @@ class Qwen25VL(nn.Module):
     from `cu_seqlens`, never from position ids. Fresh weights follow the distribution that transformers uses.
 
     Attributes:
-        recompute: "none", "light" or "full"; what the backward pass computes again (see `fastvst.model.layers`).
+        recompute: what the backward pass computes again: a policy of `fastvst.model.recompute`, for both towers or by
+            tower.
         vision_on_every_rank: a pack without images runs the tower on a dummy image of 4 black patches, times 0, so that
             every rank takes part in the collectives of the tower's sharded parameters.
     """
@@ -42,7 +44,7 @@ class Qwen25VL(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.recompute = "none"
+        self.recompute: Recompute = "none"
         self.vision_on_every_rank = False
         self.init_weights()
 
@@ -92,7 +94,8 @@ class Qwen25VL(nn.Module):
         """
         if images_only:
             return self.encode_images(batch)
-        hidden = self.model(self.embed(batch, vision), batch.positions, attend_packed(batch), recompute=self.recompute)
+        policy = of_tower(self.recompute, "decoder")
+        hidden = self.model(self.embed(batch, vision), batch.positions, attend_packed(batch), recompute=policy)
         return hidden if head is None else head(hidden, self.head_weight)
 
     def logits(self, batch: PackedBatch) -> Tensor:
@@ -144,7 +147,7 @@ class Qwen25VL(nn.Module):
             batch.cu_images,
             max_window=batch.max_window,
             max_image=batch.max_image,
-            recompute=self.recompute,
+            recompute=of_tower(self.recompute, "vision"),
         )
 
     def embed(self, batch: PackedBatch, vision: Tensor | None = None) -> Tensor:
@@ -163,7 +166,13 @@ class Qwen25VL(nn.Module):
         positions = torch.cartesian_prod(*[torch.arange(side, dtype=torch.int32, device=device)] * 2).view(count, 2)
         offsets = torch.arange(2, dtype=torch.int32, device=device) * count
         return self.visual(
-            patches, positions, offsets, offsets, max_window=count, max_image=count, recompute=self.recompute
+            patches,
+            positions,
+            offsets,
+            offsets,
+            max_window=count,
+            max_image=count,
+            recompute=of_tower(self.recompute, "vision"),
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastvst.model.config import VisionConfig
 from fastvst.model.layers import GatedMLP, Norm, run_block
+from fastvst.model.recompute import of_blocks
 from fastvst_kernels import packed_attention, vision_rope, window_attention
 from fastvst_kernels.recompute import norm_qkv, project_add_norm
 
@@ -65,7 +66,7 @@ class VisionBlock(nn.Module):
         self.norm1 = Norm(config.hidden_size, NORM_EPS)
         self.norm2 = Norm(config.hidden_size, NORM_EPS)
         self.attn = VisionAttention(config, windowed=windowed)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, keeps_products=False)
 
     @property
     def windowed(self) -> bool:
@@ -125,12 +126,13 @@ class VisionTower(nn.Module):
             cu_windows: (W + 1,) int32 patch offsets of the windows.
             cu_images: (F + 1,) int32 patch offsets of the frames.
             max_window, max_image: patches in the largest window and in the largest frame.
+            recompute: the tower's policy (see `fastvst.model.recompute`).
 
         Returns:
             (P / 4, out_hidden_size) in tower order.
         """
         x = self.patch_embed(patches)
-        for block in self.blocks:
+        for block, policy in zip(self.blocks, of_blocks(recompute, len(self.blocks)), strict=True):
             offsets, longest = (cu_windows, max_window) if block.windowed else (cu_images, max_image)
-            x = run_block(block, recompute, x, positions, offsets, longest)
+            x = run_block(block, policy, x, positions, offsets, longest)
         return self.merger(x)

@@ -7,7 +7,8 @@
 
 With `light` autograd keeps for a block only its input x, q, k, v, the attention output a, and the projections gate and
 up. The norms, the sum behind the attention and the activation are computed again. One matrix product runs twice: that
-of o_proj. Without `light` every operator keeps its own tensors. Both run the same operators on the same numbers, so
+of o_proj. With `light` and `keep=False` of `gated_mlp` gate and up are not kept either, and their products run twice.
+Without `light` every operator keeps its own tensors. Both run the same operators on the same numbers, so
 outputs and gradients have the same bits.
 """
 
@@ -103,16 +104,21 @@ def project_add_norm(
     return total, h
 
 
-def gated_mlp(h: Tensor | Normed, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
+def gated_mlp(h: Tensor | Normed, gate: nn.Linear, up: nn.Linear, down: nn.Linear, *, keep: bool = True) -> Tensor:
     """`down(silu(gate(h)) * up(h))` (SwiGLU, arXiv 2002.05202), (T, K) -> (T, K).
 
     Of a tensor autograd keeps h, gate(h), up(h) and their product; of a `Normed` only gate(h) and up(h).
+
+    Args:
+        keep: False keeps nothing of a `Normed`.
     """
     weights = [gate.weight, up.weight]
     biases = _biases([gate, up])
     if isinstance(h, Normed):
         norm = (h.norm.weight, h.norm.eps)
         source = (h.a, h.residual, h.projection.weight, h.projection.bias)
+        if not keep:
+            return _NormedMLP.apply(h.total, h.value, *norm, *source, *weights, down.weight, down.bias, *biases)
         gated, raised = _NormedLinears.apply(h.total, h.value, *norm, *source, *weights, *biases)
         return _SwigluLinear.apply(gated, raised, down.weight, down.bias)
     return packed_linear(swiglu(*parallel_linear(h, weights, biases)), [down.weight], _biases([down]))
@@ -212,6 +218,42 @@ class _SwigluLinear(Function):
         return *through, grad_weight, column_sum(grad) if needs[3] else None
 
 
+class _NormedMLP(Function):
+    """The gated MLP of a `Normed` that keeps its a and residual, and computes everything else again."""
+
+    @staticmethod
+    def forward(
+        ctx, total, value, norm_weight, eps: float, a, residual, weight, bias, gate, up, down, down_bias, *biases
+    ):
+        ctx.save_for_backward(a, residual, weight, bias, norm_weight, gate, up, down, *biases)
+        ctx.eps = eps
+        return F.linear(swiglu(*parallel_linear_forward(value, (gate, up), biases)), down, down_bias)
+
+    @staticmethod
+    @first_order("gated_mlp")
+    def backward(ctx, grad: Tensor):
+        a, residual, weight, bias, norm_weight, gate, up, down, *biases = ctx.saved_tensors
+        needs_total, _, needs_scale, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_down, needs_down_bias, *needs_biases = needs[2:]
+        grad = grad.contiguous()
+        total = F.linear(a, weight, bias).add_(residual)
+        normed = float32_rms_norm_forward(total, norm_weight, ctx.eps)
+        products = parallel_linear_forward(normed[0], (gate, up), biases)
+        below = any((needs_total, needs_scale, *needs[:2], *needs_biases))
+        grad_y, (grad_down,) = linears_backward([grad], swiglu(*products), [down], below, [needs_down])
+        grad_down_bias = column_sum(grad) if needs_down_bias else None
+        if grad_y is None:
+            return *[None] * 10, grad_down, grad_down_bias, *[None] * len(biases)
+        grads = swiglu_backward(grad_y, *products)
+        del grad_y, products
+        grad_total, grad_scale, grad_weights = _normed_linears_backward(
+            grads, total, norm_weight, normed, (gate, up), (needs_total, needs_scale, *needs[:2])
+        )
+        grad_biases = biases_backward(grads, needs_biases)
+        head = (grad_total, None, grad_scale, None, None, None, None, None)
+        return *head, *grad_weights, grad_down, grad_down_bias, *grad_biases
+
+
 def _norm_linears_backward(
     grads: Sequence[Tensor],
     x: Tensor,
@@ -221,8 +263,21 @@ def _norm_linears_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x, of the norm's weight and of the projections' weights; `needs`: which of them, in that order."""
+    normed = float32_rms_norm_forward(x, norm_weight, eps)
+    return _normed_linears_backward(grads, x, norm_weight, normed, weights, needs)
+
+
+def _normed_linears_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    normed: tuple[Tensor, Tensor, Tensor],
+    weights: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """`_norm_linears_backward` with the result of the norm's forward pass."""
     needs_x, needs_scale, *needs_weights = needs
-    y, bare, inverse = float32_rms_norm_forward(x, norm_weight, eps)
+    y, bare, inverse = normed
     grad_y, grad_weights = linears_backward(grads, y, weights, needs_x or needs_scale, needs_weights)
     if grad_y is None:
         return None, None, grad_weights

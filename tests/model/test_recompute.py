@@ -1,10 +1,14 @@
 """Recompute policies: equal gradients bit for bit, fewer bytes kept; frozen parts; packs without images."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastvst.batch import pack
-from fastvst.model import ModelConfig
+from fastvst.model import ModelConfig, recompute
 from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
 from fastvst_kernels import linear_cross_entropy
 from hf_parity import make_models, make_sample, small_config
@@ -52,6 +56,62 @@ def test_gradients_are_equal_bit_for_bit_and_bytes_fall(setup):
     assert sizes[1] < 0.75 * sizes[0] and sizes[2] < 0.4 * sizes[1], sizes
 
 
+POLICY = st.sampled_from(("none", "light", "full"))
+TOWER = st.one_of(
+    POLICY, st.builds("{}:{},{}".format, POLICY, st.integers(0, 2), POLICY), st.just("none:1,light:1,full")
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(vision=TOWER, decoder=TOWER)
+def test_mixed_policies_have_the_same_gradients_bit_for_bit(setup, vision, decoder):
+    loss, grads, size = run(*setup, "none")
+    again, other, fewer = run(*setup, {"vision": vision, "decoder": decoder})
+    assert torch.equal(loss, again) and grads.keys() == other.keys()
+    for name, grad in grads.items():
+        assert torch.equal(grad, other[name]), (vision, decoder, name)
+    assert fewer <= size
+
+
+def test_a_policy_may_change_with_depth(setup):
+    """The bytes of a mixed policy are between those of its parts, and each tower follows its own."""
+    sizes = {
+        name: run(*setup, policy)[2]
+        for name, policy in {
+            "none": "none",
+            "vision": {"vision": "full", "decoder": "none"},
+            "decoder": {"vision": "none", "decoder": "full"},
+            "two": {"vision": "none", "decoder": "none:2,full"},
+            "one": {"vision": "none", "decoder": "none:1,full"},
+            "full": "full",
+        }.items()
+    }
+    assert sizes["none"] > sizes["two"] > sizes["one"] > sizes["decoder"] > sizes["full"]
+    assert sizes["none"] > sizes["vision"] > sizes["full"]
+    assert recompute.of_blocks("none:1,light:2,full", 5) == ("none", "light", "light", "full", "full")
+    assert recompute.of_blocks("light:0,full", 1) == ("full",)
+    assert recompute.describe({"vision": "full", "decoder": "light:1,full"}) == "vision full, decoder light:1,full"
+    assert recompute.describe({"vision": "full", "decoder": "full"}) == "full"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["", "some", "light:2", "light:x,full", "light:-1,full", "light:²,full", "light,full", "full:9,light", "AUTO"],
+)
+def test_a_text_that_is_no_policy_is_refused(policy):
+    with pytest.raises(ValueError, match=re.escape(f"recompute is {policy!r}")):
+        recompute.of_blocks(policy, 3)
+
+
+def test_a_tower_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"recompute names \['audio'\]; the towers are \['vision', 'decoder'\]"):
+        recompute.check({"audio": "full", "vision": "light"})
+    recompute.check({"vision": "light"})
+    recompute.check("auto")
+    with pytest.raises(ValueError, match="recompute is 'lite'"):
+        recompute.check({"decoder": "lite"})
+
+
 def test_light_keeps_what_its_definition_says():
     """For each decoder token and layer: the input, q, k, v, attention output and logsumexp, gate and up."""
     config = small_config(num_hidden_layers=4)
@@ -79,7 +139,11 @@ def test_light_in_bfloat16_stays_below_its_limit_at_the_published_sizes(preset, 
     assert kept["light"] == config.num_hidden_layers * row <= limit
     assert kept["full"] == config.num_hidden_layers * 2 * config.hidden_size
     assert kept["none"] > 1.5 * kept["light"]
-    assert vision_bytes_per_patch(config, "light", torch.bfloat16) < 0.9e6
+    tower = {policy: vision_bytes_per_patch(config, policy, torch.bfloat16) for policy in ("none", "light", "full")}
+    v = config.vision
+    logsumexp = 4 * v.num_heads
+    assert tower["light"] == v.depth * (2 * (v.hidden_size + 3 * v.hidden_size + v.hidden_size) + logsumexp) <= 0.45e6
+    assert tower["none"] > 2 * tower["light"] and tower["full"] == v.depth * 2 * v.hidden_size
 
 
 @pytest.mark.parametrize("policy", ["none", "light", "full"])
