@@ -20,7 +20,8 @@ FOLDERS = ("fastvst", "kernels", "examples", "tools", "bench", "tests")
 # From the bottom up. A module imports from its own level and from levels below it, never from above.
 LEVELS = (
     ("fastvst_kernels",),
-    ("fastvst.atomic", "fastvst.batch", "fastvst.checksum", "fastvst.config", "fastvst.html", "fastvst.jsonl"),
+    ("fastvst.atomic", "fastvst.batch", "fastvst.checksum", "fastvst.config", "fastvst.html", "fastvst.jsonl")
+    + ("fastvst.processes", "fastvst.supervisor"),
     ("fastvst.spatial",),
     ("fastvst.model",),
     ("fastvst.data",),

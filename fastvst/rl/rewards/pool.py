@@ -1,8 +1,8 @@
 """Rewards in separate processes, so that no completion and no user function can stop or stall the trainer.
 
 The rows of one call are the completions of one prompt. A call fails if it raises, exceeds its time or memory, or if its
-process dies. Its rows then get reward 0 with the reason, and the process is replaced if necessary. The run continues
-until too many rows have failed.
+process dies. Its rows then get reward 0 with the reason, and the process is replaced if necessary, with all that it has
+started. The run continues until too many rows have failed. docs/reliability.md has what is promised.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import json
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from fastvst.config import check_at_least, check_positive
+from fastvst.processes import Supervised, plain_environment
 from fastvst.rl.rewards.verifiable import Reward
 from fastvst.rl.rewards.worker import BUILT_IN, encode_request
 
@@ -29,6 +31,8 @@ START_SECONDS = 120.0  # limit for the start of a worker; user files may import 
 END_SECONDS = 1.0  # a process that has closed its output must end within this time
 MAX_FAILED = 0.2  # share of rows without a score that stops the run
 MIN_ROWS = 64  # rows before the share of failed ones is checked
+REPLY_BYTES = 1 << 16  # longest reply of a process, and as many for each row
+PIECES = 64  # of 64 KiB, that are read from a process before the others have their turn
 
 
 class RewardError(RuntimeError):
@@ -67,6 +71,8 @@ class RewardConfig:
         workers: Number of reward processes on each rank.
         time_limit: Time limit in seconds for scoring the completions of one prompt.
         memory_gib: Address space limit of a reward process in GiB. 0 turns the limit off.
+        environment: Names of environment variables that the reward functions need, e.g. ["OPENAI_API_KEY"]. Without
+            them they see PATH, HOME and the like, but no key and no token.
     """
 
     function: str = ""
@@ -75,6 +81,7 @@ class RewardConfig:
     workers: int = 1
     time_limit: float = 20.0
     memory_gib: float = 4.0
+    environment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least(0, overlong_buffer=self.overlong_buffer, memory_gib=self.memory_gib)
@@ -123,12 +130,28 @@ class Row:
 
 @dataclass
 class _Worker:
-    """A reward process and the call that it computes."""
+    """A reward process and the call that it computes.
 
-    process: subprocess.Popen[bytes]
-    call: int = -1  # -1: idle
+    Attributes:
+        process: the supervisor of the reward process; its stdin and stdout are those of the reward process.
+        call: index of the call, -1 while idle.
+        number: number of the request that it answers; a reply to another one is not taken.
+        rows: rows of the call.
+        unsent: what is left of the request.
+        received: the beginning of a reply.
+    """
+
+    supervised: Supervised
+    call: int = -1
+    number: int = 0
+    rows: int = 0
     deadline: float = 0.0
+    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
     received: bytes = b""
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self.supervised.process
 
 
 class RewardPool:
@@ -171,7 +194,7 @@ class RewardPool:
 
     def close(self) -> None:
         for worker in self._workers:
-            _end(worker.process)
+            worker.supervised.end()
 
     def score(self, calls: Sequence[Sequence[Row]]) -> list[list[Reward]]:
         """Rewards of the rows of each call.
@@ -182,27 +205,24 @@ class RewardPool:
         """
         results: list[list[Reward]] = [[] for _ in calls]
         waiting = deque(index for index, rows in enumerate(calls) if rows)
-        with selectors.DefaultSelector() as selector:
-            for place, worker in enumerate(self._workers):
-                self._give(place, worker, calls, waiting, selector)
-            while busy := [place for place, worker in enumerate(self._workers) if worker.call >= 0]:
-                nearest = min(self._workers[place].deadline for place in busy)
-                ready = {key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))}
-                for place in busy:
-                    worker = self._workers[place]
-                    reply = _read(worker) if place in ready else None
-                    if reply is None and time.monotonic() >= worker.deadline:
-                        reply = {"failed": f"no reply within {self.config.time_limit:g} s", "dead": True}
-                    if reply is None:
-                        continue
-                    selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
-                    results[worker.call] = self._rewards(reply, calls[worker.call])
-                    worker.call = -1
-                    if reply.get("dead") or worker.process.poll() is not None:
-                        _end(worker.process)
-                        worker = self._workers[place] = self._start()
-                        self._await_start(worker)
-                    self._give(place, worker, calls, waiting, selector)
+        for worker in self._workers:
+            self._give(worker, calls, waiting)
+        while busy := [place for place, worker in enumerate(self._workers) if worker.call >= 0]:
+            _wait([self._workers[place] for place in busy])
+            for place in busy:
+                worker = self._workers[place]
+                reply = _exchange(worker)
+                if reply is None and time.monotonic() >= worker.deadline:
+                    reply = {"failed": f"no reply within {self.config.time_limit:g} s", "dead": True}
+                if reply is None:
+                    continue
+                results[worker.call] = self._rewards(reply, calls[worker.call])
+                worker.call = -1
+                if reply.get("dead") or worker.process.poll() is not None:
+                    worker.supervised.end()
+                    worker = self._workers[place] = self._start()
+                    self._await_start(worker)
+                self._give(worker, calls, waiting)
         self._check()
         return results
 
@@ -214,40 +234,32 @@ class RewardPool:
         )
 
     def _start(self) -> _Worker:
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        return _Worker(process)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        supervised = Supervised.start(self._command, plain_environment(self.config.environment), **pipes)
+        for pipe in (supervised.process.stdin, supervised.process.stdout):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+        return _Worker(supervised)
 
     def _await_start(self, worker: _Worker) -> None:
-        limit = time.monotonic() + START_SECONDS
-        with selectors.DefaultSelector() as selector:
-            selector.register(worker.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
-            while (reply := _read(worker)) is None and time.monotonic() < limit:
-                selector.select(max(0.0, limit - time.monotonic()))
-        if reply is None or reply.get("dead") or reply.get("fatal"):
+        worker.deadline = time.monotonic() + START_SECONDS
+        while (reply := _exchange(worker)) is None and time.monotonic() < worker.deadline:
+            _wait([worker])
+        if reply is None or reply.get("dead") or reply.get("fatal") != "":
             why = (reply or {}).get("fatal") or f"its process ended or did not answer within {START_SECONDS:g} s"
             names = ", ".join(term.path for term in self.config.terms) or "the built-in rules"
             raise RewardError(f"the reward cannot start: {why}. Check reward.function and reward.functions ({names})")
 
-    def _give(
-        self,
-        place: int,
-        worker: _Worker,
-        calls: Sequence[Sequence[Row]],
-        waiting: deque[int],
-        selector: selectors.BaseSelector,
-    ) -> None:
+    def _give(self, worker: _Worker, calls: Sequence[Sequence[Row]], waiting: deque[int]) -> None:
         if not waiting:
             return
         worker.call = waiting.popleft()
+        rows = calls[worker.call]
+        worker.number += 1
+        worker.rows = len(rows)
+        worker.received = b""
+        worker.unsent = memoryview(encode_request([vars(row) for row in rows], worker.number).encode("ascii") + b"\n")
         worker.deadline = time.monotonic() + self.config.time_limit
-        request = encode_request([vars(row) for row in calls[worker.call]])
-        selector.register(worker.process.stdout, selectors.EVENT_READ, place)  # type: ignore[arg-type]
-        assert worker.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `_read` reports the end of the process
-            worker.process.stdin.write(request.encode("ascii") + b"\n")
-            worker.process.stdin.flush()
 
     def _rewards(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:
         if reply.get("fatal"):
@@ -288,32 +300,72 @@ def _without_advantage(found: list[Reward]) -> list[Reward]:
     return [Reward(0.0, 0.0, mean, r.reason) if r.reason.startswith("error") else r for r in found]
 
 
-def _read(worker: _Worker) -> dict[str, Any] | None:
-    """The worker's reply: None while it is incomplete, {"failed", "dead"} if the process has closed its output."""
-    assert worker.process.stdout is not None
-    while True:
-        piece = worker.process.stdout.read(1 << 16)
+def _wait(workers: Sequence[_Worker]) -> None:
+    """Return when a worker can be written to or read from, or at the nearest deadline."""
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            selector.register(worker.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+            if worker.unsent:
+                selector.register(worker.process.stdin, selectors.EVENT_WRITE)  # type: ignore[arg-type]
+        selector.select(max(0.0, min(worker.deadline for worker in workers) - time.monotonic()))
+
+
+def _exchange(worker: _Worker) -> dict[str, Any] | None:
+    """Send what the worker takes, and read its reply.
+
+    Returns:
+        None while the reply is incomplete; {"failed", "dead"} if the process has closed its output, or has written
+        anything but a reply to this request.
+    """
+    process = worker.process
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BlockingIOError, BrokenPipeError):  # reading finds the end of the process
+        while worker.unsent and (written := process.stdin.write(worker.unsent)):  # None: it takes nothing now
+            worker.unsent = worker.unsent[written:]
+    for _ in range(PIECES):
+        piece = process.stdout.read(1 << 16)
         if piece is None:
             return None
         if not piece:
-            worker.received = b""
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(END_SECONDS)
-            status = worker.process.returncode
-            ended = "closed its output" if status is None else f"ended with status {status}"
-            return {"failed": f"the reward process {ended}", "dead": True}
+            return {"failed": f"the reward process {_end_of(process)}", "dead": True}
         worker.received += piece
-        if worker.received.endswith(b"\n"):
-            line = worker.received
-            worker.received = b""
-            return json.loads(line)
+        if len(worker.received) > REPLY_BYTES * (1 + worker.rows):
+            return {"failed": f"the reward process wrote {len(worker.received)} bytes into its reply", "dead": True}
+        line, end, worker.received = worker.received.partition(b"\n")
+        if end:
+            return _checked(line, worker)
+        worker.received = line
+    return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # the process had not read all rows
-                pipe.close()
+def _checked(line: bytes, worker: _Worker) -> dict[str, Any]:
+    """The reply in a line; {"failed", "dead"} if it is none, or not one to this request."""
+    try:
+        reply = json.loads(line)
+        if reply["call"] == worker.number and _is_reply(reply, worker.rows) and not worker.received:
+            return reply
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return {"failed": f"the reward process wrote {line[:60]!r} where its reply is expected", "dead": True}
+
+
+def _is_reply(reply: dict[str, Any], rows: int) -> bool:
+    if "rewards" not in reply:
+        return isinstance(reply.get("failed", reply.get("fatal")), str)
+    found = reply["rewards"]
+    return len(found) == rows and all(
+        len(values) == 4 and isinstance(values[3], str) and all(map(math.isfinite, values[:3])) for values in found
+    )
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended whose output is closed."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    status = process.returncode
+    if status is None:
+        return "closed its output"
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return f"was killed by {signal.Signals(number).name}"
+    return f"ended with status {status}"

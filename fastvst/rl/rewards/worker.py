@@ -2,8 +2,8 @@
 
     python -m fastvst.rl.rewards.worker '{"terms": [["my_rewards.py:closeness", 1.0]], "memory_gib": 2}'
 
-A request is made by `encode_request`, a reply is {"rewards": [[accuracy, format, overall, reason], ...]}. The output of
-user code goes to standard error. The process ends when its parent ends.
+A request is made by `encode_request`, a reply is {"call", "rewards": [[accuracy, format, overall, reason], ...]} with
+the number of the request. The output of user code goes to standard error. The process ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-import ctypes
+import errno
 import importlib
 import importlib.util
 import inspect
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -27,17 +26,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from fastvst.processes import end_with_parent, limit_resources
 from fastvst.rl import rewards
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BUILT_IN = ("accuracy", "format")  # terms that the built-in rules compute
 
 
 BYTES = "fastvst.bytes"  # key of the JSON object that stands for bytes
 
 
-def encode_request(rows: list[dict[str, Any]]) -> str:
+def encode_request(rows: list[dict[str, Any]], number: int = 0) -> str:
     """One line of JSON for rows with the fields of `pool.Row`; rows of one prompt share their columns.
+
+    The worker's reply has the same `number`.
 
     Bytes arrive as bytes. Other values that JSON does not have (dates, ...) arrive as text.
     """
@@ -48,17 +49,17 @@ def encode_request(rows: list[dict[str, Any]]) -> str:
     columns = {id(row["columns"]): row["columns"] for row in rows}
     places = {key: place for place, key in enumerate(columns)}
     light = [{**row, "columns": places[id(row["columns"])]} for row in rows]
-    return json.dumps({"columns": list(columns.values()), "rows": light}, default=encode)
+    return json.dumps({"call": number, "columns": list(columns.values()), "rows": light}, default=encode)
 
 
-def decode_request(line: str) -> list[dict[str, Any]]:
-    """Inverse of `encode_request`."""
+def decode_request(line: str) -> tuple[int, list[dict[str, Any]]]:
+    """(number, rows): inverse of `encode_request`."""
 
     def decode(value: dict[str, Any]) -> Any:
         return base64.b64decode(value[BYTES]) if value.keys() == {BYTES} else value
 
     found = json.loads(line, object_hook=decode)
-    return [{**row, "columns": found["columns"][row["columns"]]} for row in found["rows"]]
+    return found["call"], [{**row, "columns": found["columns"][row["columns"]]} for row in found["rows"]]
 
 
 class Term(NamedTuple):
@@ -148,7 +149,7 @@ def score_rows(rows: list[dict[str, Any]], terms: list[Term]) -> list[list[Any]]
         values = term.function(list(responses), [copy.deepcopy(user_row(row)) for row in rows])
         if inspect.iscoroutine(values):
             values = asyncio.run(values)
-        if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)):
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict, set, frozenset)):
             raise ValueError(
                 f"{term.name} returned {type(values).__name__}; expected a list of one number for each response"
             )
@@ -190,7 +191,7 @@ def _user_values(value: Any) -> dict[str, Any]:
         if "overall" not in found:
             parts = [found[name] for name in ("accuracy", "format") if name in found]
             found["overall"] = found["reward"] if "reward" in found else sum(parts) / len(parts)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # the value may be an object with any behaviour
         return {"error": f"error: the reward function returned {value!r}: {error}"[:300]}
     if not all(map(math.isfinite, found.values())):
         return {"error": f"error: the reward function returned {value!r}"[:300]}
@@ -211,6 +212,8 @@ def _combine(
     if failed:
         return [0.0, 0.0, 0.0, failed]
     overall = sum(weight * part["overall"] for weight, part in zip(weights, parts, strict=True))
+    if not math.isfinite(overall):
+        return [0.0, 0.0, 0.0, f"error: the weighted sum of {', '.join(names)} is {overall}"[:300]]
     accuracy = next((part["accuracy"] for part in parts if "accuracy" in part), None)
     if accuracy is None:
         accuracy = of_rules[0] if "accuracy" in names else overall
@@ -225,38 +228,42 @@ def _combine(
 
 
 def main(settings: dict[str, Any]) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
+    limit_resources()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the trainer ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)  # the output of user code must not mix with the replies,
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and its input() must not take a request
+    own = os.getpid()
     terms: list[Term] = []
     fatal = ""
     try:
         terms = load_terms(settings["terms"])
     except Exception as error:
         fatal = f"{error}" if str(error).startswith("reward.function") else f"{type(error).__name__}: {error}"
-    limit = int(settings["memory_gib"] * 2**30)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    print(json.dumps({"fatal": fatal}), file=out, flush=True)
+    limit_resources(settings["memory_gib"])
+    print(json.dumps({"call": 0, "fatal": fatal}), file=out, flush=True)
     for line in requests:
-        reply = _reply(line, terms, settings["memory_gib"])
-        print(json.dumps(reply), file=out, flush=True)
+        number, rows = decode_request(line)
+        reply = _reply(rows, terms, settings["memory_gib"])
+        if os.getpid() != own:  # a child that user code forked must not answer, nor read the next request
+            os._exit(0)
+        print(json.dumps({"call": number, **reply}), file=out, flush=True)
         if reply.get("dead"):
             return
 
 
-def _reply(line: str, terms: list[Term], memory_gib: float) -> dict[str, Any]:
+def _reply(rows: list[dict[str, Any]], terms: list[Term], memory_gib: float) -> dict[str, Any]:
     try:
-        return {"rewards": score_rows(decode_request(line), terms)}
+        return {"rewards": score_rows(rows, terms)}
     except ImportError as error:
         return {"fatal": f"the reward needs a package: {error}"}
     except MemoryError:  # the heap may be fragmented: the next rows need a fresh process
         return {"failed": f"MemoryError: more than {memory_gib} GiB", "dead": True}
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+    except BaseException as error:  # SystemExit, KeyboardInterrupt and the user's own kinds too
+        spent = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)  # no descriptors are left
+        return {"failed": f"{type(error).__name__}: {error}"[:300], "dead": spent}
 
 
 if __name__ == "__main__":

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import datetime
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from fastvst.processes import END_SECONDS
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool, RewardTerm, Row
 
 FUNCTIONS = """
-import os, time
+import os, signal, sys, time
 
 def good(responses, rows):
     print("user code may print")
@@ -48,6 +54,68 @@ def ugly(responses, rows):
     if what == "daemon":
         os.closerange(0, 256)
         time.sleep(60)
+    if what == "fork" and os.fork() == 0:
+        return [9.0] * len(responses)  # a second process that wants to go on as the reward process
+    if what == "background" and os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:  # a daemon
+            os.closerange(0, 256)
+            for number in range(1, 65):
+                if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
+                    signal.signal(number, signal.SIG_IGN)
+            time.sleep(600)
+        os._exit(0)
+    if what == "new program" and os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve("/bin/sleep", ["sleep", "600.25"], {})
+        os._exit(0)
+    if what == "kill":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    if what == "stop all":
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(600)
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(60)
+    if what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what in ("flood", "forge"):
+        for number in range(3, 64):
+            try:
+                os.write(number, b"x" * 10**6 if what == "flood" else b'{"call": 1, "rewards": [[9, 9, 9, ""]]}\\n')
+            except OSError:
+                pass
+    if what == "print":
+        for _ in range(100):
+            print("y" * 10**6)
+            sys.stderr.write("z" * 10**6)
+    if what == "files":
+        sys.hoard = []
+        while True:
+            sys.hoard.append(open(os.devnull))
+    if what == "sys.exit":
+        sys.exit(5)
+    if what == "signals":
+        for number in range(1, 65):
+            if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
+                signal.signal(number, lambda *args: None)
+        while True:
+            pass
+    if what == "base":
+        raise BaseException("of its own kind")
+    if what == "object":
+        class Odd:
+            def __float__(self):
+                raise RuntimeError("no number")
+        return [Odd()]
+    if what == "huge":
+        return [10**400]
+    if what == "set":
+        return {0.75}
+    if what == "environment":
+        return [{"overall": 0.75, "reason": " ".join(os.environ)}]
     return [{"nan": float("nan"), "inf": 1e999, "text": "very good", "none": None}.get(r, 0.75) for r in responses]
 """
 
@@ -129,6 +197,105 @@ def test_rows_of_a_failed_call_get_zero_and_the_others_their_reward(file: Path) 
     assert "MemoryError" in reasons["fill"] and ("MemoryError" in reasons["leak"] or "ended" in reasons["leak"])
     assert pool.failed == len(bad) and "by design" in pool.summary()
     assert seconds < 120 and all(process.poll() is not None for process in processes)  # no process is left
+
+
+def left_behind(words: str) -> list[str]:
+    """Command lines of running processes that contain `words`."""
+    found = []
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode() if place.name.isdigit() else ""
+            found += [line] if words in line else []
+    return found
+
+
+ATTACKS = {
+    "kill": "SIGKILL",
+    "stop": "no reply within 2 s",
+    "stop all": "no reply within 2 s",
+    "flood": "bytes into its reply",
+    "forge": "where its reply is expected",
+    "files": "Too many open files",
+    "signals": "no reply within 2 s",
+    "sys.exit": "SystemExit: 5",
+    "base": "of its own kind",
+    "object": "no number",
+    "huge": "returned 1000",
+    "set": "returned set",
+}
+HARMLESS = ("fork", "background", "new program", "print", "environment")
+
+
+@pytest.mark.parametrize("what", [*ATTACKS, *HARMLESS])
+def test_score_returns_in_time_and_leaves_no_process(file: Path, what: str, capfd) -> None:
+    config = RewardConfig(function=f"{file}:ugly", time_limit=2.0, memory_gib=1.0)
+    with RewardPool(config, max_failed=1.0) as pool:
+        pool.score([rows("fine")])
+        begin = time.monotonic()
+        (reward,), (after,) = pool.score([rows(what), rows("fine")])
+        seconds = time.monotonic() - begin
+    assert after.overall == 0.75  # the next prompt has its reward
+    if what in ATTACKS:
+        assert reward.overall == 0 and reward.reason.startswith("error") and ATTACKS[what] in reward.reason
+        assert pool.failed == 1
+    else:
+        assert reward.overall == 0.75 and pool.failed == 0
+    assert seconds < 2 + END_SECONDS + 15  # limit, end of what does not react, start of another process
+    assert not left_behind(str(file)) and not left_behind("sleep 600.25")
+    assert len(capfd.readouterr().err) < 1.1 * (1 << 20)
+
+
+def test_a_process_that_does_not_read_its_rows_is_not_waited_for(file: Path) -> None:
+    large = dataclasses.replace(rows("fine")[0], metadata={"text": "x" * 3_000_000})  # more than a pipe holds
+    with RewardPool(RewardConfig(function=f"{file}:ugly", time_limit=2.0), max_failed=1.0) as pool:
+        assert pool.score([[large]])[0][0].overall == 0.75
+        os.kill(reward_process(str(file)), signal.SIGSTOP)
+        begin = time.monotonic()
+        assert "no reply within 2 s" in pool.score([[large]])[0][0].reason
+        assert time.monotonic() - begin < 20
+
+
+def reward_process(words: str) -> int:
+    """Process id of the reward process whose command line contains `words`."""
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line = (place / "cmdline").read_bytes() if place.name.isdigit() else b""
+            if words.encode() in line and b"supervisor.py" not in line:
+                return int(place.name)
+    raise AssertionError("no reward process")
+
+
+def test_nothing_secret_is_in_the_environment_unless_it_is_asked_for(file: Path, monkeypatch) -> None:
+    secrets = ["HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MASTER_ADDR", "HTTPS_PROXY"]
+    for name in secrets:
+        monkeypatch.setenv(name, "secret")
+    seen = {}
+    for asked in ((), ("OPENAI_API_KEY",)):
+        with RewardPool(RewardConfig(function=f"{file}:ugly", environment=asked)) as pool:
+            seen[asked] = pool.score([rows("environment")])[0][0].reason.split()
+            held = Path(f"/proc/{reward_process(str(file))}/environ").read_bytes().split(b"\0")
+        assert (b"OPENAI_API_KEY=secret" in held) == bool(asked)
+    assert "PATH" in seen[()] and not set(secrets) & set(seen[()])
+    assert set(secrets) & set(seen["OPENAI_API_KEY",]) == {"OPENAI_API_KEY"}
+
+
+TRAINER = """
+import os, sys
+from fastvst.processes import END_SECONDS
+from fastvst.rl.rewards.pool import RewardConfig, RewardPool, Row
+row = [Row("1", "test", "qa", "how many?", sys.argv[2], "3", ("relaxed",), False, {})]
+with RewardPool(RewardConfig(function=sys.argv[1])) as pool:
+    pool.score([row])
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_trainer_leaves_no_reward_process(file: Path) -> None:
+    subprocess.run([sys.executable, "-c", TRAINER, f"{file}:ugly", "background"], timeout=100)
+    end = time.monotonic() + 10
+    while left_behind(f"{file}:ugly") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left_behind(f"{file}:ugly")
 
 
 def test_too_many_failures_stop_the_run(file: Path) -> None:

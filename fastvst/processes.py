@@ -1,0 +1,126 @@
+"""Child processes that run code or data of others: a short list of environment variables, limits, and a sure end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvst import supervisor
+
+# The environment of such a process: what Python, its libraries and their caches need, and nothing that may be a secret.
+# Names of services (HF_TOKEN, WANDB_API_KEY, AWS_*, *_PROXY) and of the job (RANK, MASTER_ADDR) are not in the list.
+ENVIRONMENT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TERM|TMPDIR|TEMP|TMP|PWD|LD_LIBRARY_PATH|LD_PRELOAD"
+    r"|PYTHON(PATH|HOME|HASHSEED|WARNINGS|UNBUFFERED|DONTWRITEBYTECODE|IOENCODING|UTF8|NOUSERSITE|PYCACHEPREFIX)"
+    r"|VIRTUAL_ENV|CONDA_PREFIX|CONDA_DEFAULT_ENV|XDG_(CACHE|CONFIG|DATA)_HOME|XDG_RUNTIME_DIR"
+    r"|(OMP|MKL|OPENBLAS|NUMEXPR|VECLIB)_[A-Z_]*|TOKENIZERS_PARALLELISM|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES"
+    r"|HF_(HOME|HUB_CACHE|DATASETS_CACHE|HUB_OFFLINE|DATASETS_OFFLINE)|TRANSFORMERS_(CACHE|OFFLINE)|NLTK_DATA"
+    r"|TRITON_[A-Z_]*|DISPLAY|EGL_[A-Z_]*|MESA_[A-Z_]*|GALLIUM_DRIVER|LIBGL_[A-Z_]*|LP_NUM_THREADS|PYOPENGL_PLATFORM"
+)
+MARK = "FASTVST_CHILD"  # names the processes of one command, also those that left its session
+END_SECONDS = supervisor.REAP_SECONDS + 1.0  # a supervisor that gets no answer within this time is killed
+OPEN_FILES = 4096
+FILE_BYTES = 4 << 30  # of one file that such a process writes
+
+
+def plain_environment(more: Sequence[str] = ()) -> dict[str, str]:
+    """The variables of this process that match ENVIRONMENT, and those named in `more`."""
+    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name) or name in more}
+
+
+def limit_resources(memory_gib: float = 0.0) -> None:
+    """Limit this process: OPEN_FILES descriptors, FILE_BYTES in one file, no core dump, and its address space.
+
+    Args:
+        memory_gib: limit of the address space; 0: none.
+    """
+    wanted = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_FSIZE, FILE_BYTES)]
+    if memory_gib:
+        wanted.append((resource.RLIMIT_AS, int(memory_gib * 2**30)))
+    for kind, limit in wanted:
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too long a file is an OSError, as Python has it
+
+
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send `signum` to this process when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(supervisor.PR_SET_PDEATHSIG, signum)
+
+
+@dataclass
+class Supervised:
+    """A command under a supervisor (see supervisor.py).
+
+    Attributes:
+        process: the supervisor. Its stdin and stdout are pipes to the command.
+        control: descriptor whose closing ends the command; -1 afterwards.
+        mark: value of MARK in the environment of the command and of all that it starts.
+    """
+
+    process: subprocess.Popen[bytes]
+    control: int
+    mark: str
+
+    @classmethod
+    def start(cls, command: Sequence[str], environment: dict[str, str], **streams: Any) -> Supervised:
+        """Start `command` with this environment.
+
+        Args:
+            streams: stdin and stdout as for Popen; a pipe is not buffered.
+        """
+        mark = uuid.uuid4().hex
+        theirs, ours = os.pipe()
+        words = [sys.executable, "-I", str(Path(supervisor.__file__)), str(theirs), *command]
+        try:
+            process = subprocess.Popen(words, env={**environment, MARK: mark}, pass_fds=(theirs,), bufsize=0, **streams)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return cls(process, ours, mark)
+
+    def end(self) -> None:
+        """Kill the command and all that it started; returns within END_SECONDS and the scan of /proc."""
+        if self.control >= 0:
+            os.close(self.control)
+            self.control = -1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.returncode < 0:  # it was stopped or killed before it could kill the others
+            kill_marked(self.mark)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def kill_marked(mark: str) -> None:
+    """Kill all processes of this user whose environment has this mark, until none is found."""
+    wanted = f"{MARK}={mark}".encode()
+    for _ in range(100):
+        found = False
+        for place in Path("/proc").iterdir():
+            if place.name.isdigit() and int(place.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if wanted in (place / "environ").read_bytes().split(b"\0"):
+                        os.kill(int(place.name), signal.SIGKILL)
+                        found = True
+        if not found:
+            return
