@@ -299,7 +299,7 @@ def improve(
             row = policy.reduce_stats(stats, world, loss=world.sum(torch.stack(losses).sum()), grad_norm=norm)
             # A policy loss is always near 0, so only the gradient norm can show a spike.
             judged = row["loss"] if not math.isfinite(row["loss"]) else 0.0
-            reason, recent = guard.check(config.guard, recent, judged, row["grad_norm"])
+            reason, recent = guard.check(config.guard, recent, judged, row["grad_norm"], config.optimizer.clip)
             if reason is None:
                 optimizer.step()
             else:

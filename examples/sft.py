@@ -324,7 +324,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             ends = stop.requested or loader.ledger.failure() is not None
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
                 totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, ends)
-            reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm)
+            reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm, config.optimizer.clip)
             if reason is None:
                 optimizer.step()
             else:  # on all ranks: the decision depends on reduced numbers only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
@@ -78,7 +79,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from fastvst.rollout import RolloutError
 
     try:
-        (compare_rooms.run if arguments.benchmark == ["rooms"] else run)(arguments)
+        (compare_rooms.run if [b.lower() for b in arguments.benchmark] == ["rooms"] else run)(arguments)
     except RolloutError as error:  # of the checkpoint, not of the program
         raise ValueError(str(error)) from error
 
@@ -101,8 +102,12 @@ def _run(arguments: argparse.Namespace) -> Report:
     scoring = words[0] == "score"
     name = words[-1]
     if len(words) != 1 + scoring or name not in (*BENCHMARKS, OWN):
+        names = [*BENCHMARKS, "rooms", OWN]
+        near = [n for n in names if n.startswith(name)] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        given = " ".join(arguments.benchmark)
         raise ValueError(
-            f"{' '.join(arguments.benchmark)!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}, own"
+            f"{given!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}, rooms, own{hint}"
         )
     if arguments.data is None:
         raise ValueError(f"{name} needs --data, the published file or the folder that holds the published files")

@@ -76,7 +76,9 @@ class MixtureConfig:
             max_pixels, columns, question and special_tokens; only path is required (docs/data.md).
         seed: seed of the shuffling and of the choice between sources.
         shuffle_buffer: rows that every worker holds in memory for shuffling, encoded images included; 0 = no shuffling.
-        epochs: passes over every source after which the stream ends; none = endless.
+        epochs: the stream ends after this many times the rows of all sources; none = endless. Without weights every row
+            comes once in an epoch. With weights a source gives its share of these rows: some of them several times, or
+            not all of them.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -116,20 +118,35 @@ class _Cursor:
     epoch: int = 0
     block: int = 0
     row: int = 0
+    drawn: int = 0  # rows before this position, over all epochs
     _order: Sequence[int] = field(default_factory=tuple, repr=False)
     _rows: Iterator[Sample | SampleError] | None = field(default=None, repr=False)
 
-    def next(self, epochs: int | None) -> Drawn | None:
-        """The next row, or None after the last epoch."""
-        while epochs is None or self.epoch < epochs:
+    def place(self, epoch: int, block: int, row: int) -> None:
+        """Go to a saved position."""
+        self.epoch = epoch
+        self.block = block
+        self.row = row
+        before = sum(self.source.block_rows[number] for number in self._shuffle()[:block])
+        self.drawn = epoch * len(self.source) + before + row
+        self._rows = None
+
+    def _shuffle(self) -> Sequence[int]:
+        """The order of the blocks in this epoch."""
+        count = len(self.source.blocks)
+        generator = np.random.default_rng([self.seed, self.index, self.epoch])
+        return generator.permutation(count).tolist() if self.shuffled else range(count)
+
+    def next(self, limit: int | None) -> Drawn | None:
+        """The next row, or None after `limit` rows."""
+        while limit is None or self.drawn < limit:
             if self._rows is None:
-                count = len(self.source.blocks)
-                generator = np.random.default_rng([self.seed, self.index, self.epoch])
-                self._order = generator.permutation(count).tolist() if self.shuffled else range(count)
+                self._order = self._shuffle()
                 self._rows = self.source.samples(self._order[self.block], self.row)
             sample = next(self._rows, None)
             if sample is not None:
                 self.row += 1
+                self.drawn += 1
                 return Drawn(Ref(self.index, self._order[self.block], self.row - 1), sample)
             self._rows = None
             self.row = 0
@@ -154,6 +171,7 @@ class Mixture(Iterator[Drawn]):
         self.sources = list(sources)
         self._weights = _weights(config.sources, self.sources)
         self._cursors = [_Cursor(s, i, config.seed, config.shuffle_buffer > 0) for i, s in enumerate(self.sources)]
+        self._limits = rows_of_each(config.epochs, [len(source) for source in self.sources], self._weights)
         self._alive = [True] * len(self.sources)
         self._buffer: list[Drawn] = []
         self._rng = np.random.Generator(np.random.PCG64([config.seed]))
@@ -183,7 +201,7 @@ class Mixture(Iterator[Drawn]):
         if len(live) > 1:
             edges = np.cumsum([self._weights[i] for i in live])
             index = live[int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))]
-        drawn = self._cursors[index].next(self.config.epochs)
+        drawn = self._cursors[index].next(self._limits[index])
         if drawn is None:
             self._alive[index] = False
             return None
@@ -231,10 +249,7 @@ class Mixture(Iterator[Drawn]):
             "uinteger": int(generator["uinteger"]),
         }
         for cursor, (epoch, block, row) in zip(self._cursors, state["places"], strict=True):
-            cursor.epoch = epoch
-            cursor.block = block
-            cursor.row = row
-            cursor._rows = None
+            cursor.place(epoch, block, row)
         self._alive = list(state["alive"])
         self._buffer = self.read([Ref(*ref) for ref in state["buffer"]])
 
@@ -309,3 +324,18 @@ def _weights(configs: Sequence[SourceConfig], sources: Sequence[Source]) -> list
     if all(weight is None for weight in given):
         return [float(len(source)) for source in sources]
     return [1.0 if weight is None else float(weight) for weight in given]
+
+
+def rows_of_each(epochs: int | None, rows: Sequence[int], weights: Sequence[float]) -> list[int | None]:
+    """Rows that each source gives before a stream of `epochs` ends; None = no limit.
+
+    Shares are rounded by largest remainder, so that their sum is exact.
+    """
+    if epochs is None:
+        return [None] * len(rows)
+    exact = [epochs * sum(rows) * weight / sum(weights) for weight in weights]
+    found = [int(share + 1e-9 * share) for share in exact]
+    by_remainder = sorted(range(len(rows)), key=lambda index: found[index] - exact[index])
+    for index in by_remainder[: epochs * sum(rows) - sum(found)]:
+        found[index] += 1
+    return list(found)

@@ -202,11 +202,16 @@ class PackForecast:
 
     def describe(self) -> str:
         parts = ", ".join(f"{name} {100 * value / sum(self.flops.values()):.0f}%" for name, value in self.flops.items())
+        steps = self.steps_per_epoch
+        length = f"about {steps:,.0f} step{'s' if round(steps) != 1 else ''}"
+        if steps < 1:
+            taken = self.report.samples / max(self.report.steps, 1)
+            length = f"less than one step: a step takes about {taken:,.0f} samples, so it has rows several times"
         return (
             f"first {self.samples} samples ({self.rejected} rejected): {self.report}\n"
             f"a pack: {self.tokens:,.0f} tokens, {self.patches:,.0f} patches, {self.targets:,.0f} supervised, "
             f"{sum(self.flops.values()) / 1e12:.4g} TFLOP ({parts})\n"
-            f"one pass over the {self.rows:,} samples of all sources: about {self.steps_per_epoch:,.0f} steps"
+            f"one pass over the {self.rows:,} samples of all sources: {length}"
         )
 
 

@@ -26,7 +26,7 @@ class GuardConfig:
 
     Attributes:
         spike: skip a step whose loss or gradient norm is this many times the median of the recent steps; 0 = skip only
-            non-finite values.
+            non-finite values. A norm that clipping leaves as it is is no spike.
         patience: stop the run after this many skipped steps in a row.
     """
 
@@ -59,10 +59,16 @@ class Recent:
         return cls(tuple(values["losses"]), tuple(values["norms"]), values["in_a_row"], values["skipped"])
 
 
-def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tuple[str | None, Recent]:
+def check(
+    config: GuardConfig, recent: Recent, loss: float, norm: float, clip: float = 0.0
+) -> tuple[str | None, Recent]:
     """Judge one step by its global loss and gradient norm, before the optimizer runs.
 
     Both numbers are reduced over all ranks, so every rank reaches the same decision without communication.
+
+    Args:
+        norm: gradient norm before clipping.
+        clip: `OptimizerConfig.clip`. Late in a run the norms are far below it, and ten times such a norm is harmless.
 
     Returns:
         (reason to skip the step, or None; the guard's state for the next step).
@@ -73,7 +79,8 @@ def check(config: GuardConfig, recent: Recent, loss: float, norm: float) -> tupl
             reason = reason or f"the {name} is {value}"
         elif config.spike > 0 and len(known) >= MIN_STEPS:
             usual = statistics.median(known)
-            if value > config.spike * usual > 0:
+            harmless = name != "loss" and value <= clip
+            if value > config.spike * usual > 0 and not harmless:
                 reason = reason or f"the {name} is {value:.4g}, {value / usual:.1f} times the recent median {usual:.4g}"
     if reason is not None:
         return reason, Recent(recent.losses, recent.norms, recent.in_a_row + 1, recent.skipped + 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fake_data import fake_row, fake_rows, write_jsonl
 from fastvst.data.ledger import SampleError
-from fastvst.data.mixture import Mixture, MixtureConfig, SourceConfig, iterate_once, open_mixture
+from fastvst.data.mixture import Mixture, MixtureConfig, SourceConfig, iterate_once, open_mixture, rows_of_each
 from fastvst.data.sample import Sample
 
 
@@ -48,6 +48,29 @@ def test_an_epoch_holds_every_row_once_in_an_order_of_the_seed(paths) -> None:
     assert orders[0] == orders[1] != orders[2]
     two = ids(open_mixture(config(paths, epochs=2)), 10**6)
     assert Counter(two) == dict.fromkeys(everything, 2)
+
+
+def test_with_weights_an_epoch_holds_as_many_rows_in_the_shares_of_the_weights(paths) -> None:
+    for epochs, weights in ((1, (1.0, 3.0)), (3, (1.0, 3.0)), (2, (7.0, 0.1)), (1, (1.0, 1.0))):
+        drawn = ids(open_mixture(config(paths, weights, epochs=epochs)), 10**6)
+        found = Counter(name[0] for name in drawn)
+        assert len(drawn) == 650 * epochs
+        for name, weight in zip("jp", weights):
+            assert abs(found[name] - 650 * epochs * weight / sum(weights)) <= 0.5
+        for name, rows in (("j", 600), ("p", 50)):  # no row comes twice more often than another
+            counts = Counter(i for i in drawn if i[0] == name)
+            repeats = [counts[f"{name}{i}"] for i in range(rows)]
+            assert max(repeats) - min(repeats) <= 1
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-3, 1e3)), min_size=1, max_size=6))
+def test_the_rows_of_an_epoch_are_divided_exactly(epochs: int, sources: list[tuple[int, float]]) -> None:
+    rows = [number for number, _ in sources]
+    weights = [weight for _, weight in sources]
+    limits = rows_of_each(epochs, rows, weights)
+    assert sum(limits) == epochs * sum(rows)
+    for limit, weight in zip(limits, weights):
+        assert abs(limit - epochs * sum(rows) * weight / sum(weights)) < 1 + 1e-6
 
 
 def test_without_a_buffer_one_source_comes_in_order(paths) -> None:

@@ -245,6 +245,8 @@ def test_two_devices_share_the_questions(
     ("words", "message"),
     [
         (["nonsense", "--data", "x"], "expected BENCH or score BENCH"),
+        (["vsi_bnch", "--data", "x"], "did you mean 'vsi_bench'"),
+        (["score", "mmsi", "--data", "x"], "did you mean 'mmsi_bench'"),
         (["score", "mmstar", "--data", "."], "needs --predictions"),
         (["mmstar", "--data", "."], "needs --model DIR and --out DIR"),
         (["vsi-bench", "--data", ".", "--model", "m", "--out", "o"], "arkitscenes.zip"),

@@ -159,3 +159,13 @@ def test_the_head_of_an_empty_pack_gives_zero() -> None:
     loss = linear_cross_entropy(hidden, weight, none.long(), row_weights=none)
     loss.backward()
     assert loss.item() == 0 and weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(None, "less than one step: a step takes about"), (1, "about 1 step")])
+def test_an_epoch_that_is_shorter_than_a_step_is_said(tmp_path: Path, epochs: int | None, said: str) -> None:
+    mixture = open_mixture(
+        MixtureConfig((SourceConfig(path=str(write_data(tmp_path, 20))),), shuffle_buffer=0, epochs=epochs)
+    )
+    loader = LoaderConfig(tokens_per_pack=128, accumulation=64)
+    text = budget.forecast_packs(mixture, Processor.preset("tiny"), loader, world_size=8).describe()
+    assert said in text and "about 0 steps" not in text

@@ -36,6 +36,15 @@ def test_a_spike_is_measured_against_the_recent_median() -> None:
     assert check(GuardConfig(spike=10), _after([2.0] * 5), 1e9, 1.0)[0] is None  # too few steps for a median
 
 
+def test_a_norm_that_clipping_leaves_as_it_is_is_no_spike() -> None:
+    recent = Recent(losses=(2.0,) * 20, norms=(0.02,) * 20)
+    assert check(GuardConfig(spike=10), recent, 2.0, 0.9, clip=1.0)[0] is None
+    assert "gradient norm" in (check(GuardConfig(spike=10), recent, 2.0, 1.1, clip=1.0)[0] or "")
+    assert "gradient norm" in (check(GuardConfig(spike=10), recent, 2.0, 0.9, clip=0)[0] or "")  # 0 = no clipping
+    assert "loss" in (check(GuardConfig(spike=10), _after([0.02] * 20), 0.9, 0.02, clip=1.0)[0] or "")
+    assert "nan" in (check(GuardConfig(spike=10), recent, 2.0, math.nan, clip=1.0)[0] or "")
+
+
 def test_a_skipped_step_leaves_no_trace_in_the_median() -> None:
     recent = _after([2.0] * 20)
     _, after = check(GuardConfig(), recent, 1e9, 1.0)
