@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ ENVIRONMENT = re.compile(
 MARK = "FASTVST_CHILD"  # names the processes of one command, also those that left its session
 END_SECONDS = supervisor.REAP_SECONDS + 1.0  # a supervisor that gets no answer within this time is killed
 OPEN_FILES = 4096
+POLL_S = 1.0  # seconds between looks at the parent where the kernel does not tell
 FILE_BYTES = 4 << 30  # of one file that such a process writes
 
 
@@ -55,9 +59,30 @@ def limit_resources(memory_gib: float = 0.0) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too long a file is an OSError, as Python has it
 
 
-def end_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send `signum` to this process when the thread that started it ends."""
-    ctypes.CDLL(None).prctl(supervisor.PR_SET_PDEATHSIG, signum)
+def end_with_parent(*, by_kernel: bool = True) -> None:
+    """Kill this process as soon as its parent is gone. Call it first in a helper process.
+
+    SIGKILL and the out-of-memory killer give a parent no time to end its helpers, and a helper that waits for room in a
+    full pipe, or computes in C, notices nothing.
+
+    Args:
+        by_kernel: Linux sends SIGKILL when the parent *thread* ends, the one that started this process (prctl(2),
+            PR_SET_PDEATHSIG). False if that thread may end earlier than its process: a thread of this process then
+            looks for the parent every POLL_S seconds, as it does on other systems.
+    """
+    linux = by_kernel and sys.platform == "linux"
+    told = linux and ctypes.CDLL(None).prctl(supervisor.PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    started_by = multiprocessing.parent_process()
+    if started_by is not None and not started_by.is_alive():  # it ended before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not told:
+        threading.Thread(target=_follow, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""Commands under a supervisor: environment, limits, end."""
+"""Commands under a supervisor: environment, limits, end; helpers that end with their parent."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,43 @@ from fastvst.processes import limit_resources
 limit_resources(1.5)
 names = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_AS")
 print(json.dumps([resource.getrlimit(getattr(resource, name)) for name in names]))
+"""
+
+PARENT = """
+import multiprocessing, os, signal, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from fastvst.processes import end_with_parent
+
+def deaf(pipe, by_kernel):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(by_kernel=by_kernel)
+    pipe.send(os.getpid())
+    while True:
+        pipe.send_bytes(bytes(1 << 20))  # nobody reads: the pipe is full
+
+def start(method, by_kernel):
+    context = multiprocessing.get_context(method)
+    read, write = context.Pipe(False)
+    context.Process(target=deaf, args=(write, by_kernel), daemon=True).start()
+    print(read.recv(), flush=True)
+    return read, write
+
+if __name__ == "__main__":
+    kind = sys.argv[1]
+    if kind == "pool":
+        from fastvst.generate.rooms import start_worker
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+    elif kind == "thread":
+        kept = []
+        starter = threading.Thread(target=lambda: kept.append(start("fork", False)))
+        starter.start()
+        starter.join()
+    else:
+        kept = start(kind, True)
+    time.sleep(600)
 """
 
 
@@ -94,3 +132,19 @@ def test_standard_error_is_cut(capfd) -> None:
     run.end()
     text = capfd.readouterr().err
     assert text.startswith("y\ny\n") and text.endswith("the rest is dropped]\n") and len(text) < 1.1e6
+
+
+@pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver", "thread", "pool"])
+def test_a_deaf_helper_with_a_full_pipe_ends_with_a_killed_parent(kind, tmp_path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(script), kind], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        helper = int(parent.stdout.readline())
+        time.sleep(1.5 if kind == "thread" else 0.2)  # the thread that started it has ended
+        assert alive(helper)
+        os.kill(parent.pid, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while alive(helper) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(helper)

@@ -12,6 +12,7 @@ number of workers.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import signal
 import threading
@@ -20,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastvst.batch import PackedBatch
@@ -29,7 +29,7 @@ from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.packing import PackingConfig, PackingReport
 from fastvst.data.planner import Encoder, Planner
-from fastvst.data.worker import Delivery, PackStream, make_slots, read_notes, start_worker
+from fastvst.data.worker import Delivery, Notes, PackStream, make_slots, read_notes, start_worker
 
 POLL_S = 5.0  # seconds between checks that the workers are alive
 
@@ -150,7 +150,7 @@ class Loader:
             if delivery is None:
                 return
             self._account(delivery)
-            if delivery.batch is None:
+            if not isinstance(delivery.batch, PackedBatch):
                 return
             yield delivery.batch
 
@@ -173,7 +173,7 @@ class Loader:
                 f"no usable sample among the {step.seen} rows read from {names}.\n{self.ledger.summary()}"
             )
 
-    def _explain(self, error: RuntimeError, slots: Tensor) -> RuntimeError:
+    def _explain(self, error: RuntimeError, slots: Notes) -> RuntimeError:
         """The error of a worker that died or does not answer, with the sample that it worked on."""
         text = str(error)
         if not any(sign in text for sign in ("exited unexpectedly", "killed by signal", "no pack came")):
@@ -186,25 +186,33 @@ class Loader:
 
 
 def _start(data: PackStream, config: LoaderConfig) -> Iterator[Delivery]:
-    """Start the workers.
+    """Start the workers. Raises RuntimeError if /dev/shm has no room for their semaphores.
 
     torch installs a SIGCHLD handler that raises at an arbitrary line of the training loop when a worker dies. It is
     removed again: `_wait` finds the death when it asks for the next batch, where it can be explained.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     workers = config.num_workers
-    deliveries = iter(
-        DataLoader(
-            data,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            pin_memory=config.pin_memory,
-            timeout=min(POLL_S, config.timeout_s or POLL_S) if workers else 0,
-            multiprocessing_context=config.start_method if workers else None,
-            worker_init_fn=start_worker,
-        )
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=config.prefetch if workers else None,
+        pin_memory=config.pin_memory,
+        timeout=min(POLL_S, config.timeout_s or POLL_S) if workers else 0,
+        multiprocessing_context=config.start_method if workers else None,
+        worker_init_fn=start_worker,
     )
+    try:
+        deliveries = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RuntimeError(
+            f"the loader's {workers} workers cannot start, because /dev/shm is full: their semaphores take about "
+            f"{64 * workers} KB there. Give the container a larger one (docker run --shm-size=64m), or pass "
+            "--loader.num_workers 0"
+        ) from error
     if workers and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return deliveries
@@ -263,7 +271,7 @@ def open_again(mixture: Mixture) -> Mixture:
     return Mixture(mixture.sources, mixture.config)
 
 
-def _kill(slots: Tensor) -> None:
+def _kill(slots: Notes) -> None:
     """Kill the workers that wrote into the slots; a hanging worker does not react to gentler signals."""
     pids = {note.partition(":")[0] for note in read_notes(slots)}
     for child in multiprocessing.active_children():

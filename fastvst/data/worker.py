@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,15 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastvst.batch import EncodedSample, PackedBatch, empty_sample, pack
 from fastvst.data.ledger import SampleError
 from fastvst.data.planner import BadSample, Planned, Planner, Step, steps_from
+from fastvst.data.shared_batch import SharedBatch
+from fastvst.processes import end_with_parent
 
+Notes = Any  # an array of multiprocessing.sharedctypes
 SLOT = 256  # bytes of shared memory in which a worker notes its current sample
 TERM_GRACE_S = 120  # seconds that a worker lives after SIGTERM, while the trainer saves
 
@@ -28,20 +31,20 @@ class Delivery:
     """One pack from a worker.
 
     Attributes:
-        batch: the pack; None if the stream ends with unusable rows only.
+        batch: the pack, a SharedBatch on its way between processes; None if the stream ends with unusable rows only.
         step: its step, without the samples.
         micro: its micro-step within the step.
         bad_pixels: samples of this pack that were measured, but could not be encoded.
     """
 
-    batch: PackedBatch | None
+    batch: PackedBatch | SharedBatch | None
     step: Step
     micro: int
     bad_pixels: list[BadSample]
 
     def pin_memory(self) -> Delivery:
         """The same delivery in page-locked memory; torch's DataLoader calls it."""
-        return replace(self, batch=self.batch.pin_memory() if self.batch is not None else None)
+        return replace(self, batch=self.batch.pin_memory() if isinstance(self.batch, PackedBatch) else None)
 
 
 class PackStream(IterableDataset):
@@ -51,11 +54,11 @@ class PackStream(IterableDataset):
         planner: a planner at its beginning.
         rank, world_size: this rank among the data-parallel ones.
         state: from `Loader.state_dict()`, or None.
-        slots: (workers, SLOT) uint8 in shared memory, one row of notes for each worker.
+        slots: from `make_slots`.
     """
 
     def __init__(
-        self, planner: Planner, rank: int, world_size: int, state: dict[str, Any] | None, slots: Tensor
+        self, planner: Planner, rank: int, world_size: int, state: dict[str, Any] | None, slots: Notes
     ) -> None:
         self.planner = planner
         self.rank = rank
@@ -66,7 +69,7 @@ class PackStream(IterableDataset):
     def __iter__(self) -> Iterator[Delivery]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        note = partial(_note, self.slots[worker].numpy())
+        note = partial(_note, self.slots, worker)
         self.planner.watch = lambda name: note(f"planning {name}")
         number = 0  # of this rank's packs
         for step, first in steps_from(self.planner, self.state, self.world_size):
@@ -78,7 +81,8 @@ class PackStream(IterableDataset):
                 if number % workers == worker:
                     samples = step.packs[micro * self.world_size + self.rank]
                     encoded, bad = self._encode(samples, worker, note)
-                    yield Delivery(pack(encoded or [empty_sample()]), light, micro, bad)
+                    batch = pack(encoded or [empty_sample()])
+                    yield Delivery(batch if info is None else SharedBatch(batch), light, micro, bad)
                 number += 1
 
     def _encode(
@@ -110,21 +114,21 @@ class PackStream(IterableDataset):
         return encoded, bad
 
 
-def make_slots(workers: int) -> Tensor:
-    """Shared memory for the notes of `workers` processes: (workers, SLOT) uint8."""
-    return torch.zeros((workers, SLOT), dtype=torch.uint8).share_memory_()
+def make_slots(workers: int) -> Notes:
+    """Shared memory for the notes of `workers` processes, SLOT bytes each."""
+    return multiprocessing.RawArray(ctypes.c_char, workers * SLOT)
 
 
-def _note(slot: np.ndarray, text: str) -> None:
+def _note(slots: Notes, worker: int, text: str) -> None:
     """Write the current work into this worker's slot, where it can be read after the worker's death."""
     line = f"pid {os.getpid()}: {text}".encode()[:SLOT]
-    slot[: len(line)] = np.frombuffer(line, dtype=np.uint8)
-    slot[len(line) :] = 0
+    slots[worker * SLOT : (worker + 1) * SLOT] = line.ljust(SLOT, b"\0")
 
 
-def read_notes(slots: Tensor) -> list[str]:
+def read_notes(slots: Notes) -> list[str]:
     """The last note of every worker, "pid 17: encoding rooms/5"; empty for a worker that never started."""
-    return [bytes(slot.tolist()).rstrip(b"\0").decode("utf-8", "replace") for slot in slots]
+    notes = [slots[at : at + SLOT] for at in range(0, len(slots), SLOT)]
+    return [note.rstrip(b"\0").decode("utf-8", "replace") for note in notes]
 
 
 def start_worker(worker: int) -> None:
@@ -135,6 +139,7 @@ def start_worker(worker: int) -> None:
     have a lower priority than the trainer: packs wait in a queue, but a matrix product of the trainer waits for the
     slowest of its threads.
     """
+    end_with_parent()
     torch.set_num_threads(1)
     os.nice(5)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

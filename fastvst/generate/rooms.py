@@ -30,6 +30,7 @@ import numpy as np
 from fastvst import atomic
 from fastvst.data.sample import Sample
 from fastvst.generate.parquet import to_row, write_rows
+from fastvst.processes import end_with_parent
 from fastvst.reasoning import geometric
 from fastvst.scenes.rooms.render import open_renderer
 from fastvst.scenes.rooms.render_base import Renderer
@@ -190,7 +191,8 @@ _renderer = process_renderer  # for callers outside this repository
 
 
 def start_worker() -> None:
-    """Initializer of a rendering process: llvmpipe uses one thread instead of one per core."""
+    """Initializer of a rendering process: it ends with its parent, and llvmpipe uses one thread, not one per core."""
+    end_with_parent()
     os.environ["LP_NUM_THREADS"] = "1"  # read when the GL context is created
 
 
