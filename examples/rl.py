@@ -69,8 +69,8 @@ from fastvst.train.run import (
     open_run_folder,
     raise_together,
     read_config,
+    restore_data,
     run_script,
-    same_data,
     say_hopeless_sources,
 )
 from fastvst.train.schedule import ScheduleConfig, set_learning_rates
@@ -339,11 +339,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         filtered = FilterState(**state["filter"])
-        if config.resume_data == "same":
-            with same_data(resume_from):
-                stream.load_state_dict(rank_state["stream"])
-        else:
-            world.say("the data start anew (resume.data is anew)")
+        restore_data(resume_from, config.resume_data, world, lambda: stream.load_state_dict(rank_state["stream"]))
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
     questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
@@ -370,7 +366,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         origins=config.origins,
     )
     log = RolloutLog(out, rank=world.rank, done=first)
-    with metrics, RewardPool(config.reward) as pool:
+    with metrics, RewardPool(config.reward) as pool, saver:
         watch = UpdateWatch(config.guard.patience)
         row: dict[str, Any] | None = None
         step = first
@@ -416,11 +412,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             }
             metrics.log(row)
             watch.saw(row, filtered, pool.summary())
-            ends = float(stop.requested or ledger.failure() is not None)
-            stopped = bool(world.sum(torch.tensor(ends, device=world.device)).item())
+            flags = [float(stop.requested or ledger.failure() is not None), float(saver.minutes_over())]
+            stopped, minutes_over = world.sum(torch.tensor(flags, device=world.device)).bool().tolist()
             step += 1
-            if stopped or saver.due(step, config.steps):
+            if stopped or saver.due(step, config.steps, minutes_over):
                 save(step)
+        saver.join()
         raise_together(ledger.failure(), world)
         if stopped:
             world.say(f"stopped by a signal after step {step}; continue with --resume auto")
@@ -428,7 +425,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         watch.check_end(row, filtered, pool.summary())
         evaluate(config.steps)
         world.say(pool.summary(), ledger.summary())
-    save(step)
+        save(step)
     directory = saver.save_model("reinforcement learning", stream.mixture)
     if world.is_main:
         print(f"model: {directory}\nreport: {write_report(out, settings)}", flush=True)

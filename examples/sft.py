@@ -56,8 +56,8 @@ from fastvst.train.run import (
     open_run_folder,
     raise_together,
     read_config,
+    restore_data,
     run_script,
-    same_data,
     say_hopeless_sources,
     total_steps,
 )
@@ -198,10 +198,11 @@ class StepTotals:
     flops: float
     packs: float
     stop: bool
+    save: bool
 
 
 def accumulate(
-    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, stop: bool
+    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, flags: tuple[bool, bool]
 ) -> tuple[StepTotals, list[Tensor], list[float]]:
     """Forward and backward of one global batch; the clipped gradients are left in the parameters.
 
@@ -209,13 +210,16 @@ def accumulate(
     weight of all packs of all ranks, and the gradients are summed. The result does not depend on how samples are
     distributed over packs and ranks.
 
+    Args:
+        flags: (stop, save) of this rank; the totals have what any rank asks for.
+
     Returns:
         (totals, loss of each of this rank's packs (on the device), their shares of the target weight).
     """
     weights = [float(p.target_weights.sum()) for p in packs]  # the packs are still in host memory
     images = sum(p.num_images for p in packs)
     tokens = sum(p.num_tokens for p in packs)
-    counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), stop]
+    counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), *flags]
     totals = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device))
     normaliser = totals[0].float().clamp(min=1e-9)
     losses = []
@@ -226,9 +230,9 @@ def accumulate(
         losses.append(loss.detach())
     norm = clip_gradients(model.parameters(), clip)
     loss = world.sum(torch.stack(losses).sum())
-    # The only point where the host waits for the device: one read of eight numbers for the guard and the log.
+    # The only point where the host waits for the device: one read of nine numbers for the guard and the log.
     read = torch.cat([loss.double().view(1), norm.double().view(1).to(world.device), totals]).tolist()
-    found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0)
+    found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0, read[8] > 0)
     return found, losses, [w / guard.expect_targets(read[2]) for w in weights]
 
 
@@ -264,17 +268,6 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     )
     optimizer = make_optimizer(model, config.optimizer)
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
-    first = 0
-    recent = guard.Recent()
-    loader_state = None
-    if resume_from is not None:
-        state, rank_state = saver.load(resume_from)
-        first = state["step"]
-        recent = guard.Recent.from_json(state["guard"])
-        loader_state = rank_state["loader"] if config.resume_data == "same" else None
-        if loader_state is None:
-            world.say("the data start anew (resume.data is anew)")
-
     loader = make_loader(
         mixture,
         processor,
@@ -283,9 +276,13 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         world_size=world.size,
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", deferred=True, **vars(config.bad_samples)),
     )
-    if resume_from is not None and loader_state is not None:
-        with same_data(resume_from):
-            loader.load_state_dict(loader_state)
+    first = 0
+    recent = guard.Recent()
+    if resume_from is not None:
+        state, rank_state = saver.load(resume_from)
+        first = state["step"]
+        recent = guard.Recent.from_json(state["guard"])
+        restore_data(resume_from, config.resume_data, world, lambda: loader.load_state_dict(rank_state["loader"]))
     world.say(*loader.notes)
     say_hopeless_sources(mixture, make_planner(mixture, processor, config.loader, world.size).examine, world)
 
@@ -302,7 +299,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         peak_flops=peak_flops(world),
         origins=config.origins,
     )
-    with metrics:
+    with metrics, saver:
         model.train()
         batches: Iterator[PackedBatch] = iter(loader)
         begin = time.perf_counter()
@@ -315,15 +312,16 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             except TooManyBadSamples:  # no usable row is left: on all ranks, for they plan the same steps
                 if step > first:
                     save(step)
+                saver.join()
                 raise
             waited = time.perf_counter() - waited
             if not packs:
                 world.say(f"the data ended after {step} steps (data.epochs is {config.data.epochs})")
                 break
             set_learning_rates(optimizer, config.schedule, step, steps)
-            ends = stop.requested or loader.ledger.failure() is not None
+            flags = (stop.requested or loader.ledger.failure() is not None, saver.minutes_over())
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
-                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, ends)
+                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, flags)
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm, config.optimizer.clip)
             if reason is None:
                 optimizer.step()
@@ -351,11 +349,11 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             )
             step += 1
             stopped = totals.stop
-            if stopped or saver.due(step, steps):
+            if stopped or saver.due(step, steps, totals.save):
                 save(step)
             begin = time.perf_counter()
-    if not stopped:
-        save(step)
+        if not stopped:
+            save(step)
     raise_together(loader.ledger.failure(), world)
     if stopped:
         world.say(f"stopped by a signal after step {step}; continue with --resume auto")

@@ -7,7 +7,8 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_SHARD = 5_000_000_000  # bytes of tensors in one file; transformers has the same limit
 SHOWN = 5  # problems in a message; a wrong model has a thousand
 
 
@@ -104,7 +106,7 @@ def save(
     state: Mapping[str, Tensor],
     *,
     processor: Any = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD,
 ) -> None:
     """Write config.json, generation_config.json and safetensors with published names (see `save_pretrained`).
 
@@ -117,26 +119,25 @@ def save(
     Raises:
         OSError: disk full, no permission, ...; the content of `directory` is what it was before.
     """
+    sizes = sizes_of(state)
+    shards = plan_shards(sizes, max_shard_bytes)
     with files.update(directory) as partial:
-        (partial / files.CONFIG).write_text(_config_text(config, state), encoding="utf-8")
-        (partial / files.GENERATION).write_text(config.generation_json(), encoding="utf-8")
-        _write_shards(partial, state, max_shard_bytes)
-        if processor is not None:
-            processor.save_pretrained(partial)
+        write_shards(partial, shards, state)
+        write_index(partial, shards, sizes)
+        write_settings(partial, config, (tensor.dtype for tensor in state.values()), processor)
 
 
-def _config_text(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
+def _config_text(config: ModelConfig, dtypes: set[torch.dtype]) -> str:
     """config.json for these tensors; a warning names what differs from the file that was read."""
     content = config.config_content()
     fields, tower = config.changes()
     said = [f"{name} is {value}" for name, value in (fields | tower).items()]
-    dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) == 1:
         dtype = str(dtypes.pop()).removeprefix("torch.")
         before = config_json.set_dtype(content, dtype)
         said += [f"the dtype is {dtype}, it was {before}"] if before else []
     if said:
-        warnings.warn(f"config.json differs from the file that was read: {'; '.join(said)}", stacklevel=4)
+        warnings.warn(f"config.json differs from the file that was read: {'; '.join(said)}", stacklevel=5)
     return files.json_text(content)
 
 
@@ -277,27 +278,75 @@ def _check_tied(found: dict[Path, list[tuple[str, str | None]]], embedding: Tens
                 )
 
 
-def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a model.
+
+    Attributes:
+        file: its name.
+        part: number of the process that writes it.
+        names: of its tensors.
+    """
+
+    file: str
+    part: int
+    names: tuple[str, ...]
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD, parts: int = 1) -> list[Shard]:
+    """Divide tensors into files, in their order, so that `parts` processes write about the same number of bytes.
+
+    Args:
+        sizes: tensor name -> bytes.
+        max_shard_bytes: tensor bytes in one file; a larger tensor gets its own file.
+    """
+    total = max(1, sum(sizes.values()))
+    groups: list[tuple[int, list[str]]] = []
     filled = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
+    before = 0
+    for name, size in sizes.items():
+        part = min(parts - 1, (before + size // 2) * parts // total)
+        if not groups or groups[-1][0] != part or filled + size > max_shard_bytes:
+            groups.append((part, []))
             filled = 0
-        shards[-1][name] = tensor
+        groups[-1][1].append(name)
         filled += size
-    if len(shards) == 1:
-        write_tensors(shards[0], directory / SINGLE)
+        before += size
+    if len(groups) == 1:
+        return [Shard(SINGLE, groups[0][0], tuple(groups[0][1]))]
+    count = len(groups)
+    return [
+        Shard(f"model-{index + 1:05d}-of-{count:05d}.safetensors", part, tuple(names))
+        for index, (part, names) in enumerate(groups)
+    ]
+
+
+def write_shards(directory: Path, shards: Sequence[Shard], tensors: Mapping[str, Tensor]) -> None:
+    """Write the files of `shards`, all of whose tensors are in `tensors`."""
+    for shard in shards:
+        write_tensors({name: tensors[name] for name in shard.names}, directory / shard.file)
+
+
+def write_index(directory: Path, shards: Sequence[Shard], sizes: Mapping[str, int]) -> None:
+    """Write the index of several files; a single file needs none."""
+    if len(shards) < 2:
         return
-    places: dict[str, str] = {}
-    for index, shard in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(shard, directory / file)
-        places |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    content = {"metadata": {"total_size": total}, "weight_map": places}
+    places = {name: shard.file for shard in shards for name in shard.names}
+    content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
     (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_settings(directory: Path, config: ModelConfig, dtypes: Iterable[torch.dtype], processor: Any = None) -> None:
+    """Write everything of a model directory except the tensors: config.json, generation_config.json, processor."""
+    (directory / files.CONFIG).write_text(_config_text(config, set(dtypes)), encoding="utf-8")
+    (directory / files.GENERATION).write_text(config.generation_json(), encoding="utf-8")
+    if processor is not None:
+        processor.save_pretrained(directory)
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tensor name -> bytes."""
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

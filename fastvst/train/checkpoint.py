@@ -5,12 +5,13 @@
         rank-00000.json ...      state of each rank (random state, loader position)
         train.json               step, guard, names and shapes of the tensors, optimizer steps of every parameter
         config.json              the resolved configuration
-        hf/                      optional: the model as a Hugging Face directory
+        hf/                      optional: the model as a Hugging Face directory; every rank writes its own files
         COMPLETE                 the marker: every file with its size and checksums, branch and parent (see resume.py)
 
 The tensors are written by torch.distributed.checkpoint (DCP) in its safetensors format. A run can resume on another
 number of ranks, bit for bit, and nothing is unpickled (DCP's default format reads a pickled .metadata file). A
-checkpoint is written to `.step-000200.partial`, marked, flushed to the disk, and then renamed.
+checkpoint is written to `.step-000200.partial`, marked, flushed to the disk, and then renamed. No process ever holds
+the whole model. `CheckpointWriter` (checkpoint_writer.py) does the writing while training continues.
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from fastvst import checksum
+from fastvst.config import check_at_least
+from fastvst.model import checkpoint_files
 from fastvst.train import resume
 from fastvst.train.distributed import World
 from fastvst.train.resume import CheckpointError, Lineage, commit, complete, prune, some, verify
 from fastvst.train.resume import resolve as resolve
+from fastvst.train.snapshot import Contents, HFDirectory, Snapshot, hf_part, take, tensors_of
 
 SUMS = ".sums-{:05d}.json"  # checksums of one rank's files, until they are in the marker
-WriteHF = Callable[[Path, dict[str, Tensor]], None]
+FILE_BYTES = 2**30  # bytes of a rank's shards in one file, about
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,19 @@ class CheckpointConfig:
 
     Attributes:
         every: optimizer steps between two checkpoints; 0 = only at the end.
+        every_minutes: minutes between two checkpoints, by the clock of rank 0, added to `every`; 0 = off.
         keep: number of complete checkpoints to keep, the newest ones.
         hf: also write a Hugging Face directory, in the compute dtype, into every checkpoint.
     """
 
     every: int = 500
+    every_minutes: float = 0.0
     keep: int = 2
     hf: bool = True
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or self.every < 0:
-            raise ValueError(f"keep must be at least 1 and every at least 0; got {self.keep} and {self.every}")
+        check_at_least(1, keep=self.keep)
+        check_at_least(0, every=self.every, every_minutes=self.every_minutes)
 
 
 def save(
@@ -70,78 +76,122 @@ def save(
     state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
     config: Mapping[str, Any],
-    write_hf: WriteHF | None = None,
-    hf_dtype: torch.dtype = torch.float32,
+    hf: HFDirectory | None = None,
     keep: int = 2,
     lineage: Lineage | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXX`; every rank calls it. A checkpoint of another branch with this name is renamed.
+    """Write `folder/step-XXXXXX` and wait for it; every rank calls it.
 
     Args:
         step: optimizer steps done so far.
-        state: JSON-able state that all ranks share; the one of rank 0 is written.
-        rank_state: JSON-able state of this rank.
-        write_hf: called on rank 0 as write_hf(directory, full state dict on the CPU in `hf_dtype`); None = no `hf/`.
-        keep: complete checkpoints to keep; those written earlier are deleted after this one has been written.
-        lineage: recorded in the marker; a complete checkpoint of this step and branch is not written again.
+        state, ..., lineage: see `Contents`.
 
     Raises:
         CheckpointError: on every rank if any rank fails (disk full, ...); older checkpoints are untouched.
     """
-    target = folder / f"step-{step:06d}"
-    written = world.is_main and lineage is not None and resume.branch_of(target) == lineage.branch
-    if world.sum(torch.tensor(float(written), device=world.device)).item():
-        return target
-    partial = folder / f".{target.name}.partial"
-    tensors, steps = _tensors(model, optimizer)
-
-    def prepare() -> None:
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
-
-    def write_tensors() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns that there is a single process
-            writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
-        rng = torch.get_rng_state().numpy().tobytes().hex()
-        _write_json(partial / f"rank-{world.rank:05d}.json", {"rng": rng, **rank_state})
-        own = [f"state/{p.name}" for p in sorted((partial / "state").glob(f"shard-{world.rank + 1:05d}-*"))]
-        # Read back while the pages are still in memory; rank 0 moves the sums into the marker.
-        sums = checksum.measure(partial, [*own, f"rank-{world.rank:05d}.json"])
-        _write_json(partial / SUMS.format(world.rank), sums)
-
-    def write_rest() -> None:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        _write_json(partial / "config.json", config)
-        _write_json(
-            partial / "train.json",
-            {"step": step, "world_size": world.size, "tensors": shapes, "optimizer_steps": steps, **state},
-        )
-        if write_hf is not None:
-            write_hf(partial / "hf", full)
-        commit(partial, target, _all_sums(partial, world), lineage)
-
-    _together(world, target, partial, prepare)
-    _together(world, target, partial, write_tensors)
-    full = gather(model, world, hf_dtype) if write_hf is not None else {}
-    _together(world, target, partial, write_rest if world.is_main else lambda: None)
-    if world.is_main:
-        prune(folder, keep)
-    return target
+    if is_written(folder, step, world, lineage):
+        return path_of(folder, step)
+    contents = Contents(state, rank_state, config, hf, keep, lineage)
+    return write(folder, take(step, model, optimizer, world, contents), world)
 
 
-def save_hf(target: Path, model: nn.Module, world: World, write_hf: WriteHF, dtype: torch.dtype) -> Path:
-    """Gather the model; rank 0 writes it as the Hugging Face directory `target`. Every rank calls it.
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
 
-    `write_hf` must leave an older directory intact when it fails, as `fastvst.model.weights.save` does.
+
+def is_written(folder: Path, step: int, world: World, lineage: Lineage | None) -> bool:
+    """True on every rank if this branch has a complete checkpoint of this step; every rank calls it."""
+    written = world.is_main and lineage is not None and resume.branch_of(path_of(folder, step)) == lineage.branch
+    return bool(world.sum(torch.tensor(float(written), device=world.device)).item())
+
+
+def write(folder: Path, snapshot: Snapshot, world: World, group: dist.ProcessGroup | None = None) -> Path:
+    """Write the snapshots of all ranks as one checkpoint; every rank calls it.
+
+    Args:
+        group: of all ranks, with a CPU backend; a thread has its own. None = the default group.
 
     Raises:
         CheckpointError: as `save`.
     """
-    full = gather(model, world, dtype)
-    _together(world, target, None, (lambda: write_hf(target, full)) if world.is_main else lambda: None)
+    target = path_of(folder, snapshot.step)
+    partial = folder / f".{target.name}.partial"
+    hf = snapshot.hf
+
+    def prepare() -> None:
+        for left in folder.glob(".step-*.partial"):  # of a process that was killed
+            shutil.rmtree(left)
+        (partial / "state").mkdir(parents=True)
+        (partial / "hf" if hf is not None else partial).mkdir(exist_ok=True)
+
+    def write_own() -> None:
+        names = write_tensors(partial / "state", snapshot.tensors, world, group)
+        for name, text in snapshot.texts.items():
+            _write_text(partial / name, text)
+        if hf is not None:
+            hf.write(partial / "hf")
+            names += [f"hf/{name}" for name in hf.own_files()]
+        # Read back while the pages are still in memory; rank 0 moves the sums into the marker.
+        sums = checksum.measure(partial, [*names, *snapshot.texts])
+        _write_text(partial / SUMS.format(world.rank), json.dumps(sums))
+
+    def finish() -> None:
+        if hf is not None:
+            hf.write_rest(partial / "hf")
+        commit(partial, target, _all_sums(partial, world), snapshot.lineage)
+
+    _together(world, group, target, partial, prepare if world.is_main else _nothing)
+    _together(world, group, target, partial, write_own)
+    _together(world, group, target, partial, finish if world.is_main else _nothing)
+    if world.is_main:
+        prune(folder, snapshot.keep)
+    return target
+
+
+def write_tensors(
+    state: Path, tensors: Mapping[str, Tensor], world: World, group: dist.ProcessGroup | None
+) -> list[str]:
+    """Write this rank's shards into the folder `state`; returns "state/<file>" of each file.
+
+    DCP builds each file in host memory before it writes it, so a rank's shards are divided into files of FILE_BYTES.
+    """
+    places: dict[str, int] = {}
+    total = 0
+    for name, tensor in tensors.items():
+        places[name] = 1 + total // (FILE_BYTES * world.size)
+        total += tensor.numel() * tensor.element_size()
+    writer = dcp.HuggingFaceStorageWriter(str(state), fqn_to_index_mapping=places, save_distributed=True)
+    # A filter that stays: `catch_warnings` in a thread would change the filters of the others.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=world.size == 1)
+    return sorted(f"state/{path.name}" for path in state.glob(f"shard-{world.rank + 1:05d}-*"))
+
+
+def save_hf(target: Path, model: nn.Module, world: World, hf: HFDirectory) -> Path:
+    """Write the model as the Hugging Face directory `target`; every rank calls it and writes its own files.
+
+    They are written next to `target` and then moved into it (see `checkpoint_files.update`).
+
+    Raises:
+        CheckpointError: on every rank if any rank fails; an older directory is what it was before.
+    """
+    parts = target.with_name(f".{target.name}.parts")
+    part = hf_part(model, world, hf)
+
+    def prepare() -> None:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+
+    def finish() -> None:
+        with checkpoint_files.update(target) as partial:
+            for file in parts.iterdir():
+                shutil.move(file, partial / file.name)
+            part.write_rest(partial)
+        parts.rmdir()
+
+    _together(world, None, target, parts, prepare if world.is_main else _nothing)
+    _together(world, None, target, parts, lambda: part.write(parts))
+    _together(world, None, target, parts, finish if world.is_main else _nothing)
     return target
 
 
@@ -166,7 +216,7 @@ def load(
     state = _read_json(path / "train.json", "step", "world_size", "tensors", "optimizer_steps")
     own = path / f"rank-{world.rank:05d}.json"
     rank_state = _read_json(own if own.exists() else path / "rank-00000.json", "rng")
-    tensors, _ = _tensors(model, optimizer)
+    tensors, _ = tensors_of(model, optimizer)
     have = state.pop("tensors")
     want = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if have != want:
@@ -208,16 +258,6 @@ def set_aside(out: Path) -> Path | None:
     return moved
 
 
-def gather(model: nn.Module, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Full tensors on the CPU of rank 0 in `dtype` (an empty dict elsewhere), one tensor on the device at a time."""
-    full: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.is_main:
-            full[name] = whole.detach().to("cpu", dtype)
-    return full
-
-
 def _all_sums(partial: Path, world: World) -> dict[str, dict[str, Any]]:
     """Size and checksums of every file: those that each rank has left, which are deleted, and those of the rest."""
     sums: dict[str, dict[str, Any]] = {}
@@ -230,35 +270,25 @@ def _all_sums(partial: Path, world: World) -> dict[str, dict[str, Any]]:
     return sums | checksum.measure(partial, names)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """(all tensors to save, optimizer steps by parameter). Creates Adam's moments where they do not exist yet."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    steps: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        state = optimizer.state[parameter]
-        if not state:  # as fused AdamW creates them in the first step of a parameter
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors[f"exp_avg.{name}"] = state["exp_avg"].detach()
-        tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"].detach()
-        steps[name] = int(state["step"])
-    return tensors, steps
+def _nothing() -> None:
+    """What a rank does while another rank works."""
 
 
-def _together(world: World, target: Path, partial: Path | None, action: Callable[[], None]) -> None:
+def _together(
+    world: World, group: dist.ProcessGroup | None, target: Path, partial: Path, action: Callable[[], None]
+) -> None:
     """Run `action`. If it fails on any rank, delete the partial folder and raise CheckpointError on every rank."""
     error: BaseException | None = None
     try:
         action()
     except (Exception, CheckpointException) as caught:
         error = caught
-    failed = world.sum(torch.tensor([float(error is not None)], device=world.device))
+    failed = torch.tensor([float(error is not None)])  # in host memory: a thread must not wait for the device
+    if world.size > 1:
+        dist.all_reduce(failed, group=group)
     if not failed.item():
         return
-    if world.is_main and partial is not None:
+    if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     why = _reason(error) if error is not None else "another rank failed; see its message"
     try:
@@ -291,8 +321,8 @@ def _read_json(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(values, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())

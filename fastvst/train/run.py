@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from fastvst.config import ConfigError, leaves, load_config, resolve, usage
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig
@@ -22,11 +22,11 @@ from fastvst.data.loader import make_planner, open_again
 from fastvst.data.mixture import Mixture, open_mixture
 from fastvst.data.probe import probe
 from fastvst.data.sample import Sample
-from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model import weights as hf
+from fastvst.model import ModelConfig, Qwen25VL, weights
 from fastvst.train import checkpoint, distributed, lock
 from fastvst.train.budget import OutOfMemory
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
+from fastvst.train.checkpoint_writer import CheckpointWriter
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
 from fastvst.train.guard import GuardError
 from fastvst.train.metrics import MissingPackage
@@ -34,6 +34,7 @@ from fastvst.train.model_card import write_card
 from fastvst.train.optimizer import freeze
 from fastvst.train.recipes import Layers
 from fastvst.train.resume import Lineage, current_branch, find, set_damaged_aside, start_branch
+from fastvst.train.snapshot import Contents, HFDirectory
 from fastvst.train.stop_signal import StopRequest, end_with_launcher
 from fastvst.train.watchdog import Watchdog
 
@@ -63,6 +64,7 @@ USER_ERRNOS = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EADDRINUSE, errno.EMFILE, errno.ENFILE),
 }
 COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
+ERROR_WAIT = 5.0  # seconds that a run which ends with an error waits for the checkpoint in progress
 OTHER_RANKS_WAIT = 5.0  # seconds before a rank other than 0 prints an error: torchrun ends it sooner if rank 0 failed
 
 
@@ -219,11 +221,17 @@ def count_steps(mixture: Mixture, processor: Processor, loader: LoaderConfig, ra
     return steps
 
 
-@contextmanager
-def same_data(path: Path) -> Iterator[None]:
-    """A data state that does not fit, as CheckpointError that names the option to continue on other data."""
+def restore_data(path: Path, choice: str, world: World, load: Callable[[], object]) -> None:
+    """Call `load`, which takes the data state of the checkpoint `path`, unless `choice` (resume.data) is "anew".
+
+    Raises:
+        CheckpointError: the data state does not fit the data; it names the option to continue on other data.
+    """
+    if choice == "anew":
+        world.say("the data start anew (resume.data is anew)")
+        return
     try:
-        yield
+        load()
     except ValueError as error:
         raise CheckpointError(
             f"{path}: {error} To keep the model, the optimizer and the step and to start the data from the beginning, "
@@ -289,11 +297,12 @@ def build_processor(config: ProcessorConfig, path: str | None, preset: str = "ti
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saver:
-    """Writes the checkpoints of a run, and at its end the model as a Hugging Face directory.
+    """Writes the checkpoints of a run while it trains, and at its end the model as a Hugging Face directory.
 
-    Every rank calls `load`, `save` and `save_model`.
+    Every rank calls `load`, `save`, `join` and `save_model`. As a context manager around the loop: whatever ends the
+    loop, a checkpoint that was saved before a normal end is complete afterwards.
 
     Attributes:
         out: run folder.
@@ -308,6 +317,19 @@ class Saver:
     processor: Processor
     world: World
 
+    def __post_init__(self) -> None:
+        self._writer = CheckpointWriter(self.out / "checkpoints", self.world)
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.join()
+        else:
+            self._writer.leave(ERROR_WAIT if isinstance(error, Exception) else 0)
+
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint into model and optimizer; returns (state of all ranks, state of this rank)."""
         found = checkpoint.load(path, self.model, self.optimizer, self.world, verified=True)  # by open_run_folder
@@ -316,35 +338,48 @@ class Saver:
             self.world.say(*start_branch(self.out / "checkpoints", path))
         return found
 
-    def due(self, step: int, total_steps: int) -> bool:
-        """True if the configuration asks for a checkpoint after `step` steps. The one at the end is not included."""
+    def minutes_over(self) -> bool:
+        """True if the clock asks for a checkpoint; only on rank 0, whose answer the loop shares with all ranks.
+
+        It travels in the sum that the loop already makes in each step, so that all ranks save after the same step.
+        """
+        minutes = (time.monotonic() - self._last) / 60
+        return self.world.is_main and minutes >= self.config.every_minutes > 0 and not self._writer.busy
+
+    def due(self, step: int, total_steps: int, minutes_over: bool) -> bool:
+        """True if the configuration asks for a checkpoint after `step` steps. The one at the end is not included.
+
+        Also says how the last write went, if it has ended since.
+
+        Args:
+            minutes_over: what rank 0's `minutes_over` said.
+        """
+        self._writer.report()
         every = self.config.every
-        return every > 0 and step % every == 0 and step < total_steps
+        return step < total_steps and (minutes_over or (every > 0 and step % every == 0))
 
     def save(self, step: int, *, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
-        """Write the checkpoint of `step`; for state and rank_state see `checkpoint.save`."""
-        path = checkpoint.save(
-            self.out / "checkpoints",
-            step,
-            self.model,
-            self.optimizer,
-            self.world,
-            state=state,
-            rank_state=rank_state,
-            config=self.settings,
-            write_hf=self._write_hf if self.config.hf else None,
-            hf_dtype=self.world.dtype,
-            keep=self.config.keep,
-            lineage=current_branch(self.out / "checkpoints") or Lineage(),
-        )
-        self.world.say(f"saved {path}")
+        """Start to write the checkpoint of `step`; for state and rank_state see `Contents`."""
+        folder = self.out / "checkpoints"
+        hf = self._hf() if self.config.hf else None
+        lineage = current_branch(folder) or Lineage()
+        contents = Contents(state, rank_state, self.settings, hf, self.config.keep, lineage)
+        self._writer.save(step, self.model, self.optimizer, contents)
+        self._last = time.monotonic()
+
+    def join(self) -> None:
+        """Wait for the checkpoint that is being written. Raises CheckpointError if it fails."""
+        self._writer.join()
 
     def save_model(self, method: str, mixture: Mixture) -> Path:
         """Write the Hugging Face directory `out/hf` in the compute dtype, with its model card (see `write_card`)."""
-        folder = checkpoint.save_hf(self.out / "hf", self.model, self.world, self._write_hf, self.world.dtype)
+        folder = checkpoint.save_hf(self.out / "hf", self.model, self.world, self._hf())
         if self.world.is_main:
             write_card(self.out, self.settings, mixture, method)
         return folder
 
-    def _write_hf(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        hf.save(path, self.model.config, tensors, processor=self.processor)
+    def _hf(self) -> HFDirectory:
+        def write_settings(folder: Path) -> None:
+            weights.write_settings(folder, self.model.config, [self.world.dtype], self.processor)
+
+        return HFDirectory(self.world.dtype, write_settings)

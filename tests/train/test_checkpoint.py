@@ -2,36 +2,34 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from fastvst import atomic
 from fastvst.train import checkpoint, distributed
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer
+from fastvst.train.snapshot import HFDirectory, hf_part
 from ranks import run_ranks
 from toy import ToyModel, toy_batch
 
 ALONE = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
 
 
-def _write_hf(path: Path, tensors: dict[str, Tensor]) -> None:
-    atomic.replace(_write_partial(path, tensors), path)  # like the model's own writer: renamed when complete
+def _hf(dtype: torch.dtype = torch.float32) -> HFDirectory:
+    return HFDirectory(dtype, lambda folder: (folder / "config.json").write_text("{}"))
 
 
-def _write_partial(path: Path, tensors: dict[str, Tensor]) -> Path:
-    partial = path.with_name(".partial")
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors")
-    return partial
+def _whole(model: nn.Module) -> dict[str, Any]:
+    state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+    return {name: tensor.detach().numpy().copy() for name, tensor in state.items()}
 
 
 def _make(world: World, frozen: tuple[str, ...] = ()) -> tuple[ToyModel, torch.optim.AdamW]:
@@ -84,8 +82,8 @@ def _first_half(env: dict[str, str], folder: Path) -> tuple[list[float], dict[st
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
     _steps(model, optimizer, world, 0, 5)
-    _save(folder, 5, model, optimizer, world, write_hf=_write_hf)
-    full = {name: tensor.numpy().copy() for name, tensor in checkpoint.gather(model, world, torch.float32).items()}
+    _save(folder, 5, model, optimizer, world, hf=_hf())
+    full = _whole(model)
     return _steps(model, optimizer, world, 5, 10), full
 
 
@@ -93,7 +91,7 @@ def _second_half(env: dict[str, str], folder: Path) -> tuple[list[float], dict[s
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
     _, rank_state = checkpoint.load(folder / "step-000005", model, optimizer, world)
-    full = {name: tensor.numpy().copy() for name, tensor in checkpoint.gather(model, world, torch.float32).items()}
+    full = _whole(model)
     return _steps(model, optimizer, world, 5, 10), full, rank_state
 
 
@@ -111,7 +109,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     run_ranks(_first_half, 2, tmp_path)
     path = tmp_path / "step-000005"
     files = [p for p in path.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ""} and len(files) == 8
+    assert {p.suffix for p in files} == {".safetensors", ".json", ""} and len(files) == 11
     for file in files:
         if file.suffix == ".safetensors":
             load_file(file)
@@ -121,11 +119,11 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
 
 def test_the_hf_directory_holds_the_weights(tmp_path: Path) -> None:
     model, optimizer = _make(ALONE)
-    path = _save(tmp_path, 1, model, optimizer, ALONE, write_hf=_write_hf, hf_dtype=torch.bfloat16)
+    path = _save(tmp_path, 1, model, optimizer, ALONE, hf=_hf(torch.bfloat16))
     for name, tensor in load_file(path / "hf" / "model.safetensors").items():
         assert torch.equal(tensor, model.state_dict()[name].to(torch.bfloat16))
-    final = checkpoint.save_hf(tmp_path / "hf", model, ALONE, _write_hf, torch.float32)
-    again = checkpoint.save_hf(tmp_path / "hf", model, ALONE, _write_hf, torch.float32)
+    final = checkpoint.save_hf(tmp_path / "hf", model, ALONE, _hf())
+    again = checkpoint.save_hf(tmp_path / "hf", model, ALONE, _hf())
     assert final == again and load_file(final / "model.safetensors").keys() == model.state_dict().keys()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "step-000001"]
 
@@ -173,12 +171,12 @@ def test_only_the_newest_are_kept_and_no_partial_folder_is_left(tmp_path: Path) 
 def _full_disk(env: dict[str, str], folder: Path, limit: int) -> str:
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
     model, optimizer = _make(world)
-    _save(folder, 1, model, optimizer, world, write_hf=_write_hf)
+    _save(folder, 1, model, optimizer, world, hf=_hf())
     _steps(model, optimizer, world, 0, 2)
     if world.rank == world.size - 1:  # this rank cannot write files longer than `limit` bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        _save(folder, 2, model, optimizer, world, write_hf=_write_hf)
+        _save(folder, 2, model, optimizer, world, hf=_hf())
     except CheckpointError as error:
         return str(error)
     finally:
@@ -199,19 +197,48 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path: Path, size: int,
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def broken(path: Path, tensors: dict[str, Tensor]) -> None:
-        shutil.rmtree(_write_partial(path, tensors))
+    def broken(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     model, optimizer = _make(ALONE)
-    checkpoint.save_hf(tmp_path / "hf", model, ALONE, _write_hf, torch.float32)
+    checkpoint.save_hf(tmp_path / "hf", model, ALONE, _hf())
     with pytest.raises(CheckpointError, match="No space left on device"):
-        _save(tmp_path, 3, model, optimizer, ALONE, write_hf=broken)
+        _save(tmp_path, 3, model, optimizer, ALONE, hf=HFDirectory(torch.float32, broken))
     with pytest.raises(CheckpointError, match="No space left on device"):
-        checkpoint.save_hf(tmp_path / "hf", model, ALONE, broken, torch.float32)
+        checkpoint.save_hf(tmp_path / "hf", model, ALONE, HFDirectory(torch.float32, broken))
     assert [p.name for p in tmp_path.iterdir()] == ["hf"] and load_file(tmp_path / "hf" / "model.safetensors")
 
 
+def _save_hf(env: dict[str, str], folder: Path) -> tuple[dict[str, Any], int]:
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment=env)
+    model, optimizer = _make(world)
+    _steps(model, optimizer, world, 0, 2)
+    checkpoint.save_hf(folder / "hf", model, world, _hf(torch.bfloat16))
+    part = hf_part(model, world, _hf(torch.bfloat16))
+    return _whole(model), sum(t.numel() for t in part.tensors.values())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_rank_writes_a_file_of_the_hf_directory(tmp_path: Path, size: int) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_text("of an earlier run")
+    (tmp_path / "hf" / "note.txt").write_text("of the user")
+    results = run_ranks(_save_hf, size, tmp_path)
+    files = [f"model-{i + 1:05d}-of-{size:05d}.safetensors" for i in range(size)]
+    names = ["config.json", *files, "model.safetensors.index.json", "note.txt"]
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == names
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    found = {name: tensor for file in files for name, tensor in load_file(tmp_path / "hf" / file).items()}
+    assert found.keys() == index["weight_map"].keys() == results[0][0].keys()
+    for name, array in results[0][0].items():
+        assert torch.equal(found[name], torch.from_numpy(array).to(torch.bfloat16)), name
+    numbers = sum(array.size for array in results[0][0].values())
+    assert sum(held for _, held in results) == numbers and max(held for _, held in results) < 0.8 * numbers
+    assert index["metadata"]["total_size"] == 2 * numbers
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match="keep must be at least 1"):
-        CheckpointConfig(keep=0)
+    for wrong in ({"keep": 0}, {"every": -1}, {"every_minutes": -0.1}, {"every_minutes": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; expected at least"):
+            CheckpointConfig(**wrong)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from fastvst import checksum
 from fastvst.train import checkpoint, distributed, lock, resume, run
@@ -16,6 +15,7 @@ from fastvst.train.checkpoint import CheckpointError
 from fastvst.train.distributed import ParallelConfig
 from fastvst.train.optimizer import OptimizerConfig, make_optimizer
 from fastvst.train.resume import Lineage
+from fastvst.train.snapshot import HFDirectory
 from ranks import run_ranks
 from toy import ToyModel
 
@@ -35,10 +35,6 @@ class Run:
             for parameter in self.model.parameters():
                 parameter.fill_(value)
 
-        def hf(path: Path, tensors: dict) -> None:
-            path.mkdir()
-            save_file(tensors, path / "model.safetensors")
-
         return checkpoint.save(
             self.folder,
             step,
@@ -48,7 +44,7 @@ class Run:
             state={},
             rank_state={},
             config={},
-            write_hf=hf,
+            hf=HFDirectory(torch.float32, lambda path: path),
             keep=keep,
             lineage=lineage,
         )

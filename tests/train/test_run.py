@@ -19,8 +19,8 @@ from fastvst.train.run import (
     build_processor,
     count_steps,
     open_run_folder,
+    restore_data,
     run_script,
-    same_data,
     total_steps,
 )
 from small_run import ROOT, write_model
@@ -100,8 +100,9 @@ def test_the_epochs_are_the_schedule(tmp_path: Path) -> None:
 
 
 def test_data_that_do_not_fit_a_checkpoint_name_the_option() -> None:
-    with (
-        pytest.raises(CheckpointError, match=r"step-2: other sources\. .*--resume\.data anew"),
-        same_data(Path("step-2")),
-    ):
+    def load() -> None:
         raise ValueError("other sources.")
+
+    with pytest.raises(CheckpointError, match=r"step-2: other sources\. .*--resume\.data anew"):
+        restore_data(Path("step-2"), "same", ALONE, load)
+    restore_data(Path("step-2"), "anew", ALONE, load)
