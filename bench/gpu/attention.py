@@ -21,6 +21,10 @@ from torch.nn import functional as F
 
 from bench.cases.attention import CASES, Case
 from fastvst_kernels import packed_attention, prepare
+from fastvst_kernels.attention.backends import AttentionCall, library_attention
+from fastvst_kernels.attention.choice import TRITON, record
+from fastvst_kernels.attention.choice import Case as Call
+from fastvst_kernels.attention.libraries import LIBRARIES, installed
 
 Contender = Callable[[], Tensor]
 
@@ -68,9 +72,11 @@ def machine() -> dict[str, str]:
 
 
 def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
-    """Functions that compute one case: ours and, without groups, the peers'. Each returns the output."""
+    """Functions that compute one case: ours, every installed library and, without groups, torch's other ways.
+
+    Each returns the output.
+    """
     offsets = case.offsets("cuda")
-    longest = max(case.lengths)
     plan = prepare(case.offsets("cpu"), case.groups("cpu"), causal=case.causal).to("cuda")
     groups = case.groups("cuda")
     found: dict[str, Contender] = {
@@ -78,14 +84,11 @@ def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contend
             q, k, v, offsets, causal=case.causal, groups=groups, backend="triton", plan=plan
         )
     }
+    call = AttentionCall(q, k, v, offsets, groups, plan, None, case.causal, q.shape[-1] ** -0.5)
+    for name in installed():
+        found[name] = lambda name=name: library_attention(call, name)[0]
     if case.prompts is not None:
         return found
-    found["torch varlen"] = lambda: packed_attention(
-        q, k, v, offsets, causal=case.causal, max_seqlen=longest, backend="torch"
-    )
-    found["flash-attn"] = lambda: packed_attention(
-        q, k, v, offsets, causal=case.causal, max_seqlen=longest, backend="flash"
-    )
     if len(set(case.lengths)) == 1:
         found["cudnn"] = lambda: _cudnn(q, k, v, case)
     found["flex"] = _flex(q, k, v, case)
@@ -149,14 +152,35 @@ def measure(case: Case) -> dict[str, dict[str, Any]]:
 
 def group_ratio(case: Case) -> dict[str, Any]:
     """Forward + backward with groups compared with the best contender on the repeated-prompt layout."""
-    ours = measure(case)["fastvst"]
+    figures = measure(case)
+    ours = figures["fastvst"]
     peers = measure(case.repeated())
     times = {n: f["forward_ms"] + f["backward_ms"] for n, f in peers.items() if "forward_ms" in f}
     if "forward_ms" not in ours or not times:
-        return {"groups": ours, "repeated": peers}
+        return {"groups": figures, "repeated": peers}
     best = min(times, key=times.__getitem__)
     ratio = times[best] / (ours["forward_ms"] + ours["backward_ms"])
-    return {"groups": ours, "repeated": peers, "best_repeated": best, "ratio": ratio, "goal_ratio": 2.5}
+    return {"groups": figures, "repeated": peers, "best_repeated": best, "ratio": ratio, "goal_ratio": 2.5}
+
+
+def record_choice(case: Case, figures: dict[str, dict[str, Any]]) -> None:
+    """Write which contender was fastest into the table that `backend="auto"` reads, for inference and for training."""
+    names = {"fastvst": TRITON, **{name: name for name in LIBRARIES}}
+    timed = {names[n]: f for n, f in figures.items() if n in names and "forward_ms" in f}
+    if TRITON not in timed:
+        return
+    capability = torch.cuda.get_device_capability()
+    source = f"measured by python -m bench.gpu.attention, {time.strftime('%Y-%m-%d')}, {case.name}"
+    for training in (False, True):
+        key = Call(
+            capability,
+            torch.cuda.get_device_name(),
+            case.width,
+            training,
+            case.prompts is not None,
+            case.tokens // len(case.lengths),
+        )
+        record(key, {n: f["forward_ms"] + training * f["backward_ms"] for n, f in timed.items()}, source)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--record", action="store_true", help="write the fastest of each case into the table of 'auto'")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench/gpu/attention.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
@@ -175,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.only in case.name and time.monotonic() < deadline:
             found = measure(case) if case.prompts is None else group_ratio(case)
             result["cases"][case.name] = found
+            if arguments.record:
+                record_choice(case, found if case.prompts is None else found["groups"])
             print(case.name, json.dumps(found, indent=1), flush=True)
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     result["complete"] = len(result["cases"]) == len(CASES)

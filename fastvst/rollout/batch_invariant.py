@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastvst_kernels.attention.op  # noqa: F401 - registers the operator fastvst::packed_attention
+import fastvst_kernels.attention.api  # noqa: F401 - registers the operators of packed attention
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
 from fastvst.rollout.decode import DecodeBatch, new_slots, run_decoder
@@ -57,7 +57,7 @@ class batch_invariant(TorchDispatchMode):  # noqa: N801 - used as a context mana
             return kwargs["out"].copy_(_add_mm(*args))
         if func is aten.addmm_.default and not kwargs:
             return args[0].copy_(_add_mm(*args))
-        if func is torch.ops.fastvst.packed_attention.default:
+        if func in (torch.ops.fastvst.packed_attention.default, torch.ops.fastvst.library_attention.default):
             q, k, v, cu_seqlens, groups, *_, causal, scale = args
             if causal:
                 return _packed_attention(q, k, v, cu_seqlens, groups, scale)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 # Importing these modules makes the operators.
+from fastvst_kernels.attention import library_op as _library_op  # noqa: F401
 from fastvst_kernels.attention import op as _attention_op  # noqa: F401
 from fastvst_kernels.decode import op as _decode_op  # noqa: F401
 from fastvst_kernels.invariant import op as _invariant_op  # noqa: F401
@@ -56,13 +57,18 @@ def _unknown(x: Tensor) -> bool:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, groups: Tensor | None, *options: Any) -> int:
-    causal = options[3]
+    causal = options[-2]
     return 4 * q.shape[1] * q.shape[2] * attention_pairs(cu_seqlens, q.shape[0], groups, causal)
 
 
 def _attention_backward(dout: Tensor, dlse: Any, q: Tensor, k: Any, v: Any, out: Any, lse: Any, *rest: Any) -> int:
-    cu_seqlens, groups, _, _, causal, _ = rest
+    cu_seqlens, groups = rest[:2]
+    causal = rest[-2]
     return 8 * q.shape[1] * q.shape[2] * attention_pairs(cu_seqlens, q.shape[0], groups, causal)
+
+
+def _library_backward(dout: Tensor, *inputs: Any) -> int:
+    return _attention_backward(dout, None, *inputs)
 
 
 def _window(qkv: Tensor, bias: Any, positions: Any, cu_windows: Tensor, *options: Any) -> int:
@@ -110,6 +116,8 @@ def _mm(a: Tensor, b: Tensor, *options: Any) -> int:
 FORMULAS = {
     "packed_attention": _attention,
     "packed_attention_backward": _attention_backward,
+    "library_attention": _attention,
+    "library_attention_backward": _library_backward,
     "window_attention": _window,
     "window_attention_backward": _window_backward,
     "decode_attention": _decode,

@@ -12,7 +12,8 @@ from fastvst.batch import pack
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.rollout.batch_invariant import batch_invariant
 from fastvst.rollout.mismatch import mismatch
-from fastvst_kernels import linear_logprobs, packed_attention
+from fastvst_kernels import linear_logprobs, packed_attention, prepare
+from fastvst_kernels.attention.library_op import attend
 from hf_parity import make_models, make_sample, small_config
 from teacher import teacher_forced
 
@@ -109,6 +110,19 @@ def test_packed_attention_in_the_mode_is_the_same_function():
     )
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+def test_a_library_is_not_called_in_the_mode():
+    """flash-attn is not installed here, so a call would raise."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 70, 75, 90, 93], dtype=torch.int32)
+    groups = torch.tensor([-1, 0, 0, -1])
+    qkv = tuple(torch.randn(93, h, 16) for h in (4, 2, 2))
+    plan = prepare(offsets, groups, causal=True)
+    with batch_invariant():
+        expected = packed_attention(*qkv, offsets, causal=True, groups=groups)
+        out, _ = attend("flash-attn-2", qkv, offsets, groups, plan.prompts, longest=70, causal=True, scale=0.25)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
 
 
 def test_mismatch_figures():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvst_kernels.attention.backends import AttentionCall, flash_attention, torch_attention
+from fastvst_kernels.attention.backends import AttentionCall, best_library, lacks, library_attention, torch_attention
+from fastvst_kernels.attention.choice import Case, choose
 from fastvst_kernels.attention.cpu import attention_reference
 from fastvst_kernels.attention.op import attention_op
 from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, make_plan, prepare
@@ -51,12 +52,13 @@ def packed_attention(
         scale: of the scores, > 0; default `D ** -0.5`.
         groups: (S,) int32 or None; for each sequence the index of the sequence that is its shared prompt, or -1.
             Layout [prompt | completion 1 | ... | completion n]. Needs `causal=True`.
-        max_seqlen: the longest sequence, as an int; "flash" and "torch" on CUDA need it.
-        backend: "triton" (this package's kernels, forward and backward without atomics), "flash" (flash-attn, if
-            installed), "torch" (CPU: fused CPU attention batched over sequences of equal length; CUDA bf16/fp16
-            without groups: `torch.nn.attention.varlen`; CUDA otherwise: SDPA by sequence, which reads `cu_seqlens` on
-            the host), "reference" (plain softmax, any dtype, float64 included), or "auto", which picks the first of
-            them that can do what is asked and logs the reason once.
+        max_seqlen: the longest sequence, as an int; "flash" and "torch" on CUDA need it or a plan that knows it.
+        backend: "triton" (this package's kernels, forward and backward without atomics), "flash" (the first of
+            flash-attn 4, 3, 2 and torch's copy that is installed and serves the GPU; half types; groups need a plan
+            that was made on the CPU), "torch" (CPU: fused CPU attention batched over sequences of equal length; CUDA:
+            torch's FlashAttention for half types, else SDPA by sequence, which reads `cu_seqlens` on the host),
+            "reference" (plain softmax, any dtype, float64 included), or "auto", which picks the fastest that can do
+            what is asked, by a table of architectures, and logs the reason once.
         return_lse: also return the logsumexp of the scaled scores, (T, Hq) float32 (float64 for float64 inputs),
             differentiable.
         validate: also check values that need a device synchronisation on CUDA (always checked on the CPU).
@@ -80,7 +82,8 @@ def packed_attention(
     if has_no_values(q) and backend in ("auto", "torch", "triton"):
         out, lse = attention_op(q, k, v, cu_seqlens, groups, None, None, None, causal, scale)
         return (out, lse.transpose(0, 1)) if return_lse else out
-    backend = _resolve(backend, q)
+    call = AttentionCall(q, k, v, cu_seqlens, groups, plan, max_seqlen, causal, scale)
+    backend = _resolve(backend, call, return_lse)
     on_host = q.device.type == "cpu"
     if backend == "triton" or (backend == "torch" and on_host):
         tables: tuple[Tensor | None, ...] = (None, None, None)
@@ -95,24 +98,27 @@ def packed_attention(
     if backend == "reference":
         out, lse = attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, groups=groups)
         return (out, lse) if return_lse else out
-    call = AttentionCall(q, k, v, cu_seqlens, groups, max_seqlen, causal, scale)
-    if backend == "flash":
-        return flash_attention(call, return_lse=return_lse)
-    if return_lse:
-        raise ValueError("backend 'torch' returns no logsumexp on this device; use 'triton' or 'reference'")
-    return torch_attention(call)
+    if backend == "torch":
+        if return_lse:
+            raise ValueError("backend 'torch' returns no logsumexp on this device; use 'triton' or 'reference'")
+        return torch_attention(call)
+    out, lse = library_attention(call, backend)
+    return (out, lse) if return_lse else out
 
 
-def _resolve(backend: str, q: Tensor) -> str:
-    """The backend that computes this call, with "auto" resolved and said once.
+def _resolve(backend: str, call: AttentionCall, return_lse: bool) -> str:
+    """The backend that computes this call: "triton", "torch", "reference" or a library; "auto" says its choice once.
 
     Raises:
-        ValueError: an unknown backend, or "triton" where it cannot run.
+        ValueError: an unknown backend, or one where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; expected one of {BACKENDS}")
+    q = call.q
+    if backend == "flash":
+        return best_library(call, return_lse=return_lse)
     if backend == "auto":
-        backend, why = _choose(q)
+        backend, why = _choose(call, return_lse)
         if not torch.compiler.is_compiling():
             log_once("packed_attention", backend, q.device.type, why)
     if backend == "triton":
@@ -126,15 +132,21 @@ def _resolve(backend: str, q: Tensor) -> str:
     return backend
 
 
-def _choose(q: Tensor) -> tuple[str, str]:
-    """What "auto" picks, and why."""
+def _choose(call: AttentionCall, return_lse: bool) -> tuple[str, str]:
+    """What "auto" picks, and why. Compiled code runs the Triton kernels."""
+    q = call.q
     if q.device.type == "cpu":
         return "torch", "the CPU's fused attention, batched over sequences of equal length"
     if q.dtype == torch.float64:
         return "reference", "float64 is for checking; the kernels take bfloat16, float16 and float32"
-    if q.device.type == "cuda" and HAS_TRITON:
+    if q.device.type != "cuda" or not HAS_TRITON:
+        return "torch", "there is no Triton for this device; torch's FlashAttention, or SDPA by sequence"
+    if torch.compiler.is_compiling() or lacks(call, return_lse=return_lse):
         return "triton", "this package's kernels"
-    return "torch", "there is no Triton for this device; torch.nn.attention.varlen, or SDPA by sequence"
+    capability = torch.cuda.get_device_capability(q.device)
+    name = torch.cuda.get_device_name(q.device)
+    shared = call.groups is not None
+    return choose(Case(capability, name, q.shape[2], call.training, shared, call.mean_length))
 
 
 def _tile_tables(

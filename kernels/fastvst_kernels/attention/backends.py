@@ -1,19 +1,18 @@
-"""Packed attention by others: torch's SDPA and variable-length attention on a GPU, and the flash-attn package."""
+"""Packed attention by others: FlashAttention libraries on a GPU, and torch's SDPA by sequence."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvst_kernels.attention.libraries import HALF, MODULES, installed, serves
+from fastvst_kernels.attention.library_op import attend
+from fastvst_kernels.attention.plan import AttentionPlan
 from fastvst_kernels.attention.segments import batch_by_length, row_indices, take
-
-HALF = (torch.bfloat16, torch.float16)
+from fastvst_kernels.shared.backend import log_once
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,31 @@ class AttentionCall:
     v: Tensor
     cu_seqlens: Tensor
     groups: Tensor | None
+    plan: AttentionPlan | None
     max_seqlen: int | None
     causal: bool
     scale: float
 
+    @property
+    def training(self) -> bool:
+        """Whether a backward pass may follow."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence, from the caller or the plan, if the host knows it."""
+        return self.plan.longest if self.max_seqlen is None and self.plan is not None else self.max_seqlen
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens over sequences."""
+        return self.q.shape[0] // max(1, self.cu_seqlens.numel() - 1)
+
 
 def torch_attention(call: AttentionCall) -> Tensor:
-    """(T, Hq, D) by `torch.nn.attention.varlen` (half types without groups), else by SDPA on equal lengths."""
-    if call.groups is None and call.q.dtype in HALF:
-        return _varlen(call)
+    """(T, Hq, D) by torch's FlashAttention where it serves the call, else by SDPA on equal lengths."""
+    if call.q.device.type == "cuda" and not lacks(call, return_lse=False):
+        return library_attention(call, "torch-varlen")[0]
     q = call.q
     k = call.k
     v = call.v
@@ -54,67 +69,53 @@ def torch_attention(call: AttentionCall) -> Tensor:
     return out
 
 
-def _varlen(call: AttentionCall) -> Tensor:
-    """torch's own variable-length attention. Its keywords for mask, scale and GQA differ between versions."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if call.max_seqlen is None:
-        raise ValueError("backend 'torch' needs max_seqlen (an int, from the loader) on a GPU")
-    names = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {}
-    q = call.q
-    k = call.k
-    v = call.v
-    if "scale" in names:
-        options["scale"] = call.scale
-    else:
-        q = q * (call.scale * q.shape[-1] ** 0.5)
-    if "window_size" in names:
-        options["window_size"] = (-1, 0) if call.causal else (-1, -1)
-    else:
-        options["is_causal"] = call.causal
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in names:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    lengths = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
-    out: Any = varlen_attn(q, k, v, *lengths, **options)
-    return out
+def lacks(call: AttentionCall, *, return_lse: bool) -> list[str]:
+    """What every library lacks for this call; empty where one can compute it."""
+    missing = []
+    if call.q.dtype not in HALF:
+        missing.append(f"{call.q.dtype} (they have bfloat16 and float16)")
+    if call.q.device.type != "cuda":
+        missing.append(f"{call.q.device.type} tensors")
+    if return_lse and call.training:
+        missing.append("a logsumexp with a gradient")
+    if call.longest is None:
+        missing.append("the longest length: give max_seqlen, or a plan of prepare() from CPU offsets")
+    if call.groups is not None and (call.plan is None or call.plan.prompts is None):
+        missing.append("the rows of shared prompts: give a plan of prepare() from CPU offsets and groups")
+    return missing
 
 
-def flash_attention(call: AttentionCall, *, return_lse: bool) -> Tensor:
-    """(T, Hq, D) by flash-attn.
+def library_attention(call: AttentionCall, library: str) -> tuple[Tensor, Tensor]:
+    """(T, Hq, D) output and (T, Hq) logsumexp without gradient, by a library of `LIBRARIES`."""
+    if call.longest is None:
+        raise ValueError(f"{library} needs the longest length")
+    out, lse = attend(
+        library,
+        (call.q, call.k, call.v),
+        call.cu_seqlens,
+        call.groups,
+        None if call.plan is None else call.plan.prompts,
+        longest=call.longest,
+        causal=call.causal,
+        scale=call.scale,
+    )
+    return out, lse.transpose(0, 1)
+
+
+def best_library(call: AttentionCall, *, return_lse: bool) -> str:
+    """The first installed library of `LIBRARIES` that serves the call on its GPU; the choice is logged once.
 
     Raises:
-        ValueError: flash-attn is not installed, or lacks what the call asks for.
+        ValueError: what the libraries lack, or which ones are missing.
     """
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("backend 'flash' needs the flash-attn package, which is not installed; use 'auto'")
-    lacks = [
-        name
-        for name, missing in (
-            ("shared-prompt groups", call.groups is not None),
-            (f"{call.q.dtype} (it has bfloat16 and float16)", call.q.dtype not in HALF),
-            (f"{call.q.device.type} tensors", call.q.device.type != "cuda"),
-            ("a logsumexp with a gradient", return_lse),
-            ("the longest length: give max_seqlen", call.max_seqlen is None),
-        )
-        if missing
-    ]
-    if lacks:
-        raise ValueError(f"backend 'flash' lacks {', '.join(lacks)}; use 'triton' or 'reference'")
-    from flash_attn import flash_attn_varlen_func
-
-    offsets = call.cu_seqlens.int()
-    return flash_attn_varlen_func(
-        call.q,
-        call.k,
-        call.v,
-        offsets,
-        offsets,
-        call.max_seqlen,
-        call.max_seqlen,
-        softmax_scale=call.scale,
-        causal=call.causal,
+    if missing := lacks(call, return_lse=return_lse):
+        raise ValueError(f"backend 'flash' lacks {', '.join(missing)}; use 'triton' or 'reference'")
+    capability = torch.cuda.get_device_capability(call.q.device)
+    for name in installed():
+        if serves(name, capability, call.q.shape[2], call.training):
+            log_once("packed_attention", "flash", call.q.device.type, name)
+            return name
+    raise ValueError(
+        f"backend 'flash': none of {', '.join(MODULES)} is installed and serves head_dim {call.q.shape[2]} on compute "
+        f"capability {capability[0]}.{capability[1]} (installed: {', '.join(installed())}); use 'triton'"
     )

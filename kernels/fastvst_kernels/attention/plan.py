@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention.fingerprint import Seen, fingerprint
+from fastvst_kernels.attention.shared_prompts import SharedPrompts, find_shared_prompts
 from fastvst_kernels.shared.boundary import public_operator
 from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
 
@@ -60,6 +61,8 @@ class AttentionPlan:
             key, end key, first and end key of the shared prompt (equal where there is none).
         keys: for each block size an (n, 4) int32 table with one row per tile of keys: first row, end row, first query,
             end query. The queries of a shared prompt run to the end of its last completion.
+        longest: the longest sequence, where the offsets were on the CPU.
+        prompts: the shared prompts as one more call of plain attention, where groups and offsets were on the CPU.
         fingerprint: of the offsets and groups; an int where they were on the CPU, else a scalar on their device.
         seen: the offsets and groups that were compared with the fingerprint.
     """
@@ -69,6 +72,8 @@ class AttentionPlan:
     shared: bool
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
+    longest: int | None = None
+    prompts: SharedPrompts | None = None
     fingerprint: int | Tensor | None = None
     seen: Seen | None = field(default_factory=Seen, repr=False, compare=False)
 
@@ -130,7 +135,8 @@ class AttentionPlan:
         queries = {block: fn(table) for block, table in self.queries.items()}
         keys = {block: fn(table) for block, table in self.keys.items()}
         mark = fn(self.fingerprint) if isinstance(self.fingerprint, Tensor) else self.fingerprint
-        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys, mark)
+        prompts = None if self.prompts is None else self.prompts.map(fn)
+        return AttentionPlan(self.num_tokens, self.causal, self.shared, queries, keys, self.longest, prompts, mark)
 
 
 @public_operator(reads_values=True)
@@ -223,11 +229,13 @@ def make_plan(
             last = group_ends[owner]
             keys[block] = _longest_first(torch.stack([begin, end, first, last], 1), last - first)
     if torch.compiler.is_compiling():  # this plan serves the one call that makes it
-        return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, None, None)
-    mark: int | Tensor = fingerprint(cu_seqlens, groups)
-    if cu_seqlens.device.type == "cpu":
-        mark = int(mark)
-    return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, mark)
+        return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, seen=None)
+    mark = fingerprint(cu_seqlens, groups)
+    if cu_seqlens.device.type != "cpu":
+        return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, fingerprint=mark)
+    longest = int((ends - starts).max()) if len(starts) else 0
+    shared = None if groups is None else find_shared_prompts(offsets, prompts)
+    return AttentionPlan(num_tokens, causal, groups is not None, queries, keys, longest, shared, int(mark))
 
 
 def _tiles(starts: Tensor, ends: Tensor, num_tokens: int, block: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:

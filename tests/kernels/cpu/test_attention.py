@@ -178,7 +178,7 @@ BAD = [
     ({"groups": i32(-1, 0, 1), "cu_seqlens": i32(0, 3, 5, 8)}, "is itself a completion"),
     ({"groups": i32(-1, -1, 0), "cu_seqlens": i32(0, 3, 5, 8)}, "another sequence lies between"),
     ({"backend": "triton"}, "backend 'triton' has no kernels for 'cpu'"),
-    ({"backend": "flash"}, "needs the flash-attn package"),
+    ({"backend": "flash"}, "backend .flash. lacks torch.float32"),
     ({"backend": "fast"}, "unknown attention backend 'fast'"),
 ]
 
