@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastvst.config import not_an_option, render, to_dict
-from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig, SourceConfig
+from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Processor, ProcessorConfig
 from fastvst.data.ledger import BadSamples, TooManyBadSamples
 from fastvst.data.loader import make_loader, make_planner
 from fastvst.evaluate import rooms as rooms_benchmark
@@ -45,6 +45,7 @@ from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib, peak_flops
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
 from fastvst.train.recipes import sft_layers
+from fastvst.train.rooms import RoomsOptions, find_data
 from fastvst.train.run import (
     Saver,
     build_model,
@@ -83,25 +84,6 @@ class ModelOptions:
     path: str | None = None
     preset: str = "tiny"
     recompute: Literal["none", "light", "full"] = "none"
-
-
-@dataclass(frozen=True)
-class RoomsOptions:
-    """The rendered rooms, which are used when data.sources is empty.
-
-    Attributes:
-        samples: rows to train on.
-        heldout: rows about other rooms, for the evaluation; the tasks have equal shares.
-        seed: random seed of the rooms.
-        workers: rendering processes.
-        folder: where the rows are cached; none = the user's cache folder.
-    """
-
-    samples: int = 2400
-    heldout: int = 1200
-    seed: int = 0
-    workers: int = 2
-    folder: str | None = None
 
 
 STEPS = 1300  # of the rooms' demonstration
@@ -161,29 +143,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             run(config, world, stop)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def find_data(config: Config, world: World) -> tuple[MixtureConfig, tuple[Path, Path] | None]:
-    """The mixture to train on; for rooms also the folders of (training rows, held-out rows)."""
-    if config.data.sources:
-        return config.data, None
-    from fastvst.generate.presets import DEFAULT, HELDOUT
-    from fastvst.generate.rooms import RoomsConfig
-    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
-
-    r = config.rooms
-
-    def make(split: str, samples: int, rows: RoomsConfig) -> Path:
-        given = (r.folder, samples, r.seed, r.workers, rows)
-        return Path(world.once_per_node(split, lambda: make_rooms_in_subprocess(*given, split=split)))
-
-    train = make("train", r.samples, DEFAULT)
-    heldout = make("heldout", r.heldout, HELDOUT)
-    source = SourceConfig(path=str(train), name="rooms")
-    return dataclasses.replace(config.data, sources=(source,)), (train, heldout)
-
-
 # ------------------------------------------------------------------------------------------------------------- one step
 
 
@@ -197,12 +156,14 @@ class StepTotals:
     images: float
     flops: float
     packs: float
+    samples: float
     stop: bool
     save: bool
+    losses: tuple[float | None, ...]  # of each source; None without a supervised token
 
 
 def accumulate(
-    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, flags: tuple[bool, bool]
+    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, flags: tuple[bool, bool], sources: int = 0
 ) -> tuple[StepTotals, list[Tensor], list[float]]:
     """Forward and backward of one global batch; the clipped gradients are left in the parameters.
 
@@ -219,29 +180,42 @@ def accumulate(
     weights = [float(p.target_weights.sum()) for p in packs]  # the packs are still in host memory
     images = sum(p.num_images for p in packs)
     tokens = sum(p.num_tokens for p in packs)
-    counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), *flags]
+    samples = sum(int((p.origins >= 0).sum()) for p in packs)
+    counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), samples, *flags]
     totals = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device))
     normaliser = totals[0].float().clamp(min=1e-9)
     losses = []
+    by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     for pack in packs:
         batch = pack.to(world.device)  # asynchronous: while the device computes, the host queues the next pack
-        loss = model(batch, head=token_mean(batch, normaliser))
+        rows = torch.zeros_like(batch.target_weights)
+        loss = model(batch, head=token_mean(batch, normaliser, rows))
         loss.backward()
         losses.append(loss.detach())
+        by_source[0] += batch.sum_by_origin(rows, sources)
+        by_source[1] += batch.sum_by_origin(batch.target_weights / normaliser, sources)
     norm = clip_gradients(model.parameters(), clip)
-    loss = world.sum(torch.stack(losses).sum())
-    # The only point where the host waits for the device: one read of nine numbers for the guard and the log.
-    read = torch.cat([loss.double().view(1), norm.double().view(1).to(world.device), totals]).tolist()
-    found = StepTotals(read[0], read[1], read[3], read[4], read[5], read[6], read[7] > 0, read[8] > 0)
-    return found, losses, [w / guard.expect_targets(read[2]) for w in weights]
+    sums = world.sum(torch.cat([torch.stack(losses).sum().double().view(1), by_source.flatten()]))
+    # The only point where the host waits for the device: one read of all numbers for the guard and the log.
+    read = torch.cat([totals, norm.double().view(1).to(world.device), sums]).tolist()
+    target_weight, *counted, stops, saves, grad_norm, loss = read[:10]
+    shares = zip(read[10 : 10 + sources], read[10 + sources :], strict=True)
+    means = tuple(part / share if share else None for part, share in shares)
+    found = StepTotals(loss, grad_norm, *counted, stop=stops > 0, save=saves > 0, losses=means)
+    return found, losses, [w / guard.expect_targets(target_weight) for w in weights]
 
 
-def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss head: cross entropy of the supervised rows, weighted and divided by the global target weight."""
+def token_mean(batch: PackedBatch, normaliser: Tensor, parts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss head: cross entropy of the supervised rows, weighted and divided by the global target weight.
+
+    Args:
+        parts: (M,) receives the part of every supervised token in the loss.
+    """
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        row_weights = batch.target_weights / normaliser
         rows = hidden[batch.loss_rows]
-        return linear_cross_entropy(rows, weight, batch.targets, row_weights=batch.target_weights / normaliser)
+        return linear_cross_entropy(rows, weight, batch.targets, row_weights=row_weights, row_losses=parts)
 
     return head
 
@@ -252,7 +226,7 @@ def token_mean(batch: PackedBatch, normaliser: Tensor) -> Callable[[Tensor, Tens
 def run(config: Config, world: World, stop: StopRequest) -> None:
     out = Path(config.out)
     resume_from = open_run_folder(out, config.resume, world)
-    sources, rooms = find_data(config, world)
+    sources, rooms = find_data(config.data, config.rooms, world)
     mixture = open_data(sources)
     processor = build_processor(config.processor, config.model.path, config.model.preset)
     steps = total_steps(config.steps, STEPS, mixture, lambda m: count_steps(m, processor, config.loader, world.size))
@@ -278,16 +252,19 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     )
     first = 0
     recent = guard.Recent()
+    samples = 0.0  # trained on so far
     if resume_from is not None:
         state, rank_state = saver.load(resume_from)
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
+        samples = state.get("samples", 0) if config.resume_data == "same" else 0
         restore_data(resume_from, config.resume_data, world, lambda: loader.load_state_dict(rank_state["loader"]))
     world.say(*loader.notes)
     say_hopeless_sources(mixture, make_planner(mixture, processor, config.loader, world.size).examine, world)
 
     def save(step: int) -> None:
-        saver.save(step, state={"guard": recent.to_json()}, rank_state={"loader": loader.state_dict()})
+        state = {"guard": recent.to_json(), "samples": samples}
+        saver.save(step, state=state, rank_state={"loader": loader.state_dict()})
 
     metrics = Metrics(
         out,
@@ -296,7 +273,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         done=first,
         is_main=world.is_main,
         settings=settings,
-        peak_flops=peak_flops(world),
+        peak_flops=peak_flops(world, config.log.peak_tflops),
+        devices=world.size,
+        on_gpu=world.device.type == "cuda",
+        epochs=config.data.epochs,
         origins=config.origins,
     )
     with metrics, saver:
@@ -321,7 +301,10 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             set_learning_rates(optimizer, config.schedule, step, steps)
             flags = (stop.requested or loader.ledger.failure() is not None, saver.minutes_over())
             with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
-                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, flags)
+                totals, losses, shares = accumulate(
+                    model, packs, world, config.optimizer.clip, flags, len(mixture.names)
+                )
+            samples += totals.samples
             reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm, config.optimizer.clip)
             if reason is None:
                 optimizer.step()
@@ -333,7 +316,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             metrics.log(
                 {
                     "step": step + 1,
+                    "epoch": round((samples + loader.ledger.weight) / len(mixture), 4),
                     "loss": totals.loss,
+                    "losses": {n: x for n, x in zip(mixture.names, totals.losses, strict=True) if x is not None},
                     "lr": optimizer.param_groups[-1]["lr"],
                     "grad_norm": totals.grad_norm,
                     "seconds": round(time.perf_counter() - begin, 4),
@@ -364,7 +349,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         evaluate(config, processor, world, rooms)
 
 
-def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Path, Path] | None) -> None:
+def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[str, str] | None) -> None:
     """Evaluate the saved model on rooms that training never saw, and write the report."""
     out = Path(config.out)
     results = None
@@ -379,7 +364,7 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[Pa
 
 def dry_run(config: Config, world: World) -> None:
     """Parameters, packs of the first 200 samples, FLOPs and memory; nothing is trained or written."""
-    mixture, _ = find_data(config, world)
+    mixture, _ = find_data(config.data, config.rooms, world)
     if world.is_main:
         text = budget.dry_run(
             model_config(config.model.path, config.model.preset),

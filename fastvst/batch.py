@@ -35,6 +35,7 @@ class EncodedSample:
         vision_slots: (N,) int32 token index of each merged vision token, in patch order.
         window_order, window_lengths, image_lengths, vision_positions: fields of `fastvst.model.positions.VisionLayout`.
         cost: tokens, patches and FLOPs, which the packer balances.
+        origin: index of the mixture's source that the sample was drawn from; -1 = none.
         source, id, kind: provenance, as in `Sample`.
         notes: reason codes of the changes that encoding made ("fov_unified", "exif_orientation_applied", ...).
         source_sizes: (width, height) of each image and video as the user gave it (as displayed, before resizing).
@@ -55,6 +56,7 @@ class EncodedSample:
     source: str = "memory"
     id: str = "0"
     kind: str = "qa"
+    origin: int = -1
     notes: tuple[str, ...] = ()
     source_sizes: tuple[tuple[int, int], ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
@@ -81,6 +83,7 @@ class PackedBatch:
         target_weights: (M,) float32, `loss_weights` of the targets.
         positions: (3, T) int32 M-RoPE positions.
         cu_seqlens: (S + 1,) int32, from 0 to T.
+        origins: (S,) int32 index of the mixture's source that each sequence was drawn from; -1 = none.
         groups: (S,) int32 or None; for each sequence the index of the sequence that is its shared prompt, or -1.
         vision_slots: (N,) int64 rows of the merged vision tokens, in tower order.
         patches: (P, 1176) float32 in tower order.
@@ -101,6 +104,7 @@ class PackedBatch:
     target_weights: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    origins: Tensor
     groups: Tensor | None
     vision_slots: Tensor
     patches: Tensor
@@ -159,6 +163,18 @@ class PackedBatch:
             elif a != b:
                 return False
         return True
+
+    def sum_by_origin(self, values: Tensor, count: int) -> Tensor:
+        """(count,) float64 sums of one value for each supervised token over the sources; does not wait for the device.
+
+        Args:
+            values: (M,) floats, such as losses.
+            count: number of sources; tokens of samples without one of these origins are left out.
+        """
+        sequence = torch.searchsorted(self.cu_seqlens, self.loss_rows.int(), right=True, out_int32=True) - 1
+        place = torch.where(self.origins < count, self.origins, -1)[sequence.long()].long() + 1
+        sums = torch.zeros(count + 1, dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, place, values.double())[1:]
 
     def describe(self) -> str:
         """One line for logs: sequences, tokens, supervised tokens, images, patches, longest sequence."""
@@ -266,6 +282,7 @@ def pack(
         target_weights=weights[supervised],
         positions=torch.cat([s.positions for s in samples], dim=1),
         cu_seqlens=cu_seqlens,
+        origins=torch.tensor([s.origin for s in samples], dtype=torch.int32),
         groups=prompts,
         vision_slots=vision_slots,
         patches=patches,

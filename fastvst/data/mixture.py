@@ -191,6 +191,13 @@ class Mixture(Iterator[Drawn]):
         """Rows of all sources together, good and bad."""
         return sum(len(source) for source in self.sources)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources. Equal names get numbers: "train", "train#2"."""
+        names = [source.name for source in self.sources]
+        before = [names[:index].count(name) + 1 for index, name in enumerate(names)]
+        return [name if number == 1 else f"{name}#{number}" for name, number in zip(names, before, strict=True)]
+
     def where(self, ref: Ref) -> str:
         """File and row as text."""
         return self.sources[ref.source].where(ref.block, ref.row)

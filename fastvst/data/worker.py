@@ -110,7 +110,7 @@ class PackStream(IterableDataset):
                     f"{name} ({where}): measured {cost}, encoded {one.cost}; the file changed during training, or "
                     "measure() and encode() disagree"
                 )
-            encoded.append(one)
+            encoded.append(replace(one, origin=ref.source))
         return encoded, bad
 
 

@@ -14,6 +14,7 @@ from fastvst.config import ConfigError, not_an_option
 from fastvst.data import Ledger, MixtureConfig, Processor, SourceConfig
 from fastvst.rl.heldout import EvaluationConfig
 from fastvst.rl.prompts import PromptStream
+from fastvst.train import rooms as shared_rooms
 from fastvst.train.distributed import World
 from fastvst.train.run import open_data
 
@@ -38,17 +39,10 @@ class RoomsOptions:
 def make_rooms(options: RoomsOptions, questions: int, world: World) -> tuple[str, str]:
     """The folders of the training rows and of `questions` held-out rows."""
     from fastvst.generate.rooms import RoomsConfig
-    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
 
-    def make(split: str, samples: int, seed: int) -> str:
-        return world.once_per_node(
-            f"rooms {split}",
-            lambda: make_rooms_in_subprocess(
-                options.folder, samples, seed, options.workers, RoomsConfig(rows=dict(ROWS)), split=split
-            ),
-        )
-
-    return make("train", options.samples, options.seed), make("heldout", questions, 0)
+    rows = RoomsConfig(rows=dict(ROWS))
+    train = shared_rooms.make_rooms(world, options, "train", options.samples, rows, seed=options.seed)
+    return train, shared_rooms.make_rooms(world, options, "heldout", questions, rows, seed=0)
 
 
 def find_data(

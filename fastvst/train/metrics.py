@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import resource
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from fastvst import atomic, jsonl
-from fastvst.config import check_at_least
+from fastvst.config import check_at_least, check_positive
 from fastvst.train.distributed import World
 
 # Peak bfloat16 FLOP/s of the tensor cores without sparsity, by the product names that CUDA reports. Source: NVIDIA's
@@ -51,6 +52,25 @@ class LogConfig:
         check_at_least(1, every=self.every)
 
 
+@dataclass(frozen=True)
+class StepLogConfig(LogConfig):
+    """Where the figures of a run are written, and what one step is compared with.
+
+    Attributes:
+        every: optimizer steps between two progress lines (metrics.jsonl has every step).
+        tensorboard: also write TensorBoard events to <out>/tensorboard.
+        wandb: also log to this Weights & Biases project; empty = no.
+        peak_tflops: peak of one device in TFLOP/s, measured or stated, for the MFU; none = of the data sheet, if known.
+    """
+
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peak_tflops is not None:
+            check_positive(peak_tflops=self.peak_tflops)
+
+
 class MissingPackage(ImportError):
     """An option needs a package that is not installed; the message says which one."""
 
@@ -65,6 +85,9 @@ class Metrics:
         settings: the resolved configuration; it is written to `out/config.json` and sent to W&B.
         line: makes the progress line of a row; default `progress_line`.
         peak_flops: FLOP/s of all devices together, for the MFU; None = unknown.
+        devices: number of devices, for the tokens/s of one and for the cost so far (gpu_hours or cpu_hours, by on_gpu).
+            The cost of steps that a kill has undone counts too.
+        epochs: data.epochs, for the progress line; None = endless data.
         origins: (option, where its value comes from), written to `out/config_origins.json`.
     """
 
@@ -79,6 +102,9 @@ class Metrics:
         settings: dict[str, Any],
         line: Callable[[dict[str, Any], int], str] | None = None,
         peak_flops: float | None = None,
+        devices: int = 1,
+        on_gpu: bool = False,
+        epochs: int | None = None,
         origins: Iterable[tuple[str, str]] = (),
     ) -> None:
         self.config = config
@@ -86,12 +112,19 @@ class Metrics:
         self.is_main = is_main
         self.line = line or progress_line
         self.peak_flops = peak_flops
+        self.devices = devices
+        self.cost = "gpu_hours" if on_gpu else "cpu_hours"
+        self.epochs = epochs
         self.path = out / "metrics.jsonl"
         self._seconds_per_step: float | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
+        self._begin = time.perf_counter()
+        self._hours = 0.0  # device hours of earlier processes of this run
         if not is_main:
             return
+        if self.path.is_file():
+            self._hours = max((row.get(self.cost, 0.0) for row in jsonl.read(self.path)), default=0.0)
         if config.tensorboard:
             module = _optional("torch.utils.tensorboard", "tensorboard", "log.tensorboard")
             self._tensorboard = module.SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
@@ -113,17 +146,24 @@ class Metrics:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one step. `row` needs step, loss, lr, grad_norm, seconds, tokens, images, fill; more keys are kept."""
+        """Write one step. `row` needs step, loss, lr, grad_norm, seconds, tokens, images, fill; more keys are kept.
+
+        Tables of numbers ("losses": {"rooms": 1.2}) are written as they are; for TensorBoard and W&B they are flat
+        ("losses/rooms").
+        """
         if not self.is_main:
             return
-        row = rates(row, self.peak_flops)
+        row = rates(row, self.peak_flops, self.devices)
+        row[self.cost] = round(self._hours + self.devices * (time.perf_counter() - self._begin) / 3600, 5)
+        if self.epochs is not None and "epoch" in row:
+            row["epochs"] = self.epochs
         step = row["step"]
         seconds = row["seconds"]
         old = self._seconds_per_step
         self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds  # about the last ten steps
         row["eta"] = round((self.total_steps - step) * self._seconds_per_step, 1)
         jsonl.append(self.path, [row])
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        numbers = {name: value for name, value in flat(row) if name != "step"}
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -133,7 +173,16 @@ class Metrics:
             print(self.line(row, self.total_steps), flush=True)
 
 
-def rates(row: dict[str, Any], peak_flops: float | None = None) -> dict[str, Any]:
+def flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of the numbers of a row and of its tables, whose names are joined by "/"."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def rates(row: dict[str, Any], peak_flops: float | None = None, devices: int = 1) -> dict[str, Any]:
     """The row with tokens_per_s, images_per_s, tflops_per_s and, where the peak is known, mfu.
 
     They follow from the row's totals over all ranks and its seconds. MFU (model FLOPs utilization, arXiv 2204.02311) is
@@ -142,6 +191,8 @@ def rates(row: dict[str, Any], peak_flops: float | None = None) -> dict[str, Any
     seconds = max(row["seconds"], 1e-9)
     row = dict(row)
     row["tokens_per_s"] = round(row["tokens"] / seconds, 1)
+    if devices > 1:
+        row["tokens_per_s_per_device"] = round(row["tokens"] / seconds / devices, 1)
     row["images_per_s"] = round(row["images"] / seconds, 2)
     if "flops" in row:
         flops_per_s = row.pop("flops") / seconds
@@ -151,8 +202,14 @@ def rates(row: dict[str, Any], peak_flops: float | None = None) -> dict[str, Any
     return row
 
 
-def peak_flops(world: World) -> float | None:
-    """Peak FLOP/s of all devices of a run together, or None where it is not known."""
+def peak_flops(world: World, peak_tflops: float | None = None) -> float | None:
+    """Peak FLOP/s of all devices of a run together, or None where it is not known.
+
+    Args:
+        peak_tflops: see `StepLogConfig`.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12 * world.size
     if world.device.type != "cuda":
         return None
     peak = device_peak_flops(torch.cuda.get_device_name(world.device), world.dtype)
@@ -172,13 +229,19 @@ def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def progress_line(row: dict[str, Any], total_steps: int) -> str:
-    """Loss, learning rate, gradient norm, tokens/s, images/s, MFU if known, fill, memory and time left in one line."""
+    """Step, epoch, loss, learning rate, gradient norm, rates, MFU if known, fill, memory, cost so far and time left.
+
+    The cost is in hours of all devices together.
+    """
     width = len(str(total_steps))
     mfu = f"mfu {100 * row['mfu']:.1f}%  " if "mfu" in row else ""
+    epoch = f"  epoch {row['epoch']:.2f}" + (f"/{row['epochs']}" if "epochs" in row else "") if "epoch" in row else ""
+    each = f" ({row['tokens_per_s_per_device']:,.0f} each)" if "tokens_per_s_per_device" in row else ""
+    costs = [f"cost {row[f'{kind}_hours']:.2f} {kind.upper()} h  " for kind in ("gpu", "cpu") if f"{kind}_hours" in row]
     text = (
-        f"step {row['step']:>{width}}/{total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s  {row['images_per_s']:,.1f} img/s  {mfu}"
-        f"fill {100 * row['fill']:.1f}%  mem {row['memory_gib']:.1f} GiB  left {duration(row['eta'])}"
+        f"step {row['step']:>{width}}/{total_steps}{epoch}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s{each}  {row['images_per_s']:,.1f} img/s  {mfu}"
+        f"fill {100 * row['fill']:.1f}%  mem {row['memory_gib']:.1f} GiB  {''.join(costs)}left {duration(row['eta'])}"
     )
     text += rejected(row)
     return f"{text}  SKIPPED: {row['skipped']}" if "skipped" in row else text

@@ -2,11 +2,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastvst.train.metrics import LogConfig, Metrics, device_peak_flops, duration, progress_line, rates
+from fastvst.train.metrics import (
+    LogConfig,
+    Metrics,
+    StepLogConfig,
+    device_peak_flops,
+    duration,
+    flat,
+    peak_flops,
+    progress_line,
+    rates,
+)
 
 
 def _row(step: int, **more: object) -> dict[str, object]:
@@ -62,6 +73,33 @@ def test_mfu_is_shown_where_the_peak_is_known() -> None:
     row = rates(_row(3), 8e12)  # 2e12 operations in 0.5 s
     assert row["mfu"] == 0.5 and "img/s  mfu 50.0%  fill" in progress_line({**row, "eta": 3}, 10)
     assert "mfu" not in rates(_row(3)) and "mfu" not in progress_line({**rates(_row(3)), "eta": 3}, 10)
+
+
+def test_a_stated_peak_wins_over_the_data_sheet() -> None:
+    world = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, size=4)
+    assert peak_flops(world, 0.5) == 2e12 and peak_flops(world) is None  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="peak_tflops is 0"):
+        StepLogConfig(peak_tflops=0)
+
+
+def test_the_line_has_epochs_and_the_share_of_each_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LogConfig(every=1)
+    options = {"total_steps": 10, "is_main": True, "settings": {}, "devices": 8, "on_gpu": True}
+    with Metrics(tmp_path, config, done=0, epochs=2, **options) as metrics:
+        metrics.log(_row(1, epoch=0.125))
+    line = capsys.readouterr().out
+    assert "step  1/10  epoch 0.12/2  loss" in line and "2,000 tok/s (250 each)" in line and "cost 0.00 GPU h" in line
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gpu_hours": 5.0}) + "\n")
+    with Metrics(tmp_path, config, done=0, epochs=None, **options) as metrics:  # the step is done again
+        metrics.log(_row(1, epoch=0.125))
+    line = capsys.readouterr().out
+    assert "epoch 0.12  loss" in line and "cost 5.00 GPU h" in line
+
+
+def test_tables_of_numbers_are_flat_where_a_name_has_one_value() -> None:
+    row = {"loss": 1.0, "losses": {"a": 2, "b": 3.0}, "evaluation": {"tasks": {"depth": 0.5}, "best": True}}
+    assert dict(flat(row)) == {"loss": 1.0, "losses/a": 2, "losses/b": 3.0, "evaluation/tasks/depth": 0.5}
 
 
 @pytest.mark.parametrize(

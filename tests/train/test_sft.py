@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -61,7 +62,8 @@ def _flat(pairs: list[tuple[float, float]]) -> list[float]:
 
 def _packs(model: Path, data: Path, groups: list[int]) -> list[Any]:
     processor = Processor.from_pretrained(model)
-    encoded = [processor.encode(sample) for sample in list(open_source(data))[: sum(groups)]]
+    samples = list(open_source(data))[: sum(groups)]
+    encoded = [dataclasses.replace(processor.encode(s), origin=i % 2) for i, s in enumerate(samples)]
     ends = [sum(groups[: i + 1]) for i in range(len(groups))]
     return [pack(encoded[end - size : end]) for size, end in zip(groups, ends, strict=True)]
 
@@ -90,7 +92,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_however_they_are_packed
 
 
 def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Device values are read by `item` or `tolist`; only the one read of nine numbers is allowed."""
+    """Device values are read by `item` or `tolist`; only one read is allowed, losses of two sources included."""
     world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
     net = Qwen25VL.from_pretrained(model)
     reads = []
@@ -107,8 +109,32 @@ def test_a_step_reads_the_device_once(model: Path, data: Path, monkeypatch: pyte
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     monkeypatch.setattr(torch.Tensor, "item", forbidden)
-    sft.accumulate(net, packs, world, 1.0, (False, False))
-    assert reads == [(9,)]
+    totals, *_ = sft.accumulate(net, packs, world, 1.0, (False, False), sources=2)
+    assert reads == [(14,)] and totals.samples == 4 and all(totals.losses)
+
+
+def _expected_losses(net: Qwen25VL, packs: list[Any], count: int) -> list[float]:
+    """Mean loss of each source in float64, sample by sample."""
+    sums: list[list[float]] = [[] for _ in range(count)]
+    for packed in packs:
+        logits = net.logits(packed)[packed.loss_rows]
+        losses = torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none").tolist()
+        ends = packed.cu_seqlens[1:].tolist()
+        for row, loss in zip(packed.loss_rows.tolist(), losses, strict=True):
+            sums[packed.origins.tolist()[next(i for i, end in enumerate(ends) if row < end)]].append(loss)
+    return [sum(one) / len(one) for one in sums]
+
+
+def test_the_loss_of_each_source_is_the_mean_over_its_supervised_tokens(model: Path, data: Path) -> None:
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
+    net = Qwen25VL.from_pretrained(model, dtype=torch.float64)
+    packs = _packs(model, data, [3, 2, 4])
+    totals, losses, _ = sft.accumulate(net, packs, world, 0, (False, False), sources=3)
+    assert totals.losses[2] is None  # no sample of this source
+    assert totals.losses[:2] == pytest.approx(_expected_losses(net, packs, 2), rel=1e-5)
+    assert totals.losses[0] != pytest.approx(totals.losses[1], rel=1e-3)
+    plain, *_ = sft.accumulate(net, packs, world, 0, (False, False))
+    assert plain.loss == totals.loss and plain.losses == ()
 
 
 # ------------------------------------------------------------------------------------------------------- the same curve

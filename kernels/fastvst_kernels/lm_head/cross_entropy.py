@@ -22,7 +22,7 @@ from fastvst_kernels.lm_head.types import IGNORE, Coefficients, Logits, Vocabula
 from fastvst_kernels.shared.boundary import first_order, public_operator
 
 
-@public_operator(lower=("hidden", "weight", "bias"), any_strides=("hidden", "weight"))
+@public_operator(lower=("hidden", "weight", "bias"), any_strides=("hidden", "weight", "row_losses"))
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -37,6 +37,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     shard: VocabularyShard | None = None,
+    row_losses: Tensor | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Cross entropy of the logits of an LM head against `targets`, in float32 (float64 for float64 inputs).
@@ -57,6 +58,7 @@ def linear_cross_entropy(
         z_loss: adds `z_loss * logsumexp^2` to the loss of each row (arXiv 2204.02311 §5).
         label_smoothing: the share of the target that is spread over all V, as in `torch.nn.functional.cross_entropy`.
         shard: `weight` (and `bias`) is one rank's part of the vocabulary.
+        row_losses: (M,) floats or None; receives the part of each row in the loss, without gradient.
         validate: check on CUDA, too, that targets and rows are in range (a synchronisation). The CPU always checks.
 
     The gradients are computed in the forward pass (6 M H V operations). Nothing waits for the device.
@@ -75,10 +77,17 @@ def linear_cross_entropy(
     if row_weights is not None:
         check_row_vector("row_weights", row_weights, hidden)
         row_weights = row_weights.detach()
+    if row_losses is not None:
+        check_row_vector("row_losses", row_losses, hidden)
+        if row_losses.requires_grad:
+            raise ValueError("row_losses requires a gradient; expected a plain tensor, which is overwritten")
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return cross_entropy_op(
+    loss, *_, parts = cross_entropy_op(
         hidden, weight, bias, targets, row_weights, rows, *logits.flat(weight), z_loss, label_smoothing, needs
-    )[0]
+    )
+    if row_losses is not None:
+        row_losses.copy_(parts)
+    return loss
 
 
 def cross_entropy_forward(
@@ -97,8 +106,9 @@ def cross_entropy_forward(
     z_loss: float,
     label_smoothing: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of hidden, weight and bias before the factor of the loss; empty if not in `needs`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the gradients of hidden, weight and bias before the factor of the loss (empty if not in `needs`), and
+    the part of every row in the loss, (M,)."""
     if targets.device.type == "cpu":
         check_values(targets, rows, total)
     dtype = wide_dtype(hidden)
@@ -136,7 +146,8 @@ def cross_entropy_forward(
     of_hidden, of_weight, of_bias = (
         weights.new_empty(0) if g is None else g for g in finish_gradients(head, gradients)
     )
-    return losses.sum(), of_hidden, of_weight, of_bias
+    parts = losses if selected[0] is None else losses.new_zeros(hidden.shape[0]).index_copy_(0, selected[0], losses)
+    return losses.sum(), of_hidden, of_weight, of_bias, parts
 
 
 cross_entropy_op = torch.library.custom_op("fastvst::linear_cross_entropy", cross_entropy_forward, mutates_args=())
@@ -152,13 +163,14 @@ def _(hidden, weight, bias, targets, row_weights, rows, *options):
         hidden.new_empty(hidden.shape, dtype=of_hidden) if needs[0] else hidden.new_empty(0, dtype=dtype),
         weight.new_empty(weight.shape if needs[1] else (0,), dtype=dtype),
         weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.needs = inputs[-1]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -37,6 +37,32 @@ def test_equals_float64_formula(rows, chunk, smoothing, z_loss, weighted, ignore
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-10)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.sampled_from([1, 7, None]), st.booleans(), st.floats(0, 1), st.booleans())
+def test_row_losses_are_the_parts_of_the_loss(rows, chunk, weighted, ignored, strided):
+    hidden, weight, targets = make_head_case(rows, ignored=ignored, seed=rows)
+    row_weights = torch.randn(rows, dtype=torch.float64) if weighted else None
+    options = {"row_weights": row_weights, "chunk_rows": chunk}
+    parts = torch.full((2 * rows,), torch.nan, dtype=torch.float64)[:: 2 if strided else 1][:rows]
+    got = linear_cross_entropy(hidden, weight, targets, row_losses=parts, **options)
+    assert torch.equal(got, linear_cross_entropy(hidden, weight, targets, **options)) and not parts.requires_grad
+    each = F.cross_entropy((hidden @ weight.T).detach(), targets, reduction="none")  # 0 where ignored
+    each *= row_weights if weighted else 1 / (targets != -100).sum().clamp(min=1).double()
+    torch.testing.assert_close(parts, each, atol=1e-11, rtol=1e-11)
+
+
+def test_row_losses_of_another_shape_or_kind_are_refused():
+    hidden, weight, targets = make_head_case(5)
+    for wrong in (
+        torch.zeros(4),
+        torch.zeros(5, 1),
+        torch.zeros(5, dtype=torch.int64),
+        torch.zeros(5).requires_grad_(),
+    ):
+        with pytest.raises(ValueError, match="row_losses"):
+            linear_cross_entropy(hidden, weight, targets, row_losses=wrong)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_equals_torch_cross_entropy(smoothing):
     hidden, weight, targets = make_head_case(50)
