@@ -321,7 +321,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     settings = to_dict(config)
     resume_from = open_run_folder(out, config.resume, world)
     mixture, test_rows = find_data(config.data, config.rooms, config.evaluation, world)
-    processor = build_processor(config.processor, config.model.path)
+    processor = build_processor(config.processor, config.model.path).with_uint8_patches()
     model = load_model(config, world)
     reference = None if config.update.kl == "none" else policy.as_reference(load_model(config, world))
     optimizer = make_optimizer(model, config.optimizer)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_data import FakeProcessor, fake_row
-from fastvst.batch import IGNORE, EncodedSample, PackedBatch, pack
+from fastvst.batch import IGNORE, NORMALISED, EncodedSample, PackedBatch, pack
 from fastvst.data.sources.rows import to_sample
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda s: f"{s[0]}x{s[1]}")
@@ -139,3 +139,34 @@ def test_moving_keeps_everything_and_a_description_counts() -> None:
     assert (
         "2 sequences, 17 tokens (14" not in line and "2 sequences, 17 tokens" in line and "1 images, 24 patches" in line
     )
+
+
+def test_uint8_patches_become_the_float32_ones_on_the_way_to_the_tower() -> None:
+    from PIL import Image
+
+    from fastvst.data import Processor, Sample
+
+    def sample(name: str, *sizes: tuple[int, int]) -> Sample:
+        images = [Image.effect_noise(size, 80).convert("RGB") for size in sizes]
+        parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "What?"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A chair."}]
+        return Sample.from_messages(messages, id=name)
+
+    floats = Processor.preset("tiny", image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.25))
+    samples = [sample("a", (84, 56), (60, 140)), sample("text"), sample("b", (56, 300))]
+    plain = pack([floats.encode(one) for one in samples])
+    light = pack([floats.with_uint8_patches().encode(one) for one in samples])
+    light.validate()
+    assert plain.patches.dtype == torch.float32 and light.patches.dtype == torch.uint8
+    assert plain.pixel_values() is plain.patches
+    torch.testing.assert_close(light.pixel_values(), plain.patches, rtol=3e-7, atol=3e-7)  # 2 units of rounding
+    assert dataclasses.replace(light, patches=plain.patches, pixel_stats=NORMALISED).equal(plain)
+    assert light.patches.nbytes * 4 == plain.patches.nbytes
+    only_text = pack([floats.with_uint8_patches().encode(sample("t"))])
+    assert only_text.pixel_values().shape == (0, 1176) and only_text.pixel_values().dtype == torch.float32
+    with pytest.raises(ValueError, match="memory/b has torch.float32 patches.*encode both with one processor"):
+        pack([floats.with_uint8_patches().encode(samples[0]), floats.encode(samples[2])])
+    with pytest.raises(ValueError, match="no pixel_stats"):
+        dataclasses.replace(light, pixel_stats=NORMALISED).pixel_values()
+    with pytest.raises(ValueError, match="no pixel_stats"):
+        dataclasses.replace(light, pixel_stats=NORMALISED).validate()

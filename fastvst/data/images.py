@@ -262,15 +262,16 @@ def resize_planar(image: Image.Image, size: tuple[int, int], method: str = "pill
 def patchify(
     frames: Sequence[np.ndarray] | np.ndarray, geometry: PatchGeometry, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Normalised patches of one image (one frame) or one video (an even number of frames).
+    """Patches of one image (one frame) or one video (an even number of frames).
 
     Args:
         frames: F arrays (3, H, W) uint8, H and W multiples of the merged patch. A single frame fills every temporal
             slot of its patches, as in transformers; several frames are taken `temporal_patch_size` at a time.
-        out: (P, patch_dim) float32 to write into; allocated if not given.
+        out: (P, patch_dim) to write into: float32 for normalised values, uint8 for the pixels as they are; float32 is
+            allocated if not given.
 
     Returns:
-        (P, patch_dim) float32. P runs over (t, block row, block column, row in block, column in block), the elements of
+        (P, patch_dim), `out`. P runs over (t, block row, block column, row in block, column in block), the elements of
         a patch over (channel, time, row, column).
     """
     p = geometry.patch_size
@@ -291,10 +292,12 @@ def patchify(
         ordered = np.ascontiguousarray(cells.transpose(1, 4, 2, 5, 0, 3)).view(np.uint8).reshape(-1, 3, p * p)
         step, time_slot = divmod(index, times)
         for at in range(0, rows * columns, ROWS_AT_ONCE):
-            values = ordered[at : at + ROWS_AT_ONCE].astype(np.float32)
-            values /= np.float32(255)
-            values -= mean
-            values /= std
+            values: Any = ordered[at : at + ROWS_AT_ONCE]
+            if out.dtype != np.uint8:
+                values = values.astype(np.float32)
+                values /= np.float32(255)
+                values -= mean
+                values /= std
             if len(frames) == 1:
                 slots[0, at : at + ROWS_AT_ONCE] = values[:, :, None]
             else:

@@ -29,6 +29,7 @@ from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.packing import PackingConfig, PackingReport
 from fastvst.data.planner import Encoder, Planner
+from fastvst.data.processor import Processor
 from fastvst.data.worker import Delivery, Notes, PackStream, make_slots, read_notes, start_worker
 
 POLL_S = 5.0  # seconds between checks that the workers are alive
@@ -103,7 +104,8 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ValueError(f"need 0 <= rank < world_size; got rank {rank} of {world_size}")
         self.mixture = mixture
-        self.processor = processor
+        # Pixels travel as bytes; the model normalises them on its device.
+        self.processor = processor.with_uint8_patches() if isinstance(processor, Processor) else processor
         self.config = config
         self.rank = rank
         self.world_size = world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from fastvst.batch import IGNORE, Cost, EncodedSample
+from fastvst.batch import IGNORE, NORMALISED, Cost, EncodedSample
 from fastvst.data import chat_template
 from fastvst.data.chat import DEFAULT_SYSTEM, PADS, Segment, check_literals, render, system_prompt
 from fastvst.data.fov import unify_fov_messages
@@ -81,6 +82,7 @@ class Processor:
             self.config.image_mean,
             self.config.image_std,
         )
+        self._stats = NORMALISED  # pixel_stats of what `encode` makes
         self._ids: dict[str, int] = {}
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self._literals = re.compile("|".join(re.escape(name) for name in sorted(special, key=len, reverse=True)))
@@ -124,6 +126,12 @@ class Processor:
             raise ValueError(f"no processor preset {name!r}; only 'tiny'. Use Processor.from_pretrained(directory)")
         return cls(tiny_tokenizer(), model_config or ModelConfig.preset("tiny"), make_config(options))
 
+    def with_uint8_patches(self) -> Processor:
+        """The same processor with uint8 patches and `pixel_stats` from `encode`: the model normalises them (loader)."""
+        found = copy.copy(self)
+        found._stats = torch.tensor([self.config.image_mean, self.config.image_std], dtype=torch.float32)
+        return found
+
     def token_id(self, name: str) -> int:
         """Id of the token with this name, e.g. "<|im_end|>". Raises ValueError if the tokenizer has no such token."""
         if name not in self._ids:
@@ -162,7 +170,8 @@ class Processor:
         """
         with _refused(sample):
             tokenized = self._tokenize(sample, add_generation_prompt)
-            patches, notes = load_patches(tokenized.inputs, self.config, self.geometry)
+            dtype = np.float32 if not len(self._stats) else np.uint8
+            patches, notes = load_patches(tokenized.inputs, self.config, self.geometry, dtype)
         vision = self.model_config.vision
         tokens = tokenized.tokens
         grids = [one.grid for one in tokenized.inputs]
@@ -201,6 +210,7 @@ class Processor:
             notes=tuple(dict.fromkeys(tokenized.notes + notes)),
             source_sizes=tuple(one.source_size for one in tokenized.inputs),
             sizes=tuple(one.size for one in tokenized.inputs),
+            pixel_stats=self._stats,
         )
 
     def _tokenize(self, sample: Sample, add_generation_prompt: bool) -> TokenizedSample:

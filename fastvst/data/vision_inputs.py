@@ -107,16 +107,18 @@ def _max_image_pixels(images: int, budget: int, config: ProcessorConfig) -> int:
 
 
 def load_patches(
-    inputs: Sequence[VisionInput], config: ProcessorConfig, geometry: PatchGeometry
+    inputs: Sequence[VisionInput], config: ProcessorConfig, geometry: PatchGeometry, dtype: type = np.float32
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Decode, resize, normalise and patchify: (P, patch_dim) float32, inputs in order; and the codes of what decoding
-    changed.
+    """Decode, resize and patchify: (P, patch_dim) patches, inputs in order; and the codes of what decoding changed.
+
+    Args:
+        dtype: np.float32 for normalised values, np.uint8 for the pixels as they are.
 
     Raises:
         MediaError: an image or video that cannot be decoded.
     """
     counts = [t * h * w for t, h, w in (one.grid for one in inputs)]
-    patches = np.empty((sum(counts), geometry.patch_dim), dtype=np.float32)
+    patches: np.ndarray = np.empty((sum(counts), geometry.patch_dim), dtype=dtype)
     notes: tuple[str, ...] = ()
     at = 0
     for one, count in zip(inputs, counts, strict=True):

@@ -141,7 +141,7 @@ class Qwen25VL(nn.Module):
             some = self._dummy_image(batch.device) if self.vision_on_every_rank else self.model.norm.weight[None]
             return some[:0]
         return self.visual(
-            batch.patches,
+            batch.pixel_values(),
             batch.vision_positions,
             batch.cu_windows,
             batch.cu_images,

@@ -13,6 +13,7 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
@@ -293,6 +294,7 @@ def test_with_the_real_processor_every_kind_of_bad_sample_is_recorded_once(tmp_p
     for batch in runs[0]:
         batch.validate()
         assert batch.num_tokens <= 256 and batch.num_targets > 0
+        assert batch.patches.dtype == torch.uint8 and batch.pixel_values().dtype == torch.float32
 
 
 def _png_header(width: int, height: int) -> bytes:
