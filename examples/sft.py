@@ -42,7 +42,7 @@ from fastvst.train import budget, guard, model_card
 from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
-from fastvst.train.metrics import LogConfig, Metrics, memory_gib, peak_flops
+from fastvst.train.metrics import Metrics, StepLogConfig, memory_gib, peak_flops
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
 from fastvst.train.recipes import sft_layers
 from fastvst.train.rooms import RoomsOptions, find_data
@@ -123,7 +123,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
     guard: GuardConfig = GuardConfig()
-    log: LogConfig = LogConfig()
+    log: StepLogConfig = StepLogConfig()
     origins: tuple[tuple[str, str], ...] = not_an_option(())
 
 
