@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
-from fastvst_kernels.integrations.lm_head import LMHead, check_logits, lm_head
+from fastvst_kernels.integrations.lm_head import LMHead, check_logits, lm_head, without_peft
 from fastvst_kernels.objectives import DAPO, Objective
 
 
@@ -43,7 +43,7 @@ def tiny_qwen(seed: int = 0) -> Qwen2ForCausalLM:
 
 def hidden_and_targets(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(B * (T - 1), H) hidden states and the next token of each; labels (B, T) are -100 where there is no loss."""
-    hidden = model.base_model(input_ids=input_ids).last_hidden_state
+    hidden = without_peft(model).base_model(input_ids=input_ids).last_hidden_state
     return hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
 

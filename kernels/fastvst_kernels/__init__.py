@@ -15,6 +15,7 @@ from fastvst_kernels.lm_head.types import VocabularyShard
 from fastvst_kernels.losses import LinearCrossEntropyLoss, LinearLogProbs, LinearPolicyLoss
 from fastvst_kernels.norm.op import add_rms_norm, rms_norm
 from fastvst_kernels.rope.op import mrope, vision_rope
+from fastvst_kernels.rotary.op import rotary_embedding
 from fastvst_kernels.sampling.op import sample_tokens
 from fastvst_kernels.window.op import window_attention
 
@@ -37,6 +38,7 @@ __all__ = [
     "packed_linear",
     "prepare",
     "rms_norm",
+    "rotary_embedding",
     "sample_tokens",
     "swiglu",
     "vision_rope",

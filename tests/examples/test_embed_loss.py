@@ -113,3 +113,52 @@ def test_models_whose_logits_the_operator_does_not_compute_are_refused() -> None
     scaled.forward = forward
     with pytest.raises(ValueError, match="changes its logits"):
         embed_loss.transformers_loss(scaled, input_ids, labels)
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
+
+
+def adapted(**options: object) -> torch.nn.Module:
+    """A peft model with adapters that are not 0."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(embed_loss.tiny_qwen(), peft.LoraConfig(**LORA | options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.normal_(0, 0.3)
+    return model.train()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True, "lora_alpha": 3}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}],
+    ids=str,
+)
+def test_lora_on_the_lm_head(options: dict[str, object], inner: bool) -> None:
+    whole = adapted(**options)
+    model = whole.get_base_model() if inner else whole
+    input_ids, labels = batch()
+    pair = embed_loss.transformers_loss(model, input_ids, labels), model(input_ids=input_ids, labels=labels).loss
+    torch.testing.assert_close(*pair)
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    grads = [torch.autograd.grad(loss, trained) for loss in pair]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a / b.abs().max(), b / b.abs().max(), rtol=1e-5, atol=1e-5)
+    with whole.disable_adapter():
+        pair = embed_loss.transformers_loss(model, input_ids, labels), model(input_ids=input_ids, labels=labels).loss
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"use_dora": True}, "not plain LoRA"),
+        ({"lora_bias": True}, "not plain LoRA"),
+        ({"lora_dropout": 0.5}, "dropout"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused(options: dict[str, object], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        embed_loss.transformers_loss(adapted(**options), *batch())

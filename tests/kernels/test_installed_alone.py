@@ -37,6 +37,9 @@ qkv = leaf(12, 128)
 positions = torch.arange(12).expand(3, 12)
 turned = ops.mrope(qkv, None, positions, num_heads=4, num_kv_heads=2, head_dim=16, sections=(2, 3, 3), theta=1e4)
 check("rope", torch.cat(turned, 1), qkv)
+q, k = leaf(12, 4, 16), leaf(12, 2, 16)
+turned = ops.rotary_embedding(q, k, torch.randn(12, 8), torch.randn(12, 8), interleaved=True)
+check("rotary", torch.cat(turned, 1), q, k)
 x, residual, weight = leaf(12, 32), leaf(12, 32), leaf(32)
 check("norm", torch.cat(ops.add_rms_norm(x, residual, weight, 1e-6), 1), x, residual, weight)
 gate, up = leaf(12, 20), leaf(12, 20)
@@ -54,7 +57,7 @@ with torch.no_grad():
     assert invariant_mm(torch.randn(5, 32), torch.randn(32, 7)).shape == (5, 7)
     print("invariant")
 """
-FAMILIES = ["attention", "window", "rope", "norm", "activation", "lm_head", "decode", "sampling", "invariant"]
+FAMILIES = ["attention", "window", "rope", "rotary", "norm", "activation", "lm_head", "decode", "sampling", "invariant"]
 
 
 @pytest.mark.slow

@@ -90,6 +90,11 @@ def _vision() -> dict[str, Any]:
     return {"qkv": torch.randn(12, 96), "bias": torch.randn(96)} | sizes
 
 
+def _rotary() -> dict[str, Any]:
+    tables = {"cos": torch.randn(12, 8), "sin": torch.randn(12, 8)}
+    return {"q": torch.randn(12, 4, 16), "k": torch.randn(12, 2, 16)} | tables | {"rotary_dim": 8}
+
+
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "add_rms_norm": lambda: {"x": torch.randn(12, 32), "residual": torch.randn(12, 32)} | _norm_weight(),
     "attention_reference": lambda: _attention() | {"scale": 0.25},
@@ -102,6 +107,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "packed_linear": lambda: {"x": torch.randn(12, 32), "weights": _list(5, 32), "biases": _list(5)},
     "prepare": lambda: {name: x for name, x in _attention().items() if name in ("cu_seqlens", "groups", "causal")},
     "rms_norm": lambda: {"x": torch.randn(12, 32)} | _norm_weight(),
+    "rotary_embedding": _rotary,
     "sample_tokens": _sample,
     "swiglu": lambda: {"gate": torch.randn(12, 32), "up": torch.randn(12, 32)},
     "vision_rope": _vision,

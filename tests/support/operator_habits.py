@@ -20,7 +20,7 @@ from operator_calls import CALLS, operator_call, tensors_of
 
 NO_GRADIENT = ("decode_attention", "prepare", "sample_tokens")
 # float arguments that are constants of the loss, not inputs of a gradient
-CONSTANTS = ("row_weights", "advantages", "old_logprobs", "temperature", "penalty", "min_p", "top_p")
+CONSTANTS = ("cos", "sin", "row_weights", "advantages", "old_logprobs", "temperature", "penalty", "min_p", "top_p")
 
 COUNTS = ("rows_computed", "rows_backward", "gemm_saved")
 

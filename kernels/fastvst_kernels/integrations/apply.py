@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from fastvst_kernels.integrations.attention import NAME, register
+from fastvst_kernels.integrations.attention_layers import OF_VISION, PROJECTIONS, Attention, VisionAttention
 from fastvst_kernels.integrations.layers import FusedHead, GatedMLP, Replacement, RMSNorm
 from fastvst_kernels.integrations.lm_head import lm_head
 
 # The modeling modules of transformers whose layers are replaced; the parity tests run each of them.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PARTS = {
+    RMSNorm: "norms",
+    GatedMLP: "gated MLPs",
+    Attention: "rotary embedding",
+    VisionAttention: "rotary embedding of the vision tower",
+}
 GATED = ("gate_proj", "up_proj", "down_proj")
-ROTARY = "the host rotates q and k inside its attention layer, which has no extension point for it"
 
 
 @dataclass
@@ -63,7 +69,6 @@ def apply(model: Any) -> Report:
     host.set_attn_implementation(NAME)
     report.replaced["attention"] = f"attn_implementation={NAME!r}"
     _replace_layers(host, report)
-    report.kept["rotary embedding"] = ROTARY
     _replace_loss(host, report)
     host.fastvst_report = report
     return report
@@ -88,7 +93,7 @@ def restore(model: Any) -> None:
             del host._loss_function
         else:
             host.loss_function = loss
-    for module, name, child in _children(host):
+    for module, name, child in reversed(_children(host)):  # norms of q and k before the layer around them
         if isinstance(child, Replacement):
             setattr(module, name, child.restored())
     for config, name in report.previous["attention"]:
@@ -125,22 +130,44 @@ def _children(host: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 def _replace_layers(host: nn.Module, report: Report) -> None:
     done: Counter[str] = Counter()
-    kept: Counter[str] = Counter()
-    for module, name, child in _children(host):
-        kind = type(child).__name__
-        if _family(child) is None:
-            continue
-        if kind.endswith("RMSNorm"):
-            setattr(module, name, RMSNorm(child))
-            done["norms"] += 1
-        elif kind.lower().endswith("mlp"):
-            if all(part in dict(child.named_children()) for part in GATED) and _is_silu(child):
-                setattr(module, name, GatedMLP(child))
-                done["gated MLPs"] += 1
-            else:
-                kept[kind] += 1
+    kept: Counter[tuple[str, str]] = Counter()
+    for find in (_norm_or_mlp, _attention):  # the new attention layers contain the new norms
+        for module, name, child in _children(host):
+            made = find(child) if _family(child) is not None else None
+            if made is not None and "forward" in vars(child):
+                made = f"a forward of their own ({vars(child)['forward']}), of accelerate or another library"
+            if isinstance(made, str):
+                kept[type(child).__name__, made] += 1
+            elif made is not None:
+                setattr(module, name, made)
+                done[PARTS[type(made)]] += 1
     report.replaced |= {name: f"{count} layers" for name, count in done.items()}
-    report.kept |= {name: f"{count} layers are not silu(gate) * up" for name, count in kept.items()}
+    report.kept |= {name: f"{count} layers have {why}" for (name, why), count in kept.items()}
+
+
+def _norm_or_mlp(child: Any) -> Replacement | str | None:
+    """The layer that takes the place of this one, why there is none, or None where nothing has to be said."""
+    kind = type(child).__name__
+    if kind.endswith("RMSNorm"):
+        return RMSNorm(child)
+    if not kind.lower().endswith("mlp"):
+        return None
+    fits = all(part in dict(child.named_children()) for part in GATED) and _is_silu(child)
+    return GatedMLP(child) if fits else "no silu(gate) * up"
+
+
+def _attention(child: Any) -> Replacement | str | None:
+    """As `_norm_or_mlp`, for attention layers."""
+    if not type(child).__name__.endswith("Attention"):
+        return None
+    parts = dict(child.named_children())
+    if all(part in parts for part in OF_VISION):
+        return VisionAttention(child)
+    if not all(part in parts for part in PROJECTIONS):
+        return f"no {', '.join(PROJECTIONS)} or {', '.join(OF_VISION)}"
+    # Mistral's layers read the window from the config; those of Llama and Qwen3-VL have none.
+    window = child.config.sliding_window if _family(child) == "mistral" else vars(child).get("sliding_window")
+    return Attention(child, window)
 
 
 def _is_silu(mlp: Any) -> bool:

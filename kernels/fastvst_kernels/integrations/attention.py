@@ -87,7 +87,7 @@ def attention(
         ValueError: dropout, a keyword that is not known here, offsets that do not fit the mask.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    _refuse(dropout, others)
+    refuse(dropout, others)
     if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
         raise ValueError(f"attn_implementation='fastvst' got a sliding window of {sliding_window} without a mask of it")
     offsets = None if _is_vision(module, causal) else _offsets(query, cu_seq_lens_q, cu_seq_lens_k)
@@ -117,7 +117,12 @@ def attention(
     return out.view(batch, tokens, heads, width), None
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
+def refuse(dropout: float, others: dict[str, Any]) -> None:
+    """Refuse dropout and keywords that change what attention computes.
+
+    Raises:
+        ValueError: names each of them.
+    """
     found = [f"dropout {dropout}"] if dropout else []
     for name, value in others.items():
         if name not in HARMLESS and value is not None and value is not False:

@@ -11,11 +11,14 @@ from fastvst_kernels.activation.op import swiglu
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy
 from fastvst_kernels.norm.op import rms_norm
 
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+
 
 class Replacement(nn.Module):
     """A layer that shares the parameters and submodules of the layer that it replaces.
 
-    `original` keeps that layer out of the module tree, so that parameters and the state dict do not change.
+    `original` keeps that layer out of the module tree, so that parameters and the state dict do not change. Hooks of
+    that layer are hooks of this one.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -25,6 +28,7 @@ class Replacement(nn.Module):
             self.register_parameter(name, parameter)
         for name, child in original.named_children():
             self.add_module(name, child)
+        vars(self).update({name: vars(original)[name] for name in HOOKS})  # the same dicts: handles still remove
         self.train(original.training)
 
     def restored(self) -> nn.Module:

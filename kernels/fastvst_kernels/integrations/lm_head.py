@@ -50,12 +50,22 @@ class LMHead:
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
 
+def without_peft(model: Any) -> Any:
+    """The transformers model in a peft model; its layers keep their adapters. Any other model as it is."""
+    if "peft" in sys.modules:
+        from peft import PeftModel
+
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model
+
+
 def lm_head(model: Any) -> LMHead:
-    """The LM head of a transformers model, with a bias, a scale, a soft cap and peft's LoRA.
+    """The LM head of a transformers model (or a peft model around one): bias, scale, soft cap, LoRA.
 
     Raises:
         ValueError: the logits are made in a way that the operators do not compute; each reason by name.
     """
+    model = without_peft(model)
     config = model.config.get_text_config()
     found = [
         f"{name}={value}"
@@ -85,6 +95,7 @@ def check_logits(model: Any, input_ids: Tensor, head: LMHead) -> None:
     Raises:
         ValueError: they differ.
     """
+    model = without_peft(model)
     seen: list[Tensor] = []
 
     def enlarge(_module: nn.Module, _inputs: Any, out: Any) -> Any:

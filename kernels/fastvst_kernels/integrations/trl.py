@@ -15,14 +15,13 @@ from the result. The mixins answer that call: padded text becomes one packed row
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvst_kernels.integrations.lm_head import LMHead, lm_head
+from fastvst_kernels.integrations.lm_head import LMHead, lm_head, without_peft
 from fastvst_kernels.lm_head.logprobs import linear_logprobs
 
 # Decoders with rotary embeddings, whose result does not depend on where a row begins: their padding may go.
@@ -68,11 +67,7 @@ def use_fused_head(
     Raises:
         ValueError: a field or a model that is not supported.
     """
-    base = model
-    if "peft" in sys.modules:
-        from peft import PeftModel
-
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_peft(model)
     if unknown := sorted(set(fields) - set(FIELDS)):
         raise ValueError(f"{type(base).__name__}: the fused head gives {FIELDS}; it was asked for {unknown}")
     lm_head(base)  # raises where the head does something else

@@ -11,6 +11,7 @@ from fastvst_kernels.activation import kernels as swiglu_kernels
 from fastvst_kernels.norm import kernels as norm_kernels
 from fastvst_kernels.rope import kernels as rope_kernels
 from fastvst_kernels.rope.op import inverse_frequencies
+from fastvst_kernels.rotary import kernels as rotary_kernels
 from fastvst_kernels.shared.tile_tables import ROWS, WIDTHS, next_power
 from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 from fastvst_kernels.window import kernels as window_kernels
@@ -25,6 +26,7 @@ KERNELS = {
     "swiglu_backward": swiglu_kernels.swiglu_backward_kernel,
     "rope_forward": rope_kernels.rope_forward_kernel,
     "rope_backward": rope_kernels.rope_backward_kernel,
+    "rotary_embedding": rotary_kernels.rotary_kernel,
     "window_forward": window_kernels.window_forward_kernel,
     "window_backward": window_kernels.window_backward_kernel,
 }
@@ -33,6 +35,7 @@ SHAPES = {
     "rms_norm": tuple(f"{bits}x{width}" for bits in (16, 32) for width in ROWS),
     "swiglu": ("16", "32"),
     "rope": HEADS,
+    "rotary": HEADS,
     "window": ("16x64", "16x80"),
 }
 # The most promising first. Tuning may choose any of them, so tests run them all.
@@ -43,6 +46,7 @@ CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     "swiglu_backward": ((4, 512, 4), (1, 1024, 4), (8, 512, 8)),
     "rope_forward": ((16, 4), (8, 4), (32, 8), (8, 8)),  # tokens of a program, warps
     "rope_backward": ((16, 4), (8, 4), (32, 8), (8, 8)),
+    "rotary_embedding": ((16, 4), (8, 4), (32, 8), (8, 8)),
     # pairs of a step, warps, stages
     "window_forward": ((16, 4, 1), (32, 4, 1), (16, 8, 1), (64, 4, 1)),
     "window_backward": ((16, 4, 1), (32, 4, 1), (16, 8, 1), (32, 8, 1), (64, 8, 1)),
@@ -54,6 +58,8 @@ TYPES = {
     "inverse_ptr": "*fp32",
     "partial_ptr": "*fp32",
     "frequencies_ptr": "*fp32",
+    "cos_ptr": "*fp32",
+    "sin_ptr": "*fp32",
     "positions_ptr": "*i32",
     "cu_windows_ptr": "*i32",
     "eps": "fp32",
@@ -90,6 +96,9 @@ def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any]
         values = {"SECTION0": width // 4, "SECTION1": width // 4, "HAS_BIAS": True, "TOKENS": numbers[0]}
         values |= {"HALF": width // 2, "PAIRS": next_power(width // 2)}
         return values, {"num_warps": numbers[1], "num_stages": 3}
+    if name == "rotary":
+        values = {**rotary_kernels.constants(width, width, False), "BY_PAIR": False, "INVERSE": True}
+        return values | {"TOKENS": numbers[0]}, {"num_warps": numbers[1], "num_stages": 3}
     values = {"HAS_BIAS": True, "HALF": width // 2, "PAIRS": window_kernels.pairs_per_step(width // 2, numbers[0])}
     values["ROWS"] = LARGEST_WINDOW
     return values, {"num_warps": numbers[1], "num_stages": numbers[2]}
@@ -180,6 +189,14 @@ def _rope_backward(random: Random, device: torch.device, width: int) -> Run:
     return lambda n: rope_kernels.backward(dq, dk, dv, positions, table, bias=True, sections=sections, numbers=n)
 
 
+def _rotary(random: Random, device: torch.device, width: int) -> Run:
+    heads, kv_heads, tokens, *_ = _rope_sizes(width)
+    q, k = (random(tokens, count, width) for count in (heads, kv_heads))
+    cos, sin = (torch.rand(tokens, width, device=device) for _ in range(2))
+    options: dict[str, Any] = {"rotary_dim": width, "interleaved": False, "inverse": False}
+    return lambda n: rotary_kernels.rotate(q, k, cos, sin, numbers=n, **options)
+
+
 def _window_inputs(random: Random, device: torch.device, width: int) -> WindowInputs:
     positions = torch.randint(0, 90, (40_960, 2), device=device, dtype=torch.int32)
     offsets = torch.arange(0, 40_961, 64, device=device, dtype=torch.int32)
@@ -214,6 +231,7 @@ PROBLEMS: dict[str, Callable[[Random, torch.device, int], Run]] = {
     "swiglu_backward": _swiglu_backward,
     "rope_forward": _rope_forward,
     "rope_backward": _rope_backward,
+    "rotary_embedding": _rotary,
     "window_forward": _window_forward,
     "window_backward": _window_backward,
 }

@@ -12,7 +12,7 @@ from fastvst_kernels.tuning.pointwise import KERNELS, compile_variant, family
 ARCHS = (80, 89, 90, 100, 120)
 # The models' widths: rows of the vision tower and of the 7b (the 3b's 2048 are a piece of them), heads of both towers.
 TUNED = {"rms_norm": ("16x1280", "16x3584"), "swiglu": ("16",), "rope": ("16x80", "16x128")}
-TUNED["window"] = ("16x80",)
+TUNED |= {"rotary": ("16x80", "16x128"), "window": ("16x80",)}
 
 
 def _jobs():

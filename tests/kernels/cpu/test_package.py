@@ -49,7 +49,7 @@ def test_every_public_name_exists_and_is_documented():
 def test_pointwise_operators_never_read_values_of_device_tensors():
     """`.item()`, `.cpu()`, `.tolist()` and `nonzero` make the host wait for the device."""
     root = Path(fastvst_kernels.__file__).parent
-    folders = [root / name for name in ("norm", "activation", "rope", "window")]
+    folders = [root / name for name in ("norm", "activation", "rope", "rotary", "window")]
     for path in [root / "linear.py", *(file for folder in folders for file in folder.glob("*.py"))]:
         if path.name == "cpu.py":
             continue

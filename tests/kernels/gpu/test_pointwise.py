@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope, window_attention
+from fastvst_kernels import add_rms_norm, mrope, rms_norm, rotary_embedding, swiglu, vision_rope, window_attention
 from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_reference
 from fastvst_kernels.norm.op import rms_norm_reference
+from fastvst_kernels.rotary.op import rotary_reference
 from fastvst_kernels.tuning.pointwise import CANDIDATES
 from fastvst_kernels.window import op as window
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope, windows, with_gradients
@@ -116,3 +117,16 @@ def test_repeated_runs_are_bitwise_equal_and_write_every_value():
                 assert not a.isnan().any() and torch.equal(a, b), index
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_embedding_by_tables(interleaved: bool, dtype: torch.dtype):
+    q, k, dq, dk = data(*[(2, 501, heads, 128) for heads in (28, 4)] * 2, dtype=dtype)
+    cos, sin = data((501, 96), (501, 96), dtype=torch.float32)
+    assert_as_good_as_plain(
+        lambda q, k: rotary_embedding(q, k, cos, sin, rotary_dim=96, interleaved=interleaved, backend="triton"),
+        lambda q, k: tuple(rotary_reference(x, cos.to(x), sin.to(x), 96, interleaved) for x in (q, k)),
+        [q, k],
+        [dq, dk],
+    )

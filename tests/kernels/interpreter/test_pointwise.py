@@ -8,12 +8,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastvst_kernels import add_rms_norm, mrope, rms_norm, swiglu, vision_rope
+from fastvst_kernels import add_rms_norm, mrope, rms_norm, rotary_embedding, swiglu, vision_rope
 from fastvst_kernels.activation import op as activation
 from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_op, swiglu_reference
 from fastvst_kernels.norm import op as norm
 from fastvst_kernels.norm.op import rms_norm_op, rms_norm_reference
 from fastvst_kernels.rope import op as rope_op
+from fastvst_kernels.rotary import op as rotary_op
+from fastvst_kernels.rotary.op import rotary_reference
 from fastvst_kernels.tuning.pointwise import CANDIDATES
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
@@ -172,3 +174,38 @@ def test_runs_are_bitwise_equal_and_every_value_is_written():
         torch.use_deterministic_algorithms(False)
     for a, b in zip(*runs, strict=True):
         assert not a.isnan().any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("numbers", CANDIDATES["rotary_embedding"], ids=str)
+@pytest.mark.parametrize("by_pair", [False, True], ids=["by channel", "by pair"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotary_embedding(monkeypatch, numbers, by_pair, interleaved):
+    choose(monkeypatch, rotary_op, {"rotary_embedding": numbers})
+    for tokens, heads, kv_heads, width, dim, rows in (
+        (37, 3, 1, 40, 24, 37),
+        (6, 2, 2, 16, 16, 3),
+        (0, 1, 1, 16, 8, 0),
+    ):
+        cos, sin = data((rows, dim // 2 if by_pair else dim), (rows, dim // 2 if by_pair else dim))
+        wide = [x.repeat_interleave(2, -1) if interleaved else torch.cat([x, x], -1) for x in (cos, sin)]
+        wide = [x.repeat(max(1, tokens // max(1, rows)), 1) for x in (wide if by_pair else (cos, sin))]
+        options = {"rotary_dim": dim, "interleaved": interleaved}
+
+        def ours(q, k, cos=cos, sin=sin, options=options, rows=rows):
+            q, k = (x.unflatten(0, (-1, rows)) if rows else x for x in (q, k))
+            return tuple(x.flatten(0, -3) for x in rotary_embedding(q, k, cos, sin, backend="triton", **options))
+
+        def formula(q, k, wide=wide, dim=dim):
+            return tuple(rotary_reference(x, *(t.to(x) for t in wide), dim, interleaved) for x in (q, k))
+
+        inputs = data((tokens, heads, width), (tokens, kv_heads, width))
+        assert_as_good_as_plain(ours, formula, inputs, data((tokens, heads, width), (tokens, kv_heads, width)))
+
+
+def test_rotary_embedding_in_half_precision_and_of_views():
+    q, k = (x.transpose(0, 1) for x in data((3, 9, 32), (2, 9, 32), dtype=torch.float16))
+    cos, sin = data((9, 32), (9, 32))
+    ours = rotary_embedding(q, k, cos, sin, backend="triton")
+    plain = rotary_embedding(q, k, cos, sin, backend="torch")
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

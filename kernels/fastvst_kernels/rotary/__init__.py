@@ -1,0 +1,1 @@
+"""Rotary embedding by the cosines and sines of another model."""
