@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class LinearCrossEntropyLoss(nn.Module):
         z_loss: adds `z_loss * logsumexp^2` to each row's loss; with "none" it must be 0.
         scale, softcap: see `linear_cross_entropy`.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class LinearCrossEntropyLoss(nn.Module):
 class LinearLogProbs(nn.Module):
     """`linear_logprobs` as a module: log-probabilities and entropies of the targets."""
 
+    __call__: Callable[..., tuple[Tensor, Tensor]]
+
     def __init__(
         self,
         ignore_index: int = IGNORE,
@@ -115,6 +120,8 @@ class LinearLogProbs(nn.Module):
 
 class LinearPolicyLoss(nn.Module):
     """`linear_policy_loss` with an objective, as a module: (loss, statistics)."""
+
+    __call__: Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
     def __init__(self, objective: Objective, ignore_index: int = IGNORE, temperature: float = 1.0) -> None:
         super().__init__()

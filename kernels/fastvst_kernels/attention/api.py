@@ -7,7 +7,7 @@ were one sequence, while the prompt is computed once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,42 @@ __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"
 BACKENDS = ("auto", "triton", "flash", "torch", "reference")
 
 
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    groups: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+    validate: bool = False,
+    plan: AttentionPlan | None = None,
+) -> Tensor: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    groups: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+    validate: bool = False,
+    plan: AttentionPlan | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
 @public_operator(lower=("q", "k", "v"))
 def packed_attention(
     q: Tensor,
@@ -41,7 +77,7 @@ def packed_attention(
     return_lse: bool = False,
     validate: bool = False,
     plan: AttentionPlan | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of every sequence of a packed row to itself.
 
     Args:

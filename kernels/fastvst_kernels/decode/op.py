@@ -7,7 +7,7 @@ Rows that continue the same prompt form a *group*. The pages of a group's prompt
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,44 @@ from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interp
 from fastvst_kernels.shared.boundary import public_operator
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    prefix_pages: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    max_group: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+    plan: DecodePieces | None = None,
+) -> Tensor: ...
+
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    prefix_pages: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    max_group: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+    plan: DecodePieces | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @public_operator(lower=("q", "k_pages", "v_pages"))
@@ -37,7 +75,7 @@ def decode_attention(
     backend: str = "auto",
     return_lse: bool = False,
     plan: DecodePieces | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each row to its group's shared pages and to its own.
 
     Args:
