@@ -1,6 +1,8 @@
 """Of each task: the label, whether exact geometry finds it, and the cues of the image plane.
 
-The exact rules use the scene only: boxes, poses, depth. They share no code with the tasks, except the camera model.
+The exact rules use the scene only: boxes, poses, depth, the object that each pixel shows. They share no code with the
+tasks, except the camera model.
+
 Each function takes the scene and a row, and returns the question as `questions.py` describes it, or None for a row of a
 form that the bench leaves out.
 """
@@ -309,8 +311,10 @@ def change_caption(scene: Scene, row: Sample) -> Question | None:
     fact = next(f for f in row.answer["value"] if f["says"] == "placed")
     name, object_id, side = fact["things"][0]
     view = scene.views[row.metadata["views"][0]]
-    place, _ = project(view.camera, np.array(scene.object(object_id).box[:3]))
-    exact = ("left", "middle", "right")[int(np.clip(place[0] / view.camera.width * 3, 0, 2))] == side
+    assert view.ids is not None
+    # What the image shows counts: the middle of a thing that the border cuts off may lie in another third.
+    shown = np.nonzero((view.ids == object_id).any(0))[0]
+    exact = ("left", "middle", "right")[int((shown[0] + shown[-1] + 1) / 2 / view.camera.width * 3)] == side
     cues = box_cues(view, sighting(view, object_id))
     return question("word", side, exact, [*cues, cues[0] ** 2], names=[name], look=[[0, "name", name]])
 

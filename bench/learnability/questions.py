@@ -32,7 +32,14 @@ import pyarrow.parquet as pq
 from bench.learnability import cues
 from fastvst.data.sample import Sample
 from fastvst.generate.parquet import encode_image
-from fastvst.generate.rooms import RoomsConfig, process_renderer, room_seed, scene_samples, start_worker
+from fastvst.generate.rooms import (
+    GENERATOR_VERSION,
+    RoomsConfig,
+    process_renderer,
+    room_seed,
+    scene_samples,
+    start_worker,
+)
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.tasks import TaskConfig
@@ -98,8 +105,11 @@ def _work(job: tuple[int, bool]) -> list[tuple[dict[str, Any], list[bytes]]]:
 
 
 def render(folder: Path, rooms: int, video_rooms: int, workers: int) -> Path:
-    """The folder with questions.jsonl and images.parquet of this many rooms, made there if it does not exist."""
-    target = folder / f"learnability-{rooms}-{video_rooms}"
+    """The folder with questions.jsonl and images.parquet of this many rooms, made there if it does not exist.
+
+    Its name contains the version of the generator: other rows are never found under it.
+    """
+    target = folder / f"learnability-v{GENERATOR_VERSION}-{rooms}-{video_rooms}"
     if (target / "questions.jsonl").exists():
         return target
     target.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from fastvst.scenes.scene import Scene
 from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
 from fastvst.tasks.box_forms import BoxForm
 
-GENERATOR_VERSION = 14  # part of the key of cached folders; raise it when the same seed gives other rows
+GENERATOR_VERSION = 15  # part of the key of cached folders; raise it when the same seed gives other rows
 ROWS_PER_FILE = 500
 SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # first room seed; "tower": tools/build_tower.py
 ROOMS_PER_SEED = 1 << 20

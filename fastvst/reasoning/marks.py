@@ -12,7 +12,7 @@ from fastvst.reasoning import claims
 from fastvst.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import unproject
-from fastvst.tasks.common import TaskConfig, article, choose, nameable, pick, prose
+from fastvst.tasks.common import TaskConfig, article, choose, nameable, pick, prose, rounded
 from fastvst.tasks.facts import Statement
 from fastvst.tasks.measurement import measure
 
@@ -59,7 +59,7 @@ def sizes(scene: Scene, thing: int, what: str, title: str, rng: np.random.Genera
     """One dimension, stated directly or as the greatest of three."""
     found = []
     for each in ("height", "length", "width") if what == "greatest" else (what,):
-        value = round(100 * measure(scene.object(thing), each))
+        value = rounded(100 * measure(scene.object(thing), each), 0)
         fact = {"says": "size", "objects": [thing], "what": each, "value": value}
         found.append(Statement(pick(rng, SIZE[each]).format(a=title, d=value), fact))
     if what == "greatest":

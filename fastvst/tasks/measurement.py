@@ -9,7 +9,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, SceneObject
 from fastvst.spatial import draw
-from fastvst.tasks.common import TaskConfig, apart, canvas, choose, fits_another, pick, sample, usable, whole
+from fastvst.tasks.common import TaskConfig, apart, canvas, choose, fits_another, pick, rounded, sample, usable, whole
 
 TASK = "measurement"
 KIND = "qa"
@@ -75,7 +75,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
             question = pick(rng, EASY).format(name=name)
         else:
             question = pick(rng, QUESTIONS).format(what=pick(rng, WORDS[what]), name=name, colour=colour, k=k + 1)
-        value = round(100 * measure(thing, what))
+        value = rounded(100 * measure(thing, what), 0)
         turns.append((question, f"{value} cm"))
         answers.append({"type": "number", "value": value, "unit": "cm", "tolerance": TOLERANCE})
         what_asked.append(what)

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
-from fastvst.tasks.common import TaskConfig, pick
+from fastvst.tasks.common import TaskConfig, pick, rounded
 from fastvst.tasks.measurement import TOLERANCE, measure
 from fastvst.tasks.video import row, unique
 
@@ -37,7 +37,7 @@ def make(scene: Scene, rng: np.random.Generator, config: TaskConfig, index: str)
         return None
     name = pick(rng, sorted(known))
     what = "height" if rng.uniform() < 0.25 else "greatest"
-    value = round(100 * measure(scene.object(known[name]), what))
+    value = rounded(100 * measure(scene.object(known[name]), what), 0)
     return row(
         scene,
         task=TASK,

@@ -11,7 +11,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import box_distance
 from fastvst.tasks.angles import clear_direction, clockwise, left_right, left_right_back, quadrant, spot
-from fastvst.tasks.common import TaskConfig, choose, pick
+from fastvst.tasks.common import TaskConfig, choose, pick, rounded
 from fastvst.tasks.video import options, row, unique
 
 TASK = "video_object_object"
@@ -64,16 +64,17 @@ def _distance(scene: Scene, rng: np.random.Generator, config: TaskConfig, index:
     if len(known) < 2:
         return None
     names = choose(rng, sorted(known), 2)
-    value = box_distance(*(scene.object(known[name]).box for name in names))
-    if value < LEAST:
+    gap = box_distance(*(scene.object(known[name]).box for name in names))
+    if gap < LEAST:
         return None
+    value = rounded(gap, 1)
     return row(
         scene,
         task=TASK,
         index=index,
         question=pick(rng, DISTANCE).format(a=names[0], b=names[1]),
-        reply=f"{value:.1f}",
-        answer={"type": "number", "value": round(value, 1), "unit": "m", "tolerance": 0.1},
+        reply=f"{value}",
+        answer={"type": "number", "value": value, "unit": "m", "tolerance": 0.1},
         metadata={"form": "distance", "objects": [known[name] for name in names]},
     )
 
