@@ -1,6 +1,14 @@
 """Train the vision tower of the tiny preset on rendered rooms, once; the package ships the result.
 
-    python tools/build_tower.py --out fastvst/model/tiny_tower.safetensors    # 25 minutes on 2 cores
+    python tools/build_tower.py --out tower.safetensors     # 20 minutes on 2 cores
+
+The shipped tower took three stages of 17, 9 and 15 CPU minutes. The first is the 5,000 steps of this script at commit
+ff0e6db, whose loss had no `mark_loss`; commit 005545d has its result.
+
+    git show 005545d:fastvst/model/tiny_tower.safetensors > one.safetensors
+    stage="python tools/build_tower.py --rooms 1600 --lr 1.5e-3"    # 1,600 rooms take 7 GB of memory
+    $stage --start one.safetensors --steps 3000 --out two.safetensors
+    $stage --start two.safetensors --steps 5000 --singles 16 --out fastvst/model/tiny_tower.safetensors
 
 VST starts from a vision tower that was trained on billions of images. The tiny preset's tower is pretrained as well,
 because a tower this small learns too slowly from question-answer pairs alone: each gives it about one bit. From random
@@ -9,8 +17,10 @@ weights, 1,500 steps of examples/sft.py did not teach it to name the colour of a
 The pretraining targets come from the renderer. For every merged token (28 x 28 pixels), fixed orthonormal directions of
 the token space must encode the depth there, the position of the token in the image, the class, size and position of the
 object, the colour, label and place of a mark drawn on it, and the depth of the marked point. A decoder can then read
-these as easily as word embeddings. For pairs of images, the difference of the mean tokens must tell in eight directions
-how the camera moved: the tower sees one image at a time, so it has to find where the camera is in the room.
+these as easily as word embeddings. A second loss takes the steps of a decoder that compares depths: a head of attention
+looks for a colour, reads the depth there, and the difference of two depths tells which mark is nearer. For pairs of
+images, the difference of the mean tokens must tell in eight directions how the camera moved: the tower sees one image
+at a time, so it has to find where the camera is in the room.
 
 The directions are stored with the tower, so that tests can read its tokens.
 """
@@ -35,9 +45,20 @@ from torch.nn import functional as F
 from fastvst.model import ModelConfig
 from fastvst.model.vision import VisionTower
 from tools.tower_batches import BatchStream, ImageBatch, collate, tiny_processor
-from tools.tower_data import COLOURS, LABELS, MOTIONS, TokenTargets, Views, example, motion_example, take_views
+from tools.tower_data import (
+    COLOURS,
+    LABELS,
+    MOTIONS,
+    ImageTargets,
+    TokenTargets,
+    Views,
+    example,
+    motion_example,
+    take_views,
+)
 
 SHARPNESS = 6.0  # scale of the class logits, for components of about 1
+ORDER_SHARPNESS = 4.0  # scale of a difference of log depth: a factor of 1.3 in depth has a logit of 2
 # Final scale of the components. A decoder that must find two marks among 24 tokens finds large components sooner: on
 # depth questions it names colours after 100 steps instead of 400.
 MARK_GAIN = 4.0
@@ -80,7 +101,8 @@ class MotionHead(torch.nn.Linear):
 
 
 def loss_of(tokens: Tensor, images: ImageBatch, directions: Directions, head: MotionHead) -> Tensor:
-    """Cross entropies of colour, name, label and motion, squared errors of the values, squared norm of the tokens."""
+    """Cross entropies of colour, name, label and motion, squared errors of the values, squared norm of the tokens, and
+    `mark_loss`."""
     targets: TokenTargets = images.targets
     weight = 0.15 + 0.85 * targets.marked.float()  # most tokens have no mark
     logits = SHARPNESS * tokens @ directions.colour.T
@@ -89,9 +111,45 @@ def loss_of(tokens: Tensor, images: ImageBatch, directions: Directions, head: Mo
     label = F.cross_entropy(SHARPNESS * tokens @ directions.label.T, targets.label)
     square = ((tokens @ directions.values.T - targets.values).square() * targets.weights).mean(0)
     loss = colour + 0.5 * name + label + square.sum() / 2 + 0.002 * tokens.square().sum(1).mean()
+    loss = loss + mark_loss(tokens, images, directions)
     if len(images.motion):
         loss = loss + F.cross_entropy(head(images.pair_differences(tokens) @ directions.motion.T), images.motion)
     return loss
+
+
+def read_marks(tokens: Tensor, images: ImageBatch, directions: Directions) -> tuple[Tensor, Tensor]:
+    """What a head of attention that looks for each colour in each image finds: log weights (B, 7, N) of the tokens, and
+    the weighted values (B, 7, 5) of the mark."""
+    weights = images.log_attention(SHARPNESS * tokens @ directions.colour[1:].T)
+    return weights, weights.exp() @ (tokens @ directions.values[MARK_VALUES].T)
+
+
+def mark_loss(tokens: Tensor, images: ImageBatch, directions: Directions) -> Tensor:
+    """How well a head of attention that looks for a colour finds the mark, reads its values and tells which of two dots
+    or rings is nearer.
+
+    These are the steps of a decoder that compares depths. The sum of a cross entropy over the tokens of an image, of
+    squared errors and of a cross entropy over pairs of marks in one image.
+    """
+    weights, values = read_marks(tokens, images, directions)
+    drawn = images.targets.colour[:, 1:].T * images.own()[:, None]  # (B, 7, N)
+    total = drawn.sum(-1)
+    found = -(drawn * weights.masked_fill(drawn == 0, 0.0)).sum(-1)[total > 0] / total[total > 0]
+    marks = images.marks
+    square = (values - marks.values)[marks.present].square().mean(0)
+    gap, true = depth_gaps(values, marks)
+    order = F.softplus(-ORDER_SHARPNESS * gap * true.sign())[true.abs() > 0.1]
+    return found.mean() + square[0] + square[1:].sum() / 2 + order.sum() / max(1, len(order))
+
+
+def depth_gaps(values: Tensor, marks: ImageTargets) -> tuple[Tensor, Tensor]:
+    """Differences of log depth (P,), as in `values` (B, 7, 5) and as they are, of all pairs of dots and rings of two
+    colours in one image."""
+    dots = marks.present & ~marks.boxed
+    first, second = torch.triu_indices(len(COLOURS), len(COLOURS), 1)
+    both = dots[:, first] & dots[:, second]
+    gap, true = ((depth[:, second] - depth[:, first])[both] for depth in (values[..., 0], marks.values[..., 0]))
+    return gap, true
 
 
 def initial_tower(images: ImageBatch) -> VisionTower:
@@ -124,18 +182,46 @@ def rescale(tower: VisionTower, directions: Directions) -> tuple[VisionTower, Di
 
     Returns the tower and directions divided by these gains, which read the same components as before.
     """
+    gains = gains_of(directions)
+    rows, gain = (torch.cat(parts_of(d)) for d in (directions, gains))
+    change_tokens(tower, OTHER_GAIN * torch.eye(rows.shape[1]) + rows.T @ ((gain - OTHER_GAIN) * rows))
+    return tower, Directions(*(rows / gain).split([len(d) for d in parts_of(gains)]))
+
+
+@torch.no_grad()
+def unscaled(path: Path, names: list[str]) -> tuple[VisionTower, Directions, MotionHead]:
+    """The inverse of `save` and `rescale`: a tower that training can continue, with orthonormal directions.
+
+    Raises:
+        ValueError: the file is for other classes than `names`.
+    """
+    tower, directions, head, stored = load(path)
+    if stored != names:
+        raise ValueError(f"{path}: a tower for {len(stored)} classes; expected the {len(names)} classes of these rooms")
+    gains = gains_of(directions)
+    rows, gain = (torch.cat(parts_of(d)) for d in (directions, gains))
+    rows = F.normalize(rows * gain, dim=1)  # the file holds float16
+    change_tokens(tower, torch.eye(rows.shape[1]) / OTHER_GAIN + rows.T @ ((1 / gain - 1 / OTHER_GAIN) * rows))
+    return tower, Directions(*rows.split([len(d) for d in parts_of(gains)])), head
+
+
+def gains_of(directions: Directions) -> Directions:
+    """The gain (n, 1) of each direction in `rescale`."""
     gains = Directions(*(torch.full((len(d), 1), OTHER_GAIN) for d in parts_of(directions)))
     gains.colour[1:] = MARK_GAIN
     gains.label[1:] = 1.0
     gains.values[MARK_VALUES] = 1.0
     gains.values[MARK_VALUES.start] = MARK_GAIN
     gains.motion.fill_(1.0)
-    rows, gain = (torch.cat(parts_of(d)) for d in (directions, gains))
-    change = OTHER_GAIN * torch.eye(rows.shape[1]) + rows.T @ ((gain - OTHER_GAIN) * rows)
+    return gains
+
+
+@torch.no_grad()
+def change_tokens(tower: VisionTower, change: Tensor) -> None:
+    """Multiply every token by `change` (H, H), in place: the last layer of the tower is linear."""
     for name in ("mlp.2.weight", "mlp.2.bias"):
         parameter = tower.merger.get_parameter(name)
         parameter.copy_(change @ parameter)
-    return tower, Directions(*(rows / gain).split([len(d) for d in parts_of(gains)]))
 
 
 @torch.no_grad()
@@ -143,11 +229,11 @@ def report(tower: VisionTower, images: ImageBatch, directions: Directions, head:
     """What the tokens encode.
 
     Returns:
-        dot, box, label, name: share of dots and rings, tokens with the line of one box, labels and objects that are
-            classified correctly.
+        box, label, name: share of tokens with the line of one box, labels and objects that are classified correctly.
+        dot, ring: share of dots and of rings whose token has the largest component of their colour in the image.
         depth_error, mark_depth_error: root mean square error of the log depth of tokens and of marked points.
         box_error: root mean square error of centre and size of boxes, in half images.
-        mark_order: share of pairs of successive dots and rings in the right order of depth.
+        mark_order: share of pairs of dots or rings in one image that are in the right order of depth.
         motion: share of the pairs with one word whose word is found.
         length: mean norm of a token.
     """
@@ -155,28 +241,31 @@ def report(tower: VisionTower, images: ImageBatch, directions: Directions, head:
     tokens = images.encode_images(tower)
     values = tokens @ directions.values.T
     boxed = targets.marked & (targets.values[:, 15:17] != 0).any(1)
-    dotted = targets.marked & ~boxed
     sure = targets.colour.amax(1) == 1
     named = targets.name > 0
     labelled = targets.label > 0
     colour = (tokens @ directions.colour.T).argmax(1) == targets.colour.argmax(1)
     name = (tokens @ directions.name.T).argmax(1) == targets.name
     label = (tokens @ directions.label.T).argmax(1) == targets.label
-    found = values[dotted, 12]
-    right = targets.values[dotted, 12]
-    clear = (right[1:] - right[:-1]).abs() > 0.4
-    order = ((found[1:] > found[:-1]) == (right[1:] > right[:-1]))[clear]
+    weights, read = read_marks(tokens, images, directions)
+    marks = images.marks
+    dots = marks.present & ~marks.boxed
+    place = targets.colour[:, 1:].T.expand(weights.shape).gather(2, weights.argmax(2, keepdim=True))[..., 0] > 0
+    error = (read - marks.values).square()
+    gap, true = depth_gaps(read, marks)
+    order = (gap > 0) == (true > 0)
     one = images.motion.amax(1) == 1
     motion = head(images.pair_differences(tokens) @ directions.motion.T).argmax(1) == images.motion.argmax(1)
     return {
-        "dot": colour[dotted].float().mean().item(),
+        "dot": place[dots & ~marks.ring].float().mean().item(),
+        "ring": place[marks.ring].float().mean().item(),
         "box": colour[boxed & sure].float().mean().item(),
         "label": label[labelled].float().mean().item(),
         "name": name[named].float().mean().item(),
         "depth_error": (values[:, 0] - targets.values[:, 0]).square().mean().sqrt().item() / 2,
-        "mark_depth_error": (found - right).square().mean().sqrt().item() / 2,
-        "box_error": (values[boxed, 13:17] - targets.values[boxed, 13:17]).square().mean().sqrt().item(),
-        "mark_order": order.float().mean().item(),
+        "mark_depth_error": error[..., 0][dots].mean().sqrt().item() / 2,
+        "box_error": error[marks.boxed][:, 1:].mean().sqrt().item(),
+        "mark_order": order[true.abs() > 0.4].float().mean().item(),
         "motion": motion[one].float().mean().item(),
         "length": tokens.norm(dim=1).mean().item(),
     }
@@ -192,21 +281,26 @@ def report_batch(views: Views, names: list[str], seed: int = 9) -> ImageBatch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimizer steps, peak learning rate, and what a step has: images without a partner, and pairs of images."""
+    """Optimizer steps, peak learning rate, what a step has (images without a partner, pairs of images), and the file of
+    the tower to start from; none is a new one."""
 
     steps: int = 5000
     lr: float = 2e-3
     singles: int = 14
     pairs: int = 6
+    start: Path | None = None
 
 
 def train(views: Views, unseen: Views, names: list[str], recipe: Recipe) -> tuple[VisionTower, Directions, MotionHead]:
     """Train a tower on `views`, and print every 500 steps what its tokens encode of `unseen`."""
     torch.manual_seed(0)
     test = report_batch(unseen, names)
-    tower = initial_tower(test)
-    directions = Directions.draw(tower.config.out_hidden_size, len(names))
-    head = MotionHead()
+    if recipe.start is None:
+        tower = initial_tower(test)
+        directions = Directions.draw(tower.config.out_hidden_size, len(names))
+        head = MotionHead()
+    else:
+        tower, directions, head = unscaled(recipe.start, names)
     matrices = [p for p in tower.parameters() if p.dim() > 1]
     vectors = [p for p in tower.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -265,12 +359,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rooms", type=int, default=800, help="rooms to render; 40 more are for the report")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
+    parser.add_argument("--lr", type=float, default=Recipe.lr, help="peak learning rate")
+    parser.add_argument("--singles", type=int, default=Recipe.singles, help="images of a step without a partner")
+    parser.add_argument("--start", type=Path, help="file of this script to continue from; default: a new tower")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     views = take_views(range(options.rooms), options.workers)
     unseen = take_views(range(options.rooms, options.rooms + 40), options.workers)
     names = sorted({name for shot in views.shots for name in shot.names})
-    tower, directions, head = train(views, unseen, names, Recipe(steps=options.steps))
+    tower, directions, head = train(
+        views, unseen, names, Recipe(options.steps, options.lr, options.singles, start=options.start)
+    )
     save(options.out, *rescale(tower, directions), head, names)
     print(f"wrote {options.out}, {options.out.stat().st_size / 1e6:.2f} MB")
 

@@ -13,12 +13,22 @@ from torch import Tensor
 
 from fastvst.data import Processor, pack
 from fastvst.model.vision import VisionTower
-from tools.tower_data import MOTIONS, SIZES, Example, TokenTargets, Views, example, mirrored, motion_example
+from tools.tower_data import (
+    MOTIONS,
+    SIZES,
+    Example,
+    ImageTargets,
+    TokenTargets,
+    Views,
+    example,
+    mirrored,
+    motion_example,
+)
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A batch: the arguments of the tower, and the targets of its tokens in the order of the tower.
+    """A batch: the arguments of the tower, the targets of its tokens in the order of the tower, the targets of images.
 
     `image` (N,): the image of each token. The last 2 P images are P pairs; `motion` (P, 6): shares of the words MOTIONS
     of each pair, which sum to 1.
@@ -31,6 +41,7 @@ class ImageBatch:
     max_window: int
     max_image: int
     targets: TokenTargets
+    marks: ImageTargets
     image: Tensor
     motion: Tensor
 
@@ -53,18 +64,33 @@ class ImageBatch:
         pairs = mean[count - 2 * len(self.motion) :].view(-1, 2, tokens.shape[1])
         return pairs[:, 1] - pairs[:, 0]
 
+    def own(self) -> Tensor:
+        """(images, N) bool: the tokens of each image."""
+        return self.image == torch.arange(len(self.marks.present))[:, None]
+
+    def log_attention(self, scores: Tensor) -> Tensor:
+        """(images, C, N): for each column of `scores` (N, C) its log softmax over the tokens of each image.
+
+        So a head of the decoder that looks for the thing of this column weighs the tokens. Tokens of other images have
+        -inf.
+        """
+        return scores.T.masked_fill(~self.own()[:, None], float("-inf")).log_softmax(-1)
+
 
 def collate(examples: Sequence[Example], pairs: Sequence[tuple[list[Example], tuple[str, ...]]] = ()) -> ImageBatch:
     """One batch of several examples, then of several pairs."""
     examples = [*examples, *(one for two, _ in pairs for one in two)]
-    batch = pack([sample for sample, _ in examples])
+    samples = [sample for sample, _, _ in examples]
+    batch = pack(samples)
     # Targets are in reading order, the order of rows in a pack. The tower orders its tokens by windows.
-    starts = np.cumsum([0, *(len(sample) for sample, _ in examples)])
-    rows = torch.cat([sample.vision_slots.long() + int(s) for (sample, _), s in zip(examples, starts, strict=False)])
+    starts = np.cumsum([0, *(len(sample) for sample in samples)])
+    rows = torch.cat([sample.vision_slots.long() + int(s) for sample, s in zip(samples, starts, strict=False)])
     order = torch.searchsorted(rows, batch.vision_slots.long())
     fields = [field.name for field in dataclasses.fields(TokenTargets)]
-    targets = TokenTargets(*(torch.cat([getattr(t, field) for _, t in examples])[order] for field in fields))
-    image = torch.cat([torch.full((len(t.name),), k) for k, (_, t) in enumerate(examples)])[order]
+    targets = TokenTargets(*(torch.cat([getattr(t, field) for _, t, _ in examples])[order] for field in fields))
+    fields = [field.name for field in dataclasses.fields(ImageTargets)]
+    marks = ImageTargets(*(torch.cat([getattr(m, field) for _, _, m in examples]) for field in fields))
+    image = torch.cat([torch.full((len(t.name),), k) for k, (_, t, _) in enumerate(examples)])[order]
     motion = torch.zeros(len(pairs), len(MOTIONS))
     for k, (_, words) in enumerate(pairs):
         motion[k, [MOTIONS.index(word) for word in words]] = 1 / len(words)
@@ -76,6 +102,7 @@ def collate(examples: Sequence[Example], pairs: Sequence[tuple[list[Example], tu
         batch.max_window,
         batch.max_image,
         targets,
+        marks,
         image,
         motion,
     )

@@ -34,8 +34,9 @@ COLOURS = list(draw.COLOURS)
 LABELS = "1234ABCDEFGH"
 MOTIONS = [word for axis in WORDS for word in axis]
 CELLS = 8  # samples of depth and instance per token and side
-# Image sizes in rows: None is the processor's choice for 320 x 240 pixels, the others come from the virtual camera.
-SIZES = (None, None, None, (168, 112), (196, 140), (140, 112), (224, 168))
+# Image sizes in rows: None is the processor's choice for 320 x 240 pixels, the others come from the virtual camera of
+# rows with 3D boxes.
+SIZES = (*(None,) * 8, (168, 112), (196, 140), (140, 112), (224, 168))
 TASKS = TaskConfig()
 
 
@@ -141,6 +142,7 @@ class Mark:
 
     `u`, `v`: its centre in pixels of the shot. `depth`: of the marked point or of the object in the box, metres.
     `colour`: index in COLOURS. `label`: its letter or digit, or "". `box`: x1, y1, x2, y2 of a drawn box, else None.
+    `ring`: whether it is a ring; without box and ring it is a dot.
     """
 
     u: float
@@ -149,6 +151,7 @@ class Mark:
     colour: int
     label: str = ""
     box: tuple[float, float, float, float] | None = None
+    ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,22 @@ class TokenTargets:
         weights[:, 6:12] = 0.5 * (0.2 + (self.name > 0).float())[:, None]
         boxed = (self.values[:, 15:17] != 0).any(1).float()
         # A box has about nine tokens, a dot has one.
-        weights[:, 12:] = 0.1 + ((8.0 - 6.5 * boxed) * self.marked.float())[:, None]
+        weights[:, 12:] = 0.1 + ((4.0 - 3.5 * boxed) * self.marked.float())[:, None]
         return weights
+
+
+@dataclass(frozen=True)
+class ImageTargets:
+    """What N images must tell about the marks of each colour.
+
+    `present` (N, 7) bool: whether exactly one mark has this colour of COLOURS. `values` (N, 7, 5) float32: values 12 to
+    16 of `TokenTargets` of this mark. `boxed`, `ring` (N, 7) bool: whether it is a box, a ring; otherwise it is a dot.
+    """
+
+    present: Tensor
+    values: Tensor
+    boxed: Tensor
+    ring: Tensor
 
 
 def log_depth(metres: Any) -> Any:
@@ -248,13 +265,33 @@ def _mark_targets(
     for k, mark in enumerate(marks):
         colour[:, 1 + mark.colour] += drawn[k]
         here = (drawn[k] > 0) & (drawn[k] >= drawn.max(0))
-        x1, y1, x2, y2 = mark.box or (0.0, 0.0, 0.0, 0.0)
-        place = (mark.v / height * 2 - 1, mark.u / width * 2 - 1, (y2 - y1) / height * 2, (x2 - x1) / width * 2)
-        values[here, 12:17] = (log_depth(mark.depth), *place)
+        values[here, 12:17] = mark_values(mark, size)
     total = colour.sum(1, keepdims=True)
     colour = np.divide(colour, total, out=colour, where=total > 0)
     colour[total[:, 0] == 0, 0] = 1
     return colour, label
+
+
+def mark_values(mark: Mark, size: tuple[int, int]) -> tuple[float, float, float, float, float]:
+    """Values 12 to 16 of `TokenTargets` of a mark in an image of `size` (height, width)."""
+    height, width = size
+    x1, y1, x2, y2 = mark.box or (0.0, 0.0, 0.0, 0.0)
+    place = (mark.v / height * 2 - 1, mark.u / width * 2 - 1)
+    return (float(log_depth(mark.depth)), *place, (y2 - y1) / height * 2, (x2 - x1) / width * 2)
+
+
+def image_targets(marks: Sequence[Mark], size: tuple[int, int]) -> ImageTargets:
+    """The targets of one image of `size` (height, width)."""
+    present, boxed, ring = torch.zeros(3, 1, len(COLOURS), dtype=torch.bool)
+    found = ImageTargets(present, torch.zeros(1, len(COLOURS), 5), boxed, ring)
+    used = [mark.colour for mark in marks]
+    for mark in marks:
+        if used.count(mark.colour) == 1:
+            found.present[0, mark.colour] = True
+            found.values[0, mark.colour] = torch.tensor(mark_values(mark, size))
+            found.boxed[0, mark.colour] = mark.box is not None
+            found.ring[0, mark.colour] = mark.ring
+    return found
 
 
 def outline(box: tuple[float, float, float, float], grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -276,7 +313,7 @@ def outline(box: tuple[float, float, float, float], grid: tuple[int, int], size:
 # Examples
 
 
-Example = tuple[EncodedSample, TokenTargets]
+Example = tuple[EncodedSample, TokenTargets, ImageTargets]
 
 
 def example(
@@ -285,7 +322,7 @@ def example(
     """A shot with marks as the tasks draw them, encoded as the loader does, and its targets."""
     image = Image.fromarray(np.ascontiguousarray(shot.image))
     kind = rng.random()
-    drawing = _draw_boxes if kind < 0.35 else _draw_rings if kind < 0.55 else _draw_points
+    drawing = _draw_boxes if kind < 0.2 else _draw_rings if kind < 0.4 else _draw_points
     marks = drawing(image, shot, rng)
     if rng.random() < 0.5:  # rows store JPEG
         image = Image.open(io.BytesIO(encode_image(image, 95)))
@@ -306,7 +343,7 @@ def encoded(
         part |= {"resized_width": size[0], "resized_height": size[1]}
     sample = processor.encode(Sample.from_messages([{"role": "user", "content": [part]}]), add_generation_prompt=True)
     rows, columns = (int(n) // 2 for n in sample.grid[0, 1:])
-    return sample, targets_of(shot, marks, (rows, columns), names)
+    return sample, targets_of(shot, marks, (rows, columns), names), image_targets(marks, shot.depth.shape)
 
 
 def motion_example(
@@ -325,8 +362,8 @@ def motion_example(
     return [encoded(shot, image, [], processor, names) for shot, image in shots], words
 
 
-def _point_at(shot: Shot, u: float, v: float, colour: int, label: str) -> Mark:
-    return Mark(u, v, float(shot.depth[int(v), int(u)]), colour, label)
+def _point_at(shot: Shot, u: float, v: float, colour: int, label: str, ring: bool) -> Mark:
+    return Mark(u, v, float(shot.depth[int(v), int(u)]), colour, label, None, ring)
 
 
 def _places(shot: Shot, rng: random.Random, count: int, inside: float) -> list[tuple[float, float]]:
@@ -345,14 +382,14 @@ def _places(shot: Shot, rng: random.Random, count: int, inside: float) -> list[t
 
 
 def _draw_points(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark]:
-    """Draw up to four dots, most of them well inside objects, some with a letter or a digit."""
-    at = _places(shot, rng, rng.choice((0, 1, 2, 2, 2, 2, 3, 4)), 0.8)
+    """Draw up to five dots, most of them well inside objects, some with a letter or a digit."""
+    at = _places(shot, rng, rng.choice((0, 1, 2, 2, 3, 4, 5)), 0.8)
     apart = rng.random() < 0.85
     colours = rng.sample(range(len(COLOURS)), len(at)) if apart else [rng.randrange(len(COLOURS))] * len(at)
     labels = rng.sample(LABELS, len(at)) if rng.random() < 0.3 else [""] * len(at)
     for point, colour, label in zip(at, colours, labels, strict=True):
         draw.dot(image, point, COLOURS[colour], label)
-    return [_point_at(shot, u, v, c, label) for (u, v), c, label in zip(at, colours, labels, strict=True)]
+    return [_point_at(shot, u, v, c, label, False) for (u, v), c, label in zip(at, colours, labels, strict=True)]
 
 
 def _draw_rings(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark]:
@@ -362,7 +399,7 @@ def _draw_rings(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark
     labels = rng.sample(LABELS, len(at)) if len(at) > 1 and rng.random() < 0.7 else [""] * len(at)
     for point, colour, label in zip(at, colours, labels, strict=True):
         draw.circle(image, point, COLOURS[colour], label)
-    return [_point_at(shot, u, v, c, label) for (u, v), c, label in zip(at, colours, labels, strict=True)]
+    return [_point_at(shot, u, v, c, label, True) for (u, v), c, label in zip(at, colours, labels, strict=True)]
 
 
 def _draw_boxes(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark]:

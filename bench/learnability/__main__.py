@@ -93,12 +93,21 @@ def learn(questions: list[Question], lookup: readers.Lookup) -> dict[str, Any]:
 
 
 def marks(questions: list[Question], lookup: readers.Lookup) -> dict[str, float]:
-    """Share of the named dots, rings and boxes whose token has the largest component of their colour.
+    """What the stored directions of the tower read, with nothing learned, over all questions.
 
-    A dot or a ring has one token, a box has the tokens of its outline.
+    Returns:
+        dots, rings, boxes: share of those named whose token has the largest component of their colour. A dot or a ring
+            has one token, a box has the tokens of its outline.
+        nearer point: share of the depth questions whose nearer dot has the smaller depth.
+        motion: share of the questions about a camera's motion with the right word.
     """
-    found: dict[str, list[bool]] = {"dots": [], "rings": [], "boxes": []}
+    found: dict[str, list[bool]] = {"dots": [], "rings": [], "boxes": [], "nearer point": [], "motion": []}
     for q in questions:
+        if q["task"] == "depth_comparison":
+            depths = [lookup.depth(q["images"][look[0]], *look[1:]) for look in q["look"]]
+            found["nearer point"].append(int(np.argmin(depths)) == q["label"])
+        if q["task"] == "camera_motion":
+            found["motion"].append(lookup.motion(*q["images"]) == q["label"])
         kind = {"depth_comparison": "dots", "correspondence": "rings", "distance": "boxes"}.get(q["task"])
         for look, tokens in zip(q["look"], q.get("tokens", []), strict=False):
             if kind is not None:

@@ -53,9 +53,7 @@ def write(results: dict[str, Any]) -> str:
     tasks = results["tasks"]
     made = results["made_with"]
     table = html.table(HEADER, [row(task, result) for task, result in tasks.items()])
-    marks = html.table(
-        ("mark", "found by colour, %"), [(kind, percent(share)) for kind, share in results["marks"].items()]
-    )
+    marks = html.table(("read-out", "right, %"), [(kind, percent(share)) for kind, share in results["marks"].items()])
     charts = "".join(f'<div class="card">{chart(task, result)}</div>' for task, result in tasks.items())
     style = "<style>.grid{grid-template-columns:repeat(auto-fill,minmax(250px,1fr))}</style>"
     keys = " ".join(f'<b style="color:{colour}">{reader}</b>' for reader, colour in COLOURS.items())
@@ -70,7 +68,7 @@ def write(results: dict[str, Any]) -> str:
     sections = [
         ("Learning curves", f'{style}{note}<div class="grid">{charts}</div>'),
         ("Table, %", table),
-        ("Marks", marks),
+        ("What the tower's own directions read", marks),
     ]
     return html.page("How many questions a task takes", lead, sections)
 

@@ -30,6 +30,7 @@ from fastvst.model import ModelConfig
 from fastvst.model.vision import VisionTower
 from fastvst.spatial import draw
 from fastvst.spatial.boxes import iou_3d
+from fastvst.tasks.camera_motion import WORDS
 
 Question = dict[str, Any]
 SIZES = (75, 150, 300, 600, 1200, 2500)
@@ -44,11 +45,13 @@ COLUMNS = 6  # tokens of a room's image: 4 rows of 6
 
 @dataclass(frozen=True)
 class Reading:
-    """The tokens (images, 24, H) of all images, and the stored directions of the tower by name, each (n, H)."""
+    """The tokens (images, 24, H) of all images, the stored directions of the tower by name, each (n, H), and the weight
+    (6, 8) that gives the scores of the words MOTIONS of tools/tower_data.py from the directions of motion."""
 
     tokens: np.ndarray
     directions: dict[str, np.ndarray]
     names: list[str]
+    motion_head: np.ndarray
 
 
 def read_tokens(file: Path, batches: Iterator[Sequence[bytes]], workers: int = 2) -> Reading:
@@ -62,7 +65,7 @@ def read_tokens(file: Path, batches: Iterator[Sequence[bytes]], workers: int = 2
     with ThreadPoolExecutor(workers) as pool:  # decoding, resizing and matrix products release the interpreter's lock
         tokens = list(pool.map(partial(read_batch, tower, processor), batches))
     directions = {k.removeprefix("directions."): t.numpy() for k, t in tensors.items() if k.startswith("directions.")}
-    return Reading(np.concatenate(tokens), directions, names)
+    return Reading(np.concatenate(tokens), directions, names, tensors["motion_head"].numpy())
 
 
 @torch.no_grad()
@@ -96,6 +99,7 @@ class Lookup:
         self.tokens = reading.tokens
         self.values = reading.directions["values"]
         self.colour = {c: reading.directions["colour"][1 + k] for k, c in enumerate(draw.COLOURS)}
+        self.motion_rows = reading.motion_head @ reading.directions["motion"]
         self.name = {n: reading.directions["name"][1 + k] for k, n in enumerate(reading.names)}
 
     def direction(self, by: str, which: str) -> np.ndarray:
@@ -115,6 +119,16 @@ class Lookup:
     def place(self, image: int, by: str, which: str) -> int:
         """Index of the token with the largest weight."""
         return int(self.weights(image, by, which).argmax())
+
+    def depth(self, image: int, by: str, which: str) -> float:
+        """Log depth of a mark, in the stored direction."""
+        return float(self.values[12] @ self.pooled(image, by, which))
+
+    def motion(self, first: int, second: int) -> str:
+        """The word of the camera's motion, by the stored directions: nothing is learned."""
+        words = [word for axis in WORDS for word in axis]
+        difference = self.tokens[second].mean(0) - self.tokens[first].mean(0)
+        return words[int((self.motion_rows @ difference).argmax())]
 
     def thing(self, question: Question, look: Sequence[Any]) -> np.ndarray:
         """(F,) features of one thing of the question.
@@ -199,7 +213,7 @@ def _candidates(question: Question, lookup: Lookup) -> np.ndarray:
     if question["task"] == "distance":
         image = question["images"][0]
         boxes = [lookup.boxes(image, *look[1:]) for look in question["look"]]
-        depth = [float(lookup.values[12] @ lookup.pooled(image, *look[1:])) for look in question["look"]]
+        depth = [lookup.depth(image, *look[1:]) for look in question["look"]]
         found = []
         for k in range(1, len(boxes)):
             gaps = [x for a, b in zip(boxes[0], boxes[k], strict=True) for x in pair_cues(a, b)]

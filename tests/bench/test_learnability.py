@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench.learnability import cues, page, questions, readers
+from bench.learnability.__main__ import marks
 from fastvst.spatial.boxes import box_distance
 from fastvst.tasks import VST_P
 
@@ -87,6 +88,33 @@ def test_a_curve_rises_where_the_cues_say_the_answer() -> None:
     shuffled = [({**q, "label": int(rng.integers(3))}, x) for q, x in made]
     parts = [([shuffled[k][0] for k in part], [shuffled[k][1] for k in part]) for part in (train, test)]
     assert readers.curve(*parts)[600] < 0.45, "labels by chance cannot be learned"
+
+
+def test_stored_directions_are_read_with_nothing_learned() -> None:
+    """Tokens that are made of the directions: the place of a colour, the depth of a mark and the word of a motion."""
+    rows = np.linalg.qr(np.random.default_rng(3).normal(size=(64, 64)))[0]
+    directions = {"colour": rows[:8], "name": rows[8:10], "values": rows[10:27], "motion": rows[27:35]}
+    head = np.kron(np.eye(3), [[-1.0], [1.0]]) @ np.eye(3, 8)  # left, right, up, down, backward, forward
+    tokens = np.zeros((3, 24, 64))
+    tokens[0, 7] = 2 * directions["colour"][1] + 0.3 * directions["values"][12]
+    tokens[0, 9] = 2 * directions["colour"][3] - 0.4 * directions["values"][12]
+    tokens[2] = -0.5 * directions["motion"][1]
+    lookup = readers.Lookup(readers.Reading(tokens, directions, ["bed"], head))
+    assert lookup.place(0, "colour", "red") == 7 and lookup.place(0, "colour", "blue") == 9
+    assert lookup.depth(0, "colour", "red") == pytest.approx(0.3, abs=1e-3)
+    assert lookup.motion(1, 2) == "up" and lookup.motion(2, 1) == "down"
+    asked = {"room": 0, "images": [0], "look": [[0, "colour", "red"], [0, "colour", "blue"]], "tokens": [[7], [8]]}
+    depth = {**asked, "task": "depth_comparison", "label": 1}
+    move = {"task": "camera_motion", "images": [1, 2], "look": [], "label": "left"}
+    box = {**asked, "task": "distance", "tokens": [[6, 7], [9]]}
+    ring = {**asked, "task": "correspondence", "tokens": [[7], [9]]}
+    assert marks([depth, move, box, ring], lookup) == {
+        "dots": 0.5,
+        "rings": 1.0,
+        "boxes": 1.0,
+        "nearer point": 1.0,
+        "motion": 0.0,
+    }
 
 
 def test_boxes_numbers_and_words() -> None:
