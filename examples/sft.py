@@ -20,10 +20,11 @@ GPUs. SIGTERM and Ctrl-C save a checkpoint and end the run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -279,9 +280,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         epochs=config.data.epochs,
         origins=config.origins,
     )
-    with metrics, saver:
+    with metrics, saver, contextlib.closing(iter(loader)) as batches:  # an error must not wait for loader workers
         model.train()
-        batches: Iterator[PackedBatch] = iter(loader)
         begin = time.perf_counter()
         step = first
         stopped = False

@@ -139,22 +139,24 @@ class Loader:
         planner = make_planner(open_again(self.mixture), self.processor, self.config, self.world_size)
         data = PackStream(planner, self.rank, self.world_size, self._state, slots)
         deliveries = _start(data, self.config)
-        while True:
-            failure = None
-            try:
-                delivery = _wait(deliveries, self.config.timeout_s)
-            except RuntimeError as error:
-                failure = self._explain(error, slots)
-            if failure is not None:
-                _kill(slots)
-                del deliveries  # ends torch's bookkeeping of the workers before the error is handled
-                raise failure
-            if delivery is None:
-                return
-            self._account(delivery)
-            if not isinstance(delivery.batch, PackedBatch):
-                return
-            yield delivery.batch
+        try:
+            while True:
+                failure = None
+                try:
+                    delivery = _wait(deliveries, self.config.timeout_s)
+                except RuntimeError as error:
+                    failure = self._explain(error, slots)
+                if failure is not None:
+                    raise failure
+                if delivery is None:
+                    return
+                self._account(delivery)
+                if not isinstance(delivery.batch, PackedBatch):
+                    return
+                yield delivery.batch
+        finally:
+            _kill(slots)  # torch would wait 5 s for a busy worker, and the interpreter TERM_GRACE_S after its SIGTERM
+            del deliveries  # ends torch's bookkeeping of the workers before an error is handled
 
     def _account(self, delivery: Delivery) -> None:
         """Update ledger, report and state for the pack that is about to be handed out."""

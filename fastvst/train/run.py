@@ -60,7 +60,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
 )
 # Errors of the disk and of paths, which the user can repair.
 USER_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EADDRINUSE, errno.EMFILE, errno.ENFILE),
 }
 COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
@@ -76,6 +76,7 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted before the end", file=sys.stderr, flush=True)
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
     except Exception as error:
         if not isinstance(error, (*USER_ERRORS, *errors, OSError)):
@@ -131,10 +132,11 @@ def joined(parallel: ParallelConfig, environment: Mapping[str, str] | None) -> I
     Args:
         environment: see `distributed.start`.
     """
-    end_with_launcher(os.environ if environment is None else environment)
+    stop = StopRequest()
+    end_with_launcher(os.environ if environment is None else environment, stop)
     world = distributed.start(parallel, environment=environment)
     try:
-        with Watchdog(world), StopRequest() as stop:
+        with Watchdog(world), stop:
             yield world, stop
             distributed.stop(world)
     finally:
