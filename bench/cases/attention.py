@@ -94,3 +94,7 @@ CASES = (
 )
 # Small enough for a CPU: the layout of the last case at 1/16 of its lengths.
 CPU_GROUPS = Case("groups (400, 8 x 128)", heads=8, kv_heads=2, width=64, causal=True, **grouped(1, 400, (128,) * 8))
+TINY_CASES = (
+    Case("tiny causal", (12, 5), 4, 2, 16, True),
+    Case("tiny groups", heads=4, kv_heads=2, width=16, causal=True, **grouped(2, 6, (3, 4))),
+)

@@ -1,25 +1,24 @@
-"""Attention on a GPU compared with its peers: `python -m bench.gpu.attention --out FILE.json`.
+"""Attention on a GPU compared with its peers: `python -m bench.gpu.attention --out FILE`.
 
-Needs torch and triton only. All contenders of a case run in one process on the same tensors, and the results are
-written after every case.
+Needs torch and triton only. All contenders of a case run in one process on the same tensors and take turns. `--record`
+writes which one was fastest into the table that `backend="auto"` reads.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases.attention import CASES, Case
+from bench.cases.attention import CASES, TINY_CASES, Case
+from bench.gpu.block import Cases, Figures, Options, command
+from bench.gpu.ceilings import matmul_tflops
+from bench.gpu.clock import clock_of, milliseconds
 from fastvst_kernels import packed_attention, prepare
 from fastvst_kernels.attention.backends import AttentionCall, library_attention
 from fastvst_kernels.attention.choice import TRITON, record
@@ -29,65 +28,24 @@ from fastvst_kernels.attention.libraries import LIBRARIES, installed
 Contender = Callable[[], Tensor]
 
 
-def milliseconds(run: Callable[[], object], rounds: int = 20) -> float:
-    """Median time of one run, after warming up, by CUDA events."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[rounds // 2]
-
-
-def ceilings() -> dict[str, float]:
-    """The fastest that this GPU can be: a bf16 product of 8192^3 and a copy of 2 GiB."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(1 << 30, device="cuda", dtype=torch.bfloat16)
-    other = torch.empty_like(big)
-    return {
-        "matmul_tflops": 2 * 8192**3 / milliseconds(lambda: a @ a) * 1e-9,
-        "copy_tbps": 2 * big.nbytes / milliseconds(lambda: other.copy_(big)) * 1e-9,
-    }
-
-
-def machine() -> dict[str, str]:
-    """Name, versions, clocks and power cap."""
-    import triton
-
-    query = "clocks.sm,clocks.max.sm,power.limit,power.draw,driver_version"
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said = f"nvidia-smi: {error}"
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"gpu": torch.cuda.get_device_name(), query: said, **versions}
-
-
 def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
     """Functions that compute one case: ours, every installed library and, without groups, torch's other ways.
 
     Each returns the output.
     """
-    offsets = case.offsets("cuda")
-    plan = prepare(case.offsets("cpu"), case.groups("cpu"), causal=case.causal).to("cuda")
-    groups = case.groups("cuda")
+    offsets = case.offsets(q.device)
+    plan = prepare(case.offsets("cpu"), case.groups("cpu"), causal=case.causal).to(q.device)
+    groups = case.groups(q.device)
+    backend = "triton" if q.is_cuda else "auto"
     found: dict[str, Contender] = {
         "fastvst": lambda: packed_attention(
-            q, k, v, offsets, causal=case.causal, groups=groups, backend="triton", plan=plan
+            q, k, v, offsets, causal=case.causal, groups=groups, backend=backend, plan=plan
         )
     }
     call = AttentionCall(q, k, v, offsets, groups, plan, None, case.causal, q.shape[-1] ** -0.5)
-    for name in installed():
+    for name in installed() if q.is_cuda else ():
         found[name] = lambda name=name: library_attention(call, name)[0]
-    if case.prompts is not None:
+    if case.prompts is not None or not q.is_cuda:
         return found
     if len(set(case.lengths)) == 1:
         found["cudnn"] = lambda: _cudnn(q, k, v, case)
@@ -125,45 +83,59 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
     return run
 
 
-def measure(case: Case) -> dict[str, dict[str, Any]]:
+def measure(case: Case, options: Options) -> dict[str, Figures]:
     """{contender: figures}; a contender that cannot run has the reason instead."""
-    q, k, v = case.tensors(torch.device("cuda"), torch.bfloat16)
+    q, k, v = case.tensors(options.device, options.dtype)
     forward_flops, backward_flops = case.flops()
-    figures: dict[str, dict[str, Any]] = {}
+    ceiling = matmul_tflops(options)
+    runs: dict[str, Callable[[], object]] = {}
+    backwards: dict[str, Callable[[], object]] = {}
+    figures: dict[str, Figures] = {}
     for name, run in contenders(case, q, k, v).items():
         try:
-            with torch.no_grad():
-                forward = milliseconds(run)
             out = run()
-            gradient = torch.randn_like(out)
-            backward = milliseconds(
-                lambda out=out, g=gradient: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
-            )
-            figures[name] = {
-                "forward_ms": forward,
-                "backward_ms": backward,
-                "forward_tflops": forward_flops / forward * 1e-9,
-                "backward_tflops": backward_flops / backward * 1e-9,
-            }
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
         except Exception as error:  # a peer that lacks this case must not end the run
             figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            continue
+        runs[name] = torch.no_grad()(run)
+        gradient = torch.randn_like(out)
+        backwards[name] = lambda out=out, g=gradient: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
+    clock = clock_of(options.device)
+    forward = milliseconds(runs, clock)
+    backward = milliseconds(backwards, clock)
+    for name in runs:
+        speeds = forward_flops / forward[name] * 1e-9, backward_flops / backward[name] * 1e-9
+        figures[name] = {
+            "forward_ms": forward[name],
+            "backward_ms": backward[name],
+            "forward_tflops": speeds[0],
+            "backward_tflops": speeds[1],
+            "forward_share": speeds[0] / ceiling,
+            "backward_share": speeds[1] / ceiling,
+        }
     return figures
 
 
-def group_ratio(case: Case) -> dict[str, Any]:
+def group_ratio(case: Case, options: Options) -> Figures:
     """Forward + backward with groups compared with the best contender on the repeated-prompt layout."""
-    figures = measure(case)
-    ours = figures["fastvst"]
-    peers = measure(case.repeated())
+    figures = measure(case, options)
+    peers = measure(case.repeated(), options)
+    ours = {n: f["forward_ms"] + f["backward_ms"] for n, f in figures.items() if "forward_ms" in f}
     times = {n: f["forward_ms"] + f["backward_ms"] for n, f in peers.items() if "forward_ms" in f}
-    if "forward_ms" not in ours or not times:
+    if not ours or not times:
         return {"groups": figures, "repeated": peers}
     best = min(times, key=times.__getitem__)
-    ratio = times[best] / (ours["forward_ms"] + ours["backward_ms"])
-    return {"groups": figures, "repeated": peers, "best_repeated": best, "ratio": ratio, "goal_ratio": 2.5}
+    return {
+        "groups": figures,
+        "repeated": peers,
+        "best_repeated": best,
+        "ratio": times[best] / min(ours.values()),
+        "goal_ratio": 2.5,
+    }
 
 
-def record_choice(case: Case, figures: dict[str, dict[str, Any]]) -> None:
+def record_choice(case: Case, figures: dict[str, Figures]) -> None:
     """Write which contender was fastest into the table that `backend="auto"` reads, for inference and for training."""
     names = {"fastvst": TRITON, **{name: name for name in LIBRARIES}}
     timed = {names[n]: f for n, f in figures.items() if n in names and "forward_ms" in f}
@@ -183,32 +155,24 @@ def record_choice(case: Case, figures: dict[str, dict[str, Any]]) -> None:
         record(key, {n: f["forward_ms"] + training * f["backward_ms"] for n, f in timed.items()}, source)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure all cases whose name contains --only; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--record", action="store_true", help="write the fastest of each case into the table of 'auto'")
-    arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench/gpu/attention.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
-        return 2
-    deadline = time.monotonic() + 60 * arguments.minutes
-    result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}
-    for case in CASES:
-        if arguments.only in case.name and time.monotonic() < deadline:
-            found = measure(case) if case.prompts is None else group_ratio(case)
-            result["cases"][case.name] = found
-            if arguments.record:
-                record_choice(case, found if case.prompts is None else found["groups"])
-            print(case.name, json.dumps(found, indent=1), flush=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    result["complete"] = len(result["cases"]) == len(CASES)
-    result["machine_after"] = machine()
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+def cases(options: Options, *, save: bool = False) -> Cases:
+    """Every case; with `save` the fastest contender goes into the table of `backend="auto"`."""
+
+    def work(case: Case) -> Figures:
+        found = measure(case, options) if case.prompts is None else group_ratio(case, options)
+        if save:
+            record_choice(case, found if case.prompts is None else found["groups"])
+        return found
+
+    for case in TINY_CASES if options.dry else CASES:
+        yield case.name, lambda case=case: work(case)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; --record as well as those of every block."""
+    save = "--record" in argv
+    return command("attention", lambda o: cases(o, save=save), __doc__, [word for word in argv if word != "--record"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

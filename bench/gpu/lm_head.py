@@ -6,20 +6,18 @@ operations, the least possible, for every contender. A peer that is not installe
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.attention import ceilings, machine, milliseconds
+from bench.gpu.block import Cases, Figures, Options, command
+from bench.gpu.ceilings import matmul_tflops
+from bench.gpu.clock import clock_of, milliseconds
 from fastvst_kernels import linear_cross_entropy, linear_policy_loss
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, Objective
@@ -65,8 +63,8 @@ def three_products(given: dict[str, Tensor]) -> Step:
     hidden = given["hidden"].detach()
     weight = given["weight"].detach()
     total = torch.zeros_like(weight, dtype=torch.float32)
-    logits = torch.empty(2048, weight.shape[0], device="cuda", dtype=torch.float32)
-    d = torch.randn(2048, weight.shape[0], device="cuda", dtype=torch.bfloat16)
+    logits = torch.empty(2048, weight.shape[0], device=hidden.device, dtype=torch.float32)
+    d = torch.randn(2048, weight.shape[0], device=hidden.device, dtype=hidden.dtype)
 
     def run() -> None:
         for rows in hidden.split(2048):
@@ -127,7 +125,7 @@ def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable
         def rows(name: str) -> Tensor:
             return given[name][: batch * 512].reshape(batch, 512, *given[name].shape[1:])
 
-        mask = torch.ones(batch, 512, device="cuda", dtype=torch.int32)
+        mask = torch.ones(batch, 512, device=given["hidden"].device, dtype=torch.int32)
         return step_of(
             lambda: peer(
                 rows("hidden"),
@@ -153,57 +151,54 @@ def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable
     return found
 
 
-def measure(made: dict[str, Callable[[], Step]], flops: float) -> dict[str, dict[str, Any]]:
-    """{contender: milliseconds, TFLOP/s of 6 M H V, extra GiB at the peak}; or why a contender did not run."""
-    figures: dict[str, dict[str, Any]] = {}
+def measure(made: dict[str, Callable[[], Step]], flops: float, options: Options) -> dict[str, Figures]:
+    """{contender: milliseconds, TFLOP/s of 6 M H V, its share of the ceiling, extra GiB}; or why it did not run."""
+    figures: dict[str, Figures] = {}
+    runs: dict[str, Step] = {}
     for name, make in made.items():
         try:
             run = make()
             run()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            extra = torch.cuda.max_memory_allocated() - before
-            ms = milliseconds(run, rounds=7)
-            figures[name] = {"ms": ms, "tflops": flops / ms * 1e-9, "peak_extra_gib": extra / 2**30}
+            figures[name] = {"peak_extra_gib": _extra_bytes(run, options) / 2**30}
+            runs[name] = run
         except Exception as error:  # a peer that is not installed or runs out of memory must not end the run
             figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        torch.cuda.empty_cache()
+    ceiling = matmul_tflops(options)
+    for name, ms in milliseconds(runs, clock_of(options.device), most=7).items():
+        figures[name] |= {"ms": ms, "tflops": flops / ms * 1e-9, "share": flops / ms * 1e-9 / ceiling}
+    if "ms" in figures.get("three products", {}) and "ms" in figures["fastvst"]:
+        figures["fastvst"]["share_of_three_products"] = figures["three products"]["ms"] / figures["fastvst"]["ms"]
     return figures
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure every case whose name contains --only; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench/gpu/lm_head.py needs a CUDA GPU, and torch sees none", file=sys.stderr)
-        return 2
-    deadline = time.monotonic() + 60 * arguments.minutes
-    result: dict[str, Any] = {"machine": machine(), "ceilings": ceilings(), "cases": {}, "complete": False}
+def _extra_bytes(run: Step, options: Options) -> int:
+    """Bytes at the peak of a second run beyond those before it; 0 on the CPU."""
+    if options.dry:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cases(options: Options) -> Cases:
+    """The middle number of rows first, so that a run that ends early has measured each loss once."""
     names = ["cross entropy", *OBJECTIVES]
-    # The middle size first, so that a run that ends early has measured each loss once.
-    cases = [(s, m, n) for m in sorted(ROWS, key=lambda m: m != 16_384) for s in SHAPES for n in names]
-    for shape, rows, name in cases:
-        case = f"{name} {shape} M={rows}"
-        if arguments.only not in case or time.monotonic() > deadline:
-            continue
-        width, vocabulary = SHAPES[shape]
-        given = inputs(rows, width, vocabulary)
-        made = supervised(given) if name == "cross entropy" else policy(given, OBJECTIVES[name])
-        result["cases"][case] = measure(made, 6.0 * rows * width * vocabulary)
-        print(case, json.dumps(result["cases"][case], indent=1), flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    result["complete"] = len(result["cases"]) == len(cases)
-    result["machine_after"] = machine()
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    sizes = options.pick([(s, m) for m in sorted(ROWS, key=lambda m: m != 16_384) for s in SHAPES], [("7b", 512)])
+    for shape, rows in sizes:
+        width, vocabulary = options.pick(SHAPES[shape], (16, 64))
+        for name in names:
+
+            def work(rows: int = rows, width: int = width, vocabulary: int = vocabulary, name: str = name) -> Figures:
+                dtype = torch.float32 if options.dry else options.dtype
+                given = inputs(rows, width, vocabulary, device=str(options.device), dtype=dtype)
+                made = supervised(given) if name == "cross entropy" else policy(given, OBJECTIVES[name])
+                return measure(made, 6.0 * rows * width * vocabulary, options)
+
+            yield f"{name} {shape} M={rows}", work
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("lm_head", cases, __doc__))

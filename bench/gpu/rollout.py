@@ -7,18 +7,17 @@ multinomial on the same LM head. It has not run on a GPU yet; the roofline itsel
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
-import statistics
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from bench.gpu.block import Cases, Figures, Options, command
+from bench.gpu.ceilings import copy_tbps, matmul_tflops
+from bench.gpu.clock import clock_of, milliseconds
 from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
@@ -59,17 +58,20 @@ def weight_bytes(config: ModelConfig) -> float:
     return 2.0 * (config.num_hidden_layers * layer + config.vocab_size * h)
 
 
-def roofline(case: Case, context: float) -> float:
+def roofline(case: Case, context: float, *, bandwidth: float = BANDWIDTH, matrix: float = MATRIX) -> float:
     """The largest possible tokens/s when every completion has `context` tokens, its prompt included.
 
     A step takes max(weight bytes / bandwidth, product FLOPs / FLOP rate) + KV bytes / bandwidth. A shared prompt is
     read once.
+
+    Args:
+        bandwidth: bytes/s. matrix: FLOP/s. The defaults are for an H200; a measurement takes those of its own run.
     """
     config = ModelConfig.preset(case.preset)
     weights = weight_bytes(config)
     token = 4.0 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 2 bytes
     read = token * case.rows * (PROMPT / case.group + context - PROMPT)
-    seconds = max(weights / BANDWIDTH, weights * case.rows / MATRIX) + read / BANDWIDTH
+    seconds = max(weights / bandwidth, weights * case.rows / matrix) + read / bandwidth
     return case.rows / seconds
 
 
@@ -95,29 +97,39 @@ def text_prompt(config: ModelConfig, length: int, seed: int) -> EncodedSample:
     )
 
 
-def measure(model: Qwen25VL, case: Case) -> dict[str, float]:
+def limits(options: Options) -> tuple[float, float]:
+    """Bytes/s and FLOP/s that the block `ceilings` measured in the same file."""
+    return 1e12 * copy_tbps(options), 1e12 * matmul_tflops(options)
+
+
+def measure(model: Qwen25VL, case: Case, options: Options) -> Figures:
     """Tokens/s of the decode steps, their share of the roofline at the mean context, and the first call's seconds."""
-    prompts = [text_prompt(model.config, PROMPT, seed) for seed in range(case.rows // case.group)]
-    engine = Engine(model, max_sequences=case.rows, page_size=64, memory=0.8)
+    length, completion = options.pick((PROMPT, COMPLETION), (20, 6))
+    prompts = [text_prompt(model.config, length, seed) for seed in range(case.rows // case.group)]
+    engine = Engine(model, max_sequences=case.rows, page_size=64, memory=options.pick(0.8, 1 << 26))
     begin = time.perf_counter()
     engine.generate(prompts, SamplingParams(n=case.group, max_tokens=4, ignore_eos=True))
     first = time.perf_counter() - begin
     engine.stats = type(engine.stats)()
-    torch.cuda.reset_peak_memory_stats()
-    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=COMPLETION, ignore_eos=True))
+    if not options.dry:
+        torch.cuda.reset_peak_memory_stats()
+    engine.generate(prompts, SamplingParams(n=case.group, max_tokens=completion, ignore_eos=True))
     stats = engine.stats
     rate = stats.decode_tokens / stats.decode_seconds
     engine.release()
+    bandwidth, matrix = limits(options)
     return {
         "tokens_per_s": rate,
-        "share_of_roofline": rate / roofline(case, PROMPT + COMPLETION / 2),
+        "share_of_roofline": rate / roofline(case, length + completion / 2, bandwidth=bandwidth, matrix=matrix),
         "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_seconds,
         "first_call_s": first,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+        "peak_memory_gb": 0.0 if options.dry else torch.cuda.max_memory_allocated() * 1e-9,
     }
 
 
-def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, completion: int = 32) -> dict[str, float]:
+def measure_bitwise(
+    model: Qwen25VL, *, prompt: int = PROMPT, rows: int = 32, completion: int = 32, memory: int = 1 << 30
+) -> Figures:
     """The cost of equal bits: decode tokens/s of both numerics, and their largest difference to the trainer."""
     from teacher import teacher_forced
 
@@ -125,7 +137,7 @@ def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, compl
     params = SamplingParams(n=8, max_tokens=completion, ignore_eos=True)
     found = {}
     for numerics in ("fast", "bitwise"):
-        engine = Engine(model, max_sequences=rows, page_size=64, memory=1 << 30, numerics=numerics)
+        engine = Engine(model, max_sequences=rows, page_size=64, memory=memory, numerics=numerics)
         engine.generate(prompts, dataclasses.replace(params, max_tokens=2))
         engine.stats = type(engine.stats)()
         rollouts = engine.generate(prompts, params)
@@ -138,7 +150,7 @@ def measure_bitwise(model: Qwen25VL, prompt: int = PROMPT, rows: int = 32, compl
     return found
 
 
-def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
+def measure_sampling(weight: torch.Tensor, rows: int, options: Options) -> Figures:
     """Milliseconds of drawing `rows` tokens: the operator without and with filters, and PyTorch in bf16."""
     hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     seeds = torch.arange(rows, device=weight.device)
@@ -147,7 +159,8 @@ def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
     filters["min_p"] = torch.zeros_like(temperature)
 
     def plain() -> torch.Tensor:
-        logprobs = torch.log_softmax(torch.mm(hidden, weight.t(), out_dtype=torch.float32) / 0.7, dim=1)
+        logits = hidden @ weight.t() if not hidden.is_cuda else torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logprobs = torch.log_softmax(logits.float() / 0.7, dim=1)
         tokens = torch.multinomial(logprobs.exp(), 1)
         return logprobs.gather(1, tokens)
 
@@ -156,51 +169,31 @@ def measure_sampling(weight: torch.Tensor, rows: int) -> dict[str, float]:
         "fastvst_filtered": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=temperature, **filters),
         "torch": plain,
     }
-    found = {f"{name}_ms": cuda_milliseconds(run) for name, run in runs.items()}
-    seconds = max(2.0 * weight.numel() / BANDWIDTH, 2.0 * rows * weight.numel() / MATRIX)
+    found = {f"{name}_ms": ms for name, ms in milliseconds(runs, clock_of(hidden.device)).items()}
+    bandwidth, matrix = limits(options)
+    seconds = max(2.0 * weight.numel() / bandwidth, 2.0 * rows * weight.numel() / matrix)
     return found | {"share_of_roofline": 1e3 * seconds / found["fastvst_ms"]}
 
 
-def cuda_milliseconds(run: Callable[[], object], turns: int = 20) -> float:
-    """Median of `turns` runs, after three warm-up runs."""
-    times = []
-    for _ in range(turns + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[3:])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=10.0, help="start no case after this time")
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    found = {}
-    for preset in ("3b", "7b"):
-        with torch.device("cuda"):
-            model = Qwen25VL(ModelConfig.preset(preset)).to(torch.bfloat16)
-        for rows in (1, 32, 128, 256):
-            name = f"{preset}, drawing {rows} tokens"
-            found[name] = measure_sampling(model.head_weight.detach(), rows)
-            print(name, found[name], flush=True)
-        for case in (c for c in CASES if c.preset == preset):
-            if time.monotonic() < deadline:
-                found[case.name] = measure(model, case)
-                print(case.name, found[case.name], flush=True)
-                arguments.out.write_text(json.dumps({"cases": found}, indent=1) + "\n")
-        if time.monotonic() < deadline:  # last, because it matters less than the other figures
-            name = f"{preset}, bitwise, 32 completions, 8 to a prompt"
-            found[name] = measure_bitwise(model)
-            print(name, found[name], flush=True)
-            arguments.out.write_text(json.dumps({"cases": found}, indent=1) + "\n")
+def cases(options: Options) -> Cases:
+    """Both presets: sampling, decoding, and at last the cost of equal bits."""
+    for preset in options.pick(("3b", "7b"), ("tiny",)):
+        with options.device:
+            model = Qwen25VL(ModelConfig.preset(preset)).to(torch.float32 if options.dry else torch.bfloat16)
+        for case in options.pick(CASES, (Case("tiny", 2, 1), Case("tiny", 4, 2))):
+            if case.preset == preset:
+                yield case.name, lambda case=case, model=model: measure(model, case, options)
+        for rows in options.pick((1, 32, 128, 256), (2,)):
+            yield (
+                f"{preset}, drawing {rows} tokens",
+                lambda rows=rows, model=model: measure_sampling(model.head_weight.detach(), rows, options),
+            )
+        sizes = options.pick({}, {"prompt": 20, "rows": 8, "completion": 4, "memory": 1 << 26})
+        yield f"{preset}, bitwise, 8 to a prompt", lambda model=model, sizes=sizes: measure_bitwise(model, **sizes)
         del model
-        torch.cuda.empty_cache()
+        if not options.dry:
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("rollout", cases, __doc__))

@@ -1,7 +1,7 @@
 """Leaves out the folders that need a process of their own: interpreter (TRITON_INTERPRET=1), aot (without it), gpu.
 
-The plain `pytest` does not collect them. `tests/kernels/test_processes.py` starts the first two, `bench/gpu/on_gpu.py`
-the third. By hand: `TRITON_INTERPRET=1 pytest tests/kernels/interpreter`, `pytest tests/kernels/aot`.
+The plain `pytest` does not collect them. `tests/kernels/test_processes.py` starts the first two. By hand:
+`TRITON_INTERPRET=1 pytest tests/kernels/interpreter`, `pytest tests/kernels/aot`, `pytest tests/kernels/gpu`.
 """
 
 from __future__ import annotations

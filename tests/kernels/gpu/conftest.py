@@ -1,4 +1,4 @@
-"""GPU tests: every kernel at real sizes. `bench/gpu/on_gpu.py` runs them; without a GPU they are skipped."""
+"""GPU tests: every kernel at real sizes; without a GPU they are skipped. `bench/gpu/smoke.py` is a short form."""
 
 from __future__ import annotations
 

@@ -1,0 +1,138 @@
+"""Milliseconds of GPU work without the host's time: the GPU is held while the host issues every launch.
+
+A launch costs the host 10 to 40 us, and a norm of 16,384 rows takes the GPU as long. Events around single calls of such
+a kernel therefore measure the host. Here the GPU first waits, longer than the host needs to issue all rounds; then the
+rounds run back to back.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+
+class Device(Protocol):
+    """What the clock needs of a GPU."""
+
+    def now(self) -> float:
+        """The host's clock in seconds."""
+        ...
+
+    def event(self) -> Any:
+        """An event at the current place of the stream."""
+        ...
+
+    def between(self, first: Any, second: Any) -> float:
+        """Milliseconds of the GPU between two events."""
+        ...
+
+    def hold(self, seconds: float) -> None:
+        """Let the stream do nothing for about `seconds`."""
+        ...
+
+    def flush(self) -> None:
+        """Drop the L2 cache's contents."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for the stream."""
+        ...
+
+
+class Cuda:
+    """The current CUDA device."""
+
+    def __init__(self) -> None:
+        self._cache = torch.empty(1 << 26, device="cuda", dtype=torch.int32)  # 256 MiB: more than any L2
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first: Any, second: Any) -> float:
+        return float(first.elapsed_time(second))
+
+    def hold(self, seconds: float) -> None:
+        torch.cuda._sleep(int(2e9 * seconds))  # cycles; no GPU of interest runs above 2 GHz
+
+    def flush(self) -> None:
+        self._cache.zero_()
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+def milliseconds(
+    contenders: Mapping[str, Callable[[], object]], device: Device, *, budget: float = 0.1, most: int = 40
+) -> dict[str, float]:
+    """Median milliseconds of a call of each contender, with a cold L2 cache.
+
+    The contenders take turns, so that a GPU that grows hot or slow does so for all of them.
+
+    Args:
+        budget: seconds of GPU work for one contender. most: rounds at most; at least 5.
+    """
+    host, count = _issue_time(contenders, device, budget, most)
+    device.hold(min(1.0, 1e-3 + 1.5 * host * count))
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
+    for _ in range(count):
+        for name, run in contenders.items():
+            device.flush()
+            begin = device.event()
+            run()
+            marks[name].append((begin, device.event()))
+    device.wait()
+    return {name: statistics.median(device.between(*pair) for pair in pairs) for name, pairs in marks.items()}
+
+
+def _issue_time(
+    contenders: Mapping[str, Callable[[], object]], device: Device, budget: float, most: int
+) -> tuple[float, int]:
+    """Seconds that the host needs to issue one round of all contenders, and the number of rounds."""
+    host = 0.0
+    longest = 0.0
+    for run in contenders.values():
+        run()  # compiles
+        device.wait()
+        begin = device.now()
+        device.flush()
+        run()
+        host += device.now() - begin
+        device.wait()
+        longest = max(longest, device.now() - begin)
+    return host, int(min(most, max(5, budget / longest)))
+
+
+class Processor:
+    """The CPU, for dry runs: every call ends before it returns."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def event(self) -> float:
+        return time.perf_counter()
+
+    def between(self, first: float, second: float) -> float:
+        return 1e3 * (second - first)
+
+    def hold(self, seconds: float) -> None:
+        return None
+
+    def flush(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+
+def clock_of(device: torch.device) -> Device:
+    """The clock's view of a torch device."""
+    return Cuda() if device.type == "cuda" else Processor()
