@@ -2,8 +2,8 @@
 
 The blocks run by value: ceilings, one run of every kernel, a training step with its profile, attention, LM head,
 pointwise kernels, tuning, rollout, and the memory checker over small sizes. Each is a process of its own with a time
-limit, so a CUDA fault or a hang ends one case: the block goes on behind it in a new process. Every figure is a line of
-`results.jsonl` at once. DIR gets `results.jsonl` and `summary.txt` after every block, and one archive of all logs,
+limit, so a CUDA fault or a hang ends one case: the block continues behind it in a new process. Every figure is a line
+of `results.jsonl` at once. DIR gets `results.jsonl` and `summary.txt` after every block, and one archive of all logs,
 profiles and tables before the time is over, on SIGTERM too. A second call with the same DIR skips what is done.
 
 The command needs a checkout with torch, triton, numpy and safetensors; nothing is installed. `--dry` tries everything
@@ -117,7 +117,7 @@ class Lease:
         return [*tool, *words, *([] if self.dry else ["--small"])]
 
     def run(self, block: Block) -> None:
-        """Run a block; one that lost the GPU, died or hangs goes on behind the case that did it."""
+        """Run a block; one that lost the GPU, died or hangs continues behind the case that did it."""
         limit = time.monotonic() + min(block.seconds, self.left())
         state = "ok"
         while (seconds := limit - time.monotonic()) > 0:

@@ -42,8 +42,8 @@ Lengths = tuple[int, ...]
 FLOOR = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 2e-6}  # the plain path may be exact by chance
 
 
-class Smoke:
-    """The cases of one run: sizes, device and dtype."""
+class Comparison:
+    """A kernel against its plain path; tensors of the run's device and dtype."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -90,6 +90,14 @@ class Smoke:
         if pairs:
             found += torch.autograd.grad([x for x, _ in pairs], list(leaves.values()), [g for _, g in pairs])
         return found
+
+    def both(self, run: Function, given: dict[str, Tensor]) -> Figures:
+        """`compare` of run("triton", ...) with run("torch", ...), which computes in the inputs' dtype."""
+        return self.compare(lambda **x: run("triton", **x), lambda **x: run("torch", **x), given, wide=torch.float64)
+
+
+class Smoke(Comparison):
+    """The cases of one run."""
 
     def attention(
         self,
@@ -162,10 +170,6 @@ class Smoke:
             return window_attention(x, b, positions, cu, num_heads=heads, max_window=64, backend=backend)
 
         return self.both(run, given)
-
-    def both(self, run: Function, given: dict[str, Tensor]) -> Figures:
-        """`compare` of run("triton", ...) with run("torch", ...), which computes in the inputs' dtype."""
-        return self.compare(lambda **x: run("triton", **x), lambda **x: run("torch", **x), given, wide=torch.float64)
 
     def loss(self, name: str, preset: str) -> Figures:
         """An LM head function; float32 is the wide dtype, because float64 logits of 152,064 tokens take 5 GB."""

@@ -3,7 +3,7 @@
 `python -m bench.gpu.step --out FILE`. Random weights; float32 masters behind FSDP2 over one GPU, bf16 compute; packs of
 16,384 tokens, 61 % of them images. Models whose optimizer state does not fit are cut in depth, which the case's name
 says; a layer then costs what it costs in the whole model. The profile of one step, sixty operators by GPU time, is
-written beside FILE.
+written next to FILE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastvst.batch import Cost, EncodedSample, PackedBatch, pack
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.flops import sample_flops
 from fastvst.model.positions import IMAGE, TEXT, mrope_positions, vision_layout
-from fastvst.train.distributed import ParallelConfig, place, start
+from fastvst.train.distributed import ParallelConfig, place, start, stop
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
 from fastvst_kernels import linear_cross_entropy
 
@@ -174,6 +174,7 @@ def cases(options: Options) -> Cases:
             try:
                 return trainer.measure(name)
             finally:
+                stop(trainer.world)  # the next case makes a process group of its own
                 del trainer
                 if not options.dry:
                     torch.cuda.empty_cache()
