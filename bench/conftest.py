@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from bench.gpu import ceilings
+from bench.gpu.block import Options, run_cases
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,6 +30,16 @@ def device_name() -> str:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """What the GPU benches need, with the ceilings of this GPU measured; a machine without one skips."""
+    if not torch.cuda.is_available():
+        pytest.skip("this compares kernels on a GPU: not measured")
+    options = Options(tmp_path_factory.mktemp("gpu") / "figures.jsonl")
+    run_cases("ceilings", itertools.islice(ceilings.cases(options), 2), options)
+    return options
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,9 @@ def test_groups_against_repeated_prompts(benchmark, record, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_against_the_peers(case: Case, record, device):
-    if device.type != "cuda":
-        pytest.skip("the peers' kernels need a GPU: not measured")
+def test_against_the_peers(case: Case, record, gpu_options):
     from bench.gpu.attention import group_ratio, measure
 
-    found = measure(case) if case.prompts is None else {"fastvst": group_ratio(case)["groups"]}
+    found = measure(case, gpu_options) if case.prompts is None else group_ratio(case, gpu_options)["groups"]
     for name, figures in found.items():
         record(f"{case.name}: {name}", **figures)

@@ -36,11 +36,8 @@ def test_against_plain_code_on_the_cpu(case: Case, record, device):
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
-def test_against_the_peers(case: Case, record, device):
-    if device.type != "cuda":
-        pytest.skip("the peers' kernels need a GPU: not measured")
-    from bench.gpu.attention import ceilings
+def test_against_the_peers(case: Case, record, gpu_options):
     from bench.gpu.pointwise import measure
 
-    for name, figures in measure(case, ceilings()["copy_tbps"]).items():
+    for name, figures in measure(case, gpu_options).items():
         record(f"{case.name}: {name}", **figures)
