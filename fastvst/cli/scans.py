@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 
 # The names in fastvst.generate.scans. Importing that module loads pyarrow and all tasks; `fastvst --help` should not.
-FORMATS = ("scannet", "scannetpp", "arkitscenes", "hypersim", "nerfstudio", "posed", "omni3d", "depth")
+FORMATS = (
+    "scannet",
+    "scannetpp",
+    "scannetpp_dslr",
+    "arkitscenes",
+    "hypersim",
+    "nerfstudio",
+    "posed",
+    "omni3d",
+    "depth",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

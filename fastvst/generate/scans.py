@@ -30,19 +30,22 @@ from fastvst.scenes.adapters.hypersim import read_hypersim
 from fastvst.scenes.adapters.omni3d import read_omni3d
 from fastvst.scenes.adapters.posed import read_posed
 from fastvst.scenes.adapters.scannet import read_scannet
+from fastvst.scenes.adapters.scannetpp_dslr import read_scannetpp_dslr
 from fastvst.scenes.scene import Scene
 from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig
 
 ALL = (*SINGLE, *PAIRS, *WALKS)
-# Format -> tasks that its data allow. Hypersim has images of a room, but no video and no small motions. Omni3D has
-# single images. A depth map alone has no objects.
+PHOTOGRAPHS = (*SINGLE, *(task for task in PAIRS if task != "camera_motion"))
+# Format -> tasks that its data allow. Hypersim and a DSLR camera have images of a room, but no video and no small
+# motions. Omni3D has single images. A depth map alone has no objects.
 FORMATS: dict[str, tuple[str, ...]] = {
     "scannet": ALL,
     "scannetpp": ALL,
+    "scannetpp_dslr": PHOTOGRAPHS,
     "arkitscenes": ALL,
     "nerfstudio": ALL,
     "posed": ALL,
-    "hypersim": (*SINGLE, *(task for task in PAIRS if task != "camera_motion")),
+    "hypersim": PHOTOGRAPHS,
     "omni3d": tuple(SINGLE),
     "depth": ("depth_comparison",),
 }
@@ -115,6 +118,7 @@ def scan_folders(format: str, folder: str | Path) -> list[Path]:
 _MARKS: dict[str, tuple[Callable[[Path], bool], str]] = {
     "scannet": (lambda p: (p / f"{p.name}.txt").is_file(), "sceneXXXX_XX/sceneXXXX_XX.txt"),
     "scannetpp": (lambda p: (p / "iphone").is_dir() and (p / "scans").is_dir(), "iphone/ and scans/"),
+    "scannetpp_dslr": (lambda p: (p / "dslr").is_dir() and (p / "scans").is_dir(), "dslr/ and scans/"),
     "arkitscenes": (lambda p: (p / f"{p.name}_3dod_annotation.json").is_file(), "<video>_3dod_annotation.json"),
     "hypersim": (lambda p: (p / "_detail").is_dir(), "_detail/"),
     "nerfstudio": (
@@ -144,6 +148,7 @@ def read_scenes(path: Path, config: ScansConfig, report: Report) -> Iterator[Sce
         yield read_posed(path, source=source, report=report, **counts)
     else:
         readers = {"scannetpp": read_scannetpp, "arkitscenes": read_arkitscenes, "nerfstudio": read_nerfstudio}
+        readers["scannetpp_dslr"] = read_scannetpp_dslr
         yield readers[config.format](path, options, report=report)
 
 

@@ -386,3 +386,74 @@ def write_scannetpp(scene: Scene, folder: Path, *, share: float = 0.0) -> Path:
     ]
     (folder / "scans" / "segments_anno.json").write_text(json.dumps({"sceneId": folder.name, "segGroups": groups}))
     return folder
+
+
+def write_colmap_binary(scene: Scene, folder: Path, *, share: float = 0.0) -> Path:
+    """As `write_colmap`, with cameras.bin and images.bin."""
+    names = write_images(scene, folder / "images", folder / "depth", share)
+    c = shots(scene)[0].camera
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    camera = struct.pack("<QIiQQ4d", 1, 7, 1, c.width, c.height, c.fx, c.fy, c.cx, c.cy)
+    (sparse / "cameras.bin").write_bytes(camera)
+    images = struct.pack("<Q", len(names))
+    for k, (name, view) in enumerate(zip(names, shots(scene), strict=True), 1):
+        x, y, z, w = Rotation.from_matrix(view.camera.rotation).as_quat()
+        images += struct.pack("<I7dI", k, w, x, y, z, *view.camera.translation, 7) + f"{name}.jpg\0".encode()
+        images += struct.pack("<Q", k % 3) + struct.pack("<ddq", 1.5, 2.5, -1) * (k % 3)
+    (sparse / "images.bin").write_bytes(images)
+    write_boxes(scene, folder)
+    return folder
+
+
+LENS = (0.02, -0.015, 0.004, -0.001)  # k1 to k4
+ZOOM = 1.25  # the fisheye image sees less than the room's pinhole image
+
+
+def fisheye_of(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A fisheye image (H, W, 3), its planar depth (H, W) and the angles (H, W) of its pixels, from a pinhole view.
+
+    The angle of a radius is found by Newton's method on OpenCV's polynomial.
+    """
+    c = view.camera
+    x = (np.arange(c.width) + 0.5 - c.cx) / (ZOOM * c.fx)
+    y = (np.arange(c.height) + 0.5 - c.cy) / (ZOOM * c.fy)
+    bent = np.hypot(*np.meshgrid(x, y))
+    angle = bent.copy()
+    for _ in range(20):
+        powers = [angle**p for p in (2, 4, 6, 8)]
+        value = angle * (1 + sum(k * p for k, p in zip(LENS, powers, strict=True)))
+        slope = 1 + sum((2 * i + 3) * k * p for i, (k, p) in enumerate(zip(LENS, powers, strict=True)))
+        angle -= (value - bent) / slope
+    stretch = np.where(bent > 1e-9, np.tan(angle) / np.maximum(bent, 1e-9), 1.0)
+    columns = np.floor(c.fx * x[None] * stretch + c.cx).astype(int)
+    rows = np.floor(c.fy * y[:, None] * stretch + c.cy).astype(int)
+    inside = (columns >= 0) & (rows >= 0) & (columns < c.width) & (rows < c.height)
+    at = np.clip(rows, 0, c.height - 1), np.clip(columns, 0, c.width - 1)
+    return np.where(inside[..., None], view.image[at], 0), np.where(inside, view.depth[at], 0), angle
+
+
+def write_scannetpp_dslr(scene: Scene, folder: Path, *, share: float = 0.0, undistorted: bool = False) -> Path:
+    """undistorted: the room's pinhole images and the fisheye depth, as the toolkit's undistortion leaves them."""
+    write_scannetpp(scene, folder)
+    for part in (folder / "iphone").rglob("*.*"):
+        part.unlink()
+    dslr = folder / "dslr"
+    c = shots(scene)[0].camera
+    names = [f"DSC{k:05d}" for k in range(len(shots(scene)))]
+    write_colmap_model(scene, dslr / "colmap", names)
+    lens = " ".join(str(v) for v in (ZOOM * c.fx, ZOOM * c.fy, c.cx, c.cy, *LENS))
+    (dslr / "colmap" / "cameras.txt").write_text(f"1 OPENCV_FISHEYE {c.width} {c.height} {lens}\n")
+    images = dslr / ("resized_undistorted_images" if undistorted else "resized_images")
+    for part in (images, dslr / "render_depth"):
+        part.mkdir()
+    rng = np.random.default_rng(0)
+    for name, view in zip(names, shots(scene), strict=True):
+        image, depth, _ = fisheye_of(view)
+        (images / f"{name}.jpg").write_bytes(jpeg(view.image if undistorted else image))
+        Image.fromarray(dropped(depth, share, rng)).save(dslr / "render_depth" / f"{name}.png")
+    if undistorted:
+        (dslr / "nerfstudio").mkdir()
+        described = {"camera_model": "PINHOLE", "fl_x": c.fx, "fl_y": c.fy, "cx": c.cx, "cy": c.cy, "k1": 0.0}
+        (dslr / "nerfstudio" / "transforms_undistorted.json").write_text(json.dumps(described | {"frames": []}))
+    return folder

@@ -1,7 +1,4 @@
-"""Posed images of COLMAP (text models) and nerfstudio (transforms.json), and scans that come with them: ScanNet++.
-
-COLMAP text model (colmap.github.io/format.html): cameras.txt "id model width height params...", images.txt "id qw qx qy
-qz tx ty tz camera name" on every other line, world to camera, OpenCV axes.
+"""Posed images of COLMAP and nerfstudio (transforms.json), and scans that come with them: ScanNet++.
 
 nerfstudio (docs.nerf.studio): {"fl_x", "fl_y", "cx", "cy", "w", "h", "frames": [{"file_path", "transform_matrix",
 "depth_file_path"}]}; camera to world, OpenGL axes; intrinsics may stand in each frame.
@@ -9,7 +6,6 @@ nerfstudio (docs.nerf.studio): {"fl_x", "fl_y", "cx", "cy", "w", "h", "frames": 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from fastvst.scenes.adapters.checks import (
     outline_of,
     rotation_problem,
 )
+from fastvst.scenes.adapters.colmap_model import PARAMETERS, ColmapCamera, read_model
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
 from fastvst.scenes.adapters.posed import read_boxes
@@ -46,82 +43,73 @@ class PosedImage:
 
 
 def read_colmap_model(folder: Path) -> list[PosedImage]:
-    """The images of a COLMAP text model, sorted by name.
+    """The images of a COLMAP model, text or binary, sorted by name.
 
     Raises:
-        FileNotFoundError: no text model; a binary one is named with the command that converts it.
-        ValueError: a damaged line, a camera model with strong distortion, or an unknown one.
+        FileNotFoundError: no model.
+        ValueError: a damaged line or file, a camera model with strong distortion, or an unknown one.
     """
-    if not (folder / "cameras.txt").is_file() and (folder / "cameras.bin").is_file():
-        convert = f"colmap model_converter --input_path {folder} --output_path {folder} --output_type TXT"
-        raise FileNotFoundError(f"{folder} holds a binary model; convert it: {convert}")
-    cameras = {}
-    for line in _lines(folder / "cameras.txt"):
-        number, model, width, height, *values = line.split()
+    images = read_model(folder)
+    matrices: dict[ColmapCamera, np.ndarray] = {}
+    for camera in {item.camera for item in images}:
         try:
-            cameras[number] = colmap_intrinsics(model, float(width), float(height), [float(v) for v in values])
+            matrices[camera] = colmap_intrinsics(camera.model, camera.width, camera.height, list(camera.params))
         except ValueError as error:
-            raise ValueError(f"{folder}/cameras.txt: camera {number}: {error}") from error
-    found = []
-    for line in list(_lines(folder / "images.txt", keep_empty=True))[::2]:
-        if not line.strip():
-            continue
-        _, qw, qx, qy, qz, tx, ty, tz, camera, *name = line.split()
-        pose = np.eye(4)
-        turn = _rotation(float(qw), float(qx), float(qy), float(qz))
-        pose[:3, :3] = turn.T
-        pose[:3, 3] = -turn.T @ np.array([float(tx), float(ty), float(tz)])
-        found.append(PosedImage(" ".join(name), cameras[camera], pose))
-    return sorted(found, key=lambda item: item.name)
-
-
-def _lines(path: Path, keep_empty: bool = False) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#") and (keep_empty or line.strip()):
-            yield line
-
-
-def _rotation(w: float, x: float, y: float, z: float) -> np.ndarray:
-    n = w * w + x * x + y * y + z * z
-    if not n > 0.5:
-        raise ValueError(f"quaternion {(w, x, y, z)}; expected a unit quaternion")
-    s = 2 / n
-    return np.array(
-        [
-            [1 - s * (y * y + z * z), s * (x * y - w * z), s * (x * z + w * y)],
-            [s * (x * y + w * z), 1 - s * (x * x + z * z), s * (y * z - w * x)],
-            [s * (x * z - w * y), s * (y * z + w * x), 1 - s * (x * x + y * y)],
-        ]
-    )
+            raise ValueError(f"{folder}: {error}") from error
+    return [PosedImage(item.name, matrices[item.camera], item.pose) for item in images]
 
 
 def colmap_intrinsics(model: str, width: float, height: float, values: list[float]) -> np.ndarray:
     """Intrinsics (3, 3) of a COLMAP camera without its distortion.
 
     Raises:
-        ValueError: an unknown model, or distortion that moves the image's corner by more than 1 % of the width.
+        ValueError: an unknown model, another number of parameters, or distortion that moves a corner of the image by
+            more than 1 % of the width.
     """
     if model not in PINHOLE:
         raise ValueError(f"camera model {model}; expected one of {sorted(PINHOLE)} (undistort the images first)")
+    if len(values) != PARAMETERS[model]:
+        raise ValueError(f"camera model {model} has {len(values)} parameters; expected {PARAMETERS[model]}")
     focal = values[: PINHOLE[model]]
     fx = focal[0]
     fy = focal[-1]
     cx, cy, *bend = values[PINHOLE[model] :]
-    _check_distortion(fx, fy, cx, cy, width, bend)
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+    padded = bend + [0.0] * (8 - len(bend))
+    k1, k2, p1, p2, k3, k4, k5, k6 = padded
+    matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+    check_distortion(matrix, (width, height), (k1, k2, k3), (p1, p2), (k4, k5, k6))
+    return matrix
 
 
-def _check_distortion(fx: float, fy: float, cx: float, cy: float, width: float, bend: list[float]) -> None:
-    """`bend`: k1, k2, p1, p2, ... as OpenCV orders them; missing ones are 0."""
-    k1, k2 = (*bend, 0.0, 0.0)[:2]
-    x = max(cx, width - cx) / fx
-    y = cy / fy
-    r2 = x * x + y * y
-    moved = fx * np.sqrt(r2) * abs(k1 * r2 + k2 * r2 * r2)
-    if moved > BENT * width:
-        raise ValueError(f"distortion moves the corner by {moved:.0f} pixels; undistort the images first")
+def check_distortion(
+    matrix: np.ndarray,
+    size: tuple[float, float],
+    radial: tuple[float, ...],
+    tangential: tuple[float, float],
+    below: tuple[float, ...] = (),
+) -> None:
+    """Check that a lens moves no corner of the image (width, height) by more than 1 % of the width.
+
+    Args:
+        radial: k1, k2, ... of 1 + k1 r^2 + k2 r^4 + ...; below: the same of the denominator (OpenCV's k4 to k6).
+        tangential: p1, p2.
+
+    Raises:
+        ValueError: it does, or the parameters are not finite.
+    """
+    u = np.array([0.0, 1, 0, 1]) * size[0]
+    v = np.array([0.0, 0, 1, 1]) * size[1]
+    with np.errstate(all="ignore"):  # parameters of a damaged file may be of any size
+        x = (u - matrix[0, 2]) / matrix[0, 0]
+        y = (v - matrix[1, 2]) / matrix[1, 1]
+        square = x * x + y * y
+        factor, divisor = (1 + sum(k * square ** (i + 1) for i, k in enumerate(ks)) for ks in (radial, below))
+        p1, p2 = tangential
+        right = x * (factor / divisor - 1) + 2 * p1 * x * y + p2 * (square + 2 * x * x)
+        down = y * (factor / divisor - 1) + p1 * (square + 2 * y * y) + 2 * p2 * x * y
+        moved = float(np.hypot(matrix[0, 0] * right, matrix[1, 1] * down).max())
+    if not moved <= BENT * size[0]:
+        raise ValueError(f"distortion moves a corner by {moved:.0f} pixels; undistort the images first")
 
 
 def read_transforms(path: Path, convention: Convention, problems: Problems) -> list[PosedImage]:
@@ -130,18 +118,24 @@ def read_transforms(path: Path, convention: Convention, problems: Problems) -> l
     found = []
     for k, entry in enumerate(data.get("frames", [])):
         try:
-            values = {key: float(entry.get(key, data.get(key, np.nan))) for key in ("fl_x", "fl_y", "cx", "cy", "w")}
-            bend = [float(entry.get(key, data.get(key, 0.0))) for key in ("k1", "k2")]
+            model = str(entry.get("camera_model", data.get("camera_model", "OPENCV")))
+            if model not in PINHOLE:
+                raise ValueError(
+                    f"camera model {model}; expected one of {sorted(PINHOLE)} (undistort the images first)"
+                )
+            values = [float(entry.get(key, data.get(key, np.nan))) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")]
+            bend = {key: float(entry.get(key, data.get(key, 0.0))) for key in ("k1", "k2", "k3", "k4", "p1", "p2")}
             stored = np.array(entry["transform_matrix"], dtype=np.float64).reshape(4, 4)
             fault = rotation_problem(stored[:3, :3])
             if fault is not None:
                 raise ValueError(fault)
-            fx, fy, cx, cy, width = values.values()
-            _check_distortion(fx, fy, cx, cy, width, bend)
+            fx, fy, cx, cy, width, height = values
+            matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+            *radial, p1, p2 = bend.values()
+            check_distortion(matrix, (width, height), tuple(radial), (p1, p2))
         except (KeyError, TypeError, ValueError) as error:
             problems.add(ValueError(f"{path}: frame {k} ({entry.get('file_path')}): {error!r}; it is left out"))
             continue
-        matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
         found.append(PosedImage(entry["file_path"], matrix, convention.read(stored), entry.get("depth_file_path")))
     return found
 
@@ -226,7 +220,7 @@ def read_scannetpp(folder: str | Path, options: ScanOptions | None = None, *, re
         iphone/rgb/frame_000000.jpg           from rgb.mkv
         iphone/depth/frame_000000.png         uint16, millimetres; from depth.bin
 
-    DSLR images have no depth map: nothing says what hides what, so no question can be asked about them.
+    `scannetpp_dslr.read_scannetpp_dslr` reads the DSLR images.
 
     Raises:
         FileNotFoundError: a missing file; names it, and the toolkit's command that makes it.
@@ -235,7 +229,7 @@ def read_scannetpp(folder: str | Path, options: ScanOptions | None = None, *, re
     folder = Path(folder)
     problems = Problems(report)
     options = named(options, "scannetpp")
-    objects = _obb_objects(folder.name, read_json(folder / "scans" / "segments_anno.json"), problems)
+    objects = obb_objects(folder.name, read_json(folder / "scans" / "segments_anno.json"), problems)
     phone = folder / "iphone"
     for part in ("rgb", "depth"):
         if not (phone / part).is_dir():
@@ -253,7 +247,7 @@ def read_scannetpp(folder: str | Path, options: ScanOptions | None = None, *, re
     return assemble_from(folder.name, objects, [item.pose for item in images], load, options=options, problems=problems)
 
 
-def _obb_objects(scene: str, annotation: dict[str, Any], problems: Problems) -> tuple[SceneObject, ...]:
+def obb_objects(scene: str, annotation: dict[str, Any], problems: Problems) -> tuple[SceneObject, ...]:
     """Objects from oriented boxes {"centroid", "axesLengths", "normalizedAxes"}; each axis is three numbers."""
     found = []
     for entry in annotation["segGroups"]:
