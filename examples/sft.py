@@ -37,16 +37,18 @@ from fastvst.data import Ledger, LoaderConfig, MixtureConfig, PackedBatch, Proce
 from fastvst.data.ledger import BadSamples, TooManyBadSamples
 from fastvst.data.loader import make_loader, make_planner
 from fastvst.evaluate import rooms as rooms_benchmark
+from fastvst.evaluate.in_training import EvaluationConfig, open_evaluation
 from fastvst.evaluate.training_page import write_report
 from fastvst.model import Qwen25VL
 from fastvst.train import budget, guard, model_card
 from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.guard import GuardConfig
-from fastvst.train.metrics import Metrics, StepLogConfig, memory_gib, peak_flops
+from fastvst.train.metrics import Metrics, StepLogConfig, memory_gib, of_world
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.profile import allocations_remembered, profiled, snapshot_when_out_of_memory
 from fastvst.train.recipes import sft_layers
-from fastvst.train.rooms import RoomsOptions, find_data
+from fastvst.train.rooms import RoomsOptions, find_data, heldout_rooms
 from fastvst.train.run import (
     Saver,
     build_model,
@@ -123,6 +125,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig(warmup=0.05)
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
+    evaluation: EvaluationConfig = EvaluationConfig()
     guard: GuardConfig = GuardConfig()
     log: StepLogConfig = StepLogConfig()
     origins: tuple[tuple[str, str], ...] = not_an_option(())
@@ -160,11 +163,16 @@ class StepTotals:
     samples: float
     stop: bool
     save: bool
-    losses: tuple[float | None, ...]  # of each source; None without a supervised token
+    losses: dict[str, float]  # of each source with a supervised token
 
 
 def accumulate(
-    model: Qwen25VL, packs: Sequence[PackedBatch], world: World, clip: float, flags: tuple[bool, bool], sources: int = 0
+    model: Qwen25VL,
+    packs: Sequence[PackedBatch],
+    world: World,
+    clip: float,
+    flags: tuple[bool, bool],
+    sources: Sequence[str] = (),
 ) -> tuple[StepTotals, list[Tensor], list[float]]:
     """Forward and backward of one global batch; the clipped gradients are left in the parameters.
 
@@ -186,37 +194,33 @@ def accumulate(
     totals = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device))
     normaliser = totals[0].float().clamp(min=1e-9)
     losses = []
-    by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
+    by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=world.device)
     for pack in packs:
         batch = pack.to(world.device)  # asynchronous: while the device computes, the host queues the next pack
         rows = torch.zeros_like(batch.target_weights)
         loss = model(batch, head=token_mean(batch, normaliser, rows))
         loss.backward()
         losses.append(loss.detach())
-        by_source[0] += batch.sum_by_origin(rows, sources)
-        by_source[1] += batch.sum_by_origin(batch.target_weights / normaliser, sources)
+        by_source[0] += batch.sum_by_origin(rows, len(sources))
+        by_source[1] += batch.sum_by_origin(batch.target_weights / normaliser, len(sources))
     norm = clip_gradients(model.parameters(), clip)
     sums = world.sum(torch.cat([torch.stack(losses).sum().double().view(1), by_source.flatten()]))
     # The only point where the host waits for the device: one read of all numbers for the guard and the log.
     read = torch.cat([totals, norm.double().view(1).to(world.device), sums]).tolist()
     target_weight, *counted, stops, saves, grad_norm, loss = read[:10]
-    shares = zip(read[10 : 10 + sources], read[10 + sources :], strict=True)
-    means = tuple(part / share if share else None for part, share in shares)
+    parts = zip(sources, read[10 : 10 + len(sources)], read[10 + len(sources) :], strict=True)
+    means = {name: part / share for name, part, share in parts if share}
     found = StepTotals(loss, grad_norm, *counted, stop=stops > 0, save=saves > 0, losses=means)
     return found, losses, [w / guard.expect_targets(target_weight) for w in weights]
 
 
 def token_mean(batch: PackedBatch, normaliser: Tensor, parts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss head: cross entropy of the supervised rows, weighted and divided by the global target weight.
-
-    Args:
-        parts: (M,) receives the part of every supervised token in the loss.
-    """
+    """The loss head: cross entropy divided by the global target weight; `parts` (M,) receives that of each row."""
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        row_weights = batch.target_weights / normaliser
+        shares = batch.target_weights / normaliser
         rows = hidden[batch.loss_rows]
-        return linear_cross_entropy(rows, weight, batch.targets, row_weights=row_weights, row_losses=parts)
+        return linear_cross_entropy(rows, weight, batch.targets, row_weights=shares, row_losses=parts)
 
     return head
 
@@ -251,6 +255,15 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         world_size=world.size,
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", deferred=True, **vars(config.bad_samples)),
     )
+    evaluation = open_evaluation(
+        config.evaluation,
+        out=out,
+        world=world,
+        processor=processor,
+        tokens_per_pack=config.loader.tokens_per_pack,
+        rooms=lambda: rooms[1] if rooms else heldout_rooms(config.rooms, world),
+        trained_on=[source.path for source in config.data.sources],
+    )
     first = 0
     recent = guard.Recent()
     samples = 0.0  # trained on so far
@@ -259,12 +272,14 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         samples = state.get("samples", 0) if config.resume_data == "same" else 0
+        if evaluation is not None:
+            evaluation.load(state.get("best", {}))
         restore_data(resume_from, config.resume_data, world, lambda: loader.load_state_dict(rank_state["loader"]))
     world.say(*loader.notes)
     say_hopeless_sources(mixture, make_planner(mixture, processor, config.loader, world.size).examine, world)
 
     def save(step: int) -> None:
-        state = {"guard": recent.to_json(), "samples": samples}
+        state = {"guard": recent.to_json(), "samples": samples, "best": evaluation.best if evaluation else {}}
         saver.save(step, state=state, rank_state={"loader": loader.state_dict()})
 
     metrics = Metrics(
@@ -272,15 +287,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         config.log,
         steps,
         done=first,
-        is_main=world.is_main,
         settings=settings,
-        peak_flops=peak_flops(world, config.log.peak_tflops),
-        devices=world.size,
-        on_gpu=world.device.type == "cuda",
+        **of_world(world, config.log.peak_tflops),
         epochs=config.data.epochs,
         origins=config.origins,
     )
-    with metrics, saver, contextlib.closing(iter(loader)) as batches:  # an error must not wait for loader workers
+    with metrics, saver, allocations_remembered(world), contextlib.closing(iter(loader)) as batches:  # ends workers
         model.train()
         begin = time.perf_counter()
         step = first
@@ -300,44 +312,50 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 break
             set_learning_rates(optimizer, config.schedule, step, steps)
             flags = (stop.requested or loader.ledger.failure() is not None, saver.minutes_over())
-            with budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute):
-                totals, losses, shares = accumulate(
-                    model, packs, world, config.optimizer.clip, flags, len(mixture.names)
-                )
+            with (
+                profiled(step + 1, config.log.profile, out, world),
+                budget.explain_out_of_memory(world, packs, config.loader.tokens_per_pack, config.model.recompute),
+                snapshot_when_out_of_memory(out, world),
+            ):
+                totals, losses, shares = accumulate(model, packs, world, config.optimizer.clip, flags, mixture.names)
+                reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm, config.optimizer.clip)
+                if reason is None:
+                    optimizer.step()
+                else:  # on all ranks: the decision depends on reduced numbers only
+                    values = [loss.item() for loss in losses]
+                    row = guard.skip_row(world.rank, step + 1, reason, values, shares, [p.sample_ids for p in packs])
+                    guard.record_skip(config.guard, recent, out, row)
             samples += totals.samples
-            reason, recent = guard.check(config.guard, recent, totals.loss, totals.grad_norm, config.optimizer.clip)
-            if reason is None:
-                optimizer.step()
-            else:  # on all ranks: the decision depends on reduced numbers only
-                values = [loss.item() for loss in losses]
-                row = guard.skip_row(world.rank, step + 1, reason, values, shares, [p.sample_ids for p in packs])
-                guard.record_skip(config.guard, recent, out, row)
             optimizer.zero_grad()
-            metrics.log(
-                {
-                    "step": step + 1,
-                    "epoch": round((samples + loader.ledger.weight) / len(mixture), 4),
-                    "loss": totals.loss,
-                    "losses": {n: x for n, x in zip(mixture.names, totals.losses, strict=True) if x is not None},
-                    "lr": optimizer.param_groups[-1]["lr"],
-                    "grad_norm": totals.grad_norm,
-                    "seconds": round(time.perf_counter() - begin, 4),
-                    "data_seconds": round(waited, 4),
-                    "tokens": totals.tokens,
-                    "images": totals.images,
-                    "flops": totals.flops,
-                    "fill": totals.tokens / (totals.packs * config.loader.tokens_per_pack),
-                    "memory_gib": memory_gib(world.device),
-                    **loader.ledger.figures(),
-                    **({"skipped": reason} if reason else {}),
-                }
-            )
+            figures = {
+                "step": step + 1,
+                "epoch": round((samples + loader.ledger.weight) / len(mixture), 4),
+                "loss": totals.loss,
+                "losses": totals.losses,
+                "lr": optimizer.param_groups[-1]["lr"],
+                "grad_norm": totals.grad_norm,
+                "seconds": round(time.perf_counter() - begin, 4),
+                "data_seconds": round(waited, 4),
+                "tokens": totals.tokens,
+                "images": totals.images,
+                "flops": totals.flops,
+                "fill": totals.tokens / (totals.packs * config.loader.tokens_per_pack),
+                "memory_gib": memory_gib(world.device),
+                **loader.ledger.figures(),
+                **({"skipped": reason} if reason else {}),
+            }
             step += 1
             stopped = totals.stop
-            if stopped or saver.due(step, steps, totals.save):
+            if evaluation is not None and not stopped and evaluation.due(step, steps):
+                figures["evaluation"] = evaluation.after(step, model)
+            metrics.log(figures)
+            improved = evaluation is not None and evaluation.is_best(step)
+            if stopped or improved or saver.due(step, steps, totals.save):
                 save(step)
             begin = time.perf_counter()
         if not stopped:
+            if evaluation is not None and evaluation.done != step:  # the data ended before the last step
+                evaluation.after(step, model)
             save(step)
     raise_together(loader.ledger.failure(), world)
     if stopped:
@@ -354,9 +372,8 @@ def evaluate(config: Config, processor: Processor, world: World, rooms: tuple[st
     out = Path(config.out)
     results = None
     if rooms is not None:
-        train, heldout = rooms
         model = Qwen25VL.from_pretrained(out / "hf", dtype=world.dtype, device=world.device)
-        results = rooms_benchmark.evaluate(model, processor, heldout, world.device, train_path=train)
+        results = rooms_benchmark.evaluate(model, processor, rooms[1], world.device, train_path=rooms[0])
         model_card.add_evaluation(out / "hf", results.table())
         print(results.table(), results.table_of_forms(), sep="\n\nby form of the question:\n")
     print(f"report: {write_report(out / 'report', out / 'metrics.jsonl', results, to_dict(config))}", flush=True)

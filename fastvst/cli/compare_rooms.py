@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def render(preset: str, samples: int, split: str) -> str:
     return make_rooms_in_subprocess(None, samples, SEED, 2, config, split=split)
 
 
+def place(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_")
+
+
 def table(results: Mapping[str, RoomResults]) -> str:
     """Markdown table: one row per task, one column per checkpoint, then the baselines. Bold: above both baselines."""
     names = list(results)
@@ -86,7 +92,9 @@ def table(results: Mapping[str, RoomResults]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
-    """Answer, score, print the table. With --out, write results.json, results.md, rooms.svg and index.html.
+    """Answer, score, print the table. With --out, keep the predictions and write results.json, results.md, a page.
+
+    A stopped run with --out resumes there.
 
     Raises:
         ValueError, FileNotFoundError: wrong arguments, missing checkpoints or rows.
@@ -107,7 +115,14 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
         model = Qwen25VL.from_pretrained(directory, device=device)
         processor = Processor.from_pretrained(directory)
         results[name] = rooms.evaluate(
-            model, processor, data, device, train_path=training, examples=0, thinking=arguments.thinking
+            model,
+            processor,
+            data,
+            device,
+            train_path=training,
+            examples=0,
+            thinking=arguments.thinking,
+            predictions=Path(arguments.out) / f"predictions-{place(name)}.jsonl" if arguments.out else None,
         )
         print(f"{name}: {directory} answered {sum(t.questions for t in results[name].tasks)} questions", flush=True)
     print(table(results))

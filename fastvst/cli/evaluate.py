@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
-import importlib
 import json
 import sys
 import time
@@ -19,28 +17,12 @@ from fastvst.cli import compare_rooms
 from fastvst.cli.data import add_source_arguments, source_of
 from fastvst.data.sample import Sample
 from fastvst.evaluate import fingerprint, predictions
+from fastvst.evaluate.benchmarks import BENCHMARKS, OWN, module_of, nearest, spelled
 from fastvst.evaluate.errors import write_errors
 from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.report import Report
 from fastvst.train import lock
 
-BENCHMARKS = {
-    "vsi_bench": "fastvst.evaluate.vsi_bench",
-    "mmsi_bench": "fastvst.evaluate.mmsi_bench",
-    "cv_bench": "fastvst.evaluate.cv_bench",
-    "blink": "fastvst.evaluate.blink",
-    "3dsrbench": "fastvst.evaluate.srbench_3d",
-    "realworldqa": "fastvst.evaluate.realworldqa",
-    "mmstar": "fastvst.evaluate.mmstar",
-    "mmbench": "fastvst.evaluate.mmbench",
-    "ai2d": "fastvst.evaluate.ai2d",
-    "mmmu": "fastvst.evaluate.mmmu",
-    "ocrbench": "fastvst.evaluate.ocrbench",
-    "viewspatial": "fastvst.evaluate.viewspatial",
-    "mindcube": "fastvst.evaluate.mindcube",
-    "sunrgbd_det": "fastvst.evaluate.sunrgbd_det",
-}
-OWN = "own"  # questions of one's own
 THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
@@ -98,13 +80,11 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def _run(arguments: argparse.Namespace) -> Report:
-    words = [word.lower().replace("-", "_") for word in arguments.benchmark]
+    words = [spelled(word) for word in arguments.benchmark]
     scoring = words[0] == "score"
     name = words[-1]
     if len(words) != 1 + scoring or name not in (*BENCHMARKS, OWN):
-        names = [*BENCHMARKS, "rooms", OWN]
-        near = [n for n in names if n.startswith(name)] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = nearest(name)
         given = " ".join(arguments.benchmark)
         raise ValueError(
             f"{given!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}, rooms, own{hint}"
@@ -220,7 +200,7 @@ def _scoring_options(benchmark: Any, arguments: argparse.Namespace, scoring: boo
 def _benchmark(name: str, arguments: argparse.Namespace) -> Any:
     """The module of a published benchmark, or the object with the same functions for questions of one's own."""
     if name != OWN:
-        return importlib.import_module(BENCHMARKS[name])
+        return module_of(name)
     from fastvst.evaluate.own import TASKS, OwnQuestions
 
     if arguments.task is None:

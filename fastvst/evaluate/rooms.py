@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +16,9 @@ import torch
 
 from fastvst.data import Processor, Sample, open_source
 from fastvst.data.chat import THINK_SYSTEM
+from fastvst.evaluate import fingerprint
 from fastvst.evaluate.answers import score
+from fastvst.evaluate.files import Row
 from fastvst.evaluate.statistics import Interval, best_constant, bootstrap
 
 if TYPE_CHECKING:
@@ -140,6 +145,7 @@ def evaluate(
     batch_size: int = 256,
     examples: int = 24,
     thinking: bool = False,
+    predictions: Path | None = None,
 ) -> RoomResults:
     """Answer every question in `path` by greedy decoding and score the answers.
 
@@ -149,13 +155,14 @@ def evaluate(
         batch_size: questions decoded together.
         examples: number of questions for the page, spread over the tasks.
         thinking: use the thinking system prompt and score the text after `</think>`.
+        predictions: file to which answers are added as they are made; what it has already is not asked again.
     """
     held_out = questions(open_source(path))
     if not held_out:
         raise ValueError(f"{path} has no row with a checkable answer; expected parquet files of `fastvst rooms make`")
-    predictions = answer_all(model, processor, held_out, batch_size=batch_size, thinking=thinking)
-    scores = [score(p, q.answer) for p, q in zip(predictions, held_out, strict=True)]
-    return summarise(held_out, predictions, scores, questions(open_source(train_path)), examples=examples)
+    texts = answer_all(model, processor, held_out, batch_size=batch_size, thinking=thinking, path=predictions)
+    scores = [score(p, q.answer) for p, q in zip(texts, held_out, strict=True)]
+    return summarise(held_out, texts, scores, questions(open_source(train_path)), examples=examples)
 
 
 def answer_all(
@@ -165,21 +172,56 @@ def answer_all(
     *,
     batch_size: int = 256,
     thinking: bool = False,
+    path: Path | None = None,
 ) -> list[str]:
-    """Greedy answers of the rollout engine, in the order of the questions."""
-    from fastvst.rollout import Engine, SamplingParams
+    """Greedy answers of the rollout engine, in the order of the questions; "" where one failed, which is printed.
 
-    training = model.training
-    model.eval()
-    engine = Engine(model, processor, max_sequences=batch_size)
-    samples = [
-        dataclasses.replace(q.sample, messages=_think(q.sample.messages)) if thinking else q.sample for q in asked
-    ]
+    Args:
+        path: predictions file; see `fastvst.evaluate.run.answer`. None: the answers are not kept.
+    """
+    from fastvst.evaluate import predictions, run
+
+    rows = as_rows(asked)
     limit = THINKING_TOKENS if thinking else MAX_NEW_TOKENS
-    rollouts = engine.generate(samples, SamplingParams(temperature=0.0, max_tokens=limit))
-    engine.release()
-    model.train(training)
-    return [first.text for first, *_ in rollouts]
+    ask = functools.partial(prompt, thinking=thinking)
+    with tempfile.TemporaryDirectory() as folder:
+        file = path or Path(folder) / "predictions.jsonl"
+        settings = [fingerprint.of_model(model), fingerprint.of_processor(processor), thinking, limit]
+        key = fingerprint.of(settings)
+        run.answer(model, processor, rows, ask, file, max_new_tokens=limit, batch_size=batch_size, run=key)
+        keys = run.question_keys(rows, ask, key)
+        found = [p for p in predictions.read(file) if p.key == keys.get(p.id)]
+    texts, failures = predictions.for_rows(rows, found)
+    for name, reason in failures.items():
+        print(f"rooms: {name} has no answer and counts as wrong: {reason}", flush=True)
+    return [text or "" for text in texts]
+
+
+def as_rows(asked: Sequence[Question]) -> list[Row]:
+    """The questions as rows of a benchmark, with ids that differ."""
+    rows = []
+    seen: Counter[str] = Counter()
+    for question in asked:
+        sample = question.sample
+        seen[sample.id] += 1
+        rows.append(
+            Row(
+                id=sample.id if seen[sample.id] == 1 else f"{sample.id}#{seen[sample.id]}",
+                question=question.text,
+                answer=_gold_text(question),
+                category=question.task,
+                images=tuple(part["image"] for part in sample.parts("image")),
+                scene=question.room,
+                fields={"sample": dataclasses.replace(sample, messages=sample.messages[:-1])},
+            )
+        )
+    return rows
+
+
+def prompt(row: Row, *, thinking: bool = False) -> Sample:
+    """The conversation up to the question."""
+    sample: Sample = row.fields["sample"]
+    return dataclasses.replace(sample, messages=_think(sample.messages)) if thinking else sample
 
 
 def _think(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ def write_report(
     smooth = max(1, len(rows) // 40)
     sections = [("Training loss", html.line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
     out = Path(out_dir)
+    sections += _held_out([(r["step"], r["evaluation"]) for r in rows if "evaluation" in r])
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
@@ -41,6 +42,27 @@ def write_report(
     target = out / "index.html"
     atomic.write_text(target, html.page("fastvst: supervised fine-tuning", lead, sections))
     return target
+
+
+def _held_out(found: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Curves of loss and accuracy on held-out rows, and a table of the last and the best evaluation."""
+    sections = []
+    for key, title, label in (
+        ("loss", "Loss on held-out rows", "loss (nats)"),
+        ("accuracy", "Accuracy on held-out questions", "share of right answers"),
+    ):
+        points = [(step, row) for step, row in found if key in row]
+        if points:
+            steps = [float(step) for step, _ in points]
+            chart = html.line_chart(steps, [row[key] for _, row in points], x_label="step", y_label=label)
+            last_step, last = points[-1]
+            best_step, best = next(((s, r) for s, r in points if s == last["best_step"]), points[-1])
+            parts = "losses" if key == "loss" else "accuracies"
+            cells = [("all", f"{last[key]:.4f}", f"{best[key]:.4f}")] if key in last else []
+            cells += [(n, f"{v:.4f}", f"{best[parts].get(n, float('nan')):.4f}") for n, v in last[parts].items()]
+            header = ("data set", f"step {last_step} (last)", f"step {best_step} (checkpoints/best)")
+            sections.append((title, chart + html.table(header, cells)))
+    return sections
 
 
 def _score_table(results: RoomResults) -> str:

@@ -52,7 +52,7 @@ class CheckpointConfig:
     Attributes:
         every: optimizer steps between two checkpoints; 0 = only at the end.
         every_minutes: minutes between two checkpoints, by the clock of rank 0, added to `every`; 0 = off.
-        keep: number of complete checkpoints to keep, the newest ones.
+        keep: number of complete checkpoints to keep, the newest ones; the best one by evaluation is kept besides.
         hf: also write a Hugging Face directory, in the compute dtype, into every checkpoint.
     """
 

@@ -61,12 +61,15 @@ class StepLogConfig(LogConfig):
         tensorboard: also write TensorBoard events to <out>/tensorboard.
         wandb: also log to this Weights & Biases project; empty = no.
         peak_tflops: peak of one device in TFLOP/s, measured or stated, for the MFU; none = of the data sheet, if known.
+        profile: step whose trace and costliest operators are written to <out>/profile; 0 = none.
     """
 
     peak_tflops: float | None = None
+    profile: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(0, profile=self.profile)
         if self.peak_tflops is not None:
             check_positive(peak_tflops=self.peak_tflops)
 
@@ -117,6 +120,8 @@ class Metrics:
         self.epochs = epochs
         self.path = out / "metrics.jsonl"
         self._seconds_per_step: float | None = None
+        self._evaluated = done
+        self._evaluation_share = 0.0  # seconds of an evaluation divided by the steps between two
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._begin = time.perf_counter()
@@ -161,7 +166,10 @@ class Metrics:
         seconds = row["seconds"]
         old = self._seconds_per_step
         self._seconds_per_step = seconds if old is None else 0.9 * old + 0.1 * seconds  # about the last ten steps
-        row["eta"] = round((self.total_steps - step) * self._seconds_per_step, 1)
+        if "evaluation" in row:
+            self._evaluation_share = row["evaluation"]["seconds"] / max(1, step - self._evaluated)
+            self._evaluated = step
+        row["eta"] = round((self.total_steps - step) * (self._seconds_per_step + self._evaluation_share), 1)
         jsonl.append(self.path, [row])
         numbers = {name: value for name, value in flat(row) if name != "step"}
         if self._tensorboard is not None:
@@ -200,6 +208,16 @@ def rates(row: dict[str, Any], peak_flops: float | None = None, devices: int = 1
         if peak_flops:
             row["mfu"] = round(flops_per_s / peak_flops, 4)
     return row
+
+
+def of_world(world: World, peak_tflops: float | None = None) -> dict[str, Any]:
+    """The arguments of `Metrics` that follow from the devices of the run; for peak_tflops see `StepLogConfig`."""
+    return {
+        "is_main": world.is_main,
+        "peak_flops": peak_flops(world, peak_tflops),
+        "devices": world.size,
+        "on_gpu": world.device.type == "cuda",
+    }
 
 
 def peak_flops(world: World, peak_tflops: float | None = None) -> float | None:

@@ -157,11 +157,16 @@ def _training(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[s
 
 
 def _held_out(out: Path) -> str:
-    """The last row of evaluation.jsonl (reward on held-out prompts), if there is one."""
+    """The last row of evaluation.jsonl (reward on held-out prompts, or loss and accuracy), if there is one."""
     rows = jsonl.read(out / "evaluation.jsonl") if (out / "evaluation.jsonl").is_file() else []
     if not rows:
         return ""
     row = rows[-1]
+    if "reward" not in row:
+        losses = [(f"loss, {name}", f"{loss:.4f}") for name, loss in row.get("losses", {}).items()]
+        shares = [(f"right, {name}", f"{100 * share:.1f} %") for name, share in row.get("accuracies", {}).items()]
+        cells = [f"| {_cell(name)} | {value} |" for name, value in [*losses, *shares]]
+        return "\n".join([f"| held-out rows after step {row['step']} | |", "| --- | ---: |", *cells])
     lines = ["| held-out prompts | reward | accuracy |", "| --- | ---: | ---: |"]
     parts = {f"all ({row['questions']})": row, **row["tasks"]}
     return "\n".join([*lines, *(f"| {_cell(n)} | {r['reward']:.4f} | {r['accuracy']:.4f} |" for n, r in parts.items())])

@@ -26,6 +26,7 @@ from fastvst.train.distributed import World
 
 NAME = re.compile(r"step-(\d+)(-\d+)?")
 BRANCH = "branch.json"
+BEST = "best"  # a link to the checkpoint with the best evaluation
 OWNED = ("state/**/*", "rank-*.json")  # what `load` would read even if the marker did not list it
 WORTH_SAYING = 10.0  # seconds of a check after which its speed is printed
 
@@ -67,8 +68,10 @@ def find(resume: str, folder: Path, world: World | None = None) -> tuple[Path | 
     if not resume:
         return None, damaged
     if resume != "auto":
-        verify(Path(resume), world)
-        return Path(resume), damaged
+        named = Path(resume)
+        named = named.parent / named.readlink() if named.is_symlink() else named  # checkpoints/best
+        verify(named, world)
+        return named, damaged
     for path in _candidates(folder):
         try:
             verify(path, world)
@@ -183,10 +186,45 @@ def verify(path: Path, world: World | None = None) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` written checkpoints, each marker first: a partly deleted one is incomplete."""
+    """Delete all but the last `keep` written checkpoints and the best one, and point the link `best` to it.
+
+    Each marker goes first: a partly deleted checkpoint is incomplete.
+    """
+    best = point_to_best(folder)
     for path in complete(folder)[:-keep]:
+        if path == best:
+            continue
         (path / MARKER).unlink()
         shutil.rmtree(path, ignore_errors=True)
+
+
+def point_to_best(folder: Path) -> Path | None:
+    """Make the link `folder/best` point to the best complete checkpoint of any branch; returns it, or None.
+
+    A checkpoint that was written because its evaluation was the best so far has this in the key "best" of train.json:
+    {"step", "metric", "better": "lower" or "higher", "value"}. Only those with the metric of the last one are compared.
+    """
+    found = []
+    for path in complete(folder):
+        try:
+            best = json.loads((path / "train.json").read_text(encoding="utf-8")).get("best") or {}
+        except (OSError, ValueError):  # damaged: `find` says so
+            continue
+        if best.get("step") == _step(path):
+            found.append((path, best))
+    link = folder / BEST
+    if not found:
+        link.unlink(missing_ok=True)
+        return None
+    metric, better = (found[-1][1][key] for key in ("metric", "better"))
+    sign = 1 if better == "lower" else -1
+    chosen = min((one for one in found if one[1]["metric"] == metric), key=lambda one: sign * one[1]["value"])[0]
+    if not link.is_symlink() or link.readlink() != Path(chosen.name):
+        new = folder / f".{BEST}"
+        new.unlink(missing_ok=True)
+        new.symlink_to(chosen.name)
+        new.replace(link)
+    return chosen
 
 
 def commit(partial: Path, target: Path, files: dict[str, dict[str, Any]], lineage: Lineage | None) -> None:
