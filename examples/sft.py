@@ -55,6 +55,7 @@ from fastvst.train.run import (
     build_processor,
     count_steps,
     joined,
+    loader_place,
     model_config,
     open_data,
     open_run_folder,
@@ -251,8 +252,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         mixture,
         processor,
         dataclasses.replace(config.loader, pin_memory=world.device.type == "cuda"),
-        rank=world.rank,
-        world_size=world.size,
+        **loader_place(world),
         ledger=Ledger(out / f"ledger-{world.rank:05d}.jsonl", deferred=True, **vars(config.bad_samples)),
     )
     evaluation = open_evaluation(

@@ -1,9 +1,10 @@
 """make_loader: packed batches from worker processes, in an order and with a state that do not depend on the workers.
 
-Every worker of every rank plans the same stream of steps (planner.py; it reads only text and image headers), but
-decodes and encodes only its own packs (worker.py). Pack j of a step belongs to rank j % world_size as its micro-step
-j // world_size; the n-th pack of a rank is made by worker n % num_workers. So two ranks with accumulation 1 train on
-the same packs as one rank with accumulation 2, and no rank sends samples to another.
+One planner process (planner_process.py) reads all rows once, measures them by their text and image headers, and plans
+the steps; the ranks of a machine can share it. Workers (worker.py) read the samples of their own packs once more and
+encode them. Pack j of a step belongs to rank j % world_size as its micro-step j // world_size; the n-th pack of a rank
+is made by worker n % num_workers. So two ranks with accumulation 1 train on the same packs as one rank with
+accumulation 2, and no rank sends samples to another.
 
 Each pack carries the planner's state before its step. The loader's state is that of the last pack handed out, together
 with the number of packs used in the step: exact in the middle of a step, the same on every rank, and valid for any
@@ -12,13 +13,18 @@ number of workers.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
+import shutil
 import signal
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -27,11 +33,18 @@ from fastvst.batch import PackedBatch
 from fastvst.config import check_at_least, not_an_option
 from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
+from fastvst.data.notes import Notes, make_notes, read_notes
 from fastvst.data.packing import PackingConfig, PackingReport
-from fastvst.data.planner import Encoder, Planner
+from fastvst.data.planner import Encoder, Planned, Planner, Step
+from fastvst.data.planner_process import LocalPlans, Node, RemotePlans, start_planner
 from fastvst.data.processor import Processor
-from fastvst.data.worker import Delivery, Notes, PackStream, make_slots, read_notes, start_worker
+from fastvst.data.sources.files import ParquetTable
+from fastvst.data.spool import Place
+from fastvst.data.worker import Delivery, PackMaker, start_worker
 
+Plans = LocalPlans | RemotePlans
+# The most that one token takes on its way: 4 patches of 1,176 uint8 pixels and 128 bytes of positions, ids, labels.
+BYTES_A_TOKEN = 4 * 1176 + 128
 POLL_S = 5.0  # seconds between checks that the workers are alive
 
 
@@ -88,7 +101,8 @@ class Loader:
     Attributes:
         ledger: unusable samples. Every rank counts each once, but broken pixels only on the rank that decoded them.
         report: fill, vision share and balance of the steps delivered so far.
-        notes: lines about each opened source: what is read, and what is not.
+        notes: lines about each opened source: what is read, and what is not; and what the loader needs of memory and
+            disk.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         ledger: Ledger | None = None,
+        node: Node | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"need 0 <= rank < world_size; got rank {rank} of {world_size}")
@@ -109,10 +124,13 @@ class Loader:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.node = node
         self.ledger = ledger if ledger is not None else Ledger()
         self.report = PackingReport()
         self.notes = [line for source in mixture.sources for line in source.first_lines()]
+        self.notes += needs(mixture, config)
         self._state: dict[str, Any] = {"planner": None, "used": 0}
+        self._runs = 0  # how often a planner was started
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out; JSON-able, some tens of KB. Only the ledger's count of broken
@@ -135,34 +153,55 @@ class Loader:
             for source in self.mixture.sources:
                 for problem in source.problems:
                     self.ledger.record(problem, where=problem.id, write=self.rank == 0)
-        slots = make_slots(max(self.config.num_workers, 1))
-        planner = make_planner(open_again(self.mixture), self.processor, self.config, self.world_size)
-        data = PackStream(planner, self.rank, self.world_size, self._state, slots)
-        deliveries = _start(data, self.config)
-        try:
-            while True:
-                failure = None
-                try:
-                    delivery = _wait(deliveries, self.config.timeout_s)
-                except RuntimeError as error:
-                    failure = self._explain(error, slots)
-                if failure is not None:
-                    raise failure
-                if delivery is None:
-                    return
-                self._account(delivery)
-                if not isinstance(delivery.batch, PackedBatch):
-                    return
-                yield delivery.batch
-        finally:
-            _kill(slots)  # torch would wait 5 s for a busy worker, and the interpreter TERM_GRACE_S after its SIGTERM
-            del deliveries  # ends torch's bookkeeping of the workers before an error is handled
+        notes = make_notes(max(self.config.num_workers, 1) + 1)  # the last one is the planner's
+        with contextlib.closing(self._plans(notes)) as plans:
+            orders = Orders(plans, self.rank, self.world_size)
+            deliveries = _start(PackMaker(self.mixture, self.processor, self.rank, notes), orders, self.config)
+            try:
+                while True:
+                    failure = None
+                    try:
+                        delivery = _wait(deliveries, self.config.timeout_s)
+                        if delivery is None and orders.failure is not None:
+                            failure = self._explain(orders.failure, notes)
+                    except RuntimeError as error:
+                        failure = self._explain(error, notes)
+                    if failure is not None:
+                        raise failure
+                    if delivery is None:
+                        return
+                    self._account(delivery, orders)
+                    if not isinstance(delivery.batch, PackedBatch):
+                        return
+                    yield delivery.batch
+            finally:
+                _kill(notes)  # torch would wait 5 s for a busy worker, the interpreter TERM_GRACE_S after its SIGTERM
+                del deliveries  # ends torch's bookkeeping of the workers before an error is handled
 
-    def _account(self, delivery: Delivery) -> None:
+    def _plans(self, notes: Notes) -> Plans:
+        """Start the planner, or join the one of this machine."""
+        planner = make_planner(self.mixture, self.processor, self.config, self.world_size)
+        shared = self.node is not None and self.node.local_size > 1
+        if not self.config.num_workers and not shared:
+            return LocalPlans(planner, self._state, self.world_size)
+        self._runs += 1
+        return start_planner(
+            planner,
+            self._state,
+            self.world_size,
+            notes=notes,
+            timeout_s=self.config.timeout_s,
+            start_method=self.config.start_method,
+            node=self.node if shared else None,
+            run=self._runs,
+        )
+
+    def _account(self, delivery: Delivery, orders: Orders) -> None:
         """Update ledger, report and state for the pack that is about to be handed out."""
-        step = delivery.step
-        self._state = {"planner": step.before, "used": (delivery.micro + 1) * self.world_size}
-        if delivery.micro == 0:
+        step, micro, places = orders.sent.popleft()
+        orders.plans.free(places)
+        self._state = {"planner": step.before, "used": (micro + 1) * self.world_size}
+        if micro == 0:
             self.ledger.saw(step.seen)
             for error, where in step.bad:
                 self.ledger.record(error, where=where, write=self.rank == 0)
@@ -177,19 +216,81 @@ class Loader:
                 f"no usable sample among the {step.seen} rows read from {names}.\n{self.ledger.summary()}"
             )
 
-    def _explain(self, error: RuntimeError, slots: Notes) -> RuntimeError:
-        """The error of a worker that died or does not answer, with the sample that it worked on."""
+    def _explain(self, error: Exception, notes: Notes) -> Exception:
+        """The error of a process that died or does not answer, with the sample that it worked on."""
         text = str(error)
-        if not any(sign in text for sign in ("exited unexpectedly", "killed by signal", "no pack came")):
+        if not isinstance(error, RuntimeError) or not any(
+            sign in text for sign in ("exited unexpectedly", "killed by signal", "no pack came")
+        ):
             return error
-        notes = read_notes(slots)
         alive = {f"pid {child.pid}" for child in multiprocessing.active_children()}
-        dead = [(w, note) for w, note in enumerate(notes) if note and note.partition(":")[0] not in alive]
-        doing = "; ".join(f"loader worker {w} ({note or 'not started'})" for w, note in dead or enumerate(notes))
+        last = read_notes(notes)
+        names = [*(f"loader worker {worker}" for worker in range(len(last) - 1)), "planner"]
+        known = [(name, note) for name, note in zip(names, last, strict=True)]
+        dead = [(name, note) for name, note in known if note and note.partition(":")[0] not in alive]
+        doing = "; ".join(f"{name} ({note or 'not started'})" for name, note in dead or known)
         return RuntimeError(f"rank {self.rank}: {text}\nlast known: {doing}")
 
 
-def _start(data: PackStream, config: LoaderConfig) -> Iterator[Delivery]:
+def needs(mixture: Mixture, config: LoaderConfig) -> list[str]:
+    """What a rank's loader takes at most: memory for packs, and the planner's file for rows of Parquet."""
+    lines = []
+    if config.num_workers:
+        packs = config.num_workers * config.prefetch + config.accumulation
+        size = config.tokens_per_pack * BYTES_A_TOKEN
+        lines.append(
+            f"loader: {config.num_workers} workers; at most {packs} packs of {size / 1e6:.0f} MB wait, "
+            f"{packs * size / 1e9:.2g} GB of memory for this rank (none of it in /dev/shm)"
+        )
+    whole = [source for source in mixture.sources if not source.has_single_rows]
+    if whole:
+        files = [table.path for source in whole for table in source.tables if isinstance(table, ParquetTable)]
+        mean = sum(path.stat().st_size for path in files) / max(1, sum(len(source) for source in whole))
+        rows = mixture.config.shuffle_buffer + config.buffer_samples
+        folder = tempfile.gettempdir()
+        wanted = rows * mean / 1e9
+        free = shutil.disk_usage(folder).free / 1e9
+        lines.append(
+            f"loader: {rows} rows of Parquet wait in a file of about {wanted:.2g} GB in {folder} ({free:.0f} free)"
+        )
+        if wanted > 0.9 * free:
+            lines.append("WARNING: set TMPDIR to a folder on a larger local disk, or lower data.shuffle_buffer")
+    return lines
+
+
+class Orders:
+    """The packs of one rank, as the samples that they will have, from the steps of a planner; None is the end.
+
+    Attributes:
+        plans: the steps.
+        sent: (step without its samples, micro-step, places of the samples) of every order that is not delivered yet.
+        failure: what ended the plans. It is raised when the packs that were ordered before have been handed out.
+    """
+
+    def __init__(self, plans: Plans, rank: int, world_size: int) -> None:
+        self.plans = plans
+        self.rank = rank
+        self.world_size = world_size
+        self.sent: deque[tuple[Step, int, list[Place]]] = deque()
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[list[Planned] | None]:
+        try:
+            for step, first in self.plans:
+                light = replace(step, packs=[])
+                for micro in range(first, len(step.packs) // self.world_size):
+                    samples = step.packs[micro * self.world_size + self.rank]
+                    self.sent.append((light, micro, [one.place for one in samples if one.place is not None]))
+                    yield samples
+                if not step.packs:
+                    self.sent.append((light, 0, []))
+                    yield None
+                    return
+        except Exception as error:
+            self.failure = error
+
+
+def _start(data: PackMaker, orders: Orders, config: LoaderConfig) -> Iterator[Delivery]:
     """Start the workers. Raises RuntimeError if /dev/shm has no room for their semaphores.
 
     torch installs a SIGCHLD handler that raises at an arbitrary line of the training loop when a worker dies. It is
@@ -197,15 +298,17 @@ def _start(data: PackStream, config: LoaderConfig) -> Iterator[Delivery]:
     """
     handler = signal.getsignal(signal.SIGCHLD)
     workers = config.num_workers
-    loader = DataLoader(
+    steady = threading.current_thread() is threading.main_thread()
+    loader: DataLoader = DataLoader(
         data,
+        sampler=orders,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=config.prefetch if workers else None,
         pin_memory=config.pin_memory,
         timeout=min(POLL_S, config.timeout_s or POLL_S) if workers else 0,
         multiprocessing_context=config.start_method if workers else None,
-        worker_init_fn=start_worker,
+        worker_init_fn=partial(start_worker, by_kernel=steady),
     )
     try:
         deliveries = iter(loader)
@@ -217,7 +320,7 @@ def _start(data: PackStream, config: LoaderConfig) -> Iterator[Delivery]:
             f"{64 * workers} KB there. Give the container a larger one (docker run --shm-size=64m), or pass "
             "--loader.num_workers 0"
         ) from error
-    if workers and threading.current_thread() is threading.main_thread():
+    if workers and steady:
         signal.signal(signal.SIGCHLD, handler)
     return deliveries
 
@@ -248,6 +351,7 @@ def make_loader(
     world_size: int = 1,
     state: dict[str, Any] | None = None,
     ledger: Ledger | None = None,
+    node: Node | None = None,
 ) -> Loader:
     """Packed batches of one rank.
 
@@ -258,13 +362,15 @@ def make_loader(
         rank, world_size: this process among the data-parallel ones.
         state: from `Loader.state_dict()`. The number of workers may differ; at the end of a step, also that of ranks.
         ledger: records unusable samples; every rank needs a path of its own.
+        node: the ranks of this machine, to share one planner, which reads every row once. They iterate together.
+            None: this rank has a planner of its own.
 
     Raises:
         FileNotFoundError, ValueError: from `open_source`, or a state of other data. Iterating raises TooManyBadSamples,
-            SampleError (strict ledger), and RuntimeError with rank, worker and sample when a worker dies.
+            SampleError (strict ledger), and RuntimeError with rank, process and sample when a process dies.
     """
     opened = mixture if isinstance(mixture, Mixture) else open_mixture(mixture)
-    loader = Loader(opened, processor, config, rank=rank, world_size=world_size, ledger=ledger)
+    loader = Loader(opened, processor, config, rank=rank, world_size=world_size, ledger=ledger, node=node)
     if state is not None:
         loader.load_state_dict(state)
     return loader
@@ -275,9 +381,9 @@ def open_again(mixture: Mixture) -> Mixture:
     return Mixture(mixture.sources, mixture.config)
 
 
-def _kill(slots: Notes) -> None:
-    """Kill the workers that wrote into the slots; a hanging worker does not react to gentler signals."""
-    pids = {note.partition(":")[0] for note in read_notes(slots)}
+def _kill(notes: Notes) -> None:
+    """Kill the workers that wrote notes; a hanging one does not react to gentler signals."""
+    pids = {note.partition(":")[0] for note in read_notes(notes)[:-1]}
     for child in multiprocessing.active_children():
         if f"pid {child.pid}" in pids:
             child.kill()

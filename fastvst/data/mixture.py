@@ -9,7 +9,7 @@ read again when it is restored.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,7 +75,8 @@ class MixtureConfig:
         sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels,
             max_pixels, columns, question and special_tokens; only path is required (docs/data.md).
         seed: seed of the shuffling and of the choice between sources.
-        shuffle_buffer: rows that every worker holds in memory for shuffling, encoded images included; 0 = no shuffling.
+        shuffle_buffer: rows among which the next one is chosen; 0 = no shuffling. The trainer's planner holds their
+            references only; rows of Parquet wait in a file in TMPDIR.
         epochs: the stream ends after this many times the rows of all sources; none = endless. Without weights every row
             comes once in an epoch. With weights a source gives its share of these rows: some of them several times, or
             not all of them.
@@ -101,10 +102,15 @@ class Ref(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One row that the mixture yields. Bad rows are yielded as errors, so that every rank counts the same."""
+    """One row that the mixture yields. Bad rows are yielded as errors, so that every rank counts the same.
+
+    Attributes:
+        ref: its reference.
+        sample: a Sample or a SampleError, or what `Mixture.kept` has made of it.
+    """
 
     ref: Ref
-    sample: Sample | SampleError
+    sample: Any
 
 
 @dataclass
@@ -160,14 +166,21 @@ class _Cursor:
 class Mixture(Iterator[Drawn]):
     """The stream of `Drawn` rows. `state_dict` may be called between any two of them."""
 
-    def __init__(self, sources: Sequence[Source], config: MixtureConfig) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        config: MixtureConfig,
+        kept: Callable[[Ref, Sample | SampleError], Any] | None = None,
+    ) -> None:
         """Args:
             sources: the opened sources of `config.sources`, in that order.
+            kept: what the shuffle buffer keeps of a row, called when the row is read; None: the row.
 
         Raises:
             ValueError: no sources, or none.
         """
         self.config = config
+        self.kept = kept
         self.sources = list(sources)
         self._weights = _weights(config.sources, self.sources)
         self._cursors = [_Cursor(s, i, config.seed, config.shuffle_buffer > 0) for i, s in enumerate(self.sources)]
@@ -212,18 +225,24 @@ class Mixture(Iterator[Drawn]):
         if drawn is None:
             self._alive[index] = False
             return None
-        return drawn._replace(sample=self._limited(index, drawn.sample))
+        return self._drawn(drawn.ref, drawn.sample)
 
-    def _limited(self, index: int, sample: Sample | SampleError) -> Sample | SampleError:
-        return limit_pixels(sample, self.config.sources[index]) if isinstance(sample, Sample) else sample
+    def _drawn(self, ref: Ref, sample: Sample | SampleError) -> Drawn:
+        if isinstance(sample, Sample):
+            sample = limit_pixels(sample, self.config.sources[ref.source])
+        return Drawn(ref, sample if self.kept is None else self.kept(ref, sample))
 
     def read(self, refs: Sequence[Ref]) -> list[Drawn]:
-        """Rows by reference, in the order of `refs`."""
+        """Rows by reference, in the order of `refs`. Each is read once, in the order of the files."""
+        places: dict[Ref, list[int]] = {}
+        for place, ref in enumerate(refs):
+            places.setdefault(Ref(*ref), []).append(place)
         found: dict[int, Drawn] = {}
         for index, source in enumerate(self.sources):
-            places = [place for place, ref in enumerate(refs) if ref[0] == index]
-            for place, sample in zip(places, source.get([refs[p][1:] for p in places]), strict=True):
-                found[place] = Drawn(Ref(*refs[place]), self._limited(index, sample))
+            for (block, row), sample in source.each([ref[1:] for ref in places if ref.source == index]):
+                ref = Ref(index, block, row)
+                for place in places[ref]:
+                    found[place] = self._drawn(ref, sample)
         return [found[place] for place in range(len(refs))]
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,8 +260,14 @@ class Mixture(Iterator[Drawn]):
             "buffer": [list(drawn.ref) for drawn in self._buffer],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], also: Sequence[Ref] = ()) -> list[Drawn]:
         """Continue after the last row that was yielded before `state_dict`.
+
+        Args:
+            also: rows to read together with those of the buffer, so that no file is read twice.
+
+        Returns:
+            The rows of `also`, in that order.
 
         Raises:
             ValueError: the state belongs to other sources or settings; the message has the difference.
@@ -258,7 +283,9 @@ class Mixture(Iterator[Drawn]):
         for cursor, (epoch, block, row) in zip(self._cursors, state["places"], strict=True):
             cursor.place(epoch, block, row)
         self._alive = list(state["alive"])
-        self._buffer = self.read([Ref(*ref) for ref in state["buffer"]])
+        rows = self.read([Ref(*ref) for ref in [*state["buffer"], *also]])
+        self._buffer = rows[: len(state["buffer"])]
+        return rows[len(state["buffer"]) :]
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to other sources or settings. No row is read."""

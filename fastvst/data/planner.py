@@ -1,8 +1,9 @@
-"""Planner: the stream of training steps, computed identically by every worker of every rank, and its saved state.
+"""Planner: the stream of training steps, the same for every rank that computes it, and its saved state.
 
 A step is `packs_per_step` packs (world size x accumulation), planned together. The steps depend on the mixture's seed
 and on `processor.measure`, which reads only text and image headers. They are therefore the same wherever the planner
-runs, and the position in the stream does not depend on ranks, accumulation or workers.
+runs, and the position in the stream does not depend on ranks, accumulation or workers. A row is measured when it is
+read; the shuffle buffer and the packer keep its reference and its cost, nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
 from fastvst.data.sample import Sample
+from fastvst.data.spool import Place, Spool
 
 ALL_BAD_LIMIT = 1000  # unusable rows in sequence that end the run; or all rows once, after a usable one was found
 NO_LOADS = np.zeros((0, 3))
@@ -36,11 +38,11 @@ class Encoder(Protocol):
 
 
 class Planned(NamedTuple):
-    """A sample of a pack, with its reference and its cost."""
+    """A sample of a pack: its reference, its cost, and where it waits if it cannot be read alone."""
 
     ref: Ref
-    sample: Sample
     cost: Cost
+    place: Place | None = None
 
 
 class BadSample(NamedTuple):
@@ -78,11 +80,12 @@ class Planner:
     """Reads rows, measures them and plans steps.
 
     Attributes:
-        mixture: the source of the rows.
+        mixture: the source of the rows; the planner makes its own from it, at its beginning.
         processor: measures the rows.
         packing: token budget and buffer size.
         packs_per_step: may be changed between two steps.
         watch: called with "source/id" before a sample is measured, so that a crash can be attributed to it.
+        spool: keeps samples that cannot be read alone; None: they are read again with their neighbours.
     """
 
     mixture: Mixture
@@ -90,11 +93,13 @@ class Planner:
     packing: PackingConfig
     packs_per_step: int
     watch: Callable[[str], None] | None = None
+    spool: Spool | None = None
     _packer: Packer = field(init=False, repr=False)
     _usable: bool = field(default=False, repr=False)  # at least one usable sample was found
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.packing, self.packs_per_step)
+        self.mixture = Mixture(self.mixture.sources, self.mixture.config, self._measure)
 
     def next_step(self) -> Step | None:
         """The next step; None at the end of the stream."""
@@ -107,7 +112,7 @@ class Planner:
             if drawn is None:
                 break
             seen += 1
-            outcome = self._measure(drawn.ref, drawn.sample)
+            outcome = drawn.sample
             if isinstance(outcome, SampleError):
                 bad.append(BadSample(outcome, self.mixture.where(drawn.ref)))
                 useless += 1
@@ -128,12 +133,15 @@ class Planner:
         if self.watch is not None:
             self.watch(f"{sample.source}/{sample.id}")
         try:
-            return Planned(ref, sample, self.examine(sample))
+            cost = self.examine(sample)
         except SampleError as error:
             return error
         except Exception as error:
             name = f"{sample.source}/{sample.id} ({self.mixture.where(ref)})"
             raise RuntimeError(f"measuring {name} failed with {type(error).__name__}: {error}") from error
+        if self.spool is None or self.mixture.sources[ref.source].has_single_rows:
+            return Planned(ref, cost)
+        return Planned(ref, cost, self.spool.put(sample))
 
     def examine(self, sample: Sample) -> Cost:
         """The cost of a sample that fits into a pack. Raises SampleError for one that cannot be used."""
@@ -161,11 +169,10 @@ class Planner:
             ValueError: the state belongs to another mixture or packing, or a buffered row is no longer usable.
         """
         self.check_state(state)
-        self.mixture.load_state_dict(state["mixture"])
+        buffered = self.mixture.load_state_dict(state["mixture"], [Ref(*ref) for ref in state["buffer"]])
         self._usable = bool(state["usable"])
         self._packer = Packer(self.packing, self.packs_per_step)
-        for drawn in self.mixture.read([Ref(*ref) for ref in state["buffer"]]):
-            planned = self._measure(drawn.ref, drawn.sample)
+        for _, planned in buffered:
             if isinstance(planned, SampleError):
                 raise ValueError(f"a sample that was usable when the state was saved is unusable now: {planned}")
             self._packer.add(planned, planned.cost)

@@ -245,11 +245,11 @@ def forecast_packs(
         report.add(step.loads, step.samples, config.tokens_per_pack)
         first = first or max(step.packs, key=len)
     encoded = []
-    for item in first or ():
+    for drawn in mixture.read([item.ref for item in first or ()]):
         try:
-            encoded.append(processor.encode(item.sample))
+            encoded.append(processor.encode(drawn.sample))
         except SampleError as error:  # pixels that cannot be decoded
-            ledger.record(error, where=mixture.where(item.ref))
+            ledger.record(error, where=mixture.where(drawn.ref))
     if not encoded:
         raise TooManyBadSamples(f"none of the first {ledger.seen} samples can be used.\n{ledger.summary()}")
     batch = pack(encoded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig
 from fastvst.data.ledger import TooManyBadSamples
 from fastvst.data.loader import make_planner, open_again
 from fastvst.data.mixture import Mixture, open_mixture
+from fastvst.data.planner_process import Node
 from fastvst.data.probe import probe
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL, weights
@@ -239,6 +241,12 @@ def restore_data(path: Path, choice: str, world: World, load: Callable[[], objec
             f"{path}: {error} To keep the model, the optimizer and the step and to start the data from the beginning, "
             "pass --resume.data anew"
         ) from error
+
+
+def loader_place(world: World) -> dict[str, Any]:
+    """Arguments of `make_loader`: this rank, and its machine, whose ranks share a planner. Call it once a run."""
+    node = Node(world.once_per_node("planner", secrets.token_hex), world.local_rank, world.local_size)
+    return {"rank": world.rank, "world_size": world.size, "node": node}
 
 
 def build_model(

@@ -71,11 +71,11 @@ class CsvTable:
         usual = "\t" if self.path.suffix.lower() == ".tsv" else ","
         return (*found, f"separator {self.separator!r}") if self.separator != usual else found
 
-    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
-        """Rows of a block from `start` on; ValueErrors in place of rows that do not fit the header."""
+    def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
+        """Rows `start` to `stop` (None: all) of a block; ValueErrors in place of rows that do not fit the header."""
         first = block * CSV_BLOCK
         with open(self.path, "rb") as file:
-            for index in range(first + start, first + self.block_rows[block]):
+            for index in range(first + start, first + (self.block_rows[block] if stop is None else stop)):
                 begin, end = self.spans[index].tolist()
                 file.seek(begin)
                 try:

@@ -54,12 +54,12 @@ class ParquetTable:
         _check_names(path, names)
         return cls(path, rows, names)
 
-    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
-        """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
+    def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
+        """Rows `start` to `stop` (None: all) of a block; ValueErrors in place of rows that cannot be read."""
         columns = [c for c in self.columns if self.whole or self.wanted is None or c in self.wanted]
-        count = self.block_rows[block]
+        count = self.block_rows[block] if stop is None else stop
         at = 0
-        problem = ValueError(f"row group {block} ends before its row {count}")
+        problem = ValueError(f"row group {block} ends before its row {self.block_rows[block]}")
         try:
             # with buffer_size pyarrow streams the pages of a column instead of holding the whole column chunk
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -68,6 +68,8 @@ class ParquetTable:
                     if skip < batch.num_rows:
                         yield from _batch_rows(batch.slice(skip, count - at - skip), self.wanted)
                     at += batch.num_rows
+                    if at >= count:
+                        break
         except Exception as error:  # pyarrow raises many kinds on damaged data
             problem = ValueError(f"row group {block} cannot be read: {error}")
         for _ in range(max(at, start), count):
@@ -99,17 +101,18 @@ class ArrowTable:
         _check_names(path, names)
         return cls(path, rows, names)
 
-    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
-        """Rows of a block from `start` on."""
+    def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
+        """Rows `start` to `stop` (None: all) of a block."""
+        stop = self.block_rows[block] if stop is None else stop
         try:
             batch = _record_batches(self.path)[block]
             batch = batch.select([c for c in self.columns if self.whole or self.wanted is None or c in self.wanted])
         except Exception as error:
-            for _ in range(start, self.block_rows[block]):
+            for _ in range(start, stop):
                 yield ValueError(f"record batch {block} cannot be read: {error}")
             return
-        for at in range(start, batch.num_rows, BATCH):
-            yield from _batch_rows(batch.slice(at, BATCH), self.wanted)
+        for at in range(start, min(stop, batch.num_rows), BATCH):
+            yield from _batch_rows(batch.slice(at, min(BATCH, stop - at)), self.wanted)
 
 
 def _check_counts(path: Path, rows: list[int]) -> None:

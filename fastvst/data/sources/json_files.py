@@ -69,11 +69,11 @@ class JsonTable:
         """How the file differs from UTF-8 without a byte order mark and with LF at the end of a line."""
         return text_notes(self.path, self.encoding)
 
-    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
-        """Rows of a block from `start` on; ValueErrors in place of rows that are not JSON objects."""
+    def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
+        """Rows `start` to `stop` (None: all) of a block; ValueErrors in place of rows that are not JSON objects."""
         first = block * JSON_BLOCK
         with open(self.path, "rb") as file:
-            for index in range(first + start, first + self.block_rows[block]):
+            for index in range(first + start, first + (self.block_rows[block] if stop is None else stop)):
                 begin, end = self.spans[index].tolist()
                 file.seek(begin)
                 try:

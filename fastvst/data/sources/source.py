@@ -96,6 +96,11 @@ class Source:
         table, inner = self.blocks[block]
         return f"{self.tables[table].path.name}[{inner}][{row}]"
 
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether every row can be read without its neighbours: in all files but Parquet."""
+        return not any(isinstance(table, ParquetTable) for table in self.tables)
+
     def samples(self, block: int, start: int = 0) -> Iterator[Sample | SampleError]:
         """All rows of a block from `start` on, in order; bad rows are yielded as SampleErrors."""
         for _, sample in self.pairs(block, start):
@@ -133,21 +138,37 @@ class Source:
             return SampleError("bad_schema", self.name, where, f"{type(error).__name__}: {error}")
 
     def get(self, refs: Sequence[Ref]) -> list[Sample | SampleError]:
-        """Rows by reference, in the order of `refs`. Every block is read once, from its first requested row."""
-        found: dict[Ref, Sample | SampleError] = {}
-        for block in sorted({block for block, _ in refs}):
-            rows = {row for b, row in refs if b == block}
-            first = min(rows)
-            last = max(rows)
-            for row, sample in enumerate(self.samples(block, first), first):
-                if row in rows:
-                    found[block, row] = sample
-                if row >= last:
-                    break
-        missing = [ref for ref in refs if tuple(ref) not in found]
-        if missing:
-            raise ValueError(f"{self.path}: no row {missing[0]}; the data set has changed since the state was saved")
+        """Rows by reference, in the order of `refs`."""
+        found = dict(self.each(refs))
         return [found[block, row] for block, row in refs]
+
+    def each(self, refs: Sequence[Ref]) -> Iterator[tuple[Ref, Sample | SampleError]]:
+        """(reference, row) of every row in `refs`, once and in the order of the files; one row is in memory at a time.
+
+        Only these rows are read where rows are read singly; of Parquet a row group is read once, up to its last row.
+
+        Raises:
+            ValueError: a row that is not there.
+        """
+        of_block: dict[int, set[int]] = {}
+        for block, row in refs:
+            of_block.setdefault(block, set()).add(row)
+        for block, wanted in sorted(of_block.items()):
+            rows = sorted(wanted)
+            if not (0 <= block < len(self.blocks) and rows[0] >= 0 and rows[-1] < self.block_rows[block]):
+                raise ValueError(
+                    f"{self.path}: no row {(block, rows[-1])}; the data set has changed since the state was saved"
+                )
+            index, inner = self.blocks[block]
+            table = self.tables[index]
+            folder = self.folder or table.path.parent
+            if isinstance(table, ParquetTable):
+                pairs: Iterator[tuple[int, Any]] = enumerate(table.rows(inner, rows[0], rows[-1] + 1), rows[0])
+            else:
+                pairs = ((row, content) for row in rows for content in table.rows(inner, row, row + 1))
+            for row, content in pairs:
+                if row in wanted:
+                    yield (block, row), self._sample(content, self.where(block, row), folder)
 
     def describe(self) -> str:
         """One line with name, format, split, files and rows."""

@@ -86,11 +86,11 @@ class TarTable:
         found = cls(path, blocks, [], names, table, ends, broken)
         return cls(path, blocks, first_keys(found.rows(b) for b in range(len(blocks))), names, table, ends, broken)
 
-    def rows(self, block: int, start: int = 0) -> Iterator[Row | ValueError]:
-        """Rows of a block from `start` on; ValueErrors in place of rows that cannot be read."""
+    def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
+        """Rows `start` to `stop` (None: all) of a block; ValueErrors in place of rows that cannot be read."""
         first = block * TAR_BLOCK
         with open(self.path, "rb") as file:
-            for index in range(first + start, first + self.block_rows[block]):
+            for index in range(first + start, first + (self.block_rows[block] if stop is None else stop)):
                 if index == len(self.ends):
                     yield ValueError(self.broken)
                     continue

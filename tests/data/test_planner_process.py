@@ -1,0 +1,166 @@
+"""Ranks of a machine share a planner: the packs of today, every row read once to plan and once to train on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import loader_packs
+from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
+from fastvst.data import spool
+from fastvst.data.ledger import Ledger
+from fastvst.data.loader import LoaderConfig, make_loader
+from fastvst.data.mixture import MixtureConfig, SourceConfig
+from fastvst.data.planner_process import Node
+from fastvst.data.sources.files import ParquetTable
+from fastvst.data.sources.json_files import JsonTable
+
+RECORDED = json.loads((Path(__file__).parent / "loader_packs.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(loader_packs.RUNS))
+def test_a_seed_gives_the_recorded_packs(name, tmp_path) -> None:
+    sources = loader_packs.write_data(tmp_path)
+    _, _, ranks, count = loader_packs.RUNS[name]
+    found = [loader_packs.numbers(loader_packs.open_run(name, sources, rank), count) for rank in range(ranks)]
+    assert found == RECORDED["packs"][name]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_recorded_state_continues_in_mid_step(workers, tmp_path) -> None:
+    name, _, options = loader_packs.SAVED
+    loader = loader_packs.open_run(name, loader_packs.write_data(tmp_path), num_workers=workers, **options)
+    loader.load_state_dict(RECORDED["state"])
+    assert loader_packs.numbers(loader, 9) == RECORDED["after"]
+
+
+class Reads:
+    """Counts the rows that tables read, in this process."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.rows: Counter = Counter()
+        for table in (ParquetTable, JsonTable):
+            plain = table.rows
+
+            def rows(one, block, start=0, stop=None, plain=plain):
+                for row, content in enumerate(plain(one, block, start, stop), start):
+                    self.rows[one.path.suffix, block, row] += 1
+                    yield content
+
+            monkeypatch.setattr(table, "rows", rows)
+
+
+def test_rows_are_read_once_to_plan_and_json_once_more_to_train(tmp_path, monkeypatch) -> None:
+    sources = loader_packs.write_data(tmp_path)
+    mixture = MixtureConfig(sources[1:], shuffle_buffer=40, epochs=1)
+    config = LoaderConfig(256, num_workers=0, buffer_samples=24)
+    loader = make_loader(mixture, FakeProcessor(), config, ledger=Ledger(max_fraction=1.0))
+    reads = Reads(monkeypatch)
+    places = []
+    monkeypatch.setattr(spool, "read", lambda place, read=spool.read: places.append(place) or read(place))
+    names = Counter(name for batch in loader for name in batch.sample_ids)
+    json_rows = [count for (suffix, *_), count in reads.rows.items() if suffix == ".jsonl"]
+    parquet_rows = [count for (suffix, *_), count in reads.rows.items() if suffix == ".parquet"]
+    assert max(json_rows) == 2 and max(parquet_rows) == 1  # of Parquet a row waits in the spool after it was planned
+    assert len(places) == sum(name.startswith("c/") for name in names) > 40
+    assert max(place.offset for place in places) < 60 * 4096  # space of rows that were read is used again
+
+
+def test_the_planner_keeps_no_sample_in_memory(tmp_path) -> None:
+    from fastvst.data.loader import make_planner
+    from fastvst.data.mixture import open_mixture
+    from fastvst.data.planner import Planned
+
+    mixture = open_mixture(MixtureConfig(loader_packs.write_data(tmp_path), shuffle_buffer=100))
+    planner = make_planner(mixture, FakeProcessor(), LoaderConfig(256, buffer_samples=24), 1)
+    planner.spool = spool.Spool()
+    step = planner.next_step()
+    kept = [drawn.sample for drawn in planner.mixture._buffer]
+    assert len(kept) == 100 and any(isinstance(one, Planned) for one in kept)
+    assert all(one.place is None or one.place.size > 0 for pack in step.packs for one in pack)
+    assert not any(hasattr(one, "messages") for one in kept)
+
+
+def test_ranks_that_share_a_planner_train_on_their_packs(tmp_path) -> None:
+    sources = loader_packs.write_data(tmp_path)
+    mixture, options, ranks, count = loader_packs.RUNS["four ranks"]
+    token = secrets.token_hex()
+    found: dict[int, list[int]] = {}
+
+    def run(rank: int) -> None:  # a thread for each rank; the first one starts the planner process
+        config = LoaderConfig(**{"tokens_per_pack": 256, "num_workers": 0, "timeout_s": 100.0, **options})
+        loader = make_loader(
+            MixtureConfig(sources, **mixture),
+            FakeProcessor(),
+            config,
+            rank=rank,
+            world_size=ranks,
+            ledger=Ledger(max_fraction=1.0),
+            node=Node(token, rank, ranks),
+        )
+        found[rank] = loader_packs.numbers(loader, count)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[rank] for rank in range(ranks)] == RECORDED["packs"]["four ranks"]
+
+
+def test_a_planner_that_dies_is_named_with_its_sample(tmp_path) -> None:
+    class Deadly(FakeProcessor):
+        def measure(self, sample):
+            if sample.id == "killer":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().measure(sample)
+
+    rows = [*fake_rows(40), fake_row("killer", 4)]
+    data = MixtureConfig((SourceConfig(str(write_jsonl(tmp_path / "a.jsonl", rows))),), shuffle_buffer=0)
+    config = LoaderConfig(256, num_workers=1, buffer_samples=8, timeout_s=60)
+    with pytest.raises(RuntimeError, match=r"planner exited(.|\n)*planner \(pid \d+: planning a/killer\)"):
+        list(make_loader(data, Deadly(), config))
+
+
+TRAINER = """
+import multiprocessing, sys, time
+sys.path.insert(0, sys.argv[2])
+from fake_data import FakeProcessor
+from fastvst.data import LoaderConfig, MixtureConfig, SourceConfig, make_loader
+config = LoaderConfig(2048, num_workers=2, buffer_samples=64, prefetch=8)
+stream = iter(make_loader(MixtureConfig((SourceConfig(sys.argv[1]),), shuffle_buffer=9), FakeProcessor(), config))
+next(stream)
+time.sleep(2)  # the queue fills
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_leaves_no_process_when_the_queue_is_full(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", fake_rows(300))
+    support = str(Path(loader_packs.__file__).parent)
+    command = [sys.executable, "-c", TRAINER, str(path), support]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        helpers = [int(pid) for pid in trainer.stdout.readline().split()]
+        os.kill(trainer.pid, signal.SIGKILL)
+    assert len(helpers) == 3  # two workers and the planner
+
+    def left() -> list[int]:
+        stats = [Path(f"/proc/{pid}/stat") for pid in helpers]
+        return [int(s.parent.name) for s in stats if s.exists() and s.read_text().rpartition(")")[2].split()[0] != "Z"]
+
+    until = time.monotonic() + 30
+    while left() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert left() == []
