@@ -7,6 +7,7 @@ steps.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -111,16 +112,15 @@ class RemotePlans(Iterator[StepFrom]):
         self._freed += places
 
     def close(self) -> None:
-        """Leave the planner. One that is shared ends when all ranks have left it, or with the process that started it."""
-        if not self.shared:
-            self.process.kill()
+        """Leave the planner. One that is shared ends when all ranks have left it, or with the rank that started it."""
         if sys.is_finalizing():
             return
-        try:
+        if not self.shared:
+            self.process.kill()
+            self.process.join()
+        with contextlib.suppress(OSError):  # it has ended
             self.connection.send(None)
             self.connection.close()
-        except OSError:
-            pass  # it has ended
 
 
 @dataclass(frozen=True)

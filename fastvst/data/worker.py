@@ -95,7 +95,7 @@ class PackMaker(Dataset):
                 f"{name} ({where}): measured {planned.cost}, encoded {encoded.cost}; the file changed during training, "
                 "or measure() and encode() disagree"
             )
-        return encoded
+        return replace(encoded, origin=planned.ref.source)
 
 
 def start_worker(worker: int, by_kernel: bool = True) -> None:

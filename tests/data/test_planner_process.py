@@ -62,13 +62,17 @@ class Reads:
 
 def test_rows_are_read_once_to_plan_and_json_once_more_to_train(tmp_path, monkeypatch) -> None:
     sources = loader_packs.write_data(tmp_path)
-    mixture = MixtureConfig(sources[1:], shuffle_buffer=40, epochs=1)
+    once = tuple(SourceConfig(source.path) for source in sources[1:])  # without weights every row comes once an epoch
+    mixture = MixtureConfig(once, shuffle_buffer=40, epochs=1)
     config = LoaderConfig(256, num_workers=0, buffer_samples=24)
     loader = make_loader(mixture, FakeProcessor(), config, ledger=Ledger(max_fraction=1.0))
     reads = Reads(monkeypatch)
     places = []
     monkeypatch.setattr(spool, "read", lambda place, read=spool.read: places.append(place) or read(place))
-    names = Counter(name for batch in loader for name in batch.sample_ids)
+    packs = list(loader)
+    names = Counter(name for pack in packs for name in pack.sample_ids)
+    drawn = {(name[:2], origin) for pack in packs for name, origin in zip(pack.sample_ids, pack.origins.tolist())}
+    assert drawn == {("b/", 0), ("c/", 1)}
     json_rows = [count for (suffix, *_), count in reads.rows.items() if suffix == ".jsonl"]
     parquet_rows = [count for (suffix, *_), count in reads.rows.items() if suffix == ".parquet"]
     assert max(json_rows) == 2 and max(parquet_rows) == 1  # of Parquet a row waits in the spool after it was planned
