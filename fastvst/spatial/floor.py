@@ -8,6 +8,8 @@ import numpy as np
 
 from fastvst.spatial.boxes import corners
 
+Point = list[float] | np.ndarray  # (2,)
+
 
 def footprint(box: Any) -> np.ndarray:
     """Outline (K, 2) of a box (9,) in the world frame seen from above, counter-clockwise; four if it is upright."""
@@ -18,18 +20,19 @@ def outline(cloud: np.ndarray) -> np.ndarray:
     """Convex hull (K, 2) of points (N, 2 or 3) seen from above, counter-clockwise (Andrew's monotone chain)."""
     points = np.unique(np.round(cloud[:, :2], 9), axis=0)  # sorted by x, then y
 
-    def chain(ordered: np.ndarray) -> list[np.ndarray]:
-        hull: list[np.ndarray] = []
+    def chain(ordered: list[list[float]]) -> list[list[float]]:
+        hull: list[list[float]] = []
         for p in ordered:
             while len(hull) >= 2 and _turn(hull[-2], hull[-1], p) <= 1e-9:
                 hull.pop()
             hull.append(p)
         return hull[:-1]
 
-    return np.array(chain(points) + chain(points[::-1]))
+    plain = points.tolist()  # Python's own numbers: ten times as fast as scalars of numpy
+    return np.array(chain(plain) + chain(plain[::-1]))
 
 
-def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+def _turn(a: Point, b: Point, c: Point) -> float:
     """Positive if a -> b -> c turns left, negative if it turns right, 0 on a line."""
     return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from shapely import MultiPoint
 
 from fastvst.data import open_source
@@ -19,6 +20,8 @@ from fastvst.scenes.adapters.boxes import oriented_box, tight_box
 from fastvst.scenes.adapters.colmap import colmap_intrinsics
 from fastvst.scenes.adapters.frames import ScanOptions
 from fastvst.scenes.adapters.hypersim import read_hdf5
+from fastvst.scenes.adapters.images import read_image
+from fastvst.scenes.adapters.scannet import read_scannet
 from fastvst.scenes.adapters.sens import SensFile
 from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
@@ -372,3 +375,32 @@ def test_every_sentence_of_a_thousand_traces_holds(renderer: Renderer, tmp_path:
         counts = test_reasoning.check_scene(read_one(name, room, tmp_path / str(number), 0.3), 24)
         traces += sum(n for task, n in counts.items() if str(task).startswith("thought_"))
     assert traces >= 1000, traces
+
+
+@pytest.mark.parametrize("size", [(1296, 968), (1297, 969), (640, 480), (300, 2000), (90, 70)])
+def test_a_large_jpeg_is_decoded_smaller_but_never_too_small(tmp_path: Path, size: tuple[int, int]) -> None:
+    x, y = np.meshgrid(np.linspace(0, 9, size[0]), np.linspace(0, 7, size[1]))
+    image = np.stack([128 + 90 * np.sin(x), 128 + 90 * np.cos(y), 128 + 90 * np.sin(x + y)], -1).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.jpg", quality=95)
+    found, stored = read_image(tmp_path / "a.jpg", 640)
+    assert stored == size and max(found.shape[:2]) >= min(640, max(size))
+    assert max(found.shape[:2]) == -(-max(size) // 2) if max(size) >= 1280 else found.shape[:2] == size[::-1]
+    wanted = np.asarray(Image.fromarray(image).resize(found.shape[1::-1], Image.Resampling.LANCZOS))
+    assert np.abs(found.astype(int) - wanted).mean() < 1.5
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert np.array_equal(read_image((tmp_path / "a.png").read_bytes(), 64)[0], image)
+
+
+def test_large_colour_images_keep_their_intrinsics(walked: list[Scene], tmp_path: Path) -> None:
+    folder = write_scannet(walked[2], tmp_path / "scene0003_00", exported=True)
+    small = shots(walked[2])[0]
+    for path in (folder / "color").glob("*.jpg"):
+        with Image.open(path) as opened:
+            opened.resize((4 * opened.width, 4 * opened.height)).save(path, quality=95)
+    matrix = np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt")
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([4.0, 4, 1]) @ matrix)
+    view = read_scannet(folder, ScanOptions(frames=4, width=2 * small.camera.width)).views[0]
+    assert view.image.shape == (2 * small.camera.height, 2 * small.camera.width, 3)
+    np.testing.assert_allclose([view.camera.fx, view.camera.cy], [2 * small.camera.fx, 2 * small.camera.cy])
+    wanted = np.asarray(Image.fromarray(small.image).resize(view.image.shape[1::-1]))
+    assert np.abs(view.image.astype(int) - wanted).mean() < 4

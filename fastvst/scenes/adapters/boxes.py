@@ -61,16 +61,16 @@ def tight_box(points: np.ndarray) -> tuple[float, ...]:
     an edge of the convex hull (Freeman and Shapira, 1975). A side is at least 1 mm.
     """
     hull = outline(points)
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    best: tuple[float, np.ndarray] | None = None
     for edge in np.roll(hull, -1, axis=0) - hull if len(hull) > 2 else np.eye(2)[:1]:
         along = edge / np.linalg.norm(edge)
         axes = np.array([along, [-along[1], along[0]]])
-        plan = points[:, :2] @ axes.T
-        area = float(np.prod(np.ptp(plan, axis=0)))
+        area = float(np.prod(np.ptp(hull @ axes.T, axis=0)))
         if best is None or area < best[0]:
-            best = (area, axes, plan)
+            best = (area, axes)
     assert best is not None
-    _, axes, plan = best
+    axes = best[1]
+    plan = points[:, :2] @ axes.T
     middle = (plan.min(0) + plan.max(0)) / 2 @ axes
     z = points[:, 2]
     rows = np.eye(3)

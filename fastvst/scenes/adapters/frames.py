@@ -7,6 +7,7 @@ depth lies in the boxes, finds where each object can be marked, and chooses the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import Image
 from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
 from fastvst.scenes.adapters.depth import nearest
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
-from fastvst.spatial.boxes import corners, rotations, to_camera_frame
+from fastvst.spatial.boxes import corners, rotations
 from fastvst.spatial.camera import Camera, project, unproject
 
 POINTS = 256  # surface points per object, from which its visibility is estimated
@@ -176,7 +177,7 @@ def window_of(camera: Camera, box: Sequence[float]) -> tuple[slice, slice, float
 
     None if it is behind the camera or outside the image. A box with a corner behind the camera may reach any pixel.
     """
-    pixels, ahead = project(camera, corners([box])[0])
+    pixels, ahead = project(camera, _corners(tuple(box)))
     if ahead.max() <= NEAR:
         return None
     size = [camera.width, camera.height]
@@ -211,6 +212,18 @@ def hints(frame: Frame, objects: Sequence[SceneObject]) -> list[Sighting]:
     return found
 
 
+@functools.lru_cache(4096)
+def _corners(box: tuple[float, ...]) -> np.ndarray:
+    """Corners (8, 3) of a box, computed once for all frames of a scan."""
+    return corners([box])[0]
+
+
+@functools.lru_cache(4096)
+def _axes(box: tuple[float, ...]) -> np.ndarray:
+    """Axes of a box as columns (3, 3), computed once for all frames of a scan."""
+    return rotations(np.array([box[6:9]]))[0]
+
+
 def own_space(camera: Camera, box: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Where the visible surface of an object itself lies in its box: lowest and highest local coordinates (3,), metres.
 
@@ -219,7 +232,7 @@ def own_space(camera: Camera, box: Sequence[float]) -> tuple[np.ndarray, np.ndar
     """
     b = np.array(box, dtype=np.float64)
     half = b[3:6] / 2
-    place = (camera.position - b[:3]) @ rotations(b[None, 6:9])[0]
+    place = (camera.position - b[:3]) @ _axes(tuple(box))
     cut = np.minimum(0.02, 0.2 * b[3:6])
     low = np.where(place < -half, -half - 0.01, -half + cut)
     high = np.where(place > half, half + 0.01, half - cut)
@@ -241,11 +254,10 @@ def in_space(
 
     Computed in float32.
     """
-    local = to_camera_frame([box], camera)[0]
-    turn = rotations(local[None, 6:9])[0]
+    turn = camera.rotation @ _axes(tuple(box))
     x = (columns + (0.5 - camera.cx)).astype(np.float32) * depth / np.float32(camera.fx)
     y = (rows + (0.5 - camera.cy)).astype(np.float32) * depth / np.float32(camera.fy)
-    offset = local[:3] @ turn
+    offset = (camera.rotation @ np.array(box[:3]) + camera.translation) @ turn
     inside = np.ones(len(depth), bool)
     for axis in range(3):
         a, b, c = turn[:, axis].astype(np.float32)

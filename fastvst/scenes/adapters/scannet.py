@@ -25,10 +25,11 @@ from fastvst.scenes.adapters.boxes import read_json, read_ply_points, segment_bo
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem, rotation_problem
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
+from fastvst.scenes.adapters.images import read_image
 from fastvst.scenes.adapters.sens import SensFile
 from fastvst.scenes.scene import Scene, SceneObject
 
-Shot = tuple[np.ndarray, np.ndarray]  # image and depth of a frame
+Shot = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # image, depth, stored size (width, height) of the image
 
 
 def read_scannet(
@@ -57,14 +58,14 @@ def read_scannet(
     labels = None if label_map is None else _label_map(Path(label_map), label_column)
     objects = _objects(folder, align, labels, problems)
     if (folder / "color").is_dir():
-        numbers, poses, color, load = _exported(folder)
+        numbers, poses, color, load = _exported(folder, options.width)
         return _scene(folder, objects, align, numbers, poses, color, load, options, problems)
     path = folder / f"{folder.name}.sens"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: neither {path.name} nor color/, depth/, pose/ and intrinsic/")
     with SensFile(path) as sens:
         numbers = [str(k) for k in range(sens.count)]
-        load = lambda name: sens.frame(int(name))  # noqa: E731
+        load = lambda name: (*sens.frame(int(name), options.width), sens.color_size)  # noqa: E731
         return _scene(folder, objects, align, numbers, sens.poses, sens.color_intrinsics, load, options, problems)
 
 
@@ -112,15 +113,14 @@ def _objects(
     return segment_boxes(name, groups, segments, aligned, problems, labels=labels)
 
 
-def _exported(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray, Callable[[str], Shot]]:
+def _exported(folder: Path, longest: int) -> tuple[list[str], np.ndarray, np.ndarray, Callable[[str], Shot]]:
     """Names, poses (N, 4, 4), colour intrinsics and a loader of the frames that SensReader wrote."""
     numbers = sorted((p.stem for p in (folder / "pose").glob("*.txt")), key=lambda stem: (len(stem), stem))
     poses = np.array([np.loadtxt(folder / "pose" / f"{n}.txt").reshape(4, 4) for n in numbers])
 
     def load(name: str) -> Shot:
-        with Image.open(folder / "color" / f"{name}.jpg") as opened:
-            image = np.asarray(opened.convert("RGB"))
-        return image, read_depth(folder / "depth" / f"{name}.png")
+        image, stored = read_image(folder / "color" / f"{name}.jpg", longest)
+        return image, read_depth(folder / "depth" / f"{name}.png"), stored
 
     return numbers, poses, np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt")[:3, :3], load
 
@@ -140,15 +140,16 @@ def _scene(
     masks = folder / "instance-filt"
 
     def frame(k: int) -> Frame:
-        image, depth = load(numbers[good[k]])
-        fault = intrinsics_problem(color, image.shape[1], image.shape[0])
+        image, depth, (width, height) = load(numbers[good[k]])
+        fault = intrinsics_problem(color, width, height)
         if fault is not None:
             raise ValueError(fault)
+        matrix = np.diag([image.shape[1] / width, image.shape[0] / height, 1.0]) @ color
         ids = None
         if masks.is_dir():
             with Image.open(masks / f"{numbers[good[k]]}.png") as opened:
                 ids = np.asarray(opened).astype(np.int32)
-        return make_frame(numbers[good[k]], image, depth, color, align @ poses[good[k]], objects, options, ids)
+        return make_frame(numbers[good[k]], image, depth, matrix, align @ poses[good[k]], objects, options, ids)
 
     scene = assemble_from(
         folder.name, objects, [align @ poses[k] for k in good], frame, options=options, problems=problems

@@ -15,9 +15,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastvst.scenes.adapters.depth import metres
+from fastvst.scenes.adapters.images import read_image
 
 MAX_FRAMES = 1_000_000
 MAX_BYTES = 1 << 28  # of one frame's colour or depth
@@ -90,8 +90,11 @@ class SensFile:
             self.places.append((here, color, depth))
             self.stream.seek(color + depth, io.SEEK_CUR)
 
-    def frame(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) uint8 and planar depth (h, w) in metres of frame `k`, 0 where it is missing."""
+    def frame(self, k: int, longest: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W, 3) uint8 and planar depth (h, w) in metres of frame `k`, 0 where it is missing.
+
+        longest: the longer side that the caller needs; a much larger JPEG is decoded smaller, see `read_image`.
+        """
         place, color, depth = self.places[k]
         self.stream.seek(place)
         data = self.stream.read(color)
@@ -99,8 +102,9 @@ class SensFile:
         if self.color_compression == 0:
             image = np.frombuffer(data, np.uint8).reshape(height, width, 3)
         else:
-            with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as opened:
-                image = np.asarray(opened.convert("RGB"))
+            image, size = read_image(data, longest)
+            if size != self.color_size:
+                raise ValueError(f"{self.path}: frame {k}: colour of {size} pixels; the header says {self.color_size}")
         data = self.stream.read(depth)
         width, height = self.depth_size
         if self.depth_compression == 1:
