@@ -16,6 +16,7 @@ from fastvst.data.gallery import write_gallery
 from fastvst.data.mixture import SourceConfig
 from fastvst.data.processor import Processor
 from fastvst.data.sources import FORMATS
+from fastvst.data.sources.source import OUTSIDE_PATHS
 from fastvst.train.run import build_processor
 
 
@@ -27,6 +28,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", help="split of the data set (default: the only one)")
     add("--columns", type=json.loads, help='names of columns, e.g. \'{"question": "prompt", "image": "path"}\'')
     add("--question", help="question that is asked about images that have only a caption")
+    add(
+        "--outside-paths",
+        default="absolute",
+        choices=OUTSIDE_PATHS,
+        help="images that may lie outside of the data folder and the image folder (default: those with absolute paths)",
+    )
 
 
 def source_of(path: str, arguments: argparse.Namespace) -> SourceConfig:
@@ -38,6 +45,7 @@ def source_of(path: str, arguments: argparse.Namespace) -> SourceConfig:
         split=arguments.split,
         columns=arguments.columns or {},
         question=arguments.question,
+        outside_paths=arguments.outside_paths,
     )
 
 

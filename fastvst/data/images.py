@@ -1,4 +1,4 @@
-"""Images to patches: size rule, decoding with limits on size and time, and the patch order of Qwen2.5-VL.
+"""Images to patches: size rule, decoding with limits on size and work, and the patch order of Qwen2.5-VL.
 
 Pixel values equal those of transformers' PIL image processor bit for bit: both resize with Pillow's bicubic filter, and
 `(u8 / 255 - mean) / std` in float32 equals its float64 `u8 * (1 / 255)` rounded to float32 for all 256 inputs.
@@ -8,11 +8,9 @@ white, EXIF orientation applied (see image_modes; both are options of the proces
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, displayed_size, image_notes, to_rgb
+from fastvst.data.media_files import MediaError, check_format, image_bytes, jpeg_scans, open_image, opened_image
 
 RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
@@ -31,16 +30,8 @@ EXPLICIT_MIN_TOKENS = 4
 EXPLICIT_MAX_TOKENS = 16384  # the limits of qwen-vl-utils for a size that a row gives itself
 MAX_ASPECT = 200  # as smart_resize of qwen-vl-utils and transformers
 TINY_SIDE = 28  # VST enlarges an image with a shorter side until both sides have at least 56 pixels
+WORK_PER_SECOND = 200_000_000  # decoded pixels that count as one second of a time limit (96 frames of 1920 x 1080)
 ROWS_AT_ONCE = 64  # patches normalised at a time: 64 x 588 float32 = 150 KB fit the L2 cache (1.4 ms instead of 2.1)
-
-
-class MediaError(ValueError):
-    """An image or video that cannot be used: `reason` is the ledger's code, `detail` what came and was expected."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -113,19 +104,6 @@ def target_size(
     return columns, rows
 
 
-class _WorkReader(io.BytesIO):
-    """Bytes that cannot be read after a limit of processor time. Pillow's stream decoders read in pieces of 64 KB."""
-
-    def __init__(self, data: bytes, deadline: float) -> None:
-        super().__init__(data)
-        self.deadline = deadline
-
-    def read(self, size: int | None = -1) -> bytes:
-        if time.thread_time() > self.deadline:
-            raise MediaError("decode_timeout", "decoding took longer than the time limit")
-        return super().read(size)
-
-
 @dataclass(frozen=True)
 class ImageHeader:
     """An image before decoding.
@@ -146,7 +124,8 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
         source: PIL image, path, or encoded bytes.
 
     Raises:
-        MediaError: "missing_image", "empty_file", "broken_image", "decompression_bomb", "bad_image_type".
+        MediaError: "missing_image", "not_a_file", "unreadable_file", "empty_file", "file_too_large", "broken_image",
+            "decompression_bomb", "bad_image_type", "bad_image_format", "decode_timeout".
     """
 
     def read(image: Image.Image) -> ImageHeader:
@@ -154,12 +133,12 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
         return ImageHeader(displayed_size(image, rules), image_notes(image, rules))
 
     if isinstance(source, Image.Image):
-        return _open(source, read)
+        check_format(source)
+        return _guarded(read, source)
     if isinstance(source, (str, Path)):
-        with _open(source, _open_path) as image:
-            return _open(image, read)
-    with _open(source, lambda data: _open_image(io.BytesIO(_as_bytes(data)))) as image:
-        return _open(image, read)
+        return _guarded(lambda path: _read_file(path, max_source_pixels, read), source)
+    data = image_bytes(source, max_source_pixels)
+    return _guarded(lambda raw: read(open_image(io.BytesIO(raw))), data)
 
 
 def image_size(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_DISPLAYED) -> tuple[int, int]:
@@ -175,60 +154,42 @@ def load_rgb(
     Args:
         source: PIL image, path, or encoded bytes (first frame of an animation).
         max_source_pixels: larger images are rejected before decoding.
-        time_limit: seconds of this thread's processor time, so that a busy machine rejects the same images. It is
-            checked when the decoder reads data; formats that decode in one call (WebP, TIFF) are checked at the end.
+        time_limit: most work, in nominal seconds of WORK_PER_SECOND pixels; a progressive JPEG counts once a scan.
 
     Raises:
-        MediaError: as `image_header`, and "decode_timeout".
+        MediaError: as `image_header`.
     """
-    deadline = time.thread_time() + time_limit
-    if isinstance(source, (str, Path)):
-        source = _open(source, lambda path: Path(path).read_bytes())
-    if not isinstance(source, Image.Image):
-        data = _as_bytes(source)
-        source = _open(data, lambda raw: _open_image(_WorkReader(raw, deadline)))
+    if isinstance(source, Image.Image):
+        check_format(source)
+        scans = 1
+    else:
+        data = image_bytes(source, max_source_pixels)
+        scans = jpeg_scans(data)
+        source = _guarded(lambda raw: open_image(io.BytesIO(raw)), data)
     _check_bomb(source.size, max_source_pixels)
-    image = _open(source, lambda opened: to_rgb(opened, rules))
-    _open(image, lambda converted: converted.load())
-    if time.thread_time() > deadline:
-        raise MediaError("decode_timeout", f"decoding {image.size[0]} x {image.size[1]} took over {time_limit} s")
+    work = scans * source.size[0] * source.size[1]
+    if work > time_limit * WORK_PER_SECOND:
+        raise MediaError(
+            "decode_timeout",
+            f"{source.size[0]} x {source.size[1]} pixels in {scans} scans are {work / WORK_PER_SECOND:.3g} s at "
+            f"{WORK_PER_SECOND:,} pixels a second; image_time_limit is {time_limit:g}",
+        )
+    image = _guarded(lambda opened: to_rgb(opened, rules), source)
+    _guarded(lambda converted: converted.load(), image)
     return image
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Every format that Pillow reads, except PostScript: Pillow gives it to Ghostscript, which runs it."""
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+def _read_file(path: str | Path, max_source_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
+    with opened_image(path, max_source_pixels) as image:
+        return read(image)
 
 
-def _open_image(file: Any) -> Image.Image:
-    return Image.open(file, formats=_formats())
-
-
-def _as_bytes(source: Any) -> bytes:
-    if not isinstance(source, (bytes, bytearray, memoryview)):
-        raise MediaError("bad_image_type", f"got {type(source).__name__}; expected a PIL image, a path or bytes")
-    data = bytes(source)
-    if not data:
-        raise MediaError("empty_file", "the image has 0 bytes")
-    return data
-
-
-def _open_path(path: str | Path) -> Image.Image:
-    if Path(path).stat().st_size == 0:
-        raise MediaError("empty_file", f"{path} has 0 bytes")
-    return _open_image(path)
-
-
-def _open(source: Any, step: Any) -> Any:
+def _guarded(step: Callable[[Any], Any], source: Any) -> Any:
     """Run one step of reading an image; every exception becomes a MediaError with a reason code."""
     try:
         return step(source)
     except MediaError:
         raise
-    except FileNotFoundError as error:
-        raise MediaError("missing_image", f"no such file: {error.filename}") from error
     except Image.DecompressionBombError as error:
         raise MediaError("decompression_bomb", str(error)) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ... on damaged data

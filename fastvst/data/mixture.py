@@ -20,6 +20,7 @@ from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
 from fastvst.data.sources import FORMATS, Source, open_source
 from fastvst.data.sources.forms import check_names
+from fastvst.data.sources.source import OUTSIDE_PATHS
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class SourceConfig:
         question: the question that is asked about images that have only a caption, e.g. "Describe the image."
         special_tokens: special tokens that texts of this source may contain, e.g. ["<|box_start|>", "<|box_end|>"];
             rows with others are rejected.
+        outside_paths: images that may lie outside of the data set's folder and of image_folder: those with an
+            "absolute" path, "never" any, or "always" all, also by `..` and by symbolic links.
     """
 
     path: str
@@ -54,6 +57,7 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     question: str | None = None
     special_tokens: tuple[str, ...] = ()
+    outside_paths: str = "absolute"
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in FORMATS:
@@ -65,6 +69,8 @@ class SourceConfig:
         if self.min_pixels is not None and self.max_pixels is not None:
             check_order(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         check_names(self.columns)
+        if self.outside_paths not in OUTSIDE_PATHS:
+            raise ValueError(f"outside_paths is {self.outside_paths!r}; expected one of {OUTSIDE_PATHS}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class MixtureConfig:
 
     Attributes:
         sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels,
-            max_pixels, columns, question and special_tokens; only path is required (docs/data.md).
+            max_pixels, columns, question, special_tokens and outside_paths; only path is required (docs/data.md).
         seed: seed of the shuffling and of the choice between sources.
         shuffle_buffer: rows among which the next one is chosen; 0 = no shuffling. The trainer's planner holds their
             references only; rows of Parquet wait in a file in TMPDIR.
@@ -335,6 +341,7 @@ def open_configured(config: SourceConfig) -> Source:
         split=config.split,
         columns=config.columns,
         question=config.question,
+        outside_paths=config.outside_paths,
     )
 
 

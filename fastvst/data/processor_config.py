@@ -43,7 +43,7 @@ class ProcessorConfig:
             5.3), or "" for the rule of the model's config.json.
         max_source_pixels: most pixels of an image file; larger files are rejected as decompression bombs (the default
             is the size at which Pillow warns).
-        image_time_limit: most seconds of processor time for decoding one image.
+        image_time_limit: most seconds for decoding one image, counted in pixels: 200 million a second, once a scan.
         video_time_limit: most seconds for decoding one video, counted in pixels: 200 million a second.
     """
 

@@ -18,12 +18,11 @@ import numpy as np
 
 from fastvst.config import check_at_least, check_order, check_positive
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules
-from fastvst.data.images import MediaError, image_header, load_rgb, resize_planar, target_size
+from fastvst.data.images import WORK_PER_SECOND, MediaError, image_header, load_rgb, resize_planar, target_size
 from fastvst.data.media_cache import Cache, media_key
 from fastvst.data.video_file import VideoHeader, decode_wanted, read_header, work
 
 BUDGET_SLACK = 1.05  # a frame may always have 5 % more pixels than the smallest size, as in qwen-vl-utils
-WORK_PER_SECOND = 200_000_000  # decoded pixels that count as one second of a time limit (96 frames of 1920 x 1080)
 MOST_MISSING = 0.25  # part of the selected frames that may be damaged
 NEAR = 2  # frames: a decoded frame this close to a damaged one replaces it without being counted
 FRAMES: Cache[DecodedVideo] = Cache(128 << 20)  # bytes of decoded frames that a process keeps

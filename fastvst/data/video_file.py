@@ -15,20 +15,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from fastvst.data.images import MediaError
 from fastvst.data.media_cache import Cache, media_key
+from fastvst.data.media_files import VIDEO_BYTES, MediaError, open_file
 
-# Containers only: playlists and session descriptions (HLS, DASH, concat, SDP) would open other files and sockets.
+# Containers of training videos, and songs, which are refused by name. No playlist (HLS, DASH, concat), no session
+# description (SDP) and no list of images is among them: these would open other files and sockets.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,mpegtsraw,h264,hevc,vvc,m4v,av1,obu,ivf,vc1,flv,live_flv,"
-    "asf,ogg,gif,apng,mjpeg,yuv4mpegpipe,nut,mxf,rm,dv,swf,wtv,nsv,mp3,wav,flac,aac,ac3,aiff,amr,caf,w64,webp,webp_pipe"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,av1,obu,ivf,flv,asf,ogg,gif,wav,mp3"
 )
+CODECS = (  # of FFmpeg's 500
+    *("h264", "hevc", "vvc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "theora", "gif"),
+    *("mpeg1video", "mpeg2video", "mpeg4", "h261", "h263", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "flv"),
+    *("wmv1", "wmv2", "wmv3", "vc1", "vp6", "vp6f", "mjpeg", "png", "prores", "dnxhd", "ffv1", "huffyuv", "rawvideo"),
+)
+# What is opened to find the streams of a file. Sound is never decoded, but its headers are.
+PROBED = ",".join((*CODECS, "aac", "mp3", "mp3float", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "wmav2"))
+FRAME_PIXELS = 8192 * 4320  # largest frame, whatever max_source_pixels allows: a decoder holds up to 17 of them
+MOST_FRAMES = 1 << 22  # of a file: 38 hours at 30 frames a second; their times take 200 MB while they are read
 REORDERED = 16  # frames: no codec shows a frame more than 16 frames later than it decodes it
+BUFFER = 1 << 16  # bytes that FFmpeg reads at a time
 WORTH_A_SEEK = 2 * REORDERED  # frames that a seek must skip
 HEADERS: Cache[VideoHeader] = Cache(512)  # videos
 
@@ -78,10 +88,12 @@ def open_video(source: Any) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise ImportError('decoding video files needs PyAV: pip install "fastvst[video]"') from error
-    handle = _handle(source)
-    limits = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    limits = {"protocol_whitelist": "none", "format_whitelist": CONTAINERS, "codec_whitelist": PROBED}
     try:
-        with av.open(handle, options=limits, metadata_errors="ignore") as container:
+        with (
+            _handle(source) as handle,
+            av.open(handle, options=limits, metadata_errors="ignore", buffer_size=BUFFER) as container,
+        ):
             cover = av.stream.Disposition.attached_pic  # the cover image of a song
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
@@ -89,6 +101,11 @@ def open_video(source: Any) -> Iterator[tuple[Any, Any]]:
             stream = streams[0]
             if stream.codec_context is None:
                 raise MediaError("broken_video", "FFmpeg does not know the video's codec")
+            if stream.codec_context.name not in CODECS:
+                raise MediaError(
+                    "broken_video", f"its codec is {stream.codec_context.name}; expected one of {', '.join(CODECS)}"
+                )
+            stream.codec_context.options = {"max_pixels": str(FRAME_PIXELS)}
             stream.thread_type = "NONE"  # the loader has many workers already
             yield container, stream
     except MediaError:
@@ -97,14 +114,10 @@ def open_video(source: Any) -> Iterator[tuple[Any, Any]]:
         raise MediaError("broken_video", f"{type(error).__name__}: {error}") from error
 
 
-def _handle(source: Any) -> Any:
+def _handle(source: Any) -> BinaryIO:
+    """An open file: FFmpeg gets no name that it could take for an address, and may open nothing itself."""
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.is_file():
-            raise MediaError("missing_video", f"no such file: {path}")
-        if path.stat().st_size == 0:
-            raise MediaError("empty_file", "the video has 0 bytes")
-        return str(path)
+        return open_file(source, "video", VIDEO_BYTES)
     if not isinstance(source, (bytes, bytearray, memoryview)):
         raise MediaError("bad_video_type", f"got {type(source).__name__}; expected a path, bytes or a list of images")
     if len(source) == 0:
@@ -122,7 +135,8 @@ def read_header(source: Any, *, max_source_pixels: int, orientation: bool = True
         orientation: apply the display matrix and the pixel aspect ratio.
 
     Raises:
-        MediaError: "broken_video", "empty_file", "missing_video", "bad_video_type", "decompression_bomb".
+        MediaError: "broken_video", "empty_file", "missing_video", "not_a_file", "unreadable_file", "bad_video_type",
+            "decompression_bomb", "too_many_frames".
     """
     content = media_key(source)
     key = None if content is None else (content, orientation)
@@ -130,8 +144,9 @@ def read_header(source: Any, *, max_source_pixels: int, orientation: bool = True
     if header is None:
         header = _read_header(source, max_source_pixels, orientation)
         HEADERS.put(key, header)
-    if header.pixels > max_source_pixels:
-        raise MediaError("decompression_bomb", f"frames of {header.pixels} pixels; at most {max_source_pixels}")
+    most = min(max_source_pixels, FRAME_PIXELS)
+    if header.pixels > most:
+        raise MediaError("decompression_bomb", f"frames of {header.pixels} pixels; at most {most}")
     return header
 
 
@@ -139,8 +154,9 @@ def _read_header(source: Any, max_source_pixels: int, orientation: bool) -> Vide
     with open_video(source) as (container, stream):
         width = stream.codec_context.width
         height = stream.codec_context.height
-        if width * height > max_source_pixels:
-            raise MediaError("decompression_bomb", f"frames of {width} x {height}; at most {max_source_pixels} pixels")
+        most = min(max_source_pixels, FRAME_PIXELS)
+        if width * height > most:
+            raise MediaError("decompression_bomb", f"frames of {width} x {height}; at most {most} pixels")
         first = next(decode_frames(container, stream), None)
         if first is None:
             raise MediaError("broken_video", "none of its frames can be decoded")
@@ -176,6 +192,7 @@ def _table(stream: Any, size: int, first: int | None) -> _Frames | None:
         first: time of the first frame that the decoder yields.
     """
     count = len(stream.index_entries)
+    _check_frames(max(count, stream.frames))
     if count == 0 or count != stream.frames:
         return None
     times: list[int] = []
@@ -215,6 +232,7 @@ def _read_packets(container: Any, stream: Any, first: int | None) -> _Frames:
         if vp8 and not memoryview(packet)[0] & 0x10:  # show_frame of RFC 6386 §9.1
             continue
         total += 1
+        _check_frames(total)
         last = int(packet.duration or 0)
         if packet.pts is None:
             counted = True
@@ -227,6 +245,13 @@ def _read_packets(container: Any, stream: Any, first: int | None) -> _Frames:
         return _Frames(None, total, cut=cut)
     ordered = np.sort(np.asarray(stamps, dtype=np.int64))
     return _Frames(ordered, total, tuple((int(np.searchsorted(ordered, k)), k) for k in sorted(keys)), last, cut)
+
+
+def _check_frames(count: int) -> None:
+    if count > MOST_FRAMES:
+        raise MediaError(
+            "too_many_frames", f"the video has at least {count:,} frames; at most {MOST_FRAMES:,} are read"
+        )
 
 
 def _timing(frames: _Frames, unit: Fraction, rate: Fraction | None) -> tuple[Fraction, np.ndarray | None]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import itertools
 import struct
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from fastvst.data.image_modes import ImageRules
 from fastvst.data.images import (
     CLIP_MEAN,
     CLIP_STD,
+    WORK_PER_SECOND,
     MediaError,
     PatchGeometry,
     image_size,
@@ -32,6 +31,7 @@ from fastvst.data.images import (
     smart_resize,
     target_size,
 )
+from fastvst.data.media_files import jpeg_scans
 
 GEOMETRY = PatchGeometry()
 LIMITS = {"max_source_pixels": 10_000_000, "time_limit": 10.0}
@@ -230,15 +230,27 @@ def test_the_header_alone_tells_the_size_and_the_bomb() -> None:
     assert reason(lambda: image_size(png_of_size(4000, 4000), max_source_pixels=10**6)) == "decompression_bomb"
 
 
-def test_decoding_stops_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(make_image(400, 400), "PNG")  # over 64 KB, which Pillow reads in several pieces
-    ticks = itertools.count()
-    monkeypatch.setattr("fastvst.data.images.time", SimpleNamespace(thread_time=lambda: float(next(ticks))))
-    with pytest.raises(MediaError, match="decode_timeout: decoding took longer") as caught:
-        load_rgb(data, max_source_pixels=10**6, time_limit=8.0)
-    assert caught.value.reason == "decode_timeout" and next(ticks) < 12  # in the middle, not after the last byte
-    with pytest.raises(MediaError, match="decode_timeout: decoding 400 x 400"):  # nothing left to read
-        load_rgb(make_image(400, 400), max_source_pixels=10**6, time_limit=0.0)
+def progressive(scans: int) -> bytes:
+    """A JPEG of 400 x 400 pixels whose last scan is there several times."""
+    file = io.BytesIO()
+    make_image(400, 400).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_the_work_of_a_jpeg_is_its_pixels_in_every_scan() -> None:
+    for scans in (10, 400):
+        assert jpeg_scans(progressive(scans)) == scans
+    second = 1_000_000 / WORK_PER_SECOND
+    load_rgb(progressive(10), max_source_pixels=10**6, time_limit=2 * second)
+    with pytest.raises(MediaError, match="decode_timeout: 400 x 400 pixels in 20 scans are 0.016 s at"):
+        load_rgb(progressive(20), max_source_pixels=10**6, time_limit=2 * second)
+    with pytest.raises(MediaError, match="decode_timeout"):
+        load_rgb(make_image(400, 400), max_source_pixels=10**6, time_limit=0.1 * second)
+    plain = encoded(make_image(400, 400), "JPEG")
+    assert jpeg_scans(plain) == 1 and jpeg_scans(plain + progressive(40)) == 1  # what follows the image is not decoded
+    assert jpeg_scans(b"\x89PNG\xff\xda\xff\xda") == 1 and jpeg_scans(plain[:100]) == 1
 
 
 def test_images_without_pixels_are_refused() -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvst.data.ledger import SampleError
+from fastvst.data.sources import open_source
 from fastvst.data.sources.media import looks_like_media, media_list, payload
 from fastvst.data.sources.row_context import RowContext
 
@@ -169,3 +171,58 @@ def test_columns_that_hold_images_are_recognised() -> None:
         assert looks_like_media(value)
     for value in ("a text", 5, None, [], {}, b"text", ["words"], {"bytes": None}):
         assert not looks_like_media(value)
+
+
+def test_a_path_leaves_the_folder_of_the_data_only_if_an_option_allows_it(tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    images = tmp_path / "images"
+    for folder in (data / "a", images, tmp_path / "secret"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(folder / "x.png")
+    (data / "inside").symlink_to(data / "a")
+    (data / "link.png").symlink_to(tmp_path / "secret" / "x.png")
+    (data / "folder").symlink_to(tmp_path / "secret")
+    within = ["a/x.png", "./a/../a/x.png", "inside/x.png", str(data / "a" / "x.png")]
+    relative = [
+        "../secret/x.png",
+        "link.png",
+        "folder/x.png",
+        "a/../../secret/x.png",
+        "../set2/x.png",
+        "..\\secret\\x.png",
+    ]
+    absolute = [str(tmp_path / "secret" / "x.png"), (tmp_path / "secret" / "x.png").as_uri(), "~/x.png", "/etc/passwd"]
+    rows = [{"question": "<image>?", "answer": "a", "image": path} for path in within + relative + absolute]
+    rows.append({"question": "<video>?", "answer": "a", "video": [["a/x.png", "../secret/x.png"]]})
+    rows.append({"question": "<img>../secret/x.png</img>?", "answer": "a"})
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def refused(**options: Any) -> list[int]:
+        source = open_source(data / "rows.jsonl", **options)
+        found = list(source.samples(0))
+        bad = [k for k, one in enumerate(found) if isinstance(one, SampleError)]
+        assert {found[k].reason for k in bad} <= {"outside_path"}
+        return bad
+
+    first = len(within)
+    last = first + len(relative) + len(absolute)
+    only_relative = [*range(first, first + len(relative)), last, last + 1]
+    assert refused() == only_relative
+    assert refused(outside_paths="never") == list(range(first, last + 2))
+    assert refused(outside_paths="always") == []
+    assert refused(image_folder=tmp_path) == []  # the folder of all of them; "/etc/passwd" is absolute
+    with pytest.raises(ValueError, match="outside_paths is True; expected one of"):
+        open_source(data / "rows.jsonl", outside_paths=True)  # type: ignore[arg-type]
+
+
+def test_files_of_a_cached_repository_are_links_to_its_blobs(tmp_path: Path) -> None:
+    repository = tmp_path / "datasets--a--b"
+    snapshot = repository / "snapshots" / "123"
+    for folder in (repository / "blobs", snapshot / "images"):
+        folder.mkdir(parents=True)
+    (repository / "blobs" / "f00").write_bytes(b"image")
+    (snapshot / "images" / "x.png").symlink_to("../../../blobs/f00")
+    (snapshot / "rows.jsonl").write_text('{"question": "<image>?", "answer": "a", "image": "images/x.png"}\n')
+    for place in (snapshot / "rows.jsonl", snapshot):
+        (sample,) = open_source(place, outside_paths="never")
+        assert sample.parts("image")[0]["image"].endswith("123/images/x.png")

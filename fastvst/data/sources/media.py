@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def payload(item: Any, row: RowContext) -> Any:
     of these}; an array of pixels (height, width, 1, 3 or 4) uint8; an image of Pillow; a list of frames.
 
     Raises:
-        SampleError: "bad_schema", "bad_base64", "bad_path", "remote_media".
+        SampleError: "bad_schema", "bad_base64", "bad_path", "outside_path", "remote_media".
     """
     if isinstance(item, dict):
         found = item.get("bytes")
@@ -197,7 +198,26 @@ def _path(text: str, row: RowContext) -> str:
         meant = text
     elif meant != text:
         row.changed("blanks_around_path", f"{text!r} is {meant!r}")
-    return str(_placed(_unix(meant, row), row))
+    found = _unix(meant, row)
+    path = str(_placed(found, row))
+    return path if row.absolute and Path(found).is_absolute() else _inside(path, row)
+
+
+def _inside(path: str, row: RowContext) -> str:
+    """The path, if it leads into one of the row's folders when `..` and symbolic links are followed."""
+    if row.roots is None:
+        return path
+    try:
+        real = os.path.realpath(path)
+    except (OSError, ValueError) as error:
+        raise row.fail("bad_path", f"{ascii(path[:120])}: {error}") from error
+    if not any(real == root or real.startswith(root.rstrip("/") + "/") for root in row.roots):
+        raise row.fail(
+            "outside_path",
+            f"{path!r} leads to {real!r}, outside of {' and '.join(row.roots)}; if you trust the rows, set "
+            'outside_paths = "always" of the source, or image_folder to a folder that holds the images',
+        )
+    return path
 
 
 def _unix(path: str, row: RowContext) -> str:

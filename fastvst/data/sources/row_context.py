@@ -18,6 +18,8 @@ class RowContext:
         id: id of the row as text.
         where: file and row.
         folder: folder in which relative paths of images start.
+        roots: real paths of the folders in which images may lie; None: anywhere.
+        absolute: absolute paths are allowed to lead anywhere.
         changes: (code, detail) of every value that was written in an unusual way and could be read in one way only.
     """
 
@@ -25,6 +27,8 @@ class RowContext:
     id: str
     where: str
     folder: Path
+    roots: tuple[str, ...] | None = None
+    absolute: bool = True
     changes: list[tuple[str, str]] = field(default_factory=list)
 
     def fail(self, reason: str, detail: str) -> SampleError:

@@ -29,6 +29,8 @@ def to_sample(
     folder: Path,
     columns: Mapping[str, str] | None = None,
     question: str | None = None,
+    roots: tuple[str, ...] | None = None,
+    absolute: bool = True,
 ) -> Sample:
     """Turn one row into a Sample.
 
@@ -38,16 +40,18 @@ def to_sample(
         where: file and row; also the sample's id if the row has none.
         folder: folder in which relative image paths start.
         columns, question: of the source, see `SourceConfig`.
+        roots: real paths of the folders in which images may lie; None: anywhere.
+        absolute: absolute paths may lead anywhere.
 
     Raises:
-        SampleError: "bad_schema", "bad_turn", "bad_tools", "bad_field", "bad_fps", "bad_path", "bad_base64",
-            "mark_count", "remote_media", "preference_pair", "unread_choices", "unsupported_media",
+        SampleError: "bad_schema", "bad_turn", "bad_tools", "bad_field", "bad_fps", "bad_path", "outside_path",
+            "bad_base64", "mark_count", "remote_media", "preference_pair", "unread_choices", "unsupported_media",
             "unsupported_option".
     """
     columns = columns or {}
     keys = {key: value for key, value in row.items() if not is_absent(value)}
     row = plain(forms.named(row, columns))
-    context = RowContext(str(row.get("data_source") or source), "", where, folder)
+    context = RowContext(str(row.get("data_source") or source), "", where, folder, roots, absolute)
     context.id = _identifier(row.get("id"), context)
     form = row_form([key for key, value in row.items() if not _is_null(value)], question)
     if form is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ ACCEPTED = (
     '{question = "prompt", answer = "label", image = "path"}; a data set of captions needs its `question`'
 )
 
+OUTSIDE_PATHS = ("absolute", "never", "always")
 Ref = tuple[int, int]  # (block, row) in the data set
 
 
@@ -61,6 +64,7 @@ class Source:
         columns: name in a row form -> column of the files.
         question: the question of rows with a caption.
         forms: row forms that are read.
+        outside_paths: which images may lie outside of `roots`, see OUTSIDE_PATHS.
     """
 
     name: str
@@ -77,6 +81,22 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     question: str | None = None
     forms: tuple[str, ...] = FORMS
+    outside_paths: str = "absolute"
+
+    @cached_property
+    def roots(self) -> tuple[str, ...] | None:
+        """Real paths of the folders in which images may lie; None: anywhere.
+
+        They are the data set's folder and `folder`. The files of a repository in the cache of the Hub are links to its
+        folder `blobs`, so all of its folder counts.
+        """
+        if self.outside_paths == "always":
+            return None
+        own = self.path if self.path.is_dir() else self.path.parent
+        found = [own, *([self.folder] if self.folder is not None else [])]
+        place = own.absolute()
+        cached = [p for p in (place, *place.parents) if (p / "blobs").is_dir() and (p / "snapshots").is_dir()]
+        return tuple(dict.fromkeys(os.path.realpath(path) for path in (*found, *cached)))
 
     def __len__(self) -> int:
         return sum(self.block_rows)
@@ -128,7 +148,14 @@ class Source:
                     "bad_schema", self.name, where, f"a row with `{form}` in a data set of format {self.format}"
                 )
             sample = to_sample(
-                content, source=self.name, where=where, folder=folder, columns=self.columns, question=self.question
+                content,
+                source=self.name,
+                where=where,
+                folder=folder,
+                columns=self.columns,
+                question=self.question,
+                roots=self.roots,
+                absolute=self.outside_paths != "never",
             )
             sample.row = content if self.whole_rows else None
             return sample
@@ -267,6 +294,7 @@ def open_source(
     columns: Mapping[str, str] | None = None,
     question: str | None = None,
     ledger: Ledger | None = None,
+    outside_paths: str = "absolute",
 ) -> Source:
     """Open a data set. Iterating over the result yields its Samples in order.
 
@@ -279,6 +307,8 @@ def open_source(
         columns: name in a row form -> column of the files, e.g. {"question": "prompt", "image": "path"}.
         question: the question that is asked about images that have only a caption.
         ledger: records bad rows during iteration; without it the first bad row is raised.
+        outside_paths: which images may lie outside of the data set's folder and of `image_folder`: those with an
+            "absolute" path, "never" any, or "always" all, also by `..` and by symbolic links.
 
     Raises:
         FileNotFoundError: the path or the image folder does not exist.
@@ -289,6 +319,8 @@ def open_source(
     given = dict(columns or {})
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected 'auto' or one of {sorted(FORMATS)}")
+    if outside_paths not in OUTSIDE_PATHS:
+        raise ValueError(f"outside_paths is {outside_paths!r}; expected one of {OUTSIDE_PATHS}")
     check_names(given)
     if not root.exists():
         raise FileNotFoundError(f"no data set at {root.absolute()}: the path does not exist")
@@ -317,7 +349,21 @@ def open_source(
     folder = Path(image_folder).expanduser() if image_folder is not None else None
     forms = FORMATS[format][1] if format != "auto" else FORMS
     return Source(
-        label, found, root, tables, blocks, rows, layout, problems, folder, ledger, False, given, question, forms
+        label,
+        found,
+        root,
+        tables,
+        blocks,
+        rows,
+        layout,
+        problems,
+        folder,
+        ledger,
+        False,
+        given,
+        question,
+        forms,
+        outside_paths,
     )
 
 

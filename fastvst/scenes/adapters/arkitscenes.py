@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import named_object, oriented_box, read_json
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem
 from fastvst.scenes.adapters.depth import read_depth
@@ -68,7 +68,7 @@ def read_arkitscenes(
             poses.append(trajectory[1][near])
 
     def load(k: int, objects: tuple[SceneObject, ...]) -> Frame:
-        with Image.open(images[times[k]]) as opened:
+        with opened_image(images[times[k]]) as opened:
             image = np.asarray(opened.convert("RGB"))
         width, height, fx, fy, cx, cy = np.loadtxt(_at(lenses, times[k], "pincam"))
         scale = np.diag([image.shape[1] / width, image.shape[0] / height, 1.0])

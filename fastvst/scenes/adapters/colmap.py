@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import named_object, one_of_each_id, oriented_box, read_json
 from fastvst.scenes.adapters.checks import (
     Convention,
@@ -200,14 +200,14 @@ def _frame(
     objects: tuple[SceneObject, ...],
     options: ScanOptions,
 ) -> Frame:
-    with Image.open(image) as opened:
+    with opened_image(image) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     fault = intrinsics_problem(item.intrinsics, pixels.shape[1], pixels.shape[0])
     if fault is not None:
         raise ValueError(f"{image}: {fault}")
     ids = None
     if masks is not None and masks.is_file():
-        with Image.open(masks) as opened:
+        with opened_image(masks) as opened:
             ids = np.asarray(opened).astype(np.int32)
     return make_frame(item.name, pixels, read_depth(depth), item.intrinsics, pose, objects, options, ids)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from fastvst.data.media_files import opened_image
 
 SATURATED = 65535  # of 16-bit depth
 
@@ -24,7 +25,7 @@ def read_depth(path: Path) -> np.ndarray:
     if path.suffix == ".npy":
         depth = np.load(path, allow_pickle=False).astype(np.float32)
     else:
-        with Image.open(path) as opened:
+        with opened_image(path) as opened:
             stored = np.asarray(opened)
         if stored.dtype == np.uint8:
             raise ValueError(f"{path}: 8-bit depth (a picture of depth?); expected 16 bits")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.checks import Problems, Report, size_problem
 from fastvst.scenes.adapters.depth import nearest, read_depth
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View
@@ -63,7 +63,7 @@ def read_depth_maps(
 
 
 def _scene(folder: Path, path: Path, meaning: Meaning, source: str, rng: np.random.Generator) -> Scene:
-    with Image.open(path) as opened:
+    with opened_image(path) as opened:
         image = np.asarray(opened.convert("RGB"))
     height, width = image.shape[:2]
     files = [folder / "depth" / f"{path.stem}{ending}" for ending in (".npy", ".png")]

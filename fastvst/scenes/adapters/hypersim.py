@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import named_object, oriented_box
 from fastvst.scenes.adapters.checks import Problems, Report
 from fastvst.scenes.adapters.depth import planar_depth
@@ -133,7 +133,7 @@ def read_hypersim(
 
     def load(k: int) -> Frame:
         number = int(indices[present[k]])
-        with Image.open(images / f"frame.{number:04d}.tonemap.jpg") as opened:
+        with opened_image(images / f"frame.{number:04d}.tonemap.jpg") as opened:
             image = np.asarray(opened.convert("RGB"))
         along = read_hdf5(geometry / f"frame.{number:04d}.depth_meters.hdf5").astype(np.float64)
         ids = read_hdf5(geometry / f"frame.{number:04d}.semantic_instance.hdf5").astype(np.int64)

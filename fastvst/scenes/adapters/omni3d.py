@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.checks import (
     Problems,
     Report,
@@ -111,7 +111,7 @@ def _scene(
     typical = float(np.median([max(item.box[3:6]) for item in objects if item.known]))
     if typical > LARGEST:
         raise ValueError(f"the median object is {typical:.0f} units large; expected metres")
-    with Image.open(path) as opened:
+    with opened_image(path) as opened:
         image = np.asarray(opened.convert("RGB"))
     camera = _camera(entry, image)
     boxes_2d = [_box_2d(a, image.shape[1] / entry["width"], image.shape[0] / entry["height"]) for a in described]

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import one_of_each_id
 from fastvst.scenes.adapters.checks import (
     Convention,
@@ -165,12 +166,12 @@ def _frame(folder: Path, number: str, poses: tuple[np.ndarray, np.ndarray], intr
     if fault is not None:
         raise ValueError(f"{folder}: intrinsic/intrinsic_depth.txt: {fault}")
     colour = next((p for p in (folder / "color").glob(f"{number}.*")), folder / "color" / f"{number}.jpg")
-    with Image.open(_existing(colour)) as opened:
+    with opened_image(_existing(colour)) as opened:
         fault = size_problem((width, height), opened.size)
         if fault is not None and abs(math.log(width * opened.height / height / opened.width)) > 0.05:
             raise ValueError(f"{folder}: color/{colour.name} and depth/{number}.png differ in shape: {fault}")
         image = np.asarray(opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-    with Image.open(_existing(folder / "instance" / f"{number}.png")) as opened:
+    with opened_image(_existing(folder / "instance" / f"{number}.png")) as opened:
         ids = np.asarray(opened.resize((width, height), Image.Resampling.NEAREST)).astype(np.int32)
     if ids.ndim != 2:
         raise ValueError(f"{folder}: instance/{number}.png has shape {ids.shape}; expected one channel of object ids")

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import read_json, read_ply_points, segment_boxes
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem, rotation_problem
 from fastvst.scenes.adapters.depth import read_depth
@@ -147,7 +147,7 @@ def _scene(
         matrix = np.diag([image.shape[1] / width, image.shape[0] / height, 1.0]) @ color
         ids = None
         if masks.is_dir():
-            with Image.open(masks / f"{numbers[good[k]]}.png") as opened:
+            with opened_image(masks / f"{numbers[good[k]]}.png") as opened:
                 ids = np.asarray(opened).astype(np.int32)
         return make_frame(numbers[good[k]], image, depth, matrix, align @ poses[good[k]], objects, options, ids)
 
