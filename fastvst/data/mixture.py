@@ -20,7 +20,7 @@ from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
 from fastvst.data.sources import FORMATS, Source, open_source
 from fastvst.data.sources.forms import check_names
-from fastvst.data.sources.source import OUTSIDE_PATHS
+from fastvst.data.sources.source import check_outside_paths
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class SourceConfig:
         if self.min_pixels is not None and self.max_pixels is not None:
             check_order(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         check_names(self.columns)
-        if self.outside_paths not in OUTSIDE_PATHS:
-            raise ValueError(f"outside_paths is {self.outside_paths!r}; expected one of {OUTSIDE_PATHS}")
+        check_outside_paths(self.outside_paths)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,9 @@ def movie() -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mpegts") as out:
         stream = out.add_stream("mpeg2video", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for k in range(8):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * k, np.uint8), format="rgb24")))
         out.mux(stream.encode(None))
@@ -221,7 +223,9 @@ def test_a_codec_of_no_training_video_is_refused(tmp_path: Path) -> None:
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as out:
         stream = out.add_stream("cinepak", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "rgb24"
         for k in range(4):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * k, np.uint8), format="rgb24")))
         out.mux(stream.encode(None))

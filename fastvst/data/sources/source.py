@@ -253,6 +253,12 @@ def unread_media(row: Any, sample: Sample) -> list[str]:
     return [key for key in sample.notes if key in row and looks_like_media(row[key])]
 
 
+def check_outside_paths(value: str) -> None:
+    """Raise ValueError if this is no value of `outside_paths`."""
+    if value not in OUTSIDE_PATHS:
+        raise ValueError(f"outside_paths is {value!r}; expected one of {OUTSIDE_PATHS}")
+
+
 class SourceIterator(Iterator[Sample]):
     """Iterates once, in order. A bad row is recorded in the source's ledger, or raised; next() continues after it."""
 
@@ -319,8 +325,7 @@ def open_source(
     given = dict(columns or {})
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected 'auto' or one of {sorted(FORMATS)}")
-    if outside_paths not in OUTSIDE_PATHS:
-        raise ValueError(f"outside_paths is {outside_paths!r}; expected one of {OUTSIDE_PATHS}")
+    check_outside_paths(outside_paths)
     check_names(given)
     if not root.exists():
         raise FileNotFoundError(f"no data set at {root.absolute()}: the path does not exist")
@@ -359,11 +364,10 @@ def open_source(
         problems,
         folder,
         ledger,
-        False,
-        given,
-        question,
-        forms,
-        outside_paths,
+        columns=given,
+        question=question,
+        forms=forms,
+        outside_paths=outside_paths,
     )
 
 
