@@ -66,7 +66,7 @@ def parse(text: str, where: str | Path) -> list[Any]:
         if line.strip():
             try:
                 values.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}, line {number} is not JSON: {error}") from error
     return values
 

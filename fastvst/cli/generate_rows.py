@@ -203,10 +203,10 @@ def read_rows(source: Source, config: SourceConfig, run: str = "") -> Iterator[R
                     name, ValueError(f'nothing reads the images of {key}; name it: --columns \'{{"image": "{key}"}}\'')
                 )
                 continue
-            sample = limit_pixels(sample, config)
             try:
+                sample = limit_pixels(sample, config)
                 yield Row(name, sample, fingerprints.of(without_answer(sample), run))
-            except OSError as error:
+            except Exception as error:  # one row does not end the file
                 yield Row(name, error)
 
 

@@ -69,9 +69,12 @@ def check_source(
         first = seen.setdefault(sample.id, where)
         if first != where:
             report.add("duplicate_id", sample.id, where, f"also at {first}")
-        sample = limit_pixels(sample, config)
-        _note(report, row, sample, where)
-        _measure(report, sample, where, processor, examples, tokens_per_pack)
+        try:
+            sample = limit_pixels(sample, config)
+            _note(report, row, sample, where)
+            _measure(report, sample, where, processor, examples, tokens_per_pack)
+        except Exception as error:  # whatever a row causes, the others are checked
+            report.add("unexpected_error", sample.id, where, f"{type(error).__name__}: {error}")
     return report
 
 
@@ -200,7 +203,7 @@ def _boxes(sample: Sample) -> list[tuple[str, str]]:
             block = re.search(r"```json\n(.*?)```", text, re.DOTALL)
             entries = json.loads(block[1]) if block else None
             boxes = [[float(x) for x in entry["bbox_3d"]] for entry in entries or []]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             boxes = []
         if not boxes or any(len(box) != 9 for box in boxes):
             found.append(("bad_boxes", f"no list of nine-number boxes in {text[:80]!r}"))

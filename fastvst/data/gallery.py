@@ -45,10 +45,15 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
 
 def card(sample: Sample, processor: Processor) -> str:
     """One row: its images, and its tokens with the supervised ones in green."""
-    shown = media(sample, processor.config.max_source_pixels)
+    try:
+        shown = media(sample, processor.config.max_source_pixels)
+        text = tokens(sample, processor)
+    except Exception as error:  # one row must not cost the page
+        shown = ""
+        text = escape(f"this row cannot be shown: {type(error).__name__}: {error}")
     return (
         f'<div class="card">{shown}<p class="task">{escape(sample.source)} · {escape(sample.id)}</p>'
-        f'<div class="tokens">{tokens(sample, processor)}</div></div>'
+        f'<div class="tokens">{text}</div></div>'
     )
 
 

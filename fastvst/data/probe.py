@@ -8,6 +8,7 @@ from itertools import islice
 
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, limit_pixels
+from fastvst.data.refused import refused
 from fastvst.data.sample import Sample
 from fastvst.data.sources import Source
 
@@ -58,7 +59,8 @@ def probe(mixture: Mixture, examine: Callable[[Sample], object], rows: int = PRO
             try:
                 if isinstance(sample, SampleError):
                     raise sample
-                examine(limit_pixels(sample, config))
+                with refused(sample):
+                    examine(limit_pixels(sample, config))
             except SampleError as error:
                 errors.append(error)
         found.append(Probe(source.name, tried, errors))

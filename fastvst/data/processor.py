@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from fastvst.data import chat_template
 from fastvst.data.chat import DEFAULT_SYSTEM, PADS, Segment, check_literals, render, system_prompt
 from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import MediaError, PatchGeometry
-from fastvst.data.ledger import SampleError
 from fastvst.data.processor_config import ProcessorConfig, make_config
 from fastvst.data.processor_files import ProcessorFiles, read_files, write_files
+from fastvst.data.refused import refused
 from fastvst.data.sample import Message, Sample
 from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
 from fastvst.data.too_long import how_to_admit
@@ -151,7 +150,7 @@ class Processor:
 
     def inspect(self, sample: Sample, *, add_generation_prompt: bool = False) -> TokenizedSample:
         """Tokens, image sizes, cost and notes from text and image headers. Raises SampleError as `encode` does."""
-        with _refused(sample):
+        with refused(sample):
             return self._tokenize(sample, add_generation_prompt)
 
     def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> EncodedSample:
@@ -165,13 +164,14 @@ class Processor:
             SampleError: a sample that cannot be used. Reasons: "too_long", "literal_special_token", "empty_sample",
                 "missing_image", "broken_image", "empty_file", "empty_image", "aspect_ratio", "bad_image_type",
                 "decompression_bomb", "decode_timeout", "missing_video", "broken_video", "empty_video",
-                "bad_video_type", "bad_fps", "bad_field", "chat_template", "unexpected_error" (an
-                exception of a library, named).
+                "bad_video_type", "bad_fps", "bad_field", "chat_template", "unexpected_error" (of a library).
         """
-        with _refused(sample):
-            tokenized = self._tokenize(sample, add_generation_prompt)
-            dtype = np.float32 if not len(self._stats) else np.uint8
-            patches, notes = load_patches(tokenized.inputs, self.config, self.geometry, dtype)
+        with refused(sample):
+            return self._encode(sample, self._tokenize(sample, add_generation_prompt))
+
+    def _encode(self, sample: Sample, tokenized: TokenizedSample) -> EncodedSample:
+        dtype = np.float32 if not len(self._stats) else np.uint8
+        patches, notes = load_patches(tokenized.inputs, self.config, self.geometry, dtype)
         vision = self.model_config.vision
         tokens = tokenized.tokens
         grids = [one.grid for one in tokenized.inputs]
@@ -250,20 +250,6 @@ class Processor:
         (`Qwen25VL.save_pretrained`).
         """
         write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
-
-
-@contextmanager
-def _refused(sample: Sample) -> Iterator[None]:
-    """Every exception of a library on this sample, as its SampleError: one bad row never ends a run."""
-    try:
-        yield
-    except MediaError as error:
-        raise SampleError(error.reason, sample.source, sample.id, error.detail) from error
-    except SampleError:
-        raise
-    except Exception as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise SampleError("unexpected_error", sample.source, sample.id, detail) from error
 
 
 def _too_long(

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastvst import atomic
-from fastvst.data.images import MediaError, load_rgb
+from fastvst.data.images import load_rgb
 from fastvst.data.video import VideoConfig, load_frames, select_frames
 from fastvst.evaluate.boxes_2d import boxes_2d
 from fastvst.evaluate.files import Row
@@ -85,7 +85,7 @@ def _images(line: Scored, row: Row) -> list[str]:
             if number == len(row.images):  # the boxes are in the pixels of the last image, as displayed
                 image = _with_boxes(image, line, row)
             found.append(image_tag(image, f"image {number} of {row.id}", width=WIDTH, quality=75))
-        except MediaError as error:
+        except Exception as error:  # a broken image, or boxes that cannot be drawn; the page must be written
             found.append(f"<p>no image: {escape(str(error))}</p>")
     if row.video is not None:
         try:

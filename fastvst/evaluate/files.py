@@ -88,11 +88,21 @@ def read_parquet(path: Path, required: Sequence[str], download: str) -> Iterator
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file ({error}); download it again. {download}") from error
     require(required, file.schema_arrow.names, path, download)
-    for batch in file.iter_batches(batch_size=64):
-        yield from batch.to_pylist()
+    number = 0
+    batches = file.iter_batches(batch_size=64)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except Exception as error:  # damaged pages, text that is not UTF-8: pyarrow raises many kinds
+            where = f"{path}, rows {number} to {number + 63}"
+            raise ValueError(f"{where} cannot be read ({error}); download it again. {download}") from error
+        yield from rows
+        number += len(rows)
 
 
 def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[str, Any]]:
@@ -108,7 +118,7 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); download it again. {download}") from error
     else:
         try:
@@ -137,8 +147,16 @@ def read_image(value: Any, folder: Path) -> bytes | Path:
     raise ValueError(f"an image is {type(value).__name__}; expected bytes, {{'bytes', 'path'}} or a relative path")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def missing_media(rows: Sequence[Row]) -> list[Path | str]:
     """Files that the rows name and that are not on disk (Path), then rows without an image of their own (text)."""
     asked = [row for row in rows if row.askable]
     paths = {p for row in asked for p in row.images if isinstance(p, Path)} | {r.video for r in asked if r.video}
-    return [*sorted(p for p in paths if not p.is_file()), *(row.unaskable for row in rows if row.unaskable)]
+    return [*sorted(p for p in paths if not is_file(p)), *(row.unaskable for row in rows if row.unaskable)]

@@ -118,7 +118,7 @@ class SampleFingerprints:
 
 def _media_digest(media: Any) -> str:
     if isinstance(media, (str, Path)):
-        pieces = _file_pieces(Path(media)) if Path(media).is_file() else iter([b"missing", str(media).encode()])
+        pieces = _file_pieces(Path(media)) if os.path.isfile(media) else iter([b"missing", str(media).encode()])
     elif isinstance(media, Image.Image):
         pieces = iter([f"{media.mode} {media.size} {media.getexif().get(0x0112)}".encode(), media.tobytes()])
     else:

@@ -18,7 +18,7 @@ from fastvst.evaluate import boxes_2d
 from fastvst.evaluate.answers import score as strict
 from fastvst.evaluate.answers import stated_number, texts_of
 from fastvst.evaluate.choice import THINKING_NOTE, final_answer
-from fastvst.evaluate.files import Row
+from fastvst.evaluate.files import Row, is_file
 from fastvst.evaluate.options import stated_letter
 from fastvst.evaluate.quantities import whole_quantity
 from fastvst.evaluate.report import Report, align, by_category, clusters_of, mean_score, reported, scored
@@ -80,7 +80,12 @@ class OwnQuestions:
         rows: list[Row] = []
         seen: Counter[str] = Counter()
         for raw, sample in itertools.chain.from_iterable(source.pairs(b) for b in range(len(source.blocks))):
-            row = self._row(raw, sample, f"row {len(rows)}")
+            where = f"row {len(rows)}"
+            try:
+                row = self._row(raw, sample, where)
+            except Exception as error:  # a row of an unexpected structure
+                reason = f"{where}: {type(error).__name__}: {error}"
+                row = Row(where, "", "", "", unaskable=reason, fields={"task": self.task})
             seen[row.id] += 1
             rows.append(row if seen[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}#{seen[row.id]}"))
         if any(row.images or row.video for row in rows):  # among questions about images, one without is a mistake
@@ -103,7 +108,7 @@ class OwnQuestions:
         asked = [m for m in sample.messages if m["role"] == "user"]
         text = " ".join(p["text"] for p in asked[-1]["content"] if p["type"] == "text") if asked else ""
         answer, problem = self._truth(sample)
-        missing = [m for m in (*images, video) if isinstance(m, Path) and not m.is_file()]
+        missing = [m for m in (*images, video) if isinstance(m, Path) and not is_file(m)]
         if missing:
             problem = f"missing_image: {missing[0]}"
         if sample.messages[-1:] and sample.messages[-1]["role"] == "assistant":

@@ -50,7 +50,7 @@ def read(path: Path) -> list[Prediction]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         cells = json.loads(text) if text.lstrip().startswith("[") else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if cells is None:
         cells = jsonl.parse(text, path)

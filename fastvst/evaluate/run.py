@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastvst import jsonl
-from fastvst.data.images import MediaError, load_rgb
+from fastvst.data.images import load_rgb
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Part, Sample
@@ -181,7 +181,14 @@ def _prediction(row: Row, request: Request) -> Prediction:
 def question_keys(rows: Sequence[Row], prompt: Prompt, run: str) -> dict[str, str]:
     """id -> key of the rows that are asked: the fingerprint of the run and of the question with its media."""
     fingerprints = fingerprint.SampleFingerprints()
-    return {row.id: fingerprints.of(prompt(row), run) for row in rows if row.askable}
+    found = {}
+    for row in rows:
+        if row.askable:
+            try:
+                found[row.id] = fingerprints.of(prompt(row), run)
+            except Exception as error:  # a question that cannot be made fails, and is asked again by the next call
+                found[row.id] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def in_order_of_media(rows: Sequence[Row]) -> list[Row]:
@@ -209,6 +216,8 @@ def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Itera
             yield row, processor.encode(with_decoded_media(prompt(row), decoded, processor), add_generation_prompt=True)
         except SampleError as error:
             yield row, f"{error.reason}: {error.detail}"
+        except Exception as error:  # one question does not end the others
+            yield row, f"unexpected_error: {type(error).__name__}: {error}"
 
 
 def with_decoded_media(sample: Sample, decoded: dict[Any, Any], processor: Processor) -> Sample:
@@ -240,7 +249,7 @@ def _decode_part(part: Part, decoded: dict[Any, Any], processor: Processor) -> P
                 }
             else:
                 decoded[key] = _decode_video(part, processor)
-        except MediaError:
+        except Exception:  # encoding the part gives the reason
             return part
     return {**part, **decoded[key]}
 

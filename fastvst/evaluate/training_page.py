@@ -92,12 +92,11 @@ def _form_table(results: RoomResults) -> str:
 
 def _card(example: Example) -> str:
     question = example.question
-    parts = question.sample.parts("image")
-    images = [load_rgb(p["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0) for p in parts]
     truth = " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
-    if question.answer["type"] == "boxes":
-        images = [_with_boxes(images[0], question, example.prediction)] + images[1:]
-    tags = [html.image_tag(p, question.task) for p in images]
+    try:
+        tags = _images(question, example.prediction)
+    except Exception as error:  # a broken image, or boxes that cannot be drawn; the page must be written
+        tags = [f"<p>no image: {escape(str(error))}</p>"]
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"
     short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]
@@ -106,6 +105,14 @@ def _card(example: Example) -> str:
         f"{escape(question.room)}</p><p><b>Q</b> {escape(short.strip())}</p><p><b>A</b> {escape(truth)}</p>"
         f'<p class="{verdict}"><b>Model</b> {escape(_clip(example.prediction, 400))}</p></div>'
     )
+
+
+def _images(question: Question, prediction: str) -> list[str]:
+    parts = question.sample.parts("image")
+    images = [load_rgb(p["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0) for p in parts]
+    if question.answer["type"] == "boxes":
+        images = [_with_boxes(images[0], question, prediction)] + images[1:]
+    return [html.image_tag(p, question.task) for p in images]
 
 
 def _with_boxes(image: Image.Image, question: Question, prediction: str) -> Image.Image:

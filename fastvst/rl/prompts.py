@@ -12,6 +12,7 @@ from fastvst.data.chat import THINK_SYSTEM
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
 from fastvst.data.processor import Processor
+from fastvst.data.refused import refused
 from fastvst.data.sample import Sample
 from fastvst.rl.rewards.pool import Row
 from fastvst.rl.rewards.verifiable import BOXES, normalise_modes
@@ -213,7 +214,8 @@ class PromptStream:
             try:
                 if isinstance(drawn.sample, SampleError):
                     raise drawn.sample
-                prompt, tokens = self.examine(drawn.sample, self.drawn, self.asked)
+                with refused(drawn.sample):
+                    prompt, tokens = self.examine(drawn.sample, self.drawn, self.asked)
             except SampleError as error:
                 self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)
                 continue
@@ -229,7 +231,8 @@ class PromptStream:
         encoded = []
         for prompt in prompts:
             try:
-                encoded.append((prompt, self.processor.encode(prompt.sample, add_generation_prompt=True)))
+                with refused(prompt.sample):
+                    encoded.append((prompt, self.processor.encode(prompt.sample, add_generation_prompt=True)))
             except SampleError as error:
                 self.ledger.record(error, where=prompt.sample.id, weight=self.size)  # others decode other prompts
         return encoded

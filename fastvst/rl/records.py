@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastvst import jsonl
-from fastvst.data.images import load_rgb
+from fastvst.data.images import MediaError, load_rgb
 from fastvst.rl.packing import Sharing
 from fastvst.rl.policy_update import UpdateConfig
 from fastvst.rl.prompts import Prompt
@@ -99,7 +99,10 @@ class RolloutLog:
         folder.mkdir(exist_ok=True)
         names = []
         for index, part in enumerate(prompt.sample.parts("image")):
-            image = load_rgb(part["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0)
+            try:
+                image = load_rgb(part["image"], max_source_pixels=MAX_PIXELS, time_limit=10.0)
+            except MediaError:  # larger than MAX_PIXELS, or gone since; the record needs no image
+                continue
             image.thumbnail((448, 448))
             name = f"{step:06d}-{prompt.number}-{index}.jpg"
             image.save(folder / name, quality=85)

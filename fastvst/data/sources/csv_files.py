@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.sources.json_files import Row, text_encoding, text_notes
+from fastvst.data.sources.json_files import ROW_BYTES, Row, text_encoding, text_notes
 
 CSV_BLOCK = 256  # rows in a block
 LARGEST_CELL = 1 << 28  # characters; images are base64 in such cells
@@ -77,6 +77,9 @@ class CsvTable:
         with open(self.path, "rb") as file:
             for index in range(first + start, first + (self.block_rows[block] if stop is None else stop)):
                 begin, end = self.spans[index].tolist()
+                if end - begin > ROW_BYTES:
+                    yield ValueError(f"the row has {end - begin:,} bytes; at most {ROW_BYTES:,} are read")
+                    continue
                 file.seek(begin)
                 try:
                     text = file.read(end - begin).decode(self.encoding)

@@ -21,6 +21,8 @@ from fastvst.data.sources.json_files import JsonTable, Row
 from fastvst.data.sources.tar_files import TarTable
 
 BATCH = 64  # rows that are converted to Python objects at a time
+UNPACKED = 1 << 30  # bytes that any Parquet file may become
+MOST_UNPACKED = 1000  # times its size that a larger one may become; encoded images and texts become 1 to 20 times
 MOST_ROWS_A_BYTE = 1000  # of a file; equal values take about a bit each, and no column holds only these
 
 
@@ -50,8 +52,11 @@ class ParquetTable:
         with pq.ParquetFile(path) as file:
             rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
             names = file.schema_arrow.names
+            unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         _check_counts(path, rows)
         _check_names(path, names)
+        if unpacked > max(UNPACKED, MOST_UNPACKED * path.stat().st_size):
+            raise ValueError(f"{path.stat().st_size} bytes become {unpacked}, over {MOST_UNPACKED} times as many")
         return cls(path, rows, names)
 
     def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:

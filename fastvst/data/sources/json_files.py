@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 JSON_BLOCK = 256  # rows in a block
+ROW_BYTES = 1 << 30  # largest row of a text file or an archive; images are base64 in it
+PIECE = 1 << 24  # bytes of a file that are searched for row ends at a time
 FIRST_ROWS = 64  # rows whose keys tell the form of a file
 LINE = re.compile(rb"[^\r\n\x1e]+")
 # One step through a JSON text that may be wrong in its details: a string, a bracket, or anything else.
@@ -75,11 +77,14 @@ class JsonTable:
         with open(self.path, "rb") as file:
             for index in range(first + start, first + (self.block_rows[block] if stop is None else stop)):
                 begin, end = self.spans[index].tolist()
+                if end - begin > ROW_BYTES:
+                    yield ValueError(f"the row has {end - begin:,} bytes; at most {ROW_BYTES:,} are read")
+                    continue
                 file.seek(begin)
                 try:
                     text = file.read(end - begin).decode(self.encoding)
                     row = json.loads(text.rstrip().removesuffix(","), object_pairs_hook=_object)
-                except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+                except (ValueError, RecursionError, MemoryError) as error:  # JSONDecodeError, UnicodeDecodeError
                     yield ValueError(f"not JSON: {error}; expected an object")
                     continue
                 yield row if isinstance(row, dict) else ValueError(f"a JSON {type(row).__name__}; expected an object")
@@ -129,15 +134,21 @@ def _first_byte(path: Path, skipped: int) -> bytes:
 
 
 def _line_spans(path: Path, skipped: int) -> np.ndarray:
-    spans = []
+    spans: list[tuple[int, int]] = []
     at = skipped
+    begin = at  # of the line that a piece ended within
     with open(path, "rb") as file:
         file.seek(skipped)
-        for line in file:
-            for match in LINE.finditer(line):
-                if match.group().strip():
-                    spans.append((at + match.start(), at + match.end()))
-            at += len(line)
+        while piece := file.readline(PIECE):  # no line is held in memory as a whole
+            for match in LINE.finditer(piece):
+                start = begin if match.start() == 0 else at + match.start()
+                continued = bool(spans) and spans[-1][0] == start
+                if continued or match.group().strip():
+                    del spans[len(spans) - continued :]
+                    spans.append((start, at + match.end()))
+            last = max(piece.rfind(mark) for mark in (b"\r", b"\n", b"\x1e"))
+            begin = at + last + 1 if last >= 0 else begin
+            at += len(piece)
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 

@@ -95,7 +95,7 @@ def _check_registry(root: Path) -> None:
     path = root / "dataset_info.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     entries = content.values() if isinstance(content, dict) else []
     files = [str(entry["file_name"]) for entry in entries if isinstance(entry, dict) and "file_name" in entry]
@@ -175,7 +175,7 @@ def _check_single(file: Path, split: str | None) -> None:
 def _saved_splits(root: Path) -> list[str]:
     try:
         return [str(name) for name in json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{root / 'dataset_dict.json'} names no splits: {error!r}") from error
 
 
@@ -184,8 +184,11 @@ def _saved(folder: Path, split: str | None) -> Layout:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'state.json'} names no data files: {error!r}") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{folder / 'state.json'} names {outside[0]!r}; expected a file of its own folder")
     if state.get("_indices_data_files"):
         raise ValueError(f"{folder}: state.json selects rows by {state['_indices_data_files']}; save the data set anew")
     own = state.get("_split") or "train"
@@ -300,7 +303,7 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{readme} lists the files of the data set; reading it needs `pip install pyyaml`") from error
     try:
         content = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{readme}: the front matter is not YAML: {error}") from error
     configs = content.get("configs") if isinstance(content, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvst.data.sources.json_files import Row, first_keys
+from fastvst.data.sources.json_files import ROW_BYTES, Row, first_keys
 from fastvst.data.sources.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 TAR_BLOCK = 256  # rows in a block
@@ -95,6 +95,10 @@ class TarTable:
                     yield ValueError(self.broken)
                     continue
                 begin = int(self.ends[index - 1]) if index else 0
+                total = int(self.places[begin : int(self.ends[index]), 2].sum())
+                if total > ROW_BYTES:
+                    yield ValueError(f"the row has {total:,} bytes; at most {ROW_BYTES:,} are read")
+                    continue
                 files: dict[str, bytes] = {}
                 problem: ValueError | None = None
                 for at in range(begin, int(self.ends[index])):
@@ -108,7 +112,7 @@ class TarTable:
                     files[self.names[at]] = data
                 try:
                     yield problem or _row(files)
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError, MemoryError) as error:
                     yield ValueError(f"{next(iter(files))}: {error}")
 
 
