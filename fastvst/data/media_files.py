@@ -20,6 +20,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # of Pillow, that training data have
 BYTES_A_PIXEL = 8  # 16-bit RGBA without compression; an image file is refused if it is longer than this
+BYTES_OF_A_DECODE = 32  # most memory for each pixel of an image (of 32-bit floats; RGB takes 4), without its file
 VIDEO_BYTES = 64 << 30  # largest video file
 MOST_READS = 250_000  # pieces that a decoder reads of one image; a PNG of 500 MB in chunks of 8 KB has 60,000
 

@@ -31,6 +31,8 @@ from fastvst.model.flops import sample_flops
 from fastvst.model.hub import local_checkpoint
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
 
+CHARACTERS_A_TOKEN = 512  # no token is longer (that of Qwen2.5: 128 blanks): a longer text is not even tokenized
+
 
 @dataclass(frozen=True)
 class TokenizedSample:
@@ -293,6 +295,10 @@ def _conversation(
     add_generation_prompt: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(L,) int32 tokens and labels, by the stock template or by the model's own."""
+    characters = sum(len(p["text"]) for message in messages for p in message["content"] if p["type"] == "text")
+    if characters > CHARACTERS_A_TOKEN * processor.config.max_seq_len:
+        detail = f"{characters:,} characters cannot be {processor.config.max_seq_len:,} tokens (max_seq_len)"
+        raise MediaError("too_long", detail)
     if processor.files.template is not None:
         try:
             return _own_template(processor, messages, sample.kind, grids, add_generation_prompt)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from fastvst.data.images import (
     smart_resize,
     target_size,
 )
-from fastvst.data.media_files import jpeg_scans
+from fastvst.data.media_files import BYTES_OF_A_DECODE, jpeg_scans
 
 GEOMETRY = PatchGeometry()
 LIMITS = {"max_source_pixels": 10_000_000, "time_limit": 10.0}
@@ -256,3 +258,36 @@ def test_the_work_of_a_jpeg_is_its_pixels_in_every_scan() -> None:
 def test_images_without_pixels_are_refused() -> None:
     assert reason(lambda: target_size(0, 10, factor=28, min_pixels=784, max_pixels=7840)) == "empty_image"
     assert reason(lambda: target_size(10, 2100, factor=28, min_pixels=784, max_pixels=7840)) == "aspect_ratio"
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from fastvst.data.images import load_rgb, resize_planar
+for name in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) << 10
+    before = status("VmRSS")
+    image = load_rgb(name, max_source_pixels=10**8, time_limit=60)
+    resize_planar(image, (560, 560))
+    print(status("VmHWM") - before)
+    del image
+"""
+
+
+def test_the_memory_of_a_decode_is_bounded(tmp_path: Path) -> None:
+    side = 2000
+    values = np.zeros((side, side, 4), dtype=np.uint8)
+    values[::7] = 200
+    rgba = Image.fromarray(values)
+    rgb = rgba.convert("RGB")
+    floats = Image.fromarray(values[..., 0].astype(np.float32) * 3)
+    wide = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    files = {"a.jpg": rgb, "b.png": rgba, "c.webp": rgba, "d.tiff": floats, "e.png": wide, "f.gif": rgb, "g.avif": rgb}
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    rgb.save(tmp_path / "h.jpg", progressive=True, subsampling=0)
+    paths = sorted(tmp_path.iterdir())
+    run = subprocess.run([sys.executable, "-c", MEMORY, *map(str, paths)], capture_output=True, text=True, check=True)
+    for path, line in zip(paths, run.stdout.split(), strict=True):
+        assert int(line) < BYTES_OF_A_DECODE * side**2 + path.stat().st_size + (16 << 20), path.name
