@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import read_json
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem
 from fastvst.scenes.adapters.colmap import obb_objects
@@ -58,7 +58,7 @@ def read_scannetpp_dslr(
         item = images[k]
         lens = lenses[item.camera]
         path = dslr / ("resized_images" if given is None else "resized_undistorted_images") / item.name
-        with Image.open(path) as opened:
+        with opened_image(path) as opened:
             image = np.asarray(opened.convert("RGB"))
         depth = read_depth(dslr / "render_depth" / f"{Path(item.name).stem}.png")
         if depth.shape != (lens.height, lens.width):
