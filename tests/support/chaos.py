@@ -276,7 +276,7 @@ def _child(job: Job) -> None:
 
 
 def run(moments: int, seed: int, folder: Path, say: Callable[[str], object] = print) -> dict[str, Any]:
-    """Jobs of five moments each, every third one RL; returns the figures. Raises AssertionError."""
+    """Jobs of five moments each, every second one RL; returns the figures. Raises AssertionError."""
     rng = random.Random(seed)
     counts: dict[str, int] = {}
     starts = 0
@@ -284,7 +284,7 @@ def run(moments: int, seed: int, folder: Path, say: Callable[[str], object] = pr
     number = 0
     calm: dict[str, Job] = {}
     while left_over:
-        script = "rl" if number % 3 == 2 else "sft"
+        script = "rl" if number % 2 else "sft"
         count = min(5, left_over)
         place = folder / f"{number}-{script}"
         place.mkdir()

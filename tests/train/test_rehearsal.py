@@ -4,7 +4,7 @@ The clock asks for checkpoints as well as the steps.
 
 What can be equal: on the same number of ranks the resumed curve equals the uninterrupted one bit for bit. On another
 number the packs of a step are the same, but their gradients are added in another order, so that the curve agrees to
-float32 rounding (1e-5 here, over the whole run), and the restored tensors are equal bit for bit.
+float32 rounding (1e-6 here, over the whole run), and the restored tensors are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -64,19 +64,18 @@ def test_hsdp_with_a_killed_rank_resumes_on_four_and_on_two_ranks(tmp_path: Path
         os.kill(run.rank(2), signal.SIGKILL)
         run.seconds_until_gone(60)
         assert run.process.returncode != 0 and "rank 2" in run.text and "--resume auto" in run.text
-    done = len(rows_of(broken))
-    assert done < STEPS and not (broken / "hf").exists()
+    assert len(rows_of(broken)) < STEPS and not (broken / "hf").exists()
 
     two = tmp_path / "two"
     shutil.copytree(broken, two)
+    first = int(complete(two / "checkpoints")[-1].name.rpartition("-")[2])
     assert "resumed from" in finish(4, words(broken, 1, 2))
     assert curve(broken) == curve(whole)  # the same number of ranks: bit for bit
 
     assert "resumed from" in finish(2, words(two, 2, 1))  # the same global batch: two packs on each of two ranks
-    first = int(str(newest_before(two, done)).rpartition("-")[2])
     assert curve(two)[:first] == curve(whole)[:first]  # from before the kill
     flat = [value for pair in curve(two) for value in pair]
-    assert flat == pytest.approx([value for pair in curve(whole) for value in pair], rel=1e-5)
+    assert flat == pytest.approx([value for pair in curve(whole) for value in pair], rel=1e-6)
     assert [row["tokens"] for row in rows_of(two)] == [row["tokens"] for row in rows_of(whole)]
 
     check_files(whole)
@@ -100,10 +99,6 @@ def check_files(out: Path) -> None:
         with safe_open(file, framework="pt") as content:
             sizes.append(sum(content.get_tensor(name).numel() for name in content.keys()))  # noqa: SIM118
     assert max(sizes) < sum(sizes)
-
-
-def newest_before(out: Path, step: int) -> Path:
-    return [p for p in complete(out / "checkpoints") if int(p.name.rpartition("-")[2]) <= step][-1]
 
 
 def test_the_clock_saves_on_all_ranks_after_the_same_step(tmp_path: Path) -> None:
