@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastvst_kernels.attention.plan import AttentionPlan, prepare
+
 IGNORE = -100  # label of an unsupervised token; the default ignore_index of torch's cross_entropy
+_LISTS = ("vision_slots", "window_order", "window_lengths", "image_lengths")
+_NO_IMAGES: dict[str, Any] = dict.fromkeys(_LISTS, torch.zeros(0, dtype=torch.int32))
 NORMALISED = torch.zeros((0, 3))  # the pixel_stats of patches that are normalised already
 
 
@@ -101,6 +105,7 @@ class PackedBatch:
         sample_ids: "source/id" of every sequence.
         flops: training FLOPs of the pack (sum of the samples' costs).
         pixel_stats: (2, 3) float32 or NORMALISED, as in EncodedSample.
+        plan, image_plan: attention tables that `with_plans` adds. They are no fields: `dataclasses.replace` drops them.
     """
 
     tokens: Tensor
@@ -126,6 +131,8 @@ class PackedBatch:
     sample_ids: tuple[str, ...]
     flops: float = 0.0
     pixel_stats: Tensor = NORMALISED
+    plan: ClassVar[AttentionPlan | None] = None
+    image_plan: ClassVar[AttentionPlan | None] = None
 
     @property
     def num_tokens(self) -> int:
@@ -147,18 +154,34 @@ class PackedBatch:
     def device(self) -> torch.device:
         return self.tokens.device
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        changed: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changed)
+    def _map(self, fn: Callable[[Any], Any]) -> PackedBatch:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {name: fn(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)._planned(*(p and fn(p) for p in (self.plan, self.image_plan)))
+
+    def _planned(self, *plans: AttentionPlan | None) -> PackedBatch:
+        calls = (("plan", self.cu_seqlens, self.groups), ("image_plan", self.cu_images, None))
+        for (name, *offsets), plan in zip(calls, plans, strict=True):
+            object.__setattr__(self, name, plan)
+            if plan is not None:
+                plan.trust(*offsets)
+        return self
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
-        """The same batch on `device`; the copy is asynchronous if the memory is pinned."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        """The same batch on `device`, with plans unless it is the CPU; asynchronous if the memory is pinned."""
+        batch = self if torch.device(device).type == "cpu" else self.with_plans()
+        return batch._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory; torch's DataLoader calls it."""
-        return self._map(lambda t: t.pin_memory())
+        """The same batch in page-locked memory, with plans. A thread of torch's DataLoader calls it where a GPU is."""
+        return self.with_plans()._map(lambda value: value.pin_memory())
+
+    def with_plans(self) -> PackedBatch:
+        """The same batch with tile tables for the attention kernels of all layers, if it is on the CPU."""
+        if self.plan is not None or self.device.type != "cpu":
+            return self
+        images = prepare(self.cu_images, causal=False) if self.num_patches else None
+        return dataclasses.replace(self)._planned(prepare(self.cu_seqlens, self.groups, causal=True), images)
 
     def pixel_values(self) -> Tensor:
         """(P, 1176) normalised patches, float32 where they were uint8, computed where the batch is.
@@ -402,17 +425,13 @@ def completion_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0
     ids = tokens.to(torch.int32)
     after = int(prompt.positions.max()) + 1 if len(prompt) else 0
     positions = torch.arange(after, after + ids.shape[0], dtype=torch.int32).expand(3, -1).contiguous()
-    none = torch.zeros(0, dtype=torch.int32)
     return EncodedSample(
         tokens=ids,
         labels=ids,
         positions=positions,
         patches=prompt.patches[:0],
         grid=prompt.grid[:0],
-        vision_slots=none,
-        window_order=none,
-        window_lengths=none,
-        image_lengths=none,
+        **_NO_IMAGES,
         vision_positions=prompt.vision_positions[:0],
         cost=Cost(ids.shape[0], 0, flops),
         source=prompt.source,
@@ -424,17 +443,13 @@ def completion_sample(prompt: EncodedSample, tokens: Tensor, *, flops: float = 0
 
 def empty_sample() -> EncodedSample:
     """One unsupervised token. It fills a pack without usable samples, so that all ranks make the same steps."""
-    none = torch.zeros(0, dtype=torch.int32)
     return EncodedSample(
         tokens=torch.zeros(1, dtype=torch.int32),
         labels=torch.full((1,), IGNORE, dtype=torch.int32),
         positions=torch.zeros((3, 1), dtype=torch.int32),
         patches=torch.zeros((0, 1176)),
         grid=torch.zeros((0, 3), dtype=torch.int32),
-        vision_slots=none,
-        window_order=none,
-        window_lengths=none,
-        image_lengths=none,
+        **_NO_IMAGES,
         vision_positions=torch.zeros((0, 2), dtype=torch.int32),
         cost=Cost(1, 0, 0.0),
         source="fastvst",

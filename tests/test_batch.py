@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fake_data import FakeProcessor, fake_row
 from fastvst.batch import IGNORE, NORMALISED, EncodedSample, PackedBatch, pack
 from fastvst.data.sources.rows import to_sample
+from fastvst_kernels import prepare
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda s: f"{s[0]}x{s[1]}")
 SAMPLES = st.lists(st.tuples(st.integers(3, 12), st.lists(SIZES, max_size=3)), min_size=1, max_size=5)
@@ -130,6 +131,25 @@ def test_equality_sees_every_field() -> None:
         else:
             other = ("x",) if isinstance(value, tuple) else value + 1
         assert not batch.equal(dataclasses.replace(batch, **{field.name: other})), field.name
+
+
+def test_plans_follow_a_batch_to_a_device_and_not_to_other_offsets() -> None:
+    batch = pack(encode([(5, ["2x3"]), (6, [])]))
+    assert (
+        batch.plan is None and batch.to("cpu").plan is None and pack(encode([(3, [])])).with_plans().image_plan is None
+    )
+    moved = batch.to("meta")
+    assert moved.plan.num_tokens == 17 and moved.image_plan.num_tokens == 24 and moved.plan.causal
+    assert all(table.is_meta for table in (*moved.plan.queries.values(), *moved.image_plan.keys.values()))
+    planned = batch.with_plans()
+    assert planned.with_plans() is planned and planned.equal(batch)
+    wanted = prepare(batch.cu_seqlens, causal=True)
+    assert all(torch.equal(planned.plan.queries[block], table) for block, table in wanted.queries.items())
+    q = torch.zeros(17, 2, 16)
+    planned.plan.check(q, planned.cu_seqlens, None, True)
+    with pytest.raises(ValueError, match="for other offsets"):
+        planned.plan.check(q, torch.tensor([0, 9, 17], dtype=torch.int32), None, True)
+    assert dataclasses.replace(planned, cu_seqlens=batch.cu_seqlens + 0).plan is None
 
 
 def test_moving_keeps_everything_and_a_description_counts() -> None:

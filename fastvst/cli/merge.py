@@ -75,7 +75,7 @@ def _merge_adapter(arguments: argparse.Namespace) -> int:
         model = Qwen25VL(config)
     device = torch.device("cpu")
     weights.load(model, base, tied=config.tie_word_embeddings, dtype=torch.float32, device=device)
-    count = adapter.merge(dict(model.named_parameters()), folder, tied=config.tie_word_embeddings)
+    count = adapter.merge(model.state_dict(), folder, tied=config.tie_word_embeddings)
     content = config.config_content()
     name = str(content.get("dtype") or content.get("torch_dtype") or "float32").removeprefix("torch.")
     complete = all((base / file).is_file() for file in ("tokenizer.json", CONFIG))

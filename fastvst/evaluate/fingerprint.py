@@ -66,7 +66,7 @@ def _chunk(path: Path, begin: int) -> str:
 
 def of_model(model: Qwen25VL) -> str:
     """Of the parameters in memory: dtype, shape and two checksums of every tensor. Waits for the device once each."""
-    return of([[name, str(p.dtype), list(p.shape), _checksums(p.detach())] for name, p in model.named_parameters()])
+    return of([[name, str(p.dtype), list(p.shape), _checksums(p)] for name, p in model.state_dict().items()])
 
 
 def _checksums(tensor: Tensor) -> list[int]:

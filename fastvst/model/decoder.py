@@ -9,21 +9,22 @@ from torch import Tensor, nn
 
 from fastvst.model.config import ModelConfig
 from fastvst.model.layers import Attend, GatedMLP, Norm, run_block
+from fastvst.model.published import PublishedNames
 from fastvst.model.recompute import of_blocks
 from fastvst_kernels import mrope
-from fastvst_kernels.recompute import norm_qkv, project_add_norm
+from fastvst_kernels.recompute import norm_qkv
 
 
-class Attention(nn.Module):
+class Attention(PublishedNames):
     """The projections of a layer's attention, and its rotary embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.hidden_size
         head_dim = config.head_dim
-        self.q_proj = nn.Linear(size, config.num_attention_heads * head_dim)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * head_dim)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * head_dim)
+        kv = config.num_key_value_heads * head_dim
+        parts = {"q_proj": config.num_attention_heads * head_dim, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = self.hold("qkv_proj", parts, size, bias=True)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=False)
         # transformers' tables are float32 in every model, then cast to the model's dtype.
         self.rotate = partial(
@@ -36,13 +37,9 @@ class Attention(nn.Module):
             rope_dtype=torch.float32,
         )
 
-    @property
-    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.q_proj, self.k_proj, self.v_proj
-
     def rope(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (T, heads, head_dim) of the fused projection (T, width) without bias, and positions (3, T)."""
-        return self.rotate(qkv, torch.cat([projection.bias for projection in self.qkv]), positions)
+        return self.rotate(qkv, self.qkv_proj.bias, positions)
 
 
 class DecoderLayer(nn.Module):
@@ -59,10 +56,10 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, *, light: bool) -> Tensor:
         """(T, hidden) and (3, T) positions -> (T, hidden)"""
         attn = self.self_attn
-        q, k, v = attn.rope(norm_qkv(x, self.input_layernorm, attn.qkv, light=light), positions)
+        qkv, x = norm_qkv(x, self.input_layernorm, attn.qkv_proj, light=light)
+        q, k, v = attn.rope(qkv, positions)
         a = attend(self.index, q, k, v).flatten(1)
-        x, h = project_add_norm(a, attn.o_proj, x, self.post_attention_layernorm, light=light)
-        return x + self.mlp(h)
+        return self.mlp(a, x, attn.o_proj, self.post_attention_layernorm, light=light)
 
 
 class Decoder(nn.Module):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvst.model.published import PublishedNames
 from fastvst.model.recompute import POLICIES
 from fastvst_kernels.norm.float32 import float32_rms_norm
-from fastvst_kernels.recompute import Normed, gated_mlp
+from fastvst_kernels.recompute import BlockEnd, project_norm_mlp
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, heads, head_dim)
 
@@ -28,19 +29,22 @@ class Norm(nn.Module):
         return float32_rms_norm(x, self.weight, self.eps)
 
 
-class GatedMLP(nn.Module):
-    """`down(silu(gate(h)) * up(h))`; under recompute policy "light" gate(h) and up(h) are kept if `keeps_products`."""
+class GatedMLP(PublishedNames):
+    """`down(silu(gate(h)) * up(h))`, with gate and up as one product; it computes the whole end of a block.
+
+    Under recompute policy "light" gate(h) and up(h) are kept if `keeps_products`.
+    """
 
     def __init__(self, size: int, inner: int, *, bias: bool, keeps_products: bool) -> None:
         super().__init__()
         self.keeps_products = keeps_products
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_up_proj = self.hold("gate_up_proj", {"gate_proj": inner, "up_proj": inner}, size, bias=bias, pad=True)
+        self.down_proj = self.hold("down_proj", {"down_proj": size}, inner, bias=bias, pad=True)
 
-    def forward(self, h: Tensor | Normed) -> Tensor:
-        """(T, size) -> (T, size)"""
-        return gated_mlp(h, self.gate_proj, self.up_proj, self.down_proj, keep=self.keeps_products)
+    def forward(self, a: Tensor, residual: Tensor, projection: nn.Linear, norm: Norm, *, light: bool) -> Tensor:
+        """`x = projection(a) + residual; return x + mlp(norm(x))` of (T, ...) rows, see `project_norm_mlp`."""
+        end = BlockEnd(projection, norm, self.gate_up_proj, self.down_proj)
+        return project_norm_mlp(a, residual, end, light=light, keep_product=self.keeps_products)
 
 
 def run_block(block: nn.Module, policy: str, *args: Any) -> Tensor:

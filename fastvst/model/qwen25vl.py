@@ -15,17 +15,21 @@ from fastvst.model import refusals, weights
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import Decoder
 from fastvst.model.hub import local_checkpoint
-from fastvst.model.layers import Attend, Norm
+from fastvst.model.layers import Attend
+from fastvst.model.published import zero_padding
 from fastvst.model.recompute import Recompute, of_tower
-from fastvst.model.vision import PatchKernel, VisionTower
-from fastvst_kernels import linear_cross_entropy, packed_attention
+from fastvst.model.vision import VisionTower
+from fastvst_kernels import linear_cross_entropy, packed_attention, prepare
 
 Head = Callable[[Tensor, Tensor], Any]
 TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
 
 
 class Qwen25VL(nn.Module):
-    """The model (arXiv 2502.13923). Parameter names are the published ones: `visual.*`, `model.*`, `lm_head.weight`.
+    """The model (arXiv 2502.13923).
+
+    `state_dict()` and files have the published names and shapes: `visual.*`, `model.*`, `lm_head.weight`. A parameter
+    may hold several published tensors, see `fastvst.model.published`.
 
     All inputs are packed rows: there is no padding, no batch dimension and no attention mask. Sequence boundaries come
     from `cu_seqlens`, never from position ids. Fresh weights follow the distribution that transformers uses.
@@ -65,15 +69,13 @@ class Qwen25VL(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal(0, initializer_range) weights, zero biases, norms of one (transformers' `_init_weights`)."""
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.initializer_range)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, PatchKernel):
-                module.weight.normal_(0.0, self.config.initializer_range)
+        spread = self.config.initializer_range
+        zero_padding(self)
+        for name, tensor in self.state_dict().items():  # views of the parameters
+            if tensor.dim() == 1:
+                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:  # drawn as one matrix: the numbers must not depend on padding
+                tensor.copy_(torch.empty_like(tensor, memory_format=torch.contiguous_format).normal_(0.0, spread))
 
     def forward(
         self, batch: PackedBatch, head: Head | None = None, *, vision: Tensor | None = None, images_only: bool = False
@@ -147,6 +149,7 @@ class Qwen25VL(nn.Module):
             batch.cu_images,
             max_window=batch.max_window,
             max_image=batch.max_image,
+            image_plan=batch.image_plan,
             recompute=of_tower(self.recompute, "vision"),
         )
 
@@ -220,10 +223,13 @@ class Qwen25VL(nn.Module):
 
 def attend_packed(batch: PackedBatch) -> Attend:
     """Causal attention inside the sequences of a pack, with shared prompts."""
+    plan = batch.plan
+    if plan is None and batch.device.type == "cuda":  # once for all layers
+        plan = prepare(batch.cu_seqlens, batch.groups, causal=True, num_tokens=batch.num_tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(
-            q, k, v, batch.cu_seqlens, causal=True, groups=batch.groups, max_seqlen=batch.max_seqlen
+            q, k, v, batch.cu_seqlens, causal=True, groups=batch.groups, max_seqlen=batch.max_seqlen, plan=plan
         )
 
     return attend

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from fastvst.model.config import VisionConfig
 from fastvst.model.layers import GatedMLP, Norm, run_block
 from fastvst.model.recompute import of_blocks
-from fastvst_kernels import packed_attention, vision_rope, window_attention
-from fastvst_kernels.recompute import norm_qkv, project_add_norm
+from fastvst_kernels import AttentionPlan, packed_attention, prepare, vision_rope, window_attention
+from fastvst_kernels.recompute import norm_qkv
 
 NORM_EPS = 1e-6  # Qwen2_5_VLVisionBlock: fixed, not in config.json
 
@@ -47,7 +47,9 @@ class VisionAttention(nn.Module):
         self.num_heads = config.num_heads
         self.windowed = windowed
 
-    def forward(self, qkv: Tensor, positions: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward(
+        self, qkv: Tensor, positions: Tensor, offsets: Tensor, longest: int, plan: AttentionPlan | None
+    ) -> Tensor:
         """(P, 3 * hidden) projection without bias -> (P, hidden); `offsets` of windows or frames (see VisionBlock)."""
         bias = self.qkv.bias
         heads = self.num_heads
@@ -55,7 +57,7 @@ class VisionAttention(nn.Module):
         if self.windowed:
             return window_attention(qkv, bias, positions, offsets, num_heads=heads, max_window=longest, rope_dtype=rope)
         q, k, v = vision_rope(qkv, bias, positions, num_heads=heads, rope_dtype=rope)
-        return packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest).flatten(1)
+        return packed_attention(q, k, v, offsets, causal=False, max_seqlen=longest, plan=plan).flatten(1)
 
 
 class VisionBlock(nn.Module):
@@ -72,12 +74,25 @@ class VisionBlock(nn.Module):
     def windowed(self) -> bool:
         return self.attn.windowed
 
-    def forward(self, x: Tensor, positions: Tensor, offsets: Tensor, longest: int, *, light: bool) -> Tensor:
-        """(P, hidden) -> (P, hidden); `offsets` of windows or frames, and the length of the longest of them."""
-        qkv = norm_qkv(x, self.norm1, [self.attn.qkv], light=light)
-        a = self.attn(qkv, positions, offsets, longest)
-        x, h = project_add_norm(a, self.attn.proj, x, self.norm2, light=light)
-        return x + self.mlp(h)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        longest: int,
+        plan: AttentionPlan | None = None,
+        *,
+        light: bool,
+    ) -> Tensor:
+        """(P, hidden) -> (P, hidden).
+
+        Args:
+            offsets: of the windows or of the frames; `longest`: the length of the longest of them.
+            plan: of the attention in frames, see `packed_attention`.
+        """
+        qkv, x = norm_qkv(x, self.norm1, self.attn.qkv, light=light)
+        a = self.attn(qkv, positions, offsets, longest, plan)
+        return self.mlp(a, x, self.attn.proj, self.norm2, light=light)
 
 
 class Merger(nn.Module):
@@ -117,6 +132,7 @@ class VisionTower(nn.Module):
         max_window: int,
         max_image: int,
         recompute: str = "none",
+        image_plan: AttentionPlan | None = None,
     ) -> Tensor:
         """Run the tower on all images and videos of a pack at once; the arguments are fields of `PackedBatch`.
 
@@ -126,13 +142,16 @@ class VisionTower(nn.Module):
             cu_windows: (W + 1,) int32 patch offsets of the windows.
             cu_images: (F + 1,) int32 patch offsets of the frames.
             max_window, max_image: patches in the largest window and in the largest frame.
+            image_plan: tile tables of `cu_images` for GPU kernels; made here if it is missing there.
             recompute: the tower's policy (see `fastvst.model.recompute`).
 
         Returns:
             (P / 4, out_hidden_size) in tower order.
         """
+        if image_plan is None and patches.device.type == "cuda":  # once for all blocks
+            image_plan = prepare(cu_images, causal=False, num_tokens=patches.shape[0])
         x = self.patch_embed(patches)
         for block, policy in zip(self.blocks, of_blocks(recompute, len(self.blocks)), strict=True):
-            offsets, longest = (cu_windows, max_window) if block.windowed else (cu_images, max_image)
-            x = run_block(block, policy, x, positions, offsets, longest)
+            of_block = (cu_windows, max_window, None) if block.windowed else (cu_images, max_image, image_plan)
+            x = run_block(block, policy, x, positions, *of_block)
         return self.merger(x)

@@ -22,6 +22,7 @@ from fastvst.model import checkpoint_files as files
 from fastvst.model import config_json, refusals
 from fastvst.model.checkpoint_files import INDEX, SINGLE
 from fastvst.model.config import ModelConfig
+from fastvst.model.published import zero_padding
 
 # transformers 5.x uses other module names in memory than in files.
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
@@ -51,13 +52,14 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
         WeightsError: missing, unexpected, wrong-shaped or truncated tensors, or NaN; names the first ones.
         Damaged: the directory is part of a run's checkpoint whose marker has another checksum of a file.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, problems = _match(weight_files(directory), wanted, tied)
     if problems:
         raise WeightsError(_summary(directory, problems, found, wanted))
     checksum.check_inner(directory, [path.name for path in found])
     model.to(dtype).to_empty(device=device)
-    parameters = dict(model.named_parameters())
+    zero_padding(model)
+    parameters = model.state_dict()  # views of the parameters
     for path, names in found.items():
         with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
             for stored, name in names:

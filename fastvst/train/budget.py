@@ -90,11 +90,15 @@ class Memory:
         return "\n".join(lines)
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Number of parameters of each of PARTS; a tied embedding counts once. The model may be on the meta device."""
+def count_parameters(model: nn.Module, *, padding: bool = False) -> dict[str, int]:
+    """Number of parameters of each of PARTS; a tied embedding counts once. The model may be on the meta device.
+
+    Args:
+        padding: count the zeros that are in memory and not in files (`fastvst.model.published`).
+    """
     counts = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        counts[_part(name)] += parameter.numel()
+    for name, tensor in model.named_parameters() if padding else model.state_dict().items():
+        counts[_part(name)] += tensor.numel()
     return counts
 
 
@@ -116,7 +120,7 @@ def estimate_memory(
     """
     with torch.device("meta"):
         model = Qwen25VL(config)
-    counts = count_parameters(model)
+    counts = count_parameters(model, padding=True)
     fixed = set(frozen)
     trained = {p: 0 if ("decoder" if p.startswith("emb") else p) in fixed else n for p, n in counts.items()}
     share = 4.0 / placement.shards

@@ -37,6 +37,7 @@ from fastvst.config import check_at_least
 from fastvst.model import checkpoint_files
 from fastvst.train import resume
 from fastvst.train.distributed import World
+from fastvst.train.older_layout import OlderLayout
 from fastvst.train.resume import CheckpointError, Lineage, commit, complete, prune, some, verify
 from fastvst.train.resume import resolve as resolve
 from fastvst.train.snapshot import Contents, HFDirectory, Snapshot, hf_part, take, tensors_of
@@ -219,7 +220,8 @@ def load(
     tensors, _ = tensors_of(model, optimizer)
     have = state.pop("tensors")
     want = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if have != want:
+    older = OlderLayout(model, tensors)
+    if have not in (want, older.shapes):
         missing = sorted(set(want) - set(have))
         extra = sorted(set(have) - set(want))
         other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
@@ -227,14 +229,12 @@ def load(
             f"{path} does not fit this model and optimizer (was model.preset or optimizer.freeze different?): "
             f"missing: {some(missing)}; unexpected: {some(extra)}; other shapes: {some(other)}"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
-        try:
-            dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{path}: the tensors in state/ cannot be read: {_reason(error)}") from error
     steps = state.pop("optimizer_steps")
+    if have == want:
+        _read_tensors(path, world, tensors)
+    else:
+        older.read(lambda parts: _read_tensors(path, world, parts))
+        steps = older.steps(steps)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             optimizer.state[parameter]["step"].fill_(steps[name])
@@ -245,6 +245,17 @@ def load(
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{own} has no valid random state: {error}") from error
     return state, rank_state
+
+
+def _read_tensors(path: Path, world: World, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors by their names in a checkpoint. Raises CheckpointError if its files cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader = dcp.HuggingFaceStorageReader(str(path / "state"))
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{path}: the tensors in state/ cannot be read: {_reason(error)}") from error
 
 
 def set_aside(out: Path) -> Path | None:

@@ -229,7 +229,9 @@ def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: boo
     skeleton.to_empty(device=world.device)
     skeleton.vision_on_every_rank = True
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
-    set_model_state_dict(skeleton, source.state_dict() if source is not None else {}, options=options)
+    # By parameter, not by published name: sharded parameters have no views of their published parts.
+    whole: dict[str, Any] = {} if source is None else {name: p.detach() for name, p in source.named_parameters()}
+    set_model_state_dict(skeleton, whole, options=options)
     return skeleton
 
 

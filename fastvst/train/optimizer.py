@@ -118,5 +118,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = squares.sqrt()
     if limit > 0:
-        torch._foreach_mul_(local, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        # In the gradients' dtype: a float64 factor would be multiplied tensor by tensor, 730 launches for the 7b.
+        torch._foreach_mul_(local, torch.clamp(limit / (norm + 1e-6), max=1.0).to(local[0].dtype))
     return norm

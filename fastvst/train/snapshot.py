@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from fastvst.model import weights
+from fastvst.model.published import layout_of, publish
 from fastvst.train.distributed import World
 from fastvst.train.resume import Lineage
 
@@ -145,7 +146,7 @@ def make_stager(device: torch.device) -> DefaultStager:
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, int]]:
     """(all tensors to save, optimizer steps by parameter). Creates Adam's moments where they do not exist yet."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     steps: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -166,15 +167,17 @@ def hf_part(model: nn.Module, world: World, hf: HFDirectory) -> HFPart:
 
     Tensors are cast before they are gathered, so that bfloat16 travels and not float32.
     """
-    state = model.state_dict()
-    sizes = {name: tensor.numel() * hf.dtype.itemsize for name, tensor in state.items()}
+    layout = layout_of(model)
+    shapes = {name: torch.empty(p.shape, device="meta") for name, p in model.named_parameters()}
+    sizes = {name: tensor.numel() * hf.dtype.itemsize for name, tensor in publish(shapes, layout).items()}
     shards = weights.plan_shards(sizes, parts=world.size)
     own = {name for shard in shards if shard.part == world.rank for name in shard.names}
     tensors = {}
-    for name, tensor in state.items():
-        whole = tensor.detach().to(hf.dtype)
+    for name, parameter in model.named_parameters():
+        whole = parameter.detach().to(hf.dtype)
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
-        if name in own:
-            tensors[name] = torch.empty(whole.shape, dtype=hf.dtype).copy_(whole)
+        for published, tensor in publish({name: whole}, layout).items():
+            if published in own:
+                tensors[published] = torch.empty(tensor.shape, dtype=hf.dtype).copy_(tensor)
     return HFPart(world.rank, tuple(shards), sizes, tensors, hf.write_settings)

@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL, VisionConfig
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
+from fastvst.model.published import layout_of, publish
 
 IMAGE_ID = 90
 VIDEO_ID = 91
@@ -48,7 +49,7 @@ def make_models(config: ModelConfig, dtype: torch.dtype, seed: int = 0):
     torch.manual_seed(seed)
     ours = Qwen25VL(config)
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
+        for name, parameter in ours.state_dict().items():  # views: the numbers do not depend on the layout
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
             elif parameter.dim() == 1:
@@ -62,6 +63,11 @@ def make_models(config: ModelConfig, dtype: torch.dtype, seed: int = 0):
         assert torch.equal(theirs.lm_head.weight, ours.lm_head.weight)
     assert torch.equal(theirs.model.language_model.embed_tokens.weight, ours.model.embed_tokens.weight)
     return ours, theirs.eval()
+
+
+def published_grads(model: Qwen25VL) -> dict[str, torch.Tensor]:
+    """The gradients of a model by published name; parameters without one are left out."""
+    return publish({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, layout_of(model))
 
 
 def hf_name(name: str) -> str:

@@ -39,9 +39,17 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     return swiglu_op(gate, up, uses_kernel("swiglu", gate, backend))
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, for functions that compute `swiglu(gate, up)` again in their backward pass."""
-    return swiglu_backward_op(grad, gate, up, uses_kernel("swiglu", gate, "auto"))
+def swiglu_backward(grad: Tensor, gate_up: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The activation y and the gradient of gate_up, for functions that keep gate_up, and y or not.
+
+    Args:
+        grad: (N, I) gradient of y.
+        gate_up: (N, 2 I).
+        y: `swiglu(gate_up)`; None computes it in the same pass.
+    """
+    kernel = uses_kernel("swiglu", gate_up, "auto")
+    grad_gate_up, _, out = swiglu_backward_op(grad, gate_up, None, kernel, y is None)
+    return out if y is None else y, grad_gate_up
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -73,37 +81,53 @@ def _(gate, up, kernel):
 
 
 @torch.library.custom_op("fastvst::swiglu_backward", mutates_args=())
-def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; of the fused projection and an empty tensor if up is None."""
+def swiglu_backward_op(
+    grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up; of the fused projection and an empty tensor if up is None.
+
+    With `again` the third tensor is the activation, else it is empty.
+    """
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
+    out = torch.empty(grad.shape if again else 0, dtype=gate.dtype, device=gate.device)
     if kernel:
         from fastvst_kernels.activation import kernels as swiglu_kernels
 
-        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
         numbers = config("swiglu_backward", bits_class(gate.dtype), gate.device)
         inputs = _halves(gate, up)
         outputs = _halves(grad_gate, None if up is None else grad_up)
-        swiglu_kernels.backward(dense_rows(grad), *inputs, *outputs, numbers)
-        return grad_gate, grad_up
+        flat = out.view(-1, grad.shape[-1]) if again else None
+        swiglu_kernels.backward(dense_rows(grad), *inputs, *outputs, flat, numbers)
+        return grad_gate, grad_up, out
     if up is None:
-        fused = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _backward_plain(grad, *gate.chunk(2, dim=-1), *fused.chunk(2, dim=-1))
-        return fused, gate.new_empty(0)
-    grad_gate = rows_apart(gate)
-    grad_up = rows_apart(up)
-    _backward_plain(grad, gate, up, grad_gate, grad_up)
-    return grad_gate.contiguous(), grad_up.contiguous()
+        first, second = gate.chunk(2, dim=-1)
+        grad_first, grad_second = grad_gate.chunk(2, dim=-1)
+        _backward_plain(grad, first, second, grad_first, grad_second, out if again else None)
+        return grad_gate, grad_up, out
+    apart = rows_apart(gate)
+    apart_up = rows_apart(up)
+    _backward_plain(grad, gate, up, apart, apart_up, out if again else None)
+    return apart.contiguous(), apart_up.contiguous(), out
 
 
 @swiglu_backward_op.register_fake
-def _(grad, gate, up, kernel):
-    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+def _(grad, gate, up, kernel, again=False):
+    grad_up = gate.new_empty(0 if up is None else up.shape)
+    return gate.new_empty(gate.shape), grad_up, gate.new_empty(grad.shape if again else 0)
 
 
-def _backward_plain(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+def _backward_plain(
+    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, out: Tensor | None
+) -> None:
     rows = rows_at_once(gate)
-    for d, g, u, dg, du in zip(*(x.split(rows) for x in (grad, gate, up, grad_gate, grad_up)), strict=True):
-        torch.ops.aten.silu.out(g, out=du).mul_(d)
+    outs = out.split(rows) if out is not None else [None] * len(gate.split(rows))
+    parts = zip(*(x.split(rows) for x in (grad, gate, up, grad_gate, grad_up)), strict=True)
+    for (d, g, u, dg, du), o in zip(parts, outs, strict=True):
+        torch.ops.aten.silu.out(g, out=du)
+        if o is not None:
+            torch.mul(du, u, out=o)
+        du.mul_(d)
         torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
 
 
@@ -115,7 +139,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 @without_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     gate, up = ctx.saved_tensors
-    grad_gate, grad_up = swiglu_backward_op(grad, gate, up, ctx.kernel)
+    grad_gate, grad_up, _ = swiglu_backward_op(grad, gate, up, ctx.kernel)
     return grad_gate, None if up is None else grad_up, None
 
 

@@ -116,13 +116,16 @@ def packed_attention(
     if plan is not None:
         plan.check(q, cu_seqlens, groups, causal, validate=validate)
     if has_no_values(q) and backend in ("auto", "torch", "triton"):
-        out, lse = attention_op(q, k, v, cu_seqlens, groups, None, None, None, causal, scale)
+        tables: tuple[Tensor | None, ...] = (None, None, None)
+        if plan is not None:
+            tables = plan.tables(kernel_tiles(q, shared=groups is not None), q.device)
+        out, lse = attention_op(q, k, v, cu_seqlens, groups, *tables, causal, scale)
         return (out, lse.transpose(0, 1)) if return_lse else out
     call = AttentionCall(q, k, v, cu_seqlens, groups, plan, max_seqlen, causal, scale)
     backend = _resolve(backend, call, return_lse)
     on_host = q.device.type == "cpu"
     if backend == "triton" or (backend == "torch" and on_host):
-        tables: tuple[Tensor | None, ...] = (None, None, None)
+        tables = (None, None, None)
         if backend == "triton":
             # The kernels read rows in whole vectors: the last dimension must be dense, the others may have any stride.
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -189,7 +192,7 @@ def _tile_tables(
     q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, plan: AttentionPlan | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables that the kernels read for q, from `plan` or made here."""
-    tiles = kernel_tiles(q)
+    tiles = kernel_tiles(q, shared=groups is not None)
     if plan is None:
         plan = make_plan(
             cu_seqlens,

@@ -95,7 +95,7 @@ def key_step(
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attention_backward_keys_kernel(
     q_ptr,
     k_ptr,

@@ -83,7 +83,7 @@ def query_step(
     return dq0, dq1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attention_backward_queries_kernel(
     q_ptr,
     k_ptr,

@@ -24,7 +24,7 @@ from fastvst_kernels.attention.tiles import (
     store_rows,
     tile_constants,
 )
-from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, Tile, pieces
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, Tile, multiprocessors, pieces
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def forward_tile(
     tl.store(lse_ptr + head.to(tl.int64) * num_tokens + rows, lse, mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -480,4 +480,4 @@ def _persistent_programs(device: torch.device) -> int:
 
     Tiles of 128 rows in 8 warps leave no room for a second program.
     """
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return multiprocessors(device) if device.type == "cuda" else 4

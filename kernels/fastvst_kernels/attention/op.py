@@ -31,7 +31,7 @@ def attention_op(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(T, Hq, D) output and (Hq, T) logsumexp. The tables are `AttentionPlan.tables(kernel_tiles(q), q.device)`."""
+    """(T, Hq, D) output and (Hq, T) logsumexp. The tables are those of `AttentionPlan.tables`."""
     if forward_tiles is None:
         raise ValueError("packed attention on a GPU needs tile tables; call fastvst_kernels.packed_attention")
     return _triton_forward(q, k, v, groups, forward_tiles, causal, scale)
@@ -117,7 +117,7 @@ def _batches(cu_seqlens: Tensor, groups: Tensor | None, causal: bool) -> list[Le
 def _triton_forward(q, k, v, groups, forward_tiles, causal, scale):
     from fastvst_kernels.attention.forward import forward
 
-    tile = kernel_tiles(q).forward
+    tile = kernel_tiles(q, shared=groups is not None).forward
     plan = AttentionPlan(q.shape[0], causal, groups is not None, {tile.block_m: forward_tiles}, {})
     return forward(q, k, v, plan, scale=scale, tile=tile)
 
@@ -125,7 +125,7 @@ def _triton_forward(q, k, v, groups, forward_tiles, causal, scale):
 def _triton_backward(dout, dlse, state, groups, query_tiles, key_tiles, causal, scale):
     from fastvst_kernels.attention.backward import backward
 
-    _, query_tile, key_tile = kernel_tiles(state.q)
+    _, query_tile, key_tile = kernel_tiles(state.q, shared=groups is not None)
     queries = {query_tile.block_m: query_tiles}
     keys = {key_tile.block_n: key_tiles}
     plan = AttentionPlan(state.q.shape[0], causal, groups is not None, queries, keys)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvst_kernels.attention.fingerprint import Seen, fingerprint
 from fastvst_kernels.attention.shared_prompts import SharedPrompts, find_shared_prompts
 from fastvst_kernels.shared.boundary import public_operator
-from fastvst_kernels.shared.tile_tables import Tile, config, shape_class
+from fastvst_kernels.shared.tile_tables import PLAIN, Tile, config, shape_class
 
 BLOCKS = (16, 32, 64, 128)  # every number of rows that a tile of a shipped or tunable configuration has
 
@@ -29,13 +29,14 @@ class KernelTiles(NamedTuple):
     keys: Tile
 
 
-def kernel_tiles(q: Tensor) -> KernelTiles:
-    """The configurations of the three kernels for q (T, Hq, D) on q's device."""
+def kernel_tiles(q: Tensor, *, shared: bool = True) -> KernelTiles:
+    """The configurations of the three kernels for q (T, Hq, D) on q's device, with shared prompts or without."""
     shape = shape_class(q.shape[-1], q.dtype)
+    variant = "" if shared else PLAIN
     return KernelTiles(
-        Tile(*config("attention_forward", shape, q.device)),
-        Tile(*config("attention_backward_queries", shape, q.device)),
-        Tile(*config("attention_backward_keys", shape, q.device)),
+        Tile(*config("attention_forward", shape, q.device, variant)),
+        Tile(*config("attention_backward_queries", shape, q.device, variant)),
+        Tile(*config("attention_backward_keys", shape, q.device, variant)),
     )
 
 
@@ -107,6 +108,11 @@ class AttentionPlan:
         else:
             torch._assert_async(found == self.fingerprint, wrong)
         self.seen.add(cu_seqlens, groups)
+
+    def trust(self, cu_seqlens: Tensor, groups: Tensor | None = None) -> None:
+        """Calls with these tensors need no comparison: the caller made the plan from them or from their copies."""
+        if self.seen is not None:
+            self.seen.add(cu_seqlens, groups)
 
     def tables(self, tiles: KernelTiles, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The tables that the three kernels read with these configurations.

@@ -20,7 +20,7 @@ from fastvst_kernels.decode.tables import PageTables
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 MOST_SPLITS = 16
-BLOCK_M = (16, 32, 64)  # query rows of a tile; 64 hold 8 rows of 8 heads
+BLOCK_M = (16, 64)  # query rows of a tile; 64 hold 8 rows of 8 heads. Each is one more compilation in a rollout
 
 
 class Settings(NamedTuple):
@@ -44,7 +44,7 @@ def settings(queries: int, width: int, dtype: torch.dtype) -> Settings:
     return Settings(block_m, 64, warps, stages) if width <= 128 else Settings(block_m, 32, warps, 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "first_part", "table_stride"])
 def decode_partial_kernel(
     q_ptr,
     k_ptr,
@@ -151,7 +151,7 @@ def decode_partial_kernel(
     tl.store(parts_ptr + place[:, None] * width + column[None, :], acc / safe[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "places"])
 def decode_merge_kernel(
     parts_ptr,
     part_lse_ptr,
@@ -321,7 +321,7 @@ def _merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, columns: d
         count,
         rows * heads,
         width,
-        P=triton.next_power_of_2(count),
+        P=triton.next_power_of_2(max(count, 2 * MOST_SPLITS)),  # one kernel for every number of splits
         num_warps=4,
         **columns,
     )

@@ -41,7 +41,7 @@ def final_logits(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def partial_statistics_kernel(
     logits_ptr,
     bias_ptr,

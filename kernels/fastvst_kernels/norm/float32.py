@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvst_kernels.norm.op import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
+from fastvst_kernels.norm.op import add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
 
 
 def float32_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,14 +17,6 @@ def float32_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == torch.float64:
         return weight * rms_norm(x.float(), None, eps).double()
     return rms_norm(x, weight, eps)
-
-
-def float32_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`s = x + residual; return float32_rms_norm(s), s`."""
-    if x.dtype == torch.float64:
-        total = x + residual
-        return float32_rms_norm(total, weight, eps), total
-    return add_rms_norm(x, residual, weight, eps)
 
 
 def float32_rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,12 +32,37 @@ def float32_rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     return y, y, inverse
 
 
+def float32_add_rms_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`s = x + residual`, then what `float32_rms_norm_forward` returns for s."""
+    if x.dtype == torch.float64:
+        total = x + residual
+        return total, *float32_rms_norm_forward(total, weight, eps)
+    y, total, inverse = add_rms_norm_forward(x, residual, weight, eps)
+    return total, y, y, inverse
+
+
 def float32_rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bare: Tensor, inverse: Tensor, needs_x: bool, needs_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bare: Tensor,
+    inverse: Tensor,
+    needs_x: bool,
+    needs_weight: bool,
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of the weight, None where not needed; `bare` and `inverse` from the forward pass."""
+    """Gradients of x and of the weight, None where not needed.
+
+    Args:
+        bare, inverse: from the forward pass.
+        grad_total: another gradient of x, which is added.
+    """
     if x.dtype != torch.float64:
-        return rms_norm_backward(grad, x, weight, inverse, needs_x, needs_weight)
+        return rms_norm_backward(grad, x, weight, inverse, needs_x, needs_weight, grad_total)
     grad_weight = (grad * bare.double()).sum(0) if needs_weight else None
     grad_x = rms_norm_backward((grad * weight).float(), x.float(), None, inverse, needs_x, False)[0]
-    return None if grad_x is None else grad_x.double(), grad_weight
+    if grad_x is None:
+        return None, grad_weight
+    return grad_x.double() if grad_total is None else grad_x.double().add_(grad_total), grad_weight

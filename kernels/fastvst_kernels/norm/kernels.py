@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvst_kernels.shared.tile_tables import multiprocessors
+
 LARGEST_WIDTH = 8192  # the widest shape class of the tables
 
 
@@ -89,7 +91,7 @@ def input_piece(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -163,7 +165,7 @@ def gradient_piece(
     store_piece(dx_ptr, dx, row, limit, width, width, START, SIZE, MASK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     dy_ptr,
     dtotal_ptr,
@@ -305,15 +307,16 @@ def backward(
         dtotal: (N, H) contiguous gradient of the sum, or None.
         x: (N, H), the norm's input.
         inverse: (N,) float32, 1 / rms.
-        numbers: rows of a program step, warps, programs.
+        numbers: rows of a program step, warps, programs of each multiprocessor. All are resident at once: the next
+            wave would run alone and cost as much time.
 
     Returns:
         dx (N, H) of x's dtype, and the weight's gradient (H,) float32 (empty without a weight).
     """
     rows, width = x.shape
     dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    block, warps, programs = numbers
-    programs = max(1, min(programs, triton.cdiv(rows, block)))
+    block, warps, resident = numbers
+    programs = max(1, min(resident * multiprocessors(x.device), triton.cdiv(rows, block)))
     partial = torch.empty((programs if weight is not None else 0, width), dtype=torch.float32, device=x.device)
     rms_norm_backward_kernel[(programs,)](
         dy,

@@ -56,12 +56,25 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tens
     return y, inverse
 
 
+def add_rms_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_rms_norm` without autograd: the norm, the sum, and 1 / rms of each row."""
+    return rms_norm_op(x, residual, weight, eps, uses_kernel("add_rms_norm", x, "auto"))
+
+
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, inverse: Tensor, needs_x: bool, needs_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    inverse: Tensor,
+    needs_x: bool,
+    needs_weight: bool,
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of the weight; None if not needed."""
+    """Gradients of x (plus `grad_total`) and of the weight; None if not needed."""
     kernel = uses_kernel("rms_norm", x, "auto")
-    grad_x, grad_weight = rms_norm_backward_op(grad, None, x, weight, inverse, needs_x, needs_weight, kernel)
+    grad_x, grad_weight = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel)
     return grad_x if needs_x else None, grad_weight if needs_weight and weight is not None else None
 
 

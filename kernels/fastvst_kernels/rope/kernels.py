@@ -96,7 +96,7 @@ def rotate_heads(
         tl.store(target_ptr + write + head * (2 * HALF) + HALF, right.to(target_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stride_axis"])
 def rope_forward_kernel(
     qkv_ptr,
     bias_ptr,
@@ -231,7 +231,7 @@ def rotate_back(
             tl.store(partial_ptr + column + HALF + pair, tl.sum(right, 0), mask=pair < HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stride_axis"])
 def rope_backward_kernel(
     dq_ptr,
     dk_ptr,

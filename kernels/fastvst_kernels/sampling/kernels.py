@@ -31,7 +31,7 @@ def settings(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     return (16, 64, 32, 4, 2) if dtype == torch.float32 else (64, 64, 64, 8, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles", "tiles"])
 def tile_kernel(
     hidden_ptr,
     weight_ptr,
@@ -155,7 +155,7 @@ def merge_logprob(
     return tl.sum(logit, 0) - most - log, most + log
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def merge_kernel(
     parts_ptr,
     index_ptr,

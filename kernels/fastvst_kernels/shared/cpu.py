@@ -1,4 +1,4 @@
-"""Helpers for plain PyTorch on a CPU: four for speed, each with the gain that keeps it here, and `rows_apart`.
+"""Helpers for plain PyTorch on a CPU: three for speed, each with the gain that keeps it here, and `rows_apart`.
 
 On other devices each helper is the plain expression. On a CPU the order of a sum may differ from it.
 """
@@ -11,26 +11,8 @@ import mmap
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of a cache line
 VECTOR = 32  # float32 values in one step of torch's vectorized loops with AVX-512
 PIECE = 1 << 18  # values of `rows_at_once`: 1 MiB of float32
-
-
-def aligned_mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b + bias`, (M, K) by (K, N), in a buffer whose rows start at whole cache lines.
-
-    The vision tower's MLP is 3,420 wide. With rows of 3,420 floats MKL reaches 60 GFLOP/s, with rows that are 3,424
-    floats apart 85 GFLOP/s (one core of an AMD EPYC, M = 396, K = 1280). GPUs prefer rows at multiples of 16 bytes.
-    """
-    if torch.compiler.is_compiling():  # dynamo accepts no slice as out=
-        return a @ b if bias is None else torch.addmm(bias, a, b)
-    step = LINE // a.element_size()
-    return mm_into(a.new_empty(a.shape[0], -(-b.shape[1] // step) * step)[:, : b.shape[1]], a, b, bias)
-
-
-def mm_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """`a @ b + bias`, written into `out` (M, N), which may be a view."""
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def column_sum(x: Tensor) -> Tensor:

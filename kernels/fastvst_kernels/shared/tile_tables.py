@@ -25,6 +25,9 @@ WIDTHS = (64, 80, 96, 128, 256)
 # Classes of row width (RMSNorm): the vision tower, the 3b, the 7b, and anything wider.
 ROWS = (1280, 2048, 3584, 8192)
 
+# Variant of an attention kernel without shared prompts: it may use tiles at which the variant with them spills.
+PLAIN = "plain"
+
 # How an attention kernel loads its operands: whole rows by pointers; the operands of the scores by pointers in slices
 # of the head; keys and values of blocks without a mask by tensor descriptors (TMA); the same with a persistent grid.
 POINTERS, SLICES, DESCRIPTORS, PERSISTENT = range(4)
@@ -59,6 +62,12 @@ def most_registers(num_warps: int, dtype: torch.dtype) -> int | None:
     registers become 172).
     """
     return min(255, 65536 // (32 * num_warps) // 8 * 8) if dtype == torch.float32 else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; without one (the interpreter) those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def next_power(size: int) -> int:
@@ -113,31 +122,45 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path} is no table of kernel configurations ({error!r}); see tile_tables.py") from error
 
 
+def nearest_arch(arch: int) -> int:
+    """The architecture with a table that is nearest to `arch`, the newer one of two."""
+    archs = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
+    return min(archs, key=lambda a: (abs(a - arch), -a))
+
+
 @functools.cache
 def table_for(gpu: str, arch: int) -> Table:
-    """The table of the GPU called `gpu` of compute capability `arch` (90 for 9.0), or of the nearest architecture.
+    """The table of the GPU called `gpu` of capability `arch` (90 for 9.0), merged over that of the nearest one.
 
-    Logs once if the table is not the GPU's own.
+    The GPU's own table may hold a part of the kernels and classes, as tuning leaves it when it is stopped; the others
+    are those of the architecture. Logs once if there is no table of the GPU.
     """
     own = TABLES / f"{gpu_slug(gpu)}.json"
-    if own.exists():
-        return read_table(own)
-    archs = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
-    nearest = min(archs, key=lambda a: (abs(a - arch), -a))
-    logger.info("no tuned table for %s (sm_%d): fastvst_kernels uses that of sm_%d", gpu, arch, nearest)
-    return read_table(TABLES / f"sm_{nearest}.json")
+    nearest = nearest_arch(arch)
+    base = read_table(TABLES / f"sm_{nearest}.json")
+    if not own.exists():
+        logger.info("no tuned table for %s (sm_%d): fastvst_kernels uses that of sm_%d", gpu, arch, nearest)
+        return base
+    tuned = read_table(own)
+    kernels = {**base.configs, **tuned.configs}
+    configs = {kernel: {**base.configs.get(kernel, {}), **tuned.configs.get(kernel, {})} for kernel in kernels}
+    return Table(tuned.name, tuned.arch, tuned.measured, configs)
 
 
-def config(kernel: str, shape: str, device: torch.device) -> tuple[int, ...]:
+def config(kernel: str, shape: str, device: torch.device, variant: str = "") -> tuple[int, ...]:
     """The numbers of `kernel` for a shape class on `device`.
 
     Without a GPU only Triton's interpreter can run a kernel; it uses the table of sm_90.
+
+    Args:
+        variant: of the kernel, such as PLAIN. The entry "<shape> <variant>" goes before that of the shape alone.
 
     Raises:
         ValueError: the table has no such entry.
     """
     table = _table_of(device)
-    numbers = table.configs.get(kernel, {}).get(shape)
+    entries = table.configs.get(kernel, {})
+    numbers = entries.get(f"{shape} {variant}") or entries.get(shape)
     if not numbers:
         raise ValueError(f"the table of {table.name} has no configuration for {kernel} at {shape}")
     return numbers

@@ -113,6 +113,19 @@ def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int) -> Compiled:
     )
 
 
+def memory_bits(cubin: bytes) -> dict[str, set[int]]:
+    """Widths in bits of the accesses to global memory: {"load": {128, 32}, "store": {128}}."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = _run("nvdisasm", "-c", file.name)
+    found: dict[str, set[int]] = {"load": set(), "store": set()}
+    for kind, options in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", code):
+        width = next((int(o) for o in re.findall(r"\.U?(64|128|16|8)\b", options)), 32)
+        found["load" if kind == "LDG" else "store"].add(width)
+    return found
+
+
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([str(BINARIES / tool), *arguments], capture_output=True, text=True)
     if done.returncode:

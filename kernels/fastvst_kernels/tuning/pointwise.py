@@ -41,7 +41,8 @@ SHAPES = {
 # The most promising first. Tuning may choose any of them, so tests run them all.
 CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     "rms_norm_forward": ((2, 4), (1, 4), (4, 8), (1, 8)),  # rows of a program, warps
-    "rms_norm_backward": ((1, 4, 528), (1, 8, 264), (2, 8, 264), (1, 8, 528)),  # rows of a step, warps, programs
+    # rows of a step, warps, programs of a multiprocessor
+    "rms_norm_backward": ((1, 4, 4), (1, 8, 2), (2, 8, 2), (1, 8, 4), (1, 8, 1), (1, 16, 1)),
     "swiglu_forward": ((4, 512, 4), (1, 1024, 4), (8, 512, 8)),  # rows, columns, warps
     "swiglu_backward": ((4, 512, 4), (1, 1024, 4), (8, 512, 8)),
     "rope_forward": ((16, 4), (8, 4), (32, 8), (8, 8)),  # tokens of a program, warps
@@ -91,7 +92,8 @@ def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any]
         values: dict[str, Any] = {"ADD": True, "WEIGHTED": True, "ROWS": numbers[0], **norm_kernels.constants(width)}
         return values, {"num_warps": numbers[1], "num_stages": 1 if kernel.endswith("backward") else 3}
     if name == "swiglu":
-        return {"ROWS": numbers[0], "BLOCK": numbers[1]}, {"num_warps": numbers[2], "num_stages": 3}
+        values = {"ROWS": numbers[0], "BLOCK": numbers[1]} | ({"AGAIN": True} if kernel.endswith("backward") else {})
+        return values, {"num_warps": numbers[2], "num_stages": 3}
     if name == "rope":
         values = {"SECTION0": width // 4, "SECTION1": width // 4, "HAS_BIAS": True, "TOKENS": numbers[0]}
         values |= {"HALF": width // 2, "PAIRS": next_power(width // 2)}
@@ -160,7 +162,13 @@ def _swiglu_backward(random: Random, device: torch.device, width: int) -> Run:
     gate, up = random(8192, 2 * 18944).chunk(2, 1)
     dgate, dup = random(8192, 2 * 18944).chunk(2, 1)
     dout = random(8192, 18944)
-    return lambda n: swiglu_kernels.backward(dout, gate, up, dgate, dup, n)
+    out = torch.empty_like(dout)
+
+    def run(numbers: Numbers) -> object:
+        swiglu_kernels.backward(dout, gate, up, dgate, dup, out, numbers)
+        return dgate, dup, out
+
+    return run
 
 
 def _rope_sizes(width: int) -> tuple[int, int, int, int, tuple[int, int]]:

@@ -1,7 +1,10 @@
 """Write the table of configurations for a GPU: `python -m fastvst_kernels.tuning`.
 
-Each kernel runs with every candidate on tensors of real size; the fastest candidate without spills goes into the table.
-The table is written after each shape class, so the command can be interrupted; the same command then resumes.
+Each kernel runs with every candidate on tensors of real size. The fastest one whose results agree with those of the
+table that the package ships goes into the table. A candidate may spill up to 128 bytes a thread: some of these are the
+fastest. The shape classes of the published models come first. The table is written after each shape class, so the
+command can be interrupted: it is complete at any time, with the architecture's entries for the classes that are not
+measured yet, and the same command resumes.
 
 `--compile-only ARCH` needs no GPU: it takes the first candidate that compiles cleanly. The package's `sm_XX.json` are
 made this way. `--recheck` compiles the entries of a table again and replaces those that are not clean by the next clean
@@ -22,11 +25,14 @@ from typing import Any
 
 import torch
 
-from fastvst_kernels.shared.tile_tables import TABLES, gpu_slug
+from fastvst_kernels.shared.tile_tables import TABLES, gpu_slug, nearest_arch, read_table
 from fastvst_kernels.tuning import attention, pointwise
 from fastvst_kernels.tuning.aot import Compiled
 
 Numbers = tuple[int, ...]
+MOST_SPILLED = 128  # bytes of a thread; a candidate with more is not measured
+# The classes of Qwen2.5-VL 3B and 7B in bfloat16: decoder, tower, norms of the tower and of both decoders.
+PUBLISHED = ("16x128", "16x80", "16", "16x3584", "16x1280", "16x2048")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Tunable:
         shapes: its shape classes.
         candidates: (shape class, arch) -> the configurations to choose from, most promising first.
         compiled: (shape class, numbers, arch) -> every variant that must be clean, compiled.
-        problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size.
+        problem: (shape class, device) -> run(numbers), which launches the kernel on tensors of real size and returns
+            its results.
     """
 
     shapes: tuple[str, ...]
@@ -89,12 +96,36 @@ def tunables() -> dict[str, Tunable]:
     return found | {kernel: _pointwise(kernel) for kernel in pointwise.KERNELS}
 
 
-def is_clean(tunable: Tunable, shape: str, numbers: Numbers, arch: int) -> bool:
-    """True if every variant compiles, spills nothing and fits shared memory."""
+def spilled(tunable: Tunable, shape: str, numbers: Numbers, arch: int) -> int | None:
+    """The most bytes that a variant spills; None if one does not compile or does not fit shared memory."""
+    most = 0
     try:
-        return all(made.fits and not made.spill_bytes for made in tunable.compiled(shape, numbers, arch))
+        for made in tunable.compiled(shape, numbers, arch):
+            if not made.fits:
+                return None
+            most = max(most, made.spill_bytes)
     except RuntimeError:  # the compiler fails on this configuration
-        return False
+        return None
+    return most
+
+
+def classes() -> list[tuple[str, Tunable, str]]:
+    """Every (kernel, its Tunable, shape class): those of the published models first, in their order."""
+    order = {shape: number for number, shape in enumerate(PUBLISHED)}
+    found = [(kernel, tunable, shape) for kernel, tunable in tunables().items() for shape in tunable.shapes]
+    return sorted(found, key=lambda entry: order.get(entry[2], len(order)))
+
+
+def agree(results: object, expected: object) -> bool:
+    """Whether the tensors of two launches are equal up to the rounding of another order of sums."""
+    ours, theirs = (x if isinstance(x, tuple) else (x,) for x in (results, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.numel():
+            wide = b.double()
+            bound = 64 * torch.finfo(a.dtype).eps * wide.abs().max()
+            if not torch.isfinite(a).all() or (a.double() - wide).abs().max() > bound:
+                return False
+    return True
 
 
 def choose(
@@ -106,31 +137,40 @@ def choose(
     *,
     start: Numbers = (),
 ) -> tuple[Numbers, float | None]:
-    """The fastest clean candidate on the target and its seconds, or without a device the first clean one.
+    """The fastest candidate on the target and its seconds, or without a device the first that spills nothing.
+
+    On a device the results of a candidate must agree with those of the first clean one.
 
     Args:
         start: the candidate to begin with; the first one follows the last one. If it is no candidate, the first.
 
     Raises:
-        RuntimeError: no candidate is clean.
+        RuntimeError: no candidate can be taken.
     """
     run = None if target.device is None else tunable.problem(shape, target.device)
     best: tuple[Numbers, float] | None = None
     candidates = tunable.candidates(shape, target.arch)
     first = candidates.index(start) if start in candidates else 0
+    expected: object = None
     for numbers in candidates[first:] + candidates[:first]:
-        if not is_clean(tunable, shape, numbers, target.arch):
-            report(f"{kernel} {shape} {numbers}: spills or does not fit")
+        spill = spilled(tunable, shape, numbers, target.arch)
+        if spill is None or spill > (0 if run is None else MOST_SPILLED):
+            report(f"{kernel} {shape} {numbers}: {'does not fit' if spill is None else f'spills {spill} bytes'}")
             continue
         if run is None:
             report(f"{kernel} {shape} {numbers}: clean, taken")
             return numbers, None
+        results = run(numbers)
+        expected = results if expected is None else expected
+        if not agree(results, expected):
+            report(f"{kernel} {shape} {numbers}: other results than the first candidate, left out")
+            continue
         seconds = median_seconds(lambda numbers=numbers: run(numbers))  # type: ignore[misc]
-        report(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms")
+        report(f"{kernel} {shape} {numbers}: {seconds * 1e3:.3f} ms" + (f", spills {spill} bytes" if spill else ""))
         if best is None or seconds < best[1]:
             best = (numbers, seconds)
     if best is None:
-        raise RuntimeError(f"no candidate of {kernel} at {shape} compiles for sm_{target.arch} without spills")
+        raise RuntimeError(f"no candidate of {kernel} at {shape} can be compiled for sm_{target.arch}")
     return best
 
 
@@ -160,29 +200,50 @@ def tune(
     table["configs"] = {}
     if path.exists():
         table = json.loads(path.read_text())
-    for kernel, tunable in tunables().items():
-        for shape in tunable.shapes:
-            done = table["configs"].setdefault(kernel, {})
-            if (shape in done and not recheck) or only not in f"{kernel}:{shape}":
-                continue
-            if time.monotonic() > deadline:
-                return False
-            held = tuple(done.get(shape, ()))
-            numbers, seconds = choose(kernel, tunable, shape, target, report, start=held)
-            done[shape] = list(numbers)
-            write_table(path, table)
-            measured = "" if seconds is None else f", {seconds * 1e3:.3f} ms"
-            report(f"{kernel} {shape}: {numbers}{measured} -> {path.name}")
+    if target.device is not None:
+        _fill(table, target.arch)
+        write_table(path, table)
+    untimed = table.get("untimed", {})
+    for kernel, tunable, shape in classes():
+        done = table["configs"].setdefault(kernel, {})
+        known = shape in done and shape not in untimed.get(kernel, ())
+        if (known and not recheck) or only not in f"{kernel}:{shape}":
+            continue
+        if time.monotonic() > deadline:
+            return False
+        held = tuple(done.get(shape, ()))
+        numbers, seconds = choose(kernel, tunable, shape, target, report, start=held)
+        done[shape] = list(numbers)
+        untimed[kernel] = [other for other in untimed.get(kernel, ()) if other != shape]
+        write_table(path, table)
+        measured = "" if seconds is None else f", {seconds * 1e3:.3f} ms"
+        report(f"{kernel} {shape}: {numbers}{measured} -> {path.name}")
     return True
 
 
+def _fill(table: dict[str, Any], arch: int) -> None:
+    """Give the table the entries of the architecture's one where it has none, and list them as "untimed"."""
+    base = read_table(TABLES / f"sm_{nearest_arch(arch)}.json").configs
+    untimed = table.setdefault("untimed", {})
+    for kernel, _, shape in classes():
+        done = table["configs"].setdefault(kernel, {})
+        if shape not in done and shape in base.get(kernel, {}):
+            done[shape] = list(base[kernel][shape])
+            untimed.setdefault(kernel, []).append(shape)
+
+
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write JSON with one line for each shape class; the rename leaves a whole file after an interruption."""
+    """Write JSON with one line for each shape class; the rename leaves a whole file after an interruption.
+
+    A table that is being measured lists under "untimed" the classes that it has from the architecture's table.
+    """
     lines = []
     for kernel, shapes in sorted(table["configs"].items()):
         rows = ",\n".join(f"   {json.dumps(shape)}: {json.dumps(numbers)}" for shape, numbers in sorted(shapes.items()))
         lines.append(f"  {json.dumps(kernel)}: {{\n{rows}\n  }}" if rows else f"  {json.dumps(kernel)}: {{}}")
     head = ", ".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in ("gpu", "arch", "measured"))
+    untimed = {kernel: shapes for kernel, shapes in table.get("untimed", {}).items() if shapes}
+    head += f', "untimed": {json.dumps(untimed)}' if untimed else ""
     text = "{" + head + ',\n "configs": {\n' + ",\n".join(lines) + "\n }\n}\n"
     partial = path.with_suffix(".partial")
     partial.write_text(text)

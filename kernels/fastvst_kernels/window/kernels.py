@@ -22,7 +22,7 @@ from torch import Tensor
 from fastvst_kernels.rope.kernels import cosine_sine
 from fastvst_kernels.rope.op import inverse_frequencies
 from fastvst_kernels.shared.tile_tables import next_power
-from fastvst_kernels.window.inputs import WindowInputs
+from fastvst_kernels.window.inputs import LARGEST_WINDOW, WindowInputs
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def probabilities(
     return p / tl.sum(p, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["patches"])
 def window_forward_kernel(
     qkv_ptr,
     bias_ptr,
@@ -235,7 +235,7 @@ def store_gradient(
         tl.store(sum_ptr + HALF + pair, tl.sum(b, 0), mask=pair < HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["patches"])
 def window_backward_kernel(
     dout_ptr,
     qkv_ptr,
@@ -412,7 +412,7 @@ def _arguments(inputs: WindowInputs, numbers: tuple[int, ...]) -> dict[str, Any]
         "HAS_BIAS": inputs.bias is not None,
         "HALF": half,
         "PAIRS": pairs_per_step(half, step),
-        "ROWS": max(16, next_power(inputs.max_window)),
+        "ROWS": LARGEST_WINDOW,  # of any pack: another number would be another compilation, and other bits
         "num_warps": warps,
         "num_stages": stages,
     }

@@ -12,7 +12,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from fastvst_kernels import add_rms_norm, mrope, packed_linear, rms_norm, swiglu, vision_rope
 from fastvst_kernels.activation import op as activation
 from fastvst_kernels.activation.op import swiglu_backward_op, swiglu_op, swiglu_reference
-from fastvst_kernels.linear import parallel_linear
 from fastvst_kernels.norm import op as norm
 from fastvst_kernels.norm.op import rms_norm_reference
 from fastvst_kernels.rope import op as rope
@@ -168,35 +167,11 @@ def test_packed_linear(bias):
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_parallel_linear(bias):
-    x = torch.randn(6, 5, **double)
-    weights = [torch.randn(n, 5, **double) for n in (3, 1)]
-    biases = [torch.randn(n, **double) for n in (3, 1)] if bias else []
-    same_with_gradients(
-        lambda x, *p: parallel_linear(x, p[:2], p[2:]),
-        lambda x, *p: tuple(x @ w.T + (p[2 + i] if bias else 0) for i, w in enumerate(p[:2])),
-        x,
-        *weights,
-        *biases,
-    )
-
-
-@pytest.mark.parametrize("linear", [packed_linear, parallel_linear])
-def test_projections_skip_what_is_frozen(linear):
+def test_projections_skip_what_is_frozen():
     x = torch.randn(6, 5)
     weights = [torch.randn(3, 5), torch.randn(2, 5, requires_grad=True)]
-    out = linear(x, weights)
-    (out if torch.is_tensor(out) else out[1]).sum().backward()
+    packed_linear(x, weights).sum().backward()
     assert weights[0].grad is None and weights[1].grad is not None and x.grad is None
-
-
-def test_gradients_of_parameters_are_dense():
-    """Autograd copies a gradient that is not dense, and optimizers and FSDP2 expect dense ones."""
-    x = torch.randn(6, 35)
-    weights = [torch.randn(3, 35, requires_grad=True) for _ in range(2)]
-    sum(out.sum() for out in parallel_linear(x, weights)).backward()
-    assert all(w.grad.is_contiguous() for w in weights)
 
 
 def test_operators_pass_opcheck():

@@ -1,4 +1,4 @@
-"""The two halves of a block: `light` has the bits of the plain operators and keeps less; both follow the formula."""
+"""The two halves of a block: `light` has the bits of keeping everything and keeps less; both follow the formula."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastvst_kernels.norm.op import rms_norm_reference
-from fastvst_kernels.recompute import gated_mlp, norm_qkv, project_add_norm
+from fastvst_kernels.recompute import BlockEnd, norm_qkv, project_norm_mlp
 
 WIDTH = 24
 INNER = 40
@@ -20,17 +20,17 @@ def layers(dtype: torch.dtype, *, bias: bool) -> nn.ModuleDict:
         "norm2": nn.RMSNorm(WIDTH, eps=1e-5),
         "qkv": nn.Linear(WIDTH, 3 * WIDTH, bias=bias),
         "proj": nn.Linear(WIDTH, WIDTH, bias=bias),
-        "gate": nn.Linear(WIDTH, INNER, bias=bias),
-        "up": nn.Linear(WIDTH, INNER, bias=bias),
+        "gate_up": nn.Linear(WIDTH, 2 * INNER, bias=bias),
         "down": nn.Linear(INNER, WIDTH, bias=bias),
     }
     return nn.ModuleDict(made).to(dtype)
 
 
-def block(m: nn.ModuleDict, x: torch.Tensor, light: bool, keep: bool = True) -> torch.Tensor:
-    q, k, v = norm_qkv(x, m["norm1"], [m["qkv"]], light=light).chunk(3, dim=1)
-    x, h = project_add_norm(q * k.tanh() + v, m["proj"], x, m["norm2"], light=light)
-    return x + gated_mlp(h, m["gate"], m["up"], m["down"], keep=keep)
+def block(m: nn.ModuleDict, x: torch.Tensor, light: bool, keep_product: bool = True) -> torch.Tensor:
+    qkv, x = norm_qkv(x, m["norm1"], m["qkv"], light=light)
+    q, k, v = qkv.chunk(3, dim=1)
+    end = BlockEnd(m["proj"], m["norm2"], m["gate_up"], m["down"])
+    return project_norm_mlp(q * k.tanh() + v, x, end, light=light, keep_product=keep_product)
 
 
 def formula(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ def formula(m: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
     q, k, v = (norm(x, m["norm1"]) @ m["qkv"].weight.T).chunk(3, dim=1)
     x = m["proj"](q * k.tanh() + v) + x
-    h = norm(x, m["norm2"])
-    return x + m["down"](nn.functional.silu(m["gate"](h)) * m["up"](h))
+    gate, up = m["gate_up"](norm(x, m["norm2"])).chunk(2, dim=1)
+    return x + m["down"](nn.functional.silu(gate) * up)
 
 
 def gradients(function, m: nn.ModuleDict, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,77 +53,94 @@ def gradients(function, m: nn.ModuleDict, x: torch.Tensor) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("keep", [True, False])
-def test_light_has_the_bits_of_the_plain_operators(dtype, bias, keep):
+@pytest.mark.parametrize("rows", [9, 1, 70])
+def test_light_has_the_bits_of_keeping_everything(dtype, bias, rows):
     m = layers(dtype, bias=bias)
-    x = torch.randn(9, WIDTH).to(dtype)
+    x = torch.randn(rows, WIDTH).to(dtype)
     plain = gradients(lambda x: block(m, x, False), m, x)
-    light = gradients(lambda x: block(m, x, True, keep), m, x)
-    assert plain.keys() == light.keys() and len(plain) >= 9
-    assert all(torch.equal(light[name], value) for name, value in plain.items())
+    assert len(plain) >= 8
+    for keep_product in (True, False):
+        light = gradients(lambda x, keep=keep_product: block(m, x, True, keep), m, x)
+        assert plain.keys() == light.keys()
+        assert all(torch.equal(light[name], value) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("light", [False, True])
-def test_the_block_follows_the_formula(light):
-    m = layers(torch.float32, bias=True)
-    x = torch.randn(9, WIDTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_block_is_as_near_to_the_formula_in_float64_as_plain_operators_are(light, dtype):
+    m = layers(dtype, bias=True)
+    x = torch.randn(300, WIDTH).to(dtype)
     ours = gradients(lambda x: block(m, x, light), m, x)
+    plain = gradients(lambda x: formula(m, x), m, x)
     wide = m.double()
     for name, want in gradients(lambda x: formula(wide, x), wide, x.double()).items():
-        torch.testing.assert_close(ours[name].double(), want, rtol=1e-4, atol=1e-4)
+        error, theirs = ((found[name].double() - want).norm().item() for found in (ours, plain))
+        # The gradients of norms and biases come from a product on the CPU, which adds the rows one after the other.
+        assert error <= (5 if name.startswith("norm") or name.endswith("bias") else 2) * theirs, name
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_light_keeps_the_inputs_of_the_products_that_are_not_computed_again(keep):
+def test_light_keeps_the_inputs_of_the_products_that_are_not_computed_again():
     m = layers(torch.float32, bias=False)
     own = {p.data_ptr() for p in m.parameters()}
     x = torch.randn(9, WIDTH, requires_grad=True)
     a = torch.randn(9, WIDTH, requires_grad=True)
     kept: dict[int, torch.Tensor] = {}
 
-    def note(tensor):
+    def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        total, h = project_add_norm(a, m["proj"], x, m["norm2"], light=True)
-        out = total + gated_mlp(h, m["gate"], m["up"], m["down"], keep=keep)
-    shapes = sorted(tuple(t.shape) for key, t in kept.items() if key not in own)
-    assert shapes == [(9, WIDTH), (9, WIDTH), *[(9, INNER)] * (2 * keep)] and out.shape == x.shape
-    assert {x.data_ptr(), a.data_ptr()} <= kept.keys()
+    end = BlockEnd(m["proj"], m["norm2"], m["gate_up"], m["down"])
+    for keep_product, more in ((True, [(9, 2 * INNER)]), (False, [])):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = project_norm_mlp(a, x, end, light=True, keep_product=keep_product)
+        shapes = sorted(tuple(t.shape) for key, t in kept.items() if key not in own)
+        assert shapes == [(9, WIDTH), (9, WIDTH), *more] and out.shape == x.shape
+        assert {x.data_ptr(), a.data_ptr()} <= kept.keys()
 
 
-@pytest.mark.parametrize("frozen", ["norm1", "norm2", "qkv", "proj", "gate", "up", "down"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_frozen_layers_get_no_gradient_and_the_rest_keeps_its(frozen, keep):
+@pytest.mark.parametrize("frozen", ["norm1", "norm2", "qkv", "proj", "gate_up", "down", "proj gate_up norm1 norm2 qkv"])
+@pytest.mark.parametrize("keep_product", [False, True])
+def test_frozen_layers_get_no_gradient_and_the_rest_keeps_its(frozen, keep_product):
     m = layers(torch.float32, bias=True)
     x = torch.randn(9, WIDTH)
-    whole = gradients(lambda x: block(m, x, True, keep), m, x)
-    m[frozen].requires_grad_(False)
-    rest = gradients(lambda x: block(m, x, True, keep), m, x)
-    assert rest.keys() == {name for name in whole if not name.startswith(frozen + ".")}
+    whole = gradients(lambda x: block(m, x, True, keep_product), m, x)
+    for name in frozen.split():
+        m[name].requires_grad_(False)
+    rest = gradients(lambda x: block(m, x, True, keep_product), m, x)
+    assert rest.keys() == {name for name in whole if name.split(".")[0] not in frozen.split()}
     assert all(torch.equal(value, whole[name]) for name, value in rest.items())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_frozen_mlp_passes_its_gradient_on_and_one_without_any_trained_input_has_none(bias):
-    m = layers(torch.float32, bias=bias)
-    x = torch.randn(9, WIDTH)
-    for frozen in (("gate", "up", "down"), ("gate", "up", "norm2", "proj", "qkv", "norm1")):
-        m.requires_grad_(True)
-        for name in frozen:
-            m[name].requires_grad_(False)
-        kept = gradients(lambda x: block(m, x, True), m, x)
-        again = gradients(lambda x: block(m, x, True, keep=False), m, x)
-        assert kept.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in kept.items())
-    m.zero_grad()
+def test_only_the_last_layer_trains_and_the_input_needs_no_gradient():
+    m = layers(torch.float32, bias=True)
+    whole = gradients(lambda x: block(m, x, True), m, torch.ones(5, WIDTH))
     m.requires_grad_(False)
     m["down"].requires_grad_(True)
-    a = torch.randn(9, WIDTH)
-    _, h = project_add_norm(a, m["proj"], x, m["norm2"], light=True)
-    gated_mlp(h, m["gate"], m["up"], m["down"], keep=False).sum().backward()
-    want = m["down"].weight.grad.clone()
     m.zero_grad()
-    _, h = project_add_norm(a, m["proj"], x, m["norm2"], light=True)
-    gated_mlp(h, m["gate"], m["up"], m["down"]).sum().backward()
-    assert torch.equal(want, m["down"].weight.grad) and (m["down"].bias is None) != bias
+    block(m, torch.ones(5, WIDTH), True).square().sum().backward()
+    assert torch.equal(m["down"].weight.grad, whole["down.weight"])
+
+
+def test_the_norms_gradient_is_added_to_that_of_the_residual_in_one_operation():
+    """Nothing but matrix products and the package's own operators touches (T, ...) tensors in the backward pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    m = layers(torch.float32, bias=False).to("meta")
+    x = torch.empty(9, WIDTH, device="meta", requires_grad=True)
+    qkv, y = norm_qkv(x, m["norm1"], m["qkv"], light=True)
+    out = project_norm_mlp(qkv[:, :WIDTH], y, BlockEnd(m["proj"], m["norm2"], m["gate_up"], m["down"]), light=True)
+    with Seen() as seen:
+        out.backward(torch.empty_like(out))
+    assert "aten::add" not in seen.names and "aten::add_" not in seen.names
+    assert seen.names.count("fastvst::rms_norm_backward") == 2 and seen.names.count("aten::mm") == 9

@@ -22,7 +22,7 @@ from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
 def choose(monkeypatch: pytest.MonkeyPatch, module: ModuleType, numbers: dict[str, tuple[int, ...]]) -> None:
     """The operators of a module use these configurations instead of those of the table."""
-    monkeypatch.setattr(module, "config", lambda kernel, shape, device: numbers[kernel])
+    monkeypatch.setattr(module, "config", lambda kernel, shape, device, variant="": numbers[kernel])
 
 
 def pairs(family: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -95,7 +95,7 @@ def test_swiglu(monkeypatch, numbers, dtype):
 
 
 def test_swiglu_of_rows_with_gaps():
-    """The layouts that `aligned_mm` makes; the gradient has another layout than gate and up."""
+    """Rows that lie apart; the gradient has another layout than gate and up."""
     gate, up = (torch.randn(9, 32)[:, :20] for _ in range(2))
     dout = torch.randn(9, 24)[:, :20]
     dense = [x.contiguous() for x in (gate, up, dout)]
