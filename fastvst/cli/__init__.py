@@ -43,6 +43,11 @@ COMMANDS = {
         "fastvst.cli.scripts",
         run="copy",
     ),
+    "plan": Command(
+        "estimate step time, hours and disk of a training run from stated peaks",
+        "fastvst plan --config examples/vst.toml --model.size 7b --gpus 8 --device h100",
+        "fastvst.cli.plan",
+    ),
     "rooms": Command(
         "render furnished rooms and write questions about them",
         "fastvst rooms make --out rows --samples 2000",

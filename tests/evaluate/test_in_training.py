@@ -74,10 +74,14 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_rows(places: dic
 @pytest.mark.slow
 def test_two_ranks_get_the_figures_of_one_and_the_curve_of_two(places: dict[str, Path], tmp_path: Path) -> None:
     path = f"{places['held']},choice={places['held']}"
-    run_ranks(run_sft, 2, _command(places, tmp_path / "two", "evaluation.rows=3", path=path))
+    run_ranks(run_sft, 2, _command(places, tmp_path / "two", "evaluation.rows=3", "evaluation.every=8", path=path))
     run_ranks(run_sft, 2, arguments(tmp_path / "plain", places["data"], places["model"], "steps=8"))
     assert curve(tmp_path / "two") == curve(tmp_path / "plain")
-    sft.main(_command(places, tmp_path / "one", "loader.accumulation=2", "evaluation.rows=3", path=path))
+    sft.main(
+        _command(
+            places, tmp_path / "one", "loader.accumulation=2", "evaluation.rows=3", "evaluation.every=8", path=path
+        )
+    )
     for one, two in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)  # of models that differ by rounding
         assert two["accuracies"] == one["accuracies"] and two["targets"] == one["targets"]

@@ -1,0 +1,90 @@
+"""`fastvst plan`: how long a step of supervised fine-tuning takes, before anybody has run it."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fastvst.data.loader import LoaderConfig
+from fastvst.model import ModelConfig
+from fastvst.model.recompute import AUTO, Recompute, describe
+from fastvst.train.plan import DEVICES, NODE, STATE_BYTES, Ceilings, PackShape, count_parameters, plan_step
+
+SIZES = ("3b", "7b", "32b", "72b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastvst plan`."""
+    default = PackShape()
+    parser.add_argument("--config", type=Path, help="settings of examples/sft.py, such as examples/vst.toml")
+    parser.add_argument("--model.size", dest="size", choices=SIZES, default="7b", help="a published size (7b)")
+    parser.add_argument("--model.path", dest="path", help="folder of a checkpoint, instead of --model.size")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, 8 in a node (8)")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="kind of GPU (h100)")
+    parser.add_argument("--recompute", help="what backward computes again; default: as --config says, else full")
+    parser.add_argument("--vision-share", type=float, default=default.vision, help="share of vision tokens (0.6)")
+    parser.add_argument("--sequence", type=int, default=default.sequence, help="tokens of a sequence (4096)")
+    parser.add_argument("--image", type=int, default=default.image, help="patches of an image (4096)")
+    parser.add_argument("--targets", type=float, default=default.targets, help="share of supervised tokens (0.25)")
+    parser.add_argument("--ceilings", type=Path, help="file that python -m bench.gpu.ceilings --out FILE has written")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print milliseconds by part, tokens/s, hours, disk and host memory.
+
+    Raises:
+        ValueError, OSError: an impossible number of GPUs or pack, or a file that cannot be read.
+    """
+    if arguments.gpus < 1 or (arguments.gpus > NODE and arguments.gpus % NODE):
+        raise ValueError(f"--gpus is {arguments.gpus}; expected 1 to {NODE}, or a multiple of {NODE}")
+    settings = tomllib.loads(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
+    if "sampling" in settings:
+        raise ValueError(f"{arguments.config} has settings of examples/rl.py; a plan is about examples/sft.py")
+    config = ModelConfig.from_pretrained(arguments.path) if arguments.path else ModelConfig.preset(arguments.size)
+    device = DEVICES[arguments.device]
+    ceilings = Ceilings.stated(device)
+    if arguments.ceilings:
+        ceilings = ceilings.measured(arguments.ceilings)
+    loader = _section(settings, "loader", {"tokens_per_pack": LoaderConfig().tokens_per_pack, "accumulation": 1})
+    optimizer = _section(settings, "optimizer", {"state": "fp32", "freeze": []})
+    given: Recompute = arguments.recompute or _section(settings, "model", {"recompute": AUTO})["recompute"]
+    shape = PackShape(
+        loader["tokens_per_pack"], arguments.vision_share, arguments.sequence, arguments.image, arguments.targets
+    )
+    plan = plan_step(
+        config,
+        shape,
+        device,
+        ceilings,
+        gpus=arguments.gpus,
+        packs=loader["accumulation"],
+        recompute="full" if given == AUTO else given,
+        state_bytes=STATE_BYTES[optimizer["state"]],
+    )
+    policy = "auto, counted as full, the slowest" if given == AUTO else describe(given)
+    print(f"{arguments.gpus} x {arguments.device}: {device.source}; every figure is a model unless marked measured")
+    print(
+        f"{plan.packs} packs on each GPU of {shape.tokens:,} tokens, {shape.vision:.0%} of images, sequences of "
+        f"{shape.sequence:,} tokens, images of {shape.image:,} patches; recompute {policy}"
+    )
+    print(plan.table())
+    print(f"tokens/s of each GPU: {plan.packs * shape.tokens / plan.seconds:,.0f} (model)")
+    if settings.get("steps"):
+        hours = settings["steps"] * plan.seconds / 3600
+        print(f"{settings['steps']:,} steps: {hours:,.1f} hours, {hours * arguments.gpus:,.0f} GPU hours (model)")
+    parameters = count_parameters(config)
+    saved = parameters * (STATE_BYTES[optimizer["state"]] - (4 if optimizer["state"] == "fp32" else 2))
+    print(
+        f"disk: {(saved + 2 * parameters) / 1e9:,.0f} GB for a checkpoint with its Hugging Face directory\n"
+        f"host memory: {saved / 1e9:,.0f} GB on all nodes together for the copies from which checkpoints are written\n"
+        "GPU memory: `fastvst sft --dry-run` with your data and the same settings"
+    )
+    if optimizer["freeze"]:
+        print(f"{', '.join(optimizer['freeze'])} is frozen; the time counts it as trained, so it is an upper bound")
+
+
+def _section(settings: dict[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section of the settings, with the script's defaults."""
+    return defaults | {key: value for key, value in settings.get(name, {}).items() if key in defaults}
