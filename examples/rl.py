@@ -57,6 +57,7 @@ from fastvst.rollout import RolloutError
 from fastvst.train import guard
 from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
+from fastvst.train.fitting import show
 from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import LogConfig, Metrics, memory_gib
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
@@ -85,12 +86,11 @@ class ModelOptions:
 
     Attributes:
         path: directory of a Qwen2.5-VL checkpoint; none = runs/sft/hf, which examples/sft.py writes if it is missing.
-        recompute: activations that backward computes again instead of keeping them: "light" = norms, activation
-            functions and rotary embeddings; "full" = whole blocks.
+        recompute: activations that backward computes again instead of keeping them, as in examples/sft.py.
     """
 
     path: str | None = None
-    recompute: Literal["none", "light", "full"] = "none"
+    recompute: str | dict[str, str] = "auto"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Config:
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what a step would cost, and end.
+        device_memory: GB of each GPU that a dry run answers for; none = of the GPU that there is.
         bad_samples: stop when a larger share of the rows cannot be used; <out>/ledger-*.jsonl lists them.
         origins: (option, where its value comes from) of values that are not the defaults below.
     """
@@ -116,6 +117,7 @@ class Config:
     resume: str = ""
     resume_data: Literal["same", "anew"] = "same"
     dry_run: bool = False
+    device_memory: float | None = None
     bad_samples: float = 0.05
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
@@ -160,10 +162,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         return
     budget.check(config)
     config = dataclasses.replace(config, update=resolve_old_logprobs(config.update, config.sampling))
-    with joined(config.parallel, environment) as (world, stop):
+    with joined(config.parallel, environment, config.optimizer.weights) as (world, stop):
         if config.model.path is None:
             path = world.once_per_node("start model", lambda: supervised_model(Path(__file__).with_name("sft.py")))
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+        config = budget.resolve_recompute(config, world)
         world.say(render(config, dict(config.origins)), world.describe())
         if config.dry_run:
             dry_run(config, world)
@@ -174,13 +177,14 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 # ------------------------------------------------------------------------------------------------------- model and data
 
 
-def load_model(config: Config, world: World) -> Qwen25VL:
+def load_model(config: Config, world: World, weights_dtype: torch.dtype) -> Qwen25VL:
     return build_model(
         world,
         path=config.model.path,
         frozen=config.optimizer.freeze,
         recompute=config.model.recompute,
         reshard=config.parallel.reshard,
+        weights_dtype=weights_dtype,
     )
 
 
@@ -288,7 +292,7 @@ def improve(
             first = epoch == 0 and index == 0
             losses = []
             stats = []
-            for pack in batch.packs:
+            for pack in (pack.to(world.device) for pack in batch.packs):
                 loss, found = model(
                     pack.batch, head=policy.policy_head(pack, objective, temperature, first=first), vision=pack.vision
                 )
@@ -322,8 +326,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     resume_from = open_run_folder(out, config.resume, world)
     mixture, test_rows = find_data(config.data, config.rooms, config.evaluation, world)
     processor = build_processor(config.processor, config.model.path).with_uint8_patches()
-    model = load_model(config, world)
-    reference = None if config.update.kl == "none" else policy.as_reference(load_model(config, world))
+    model = load_model(config, world, config.optimizer.weights)
+    stored = policy.reference_dtype(config.optimizer.weights, world)
+    reference = None if config.update.kl == "none" else policy.as_reference(load_model(config, world, stored))
     optimizer = make_optimizer(model, config.optimizer)
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
     ledger = Ledger(out / f"ledger-{world.rank:05d}.jsonl", config.bad_samples, min_samples=200, deferred=True)
@@ -384,6 +389,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 break
             filtered = rollouts.filtered
             log.write(step + 1, rollouts.records)
+            engine.release()
             started = time.perf_counter()
             with config.sampling.numerics_context():
                 found, sharing, recent = improve(
@@ -436,7 +442,7 @@ def dry_run(config: Config, world: World) -> None:
     mixture, _ = find_data(config.data, config.rooms, config.evaluation, world)
     if world.is_main:
         processor = build_processor(config.processor, config.model.path)
-        print(budget.dry_run(config, open_prompts(config, mixture, processor, Ledger()), world), flush=True)
+        show(*budget.dry_run(config, open_prompts(config, mixture, processor, Ledger()), world))
 
 
 if __name__ == "__main__":

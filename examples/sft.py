@@ -43,6 +43,7 @@ from fastvst.model import Qwen25VL
 from fastvst.train import budget, guard, model_card
 from fastvst.train.checkpoint import CheckpointConfig
 from fastvst.train.distributed import ParallelConfig, World
+from fastvst.train.fitting import show
 from fastvst.train.guard import GuardConfig
 from fastvst.train.metrics import Metrics, StepLogConfig, memory_gib, of_world
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
@@ -81,13 +82,14 @@ class ModelOptions:
         path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights
             (and, for "tiny", a pretrained vision tower: see `Qwen25VL.fresh`).
         preset: "tiny", whose tokenizer is a part of this package. The published sizes need `path` for their tokenizer.
-        recompute: activations that backward computes again instead of keeping them: "light" = norms, activation
-            functions and rotary embeddings; "full" = whole blocks.
+        recompute: activations that backward computes again instead of keeping them: "none"; "light" = norms, activation
+            functions and so on; "full" = whole blocks; {vision = "full", decoder = "light:12,full"} = by tower, and
+            light in the first 12 blocks; "auto" = on a GPU the fastest that fits it, on a CPU "none".
     """
 
     path: str | None = None
     preset: str = "tiny"
-    recompute: Literal["none", "light", "full"] = "none"
+    recompute: str | dict[str, str] = "auto"
 
 
 STEPS = 1300  # of the rooms' demonstration
@@ -106,6 +108,7 @@ class Config:
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what the run would cost, and end.
+        device_memory: GB of each GPU that a dry run answers for; none = of the GPU that there is.
         origins: (option, where its value comes from) of values that are not the defaults below.
     """
 
@@ -115,6 +118,7 @@ class Config:
     resume: str = ""
     resume_data: Literal["same", "anew"] = "same"
     dry_run: bool = False
+    device_memory: float | None = None
     model: ModelOptions = ModelOptions()
     data: MixtureConfig = MixtureConfig(sources=(), shuffle_buffer=200)
     # Images of 320 x 240 become 24 tokens. The virtual camera of 3D detection has the same scale.
@@ -140,7 +144,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     config = read(arguments)
     if config is None:
         return
-    with joined(config.parallel, environment) as (world, stop):
+    with joined(config.parallel, environment, config.optimizer.weights) as (world, stop):
+        config = budget.resolve_recompute(config, model_config(config.model.path, config.model.preset), world)
         world.say(render(config, dict(config.origins)), world.describe())
         if config.dry_run:
             dry_run(config, world)
@@ -245,6 +250,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         frozen=config.optimizer.freeze,
         recompute=config.model.recompute,
         reshard=config.parallel.reshard,
+        weights_dtype=config.optimizer.weights,
     )
     optimizer = make_optimizer(model, config.optimizer)
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
@@ -383,16 +389,9 @@ def dry_run(config: Config, world: World) -> None:
     """Parameters, packs of the first 200 samples, FLOPs and memory; nothing is trained or written."""
     mixture, _ = find_data(config.data, config.rooms, world)
     if world.is_main:
-        text = budget.dry_run(
-            model_config(config.model.path, config.model.preset),
-            build_processor(config.processor, config.model.path, config.model.preset),
-            open_data(mixture),
-            config.loader,
-            world,
-            recompute=config.model.recompute,
-            frozen=config.optimizer.freeze,
-        )
-        print(text, flush=True)
+        model = model_config(config.model.path, config.model.preset)
+        processor = build_processor(config.processor, config.model.path, config.model.preset)
+        show(*budget.dry_run(config, model, processor, open_data(mixture), world))
 
 
 if __name__ == "__main__":

@@ -267,6 +267,9 @@ def _find(root: type[Any], name: str) -> Any:
     annotation: Any = root
     for part in name.split("."):
         cls = _unwrap(annotation)[0]
+        tables = [kind for kind in typing.get_args(cls) if typing.get_origin(kind) is dict]
+        if typing.get_origin(cls) in (Union, types.UnionType) and tables:  # `str | dict[str, str]`
+            cls = tables[0]
         if typing.get_origin(cls) is dict:
             annotation = typing.get_args(cls)[1]
             continue

@@ -1,4 +1,4 @@
-"""Bytes that a block keeps for the backward pass, counted by running it on tensors without memory.
+"""Bytes that a block keeps for the backward pass and needs in it, counted by running it on tensors without memory.
 
 The block runs on fake CPU tensors, and hooks on saved tensors count what autograd keeps. A storage counts once, however
 often it is saved; parameters do not count. The kernels on a GPU keep the same, except for the logsumexp of the windows
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastvst.model.config import ModelConfig
 from fastvst.model.decoder import DecoderLayer
 from fastvst.model.layers import run_block
+from fastvst.model.live_bytes import LiveBytes
 from fastvst.model.recompute import of_blocks
 from fastvst.model.vision import VisionBlock
 from fastvst_kernels import packed_attention
 
 ROWS = (1024, 2048)  # the difference of two sizes contains only what grows with the rows
+WINDOW = 64  # patches in a window of the published models
 
 
 def decoder_bytes_per_token(config: ModelConfig, recompute: str, dtype: torch.dtype) -> float:
@@ -39,47 +42,89 @@ def vision_bytes_per_patch(config: ModelConfig, recompute: str, dtype: torch.dty
 @functools.cache
 def layer_bytes(config: ModelConfig, policy: str, dtype: torch.dtype) -> float:
     """Bytes for each token that one layer of the decoder keeps under "none", "light" or "full"."""
-
-    def run(rows: int) -> int:
-        with torch.device("meta"):
-            layer = DecoderLayer(config, 0)
-
-        def forward(x: Tensor) -> Tensor:
-            positions = torch.zeros(3, rows, dtype=torch.int32)
-            offsets = torch.zeros(2, dtype=torch.int32)
-
-            def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return packed_attention(q, k, v, offsets, causal=True, max_seqlen=rows)
-
-            known.extend((positions, offsets))
-            return run_block(layer, policy, x, positions, attend)
-
-        known: list[Tensor] = []  # tensors of the batch, not of a layer
-        return _kept(layer, forward, rows, config.hidden_size, dtype, known)
-
-    return _slope(run)
+    return _slope(lambda rows: _kept(_layer(config, policy, rows, dtype)))
 
 
 @functools.cache
 def block_bytes(config: ModelConfig, policy: str, dtype: torch.dtype, *, windowed: bool) -> float:
     """Bytes for each patch that one block of the vision tower keeps under "none", "light" or "full"."""
-    v = config.vision
+    return _slope(lambda rows: _kept(_block(config, policy, rows, dtype, windowed)))
 
-    def run(rows: int) -> int:
-        with torch.device("meta"):
-            block = VisionBlock(v, windowed=windowed)
-        longest = 64 if windowed else rows
 
-        def forward(x: Tensor) -> Tensor:
-            positions = torch.zeros(rows, 2, dtype=torch.int32)
-            offsets = torch.zeros(rows // longest + 1, dtype=torch.int32)
-            known.extend((positions, offsets))
-            return run_block(block, policy, x, positions, offsets, longest)
+@functools.cache
+def layer_work(config: ModelConfig, policy: str, dtype: torch.dtype, tokens: int, *, trained: bool = True) -> int:
+    """The most bytes that the backward pass of a decoder layer holds beyond what it keeps.
 
-        known: list[Tensor] = []
-        return _kept(block, forward, rows, v.hidden_size, dtype, known)
+    Gradients of the output and of the parameters count, and with "full" what the layer computes again.
 
-    return _slope(run)
+    Args:
+        trained: False = the parameters have no gradients.
+    """
+    return _work(_layer(config, policy, tokens, dtype), trained)
+
+
+@functools.cache
+def block_work(config: ModelConfig, policy: str, dtype: torch.dtype, patches: int, *, trained: bool = True) -> int:
+    """`layer_work` of a block of the vision tower with attention in whole frames, which holds the most."""
+    return _work(_block(config, policy, patches, dtype, False), trained)
+
+
+class _Subject(NamedTuple):
+    """A block on tensors without memory.
+
+    Attributes:
+        forward: runs the block on its input under a policy.
+        x: (rows, width), the input.
+        known: tensors of the batch, which are no part of the block.
+    """
+
+    mode: FakeTensorMode
+    block: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    x: Tensor
+    known: tuple[Tensor, ...]
+
+
+def _layer(config: ModelConfig, policy: str, rows: int, dtype: torch.dtype) -> _Subject:
+    """A layer of the decoder."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, 0)
+    with FakeTensorMode() as mode:
+        positions = torch.zeros(3, rows, dtype=torch.int32)
+        offsets = torch.zeros(2, dtype=torch.int32)
+        x = torch.empty(rows, config.hidden_size, dtype=dtype, requires_grad=True)
+        _fake_parameters(layer, dtype)
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, offsets, causal=True, max_seqlen=rows)
+
+    def forward(x: Tensor) -> Tensor:
+        return run_block(layer, policy, x, positions, attend)
+
+    return _Subject(mode, layer, forward, x, (positions, offsets))
+
+
+def _block(config: ModelConfig, policy: str, rows: int, dtype: torch.dtype, windowed: bool) -> _Subject:
+    """A block of the vision tower."""
+    longest = WINDOW if windowed else rows
+    with torch.device("meta"):
+        block = VisionBlock(config.vision, windowed=windowed)
+    with FakeTensorMode() as mode:
+        positions = torch.zeros(rows, 2, dtype=torch.int32)
+        offsets = torch.zeros(rows // longest + 1, dtype=torch.int32)
+        x = torch.empty(rows, config.vision.hidden_size, dtype=dtype, requires_grad=True)
+        _fake_parameters(block, dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        return run_block(block, policy, x, positions, offsets, longest)
+
+    return _Subject(mode, block, forward, x, (positions, offsets))
+
+
+def _fake_parameters(block: nn.Module, dtype: torch.dtype) -> None:
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
 
 
 def _slope(run: Callable[[int], int]) -> float:
@@ -87,28 +132,25 @@ def _slope(run: Callable[[int], int]) -> float:
     return (run(many) - run(few)) / (many - few)
 
 
-def _kept(
-    block: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    known: list[Tensor],
-) -> int:
-    """Bytes of the storages that `forward` saves: its input counts, `known` tensors and parameters do not."""
+def _kept(subject: _Subject) -> int:
+    """Bytes of the storages that the forward pass saves: its input counts, known tensors and parameters do not."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor  # the reference keeps the storage alive and its key unique
         return tensor
 
-    with FakeTensorMode():
-        for module in block.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                fake = torch.empty(parameter.shape, dtype=dtype)
-                setattr(module, name, nn.Parameter(fake))
-        x = torch.empty(rows, width, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward(x)
-    excluded = {t.untyped_storage()._cdata for t in (*block.parameters(), *known)}
+    with subject.mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        subject.forward(subject.x)
+    excluded = {t.untyped_storage()._cdata for t in (*subject.block.parameters(), *subject.known)}
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in excluded)
+
+
+def _work(subject: _Subject, trained: bool) -> int:
+    subject.block.requires_grad_(trained)
+    with subject.mode, LiveBytes() as live:
+        live.see(subject.x, *subject.block.parameters(), *subject.known)
+        y = subject.forward(subject.x)
+        before = live.reset()
+        y.backward(torch.empty_like(y))
+    return live.peak - before  # y counts in both: the block above has freed it by then

@@ -9,11 +9,18 @@ from fastvst.config import ConfigError
 from fastvst.data.probe import probe
 from fastvst.model import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops
+from fastvst.model.kept_bytes import layer_bytes
 from fastvst.rl.policy_update import make_objective
 from fastvst.rl.prompts import Prompt, PromptStream
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
-from fastvst.train.budget import GIB, Memory, Placement, estimate_memory
+from fastvst.rollout import EngineConfig
+from fastvst.rollout.kv_cache import page_bytes
+from fastvst.train.budget import NO_DEVICE
 from fastvst.train.distributed import World
+from fastvst.train.fitting import GB, SHARE, Job, device_bytes, verdict, with_recompute
+from fastvst.train.memory import GIB, Load, Memory, Placement, count_parameters
+
+PREFILL_TOKENS = EngineConfig().prefill_tokens  # prompt tokens that the engine computes at once
 
 
 def check(config: Any) -> None:
@@ -100,7 +107,39 @@ def one_reward(config: RewardConfig, prompt: Prompt) -> str:
     return f"reward for prompt {prompt.sample.source}/{prompt.sample.id}: {'; '.join(shown)}"
 
 
-def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 100) -> str:
+def job_of(config: Any, model: ModelConfig, world: World, image_tokens: float | None = None) -> Job:
+    """What the memory of the update depends on; with device_memory as if every process had a GPU.
+
+    Args:
+        image_tokens: of a prompt; default the most that it may have.
+    """
+    placement = Placement.of(world, on_gpu=config.device_memory is not None)
+    size = placement.compute.itemsize
+    extra = {}
+    if config.update.kl != "none":
+        extra["reference model"] = sum(count_parameters(model, padding=True).values()) * float(size) / placement.shards
+    if {"vision", "merger"} <= set(config.optimizer.freeze):
+        tokens = config.processor.max_seq_len if image_tokens is None else image_tokens
+        extra["image features"] = -(-config.sampling.prompts // world.size) * tokens * model.hidden_size * size
+    return Job(
+        model=model,
+        placement=placement,
+        tokens_per_pack=config.update.tokens_per_pack,
+        tokens_option="update.tokens_per_pack",
+        recompute=config.model.recompute,
+        state=config.optimizer.state,
+        frozen=config.optimizer.freeze,
+        extra=extra,
+    )
+
+
+def resolve_recompute(config: Any, world: World) -> Any:
+    """The configuration of examples/rl.py with model.recompute "auto" resolved (see `fitting_recompute`)."""
+    job = job_of(config, ModelConfig.from_pretrained(config.model.path), world)
+    return with_recompute(config, job, device_bytes(world, config.device_memory))
+
+
+def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 100) -> tuple[str, str | None]:
     """The text of `--dry-run`: tokens and FLOPs of a step, and the memory of each part on a device.
 
     It begins with the first rows of every source, the rejected rows with their reasons, and the reward of a prompt.
@@ -109,6 +148,9 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
         config: of examples/rl.py; its sections model, sampling, update and optimizer are read.
         stream: of rank 0 of one rank, so that it yields every prompt.
         prompts: how many of the first prompts are measured.
+
+    Returns:
+        (the text, what to change if a step does not fit the devices, else None).
 
     Raises:
         NoPrompts: no row can be used.
@@ -124,10 +166,9 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
     shared = found.tokens + n * limit
     repeated = n * (found.tokens + limit)
     completion = TRAINING * (decoder_flops(model, [limit], [int(found.tokens)]) + head_flops(model, limit))
-    memory = _update_memory(config, model, found, world)
-    bytes_per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * world.dtype.itemsize
-    kv = sampling.prompts / world.size * shared * bytes_per_token
-    reference = sum(memory.weights.values()) if update.kl != "none" else 0.0
+    job = job_of(config, model, world, found.patches / model.vision.spatial_merge_size**2)
+    device = device_bytes(world, config.device_memory)
+    phase = _rollout_memory(config, job, shared, world, device)
     lines = [
         *rows,
         stream.ledger.summary(),
@@ -139,26 +180,49 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
         f"tokens ({sampling.prompts * repeated:,.0f} with repeated prompts, {repeated / shared:.2f}x), "
         f"{sampling.prompts * (found.flops + n * completion) / 1e12:.4g} TFLOP "
         f"({sampling.prompts * n * (found.flops + completion) / 1e12:.4g} repeated), x {update.epochs} epochs",
-        memory.table(),
-        f"KV cache for all completions of a step at once: {kv / GIB:.3f} GiB on each GPU "
-        f"({bytes_per_token:,} bytes a token)",
-        f"reference model: {reference / GIB:.3f} GiB on each GPU"
-        if reference
-        else "no reference model (update.kl is none)",
+        f"memory of the update (model; optimizer.state {job.state}):",
+        _update_memory(config, job, found).table(),
+        f"memory of the sampling phase: {', '.join(f'{name} {value / GIB:.3f} GiB' for name, value in phase.items())}",
     ]
-    return "\n".join(lines)
+    if device is None:
+        return "\n".join([*lines, NO_DEVICE]), None
+    line, problem = verdict(job_of(config, model, world), device)
+    fixed = sum(phase.values()) - phase["KV cache"]
+    if problem is None and fixed > SHARE * device:
+        problem = (
+            f"sampling does not fit: without the KV cache it needs {fixed / GIB:.1f} of {device / GIB:.1f} GiB "
+            f"({device / GB:.0f} GB). Change: --optimizer.state bf16 (or 8bit), more GPUs, or --sampling.base_url of a "
+            "server with its own GPUs"
+        )
+    return "\n".join([*lines, line]), problem
 
 
-def _update_memory(config: Any, model: ModelConfig, found: PromptForecast, world: World) -> Memory:
+def _update_memory(config: Any, job: Job, found: PromptForecast) -> Memory:
     """Memory of the update for full packs of groups with completions of the longest length."""
     completion_tokens = config.sampling.answers * config.sampling.max_tokens
-    groups_per_pack = max(1.0, config.update.tokens_per_pack / (found.tokens + completion_tokens))
-    return estimate_memory(
-        model,
-        Placement.of(world),
-        tokens=config.update.tokens_per_pack,
-        patches=found.patches * groups_per_pack,
-        targets=groups_per_pack * completion_tokens,
-        recompute=config.model.recompute,
-        frozen=config.optimizer.freeze,
-    )
+    groups = max(1.0, config.update.tokens_per_pack / (found.tokens + completion_tokens))
+    return job.memory(Load(config.update.tokens_per_pack, found.patches * groups, groups * completion_tokens))
+
+
+def _rollout_memory(config: Any, job: Job, tokens: float, world: World, device: float | None) -> dict[str, float]:
+    """Bytes by part while completions are sampled: no gradients, and the weights gathered once.
+
+    Args:
+        tokens: of a prompt with its completions.
+    """
+    memory = job.memory()
+    compute = job.placement.compute
+    parts = {
+        "weights and optimizer": sum(memory.weights.values()) + sum(memory.moments.values()),
+        "reference model": job.extra.get("reference model", 0.0),
+        "gathered weights": float(sum(count_parameters(job.model, padding=True).values()) * compute.itemsize),
+        "prefill": PREFILL_TOKENS * layer_bytes(job.model, "none", compute),
+    }
+    if not job.placement.sharded or config.sampling.base_url:
+        parts["gathered weights"] = 0.0
+    needed = -(-config.sampling.prompts // world.size) * tokens * page_bytes(job.model, 1, compute)
+    share = config.sampling.memory
+    if isinstance(share, float) and device is not None:
+        share *= max(device - sum(parts.values()), 0.0)
+    parts["KV cache"] = float(needed if isinstance(share, float) and device is None else min(needed, share))
+    return parts

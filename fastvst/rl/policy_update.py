@@ -222,7 +222,10 @@ def complete(
     keep_vision: bool,
     first: bool,
 ) -> Minibatch:
-    """The minibatch on the device, with everything that must be computed before the weights change.
+    """The minibatch with everything that must be computed before the weights change.
+
+    Its packs stay in host memory, because the images of a whole step are gigabytes; what is computed here is on the
+    device.
 
     Args:
         reference: the frozen reference model, or None without KL.
@@ -235,18 +238,25 @@ def complete(
     """
     packs = []
     for pack in batch.packs:
-        pack = pack.to(device)
+        here = pack.to(device)
         if keep_vision:
             with torch.no_grad():
-                pack = dataclasses.replace(pack, vision=model(pack.batch, images_only=True))
+                vision = model(here.batch, images_only=True)
+            here = dataclasses.replace(here, vision=vision)
+            pack = dataclasses.replace(pack, vision=vision)
         if reference is not None:
-            pack = dataclasses.replace(pack, ref_logprobs=score_pack(reference, pack, temperature))
+            pack = dataclasses.replace(pack, ref_logprobs=score_pack(reference, here, temperature))
         if not first or config.epochs > 1:
             recompute = config.old_logprobs != "sampler"
-            old = score_pack(model, pack, temperature) if recompute else pack.rollout_logprobs
+            old = score_pack(model, here, temperature) if recompute else pack.rollout_logprobs
             pack = dataclasses.replace(pack, old_logprobs=old)
         packs.append(pack)
     return dataclasses.replace(batch, packs=packs)
+
+
+def reference_dtype(weights: torch.dtype, world: World) -> torch.dtype:
+    """Of the reference model's weights: in the compute dtype they have the bits of float32 ones that are cast to it."""
+    return torch.bfloat16 if torch.bfloat16 in (weights, world.dtype) else weights
 
 
 def as_reference(model: Any) -> Any:

@@ -118,7 +118,9 @@ def resolve_old_logprobs(update: UpdateConfig, sampling: SamplingConfig) -> Upda
 class RankEngine:
     """Samples this rank's own prompts from the weights in training.
 
-    Sharded weights (FSDP2) are gathered for each rollout phase, so every rank calls `generate`.
+    Sharded weights (FSDP2) are gathered by the first `generate` and kept until `release`, which the trainer calls
+    before it changes them. So every rank calls both. The KV cache is allocated for each `generate`, in the memory that
+    is free then.
 
     Attributes:
         prefill_seconds: of the last phase.
@@ -134,27 +136,29 @@ class RankEngine:
         """
         self.model = model
         self.processor = processor
-        self.dtype = world.dtype
-        self.config = EngineConfig(config.kv_cache_bytes(model.config, prompt_limit, world), numerics=config.numerics)
+        self.config = config
+        self.prompt_limit = prompt_limit
+        self.world = world
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
-        self._engine: Engine | None = None
+        self._plain: Qwen25VL | None = None
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
         """`params.n` completions of each prompt. Raises RolloutError as `Engine.generate` does."""
-        model = self.model
-        if is_sharded(model):
-            model = gather_parameters(model, dtype=self.dtype)
-        engine = self._engine = self._engine or Engine(model, self.processor, self.config)
-        prefill_before = engine.stats.prefill_seconds
-        decode_before = engine.stats.decode_seconds
+        if self._plain is None:
+            sharded = is_sharded(self.model)
+            self._plain = gather_parameters(self.model, dtype=self.world.dtype) if sharded else self.model
+        memory = self.config.kv_cache_bytes(self.model.config, self.prompt_limit, self.world)
+        engine = Engine(self._plain, self.processor, EngineConfig(memory, numerics=self.config.numerics))
         rollouts = engine.generate([sample for _, sample in encoded], params) if encoded else []
-        self.prefill_seconds = engine.stats.prefill_seconds - prefill_before
-        self.decode_seconds = engine.stats.decode_seconds - decode_before
+        self.prefill_seconds = engine.stats.prefill_seconds
+        self.decode_seconds = engine.stats.decode_seconds
         engine.release()
-        if is_sharded(self.model):  # free the gathered weights, which the engine holds
-            self._engine = None
         return rollouts
+
+    def release(self) -> None:
+        """Free the gathered weights. The next `generate` gathers the new ones."""
+        self._plain = None
 
 
 class ServerEngine:
@@ -169,6 +173,9 @@ class ServerEngine:
         self.engine = connect(config.base_url, processor, model=served_model(config.base_url))
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+
+    def release(self) -> None:
+        """A server keeps its weights."""
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
         """`params.n` completions of each prompt. Raises RolloutError as `OpenAIEngine.generate` does."""

@@ -120,6 +120,8 @@ def make_pool(
     """As many pages as fit a memory budget (see `memory_bytes`). Raises RolloutError if not even one fits."""
     size = page_bytes(config, page_size, dtype)
     budget = memory_bytes(memory, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the pages need two whole pieces of memory
     if budget < 2 * size:  # page 0 comes on top
         raise RolloutError(f"rollout memory is {budget} bytes; one page of {page_size} tokens is {size}")
     return PagePool(config, budget // size - 1, page_size, dtype=dtype, device=device)
@@ -139,7 +141,9 @@ def memory_bytes(memory: int | float, device: torch.device) -> int:
                 f"memory is {memory}; expected bytes as an int, or a share of free memory above 0, up to 1"
             )
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
+            # What torch has freed and keeps for itself is free too; `empty_cache` gives it back before the pages come.
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + cached
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(memory * free)

@@ -1,182 +1,25 @@
-"""Estimates the cost of a run before it starts: parameters, memory by part of the model, FLOPs and fill of the packs.
-
-Memory is computed from shapes. Not included is what the runtime adds: fragmentation of torch's allocator, the CUDA
-context of about 0.5 GiB, cuBLAS workspaces.
-"""
+"""Estimates the cost of a run before it starts: parameters, memory by part, FLOPs and fill of the packs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastvst.data import Mixture, PackedBatch, PackingReport, pack
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.loader import LoaderConfig, make_planner
 from fastvst.data.probe import probe
-from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.model import ModelConfig
 from fastvst.model.flops import pack_flops
 from fastvst.model.kept_bytes import decoder_bytes_per_token, vision_bytes_per_patch
+from fastvst.model.recompute import TOWERS, Recompute, describe, of_tower
 from fastvst.train.distributed import World
-from fastvst.train.optimizer import part_of
-from fastvst_kernels.lm_head.chunked import default_chunk_rows
-
-PARTS = ("vision", "merger", "decoder", "embeddings and head")
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How the model is placed on devices, as far as memory depends on it.
-
-    Attributes:
-        shards: ranks that share one copy of the model.
-        sharded: FSDP2 is on (also with one shard, for mixed precision).
-        compute: dtype of activations and gathered weights.
-        device_type: "cpu" or "cuda".
-    """
-
-    shards: int
-    sharded: bool
-    compute: torch.dtype
-    device_type: str
-
-    @classmethod
-    def of(cls, world: World) -> Placement:
-        """The placement in a run."""
-        shards = world.mesh.size(-1) if world.mesh is not None else 1
-        return cls(shards, world.mesh is not None, world.dtype, world.device.type)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device.
-
-    Attributes:
-        weights: by part, float32, this rank's shard.
-        gradients: likewise.
-        moments: likewise, both Adam moments.
-        gathered: whole weights and gradients that FSDP2 holds temporarily; 0 when the model is not sharded.
-        activations: kept by the forward pass for the backward pass, by part.
-        head: logits of one chunk of the LM head, and the gradients that the fused loss keeps.
-    """
-
-    weights: dict[str, float]
-    gradients: dict[str, float]
-    moments: dict[str, float]
-    gathered: float
-    activations: dict[str, float]
-    head: float
-
-    @property
-    def total(self) -> float:
-        parts = [*self.weights.values(), *self.gradients.values(), *self.moments.values(), *self.activations.values()]
-        return sum(parts) + self.gathered + self.head
-
-    def table(self) -> str:
-        """One line for each part, in GiB."""
-        lines = [f"{'GiB on each GPU':<22} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11}"]
-        for part in PARTS:
-            kept = self.activations.get(part, 0.0)
-            row = [self.weights[part], self.gradients[part], self.moments[part]]
-            lines.append(f"{part:<22} " + " ".join(f"{v / GIB:>9.3f}" for v in row) + f" {kept / GIB:>11.3f}")
-        lines.append(f"{'gathered for a moment':<22} {self.gathered / GIB:>9.3f}")
-        lines.append(f"{'head':<22} {self.head / GIB:>41.3f}")
-        lines.append(f"{'total':<22} {self.total / GIB:>9.3f}")
-        return "\n".join(lines)
-
-
-def count_parameters(model: nn.Module, *, padding: bool = False) -> dict[str, int]:
-    """Number of parameters of each of PARTS; a tied embedding counts once. The model may be on the meta device.
-
-    Args:
-        padding: count the zeros that are in memory and not in files (`fastvst.model.published`).
-    """
-    counts = dict.fromkeys(PARTS, 0)
-    for name, tensor in model.named_parameters() if padding else model.state_dict().items():
-        counts[_part(name)] += tensor.numel()
-    return counts
-
-
-def estimate_memory(
-    config: ModelConfig,
-    placement: Placement,
-    *,
-    tokens: float,
-    patches: float,
-    targets: float,
-    recompute: str,
-    frozen: Iterable[str] = (),
-) -> Memory:
-    """Memory of a rank for packs of `tokens` LLM tokens, `patches` patches and `targets` supervised tokens.
-
-    Args:
-        recompute: "none", "light" or "full", see `fastvst.model.layers`.
-        frozen: parts without gradients, as in OptimizerConfig.freeze. A frozen vision tower keeps no activations.
-    """
-    with torch.device("meta"):
-        model = Qwen25VL(config)
-    counts = count_parameters(model, padding=True)
-    fixed = set(frozen)
-    trained = {p: 0 if ("decoder" if p.startswith("emb") else p) in fixed else n for p, n in counts.items()}
-    share = 4.0 / placement.shards
-    return Memory(
-        weights={p: n * share for p, n in counts.items()},
-        gradients={p: n * share for p, n in trained.items()},
-        moments={p: 2 * n * share for p, n in trained.items()},
-        gathered=_gathered_bytes(model, placement.compute) if placement.sharded else 0.0,
-        activations=_activation_bytes(config, tokens, patches, recompute, placement.compute, fixed),
-        head=_head_bytes(config, targets, placement, trains="decoder" not in fixed),
-    )
-
-
-def _gathered_bytes(model: Qwen25VL, compute: torch.dtype) -> float:
-    """Gathered weights of the root and of two blocks (the next block is fetched while one computes), and the float32
-    gradients of the root and of one block."""
-    blocks = [_numel(b) for b in [*model.visual.blocks, model.visual.merger, *model.model.layers]]
-    root = _numel(model) - sum(blocks)
-    return float((root + 2 * max(blocks)) * compute.itemsize + (root + max(blocks)) * 4)
-
-
-def _activation_bytes(
-    config: ModelConfig, tokens: float, patches: float, recompute: str, compute: torch.dtype, frozen: set[str]
-) -> dict[str, float]:
-    size = compute.itemsize
-    v = config.vision
-    per_token, per_patch = kept_bytes(config, recompute, compute)
-    if recompute == "full":  # plus one block in full while backward works on it
-        per_token += decoder_bytes_per_token(config, "none", compute) / config.num_hidden_layers
-        per_patch += vision_bytes_per_patch(config, "none", compute) / v.depth
-    activations = {
-        "decoder": tokens * per_token,
-        "vision": patches * (size * v.patch_values + per_patch),
-        # output of the norm, input and output of the GELU
-        "merger": patches * size * (2 * v.hidden_size + 2 * v.hidden_size),
-        "embeddings and head": tokens * size * 2 * config.hidden_size,
-    }
-    if "vision" in frozen:
-        activations["vision"] = 0.0
-    if frozen >= {"vision", "merger"}:
-        activations["merger"] = 0.0
-    return activations
-
-
-def _head_bytes(config: ModelConfig, targets: float, placement: Placement, *, trains: bool) -> float:
-    """Float32 logits of one chunk, which are overwritten by their gradient, and the gradients of rows and weight."""
-    rows = min(float(default_chunk_rows(config.vocab_size, placement.device_type)), targets)
-    logits = rows * config.vocab_size * 4
-    row_gradients = targets * config.hidden_size * (placement.compute.itemsize + 4)
-    weight_gradient = config.vocab_size * config.hidden_size * 4 if trains else 0
-    return logits + row_gradients + weight_gradient
-
-
-def kept_bytes(config: ModelConfig, recompute: str, compute: torch.dtype) -> tuple[float, float]:
-    """Bytes that the decoder keeps per token and the vision tower per patch for the backward pass."""
-    return decoder_bytes_per_token(config, recompute, compute), vision_bytes_per_patch(config, recompute, compute)
+from fastvst.train.fitting import Job, OutOfMemory, device_bytes, verdict, with_recompute
+from fastvst.train.memory import GIB, Load, Placement, count_parameters
 
 
 @dataclass(frozen=True)
@@ -277,55 +120,71 @@ def forecast_packs(
     )
 
 
-def dry_run(
-    config: ModelConfig,
-    processor: Any,
-    mixture: Mixture,
-    loader: LoaderConfig,
-    world: World,
-    *,
-    recompute: str,
-    frozen: Iterable[str] = (),
-) -> str:
+def job_of(config: Any, model: ModelConfig, world: World) -> Job:
+    """What the memory of examples/sft.py depends on; with device_memory as if every process had a GPU."""
+    return Job(
+        model=model,
+        placement=Placement.of(world, on_gpu=config.device_memory is not None),
+        tokens_per_pack=config.loader.tokens_per_pack,
+        tokens_option="loader.tokens_per_pack",
+        recompute=config.model.recompute,
+        state=config.optimizer.state,
+        frozen=config.optimizer.freeze,
+    )
+
+
+def resolve_recompute(config: Any, model: ModelConfig, world: World) -> Any:
+    """The configuration of examples/sft.py with model.recompute "auto" resolved (see `fitting_recompute`)."""
+    return with_recompute(config, job_of(config, model, world), device_bytes(world, config.device_memory))
+
+
+def dry_run(config: Any, model: ModelConfig, processor: Any, mixture: Mixture, world: World) -> tuple[str, str | None]:
     """The text of `--dry-run`: parameters, packs of the first 200 samples, FLOPs and memory. Nothing is trained.
 
     It begins with the first rows of every source, and has a table of the rejected samples with their reasons.
 
+    Args:
+        config: of examples/sft.py; its sections model, loader and optimizer and device_memory are read.
+
+    Returns:
+        (the text, what to change if the run does not fit the devices, else None).
+
     Raises:
         TooManyBadSamples: no sample can be used.
     """
-    probes = probe(mixture, make_planner(mixture, processor, loader, world.size).examine)
+    probes = probe(mixture, make_planner(mixture, processor, config.loader, world.size).examine)
     rows = "\n".join(found.describe() for found in probes)
     ledger = Ledger(deferred=True)
-    with torch.device("meta"):
-        counts = count_parameters(Qwen25VL(config))
+    counts = count_parameters(model)
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     try:
-        packs = forecast_packs(mixture, processor, loader, world_size=world.size, ledger=ledger)
+        packs = forecast_packs(mixture, processor, config.loader, world_size=world.size, ledger=ledger)
     except TooManyBadSamples as error:
         raise TooManyBadSamples(f"{error}\n{rows}") from error
-    memory = estimate_memory(
-        config,
-        Placement.of(world),
-        tokens=packs.tokens,
-        patches=packs.patches,
-        targets=packs.targets,
-        recompute=recompute,
-        frozen=frozen,
-    )
-    per_token, per_patch = kept_bytes(config, recompute, world.dtype)
-    kept = f"kept for the backward pass (recompute {recompute}, {str(world.dtype).removeprefix('torch.')}): "
+    job = job_of(config, model, world)
+    memory = job.memory(Load(packs.tokens, packs.patches, packs.targets))
+    vision, decoder = (of_tower(job.recompute, tower) for tower in TOWERS)
+    compute = job.placement.compute
+    per_token = decoder_bytes_per_token(model, decoder, compute)
+    per_patch = vision_bytes_per_patch(model, vision, compute)
+    kept = f"kept for the backward pass (recompute {describe(job.recompute)}, {str(compute).removeprefix('torch.')}): "
     kept += f"{per_token / 1e6:.4g} MB a token, {per_patch / 1e6:.4g} MB a patch"
-    rows = f"{rows}\n{ledger.summary()}"
-    return f"{rows}\nparameters: {sum(counts.values()):,} ({parts})\n{packs.describe()}\n{kept}\n{memory.table()}"
+    lines = [rows, ledger.summary(), f"parameters: {sum(counts.values()):,} ({parts})", packs.describe(), kept]
+    lines.append(f"memory for such packs (model; optimizer.state {job.state}):\n{memory.table()}")
+    device = device_bytes(world, config.device_memory)
+    if device is None:
+        return "\n".join([*lines, NO_DEVICE]), None
+    line, problem = verdict(job, device)
+    return "\n".join([*lines, line]), problem
 
 
-class OutOfMemory(RuntimeError):
-    """A device has too little memory for a step; the message says what to change."""
+NO_DEVICE = "there is no GPU to compare with; --device-memory 80 answers for GPUs of 80 GB"
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: int, recompute: str) -> Iterator[None]:
+def explain_out_of_memory(
+    world: World, packs: Sequence[PackedBatch], budget: int, recompute: Recompute
+) -> Iterator[None]:
     """Replace torch's out-of-memory error by one that says what to change.
 
     Args:
@@ -336,8 +195,11 @@ def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: in
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = {"none": ["--model.recompute light (or full)"], "light": ["--model.recompute full"]}.get(recompute, [])
+        words = " ".join(of_tower(recompute, tower) for tower in TOWERS)
+        advice = ["--model.recompute light (or full)"] if "none" in words else []
+        advice += ["--model.recompute full"] if "light" in words and not advice else []
         advice += [
+            "--optimizer.state bf16 (or 8bit)",
             f"--loader.tokens_per_pack {max(budget // 2, 1)} with twice the --loader.accumulation",
             "a smaller --processor.max_pixels",
             "more GPUs, or --parallel.replicas 1 so that all of them share one copy of the model",
@@ -353,13 +215,3 @@ def explain_out_of_memory(world: World, packs: Sequence[PackedBatch], budget: in
             f"rank {world.rank}: {world.device} is out of memory{state} on a pack of {largest}. Change, in this order: "
             f"{'; '.join(advice)}. --dry-run shows the memory of every part"
         ) from error
-
-
-def _part(name: str) -> str:
-    if name.startswith(("model.embed_tokens.", "lm_head.")):
-        return "embeddings and head"
-    return part_of(name)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -1,7 +1,7 @@
 """Resumable checkpoints: one folder each, either complete or absent.
 
     <folder>/step-000200/
-        state/*.safetensors      weights and both Adam moments; every rank writes its own shards
+        state/*.safetensors      weights and moments (8-bit ones with scales); every rank writes its own shards
         rank-00000.json ...      state of each rank (random state, loader position)
         train.json               step, guard, names and shapes of the tensors, optimizer steps of every parameter
         config.json              the resolved configuration
@@ -40,7 +40,7 @@ from fastvst.train.distributed import World
 from fastvst.train.older_layout import OlderLayout
 from fastvst.train.resume import CheckpointError, Lineage, commit, complete, prune, some, verify
 from fastvst.train.resume import resolve as resolve
-from fastvst.train.snapshot import Contents, HFDirectory, Snapshot, hf_part, take, tensors_of
+from fastvst.train.snapshot import Contents, HFDirectory, Snapshot, dtype_name, hf_part, take, tensors_of
 
 SUMS = ".sums-{:05d}.json"  # checksums of one rank's files, until they are in the marker
 FILE_BYTES = 2**30  # bytes of a rank's shards in one file, about
@@ -219,6 +219,7 @@ def load(
     rank_state = _read_json(own if own.exists() else path / "rank-00000.json", "rng")
     tensors, _ = tensors_of(model, optimizer)
     have = state.pop("tensors")
+    _check_dtypes(path, state.pop("dtypes", None) or dict.fromkeys(have, "float32"), tensors)
     want = {name: list(tensor.shape) for name, tensor in tensors.items()}
     older = OlderLayout(model, tensors)
     if have not in (want, older.shapes):
@@ -226,8 +227,8 @@ def load(
         extra = sorted(set(have) - set(want))
         other = sorted(n for n in set(want) & set(have) if want[n] != have[n])
         raise CheckpointError(
-            f"{path} does not fit this model and optimizer (was model.preset or optimizer.freeze different?): "
-            f"missing: {some(missing)}; unexpected: {some(extra)}; other shapes: {some(other)}"
+            f"{path} does not fit this model and optimizer (was model.preset, optimizer.freeze or optimizer.state "
+            f"different?): missing: {some(missing)}; unexpected: {some(extra)}; other shapes: {some(other)}"
         )
     steps = state.pop("optimizer_steps")
     if have == want:
@@ -279,6 +280,16 @@ def _all_sums(partial: Path, world: World) -> dict[str, dict[str, Any]]:
     rest = [p for p in partial.rglob("*") if p.is_file() and p.parent != partial / "state"]
     names = sorted({str(p.relative_to(partial)) for p in rest} - set(sums))
     return sums | checksum.measure(partial, names)
+
+
+def _check_dtypes(path: Path, have: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint with another optimizer.state: reading would convert it in silence."""
+    for name in sorted(set(have) & set(tensors)):
+        if have[name] != dtype_name(tensors[name]):
+            raise CheckpointError(
+                f"{path} does not fit this optimizer: {name} is {have[name]} there and {dtype_name(tensors[name])} "
+                "here. Resume with the same optimizer.state, or start a new run from its hf/ with model.path"
+            )
 
 
 def _nothing() -> None:

@@ -35,7 +35,7 @@ class ParallelConfig:
 
     Attributes:
         device: "auto" = the GPU if there is one.
-        dtype: compute dtype; weights, gradients and moments are float32. "auto" = bfloat16 on a GPU, else float32.
+        dtype: compute dtype ("auto" = bfloat16 on a GPU, else float32); optimizer.state has that of the weights.
         replicas: copies of the model (HSDP); 0 = one per node, so that weights are gathered within a node only.
         reshard: free the gathered weights after the forward pass (less memory, one more all-gather per block).
         threads: CPU threads of torch in each process; 0 = OMP_NUM_THREADS, or the process's share of the cores. No
@@ -67,7 +67,8 @@ class World:
         local_size: number of processes of this node.
         device: of the model.
         dtype: compute dtype.
-        mesh: the mesh to shard over, or None when the model is a plain module (one process in float32).
+        mesh: the mesh to shard over, or None when the model is a plain module (one process, weights in the compute
+            dtype float32).
         store: key-value store that all ranks share, or None for one process.
         host: address of rank 0's node.
     """
@@ -117,10 +118,13 @@ class World:
         return f"{self.size} process(es) on {name}, {str(self.dtype).removeprefix('torch.')}, {shape}{threads}"
 
 
-def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = None) -> World:
+def start(
+    config: ParallelConfig, *, environment: Mapping[str, str] | None = None, weights: torch.dtype = torch.float32
+) -> World:
     """Join the other processes of the run.
 
     Args:
+        weights: dtype of the weights between steps.
         environment: the variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
             MASTER_PORT); default `os.environ`. Without RANK the run has one process. INIT_FILE, a path on a shared
             disk, replaces MASTER_ADDR and MASTER_PORT.
@@ -143,8 +147,8 @@ def start(config: ParallelConfig, *, environment: Mapping[str, str] | None = Non
     store = mesh = None
     if size > 1:
         store = _rendezvous(env, rank, size, config.timeout)
-    if size > 1 or DTYPES[name] != torch.float32:
-        # A single process shards over itself: FSDP2 then only keeps float32 weights and casts them block by block.
+    if size > 1 or {DTYPES[name], weights} != {torch.float32}:
+        # A single process shards over itself: FSDP2 then only casts the weights to the compute dtype, block by block.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.HashStore() if store is None else dist.PrefixStore("group", store),
@@ -211,7 +215,7 @@ def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: boo
     optimizer must see the same gradients (zeros, not None) for any number of ranks.
 
     Args:
-        source: the whole model in float32 on the CPU of rank 0; None on the other ranks.
+        source: the whole model on the CPU of rank 0; None on the other ranks.
         skeleton: the same model on the meta device, with requires_grad set.
 
     Returns:
@@ -244,7 +248,7 @@ def shard(model: Any, world: World, *, reshard: bool = True) -> None:
         return
     # Inputs are not cast: the blocks need the rotary tables in float32.
     policy = MixedPrecisionPolicy(
-        param_dtype=None if world.dtype == torch.float32 else world.dtype,
+        param_dtype=None if {p.dtype for p in model.parameters()} == {world.dtype} else world.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastvst.config import check_at_least
+from fastvst.train.low_memory import BLOCK, LowMemoryAdamW
 
 PARTS = ("vision", "merger", "decoder")
 EPS = 1e-8  # added to the root of the second moment; torch's and the paper's default
@@ -28,6 +30,9 @@ class OptimizerConfig:
         betas: decay rates of the first and the second moment.
         clip: limit of the global gradient norm; 0 = no clipping.
         freeze: parts that are not trained, of "vision", "merger", "decoder".
+        state: what weights and moments are stored in: "fp32" (16 bytes for each parameter); "bf16" = bfloat16 weights,
+            gradients and moments, rounded stochastically (8 bytes), as VST's cold start, RL and VLA; "8bit" = bfloat16
+            weights and gradients, 8-bit moments (6 bytes).
     """
 
     lr: float = 5e-5
@@ -37,6 +42,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     freeze: tuple[str, ...] = ()
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The dtype that weights are stored in."""
+        return torch.float32 if self.state == "fp32" else torch.bfloat16
 
     def __post_init__(self) -> None:
         merger_lr = self.vision_lr if self.merger_lr is None else self.merger_lr
@@ -65,8 +76,31 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
         parameter.requires_grad_(part_of(name) not in frozen)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters, in groups of (part, decayed or not).
+def bytes_per_parameter(state: str, shape: torch.Size) -> tuple[float, float, float]:
+    """Bytes of weight, gradient and both moments for each value of a parameter under an `OptimizerConfig.state`."""
+    if state == "fp32":
+        return 4.0, 4.0, 8.0
+    if state == "bf16":
+        return 2.0, 2.0, 4.0
+    width = shape[1:].numel()
+    return 2.0, 2.0, 8.0 if len(shape) < 2 else 2 * (1 + 4 * -(-width // BLOCK) / width)
+
+
+def init_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Create the state of a parameter as its first step does, if it has none yet."""
+    state = optimizer.state[parameter]
+    if state:
+        return
+    if isinstance(optimizer, LowMemoryAdamW):
+        optimizer.init_state(parameter)
+        return
+    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, in groups of (part, decayed or not): fused, or `LowMemoryAdamW`.
 
     Each group has the keys `part` and `peak_lr` in addition to torch's own; the schedule sets `lr`. Parameters with two
     or more dimensions are decayed, RMSNorm weights and biases are not.
@@ -94,6 +128,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     ]
     if not groups:
         raise ValueError("no parameter of the model requires a gradient")
+    if config.state != "fp32":
+        return LowMemoryAdamW(groups, betas=config.betas, eps=EPS, state=config.state)
     return torch.optim.AdamW(groups, betas=config.betas, eps=EPS, fused=True)
 
 

@@ -38,8 +38,8 @@ _SFT = {
     "schedule.warmup": 0.1,
     "schedule.lr_min": 1e-7,
 }
-_SFT_SMALL = {**_SFT, "model.recompute": "light", "optimizer.lr": 5e-5, "optimizer.vision_lr": 5e-6}
-_SFT_LARGE = {**_SFT, "model.recompute": "full", "optimizer.lr": 5e-6, "optimizer.vision_lr": 5e-6}
+_SFT_SMALL = {**_SFT, "optimizer.lr": 5e-5, "optimizer.vision_lr": 5e-6}
+_SFT_LARGE = {**_SFT, "optimizer.lr": 5e-6, "optimizer.vision_lr": 5e-6}
 SFT = {"3B": _SFT_SMALL, "7B": _SFT_SMALL, "32B": _SFT_LARGE, "72B": _SFT_LARGE}
 
 _RL = {
@@ -52,9 +52,7 @@ _RL = {
     "optimizer.vision_lr": 1e-6,
     "optimizer.weight_decay": 0.01,
 }
-_RL_SMALL = {**_RL, "model.recompute": "light"}
-_RL_LARGE = {**_RL, "model.recompute": "full"}
-RL = {"3B": _RL_SMALL, "7B": _RL_SMALL, "32B": _RL_LARGE, "72B": _RL_LARGE}
+RL = dict.fromkeys(SIZES, _RL)
 
 # Fields of the processor that belong to the model. The others (lengths of training, time limits) belong to the run.
 LIMITS = (

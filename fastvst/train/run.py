@@ -25,11 +25,12 @@ from fastvst.data.planner_process import Node
 from fastvst.data.probe import probe
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL, weights
+from fastvst.model.recompute import Recompute
 from fastvst.train import checkpoint, distributed, lock
-from fastvst.train.budget import OutOfMemory
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.checkpoint_writer import CheckpointWriter
 from fastvst.train.distributed import ParallelConfig, ParallelError, World
+from fastvst.train.fitting import OutOfMemory
 from fastvst.train.guard import GuardError
 from fastvst.train.metrics import MissingPackage
 from fastvst.train.model_card import write_card
@@ -128,15 +129,17 @@ def read_config(
 
 
 @contextmanager
-def joined(parallel: ParallelConfig, environment: Mapping[str, str] | None) -> Iterator[tuple[World, StopRequest]]:
+def joined(
+    parallel: ParallelConfig, environment: Mapping[str, str] | None, weights: torch.dtype = torch.float32
+) -> Iterator[tuple[World, StopRequest]]:
     """This process as a rank of the run: process group, watchdog and stop signals, until the end of the block.
 
     Args:
-        environment: see `distributed.start`.
+        environment: see `distributed.start`, like weights.
     """
     stop = StopRequest()
     end_with_launcher(os.environ if environment is None else environment, stop)
-    world = distributed.start(parallel, environment=environment)
+    world = distributed.start(parallel, environment=environment, weights=weights)
     try:
         with Watchdog(world), stop:
             yield world, stop
@@ -256,29 +259,31 @@ def build_model(
     preset: str = "tiny",
     seed: int = 0,
     frozen: Iterable[str] = (),
-    recompute: str = "none",
+    recompute: Recompute = "none",
     reshard: bool = True,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> Qwen25VL:
     """The model on its device, sharded over the ranks. Rank 0 loads the weights, the other ranks receive their shards.
 
     Args:
         path: directory of a checkpoint; None = `preset` with random weights drawn from `seed`.
         frozen: see `OptimizerConfig.freeze`.
-        recompute: see `fastvst.model.layers`.
+        recompute: see `fastvst.model.recompute`.
         reshard: see `ParallelConfig`.
+        weights_dtype: dtype of the weights between steps, see `OptimizerConfig.state`.
     """
     source = None
     failure: Exception | None = None
     with torch.device("meta"):
-        skeleton = Qwen25VL(model_config(path, preset))
+        skeleton = Qwen25VL(model_config(path, preset)).to(weights_dtype)
     if world.is_main and path:
         try:
-            source = Qwen25VL.from_pretrained(path, dtype=torch.float32)
+            source = Qwen25VL.from_pretrained(path, dtype=weights_dtype)
         except (OSError, ValueError) as error:
             failure = ConfigError(f"model.path: {error}")
     elif world.is_main:
         torch.manual_seed(seed)
-        source = Qwen25VL.fresh(preset)
+        source = Qwen25VL.fresh(preset).to(weights_dtype)
     raise_together(failure, world)
     freeze(skeleton, frozen)
     model = distributed.place(source, skeleton, world, reshard=reshard)

@@ -2,8 +2,9 @@
 
 The copy is made by torch.distributed.checkpoint's stager into host memory that is kept for the next checkpoint: pinned
 if there is a GPU, so that the copy runs at the speed of the bus. Each rank needs the size of its shards (weights and
-both moments: 12 bytes a parameter in float32, divided by the ranks of one replica) and, with `hf`, of its share of the
-published weights (2 bytes a parameter in bfloat16, divided by all ranks). 7B (8.3e9 parameters): 99.5 + 16.6 GB a node.
+both moments: 12 bytes a parameter, 6 with optimizer.state bf16, 4 with 8bit; divided by the ranks of one replica) and,
+with `hf`, of its share of the published weights (2 bytes a parameter in bfloat16, divided by all ranks). 7B (8.3e9
+parameters) in float32: 99.5 + 16.6 GB a node.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fastvst.model import weights
 from fastvst.model.published import layout_of, publish
 from fastvst.train.distributed import World
+from fastvst.train.optimizer import init_state
 from fastvst.train.resume import Lineage
 
 
@@ -95,7 +97,8 @@ class Snapshot:
 
     Attributes:
         step: optimizer steps done.
-        tensors: "model.x", "exp_avg.x", "exp_avg_sq.x" -> the tensor, or this rank's shard of it (a DTensor).
+        tensors: "model.x", "exp_avg.x" and so on of the optimizer's state -> the tensor, or this rank's shard of it (a
+            DTensor).
         texts: file name -> its JSON; rank 0 also has the files that are common to all ranks.
         keep: complete checkpoints to keep.
     """
@@ -127,7 +130,8 @@ def take(
     rng = torch.get_rng_state().numpy().tobytes().hex()
     texts = {f"rank-{world.rank:05d}.json": json.dumps({"rng": rng, **contents.rank_state})}
     if world.is_main:
-        common = {"step": step, "world_size": world.size, "tensors": shapes, "optimizer_steps": steps}
+        dtypes = {name: dtype_name(tensor) for name, tensor in tensors.items()}
+        common = {"step": step, "world_size": world.size, "tensors": shapes, "dtypes": dtypes, "optimizer_steps": steps}
         texts |= {"config.json": json.dumps(contents.config), "train.json": json.dumps({**common, **contents.state})}
     part = hf_part(model, world, contents.hf) if contents.hf is not None else None
     copies = tensors if stager is None else cast(dict[str, Tensor], stager.stage(tensors))
@@ -151,15 +155,16 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        init_state(optimizer, parameter)
         state = optimizer.state[parameter]
-        if not state:  # as fused AdamW creates them in the first step of a parameter
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors[f"exp_avg.{name}"] = state["exp_avg"].detach()
-        tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"].detach()
+        tensors |= {f"{kind}.{name}": value.detach() for kind, value in state.items() if kind != "step"}
         steps[name] = int(state["step"])
     return tensors, steps
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As in train.json: "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def hf_part(model: nn.Module, world: World, hf: HFDirectory) -> HFPart:

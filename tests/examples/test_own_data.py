@@ -11,7 +11,7 @@ import torch
 
 from fastvst.config import load_config
 from fastvst.model import ModelConfig
-from fastvst.train.budget import GIB, Placement, estimate_memory
+from fastvst.train.memory import GIB, Load, Placement, estimate_memory
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "examples" / "own_data.toml"
@@ -26,16 +26,15 @@ def config(monkeypatch):
     return load_config(config_class, ["--config", str(FILE), "--model.path", "DIR", "--data.sources", "rows.jsonl"])
 
 
-def estimate(config, size: str, gpus: int, frozen: tuple[str, ...], recompute: str | None = None):
+def estimate(config, size: str, gpus: int, frozen: tuple[str, ...], state: str = "fp32", recompute: str = "full"):
     """Of packs in which half of the tokens are images and 30 % are supervised."""
     tokens = config.loader.tokens_per_pack
     return estimate_memory(
         ModelConfig.preset(size),
         Placement(gpus, True, torch.bfloat16, "cuda"),
-        tokens=tokens,
-        patches=2 * tokens,
-        targets=0.3 * tokens,
-        recompute=recompute or config.model.recompute,
+        Load(tokens, 2 * tokens, 0.3 * tokens),
+        recompute=recompute,
+        state=state,
         frozen=frozen,
     )
 
@@ -47,24 +46,26 @@ def test_it_resolves(config):
 
 
 @pytest.mark.parametrize(
-    ("words", "size", "gpus", "frozen", "fits"),
+    ("words", "size", "gpus", "frozen", "state", "fits"),
     [
-        ("3B, all parts trained, 1 GPU", "3b", 1, (), True),
-        ("7B, all parts trained, 1 GPU", "7b", 1, (), False),
-        ("7B, all parts trained, 4 GPUs (--nproc 4)", "7b", 4, (), True),
-        ('7B, freeze = ["decoder"], 1 GPU', "7b", 1, ("decoder",), True),
+        ("3B, all parts trained, 1 GPU", "3b", 1, (), "fp32", True),
+        ("7B, all parts trained, 1 GPU", "7b", 1, (), "fp32", False),
+        ('7B, all parts trained, 1 GPU, state = "8bit"', "7b", 1, (), "8bit", True),
+        ("7B, all parts trained, 4 GPUs (--nproc 4)", "7b", 4, (), "fp32", True),
+        ('7B, freeze = ["decoder"], 1 GPU', "7b", 1, ("decoder",), "fp32", True),
     ],
 )
-def test_the_stated_memory_is_the_estimate(words, size, gpus, frozen, fits, config):
-    total = estimate(config, size, gpus, frozen).total / GIB
+def test_the_stated_memory_is_the_estimate(words, size, gpus, frozen, state, fits, config):
+    total = estimate(config, size, gpus, frozen, state).total / GIB
     stated = re.search(re.escape(words) + r": ([\d.]+) GiB", TEXT)
     assert stated and float(stated[1]) == pytest.approx(total, abs=0.06)
     assert (total < GPU) == fits
 
 
 def test_the_figures_in_its_comments(config):
-    kept = [sum(estimate(config, "3b", 1, (), r).activations.values()) / GIB for r in ("full", "light", "none")]
-    assert [float(x) for x in re.search(r"need (\d+) GiB instead of (\d+) .* or (\d+)", TEXT).groups()] == [
+    policies = ("full", "light", "none")
+    kept = [sum(estimate(config, "3b", 1, (), recompute=r).activations.values()) / GIB for r in policies]
+    assert [float(x) for x in re.search(r'keep (\d+) GiB \("full"\), (\d+) .* or (\d+)', TEXT).groups()] == [
         pytest.approx(value, abs=0.6) for value in kept
     ]
     saved = estimate(config, "3b", 1, ()).total - estimate(config, "3b", 1, ("vision",)).total

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,11 @@ from fastvst.data import (
     TooManyBadSamples,
     open_mixture,
     open_source,
-    pack,
 )
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.train import budget
+from fastvst.train.memory import count_parameters
 from fastvst_kernels import linear_cross_entropy
-from fastvst_kernels.lm_head.chunked import default_chunk_rows
 from small_run import ROOT, load_script, small_config, write_data
 
 
@@ -28,92 +26,14 @@ from small_run import ROOT, load_script, small_config, write_data
 def test_parameters_of_the_published_models(preset: str, billions: float) -> None:
     with torch.device("meta"):
         model = Qwen25VL(ModelConfig.preset(preset))
-    counts = budget.count_parameters(model)
+    config = ModelConfig.preset(preset)
+    counts = count_parameters(config)
     assert sum(counts.values()) == sum(tensor.numel() for tensor in model.state_dict().values())
-    in_memory = sum(budget.count_parameters(model, padding=True).values())
+    in_memory = sum(count_parameters(config, padding=True).values())
     assert in_memory == sum(p.numel() for p in model.parameters()) == sum(counts.values()) + 32 * 36 * (3 * 1280 + 2)
     assert sum(counts.values()) / 1e9 == pytest.approx(billions, rel=0.01)
     assert counts["vision"] / 1e9 == pytest.approx(0.63, rel=0.01)  # both have the same tower
     assert counts["merger"] == sum(p.numel() for p in model.visual.merger.parameters())
-
-
-PLACEMENT = budget.Placement(shards=8, sharded=True, compute=torch.bfloat16, device_type="cuda")
-
-
-def _estimate(config: ModelConfig, **changes: object) -> budget.Memory:
-    options = {"tokens": 16384, "patches": 39322, "targets": 4000, "recompute": "none"}
-    return budget.estimate_memory(config, PLACEMENT, **{**options, **changes})  # type: ignore[arg-type]
-
-
-def test_states_are_16_bytes_for_each_parameter_divided_by_the_shards() -> None:
-    config = ModelConfig.preset("7b")
-    memory = _estimate(config)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Qwen25VL(config).parameters())
-    states = sum(sum(d.values()) for d in (memory.weights, memory.gradients, memory.moments))
-    assert states == pytest.approx(16 * parameters / 8)
-    frozen = _estimate(config, frozen=("vision", "merger"))
-    assert frozen.gradients["vision"] == frozen.moments["merger"] == frozen.activations["vision"] == 0
-    assert frozen.weights == memory.weights and frozen.gradients["decoder"] == memory.gradients["decoder"]
-    options = {"tokens": 16384, "patches": 39322, "targets": 4000, "recompute": "none"}
-    whole = budget.estimate_memory(config, dataclasses.replace(PLACEMENT, shards=1, sharded=False), **options)
-    assert whole.gathered == 0 < memory.gathered
-    assert [p for p in memory.table().split() if p == "decoder"] == ["decoder"]
-
-
-@pytest.mark.parametrize("preset", ["tiny", "3b", "7b"])
-def test_the_head_counts_a_chunk_of_the_device(preset: str) -> None:
-    config = ModelConfig.preset(preset)
-    options = {"tokens": 16384, "patches": 0, "targets": 8000, "recompute": "none"}
-    cuda = budget.estimate_memory(config, PLACEMENT, **options)
-    cpu = budget.estimate_memory(config, dataclasses.replace(PLACEMENT, device_type="cpu"), **options)
-    rows = {kind: min(default_chunk_rows(config.vocab_size, kind), 8000) for kind in ("cuda", "cpu")}
-    assert cuda.head - cpu.head == (rows["cuda"] - rows["cpu"]) * config.vocab_size * 4
-    assert preset == "tiny" or cuda.head - cpu.head > 1.1 * budget.GIB
-    few = budget.estimate_memory(config, PLACEMENT, **options | {"targets": 10})
-    assert cuda.head - few.head > (rows["cuda"] - 10) * config.vocab_size * 4  # fewer rows than a chunk: only these
-
-
-def test_policies_keep_less_and_less() -> None:
-    kept = [_estimate(ModelConfig.preset("3b"), recompute=r).activations for r in ("none", "light", "full")]
-    for part in ("vision", "decoder"):
-        assert kept[0][part] > kept[1][part] > 2 * kept[2][part]
-
-
-@pytest.mark.parametrize("recompute", ["none", "light", "full"])
-def test_activations_are_near_what_autograd_keeps(tmp_path: Path, recompute: str) -> None:
-    config = dataclasses.replace(small_config(), num_hidden_layers=6)
-    processor = Processor.preset("tiny", model_config=config, max_pixels=168 * 168)
-    data = write_data(tmp_path, 8, image_every=1)
-    batch = pack([processor.encode(s) for s in open_source(data)])
-    model = Qwen25VL(config)
-    model.recompute = recompute
-    weights = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = model(batch)
-    memory = budget.estimate_memory(
-        config,
-        budget.Placement(shards=1, sharded=False, compute=torch.float32, device_type="cpu"),
-        tokens=batch.num_tokens,
-        patches=batch.num_patches,
-        targets=batch.num_targets,
-        recompute=recompute,
-    )
-    measured = sum(kept.values())
-    expected = sum(memory.activations.values())
-    if recompute == "full":  # the estimate includes one block at work in backward, which the forward pass does not show
-        per_token, per_patch = budget.kept_bytes(config, "none", torch.float32)
-        expected -= batch.num_tokens * per_token / config.num_hidden_layers
-        expected -= batch.num_patches * per_patch / config.vision.depth
-    assert hidden.requires_grad and 0.7 < measured / expected < 1.3, (measured, expected)
 
 
 def test_packs_of_the_first_samples_are_forecast(tmp_path: Path) -> None:

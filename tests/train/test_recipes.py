@@ -48,16 +48,12 @@ def test_a_published_size_is_recognised(size: str) -> None:
     assert recipes.size_of(small_config()) is None and recipes.size_of(ModelConfig.preset("tiny")) is None
 
 
-@pytest.mark.parametrize(
-    ("size", "lr", "recompute"), [("3b", 5e-5, "light"), ("7b", 5e-5, "light"), ("72b", 5e-6, "full")]
-)
-def test_sft_takes_the_limits_of_the_checkpoint_and_a_recipe_for_its_size(
-    tmp_path: Path, size: str, lr: float, recompute: str
-) -> None:
+@pytest.mark.parametrize(("size", "lr"), [("3b", 5e-5), ("7b", 5e-5), ("72b", 5e-6)])
+def test_sft_takes_the_limits_of_the_checkpoint_and_a_recipe_for_its_size(tmp_path: Path, size: str, lr: float) -> None:
     path = published(tmp_path / "model", size)
     config, origins = read(sft, f"model.path={path}", 'data.sources=[{path = "a"}]', "optimizer.vision_lr=3e-7")
     assert (config.processor.min_pixels, config.processor.max_pixels) == (3136, 12845056)
-    assert (config.optimizer.lr, config.model.recompute) == (lr, recompute)
+    assert (config.optimizer.lr, config.model.recompute) == (lr, "auto")
     assert config.processor.max_seq_len == config.loader.tokens_per_pack == 16384
     assert config.optimizer.weight_decay == 0 and config.processor.fov_base_width == 960
     assert config.data.epochs == 1 and config.optimizer.vision_lr == 3e-7

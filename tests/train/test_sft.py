@@ -443,5 +443,6 @@ def test_the_script_has_at_most_72_options() -> None:
     names = [name for name, _ in leaves(sft.Config())]
     # checkpoint.every_minutes: steps of unknown length cannot be turned into a bound on lost work.
     # evaluation.*, log.profile, log.peak_tflops: a run of fifty hours is chosen and mended by what it shows.
-    assert len(names) <= 72, f"{len(names)} options: {names}"
+    # optimizer.state: 7B on one GPU needs 8-bit moments. device_memory: a laptop plans a run on a node.
+    assert len(names) <= 74, f"{len(names)} options: {names}"
     assert all(f"--{name} <" in usage(sft.Config) for name, _ in leaves(sft.Config()))
