@@ -184,6 +184,8 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
         _update_memory(config, job, found).table(),
         f"memory of the sampling phase: {', '.join(f'{name} {value / GIB:.3f} GiB' for name, value in phase.items())}",
     ]
+    if update.kl == "none":
+        lines.append("no reference model (update.kl is none)")
     if device is None:
         return "\n".join([*lines, NO_DEVICE]), None
     line, problem = verdict(job_of(config, model, world), device)

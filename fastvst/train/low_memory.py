@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 BLOCK = 256  # values that share a scale, as in arXiv 2110.02861
+ZERO = {"exp_avg": 127, "exp_avg_sq": 0}  # the code of 0: a map with signs has 127 negative values
 STEP_ELEMENTS = 1 << 22  # values that are updated at once
 STEP_BYTES = 64 * STEP_ELEMENTS  # of float32 and int32 temporaries for each of them: about 16 tensors at the peak
 
@@ -62,8 +63,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
                 continue
-            zero = int((dynamic_map(name == "exp_avg") < 0).sum())
-            state[name] = torch.full_like(parameter, zero, dtype=torch.uint8)
+            state[name] = torch.full_like(parameter, ZERO[name], dtype=torch.uint8)
             state[f"{name}_scale"] = _scales(parameter)
 
     @torch.no_grad()

@@ -235,7 +235,8 @@ class _Step:
         hidden = load.tokens * self.config.hidden_size * self.size
         kept = self._activations(len(self.layers), len(self.blocks))
         kept["embeddings and head"] = 2 * hidden  # the final norm's input and output
-        return _Instant("in the LM head", self._gathered(0.0, 0.0), kept, head=chunk + selected + gradient)
+        # FSDP2 keeps the last layer's all-gather until the next one has arrived.
+        return _Instant("in the LM head", self._gathered(self.layer, 0.0), kept, head=chunk + selected + gradient)
 
     def _in_layer(self, index: int) -> _Instant:
         """The backward pass of a decoder layer; its weights and those of the layer below are gathered."""
@@ -262,8 +263,9 @@ class _Step:
         """The reduction of the root's gradients, at the end of the backward pass."""
         trained = self.root if "decoder" not in self.frozen else self.root - self._tables()
         gradients = trained * (self.size + FLOAT32 + FLOAT32 / self.placement.shards)
-        kept = self._activations(0, 0)
-        return _Instant("in the reduction of the root's gradients", self._gathered(0.0, 0.0) + gradients, kept)
+        if self.placement.shards == 1:
+            gradients += self.root * self.size  # with one rank the gathered weights are freed later
+        return _Instant("in the reduction of the root's gradients", gradients, self._activations(0, 0))
 
     def _tables(self) -> int:
         return self.head if self.config.tie_word_embeddings else 2 * self.head
@@ -283,7 +285,7 @@ class _Step:
         load = self.load
         v = self.config.vision
         kept = dict.fromkeys(PARTS, 0.0)
-        kept["vision"] = load.patches * v.patch_values * FLOAT32  # of the batch
+        kept["vision"] = load.patches * v.patch_values  # uint8 pixels of the batch
         if "vision" not in self.frozen:
             kept["vision"] += sum(self.kept_blocks[:blocks]) + load.patches * v.patch_values * self.size
         if not self.frozen >= {"vision", "merger"}:  # output of the norm, its input, and both sides of the GELU

@@ -92,7 +92,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change_in_order_of_cost() -> No
 
 
 def test_a_run_far_too_large_names_the_gpus_that_it_needs() -> None:
-    _, problem = verdict(job("72b", 8, 16384), 80 * GB)
+    _, problem = verdict(job("72b", 8, 16384, recompute="light"), 80 * GB)
     assert problem is not None and "all of these together" in problem and "GPUs for each copy" in problem
 
 
