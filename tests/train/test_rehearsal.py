@@ -38,7 +38,7 @@ def ranks(count: int, words: Sequence[str]) -> list[str]:
 
 def finish(count: int, words: Sequence[str]) -> str:
     with started(ranks(count, words), env=ENVIRONMENT) as run:
-        status = run.process.wait(400)
+        status = run.process.wait(600)
         run.seconds_until_gone(60)
         assert status == 0, run.text
         return run.text
@@ -47,9 +47,11 @@ def finish(count: int, words: Sequence[str]) -> str:
 def test_hsdp_with_a_killed_rank_resumes_on_four_and_on_two_ranks(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     data = write_data(tmp_path / "data", 60)
+    heldout = write_data(tmp_path / "heldout", 8, seed=1)
 
     def words(out: Path, accumulation: int, replicas: int) -> list[str]:
         more = [f"steps={STEPS}", f"loader.accumulation={accumulation}", f"parallel.replicas={replicas}"]
+        more += [f"evaluation.path={heldout}", "evaluation.every=8", "evaluation.rows=8"]
         more += ["loader.num_workers=1", "checkpoint.hf=true", "checkpoint.every=4", "checkpoint.keep=99"]
         return arguments(out, data, model, *more, "checkpoint.every_minutes=0.002", "resume=auto")
 
@@ -60,14 +62,14 @@ def test_hsdp_with_a_killed_rank_resumes_on_four_and_on_two_ranks(tmp_path: Path
 
     broken = tmp_path / "broken"
     with started(ranks(4, words(broken, 1, 2)), env=ENVIRONMENT) as run:
-        run.wait_until(lambda: len(rows_of(broken)) >= 10 and complete(broken / "checkpoints"))
+        run.wait_until(lambda: len(rows_of(broken)) >= 10 and complete(broken / "checkpoints"), 600)
         os.kill(run.rank(2), signal.SIGKILL)
         run.seconds_until_gone(60)
         assert run.process.returncode != 0 and "rank 2" in run.text and "--resume auto" in run.text
     assert len(rows_of(broken)) < STEPS and not (broken / "hf").exists()
 
     two = tmp_path / "two"
-    shutil.copytree(broken, two)
+    shutil.copytree(broken, two, symlinks=True)
     first = int(complete(two / "checkpoints")[-1].name.rpartition("-")[2])
     assert "resumed from" in finish(4, words(broken, 1, 2))
     assert curve(broken) == curve(whole)  # the same number of ranks: bit for bit
@@ -76,6 +78,11 @@ def test_hsdp_with_a_killed_rank_resumes_on_four_and_on_two_ranks(tmp_path: Path
     assert curve(two)[:first] == curve(whole)[:first]  # from before the kill
     flat = [value for pair in curve(two) for value in pair]
     assert flat == pytest.approx([value for pair in curve(whole) for value in pair], rel=1e-6)
+    assert evaluations(broken) == evaluations(whole) and len(evaluations(whole)) == STEPS // 8
+    for mine, other in zip(evaluations(two), evaluations(whole), strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
+    best = [(out / "checkpoints" / "best").readlink().name for out in (whole, broken, two)]
+    assert best == best[:1] * 3
     assert [row["tokens"] for row in rows_of(two)] == [row["tokens"] for row in rows_of(whole)]
 
     check_files(whole)
@@ -84,6 +91,12 @@ def test_hsdp_with_a_killed_rank_resumes_on_four_and_on_two_ranks(tmp_path: Path
         assert torch.equal(tensor, theirs[name]), name
     for name, tensor in Qwen25VL.from_pretrained(two / "hf").state_dict().items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def evaluations(out: Path) -> list[tuple[float, int]]:
+    """(loss, step of the best one so far) of every evaluation during training."""
+    found = [row["evaluation"] for row in rows_of(out) if "evaluation" in row]
+    return [(row["loss"], row["best_step"]) for row in found]
 
 
 def check_files(out: Path) -> None:
