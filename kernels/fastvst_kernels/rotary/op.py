@@ -6,6 +6,7 @@ for them (YaRN, Llama 3, dynamic, M-RoPE with its sections already chosen).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def rotary_embedding(
     kernel = uses_kernel("rotary_embedding", q, backend)
     lead = q.shape[:-2]
     tables = (_table(table, lead) for table in (cos, sin))
-    flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k))
+    flat = (x.reshape(math.prod(lead), *x.shape[-2:]) for x in (q, k))  # -1 is ambiguous where there is no head
     rotated = rotary_op(*flat, *tables, rotary_dim, interleaved, False, kernel)
     return rotated[0].view(q.shape), rotated[1].view(k.shape)
 

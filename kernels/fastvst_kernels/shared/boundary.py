@@ -161,7 +161,17 @@ def _guarded(name: str, gradient: Tensor | None) -> Tensor | None:
 
 def _call(function: Callable[..., R], names: tuple[str, ...], positional: int, given: dict[str, Any]) -> R:
     args = [given[name] for name in names[:positional]]
-    return function(*args, **{name: value for name, value in given.items() if name not in names[:positional]})
+    options = {name: value for name, value in given.items() if name not in names[:positional]}
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return function(*args, **options)
+    try:
+        return function(*args, **options)
+    except RuntimeError as error:  # plain PyTorch works in torch.func.grad, an operator with its own backward does not
+        if "functorch transforms" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{function.__name__} has no rule for torch.func.grad, vjp and jacrev; use torch.autograd.grad"
+        ) from error
 
 
 def _named(function: Callable[..., R], names: tuple[str, ...], positional: int, given: dict[str, Any]) -> R:

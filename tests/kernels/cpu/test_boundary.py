@@ -107,6 +107,27 @@ def test_forward_mode_and_vmap_are_refused_by_name(name: str):
         torch.vmap(lambda x: operator(**call | {first: x}))(torch.stack([call[first]] * 2))
 
 
+@pytest.mark.parametrize(
+    "name", ["packed_attention", "rms_norm", "linear_logprobs", "rotary_embedding", "packed_linear"]
+)
+def test_functional_gradients_are_refused_by_name(name: str):
+    call = operator_call(name)
+    first = next(iter(call))
+    operator = getattr(fastvst_kernels, name)
+    with pytest.raises(RuntimeError, match=f"{name} has no rule for torch.func.grad"):
+        torch.func.grad(lambda x: tensors_of(operator(**call | {first: x}))[0].square().sum())(call[first])
+
+
+def test_functional_gradients_of_the_reference_are_autograds():
+    call = operator_call("attention_reference")
+
+    def loss(q: Tensor) -> Tensor:
+        return fastvst_kernels.attention_reference(**call | {"q": q})[0].square().sum()
+
+    q = call["q"].clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(call["q"]), torch.autograd.grad(loss(q), q)[0])
+
+
 def test_a_plan_of_other_offsets_or_groups_is_refused_on_the_cpu_path():
     call = operator_call("packed_attention")
     plan = prepare(OFFSETS, call["groups"], causal=True)

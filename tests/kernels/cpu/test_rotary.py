@@ -113,6 +113,7 @@ def test_no_token_and_one_token(lead: tuple[int, ...]) -> None:
     ours = rotary_embedding(q, k, cos, sin)
     assert ours[0].shape == q.shape and ours[1].shape == k.shape
     assert torch.equal(ours[0], rotary_reference(q, cos, sin, 8, False))
+    assert rotary_embedding(q, k[..., :0, :], cos, sin)[1].numel() == 0
 
 
 def test_one_compilation_for_every_length() -> None:
