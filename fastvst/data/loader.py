@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import shutil
 import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,18 +35,18 @@ from fastvst.batch import PackedBatch
 from fastvst.config import check_at_least, not_an_option
 from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
-from fastvst.data.notes import Notes, make_notes, read_notes
+from fastvst.data.notes import Casualties, Note, Notes, forget_workers, make_notes, read_notes
 from fastvst.data.packing import PackingConfig, PackingReport
 from fastvst.data.planner import Encoder, Planned, Planner, Step
 from fastvst.data.planner_process import LocalPlans, Node, RemotePlans, start_planner
 from fastvst.data.processor import Processor
 from fastvst.data.sources.files import ParquetTable
-from fastvst.data.spool import Place
 from fastvst.data.worker import Delivery, PackMaker, start_worker
 
 Plans = LocalPlans | RemotePlans
 # The most that one token takes on its way: 4 patches of 1,176 uint8 pixels and 128 bytes of positions, ids, labels.
 BYTES_A_TOKEN = 4 * 1176 + 128
+MOST_RESTARTS = 6  # without a pack between them, before the run ends; a sample is rejected after two of them
 POLL_S = 5.0  # seconds between checks that the workers are alive
 
 
@@ -58,7 +60,8 @@ class LoaderConfig:
         num_workers: processes of each rank that decode and encode samples; 0 = in the training process.
         prefetch: packs that every worker prepares in advance.
         pin_memory: deliver batches in page-locked memory, for asynchronous copies to the GPU.
-        timeout_s: seconds to wait for one pack before the run stops and names the sample; 0 = no limit.
+        timeout_s: seconds to wait for one pack before the workers are replaced; the sample at which a second worker
+            hangs is rejected. 0 = no limit.
         start_method: how worker processes start: "fork", "spawn" or "forkserver"; none = Python's default.
         buffer_samples: least number of samples from which a step is chosen.
         buffer_steps: least number of steps' tokens from which a step is chosen.
@@ -103,6 +106,7 @@ class Loader:
         report: fill, vision share and balance of the steps delivered so far.
         notes: lines about each opened source: what is read, and what is not; and what the loader needs of memory and
             disk.
+        casualties: samples that workers did not survive.
     """
 
     def __init__(
@@ -130,12 +134,13 @@ class Loader:
         self.notes = [line for source in mixture.sources for line in source.first_lines()]
         self.notes += needs(mixture, config)
         self._state: dict[str, Any] = {"planner": None, "used": 0}
+        self.casualties = Casualties()
         self._runs = 0  # how often a planner was started
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out; JSON-able, some tens of KB. Only the ledger's count of broken
         pixels differs between ranks."""
-        return {**self._state, "ledger": self.ledger.state_dict()}
+        return {**self._state, "lost": self.casualties.state_dict(), "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position; takes effect when iteration begins.
@@ -146,6 +151,7 @@ class Loader:
         if state["planner"] is not None:
             make_planner(self.mixture, self.processor, self.config, self.world_size).check_state(state["planner"])
         self._state = {"planner": state["planner"], "used": state["used"]}
+        self.casualties.load_state_dict(state.get("lost", []))
         self.ledger.load_state_dict(state["ledger"])
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -156,18 +162,26 @@ class Loader:
         notes = make_notes(max(self.config.num_workers, 1) + 1)  # the last one is the planner's
         with contextlib.closing(self._plans(notes)) as plans:
             orders = Orders(plans, self.rank, self.world_size)
-            deliveries = _start(PackMaker(self.mixture, self.processor, self.rank, notes), orders, self.config)
+            maker = PackMaker(self.mixture, self.processor, self.rank, notes, self.casualties)
+            deliveries = _start(maker, orders, self.config)
+            restarts = 0
             try:
                 while True:
-                    failure = None
+                    failure: Exception | None = None
                     try:
                         delivery = _wait(deliveries, self.config.timeout_s)
                         if delivery is None and orders.failure is not None:
-                            failure = self._explain(orders.failure, notes)
+                            failure = orders.failure
                     except RuntimeError as error:
-                        failure = self._explain(error, notes)
+                        failure = error
                     if failure is not None:
-                        raise failure
+                        restarts = self._after(failure, orders, notes, restarts)
+                        _kill(notes)
+                        deliveries = iter(())  # ends torch's bookkeeping of the workers before others start
+                        forget_workers(notes)
+                        deliveries = _start(maker, orders, self.config)
+                        continue
+                    restarts = 0
                     if delivery is None:
                         return
                     self._account(delivery, orders)
@@ -198,8 +212,8 @@ class Loader:
 
     def _account(self, delivery: Delivery, orders: Orders) -> None:
         """Update ledger, report and state for the pack that is about to be handed out."""
-        step, micro, places = orders.sent.popleft()
-        orders.plans.free(places)
+        step, micro, samples = orders.sent.popleft()
+        orders.plans.free([one.place for one in samples or [] if one.place is not None])
         self._state = {"planner": step.before, "used": (micro + 1) * self.world_size}
         if micro == 0:
             self.ledger.saw(step.seen)
@@ -216,20 +230,40 @@ class Loader:
                 f"no usable sample among the {step.seen} rows read from {names}.\n{self.ledger.summary()}"
             )
 
-    def _explain(self, error: Exception, notes: Notes) -> Exception:
-        """The error of a process that died or does not answer, with the sample that it worked on."""
-        text = str(error)
-        if not isinstance(error, RuntimeError) or not any(
-            sign in text for sign in ("exited unexpectedly", "killed by signal", "no pack came")
+    def _after(self, failure: Exception, orders: Orders, notes: Notes, restarts: int) -> int:
+        """What follows a failure: a warning and the number of restarts of the workers, or the error that ends the run.
+
+        Args:
+            restarts: in sequence so far.
+
+        Raises:
+            Exception: a mistake in the code; the planner died; no worker is to blame; too many restarts.
+        """
+        text = str(failure)
+        hung = "no pack came" in text
+        if not isinstance(failure, RuntimeError) or not (
+            hung or "exited unexpectedly" in text or "killed by signal" in text
         ):
-            return error
-        alive = {f"pid {child.pid}" for child in multiprocessing.active_children()}
-        last = read_notes(notes)
-        names = [*(f"loader worker {worker}" for worker in range(len(last) - 1)), "planner"]
-        known = [(name, note) for name, note in zip(names, last, strict=True)]
-        dead = [(name, note) for name, note in known if note and note.partition(":")[0] not in alive]
-        doing = "; ".join(f"{name} ({note or 'not started'})" for name, note in dead or known)
-        return RuntimeError(f"rank {self.rank}: {text}\nlast known: {doing}")
+            raise failure
+        known = [(f"loader worker {worker}", note) for worker, note in enumerate(read_notes(notes))]
+        known[-1] = ("planner", known[-1][1])
+        guilty = [(name, note) for name, note in known if _is_guilty(note, hung, self.config.timeout_s)]
+        doing = "; ".join(f"{name} ({note})" for name, note in guilty or known)
+        error = RuntimeError(f"rank {self.rank}: {text}\nlast known: {doing}")
+        planner = failure is orders.failure or any(name == "planner" for name, _ in guilty)
+        if planner or not guilty or restarts == MOST_RESTARTS:
+            raise error
+        lost = self.casualties.blame([note for _, note in guilty], "worker_hung" if hung else "worker_died")
+        what = f"{', '.join(note.name for note in lost)} is rejected" if lost else "no sample is rejected"
+        warnings.warn(f"{error}\nThe workers are replaced; {what}.", RuntimeWarning, stacklevel=3)
+        return restarts + 1
+
+
+def _is_guilty(note: Note, hung: bool, timeout_s: float) -> bool:
+    """Whether a process may be the reason of a failure: it is dead; or it does the same for half of the timeout."""
+    if hung:
+        return bool(note.doing) and time.monotonic() - note.since > timeout_s / 2
+    return note.pid > 0 and note.pid not in {child.pid for child in multiprocessing.active_children()}
 
 
 def needs(mixture: Mixture, config: LoaderConfig) -> list[str]:
@@ -263,7 +297,8 @@ class Orders:
 
     Attributes:
         plans: the steps.
-        sent: (step without its samples, micro-step, places of the samples) of every order that is not delivered yet.
+        sent: (step without its samples, micro-step, samples) of every order that is not delivered yet. New workers
+            begin with these.
         failure: what ended the plans. It is raised when the packs that were ordered before have been handed out.
     """
 
@@ -271,19 +306,23 @@ class Orders:
         self.plans = plans
         self.rank = rank
         self.world_size = world_size
-        self.sent: deque[tuple[Step, int, list[Place]]] = deque()
+        self.sent: deque[tuple[Step, int, list[Planned] | None]] = deque()
         self.failure: Exception | None = None
+        self._others = self._from_plans()
 
     def __iter__(self) -> Iterator[list[Planned] | None]:
+        return itertools.chain([samples for _, _, samples in self.sent], self._others)
+
+    def _from_plans(self) -> Iterator[list[Planned] | None]:
         try:
             for step, first in self.plans:
                 light = replace(step, packs=[])
                 for micro in range(first, len(step.packs) // self.world_size):
                     samples = step.packs[micro * self.world_size + self.rank]
-                    self.sent.append((light, micro, [one.place for one in samples if one.place is not None]))
+                    self.sent.append((light, micro, samples))
                     yield samples
                 if not step.packs:
-                    self.sent.append((light, 0, []))
+                    self.sent.append((light, 0, None))
                     yield None
                     return
         except Exception as error:
@@ -383,7 +422,7 @@ def open_again(mixture: Mixture) -> Mixture:
 
 def _kill(notes: Notes) -> None:
     """Kill the workers that wrote notes; a hanging one does not react to gentler signals."""
-    pids = {note.partition(":")[0] for note in read_notes(notes)[:-1]}
+    pids = {note.pid for note in read_notes(notes)[:-1]}
     for child in multiprocessing.active_children():
-        if f"pid {child.pid}" in pids:
+        if child.pid in pids:
             child.kill()

@@ -16,7 +16,7 @@ from fastvst.batch import EncodedSample, PackedBatch, empty_sample, pack
 from fastvst.data import spool
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture
-from fastvst.data.notes import Notes, write_note
+from fastvst.data.notes import Casualties, Notes, write_note
 from fastvst.data.planner import BadSample, Encoder, Planned
 from fastvst.data.shared_batch import SharedBatch
 from fastvst.processes import end_with_parent
@@ -49,13 +49,15 @@ class PackMaker(Dataset):
         processor: encodes the samples.
         rank: for messages.
         notes: from `make_notes`, one for each worker.
+        casualties: samples that are not tried again.
     """
 
-    def __init__(self, mixture: Mixture, processor: Encoder, rank: int, notes: Notes) -> None:
+    def __init__(self, mixture: Mixture, processor: Encoder, rank: int, notes: Notes, casualties: Casualties) -> None:
         self.mixture = mixture
         self.processor = processor
         self.rank = rank
         self.notes = notes
+        self.casualties = casualties
 
     def __getitem__(self, planned: list[Planned] | None) -> Delivery:
         """The pack of these samples; samples whose pixels are broken are left out. None: the end of the stream."""
@@ -71,16 +73,18 @@ class PackMaker(Dataset):
             except SampleError as error:
                 bad.append(BadSample(error, self.mixture.where(one.ref)))
         batch = pack(encoded or [empty_sample()])
+        write_note(self.notes, worker, "", "")
         return Delivery(batch if info is None else SharedBatch(batch), bad)
 
     def _encode(self, planned: Planned, worker: int) -> EncodedSample:
         where = self.mixture.where(planned.ref)
-        write_note(self.notes, worker, "reading", where)
+        self.casualties.check(planned.ref, self.mixture.sources[planned.ref.source].name, where)
+        write_note(self.notes, worker, "reading", where, planned.ref)
         found = self.mixture.read([planned.ref])[0].sample if planned.place is None else spool.read(planned.place)
         if isinstance(found, SampleError):
             raise found
         name = f"{found.source}/{found.id}"
-        write_note(self.notes, worker, "encoding", name)
+        write_note(self.notes, worker, "encoding", name, planned.ref)
         try:
             encoded = self.processor.encode(found)
         except SampleError:
@@ -91,10 +95,11 @@ class PackMaker(Dataset):
                 f"{type(error).__name__}: {error}"
             ) from error
         if (encoded.cost.tokens, encoded.cost.patches) != (planned.cost.tokens, planned.cost.patches):
-            raise RuntimeError(
-                f"{name} ({where}): measured {planned.cost}, encoded {encoded.cost}; the file changed during training, "
-                "or measure() and encode() disagree"
+            detail = (
+                f"measured {planned.cost}, encoded {encoded.cost}; the file changed during training, or measure() and "
+                "encode() disagree"
             )
+            raise SampleError("cost_changed", found.source, found.id, detail)
         return replace(encoded, origin=planned.ref.source)
 
 

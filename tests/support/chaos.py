@@ -291,7 +291,7 @@ def run(moments: int, seed: int, folder: Path, say: Callable[[str], object] = pr
         job = make_job(script, place, 24 if script == "sft" else 16)
         if script not in calm:
             calm[script] = uninterrupted(job, folder / f"calm-{script}")
-        # A killed reward process costs its rows their reward, as documented; a killed loader worker ends the run.
+        # A killed reward process costs its rows their reward, as documented; a killed loader worker is replaced.
         kinds = [kind for kind in WORDS if script == "sft" or kind != "kill a helper"]
         faults = plan(rng, kinds, count, job.steps)
         outcome = suffer(job, faults, calm[script], rng)

@@ -34,8 +34,8 @@ def kill_rank(run: Started) -> None:
     os.kill(run.rank(1), signal.SIGKILL)
 
 
-def kill_worker(run: Started) -> None:
-    os.kill(children(run.rank(0))[0], signal.SIGKILL)
+def kill_planner(run: Started) -> None:
+    os.kill(children(run.rank(0))[0], signal.SIGKILL)  # the first process that a rank starts; workers are replaced
 
 
 def fill_disk(run: Started) -> None:
@@ -51,7 +51,7 @@ CASES = {
     terminate: "stopped by a signal after step",
     interrupt_twice: "",  # torchrun itself says that it got signal 2; the ranks may have saved before the second one
     kill_rank: "rank 1 on ",
-    kill_worker: "loader worker",
+    kill_planner: "planner exited unexpectedly",
     fill_disk: "File too large",
     kill_launcher: "stopped by a signal after step",
 }
