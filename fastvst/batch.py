@@ -161,10 +161,10 @@ class PackedBatch:
 
     def _planned(self, *plans: AttentionPlan | None) -> PackedBatch:
         calls = (("plan", self.cu_seqlens, self.groups), ("image_plan", self.cu_images, None))
-        for (name, *offsets), plan in zip(calls, plans, strict=True):
+        for (name, offsets, groups), plan in zip(calls, plans, strict=True):
             object.__setattr__(self, name, plan)
             if plan is not None:
-                plan.trust(*offsets)
+                plan.trust(offsets, groups)
         return self
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
