@@ -1,15 +1,20 @@
-"""`fastvst plan`: how long a step of supervised fine-tuning takes, before anybody has run it."""
+"""`fastvst plan`: how long a step of supervised fine-tuning takes, and whether it fits, before anybody has run it."""
 
 from __future__ import annotations
 
 import argparse
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastvst.data.loader import LoaderConfig
 from fastvst.model import ModelConfig
-from fastvst.model.recompute import AUTO, Recompute, describe
+from fastvst.model.recompute import AUTO, check, describe
+from fastvst.train.fitting import Job, fitting_recompute, verdict
+from fastvst.train.memory import Placement
 from fastvst.train.plan import DEVICES, NODE, STATE_BYTES, Ceilings, PackShape, count_parameters, plan_step
 
 SIZES = ("3b", "7b", "32b", "72b")
@@ -23,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model.path", dest="path", help="folder of a checkpoint, instead of --model.size")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, 8 in a node (8)")
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="kind of GPU (h100)")
-    parser.add_argument("--recompute", help="what backward computes again; default: as --config says, else full")
+    parser.add_argument("--recompute", help="what backward computes again; default: as --config says, else what fits")
     parser.add_argument("--vision-share", type=float, default=default.vision, help="share of vision tokens (0.6)")
     parser.add_argument("--sequence", type=int, default=default.sequence, help="tokens of a sequence (4096)")
     parser.add_argument("--image", type=int, default=default.image, help="patches of an image (4096)")
@@ -31,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ceilings", type=Path, help="file that python -m bench.gpu.ceilings --out FILE has written")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print milliseconds by part, tokens/s, hours, disk and host memory.
+def run(arguments: argparse.Namespace) -> int:
+    """Print milliseconds by part, tokens/s, hours, memory, disk and host memory; returns 1 if the run does not fit.
 
     Raises:
         ValueError, OSError: an impossible number of GPUs or pack, or a file that cannot be read.
@@ -49,10 +54,20 @@ def run(arguments: argparse.Namespace) -> None:
         ceilings = ceilings.measured(arguments.ceilings)
     loader = _section(settings, "loader", {"tokens_per_pack": LoaderConfig().tokens_per_pack, "accumulation": 1})
     optimizer = _section(settings, "optimizer", {"state": "fp32", "freeze": []})
-    given: Recompute = arguments.recompute or _section(settings, "model", {"recompute": AUTO})["recompute"]
     shape = PackShape(
         loader["tokens_per_pack"], arguments.vision_share, arguments.sequence, arguments.image, arguments.targets
     )
+    job = Job(
+        model=config,
+        placement=Placement(min(arguments.gpus, NODE), True, torch.bfloat16, "cuda"),
+        tokens_per_pack=shape.tokens,
+        tokens_option="loader.tokens_per_pack",
+        recompute=arguments.recompute or _section(settings, "model", {"recompute": AUTO})["recompute"],
+        state=optimizer["state"],
+        frozen=tuple(optimizer["freeze"]),
+    )
+    check(job.recompute)
+    job = replace(job, recompute=fitting_recompute(job, device.memory))
     plan = plan_step(
         config,
         shape,
@@ -60,14 +75,13 @@ def run(arguments: argparse.Namespace) -> None:
         ceilings,
         gpus=arguments.gpus,
         packs=loader["accumulation"],
-        recompute="full" if given == AUTO else given,
+        recompute=job.recompute,
         state_bytes=STATE_BYTES[optimizer["state"]],
     )
-    policy = "auto, counted as full, the slowest" if given == AUTO else describe(given)
     print(f"{arguments.gpus} x {arguments.device}: {device.source}; every figure is a model unless marked measured")
     print(
         f"{plan.packs} packs on each GPU of {shape.tokens:,} tokens, {shape.vision:.0%} of images, sequences of "
-        f"{shape.sequence:,} tokens, images of {shape.image:,} patches; recompute {policy}"
+        f"{shape.sequence:,} tokens, images of {shape.image:,} patches; recompute {describe(job.recompute)}"
     )
     print(plan.table())
     print(f"tokens/s of each GPU: {plan.packs * shape.tokens / plan.seconds:,.0f} (model)")
@@ -78,11 +92,15 @@ def run(arguments: argparse.Namespace) -> None:
     saved = parameters * (STATE_BYTES[optimizer["state"]] - (4 if optimizer["state"] == "fp32" else 2))
     print(
         f"disk: {(saved + 2 * parameters) / 1e9:,.0f} GB for a checkpoint with its Hugging Face directory\n"
-        f"host memory: {saved / 1e9:,.0f} GB on all nodes together for the copies from which checkpoints are written\n"
-        "GPU memory: `fastvst sft --dry-run` with your data and the same settings"
+        f"host memory: {saved / 1e9:,.0f} GB on all nodes together for the copies from which checkpoints are written"
     )
+    line, problem = verdict(job, device.memory)
+    print(f"memory of each GPU (model): {line}")
     if optimizer["freeze"]:
         print(f"{', '.join(optimizer['freeze'])} is frozen; the time counts it as trained, so it is an upper bound")
+    if problem is not None:
+        print(problem)
+    return 0 if problem is None else 1
 
 
 def _section(settings: dict[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,10 @@ def test_the_command_prints_parts_hours_and_disk(tmp_path: Path, capsys: pytest.
     text = capsys.readouterr().out
     for part in ("decoder products", " model", "MFU", "100 steps", "GPU hours (model)", "disk: 116 GB", "data sheet"):
         assert part in text
-    assert "counted as full" in text
+    assert "fits with" in text
+    settings_file.write_text("[loader]\ntokens_per_pack = 16384\n[optimizer]\nstate = 'fp32'\n")
+    assert main(["plan", "--config", str(settings_file), "--gpus", "1", "--recompute", "full"]) == 1
+    assert "--optimizer.state 8bit" in capsys.readouterr().out
     assert main(["plan", "--recompute", "lihgt"]) == 2
     assert "recompute is 'lihgt'" in capsys.readouterr().err
     assert main(["plan", "--gpus", "12"]) == 2
