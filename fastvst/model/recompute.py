@@ -74,7 +74,7 @@ def _parse(policy: str) -> tuple[list[tuple[str, int]], str]:
     names = [name for name, _, _ in parts] + [rest]
     if not all(name in POLICIES for name in names) or not all(n.isascii() and n.isdigit() for _, _, n in parts):
         raise ValueError(
-            f"recompute is {policy!r}; expected one of {POLICIES}, or a text such as 'light:12,full' (light in the "
-            "first 12 blocks, full in the others)"
+            f"recompute is {policy!r}; expected one of {POLICIES}, 'auto', or a text such as 'light:12,full' (light "
+            "in the first 12 blocks, full in the others)"
         )
     return [(name, int(count)) for name, _, count in parts], rest
