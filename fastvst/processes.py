@@ -79,6 +79,19 @@ def end_with_parent(*, by_kernel: bool = True) -> None:
         threading.Thread(target=_follow, args=(os.getppid(),), name="parent", daemon=True).start()
 
 
+def start_helper(memory_gib: float = 0.0) -> None:
+    """Initializer of a process that renders, or reads scans of others: a sure end, limits, and no secret in os.environ.
+
+    Args:
+        memory_gib: see `limit_resources`.
+    """
+    end_with_parent()
+    limit_resources(memory_gib)
+    kept = plain_environment()
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
+
+
 def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,21 @@ def test_the_environment_has_what_python_needs_and_no_secret(monkeypatch) -> Non
     found = plain_environment()
     assert kept.items() <= found.items() and "secret" not in found.values()
     assert plain_environment(["RANK"])["RANK"] == "secret"
+
+
+def seen_by_a_helper() -> tuple[dict[str, str], list[int]]:
+    kinds = (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
+    return dict(os.environ), [resource.getrlimit(kind)[0] for kind in kinds]
+
+
+def test_renderers_have_limits_and_no_secret(monkeypatch) -> None:
+    from fastvst.generate.rooms import RENDERER_GIB, start_worker
+
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
+        environment, limits = pool.submit(seen_by_a_helper).result()
+    assert "secret" not in environment.values() and "PATH" in environment
+    assert limits == [0, OPEN_FILES, FILE_BYTES, int(RENDERER_GIB * 2**30)]
 
 
 def test_limits() -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from fastvst import atomic
 from fastvst.data.sample import Sample
 from fastvst.generate.parquet import to_row, write_rows
-from fastvst.processes import end_with_parent
+from fastvst.processes import start_helper
 from fastvst.reasoning import geometric
 from fastvst.scenes.rooms.render import open_renderer
 from fastvst.scenes.rooms.render_base import Renderer
@@ -43,6 +43,7 @@ GENERATOR_VERSION = 15  # part of the key of cached folders; raise it when the s
 ROWS_PER_FILE = 500
 SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # first room seed; "tower": tools/build_tower.py
 ROOMS_PER_SEED = 1 << 20
+RENDERER_GIB = 16.0  # address space of a rendering process; it uses 0.7 GiB of memory
 THOUGHT = "thought_"  # prefix of a task whose rows carry the geometric reasoning
 
 # Attempts of a `RoomsConfig` without `rows`: six tasks, most of them with short answers. The mixture of examples/sft.py
@@ -191,8 +192,8 @@ _renderer = process_renderer  # for callers outside this repository
 
 
 def start_worker() -> None:
-    """Initializer of a rendering process: it ends with its parent, and llvmpipe uses one thread, not one per core."""
-    end_with_parent()
+    """Initializer of a rendering process: limits, and llvmpipe uses one thread, not one per core."""
+    start_helper(RENDERER_GIB)
     os.environ["LP_NUM_THREADS"] = "1"  # read when the GL context is created
 
 

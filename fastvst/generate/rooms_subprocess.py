@@ -7,13 +7,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fastvst.generate.rooms import RoomsConfig, make_rooms
-from fastvst.processes import end_with_parent
+from fastvst.processes import start_helper
 
 
 def make_rooms_in_subprocess(
     out: str | Path | None, samples: int, seed: int, workers: int, config: RoomsConfig | None = None, *, split: str
 ) -> str:
     """The folder that `make_rooms` made or found with these arguments; it ran in a spawned process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start_helper) as pool:
         job = pool.submit(make_rooms, out, samples, seed, workers, config, split=split)
         return str(job.result())

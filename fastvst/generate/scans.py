@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fastvst import atomic
 from fastvst.generate.parquet import SCHEMA, to_row, write_rows
 from fastvst.generate.rooms import GENERATOR_VERSION, ROWS_PER_FILE, RoomsConfig, scene_samples
-from fastvst.processes import end_with_parent
+from fastvst.processes import start_helper
 from fastvst.scenes.adapters.arkitscenes import read_arkitscenes
 from fastvst.scenes.adapters.checks import Report
 from fastvst.scenes.adapters.colmap import read_nerfstudio, read_scannetpp
@@ -286,7 +286,7 @@ def _work(
         yield from (task(scan, parts / names[scan]) for scan in scans)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(scans)), context, end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(scans)), context, start_helper) as pool:
         waiting = [pool.submit(task, scan, parts / names[scan]) for scan in scans]
         for future in concurrent.futures.as_completed(waiting):
             yield future.result()
