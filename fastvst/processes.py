@@ -15,11 +15,15 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvst import supervisor
+
+T = TypeVar("T")
 
 # The environment of such a process: what Python, its libraries and their caches need, and nothing that may be a secret.
 # Names of services (HF_TOKEN, WANDB_API_KEY, AWS_*, *_PROXY) and of the job (RANK, MASTER_ADDR) are not in the list.
@@ -90,6 +94,21 @@ def start_helper(memory_gib: float = 0.0) -> None:
     kept = plain_environment()
     for name in set(os.environ) - set(kept):
         del os.environ[name]
+
+
+def helper_result(future: Future[T], work: str) -> T:
+    """The result of a job in a pool of helper processes.
+
+    Raises:
+        ChildProcessError: a helper was killed; says that the work can be continued.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"{work}: a helper process was killed, by hand or because memory is over. What is finished is kept, and "
+            "the same command continues; fewer workers need less memory"
+        ) from error
 
 
 def _follow(parent: int) -> None:

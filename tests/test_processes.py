@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from fastvst.processes import FILE_BYTES, MARK, OPEN_FILES, Supervised, kill_marked, plain_environment
+from fastvst.processes import (
+    FILE_BYTES,
+    MARK,
+    OPEN_FILES,
+    Supervised,
+    helper_result,
+    kill_marked,
+    plain_environment,
+    start_helper,
+)
 
 LIMITS = """
 import json, resource
@@ -103,6 +112,13 @@ def test_renderers_have_limits_and_no_secret(monkeypatch) -> None:
         environment, limits = pool.submit(seen_by_a_helper).result()
     assert "secret" not in environment.values() and "PATH" in environment
     assert limits == [0, OPEN_FILES, FILE_BYTES, int(RENDERER_GIB * 2**30)]
+
+
+def test_a_killed_helper_is_said_with_what_to_do() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_helper) as pool:
+        job = pool.submit(os._exit, 9)
+        with pytest.raises(ChildProcessError, match="rooms: a helper process was killed.*the same command continues"):
+            helper_result(job, "rooms")
 
 
 def test_limits() -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from fastvst import atomic
 from fastvst.data.sample import Sample
 from fastvst.generate.parquet import to_row, write_rows
-from fastvst.processes import start_helper
+from fastvst.processes import helper_result, start_helper
 from fastvst.reasoning import geometric
 from fastvst.scenes.rooms.render import open_renderer
 from fastvst.scenes.rooms.render_base import Renderer
@@ -368,7 +368,7 @@ def _rooms(
                     pending.append((number, pool.submit(room_rows, room_seed(split, seed, number), config)))
                     number += 1
                 done, future = pending.popleft()
-                yield done, future.result()
+                yield done, helper_result(future, "rooms")
         finally:
             for _, future in pending:
                 future.cancel()

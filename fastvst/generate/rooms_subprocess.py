@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fastvst.generate.rooms import RoomsConfig, make_rooms
-from fastvst.processes import start_helper
+from fastvst.processes import helper_result, start_helper
 
 
 def make_rooms_in_subprocess(
@@ -16,4 +16,4 @@ def make_rooms_in_subprocess(
     """The folder that `make_rooms` made or found with these arguments; it ran in a spawned process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start_helper) as pool:
         job = pool.submit(make_rooms, out, samples, seed, workers, config, split=split)
-        return str(job.result())
+        return str(helper_result(job, "rooms"))

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fastvst import atomic
 from fastvst.generate.parquet import SCHEMA, to_row, write_rows
 from fastvst.generate.rooms import GENERATOR_VERSION, ROWS_PER_FILE, RoomsConfig, scene_samples
-from fastvst.processes import start_helper
+from fastvst.processes import helper_result, start_helper
 from fastvst.scenes.adapters.arkitscenes import read_arkitscenes
 from fastvst.scenes.adapters.checks import Report
 from fastvst.scenes.adapters.colmap import read_nerfstudio, read_scannetpp
@@ -289,7 +289,7 @@ def _work(
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(scans)), context, start_helper) as pool:
         waiting = [pool.submit(task, scan, parts / names[scan]) for scan in scans]
         for future in concurrent.futures.as_completed(waiting):
-            yield future.result()
+            yield helper_result(future, "scans")
 
 
 def _one_scan(scan: Path, target: Path, config: ScansConfig) -> tuple[Path, Counter, list[str]]:
