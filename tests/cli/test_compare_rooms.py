@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -60,16 +59,16 @@ def test_checkpoints_are_named_or_found(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_thinking_asks_under_the_thinking_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastvst.rollout
+    from fastvst.evaluate import run
 
     asked: list[Sample] = []
+    answer = run.answer
 
-    class Recorder(fastvst.rollout.Engine):
-        def generate(self, prompts, params, **options):
-            asked.extend(prompts)
-            return super().generate(prompts, fastvst.rollout.SamplingParams(temperature=0.0, max_tokens=2), **options)
+    def recorded(model, processor, rows, ask, *where, **options):
+        asked.extend(map(ask, rows))
+        return answer(model, processor, rows, ask, *where, **{**options, "max_new_tokens": 2})
 
-    monkeypatch.setattr(fastvst.rollout, "Engine", Recorder)
+    monkeypatch.setattr(run, "answer", recorded)
     sample = Sample.from_messages(
         [
             {"role": "system", "content": "You are a helpful assistant."},
@@ -90,7 +89,7 @@ def test_thinking_asks_under_the_thinking_prompt(monkeypatch: pytest.MonkeyPatch
     for thinking in (True, False):
         rooms.answer_all(model, processor, rooms.questions([sample]), thinking=thinking)
     systems = [[p["text"] for m in s.messages if m["role"] == "system" for p in m["content"]] for s in asked]
-    assert len(systems[0]) == 1 and re.search("<think>", systems[0][0])
+    assert len(systems[0]) == 1 and "<think>" in systems[0][0]
     assert systems[1] == ["You are a helpful assistant."]
 
 
@@ -120,7 +119,9 @@ def test_command_on_rendered_rooms(tmp_path: Path, capsys: pytest.CaptureFixture
         ]
     )
     assert status == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "index.html", "rooms.svg"}
+    pages = {"results.json", "results.md", "index.html", "rooms.svg"}
+    kept = {"predictions-one.jsonl", "predictions-two.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == pages | kept
     rows = [line.split("|") for line in (tmp_path / "out" / "results.md").read_text().splitlines()[2:] if "|" in line]
     assert rows and all(row[3].strip(" *") == row[4].strip(" *") for row in rows), "the same weights, the same scores"
 

@@ -122,7 +122,7 @@ def test_the_best_checkpoint_stays_and_a_resumed_run_agrees(places: dict[str, Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["evaluation.path=none"], "evaluation.path is empty"),
+        (["evaluation.path="], "path is empty"),
         (["evaluation.path=vsi_bnch=x"], "did you mean 'vsi_bench'"),
         (["evaluation.path=no_such.jsonl"], "evaluation.path: .*no_such.jsonl"),
         (["evaluation.path=mmstar=no_such"], "evaluation.path: .*no_such"),

@@ -16,9 +16,14 @@ PIECE = 1 << 18  # values of `rows_at_once`: 1 MiB of float32
 
 
 def column_sum(x: Tensor) -> Tensor:
-    """`x.sum(0)` of (T, N), the gradient of a bias. On the CPU a product with ones, which takes half the time."""
+    """`x.sum(0)` of (T, N), the gradient of a bias. On the CPU a product with ones, which takes half the time.
+
+    The product adds the rows one after the other, so that its error grows with T: 64 rows at a time, then the parts.
+    """
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return x.t().mv(x.new_ones(x.shape[0]))
+        whole = x.shape[0] // 64 * 64
+        parts = [part.t().mv(x.new_ones(len(part))) for part in (*x[:whole].split(64), x[whole:]) if len(part)]
+        return torch.stack(parts).sum(0) if parts else x.new_zeros(x.shape[1])
     return x.sum(0)
 
 
