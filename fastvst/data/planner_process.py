@@ -216,6 +216,7 @@ def serve(
                 planner.spool.free(places)
         if behind:
             desk.add(_next_message(steps))
+            write_note(notes, -1, "", "")  # it may wait for long from here; `_is_guilty` looks for a planner at work
 
 
 def _spool(planner: Planner) -> Spool | None:

@@ -17,10 +17,11 @@ import pytest
 
 import loader_packs
 from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
-from fastvst.data import spool
+from fastvst.data import loader, spool
 from fastvst.data.ledger import Ledger
 from fastvst.data.loader import LoaderConfig, make_loader
 from fastvst.data.mixture import MixtureConfig, SourceConfig
+from fastvst.data.notes import make_notes, read_notes
 from fastvst.data.planner_process import Node
 from fastvst.data.sources.files import ParquetTable
 from fastvst.data.sources.json_files import JsonTable
@@ -120,6 +121,22 @@ def test_ranks_that_share_a_planner_train_on_their_packs(tmp_path) -> None:
     for thread in threads:
         thread.join()
     assert [found[rank] for rank in range(ranks)] == RECORDED["packs"]["four ranks"]
+
+
+def test_a_planner_that_waits_is_not_at_work(tmp_path, monkeypatch) -> None:
+    """Else the sample that it planned last would be blamed for a worker that hangs meanwhile, which ends the run."""
+    made = []
+    monkeypatch.setattr(loader, "make_notes", lambda count: made.append(make_notes(count)) or made[0])
+    data = MixtureConfig((SourceConfig(str(write_jsonl(tmp_path / "a.jsonl", fake_rows(90)))),), shuffle_buffer=20)
+    config = LoaderConfig(tokens_per_pack=256, buffer_samples=24, num_workers=1, prefetch=1, timeout_s=0)
+    packs = iter(make_loader(data, FakeProcessor(), config, ledger=Ledger(max_fraction=1.0)))
+    next(packs)
+    limit = time.monotonic() + 240
+    while (note := read_notes(made[0])[-1]).doing:  # nobody takes another pack, so it has soon planned enough
+        assert time.monotonic() < limit, f"planner ({note})"
+        time.sleep(0.05)
+    assert note.pid
+    packs.close()
 
 
 def test_a_planner_that_dies_is_named_with_its_sample(tmp_path) -> None:
