@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ WORDS = {
     "slow disk": "",
 }
 WRITE = 0.1  # seconds that a write of shards takes at least, so that moments hit it
+LISTENERS: dict[Path, threading.Thread] = {}  # folder of a job -> what writes its log, until all its processes ended
 SLOW = 1.5  # the same for the first write after a moment "slow disk"
 
 
@@ -199,10 +201,11 @@ def again(
     before: set[int],
 ) -> multiprocessing.process.BaseProcess:
     """Check how the run ended and start it again."""
+    wait(lambda: not left(before), job)
+    LISTENERS.pop(job.out).join(LIMIT)  # no process is left that could write
     text = log_of(job).read_text(encoding="utf-8", errors="replace")
     if process.exitcode != -signal.SIGKILL:
         assert WORDS[kind] in text, f"{kind}: exit status {process.exitcode}, and its words are:\n{text}"
-    wait(lambda: not left(before), job)
     seen = read_curve(job)
     assert seen == read_curve(calm)[: len(seen)], f"{kind}: the figures differ"
     outcome.starts += 1
@@ -245,20 +248,31 @@ def slow_disk(job: Job) -> Path:
 
 
 def start(job: Job) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(job,))
+    """Start the job. What it says comes through a pipe, because a full disk would cut its last words in a file."""
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(job, writer))
     process.start()
+    os.close(writer)
+    LISTENERS[job.out] = threading.Thread(target=_listen, args=(reader, log_of(job)), daemon=True)
+    LISTENERS[job.out].start()
     return process
 
 
-def _child(job: Job) -> None:
+def _listen(reader: int, log: Path) -> None:
+    with open(reader, "rb", buffering=0) as words, open(log, "wb", buffering=0) as file:
+        while some := words.read(65536):
+            file.write(some)
+
+
+def _child(job: Job, output: int) -> None:
     """Run the script as `python script.py` does: mistakes and errors of the disk end it with one line."""
     from fastvst.rl.rewards.pool import RewardError
     from fastvst.train import checkpoint
     from fastvst.train.run import run_script
 
-    descriptor = os.open(log_of(job), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - pytest has replaced it
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     write = checkpoint.write_tensors
