@@ -21,7 +21,17 @@ from fastvst.model.recompute import describe
 from fastvst.train.fitting import SHARE, STATES, Job, fitting_recompute
 from fastvst.train.memory import GIB, Memory, Placement
 from fastvst.train.optimizer import OptimizerConfig
-from fastvst.train.plan import DEVICES, NODE, STATE_BYTES, Ceilings, PackShape, Plan, count_parameters, plan_step
+from fastvst.train.plan import (
+    DEVICES,
+    NODE,
+    STATE_BYTES,
+    Ceilings,
+    PackShape,
+    Plan,
+    count_parameters,
+    plan_step,
+    saved_bytes,
+)
 
 ROOT = Path(__file__).parents[1]
 DEVICE = DEVICES["h100"]
@@ -145,7 +155,7 @@ def page(known: dict[Any, Job]) -> str:
         plan = stage.plan(job)
         seconds = plan.seconds * (4 / 3 if stage.is_rl else 1) + stage.rollout
         steps = stage.settings["steps"]
-        disk = saved_bytes(stage, job) + 2 * count_parameters(stage.config)
+        disk = saved_bytes(stage.config, job.state) + 2 * count_parameters(stage.config)
         time_rows.append(
             [
                 f"{stage.name}, {stage.size}",
@@ -154,7 +164,7 @@ def page(known: dict[Any, Job]) -> str:
                 f"{steps:,}",
                 f"{steps * seconds / 3600:.0f}",
                 f"{3 * disk / 1e9:.0f}",
-                f"{saved_bytes(stage, job) / 1e9:.0f}",
+                f"{saved_bytes(stage.config, job.state) / 1e9:.0f}",
             ]
         )
     header = ["stage", "state", "recompute", *PARTS, "total"]
@@ -166,12 +176,6 @@ def page(known: dict[Any, Job]) -> str:
         device=DEVICE.source,
         share=f"{100 * (1 - SHARE):.0f}",
     )
-
-
-def saved_bytes(stage: Stage, job: Job) -> float:
-    """Bytes of the weights and moments of a checkpoint."""
-    gradient = 4 if job.state == "fp32" else 2
-    return count_parameters(stage.config) * (STATE_BYTES[job.state] - gradient)
 
 
 def other_rows(known: dict[Any, Job]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.cases.attention import CASES, TINY_CASES, Case
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import matmul_tflops
-from bench.gpu.clock import clock_of, milliseconds
+from bench.gpu.clock import clock_of, forward_backward
 from fastvst_kernels import packed_attention, prepare
 from fastvst_kernels.attention.backends import AttentionCall, library_attention
 from fastvst_kernels.attention.choice import TRITON, record
@@ -86,34 +86,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
 def measure(case: Case, options: Options) -> dict[str, Figures]:
     """{contender: figures}; a contender that cannot run has the reason instead."""
     q, k, v = case.tensors(options.device, options.dtype)
-    forward_flops, backward_flops = case.flops()
+    times, failures = forward_backward(contenders(case, q, k, v), (q, k, v), clock_of(options.device))
     ceiling = matmul_tflops(options)
-    runs: dict[str, Callable[[], object]] = {}
-    backwards: dict[str, Callable[[], object]] = {}
-    figures: dict[str, Figures] = {}
-    for name, run in contenders(case, q, k, v).items():
-        try:
-            out = run()
-            torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
-        except Exception as error:  # a peer that lacks this case must not end the run
-            figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            continue
-        runs[name] = torch.no_grad()(run)
-        gradient = torch.randn_like(out)
-        backwards[name] = lambda out=out, g=gradient: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
-    clock = clock_of(options.device)
-    forward = milliseconds(runs, clock)
-    backward = milliseconds(backwards, clock)
-    for name in runs:
-        speeds = forward_flops / forward[name] * 1e-9, backward_flops / backward[name] * 1e-9
-        figures[name] = {
-            "forward_ms": forward[name],
-            "backward_ms": backward[name],
-            "forward_tflops": speeds[0],
-            "backward_tflops": speeds[1],
-            "forward_share": speeds[0] / ceiling,
-            "backward_share": speeds[1] / ceiling,
-        }
+    figures: dict[str, Figures] = {name: {"not_measured": why} for name, why in failures.items()}
+    for (way, found), flops in zip(times.items(), case.flops(), strict=True):
+        for name, ms in found.items():
+            speed = flops / ms * 1e-9
+            more = {f"{way}_ms": ms, f"{way}_tflops": speed, f"{way}_share": speed / ceiling}
+            figures.setdefault(name, {}).update(more)
     return figures
 
 

@@ -25,7 +25,7 @@ PROJECTIONS = {
 
 
 def matmul_tflops(options: Options) -> float:
-    """TFLOP/s of the ceiling, as the block measured it in the same file; 0 in a dry run without it.
+    """TFLOP/s of the ceiling, as this block measured it in the same file.
 
     Raises:
         LookupError: the file has no such line.

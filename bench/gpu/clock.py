@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Device(Protocol):
@@ -91,6 +92,39 @@ def milliseconds(
             marks[name].append((begin, device.event()))
     device.wait()
     return {name: statistics.median(device.between(*pair) for pair in pairs) for name, pairs in marks.items()}
+
+
+def forward_backward(
+    contenders: Mapping[str, Callable[[], Any]], inputs: Sequence[Tensor], device: Device
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Milliseconds of a call and of its backward pass: {"forward": {contender: ms}, "backward": {contender: ms}}.
+
+    Args:
+        contenders: each returns a tensor or a tuple of tensors. inputs: what the backward pass differentiates by.
+
+    Returns:
+        The times, and for each contender that cannot run its reason, so that a peer does not end the run.
+    """
+    forward: dict[str, Callable[[], object]] = {}
+    backward: dict[str, Callable[[], object]] = {}
+    failures: dict[str, str] = {}
+    for name, run in contenders.items():
+        try:
+            out = run()
+            outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+            grads = [torch.randn_like(x) for x in outs]
+            torch.autograd.grad(outs, inputs, grads, retain_graph=True)
+        except Exception as error:  # not installed, out of memory, a case that it lacks
+            failures[name] = reason(error)
+            continue
+        forward[name] = torch.no_grad()(run)
+        backward[name] = lambda outs=outs, grads=grads: torch.autograd.grad(outs, inputs, grads, retain_graph=True)
+    return {"forward": milliseconds(forward, device), "backward": milliseconds(backward, device)}, failures
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _issue_time(

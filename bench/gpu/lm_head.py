@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import matmul_tflops
-from bench.gpu.clock import clock_of, milliseconds
+from bench.gpu.clock import clock_of, milliseconds, reason
+from bench.memory import peak_extra_bytes
 from fastvst_kernels import linear_cross_entropy, linear_policy_loss
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, Objective
@@ -159,28 +160,17 @@ def measure(made: dict[str, Callable[[], Step]], flops: float, options: Options)
         try:
             run = make()
             run()
-            figures[name] = {"peak_extra_gib": _extra_bytes(run, options) / 2**30}
+            extra = 0 if options.dry else peak_extra_bytes(run)
+            figures[name] = {"peak_extra_gib": extra / 2**30}
             runs[name] = run
         except Exception as error:  # a peer that is not installed or runs out of memory must not end the run
-            figures[name] = {"not_measured": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            figures[name] = {"not_measured": reason(error)}
     ceiling = matmul_tflops(options)
     for name, ms in milliseconds(runs, clock_of(options.device), most=7).items():
         figures[name] |= {"ms": ms, "tflops": flops / ms * 1e-9, "share": flops / ms * 1e-9 / ceiling}
     if "ms" in figures.get("three products", {}) and "ms" in figures["fastvst"]:
         figures["fastvst"]["share_of_three_products"] = figures["three products"]["ms"] / figures["fastvst"]["ms"]
     return figures
-
-
-def _extra_bytes(run: Step, options: Options) -> int:
-    """Bytes at the peak of a second run beyond those before it; 0 on the CPU."""
-    if options.dry:
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def cases(options: Options) -> Cases:

@@ -15,7 +15,7 @@ from fastvst.model import ModelConfig
 from fastvst.model.recompute import AUTO, check, describe
 from fastvst.train.fitting import Job, fitting_recompute, verdict
 from fastvst.train.memory import Placement
-from fastvst.train.plan import DEVICES, NODE, STATE_BYTES, Ceilings, PackShape, count_parameters, plan_step
+from fastvst.train.plan import DEVICES, NODE, STATE_BYTES, Ceilings, PackShape, count_parameters, plan_step, saved_bytes
 
 SIZES = ("3b", "7b", "32b", "72b")
 
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         hours = settings["steps"] * plan.seconds / 3600
         print(f"{settings['steps']:,} steps: {hours:,.1f} hours, {hours * arguments.gpus:,.0f} GPU hours (model)")
     parameters = count_parameters(config)
-    saved = parameters * (STATE_BYTES[optimizer["state"]] - (4 if optimizer["state"] == "fp32" else 2))
+    saved = saved_bytes(config, optimizer["state"])
     print(
         f"disk: {(saved + 2 * parameters) / 1e9:,.0f} GB for a checkpoint with its Hugging Face directory\n"
         f"host memory: {saved / 1e9:,.0f} GB on all nodes together for the copies from which checkpoints are written"

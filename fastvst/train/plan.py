@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 
 from fastvst import jsonl
-from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.model import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops, vision_flops
 from fastvst.model.recompute import Recompute, of_blocks, of_tower
+from fastvst.train.memory import count_parameters as count_by_part
+from fastvst.train.metrics import PEAK_BF16_FLOPS
+from fastvst.train.optimizer import bytes_per_parameter
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device(312e12, 2.039e12, 300e9, 80e9, "NVIDIA A100 80GB data sheet (2021), SXM"),
-    "h100": Device(989.5e12, 3.35e12, 450e9, 80e9, "NVIDIA H100 data sheet (2023), SXM"),
-    "h200": Device(989.5e12, 4.8e12, 450e9, 141e9, "NVIDIA H200 data sheet (2024), SXM"),
+    "a100": Device(PEAK_BF16_FLOPS["NVIDIA A100"], 2.039e12, 300e9, 80e9, "NVIDIA A100 80GB data sheet (2021), SXM"),
+    "h100": Device(PEAK_BF16_FLOPS["NVIDIA H100"], 3.35e12, 450e9, 80e9, "NVIDIA H100 data sheet (2023), SXM"),
+    "h200": Device(PEAK_BF16_FLOPS["NVIDIA H200"], 4.8e12, 450e9, 141e9, "NVIDIA H200 data sheet (2024), SXM"),
 }
 NETWORK = 50e9  # bytes/s of one 400 Gbit/s adapter for each GPU (NVIDIA ConnectX-7 data sheet), between nodes
 NODE = 8  # GPUs
@@ -64,9 +67,8 @@ SHARES = {
 }
 # (kind of work, case, figure in units of 1e12) in the lines of bench/gpu/ceilings.py
 MEASURED = (("matmul", "matmul 8192^3", "tflops"), ("bandwidth", "copy 2 GiB", "tbps"))
-BACKWARD = (
-    2.5  # operations of attention's backward pass, compared with its forward pass (arXiv 2205.14135, appendix B.4)
-)
+# Operations of attention's backward pass, compared with its forward pass (arXiv 2205.14135, appendix B.4).
+BACKWARD = 2.5
 # Bytes that pointwise operators move for each token (or patch) and block, in units of the row that they work on
 # (forward and backward): norms and residuals, q/k/v with rotary embedding, the activation function.
 ROWS = {"hidden": 22, "qkv": 5, "inner": 11}
@@ -250,9 +252,14 @@ def plan_step(
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters; a tied embedding counts once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Qwen25VL(config).parameters())
+    """Number of parameters in memory; a tied embedding counts once."""
+    return sum(count_by_part(config, padding=True).values())
+
+
+def saved_bytes(config: ModelConfig, state: str) -> float:
+    """Bytes of the weights and moments of a checkpoint, which has no gradients."""
+    _, gradient, _ = bytes_per_parameter(state, torch.Size([1]))
+    return count_parameters(config) * (STATE_BYTES[state] - gradient)
 
 
 def operations(config: ModelConfig, shape: PackShape) -> dict[str, float]:

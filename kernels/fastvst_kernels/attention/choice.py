@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastvst_kernels.attention.libraries import LIBRARIES, installed, serves
 from fastvst_kernels.shared.tile_tables import TABLES
@@ -142,9 +143,9 @@ def record(case: Case, milliseconds: Mapping[str, float], source: str, path: Pat
     return row
 
 
-def _row(raw: dict[str, object]) -> Row:
-    row = Row(**raw)  # type: ignore[arg-type]
+def _row(raw: dict[str, Any]) -> Row:
+    low, high = raw["heads"]
+    row = Row(**(raw | {"heads": (low, high), "order": tuple(raw["order"])}))
     if row.direction not in DIRECTIONS or set(row.order) - {TRITON, *LIBRARIES}:
         raise ValueError(f"row {raw}: expected a direction of {DIRECTIONS} and an order of {[TRITON, *LIBRARIES]}")
-    low, high = row.heads
-    return Row(**(raw | {"heads": (low, high), "order": tuple(row.order)}))  # type: ignore[arg-type]
+    return row
