@@ -50,6 +50,17 @@ def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: I
     return float(config.num_hidden_layers * (lengths.sum() * layer + 4 * q * pairs))
 
 
+def light_flops(config: ModelConfig, tower: str) -> float:
+    """Forward operations that recompute policy "light" repeats in one block, for a token or a patch.
+
+    The output projection; in the vision tower also gate and up (`fastvst.model.recompute`).
+    """
+    if tower == "decoder":
+        return 2.0 * config.hidden_size * config.num_attention_heads * config.head_dim
+    v = config.vision
+    return 2.0 * v.hidden_size * (v.hidden_size + 2 * v.intermediate_size)
+
+
 def head_flops(config: ModelConfig, num_targets: int) -> float:
     """Forward operations of the LM head on the supervised rows."""
     return 2.0 * num_targets * config.hidden_size * config.vocab_size

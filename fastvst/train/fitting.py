@@ -14,7 +14,7 @@ import torch
 
 from fastvst.config import ConfigError
 from fastvst.model import ModelConfig
-from fastvst.model.flops import decoder_flops, vision_flops
+from fastvst.model.flops import decoder_flops, light_flops, vision_flops
 from fastvst.model.kept_bytes import block_bytes, layer_bytes
 from fastvst.model.recompute import AUTO, TOWERS, Recompute, describe, of_blocks, of_tower
 from fastvst.train.distributed import World
@@ -139,11 +139,11 @@ def repeated_flops(job: Job, tower: str) -> dict[str, float]:
     v = job.model.vision
     if tower == "decoder":
         whole = decoder_flops(job.model, [tokens]) / job.model.num_hidden_layers
-        light = 2.0 * tokens * job.model.hidden_size * job.model.num_attention_heads * job.model.head_dim
+        light = tokens * light_flops(job.model, tower)
     else:
         patches = tokens * v.spatial_merge_size**2
         whole = vision_flops(job.model, [patches], [patches]) / v.depth
-        light = 2.0 * patches * v.hidden_size * (v.hidden_size + 2 * v.intermediate_size)
+        light = patches * light_flops(job.model, tower)
     return {"none": 0.0, "light": light, "full": whole}
 
 

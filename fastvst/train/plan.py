@@ -17,7 +17,7 @@ import torch
 
 from fastvst import jsonl
 from fastvst.model import ModelConfig
-from fastvst.model.flops import TRAINING, decoder_flops, head_flops, vision_flops
+from fastvst.model.flops import TRAINING, decoder_flops, head_flops, light_flops, vision_flops
 from fastvst.model.recompute import Recompute, of_blocks, of_tower
 from fastvst.train.memory import count_parameters as count_by_part
 from fastvst.train.metrics import PEAK_BF16_FLOPS
@@ -222,7 +222,7 @@ def plan_step(
     """
     rate = ceilings.rates
     ops = operations(config, shape)
-    again = _repeated(config, recompute, ops)
+    again = _repeated(config, shape, recompute, ops)
     shards = min(gpus, NODE)
     parameters = count_parameters(config)
     compute = [
@@ -280,27 +280,18 @@ def operations(config: ModelConfig, shape: PackShape) -> dict[str, float]:
     }
 
 
-def _repeated(config: ModelConfig, recompute: Recompute, ops: Mapping[str, float]) -> dict[str, float]:
-    """Forward operations that backward repeats: all of the blocks with "full", the last product of "light"."""
+def _repeated(
+    config: ModelConfig, shape: PackShape, recompute: Recompute, ops: Mapping[str, float]
+) -> dict[str, float]:
+    """Forward operations that backward repeats: all of a block with "full", some products with "light"."""
     found = {}
-    for tower, depth in (("decoder", config.num_hidden_layers), ("vision", config.vision.depth)):
+    towers = (("decoder", config.num_hidden_layers, shape.tokens), ("vision", config.vision.depth, shape.patches))
+    for tower, depth, rows in towers:
         blocks = of_blocks(of_tower(recompute, tower), depth)
         full = blocks.count("full") / depth
-        light = blocks.count("light") / depth
-        share = _light_share(config, tower)
-        found[tower] = (full + light * share) * ops[tower]
+        found[tower] = full * ops[tower] + blocks.count("light") * rows * light_flops(config, tower)
         found[f"{tower} attention"] = full * ops[f"{tower} attention"]
     return found
-
-
-def _light_share(config: ModelConfig, tower: str) -> float:
-    """Share of a block's products that "light" repeats: the decoder's output projection; the tower's MLP."""
-    if tower == "decoder":
-        q = config.num_attention_heads * config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        return q / (2 * q + 2 * kv + 3 * config.intermediate_size)
-    v = config.vision
-    return 2 * v.intermediate_size / (4 * v.hidden_size + 3 * v.intermediate_size)
 
 
 def _matmul(name: str, operations: float, rate: Mapping[str, float]) -> Part:

@@ -57,6 +57,20 @@ def test_a_text_pack_by_hand() -> None:
     assert found["optimizer"] == pytest.approx(1.75 * 16 * parameters / (0.8 * 3.35e12))
 
 
+def test_what_light_repeats_by_hand() -> None:
+    """The tower's output projection, gate and up in all 32 blocks; the decoder's output projection in 28 layers."""
+    config = ModelConfig.preset("7b")
+    shape = PackShape(1000, vision=0.5)
+    plain, light = (
+        {part.name: part.seconds for part in plan_step(config, shape, H100, STATED, recompute=policy).parts}
+        for policy in ("none", "light")
+    )
+    rate = 0.667 * 989.5e12
+    tower = 32 * 2000 * 2 * 1280 * (1280 + 2 * 3420)
+    assert light["vision products"] - plain["vision products"] == pytest.approx(tower / rate)
+    assert light["decoder products"] - plain["decoder products"] == pytest.approx(28 * 1000 * 2 * 3584**2 / rate)
+
+
 def _seconds(config: ModelConfig, shape: PackShape, **options: object) -> float:
     return plan_step(config, shape, H100, STATED, **options).seconds  # type: ignore[arg-type]
 
