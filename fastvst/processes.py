@@ -92,8 +92,8 @@ def start_helper(memory_gib: float = 0.0) -> None:
     end_with_parent()
     limit_resources(memory_gib)
     kept = plain_environment()
-    for name in set(os.environ) - set(kept):
-        del os.environ[name]
+    os.environ.clear()
+    os.environ.update(kept)
 
 
 def helper_result(future: Future[T], work: str) -> T:

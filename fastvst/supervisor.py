@@ -55,7 +55,7 @@ def main(control: int, command: list[str]) -> int:
             os.read(wake, 4096)
         if output in ready:
             piece = os.read(output, 1 << 16)
-            left = _pass_on(piece, left)
+            left = pass_on(piece, left)
             if not piece:
                 sources.remove(output)
     status = child.poll()
@@ -63,16 +63,16 @@ def main(control: int, command: list[str]) -> int:
     if output in sources:
         os.set_blocking(output, False)
         with contextlib.suppress(BlockingIOError):
-            while left > 0 and (piece := os.read(output, 1 << 16)):
-                left = _pass_on(piece, left)
+            while left >= 0 and (piece := os.read(output, 1 << 16)):
+                left = pass_on(piece, left)
     if status is None:
         return 128 + signal.SIGKILL
     return status if status >= 0 else 128 - status
 
 
-def _pass_on(piece: bytes, left: int) -> int:
-    """Write output of the command to standard error; returns how many bytes may still follow."""
-    if left > 0:
+def pass_on(piece: bytes, left: int) -> int:
+    """Write output of the command to standard error; returns how many bytes may still follow, below 0 once cut."""
+    if left >= 0:
         with contextlib.suppress(OSError):
             os.write(2, piece[:left])
             if len(piece) > left:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fastvst import supervisor
 from fastvst.processes import (
     FILE_BYTES,
     MARK,
@@ -166,6 +167,16 @@ def test_standard_error_is_cut(capfd) -> None:
     run.end()
     text = capfd.readouterr().err
     assert text.startswith("y\ny\n") and text.endswith("the rest is dropped]\n") and len(text) < 1.1e6
+
+
+@pytest.mark.parametrize("size", [1 << 16, 1000])
+def test_the_cut_is_said_once_where_the_pieces_fill_the_limit_and_where_not(capfd, size: int) -> None:
+    left = supervisor.OUTPUT_LIMIT
+    for _ in range(supervisor.OUTPUT_LIMIT // size + 3):
+        left = supervisor.pass_on(b"y" * size, left)
+    text = capfd.readouterr().err
+    assert text.count("y") == supervisor.OUTPUT_LIMIT + 1  # one is in "bytes"
+    assert text.count("the rest is dropped") == 1 and text.endswith("the rest is dropped]\n")
 
 
 @pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver", "thread", "pool"])

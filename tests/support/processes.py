@@ -67,8 +67,9 @@ class Started:
         return time.monotonic() - began
 
     def shared_memory_left(self) -> set[str]:
-        """Names in /dev/shm that were not there before."""
-        return shared_memory() - self._shared
+        """Names in /dev/shm that were not there before and that no living process uses, such as other tests'."""
+        new = shared_memory() - self._shared
+        return new - in_use(new) if new else new
 
     def kill_all(self) -> None:
         for pid in [*self.tree(), self.process.pid]:
@@ -85,6 +86,21 @@ def started(command: Sequence[str], **more: object) -> Iterator[Started]:
         yield run
     finally:
         run.kill_all()
+
+
+def in_use(names: set[str]) -> set[str]:
+    """Those of these names in /dev/shm that a living process has mapped, by inode: sem_open(3) renames its files."""
+    mapped: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                lines = (entry / "maps").read_text(errors="replace").splitlines()
+                mapped |= {line.split()[4] for line in lines if f" {SHARED_MEMORY}/" in line}
+    found = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            found |= {name} if str((SHARED_MEMORY / name).stat().st_ino) in mapped else set()
+    return found
 
 
 def adopt_orphans() -> None:
