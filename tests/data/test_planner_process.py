@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -100,9 +100,8 @@ def test_ranks_that_share_a_planner_train_on_their_packs(tmp_path) -> None:
     sources = loader_packs.write_data(tmp_path)
     mixture, options, ranks, count = loader_packs.RUNS["four ranks"]
     token = secrets.token_hex()
-    found: dict[int, list[int]] = {}
 
-    def run(rank: int) -> None:  # a thread for each rank; the first one starts the planner process
+    def run(rank: int) -> list[int]:
         config = LoaderConfig(**{"tokens_per_pack": 256, "num_workers": 0, "timeout_s": 100.0, **options})
         loader = make_loader(
             MixtureConfig(sources, **mixture),
@@ -113,14 +112,19 @@ def test_ranks_that_share_a_planner_train_on_their_packs(tmp_path) -> None:
             ledger=Ledger(max_fraction=1.0),
             node=Node(token, rank, ranks),
         )
-        found[rank] = loader_packs.numbers(loader, count)
+        return loader_packs.numbers(loader, count)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[rank] for rank in range(ranks)] == RECORDED["packs"]["four ranks"]
+    context = multiprocessing.get_context("fork")  # ranks are processes: a fork beside threads may copy a held lock
+    found = context.SimpleQueue()
+    others = [context.Process(target=lambda rank=rank: found.put((rank, run(rank)))) for rank in range(1, ranks)]
+    for process in others:
+        process.start()
+    packs = {0: run(0)}  # the first rank starts the planner process
+    for process in others:
+        process.join()
+    assert not any(process.exitcode for process in others)
+    packs.update(found.get() for _ in others)
+    assert [packs[rank] for rank in range(ranks)] == RECORDED["packs"]["four ranks"]
 
 
 def test_a_planner_that_waits_is_not_at_work(tmp_path, monkeypatch) -> None:
