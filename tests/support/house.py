@@ -22,7 +22,7 @@ LEVELS = (
     ("fastvst_kernels",),
     ("fastvst.atomic", "fastvst.batch", "fastvst.checksum", "fastvst.config", "fastvst.html", "fastvst.jsonl")
     + ("fastvst.processes", "fastvst.supervisor"),
-    ("fastvst.spatial",),
+    ("fastvst.spatial", "fastvst.vla"),
     ("fastvst.model",),
     ("fastvst.data",),
     ("fastvst.scenes",),
