@@ -194,8 +194,8 @@ def add_action_tokens(tokenizer: Tokenizer, codec: ActionCodec, rows: int) -> in
 
 
 def _ids(names: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
-    found = {name: tokenizer.token_to_id(name) for name in names}
-    missing = [name for name, number in found.items() if number is None]
+    found = [tokenizer.token_to_id(name) for name in names]
+    missing = [name for name, number in zip(names, found, strict=True) if number is None]
     if missing:
         raise ValueError(f"the tokenizer lacks {missing[:4]}; `add_action_tokens` adds tokens of actions")
-    return tuple(found[name] for name in names)
+    return tuple(number for number in found if number is not None)

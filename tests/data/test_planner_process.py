@@ -114,7 +114,7 @@ def test_ranks_that_share_a_planner_train_on_their_packs(tmp_path) -> None:
         )
         return loader_packs.numbers(loader, count)
 
-    context = multiprocessing.get_context("fork")  # ranks are processes: a fork beside threads may copy a held lock
+    context = multiprocessing.get_context("fork")  # ranks are processes: a fork while threads run may copy a held lock
     found = context.SimpleQueue()
     others = [context.Process(target=lambda rank=rank: found.put((rank, run(rank)))) for rank in range(1, ranks)]
     for process in others:
