@@ -66,11 +66,14 @@ def verdict(
 
     Args:
         totals: the rewards that the update maximises, NaN without a score; None: the accuracies.
-        scored: at least one completion has a score.
+        scored: at least one completion has a score. A group without any is "equal", whatever the limits are: it has no
+            accuracy that they could be compared with, and nothing to learn from.
 
     Raises:
         NoUpdate: a limit is set and an accuracy is outside [0, 1].
     """
+    if not scored:
+        return "equal"
     if not config.tries:
         return "keep"
     if config.low is not None or config.high is not None:
@@ -88,7 +91,7 @@ def verdict(
         if config.low is not None and config.low < 0:
             return "keep"
     rewards = accuracies if totals is None else [total for total in totals if not math.isnan(total)]
-    return "keep" if scored and len(rewards) > 0 and not equal(min(rewards), max(rewards)) else "equal"
+    return "keep" if rewards and not equal(min(rewards), max(rewards)) else "equal"
 
 
 class UpdateWatch:

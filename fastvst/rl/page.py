@@ -98,15 +98,15 @@ def _card(group: dict[str, Any], out: Path) -> str:
 
 
 def _completion(completion: dict[str, Any]) -> str:
-    kind = "right" if completion["accuracy"] >= 0.5 else "wrong"
+    scored = completion["accuracy"] is not None
+    kind = "right" if scored and completion["accuracy"] >= 0.5 else "wrong"
+    score = f"accuracy {completion['accuracy']:.2f} · format {completion['format']:.0f}" if scored else "no score"
     text = visible(completion["text"]) or "(empty)"
     text = text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
     return (
-        f'<p class="{kind}">{escape(text)}<br><span class="task">advantage {completion["advantage"]:+.2f} · accuracy '
-        f"{completion['accuracy']:.2f} · format {completion['format']:.0f} · length {completion['overlong']:+.2f} · "
-        f"{int(completion['tokens'])} tokens, {escape(str(completion['finish']))} · "
-        f"{escape(visible(completion['reason'])[:200])}"
-        "</span></p>"
+        f'<p class="{kind}">{escape(text)}<br><span class="task">advantage {completion["advantage"]:+.2f} · {score} · '
+        f"length {completion['overlong']:+.2f} · {int(completion['tokens'])} tokens, "
+        f"{escape(str(completion['finish']))} · {escape(visible(completion['reason'])[:200])}</span></p>"
     )
 
 

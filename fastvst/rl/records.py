@@ -129,13 +129,19 @@ def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
                 "text": record.texts[i],
                 "tokens": record.lengths[i],
                 "finish": record.finishes[i],
-                **asdict(record.rewards[i]),
+                **_reward(record.rewards[i]),
                 "overlong": record.penalties[i],
                 "advantage": round(advantages[i], 6),
             }
             for i in range(len(record.texts))
         ],
     }
+
+
+def _reward(reward: Reward) -> dict[str, Any]:
+    """The fields of a reward; without a score its numbers are None, because a 0 would look like a wrong answer."""
+    fields = asdict(reward)
+    return fields if reward.scored else {**dict.fromkeys(fields), "reason": reward.reason}
 
 
 # ------------------------------------------------------------------------------------------------ figures of a step
@@ -212,7 +218,8 @@ def step_rates(
     """Timing of a step: tokens over all ranks, seconds of this rank. Every rank calls it.
 
     Keys: seconds and <part>_seconds; tokens and update_tokens_per_s (tokens of the packs); prompt_tokens and
-    prefill_tokens_per_s; decode_tokens_per_s (completion tokens); token_saving (tokens with repeated prompts / tokens
+    prefill_tokens_per_s; decode_tokens_per_s (completion tokens); a rate is missing if its part took no time on this
+    rank, as prefill on a server, which reports no times; token_saving (tokens with repeated prompts / tokens
     of the packs), split_groups, images, fill.
 
     Args:
@@ -225,15 +232,14 @@ def step_rates(
     counts = [sharing.shared, sharing.repeated, sharing.split, prompt_tokens, images, sharing.packs]
     summed = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device)).tolist()
     shared, repeated, split, all_prompt_tokens, all_images, packs = summed
+    rates = {"prefill": all_prompt_tokens, "decode": completion_tokens, "update": shared * update.epochs}
     return {
         "seconds": round(seconds["step"], 4),
         **{f"{part}_seconds": round(seconds[part], 4) for part in ("rollout", "prefill", "decode", "reward", "update")},
         "tokens": shared,
         "images": all_images,
         "prompt_tokens": all_prompt_tokens,
-        "prefill_tokens_per_s": round(all_prompt_tokens / max(seconds["prefill"], 1e-9), 1),
-        "decode_tokens_per_s": round(completion_tokens / max(seconds["decode"], 1e-9), 1),
-        "update_tokens_per_s": round(shared * update.epochs / max(seconds["update"], 1e-9), 1),
+        **{f"{part}_tokens_per_s": round(n / seconds[part], 1) for part, n in rates.items() if seconds[part]},
         "token_saving": round(repeated / shared, 3) if shared else 1.0,
         "split_groups": split,
         "fill": shared / max(packs * update.tokens_per_pack, 1.0),
@@ -258,11 +264,12 @@ def progress_text(row: dict[str, Any], total_steps: int) -> str:
         f"sampler difference {row.get('sampler_gap', 0):.1e} (max {row.get('sampler_gap_max', 0):.1e}, "
         f"kl {row.get('kl_sampler_k3', 0):.1e})"
     )
+    rates = {part: row.get(f"{part}_tokens_per_s") for part in ("prefill", "decode", "update")}
+    took = {part: f"{part} {row[f'{part}_seconds']:.1f} ({v:,.0f} tok/s)" for part, v in rates.items() if v is not None}
+    took |= {part: f"{part} not measured" for part, rate in rates.items() if rate is None}
     time = (
-        f"{row['seconds']:.1f} s: prefill {row['prefill_seconds']:.1f} ({row['prefill_tokens_per_s']:,.0f} tok/s)  "
-        f"decode {row['decode_seconds']:.1f} ({row['decode_tokens_per_s']:,.0f} tok/s)  "
-        f"reward {row['reward_seconds']:.1f}  "
-        f"update {row['update_seconds']:.1f} ({row['update_tokens_per_s']:,.0f} tok/s)  "
+        f"{row['seconds']:.1f} s: {took['prefill']}  {took['decode']}  reward {row['reward_seconds']:.1f}  "
+        f"{took['update']}  "
         f"shared prompts save {row['token_saving']:.2f}x tokens  mem {row['memory_gib']:.1f} GiB  "
         f"left {duration(row['eta'])}"
     )

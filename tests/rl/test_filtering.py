@@ -34,6 +34,21 @@ def test_without_limits_groups_are_dropped_for_equal_rewards_whatever_the_scale(
         verdict([-70, -3], FilterConfig(low=0.01))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        FilterConfig(),
+        FilterConfig(low=0.01, high=0.99),
+        FilterConfig(low=-0.01, high=0.99),
+        FilterConfig(high=0.9),
+        FilterConfig(tries=0),
+    ],
+)
+def test_a_group_that_nobody_could_score_is_neither_hard_nor_easy_nor_kept(config: FilterConfig) -> None:
+    """It has no accuracies: their mean is not 0, so filter.low does not call it too hard, nor keep it below 0."""
+    assert verdict([], config, [float("nan")] * 4, scored=False) == "equal"
+
+
 def test_a_run_without_updates_ends_with_the_reason() -> None:
     watch = UpdateWatch(2)
     figures = {"updates": 0, "reward": 0.0, "answers": 8, "unscored": 0}
