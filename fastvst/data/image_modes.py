@@ -80,15 +80,13 @@ def _png_exif(image: Image.Image) -> Image.Exif:
     return Image.Image.getexif(image)
 
 
-def displayed_size(image: Image.Image, rules: ImageRules = AS_DISPLAYED) -> tuple[int, int]:
-    """(width, height) of `to_rgb(image, rules)`, without decoding a pixel."""
+def shown(image: Image.Image, rules: ImageRules = AS_DISPLAYED) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """((width, height) of `to_rgb(image, rules)`, codes of the rules that change the image), without decoding a pixel.
+
+    The codes of an ordinary image are ().
+    """
+    orientation = read_orientation(image) if rules.orientation else 1
     width, height = image.size
-    turned = rules.orientation and read_orientation(image) in ON_ITS_SIDE
-    return (height, width) if turned else (width, height)
-
-
-def image_notes(image: Image.Image, rules: ImageRules = AS_DISPLAYED) -> tuple[str, ...]:
-    """Codes of the rules that change this image, from its header; () for an ordinary image."""
     notes = []
     if image.mode.startswith("I;16"):
         notes.append("16_bit_scaled")
@@ -98,12 +96,12 @@ def image_notes(image: Image.Image, rules: ImageRules = AS_DISPLAYED) -> tuple[s
         notes.append("alpha_on_white" if rules.alpha == "white" else "alpha_dropped")
     if image.mode in CONVERTED:
         notes.append(f"{image.mode.lower()}_converted")
-    if rules.orientation and (read_orientation(image) != 1 or _turned_tiff(image)):
+    if orientation != 1 or (rules.orientation and _turned_tiff(image)):
         notes.append("exif_orientation_applied")
     with contextlib.suppress(Exception):  # counting the frames of a damaged file; decoding names its damage
         if getattr(image, "is_animated", False):
             notes.append("first_frame_only")
-    return tuple(notes)
+    return (height, width) if orientation in ON_ITS_SIDE else (width, height), tuple(notes)
 
 
 def _turned_tiff(image: Image.Image) -> bool:

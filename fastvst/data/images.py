@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, displayed_size, image_notes, to_rgb
+from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, shown, to_rgb
 from fastvst.data.media_files import MediaError, check_format, image_bytes, jpeg_scans, open_image, opened_image
 
 RESIZE = ("pillow", "torch")
@@ -110,7 +110,7 @@ class ImageHeader:
 
     Attributes:
         size: (width, height) as displayed.
-        notes: codes of the rules that change the image, see `image_notes`.
+        notes: codes of the rules that change the image, see `image_modes.shown`.
     """
 
     size: tuple[int, int]
@@ -130,7 +130,7 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
 
     def read(image: Image.Image) -> ImageHeader:
         _check_bomb(image.size, max_source_pixels)
-        return ImageHeader(displayed_size(image, rules), image_notes(image, rules))
+        return ImageHeader(*shown(image, rules))
 
     if isinstance(source, Image.Image):
         check_format(source)

@@ -22,7 +22,7 @@ from fastvst.data.processor_config import ProcessorConfig, make_config
 from fastvst.data.processor_files import ProcessorFiles, read_files, write_files
 from fastvst.data.refused import refused
 from fastvst.data.sample import Message, Sample
-from fastvst.data.tokenizer import load_tokenizer, tiny_tokenizer
+from fastvst.data.tokenizer import TextIds, load_tokenizer, tiny_tokenizer
 from fastvst.data.too_long import how_to_admit
 from fastvst.data.tool_turns import take_apart
 from fastvst.data.vision_inputs import VisionInput, load_patches, measure_vision_inputs
@@ -57,9 +57,8 @@ class Processor:
 
     Attributes:
         tokenizer: the `tokenizers.Tokenizer`.
-        config: the ProcessorConfig.
         model_config: the ModelConfig, which determines patch geometry, positions and FLOPs.
-        geometry: the PatchGeometry.
+        config, geometry: the ProcessorConfig and the PatchGeometry.
         files: the files that it was read from, with the model's own chat template.
     """
 
@@ -72,6 +71,7 @@ class Processor:
     ) -> None:
         """Raises ValueError if tokenizer and model disagree about token ids."""
         self.tokenizer = tokenizer
+        self._text_ids = TextIds(tokenizer)
         self.model_config = model_config
         self.config = config or ProcessorConfig()
         self.files = files or ProcessorFiles()
@@ -172,7 +172,7 @@ class Processor:
             return self._encode(sample, self._tokenize(sample, add_generation_prompt))
 
     def _encode(self, sample: Sample, tokenized: TokenizedSample) -> EncodedSample:
-        dtype = np.float32 if not len(self._stats) else np.uint8
+        dtype = np.uint8 if len(self._stats) else np.float32
         patches, notes = load_patches(tokenized.inputs, self.config, self.geometry, dtype)
         vision = self.model_config.vision
         tokens = tokenized.tokens
@@ -232,15 +232,15 @@ class Processor:
         inputs = measure_vision_inputs(messages, self.config, self.geometry)
         notes += tuple(note for one in inputs for note in one.notes)
         grids = [one.grid for one in inputs]
-        merged = sum(t * h * w for t, h, w in grids) // self.model_config.vision.spatial_merge_size**2
+        patches = sum(t * h * w for t, h, w in grids)
+        merged = patches // self.model_config.vision.spatial_merge_size**2
         if merged > self.config.max_seq_len:  # before a list of so many tokens takes memory
             raise _too_long(self, messages, merged, inputs)
         tokens, labels = _conversation(self, messages, sample, grids, add_generation_prompt)
-        patches = sum(t * h * w for t, h, w in grids)
         if len(tokens) > self.config.max_seq_len:
             raise _too_long(self, messages, len(tokens), inputs)
-        targets = int((labels != IGNORE).sum())
-        cost = Cost(len(tokens), patches, float(sample_flops(self.model_config, len(tokens), grids, targets)))
+        flops = sample_flops(self.model_config, len(tokens), grids, int((labels != IGNORE).sum()))
+        cost = Cost(len(tokens), patches, float(flops))
         return TokenizedSample(tokens, labels, inputs, cost, tuple(dict.fromkeys(notes)))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -352,7 +352,7 @@ def _tokens_and_labels(
     supervised: list[tuple[int, int]] = []  # never the first token: a system message comes first
     for segment in segments:
         if segment.kind == "text":
-            ids = processor.tokenizer.encode(segment.text, add_special_tokens=False).ids
+            ids = processor._text_ids(segment.text)
         elif segment.kind == "special":
             ids = [processor.token_id(segment.text)]
         else:

@@ -64,7 +64,28 @@ REQUIRED_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+SHORT = 400  # characters of a text whose tokens are kept: system prompts, role names and line ends are in every row
+MOST_SHORT = 4096  # texts that are kept; then their tokens are forgotten
 MAX_TOKENIZER = 2**28  # bytes; Qwen2.5's tokenizer.json has 11 MB
+
+
+class TextIds:
+    """Ids of texts without special tokens; those of short texts are kept."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._kept: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text. The list may be shared: do not change it."""
+        known = self._kept.get(text)
+        if known is None:
+            known = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if len(self._kept) == MOST_SHORT:
+                self._kept.clear()
+            if len(text) <= SHORT:
+                self._kept[text] = known
+        return known
 
 
 def byte_symbols() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastvst.model.config import ModelConfig
-from fastvst.model.positions import vision_layout
+from fastvst.model.positions import frame_windows, window_side
 
 TRAINING = 3.0
 
@@ -92,9 +92,11 @@ def sample_flops(
         num_targets: supervised tokens; default all of them, for a packer that does not have the labels yet.
     """
     v = config.vision
-    layout = vision_layout(
-        list(grids), merge_size=v.spatial_merge_size, window_size=v.window_size, patch_size=v.patch_size
-    )
+    side = window_side(v.spatial_merge_size, v.window_size, v.patch_size)
+    frames: list[int] = []
+    windows: list[int] = []
+    for t, h, w in grids:
+        frames += [h * w] * t
+        windows += frame_windows(h, w, v.spatial_merge_size, side) * t
     targets = num_tokens if num_targets is None else num_targets
-    parts = pack_flops(config, [num_tokens], layout.image_lengths, layout.window_lengths, targets)
-    return sum(parts.values())
+    return sum(pack_flops(config, [num_tokens], frames, windows, targets).values())

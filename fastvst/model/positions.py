@@ -6,6 +6,7 @@ the host. It depends neither on token ids nor on pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,28 @@ def mrope_positions(
     return out
 
 
+def window_side(merge_size: int, window_size: int, patch_size: int) -> int:
+    """Side of a window in merged tokens. Raises ValueError for a window smaller than one."""
+    side = window_size // merge_size // patch_size
+    if side < 1:
+        raise ValueError(f"window_size {window_size} is smaller than one merged patch of {merge_size * patch_size} px")
+    return side
+
+
+@functools.lru_cache(maxsize=4096)  # images of one data set have few sizes, and a planner counts the FLOPs of every row
+def frame_windows(height: int, width: int, merge_size: int, side: int) -> tuple[int, ...]:
+    """Patches in every window of a frame of height x width patches, row by row.
+
+    Args:
+        side: see `window_side`.
+    """
+    rows = height // merge_size
+    columns = width // merge_size
+    heights = [min(side, rows - at) for at in range(0, rows, side)]
+    widths = [min(side, columns - at) for at in range(0, columns, side)]
+    return tuple(a * b * merge_size**2 for a in heights for b in widths)
+
+
 @dataclass(frozen=True)
 class VisionLayout:
     """The order in which the vision tower computes the patches of one sample.
@@ -125,9 +148,7 @@ def vision_layout(
     frame; those at the right and lower edge are smaller. No window spans two frames, so the order permutes patches
     inside frames only, and frame boundaries stay valid for the full-attention layers.
     """
-    side = window_size // merge_size // patch_size  # window side in units
-    if side < 1:
-        raise ValueError(f"window_size {window_size} is smaller than one merged patch of {merge_size * patch_size} px")
+    side = window_side(merge_size, window_size, patch_size)
     orders: list[np.ndarray] = []
     lengths: list[int] = []
     frames: list[int] = []
@@ -139,7 +160,7 @@ def vision_layout(
         row, column = (a.reshape(-1) for a in np.indices((rows, columns)))
         window = (row // side) * -(-columns // side) + column // side
         order = np.argsort(window, kind="stable")  # raster order inside a window
-        counts = np.bincount(window).astype(np.int64) * merge_size**2
+        counts = frame_windows(h, w, merge_size, side)
         dy, dx = (a.reshape(-1) for a in np.indices((merge_size, merge_size)))
         patch_row = (row[order, None] * merge_size + dy).reshape(-1)
         patch_column = (column[order, None] * merge_size + dx).reshape(-1)
@@ -147,7 +168,7 @@ def vision_layout(
         for _ in range(t):
             orders.append(order + base)
             base += rows * columns
-            lengths.extend(counts.tolist())
+            lengths.extend(counts)
             frames.append(h * w)
             positions.append(frame_positions)
     if not orders:

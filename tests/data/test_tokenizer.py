@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -145,3 +146,11 @@ def test_qwens_own_tokenizer_equals_a_published_tokenizer_json() -> None:
     for key in ("normalizer", "pre_tokenizer"):
         assert ours[key] == published[key], key
     assert ours["added_tokens"] == published["added_tokens"][:22]
+
+
+def test_tokens_that_are_kept_are_those_of_the_tokenizer() -> None:
+    ids = tk.TextIds(TINY)
+    texts = [f"chair {index} " + "x" * (index % 5 * 120) for index in range(5000)]  # more than are kept, and too long
+    for text in [*texts, *texts[:50], "user\n", "user\n"]:
+        assert ids(text) == TINY.encode(text, add_special_tokens=False).ids
+    assert len(pickle.dumps(ids)) < len(pickle.dumps(TINY)) + 4e6
