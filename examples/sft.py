@@ -239,7 +239,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     resume_from = open_run_folder(out, config.resume, world)
     sources, rooms = find_data(config.data, config.rooms, world)
     mixture = open_data(sources)
-    processor = build_processor(config.processor, config.model.path, config.model.preset)
+    processor = build_processor(config.processor, config.model.path, config.model.preset, sources)
     steps = total_steps(config.steps, STEPS, mixture, lambda m: count_steps(m, processor, config.loader, world.size))
     settings = to_dict(dataclasses.replace(config, steps=steps))
     model = build_model(
@@ -390,7 +390,7 @@ def dry_run(config: Config, world: World) -> None:
     mixture, _ = find_data(config.data, config.rooms, world)
     if world.is_main:
         model = model_config(config.model.path, config.model.preset)
-        processor = build_processor(config.processor, config.model.path, config.model.preset)
+        processor = build_processor(config.processor, config.model.path, config.model.preset, mixture)
         show(*budget.dry_run(config, model, processor, open_data(mixture), world))
 
 

@@ -119,7 +119,7 @@ def _limits(arguments: argparse.Namespace, config: Any) -> tuple[Processor, int 
     """The processor, and the most tokens of a pack."""
     if config is not None:
         fields = {field.name for field in dataclasses.fields(config)}
-        return build_processor(config.processor, config.model.path), (
+        return build_processor(config.processor, config.model.path, data=config.data), (
             config.loader.tokens_per_pack if "loader" in fields else None
         )
     options: dict[str, Any] = {"max_seq_len": arguments.max_seq_len or 16384}

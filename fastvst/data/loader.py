@@ -93,7 +93,14 @@ class LoaderConfig:
 
 
 def make_planner(mixture: Mixture, processor: Encoder, config: LoaderConfig, world_size: int) -> Planner:
-    """The planner of a run. With it, dry runs and reports see the steps without encoding anything."""
+    """The planner of a run. With it, dry runs and reports see the steps without encoding anything.
+
+    Raises:
+        ValueError: the processor's tokenizer lacks tokens of robot actions (see `with_action_tokens`).
+    """
+    if isinstance(processor, Processor):
+        for name in {name for source in mixture.sources if source.actions for name in source.actions.codec.token_names}:
+            processor.token_id(name)
     packing = PackingConfig(config.tokens_per_pack, config.buffer_samples, config.buffer_steps)
     return Planner(mixture, processor, packing, world_size * config.accumulation)
 

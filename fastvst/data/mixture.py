@@ -19,6 +19,7 @@ from fastvst.config import check_at_least, check_order, check_positive
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
 from fastvst.data.sources import FORMATS, Source, open_source
+from fastvst.data.sources.action_rows import ActionRows
 from fastvst.data.sources.forms import check_names
 from fastvst.data.sources.source import check_outside_paths
 
@@ -44,6 +45,7 @@ class SourceConfig:
             rows with others are rejected.
         outside_paths: images that may lie outside of the data set's folder and of image_folder: those with an
             "absolute" path, "never" any, or "always" all, also by `..` and by symbolic links.
+        actions: the rows are steps of robot demonstrations; how they are asked and answered, see `ActionRows`.
     """
 
     path: str
@@ -58,6 +60,7 @@ class SourceConfig:
     question: str | None = None
     special_tokens: tuple[str, ...] = ()
     outside_paths: str = "absolute"
+    actions: ActionRows | None = None
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in FORMATS:
@@ -78,7 +81,8 @@ class MixtureConfig:
 
     Attributes:
         sources: data sets, a list of tables with the keys path, format, weight, name, image_folder, split, min_pixels,
-            max_pixels, columns, question, special_tokens and outside_paths; only path is required (docs/data.md).
+            max_pixels, columns, question, special_tokens, outside_paths and actions; only path is required
+            (docs/data.md).
         seed: seed of the shuffling and of the choice between sources.
         shuffle_buffer: rows among which the next one is chosen; 0 = no shuffling. The trainer's planner holds their
             references only; rows of Parquet wait in a file in TMPDIR.
@@ -341,6 +345,7 @@ def open_configured(config: SourceConfig) -> Source:
         columns=config.columns,
         question=config.question,
         outside_paths=config.outside_paths,
+        actions=config.actions,
     )
 
 

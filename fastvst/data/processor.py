@@ -30,6 +30,7 @@ from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops
 from fastvst.model.hub import local_checkpoint
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
+from fastvst.vla.actions import ActionCodec, add_action_tokens
 
 CHARACTERS_A_TOKEN = 512  # no token is longer (that of Qwen2.5: 128 blanks): a longer text is not even tokenized
 
@@ -252,6 +253,18 @@ class Processor:
         (`Qwen25VL.save_pretrained`).
         """
         write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
+
+
+def with_action_tokens(processor: Processor, codec: ActionCodec) -> Processor:
+    """The same processor; its tokenizer has the tokens of a codec of robot actions. `save_pretrained` writes them.
+
+    Raises:
+        ValueError: the embedding of the model has no rows for them.
+    """
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    if not add_action_tokens(tokenizer, codec, processor.model_config.vocab_size):
+        return processor
+    return Processor(tokenizer, processor.model_config, processor.config, processor.files)
 
 
 def _too_long(

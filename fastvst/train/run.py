@@ -23,6 +23,7 @@ from fastvst.data.loader import make_planner, open_again
 from fastvst.data.mixture import Mixture, open_mixture
 from fastvst.data.planner_process import Node
 from fastvst.data.probe import probe
+from fastvst.data.processor import with_action_tokens
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL, weights
 from fastvst.model.recompute import Recompute
@@ -299,11 +300,20 @@ def model_config(path: str | None, preset: str = "tiny") -> ModelConfig:
         raise ConfigError(f"{'model.path' if path else 'model.preset'}: {error}") from error
 
 
-def build_processor(config: ProcessorConfig, path: str | None, preset: str = "tiny") -> Processor:
-    """The processor of a checkpoint or preset with the options of `config`; the rest comes from the checkpoint."""
+def build_processor(
+    config: ProcessorConfig, path: str | None, preset: str = "tiny", data: MixtureConfig | None = None
+) -> Processor:
+    """The processor of a checkpoint or preset with the options of `config`; the rest comes from the checkpoint.
+
+    Args:
+        data: its sources of robot actions add their tokens to the tokenizer.
+    """
     options = dict(leaves(config))
     try:
-        return Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
+        processor = Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
+        for source in data.sources if data is not None else ():
+            processor = with_action_tokens(processor, source.actions.codec) if source.actions else processor
+        return processor
     except ValueError as error:
         hint = f"model.path: {error}" if path else f"model.preset is {preset!r} without model.path: {error}"
         raise ConfigError(hint) from error

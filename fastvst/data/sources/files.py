@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvst.data.sources.csv_files import CsvTable
+from fastvst.data.sources.hdf5_files import Hdf5Table
 from fastvst.data.sources.json_files import JsonTable, Row
 from fastvst.data.sources.tar_files import TarTable
 
@@ -170,4 +171,4 @@ def _record_batches(path: Path) -> list[pa.RecordBatch]:
     return list(pa.ipc.open_stream(source))
 
 
-Table = ParquetTable | ArrowTable | JsonTable | CsvTable | TarTable
+Table = ParquetTable | ArrowTable | JsonTable | CsvTable | TarTable | Hdf5Table

@@ -30,6 +30,8 @@ SUFFIXES = {
     ".csv": ".csv",
     ".tsv": ".tsv",
     ".tar": ".tar",
+    ".hdf5": ".hdf5",
+    ".h5": ".hdf5",
 }
 KEYWORDS = {
     "train": ("train", "training"),

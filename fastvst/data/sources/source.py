@@ -14,11 +14,14 @@ from typing import Any
 
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.sample import Sample
+from fastvst.data.sources.action_rows import ActionRows, Step, question_row, vst_step
 from fastvst.data.sources.csv_files import CsvTable
 from fastvst.data.sources.files import ArrowTable, ParquetTable, Table
 from fastvst.data.sources.forms import COLUMNS, FORMS, RESPONSES, check_names, named, preference_pairs, row_form
+from fastvst.data.sources.hdf5_files import Hdf5Table
 from fastvst.data.sources.json_files import FIRST_ROWS, JsonTable
 from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
+from fastvst.data.sources.lerobot_files import LeRobotTable, is_lerobot, lerobot_files
 from fastvst.data.sources.media import looks_like_media
 from fastvst.data.sources.rows import to_sample
 from fastvst.data.sources.tar_files import TarTable
@@ -34,6 +37,7 @@ FORMATS = {
     "csv": ((".csv", ".tsv"), FORMS),
     "webdataset": ((".tar",), FORMS),
     "pairs": (ALL_KINDS, tuple(RESPONSES)),
+    "actions": ((".hdf5", ".parquet"), ("question",)),
 }
 ACCEPTED = (
     "accepted: Parquet, JSON, JSON Lines, CSV, TSV, WebDataset (.tar) and folders of datasets.save_to_disk, with one "
@@ -65,6 +69,7 @@ class Source:
         question: the question of rows with a caption.
         forms: row forms that are read.
         outside_paths: which images may lie outside of `roots`, see OUTSIDE_PATHS.
+        actions: the rows are steps of robot demonstrations, and are asked and answered like this.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Source:
     question: str | None = None
     forms: tuple[str, ...] = FORMS
     outside_paths: str = "absolute"
+    actions: ActionRows | None = None
 
     @cached_property
     def roots(self) -> tuple[str, ...] | None:
@@ -140,6 +146,12 @@ class Source:
     def _sample(self, content: Any, where: str, folder: Path) -> Sample | SampleError:
         if isinstance(content, ValueError):
             return SampleError("bad_row", self.name, where, str(content))
+        try:
+            if self.actions is not None:
+                step = content if isinstance(content, Step) else vst_step(content, where, self.actions)
+                content = question_row(step, self.actions)
+        except ValueError as error:
+            return SampleError("bad_action", self.name, where, str(error))
         try:
             keys = [key for key, value in named(content, self.columns).items() if value is not None]
             form = row_form(keys, self.question)
@@ -214,9 +226,8 @@ class Source:
         lines += [f"{self.name}: {problem.reason}: {problem.id}: {problem.detail}" for problem in self.problems[:3]]
         unusual = Counter(note for table in self.tables for note in table.notes)
         lines += [f"{self.name}: read with {note}: {count} files" for note, count in unusual.items()]
-        known = {*COLUMNS, *self.columns.values()}
         arrow = [table for table in self.tables if isinstance(table, (ParquetTable, ArrowTable))]
-        unread = sorted({column for table in arrow for column in table.columns if column not in known})
+        unread = sorted({column for table in arrow for column in table.columns if column not in (table.wanted or ())})
         if unread and rows:
             lines.append(f"{self.name}: ignored: the columns {', '.join(unread)}")
         pairs = islice(self.with_whole_rows().pairs(0), rows)
@@ -301,6 +312,7 @@ def open_source(
     question: str | None = None,
     ledger: Ledger | None = None,
     outside_paths: str = "absolute",
+    actions: ActionRows | None = None,
 ) -> Source:
     """Open a data set. Iterating over the result yields its Samples in order.
 
@@ -315,6 +327,7 @@ def open_source(
         ledger: records bad rows during iteration; without it the first bad row is raised.
         outside_paths: which images may lie outside of the data set's folder and of `image_folder`: those with an
             "absolute" path, "never" any, or "always" all, also by `..` and by symbolic links.
+        actions: how steps of robot demonstrations are asked and answered; the format is then "actions".
 
     Raises:
         FileNotFoundError: the path or the image folder does not exist.
@@ -325,6 +338,12 @@ def open_source(
     given = dict(columns or {})
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected 'auto' or one of {sorted(FORMATS)}")
+    if (actions is not None) != (format == "actions"):
+        if format != "auto" or actions is None:
+            raise ValueError(f'format is {format!r}; the key `actions` and format "actions" belong together')
+        format = "actions"
+    if actions is not None:
+        _ = actions.codec  # raises for statistics that cannot be read
     check_outside_paths(outside_paths)
     check_names(given)
     if not root.exists():
@@ -332,25 +351,16 @@ def open_source(
     if image_folder is not None and not Path(image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"{root}: the image folder {image_folder} does not exist")
     label = name or (root.stem if root.is_file() else root.absolute().name)
-    tables: list[Table] = []
-    problems: list[SampleError] = []
     layout = _find(root, format, split)
     files = layout.files
-    wanted = frozenset({*COLUMNS, *given.values()})
-    for file in files:
-        if file.stat().st_size == 0:
-            problems.append(SampleError("empty_file", label, file.name, "the file has 0 bytes"))
-            continue
-        try:
-            tables.append(_open_table(file, wanted))
-        except Exception as error:  # pyarrow and numpy raise many kinds
-            problems.append(SampleError("unreadable_file", label, file.name, str(error)))
+    tables, problems = _open_tables(files, label, frozenset({*COLUMNS, *given.values()}), root, actions)
     blocks = [(t, b) for t, table in enumerate(tables) for b, rows in enumerate(table.block_rows) if rows]
     rows = [tables[t].block_rows[b] for t, b in blocks]
     if not blocks:
         what = "; ".join(str(p) for p in problems[:3]) or f"{len(files)} files without rows, e.g. {files[0].name}"
         raise ValueError(f"{root}: the data set is empty: {what}")
-    found = _recognise(root, format, [tables[t] for t, _ in blocks], given, question)
+    opened = [tables[t] for t, _ in blocks]
+    found = _recognise(root, format, opened, given, question) if actions is None else format
     folder = Path(image_folder).expanduser() if image_folder is not None else None
     forms = FORMATS[format][1] if format != "auto" else FORMS
     return Source(
@@ -368,11 +378,14 @@ def open_source(
         question=question,
         forms=forms,
         outside_paths=outside_paths,
+        actions=actions,
     )
 
 
 def _find(root: Path, format: str, split: str | None) -> Layout:
     kinds = FORMATS[format][0] if format != "auto" else ALL_KINDS
+    if format == "actions" and is_lerobot(root):
+        return Layout(lerobot_files(root))
     layout = find_files(root, kinds, split)
     if not layout.files:
         counts = {kind: count for kind, count, _ in layout.others}
@@ -384,10 +397,31 @@ def _find(root: Path, format: str, split: str | None) -> Layout:
     return layout
 
 
-def _open_table(file: Path, wanted: frozenset[str]) -> Table:
+def _open_tables(
+    files: Sequence[Path], label: str, wanted: frozenset[str], root: Path, actions: ActionRows | None
+) -> tuple[list[Table], list[SampleError]]:
+    """The files that can be read, and the problems of the others."""
+    tables: list[Table] = []
+    problems: list[SampleError] = []
+    for file in files:
+        if file.stat().st_size == 0:
+            problems.append(SampleError("empty_file", label, file.name, "the file has 0 bytes"))
+            continue
+        try:
+            tables.append(_open_table(file, wanted, root, actions))
+        except Exception as error:  # pyarrow and numpy raise many kinds
+            problems.append(SampleError("unreadable_file", label, file.name, str(error)))
+    return tables, problems
+
+
+def _open_table(file: Path, wanted: frozenset[str], root: Path, actions: ActionRows | None) -> Table:
     with open(file, "rb") as handle:
         head = handle.read(8)
     suffix = SUFFIXES.get(file.suffix.lower())
+    if head == b"\x89HDF\r\n\x1a\n" and actions is not None:
+        return Hdf5Table.open(file, actions)
+    if actions is not None and is_lerobot(root):
+        return LeRobotTable.read(file, root, actions)
     if head[:4] == b"PAR1" or suffix == ".parquet":
         return dataclasses.replace(ParquetTable.open(file), wanted=wanted)
     if suffix == ".arrow" or head[:6] == b"ARROW1":
