@@ -153,6 +153,6 @@ def bitwise_next_tokens(
     raw = linear_logprobs(hidden, weight, valid)[0].double()
     if rows.plain:
         return Drawn(tokens, raw, raw)
-    if rows.filtered is None and rows.penalty is None and rows.common_temperature:
+    if rows.filtered is None and rows.penalty is None and rows.allowed is None and rows.common_temperature:
         own = linear_logprobs(hidden, weight, valid, temperature=rows.common_temperature)[0].double()
     return Drawn(tokens, own, raw)

@@ -288,6 +288,8 @@ class Engine:
         length = prompt_tokens(prompt, self.processor)
         scheduler, _ = self._ready()
         scheduler.check(f"{prompt.source}/{prompt.id}", length, params.max_tokens)
+        vision = (self.model.config.image_token_id, self.model.config.video_token_id)
+        check_allowed(params.allowed, self.model.config.vocab_size, vision)
 
     def _deliver(self, completion: Completion) -> None:
         """Turn a finished completion into a Rollout."""
@@ -307,6 +309,16 @@ class Engine:
         if scheduler.idle:
             scheduler.pool.clear()
             self.vision.clear()
+
+
+def check_allowed(allowed: Sequence[tuple[int, ...]], vocabulary: int, never: Sequence[int]) -> None:
+    """Raise ValueError for a set of `SamplingParams.allowed` with a token that is none, or that is never sampled."""
+    for position, tokens in enumerate(allowed):
+        wrong = [token for token in tokens if not 0 <= token < vocabulary or token in never]
+        if wrong:
+            raise ValueError(
+                f"allowed[{position}] has the token {wrong[0]}; expected 0 to {vocabulary - 1}, no vision placeholder"
+            )
 
 
 def eos_tokens(model: Qwen25VL, processor: Processor | None) -> set[int]:

@@ -119,6 +119,8 @@ class OpenAIEngine:
         return rollouts
 
     def _body(self, prompt: Sample, params: SamplingParams) -> dict[str, Any]:
+        if params.allowed:
+            raise RolloutError("`allowed` tokens by position are not sent to a server; use the engine")
         body: dict[str, Any] = {
             "model": self.config.model,
             "messages": self._messages(prompt),

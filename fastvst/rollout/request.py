@@ -35,6 +35,8 @@ class SamplingParams:
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the prompt or the
             completion already contains (arXiv 1909.05858); 1 = off.
         ignore_eos: do not end at an EOS token, always sample max_tokens (for measurements).
+        allowed: the token ids that a completion may have at each position; the last set holds for all further ones. An
+            EOS token ends a completion only where it is in the set. () = all tokens everywhere.
     """
 
     n: int = 1
@@ -48,6 +50,7 @@ class SamplingParams:
     logprobs: bool = True
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    allowed: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         wrong = [
@@ -61,6 +64,7 @@ class SamplingParams:
                 (self.max_tokens < 1, f"max_tokens is {self.max_tokens}; expected at least 1"),
                 (not all(self.stops), "stop holds an empty string"),
                 (self.repetition_penalty <= 0, f"repetition_penalty is {self.repetition_penalty}; expected above 0"),
+                (not all(self.allowed), "allowed has an empty set; give at least one token for each position"),
             )
             if failed
         ]
@@ -93,9 +97,9 @@ class Rollout:
     Attributes:
         tokens: the sampled tokens, with the EOS token if one ended the completion.
         text: decoded without special tokens, cut before a stop string; empty if the engine has no processor.
-        logprobs: of each token under softmax(logits / temperature), restricted to the kept tokens where top_k, top_p or
-            min_p exclude some. Vision placeholders are never sampled but keep their share of the softmax: at
-            temperature 1 without filters this is the trainer's own log-probability. At temperature 0 it is the
+        logprobs: of each token under softmax(logits / temperature), restricted to the kept tokens where top_k, top_p,
+            min_p or `allowed` exclude some. Vision placeholders are never sampled but keep their share of the softmax:
+            at temperature 1 without filters this is the trainer's own log-probability. At temperature 0 it is the
             log-probability at temperature 1.
         raw_logprobs: of each token at temperature 1, without filters and penalty.
         finish_reason: "stop" (EOS token or stop string), "length" (max_tokens), "cancelled".

@@ -47,6 +47,8 @@ class SamplingRows:
         temperature: (B,) float32, 0 in greedy rows; scaled: whether any is neither 0 nor 1.
         filtered: (F,) int64, the rows with top_k, top_p or min_p; top_k, top_p, min_p: (F,) values of these rows.
         penalty: (B,) float32, the repetition penalties.
+        allowed: (K, V) bool, the different sets of allowed tokens; the first one has all.
+        allowed_at: (B, P) int64, which of these sets holds at each position; the last one holds for all further ones.
         all_greedy: no row draws at random.
         logprobs: whether any row asks for log-probabilities.
         common_temperature: the temperature of all rows, 0 if they differ.
@@ -61,6 +63,8 @@ class SamplingRows:
     top_p: Tensor | None
     min_p: Tensor | None
     penalty: Tensor | None
+    allowed: Tensor | None
+    allowed_at: Tensor | None
     all_greedy: bool
     logprobs: bool
     common_temperature: float
@@ -68,7 +72,7 @@ class SamplingRows:
     @property
     def plain(self) -> bool:
         """The sampling distribution of every row is the model's own."""
-        return not self.scaled and self.filtered is None and self.penalty is None
+        return not self.scaled and self.filtered is None and self.penalty is None and self.allowed is None
 
 
 def make_rows(
@@ -85,6 +89,7 @@ def make_rows(
     filtered = [i for i, p in enumerate(params) if p.filters]
     chosen = [params[i] for i in filtered]
     top_k = [min(p.top_k if p.top_k > 0 else vocabulary, vocabulary) for p in chosen]
+    allowed, allowed_at = _allowed_sets([p.allowed for p in params], vocabulary)
     return SamplingRows(
         seeds=column(list(seeds), torch.int64),
         greedy=column(greedy, torch.bool) if any(greedy) else None,
@@ -95,10 +100,29 @@ def make_rows(
         top_p=column([p.top_p for p in chosen]) if filtered else None,
         min_p=column([p.min_p for p in chosen]) if filtered else None,
         penalty=column(penalty) if any(x != 1 for x in penalty) else None,
+        allowed=None if allowed is None else allowed.to(device),
+        allowed_at=None if allowed_at is None else allowed_at.to(device),
         all_greedy=all(greedy),
         logprobs=any(p.logprobs for p in params),
         common_temperature=temperature[0] if len(set(temperature)) == 1 else 0.0,
     )
+
+
+def _allowed_sets(each: Sequence[tuple[tuple[int, ...], ...]], vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
+    """`allowed` and `allowed_at` of SamplingRows. Equal sets are kept once: an action of 7 tokens needs 2, not 8."""
+    if not any(each):
+        return None, None
+    numbers: dict[tuple[int, ...], int] = {(): 0}
+    longest = max(map(len, each))
+    places = []
+    for sets in each:
+        row = [numbers.setdefault(one, len(numbers)) for one in sets] or [0]
+        places.append(row + row[-1:] * (longest - len(row)))
+    allowed = torch.zeros((len(numbers), vocabulary), dtype=torch.bool)
+    allowed[0] = True
+    for one, number in numbers.items():
+        allowed[number, list(one)] = True
+    return allowed, torch.tensor(places)
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
@@ -119,7 +143,7 @@ def next_tokens(
     hidden: Tensor, weight: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
 ) -> Drawn:
     """As `sample`, from hidden states (B, H) and the LM head's weight (V, H)."""
-    if hidden.is_cuda:
+    if hidden.is_cuda and rows.allowed is None:  # the kernel knows no allowed sets
         return sample_fused(hidden, weight, rows, steps, forbidden, seen)
     return sample(head_logits(hidden, weight), rows, steps, forbidden, seen)
 
@@ -164,9 +188,13 @@ def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor,
         penalty = rows.penalty[:, None]
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     logits.index_fill_(1, forbidden, float("-inf"))
+    if rows.allowed is not None and rows.allowed_at is not None:
+        at = rows.allowed_at.gather(1, steps[:, None].clamp(max=rows.allowed_at.shape[1] - 1)).squeeze(1)
+        logits = logits.masked_fill_(~rows.allowed[at], float("-inf"))
+        forbidden_logits = forbidden_logits.masked_fill(at[:, None] > 0, float("-inf"))
     if rows.all_greedy:
         tokens = logits.argmax(1)  # of a NaN, if there is one
-        found = _marked(tokens, logits.gather(1, tokens[:, None]), forbidden_logits)
+        found = _marked(tokens, logits.gather(1, tokens[:, None]), unscaled)
         if not rows.logprobs:
             return Drawn(found)
         own = _log_softmax_at(raw, tokens) if raw is not None else _log_softmax_at(logits, tokens, forbidden_logits)

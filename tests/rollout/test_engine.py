@@ -183,6 +183,30 @@ def test_placeholders_are_never_sampled(models, config):
             model.lm_head.weight.copy_(saved)
 
 
+@pytest.mark.parametrize("numerics", ["fast", "bitwise"])
+def test_allowed_tokens_hold_by_position_in_a_mixed_batch_under_preemption(models, samples, expected, numerics):
+    """Positions count from the first token of a completion, over the prefill and after a swap to the host and back."""
+    sets = ((11, 12), (13,), (14, 15, 16), (17, 18))
+    params = [
+        SamplingParams(temperature=1.0, n=3, max_tokens=COUNT, ignore_eos=True, seed=i, allowed=sets if i % 2 else ())
+        for i in range(len(samples))
+    ]
+    made = engine(models[0], memory=pages(models[0], 18), numerics=numerics)
+    for i, rollouts in enumerate(made.generate(samples, params)):
+        for rollout in rollouts:
+            inside = [one in sets[min(at, 3)] for at, one in enumerate(rollout.tokens)]
+            assert len(inside) == COUNT and (all(inside) or not i % 2)
+    assert made.stats.preemptions > 0
+
+
+def test_allowed_tokens_that_cannot_be_sampled_are_named(models, samples, config):
+    for wrong in (config.image_token_id, config.vocab_size, -1):
+        with pytest.raises(ValueError, match=rf"allowed\[1\] has the token {wrong}"):
+            Engine(models[0]).generate(samples[:1], SamplingParams(allowed=((3,), (4, wrong))))
+    with pytest.raises(ValueError, match="empty set"):
+        SamplingParams(allowed=((3,), ()))
+
+
 def test_prompts_that_cannot_fit_are_refused_before_anything_is_computed(models, samples):
     made = engine(models[0], memory=pages(models[0], 10))
     with pytest.raises(

@@ -163,3 +163,47 @@ def test_the_fused_operator_draws_from_the_same_distributions():
 def test_without_logprobs_none_are_computed():
     tokens, own, raw = sample(torch.randn(1, 101), rows_of(SamplingParams(logprobs=False)), torch.zeros(1).long(), NONE)
     assert own is None and raw is None and tokens.shape == (1,)
+
+
+def constrained(allowed, temperature=1.0, **options):
+    return SamplingParams(temperature=temperature, allowed=allowed, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 1.3}], ids=str)
+def test_only_allowed_tokens_are_drawn_at_each_position(temperature, filters):
+    sets = ((1, 5, 9), (2,), (40, 41, 42, 43))
+    params = [constrained(sets, temperature, **filters), SamplingParams(temperature=temperature, **filters)]
+    rows = rows_of(*params)
+    seen = torch.zeros((2, 101), dtype=torch.bool)
+    for step in range(60):
+        logits = torch.randn((2, 101), generator=torch.Generator().manual_seed(step)) * 3
+        logits[0, sorted({one for chosen in sets for one in chosen})] -= 30  # the model would choose another token
+        found = sample(logits.clone(), rows, torch.full((2,), step), torch.tensor([5, 100]), seen)
+        chosen = set(sets[min(step, 2)]) - {5}
+        assert found.tokens[0].item() in chosen
+        alone = sample(logits[1:].clone(), rows_of(params[1]), torch.tensor([step]), torch.tensor([5, 100]), seen[1:])
+        if temperature == 0:  # the other row of the batch draws what it draws alone
+            assert found.tokens[1] == alone.tokens[0]
+            assert found.logprobs[1] == pytest.approx(alone.logprobs[0].item(), abs=1e-6)
+
+
+def test_the_logprob_of_an_allowed_token_is_that_of_the_kept_ones():
+    logits = torch.randn((1, 101), generator=torch.Generator().manual_seed(1))
+    kept = (3, 4, 77)
+    found = sample(logits.clone(), rows_of(constrained((kept,), 0.8)), torch.tensor([0]), torch.tensor([100]))
+    token = found.tokens.item()
+    scaled = logits[0].double() / 0.8
+    assert found.logprobs.item() == pytest.approx((scaled[token] - scaled[list(kept)].logsumexp(0)).item(), abs=1e-5)
+    assert found.raw_logprobs.item() == pytest.approx(logits[0].double().log_softmax(0)[token].item(), abs=1e-5)
+
+
+def test_frequencies_of_allowed_tokens_are_their_share():
+    logits = torch.randn((1, 101), generator=torch.Generator().manual_seed(2))
+    kept = [3, 4, 77, 90]
+    count = 20_000
+    rows = make_rows([constrained((tuple(kept),))] * count, list(range(count)), 101, CPU)
+    tokens = sample(logits.expand(count, -1).clone(), rows, torch.zeros(count, dtype=torch.int64), NONE).tokens
+    p = logits[0, kept].double().softmax(0)
+    share = torch.bincount(tokens, minlength=101)[kept] / count
+    assert (share.sum() == 1) and (share - p).abs().max() < 4 * (0.25 / count) ** 0.5
