@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastvst.batch import EncodedSample
 from fastvst.data.sample import Sample
-from fastvst.model import Qwen25VL
+from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout.kv_cache import make_pool, prefix_key
 from fastvst.rollout.request import (
     Completion,
@@ -288,8 +288,7 @@ class Engine:
         length = prompt_tokens(prompt, self.processor)
         scheduler, _ = self._ready()
         scheduler.check(f"{prompt.source}/{prompt.id}", length, params.max_tokens)
-        vision = (self.model.config.image_token_id, self.model.config.video_token_id)
-        check_allowed(params.allowed, self.model.config.vocab_size, vision)
+        check_allowed(params.allowed, self.model.config)
 
     def _deliver(self, completion: Completion) -> None:
         """Turn a finished completion into a Rollout."""
@@ -311,8 +310,10 @@ class Engine:
             self.vision.clear()
 
 
-def check_allowed(allowed: Sequence[tuple[int, ...]], vocabulary: int, never: Sequence[int]) -> None:
+def check_allowed(allowed: Sequence[tuple[int, ...]], config: ModelConfig) -> None:
     """Raise ValueError for a set of `SamplingParams.allowed` with a token that is none, or that is never sampled."""
+    vocabulary = config.vocab_size
+    never = (config.image_token_id, config.video_token_id)
     for position, tokens in enumerate(allowed):
         wrong = [token for token in tokens if not 0 <= token < vocabulary or token in never]
         if wrong:
