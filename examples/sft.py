@@ -197,7 +197,7 @@ def accumulate(
     tokens = sum(p.num_tokens for p in packs)
     samples = sum(int((p.origins >= 0).sum()) for p in packs)
     counts = [sum(weights), tokens, images, sum(p.flops for p in packs), len(packs), samples, *flags]
-    totals = world.sum(torch.tensor(counts, dtype=torch.float64).to(world.device))
+    totals = world.sum_of(counts)
     normaliser = totals[0].float().clamp(min=1e-9)
     losses = []
     by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=world.device)

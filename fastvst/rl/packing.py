@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvst.batch import EncodedSample, PackedBatch, completion_sample, empty_sample, pack, pack_groups
 from fastvst.model.config import ModelConfig
 from fastvst.model.flops import TRAINING, decoder_flops, head_flops
+from fastvst_kernels.shared.tensors import send
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ class PolicyPack:
     vision: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PolicyPack:
-        """The same pack on a device."""
+        """The same pack on a device; no copy to a GPU waits for its queued work."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | PackedBatch)}
-        return dataclasses.replace(self, **moved)
+        moved: dict[str, Any] = {name: send(x, device) for name, x in values.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, batch=send(self.batch, device), **moved)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastvst.train.distributed import World
 from fastvst_kernels import linear_logprobs, linear_policy_loss
 from fastvst_kernels.lm_head.policy_loss import rows_with_loss
 from fastvst_kernels.objectives import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO, Importance, Objective, Reinforce
+from fastvst_kernels.shared.tensors import send
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "dapo": DAPO,
@@ -158,7 +159,7 @@ def _global_counts(
         counts[k, 0] = sum(len(c) for c in completions)
         counts[k, 1] = len(completions)
         counts[k, 2 + world.rank] = len(divided[k])
-    return world.sum(counts.to(world.device)).tolist()
+    return world.sum(send(counts, world.device)).tolist()
 
 
 def _row_weights(pack: PolicyPack, objective: Objective, tokens: float, completions: float) -> Tensor:

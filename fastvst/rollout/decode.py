@@ -20,6 +20,7 @@ from fastvst.rollout.request import Completion, RolloutError
 from fastvst.rollout.sampler import NOT_FINITE, Drawn, make_rows
 from fastvst_kernels import decode_attention
 from fastvst_kernels.decode.pieces import DecodePieces, Piece, own_pieces, prefix_pieces
+from fastvst_kernels.shared.tensors import send
 
 SPARE_COLUMNS = 8  # of a page table, so that completions can grow before it has to be rebuilt
 
@@ -153,7 +154,7 @@ class DecodeBatch:
         return len(self.completions)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return send(torch.from_numpy(array), self.device)
 
     def without_room(self) -> list[Completion]:
         """Completions whose next token needs another page."""
@@ -170,7 +171,7 @@ class DecodeBatch:
             self.host_table[row, count - 1] = completion.pages[-1]
             self.capacity[row] = count * self.pool.page_size
         if self.device.type != "cpu":
-            self.tables.page_table.copy_(torch.from_numpy(self.host_table))
+            self.tables.page_table.copy_(self._on_device(self.host_table))
         return True
 
     def decode_pieces(self) -> DecodePieces | None:

@@ -16,6 +16,7 @@ from fastvst.rollout.request import Chunk
 from fastvst_kernels import decode_attention, packed_attention, prepare
 from fastvst_kernels.decode.cpu import merge
 from fastvst_kernels.decode.pieces import DecodePieces, prefix_pieces
+from fastvst_kernels.shared.tensors import send
 
 ChunkAttention = Callable[[PagePool, Sequence[Chunk], Tensor], Attend]  # (pool, chunks, slots) -> a layer's attention
 
@@ -23,9 +24,9 @@ ChunkAttention = Callable[[PagePool, Sequence[Chunk], Tensor], Attend]  # (pool,
 def run_chunks(model: Qwen25VL, pool: PagePool, chunks: Sequence[Chunk], chunk_attention: ChunkAttention) -> None:
     """Compute the chunks as one packed row. Fills pages and sets the prompts' `computed` and `last_hidden`."""
     device = pool.keys.device
-    slots = torch.from_numpy(np.concatenate([pool.slots(c.prompt.pages, c.begin, c.end) for c in chunks])).to(device)
+    slots = send(torch.from_numpy(np.concatenate([pool.slots(c.prompt.pages, c.begin, c.end) for c in chunks])), device)
     x = torch.cat([c.prompt.embedded[c.begin : c.end] for c in chunks])  # type: ignore[index]
-    positions = torch.cat([c.prompt.sample.positions[:, c.begin : c.end] for c in chunks], dim=1).to(device)
+    positions = send(torch.cat([c.prompt.sample.positions[:, c.begin : c.end] for c in chunks], dim=1), device)
     hidden = model.model(x, positions, chunk_attention(pool, chunks, slots))
     end = 0
     for chunk in chunks:
@@ -48,9 +49,9 @@ def fast_chunk_attention(pool: PagePool, chunks: Sequence[Chunk], slots: Tensor)
     lengths = [c.end - c.begin for c in chunks]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     host_offsets = torch.from_numpy(offsets.astype(np.int32))
-    cu_seqlens = host_offsets.to(device)
+    cu_seqlens = send(host_offsets, device)
     # A GPU needs tile tables. They are made once for all layers, from the host's offsets.
-    plan = prepare(host_offsets, causal=True).to(device) if device.type == "cuda" else None
+    plan = prepare(host_offsets, causal=True).pin_memory().to(device) if device.type == "cuda" else None
     earlier = _earlier_tokens(pool, chunks, offsets)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,15 +129,15 @@ def _earlier_tokens(pool: PagePool, chunks: Sequence[Chunk], offsets: np.ndarray
     pieces = None
     if device.type == "cpu":
         pieces = DecodePieces(prefix_pieces(pages, lengths, starts, pool.page_size, pool.keys.dtype), ())
-    queries = torch.from_numpy(np.concatenate(rows)).to(device)
+    queries = send(torch.from_numpy(np.concatenate(rows)), device)
     own_pages = torch.zeros((len(queries), 1), dtype=torch.int64, device=device)
     return EarlierTokens(
         queries=queries,
         own_pages=own_pages,
         own_lengths=own_pages[:, 0],
-        pages=torch.from_numpy(pages).to(device),
-        lengths=torch.from_numpy(lengths).to(device),
-        offsets=torch.from_numpy(starts).to(device),
+        pages=send(torch.from_numpy(pages), device),
+        lengths=send(torch.from_numpy(lengths), device),
+        offsets=send(torch.from_numpy(starts), device),
         max_group=max(map(len, rows)),
         pieces=pieces,
     )

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fastvst.rollout.request import SamplingParams
 from fastvst_kernels import sample_tokens
 from fastvst_kernels.sampling.reference import apply_filters_, head_logits
+from fastvst_kernels.shared.tensors import send
 
 BLOCK = 64  # entries of a block of the two-level sum
 NOT_FINITE = -1  # in place of a token, so the host learns it from the tokens, which it reads anyway
@@ -81,7 +82,7 @@ def make_rows(
     """The parameters of a batch, one row after the other."""
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
+        return send(torch.tensor(values, dtype=dtype), device)
 
     greedy = [p.temperature == 0 for p in params]
     temperature = [p.temperature for p in params]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvst.batch import IGNORE, EncodedSample, pack
 from fastvst.model import Qwen25VL
 from fastvst.rollout.request import PromptState
+from fastvst_kernels.shared.tensors import send
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _embed_packed(model: Qwen25VL, samples: Sequence[EncodedSample]) -> Sequence
     if not samples:
         return []
     unlabelled = [dataclasses.replace(s, labels=torch.full_like(s.labels, IGNORE)) for s in samples]
-    batch = pack(unlabelled).to(model.head_weight.device)
+    batch = send(pack(unlabelled), model.head_weight.device)
     rows = model.model.embed_tokens(batch.tokens)
     if batch.num_patches:
         rows = rows.index_copy(0, batch.vision_slots, model.encode_images(batch).to(rows.dtype))

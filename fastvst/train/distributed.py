@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastvst.config import check_at_least, check_positive, not_an_option
+from fastvst_kernels.shared.tensors import send
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,6 +93,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_of(self, values: Sequence[float]) -> Tensor:
+        """(n,) float64 on the device: the sum of each of the host's values over all ranks."""
+        return self.sum(send(torch.tensor(values, dtype=torch.float64), self.device))
 
     def barrier(self) -> None:
         if self.size > 1:

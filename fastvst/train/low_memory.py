@@ -225,6 +225,12 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor(sorted(values))
 
 
+@functools.cache
+def map_on(signed: bool, device: torch.device) -> Tensor:
+    """`dynamic_map` on a device, moved once: each copy would wait for all queued work, four times a parameter."""
+    return dynamic_map(signed).to(device)
+
+
 def quantised(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (n, width) uint8 of the nearest values of the map; scales (n, blocks): the largest size of each block.
 
@@ -234,7 +240,7 @@ def quantised(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     blocks = F.pad(x, (0, -width % BLOCK)).view(rows, -1, BLOCK)
     scales = blocks.abs().amax(-1)
-    values = dynamic_map(signed).to(x.device)
+    values = map_on(signed, x.device)
     middles = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(blocks / scales.clamp(min=1e-30)[..., None], middles, out_int32=True)
     if not signed:
@@ -245,5 +251,5 @@ def quantised(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 def dequantised(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """(n, width) float32."""
     rows, width = codes.shape
-    values = dynamic_map(signed).to(codes.device)[F.pad(codes, (0, -width % BLOCK)).int()]
+    values = map_on(signed, codes.device)[F.pad(codes, (0, -width % BLOCK)).int()]
     return (values.view(rows, -1, BLOCK) * scales[..., None]).view(rows, -1)[:, :width].contiguous()

@@ -52,21 +52,43 @@ CHOOSING = (
 )
 
 
+@dataclass(frozen=True)
+class Launched:
+    """One launch of a compiled kernel.
+
+    Attributes:
+        shared_bytes: shared memory of a program.
+        warps: of a program.
+        grid: programs in each of three directions.
+    """
+
+    name: str
+    cubin: bytes
+    shared_bytes: int
+    warps: int
+    grid: tuple[int, int, int]
+
+
 class FakeDriver:
-    """A driver of triton for a GPU that is not there; nothing is run on it. `cubins`: the kernels that it got."""
+    """A driver of triton for a GPU that is not there; nothing is run on it. `launched`: the kernels that it got."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
-        self.cubins: list[tuple[str, bytes, int]] = []  # name, machine code, bytes of shared memory
+        self.launched: list[Launched] = []
+        self._loaded: list[tuple[bytes, int]] = []  # machine code, bytes of shared memory
         self.utils = self
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *arguments: None
+        def launch(x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
+            cubin, shared = self._loaded[function]
+            self.launched.append(Launched(metadata.name, cubin, shared, metadata.num_warps, (x, y, z)))
+
+        return launch
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         """(module, function, registers, spills, most threads); the figures are read from the code instead."""
-        self.cubins.append((name, cubin, shared))
-        return 1, 1, 0, 0, 1024
+        self._loaded.append((cubin, shared))
+        return 1, len(self._loaded) - 1, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_LIMIT[self.arch], "multiprocessor_count": 132, "warpSize": 32}

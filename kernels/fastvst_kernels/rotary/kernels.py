@@ -50,7 +50,7 @@ def turn_heads(
             tl.store(target + token[:, None] * (count * WIDTH) + channel[None, :], rest, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def rotary_kernel(
     q_ptr,
     k_ptr,

@@ -1,8 +1,32 @@
-"""Layouts of tensors that kernels can read."""
+"""Layouts of tensors that kernels can read, and their way to a GPU."""
 
 from __future__ import annotations
 
+from typing import Any, Protocol, TypeVar
+
+import torch
 from torch import Tensor
+
+
+class Movable(Protocol):
+    """A tensor, or several that move together."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def pin_memory(self) -> Any: ...
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = ...) -> Any: ...
+
+
+M = TypeVar("M", bound=Movable)
+
+
+def send(x: M, device: torch.device | str) -> M:
+    """x on a device. To a GPU the copy runs from page-locked memory: any other first waits for all queued work."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def readable(x: Tensor) -> Tensor:

@@ -120,9 +120,9 @@ def memory_bits(cubin: bytes) -> dict[str, set[int]]:
         file.flush()
         code = _run("nvdisasm", "-c", file.name)
     found: dict[str, set[int]] = {"load": set(), "store": set()}
-    for kind, options in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", code):
-        width = next((int(o) for o in re.findall(r"\.U?(64|128|16|8)\b", options)), 32)
-        found["load" if kind == "LDG" else "store"].add(width)
+    for kind, options in re.findall(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", code):  # LDGSTS: cp.async
+        width = next((int(o) for o in re.findall(r"\.[US]?(64|128|16|8)\b", options)), 32)
+        found["store" if kind == "STG" else "load"].add(width)
     return found
 
 
