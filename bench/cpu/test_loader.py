@@ -121,7 +121,8 @@ def test_planner(images: list[Path], tmp_path: Path, record: Callable[..., None]
         path = tmp_path / "rows.parquet"
         table = [{**row, "image": {"bytes": data[row["id"] % len(data)], "path": None}} for row in rows(images, 512)]
         compression = "snappy" if kind.endswith("snappy") else "none"
-        pq.write_table(pa.Table.from_pylist(table), path, row_group_size=64, compression=compression)
+        options = {"compression": compression, "use_dictionary": False}  # every row has bytes of its own in the file
+        pq.write_table(pa.Table.from_pylist(table), path, row_group_size=64, **options)
         del table
     mixture = open_mixture(MixtureConfig((SourceConfig(str(path)),), shuffle_buffer=100))
     planner = make_planner(mixture, processor(), config(buffer_samples=64, buffer_steps=1.0), 1)

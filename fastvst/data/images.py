@@ -20,8 +20,17 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from fastvst.data.file_range import FileRange
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, shown, to_rgb
-from fastvst.data.media_files import MediaError, check_format, image_bytes, jpeg_scans, open_image, opened_image
+from fastvst.data.media_files import (
+    MediaError,
+    check_format,
+    check_length,
+    image_bytes,
+    jpeg_scans,
+    open_image,
+    opened_image,
+)
 
 RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
@@ -121,7 +130,7 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
     """Size and notes of an image from its header; no pixel is decoded.
 
     Args:
-        source: PIL image, path, or encoded bytes.
+        source: PIL image, path, encoded bytes, or their range in a file.
 
     Raises:
         MediaError: "missing_image", "not_a_file", "unreadable_file", "empty_file", "file_too_large", "broken_image",
@@ -137,6 +146,9 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
         return _guarded(read, source)
     if isinstance(source, (str, Path)):
         return _guarded(lambda path: _read_file(path, max_source_pixels, read), source)
+    if isinstance(source, FileRange):
+        check_length(source.size, max_source_pixels)
+        return _guarded(lambda part: _read_range(part, read), source)
     data = image_bytes(source, max_source_pixels)
     return _guarded(lambda raw: read(open_image(io.BytesIO(raw))), data)
 
@@ -181,6 +193,11 @@ def load_rgb(
 
 def _read_file(path: str | Path, max_source_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
     with opened_image(path, max_source_pixels) as image:
+        return read(image)
+
+
+def _read_range(source: FileRange, read: Callable[[Image.Image], Any]) -> Any:
+    with source.open() as file, open_image(file) as image:
         return read(image)
 
 

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from fastvst.data.file_range import FileRange
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # of Pillow, that training data have
 BYTES_A_PIXEL = 8  # 16-bit RGBA without compression; an image file is refused if it is longer than this
 BYTES_OF_A_DECODE = 32  # most memory for each pixel of an image (of 32-bit floats; RGB takes 4), without its file
@@ -77,7 +79,7 @@ def _check_regular(path: str | Path, mode: int) -> None:
 
 
 def image_bytes(source: Any, max_source_pixels: int) -> bytes:
-    """The encoded bytes of an image from a path or from bytes.
+    """The encoded bytes of an image from a path, from bytes, or from their range in a file.
 
     Raises:
         MediaError: as `open_file`, and "bad_image_type".
@@ -89,14 +91,26 @@ def image_bytes(source: Any, max_source_pixels: int) -> bytes:
                 return file.read(most)
             except OSError as error:
                 raise MediaError("unreadable_file", f"{type(error).__name__}: {error}") from error
+    if isinstance(source, FileRange):
+        check_length(source.size, max_source_pixels)
+        try:
+            source = source.read()
+        except OSError as error:
+            raise MediaError("unreadable_file", str(error)) from error
     if not isinstance(source, (bytes, bytearray, memoryview)):
         raise MediaError("bad_image_type", f"got {type(source).__name__}; expected a PIL image, a path or bytes")
     data = bytes(source)
-    if not data:
-        raise MediaError("empty_file", "the image has 0 bytes")
-    if len(data) > most:
-        raise MediaError("file_too_large", f"the image has {len(data):,} bytes; at most {most:,} are read")
+    check_length(len(data), max_source_pixels)
     return data
+
+
+def check_length(size: int, max_source_pixels: int) -> None:
+    """Refuse an encoded image of no or of too many bytes. Raises MediaError "empty_file" or "file_too_large"."""
+    most = BYTES_A_PIXEL * max_source_pixels + (1 << 20)
+    if not size:
+        raise MediaError("empty_file", "the image has 0 bytes")
+    if size > most:
+        raise MediaError("file_too_large", f"the image has {size:,} bytes; at most {most:,} are read")
 
 
 class CountedReader(io.RawIOBase):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fastvst.batch import Cost, EncodedSample
+from fastvst.data.file_range import with_bytes
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
@@ -99,7 +100,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.packing, self.packs_per_step)
-        self.mixture = Mixture(self.mixture.sources, self.mixture.config, self._measure)
+        sources = [source.with_ranges() for source in self.mixture.sources]
+        self.mixture = Mixture(sources, self.mixture.config, self._measure)
 
     def next_step(self) -> Step | None:
         """The next step; None at the end of the stream."""
@@ -145,7 +147,7 @@ class Planner:
 
     def examine(self, sample: Sample) -> Cost:
         """The cost of a sample that fits into a pack. Raises SampleError for one that cannot be used."""
-        cost = self.processor.measure(sample)
+        cost = self.processor.measure(with_bytes(sample, ("video",)))  # the header of a video may be at its end
         budget = self.packing.tokens_per_pack
         if cost.tokens > budget:
             detail = f"{cost.tokens} tokens ({cost.patches // 4} of images), but a pack holds {budget}; never truncated"

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from fastvst.batch import EncodedSample, PackedBatch, empty_sample, pack
 from fastvst.data import spool
+from fastvst.data.file_range import with_bytes
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture
 from fastvst.data.notes import Casualties, Notes, write_note
@@ -83,6 +84,10 @@ class PackMaker(Dataset):
         found = self.mixture.read([planned.ref])[0].sample if planned.place is None else spool.read(planned.place)
         if isinstance(found, SampleError):
             raise found
+        try:
+            found = with_bytes(found)
+        except OSError as error:
+            raise SampleError("unreadable_file", found.source, found.id, str(error)) from error
         name = f"{found.source}/{found.id}"
         write_note(self.notes, worker, "encoding", name, planned.ref)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,16 +14,23 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 import loader_packs
 from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
 from fastvst.data import loader, spool
+from fastvst.data.file_range import FileRange
 from fastvst.data.ledger import Ledger
-from fastvst.data.loader import LoaderConfig, make_loader
-from fastvst.data.mixture import MixtureConfig, SourceConfig
+from fastvst.data.loader import LoaderConfig, make_loader, make_planner
+from fastvst.data.mixture import MixtureConfig, SourceConfig, open_mixture
 from fastvst.data.notes import make_notes, read_notes
 from fastvst.data.planner_process import Node
+from fastvst.data.processor import Processor
 from fastvst.data.sources.files import ParquetTable
 from fastvst.data.sources.json_files import JsonTable
 
@@ -81,9 +89,48 @@ def test_rows_are_read_once_to_plan_and_json_once_more_to_train(tmp_path, monkey
     assert max(place.offset for place in places) < 60 * 4096  # space of rows that were read is used again
 
 
+def image_table(path: Path, compression: str) -> MixtureConfig:
+    """48 rows with noise images of 100 KB in Parquet."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(48):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (196, 168 + 28 * (index % 3), 3), dtype=np.uint8)).save(buffer, "PNG")
+        rows.append({"id": index, "image": {"bytes": buffer.getvalue(), "path": None}, "question": "?", "answer": "!"})
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=16, compression=compression, use_dictionary=False)
+    return MixtureConfig((SourceConfig(str(path)),), shuffle_buffer=20, epochs=1)
+
+
+def test_the_planner_reads_the_headers_of_images_and_workers_read_each_once(tmp_path, monkeypatch) -> None:
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    config = LoaderConfig(512, num_workers=0, buffer_samples=24)
+    processor = Processor.preset("tiny", max_seq_len=512)
+    found = {}
+    for compression in ("snappy", "none"):
+        data = image_table(tmp_path / f"{compression}.parquet", compression)
+        packs = list(make_loader(data, processor, config))
+        found[compression] = [pack.sample_ids for pack in packs], torch.cat([pack.patches for pack in packs])
+    names, patches = found["none"]
+    expected = [[f"none/{name.split('/')[1]}" for name in pack] for pack in found["snappy"][0]]
+    assert [list(pack) for pack in names] == expected and torch.equal(patches, found["snappy"][1])
+    planner = make_planner(open_mixture(data), processor, config, 1)
+    before = bytes_read()
+    seen = 0
+    while (step := planner.next_step()) is not None:
+        seen += step.seen
+    assert seen == 48
+    assert bytes_read() - before < 0.3 * (tmp_path / "none.parquet").stat().st_size
+    read: Counter = Counter()
+    plain = FileRange.read
+    monkeypatch.setattr(FileRange, "read", lambda one, size=None: read.update([one]) or plain(one, size))
+    list(make_loader(data, processor, config))
+    assert len(read) == 48 and set(read.values()) == {1}
+    assert sum(one.size for one in read) > 0.99 * (tmp_path / "none.parquet").stat().st_size
+
+
 def test_the_planner_keeps_no_sample_in_memory(tmp_path) -> None:
-    from fastvst.data.loader import make_planner
-    from fastvst.data.mixture import open_mixture
     from fastvst.data.planner import Planned
 
     mixture = open_mixture(MixtureConfig(loader_packs.write_data(tmp_path), shuffle_buffer=100))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from fastvst.data.sources.csv_files import CsvTable
 from fastvst.data.sources.hdf5_files import Hdf5Table
 from fastvst.data.sources.json_files import JsonTable, Row
+from fastvst.data.sources.parquet_pages import RangeColumn, range_columns, row_values
 from fastvst.data.sources.tar_files import TarTable
 
 BATCH = 64  # rows that are converted to Python objects at a time
@@ -34,6 +36,8 @@ class ParquetTable:
     Attributes:
         wanted: columns that the row forms look at; None: all.
         whole: read the other columns too.
+        binary: columns whose values can be read by their ranges in the file.
+        by_range: those of them whose rows have a `FileRange` in place of the bytes.
     """
 
     path: Path
@@ -41,11 +45,18 @@ class ParquetTable:
     columns: list[str]
     wanted: frozenset[str] | None = None
     whole: bool = False
+    binary: tuple[RangeColumn, ...] = ()
+    by_range: frozenset[str] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Nothing: the format has one way to be written."""
         return ()
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether rows have ranges in place of the bytes of their images."""
+        return any(column.name in self.by_range for column in self.binary)
 
     @classmethod
     def open(cls, path: Path) -> ParquetTable:
@@ -53,26 +64,38 @@ class ParquetTable:
         with pq.ParquetFile(path) as file:
             rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
             names = file.schema_arrow.names
+            binary = range_columns(file)
             unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         _check_counts(path, rows)
         _check_names(path, names)
         if unpacked > max(UNPACKED, MOST_UNPACKED * path.stat().st_size):
             raise ValueError(f"{path.stat().st_size} bytes become {unpacked}, over {MOST_UNPACKED} times as many")
-        return cls(path, rows, names)
+        return cls(path, rows, names, binary=binary)
 
     def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Row | ValueError]:
         """Rows `start` to `stop` (None: all) of a block; ValueErrors in place of rows that cannot be read."""
         columns = [c for c in self.columns if self.whole or self.wanted is None or c in self.wanted]
+        ranged = [column for column in self.binary if column.name in columns and column.name in self.by_range]
+        others = {column.name: column.others for column in ranged}
+        columns = [path for name in columns for path in others.get(name, (name,))]
         count = self.block_rows[block] if stop is None else stop
         at = 0
         problem = ValueError(f"row group {block} ends before its row {self.block_rows[block]}")
         try:
             # with buffer_size pyarrow streams the pages of a column instead of holding the whole column chunk
-            with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            with (
+                open(self.path, "rb", buffering=0) as pages,
+                pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file,
+            ):
+                values = [row_values(pages.fileno(), str(self.path), file, block, column) for column in ranged]
                 for batch in file.iter_batches(BATCH, row_groups=[block], columns=columns, use_threads=False):
-                    skip = max(start - at, 0)
-                    if skip < batch.num_rows:
-                        yield from _batch_rows(batch.slice(skip, count - at - skip), self.wanted)
+                    skip = min(max(start - at, 0), batch.num_rows)
+                    found = _batch_rows(batch.slice(skip, count - at - skip), self.wanted)
+                    for column, of_rows in zip(ranged, values, strict=True):
+                        for row, one in zip(found, islice(of_rows, skip, skip + len(found)), strict=True):
+                            if isinstance(row, dict):
+                                one.put_into(row, column)
+                    yield from found
                     at += batch.num_rows
                     if at >= count:
                         break

@@ -18,6 +18,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image
 
+from fastvst.data.file_range import FileRange
 from fastvst.data.sources.row_context import RowContext, short
 from fastvst.data.sources.values import is_absent, parsed
 
@@ -35,8 +36,9 @@ EXPECTED = "expected bytes, {bytes, path}, a path, a data URI or base64"
 def payload(item: Any, row: RowContext) -> Any:
     """The value of an image or video in a row -> encoded bytes, an image, a path, or a list of these (frames).
 
-    Accepted: bytes; {bytes, path}; a path, relative to the row's folder; a file:// URL; a data URI; base64; {"url": any
-    of these}; an array of pixels (height, width, 1, 3 or 4) uint8; an image of Pillow; a list of frames.
+    Accepted: bytes or their range in a file; {bytes, path}; a path, relative to the row's folder; a file:// URL; a data
+    URI; base64; {"url": any of these}; an array of pixels (height, width, 1, 3 or 4) uint8; an image of Pillow; a list
+    of frames.
 
     Raises:
         SampleError: "bad_schema", "bad_base64", "bad_path", "outside_path", "remote_media".
@@ -48,8 +50,8 @@ def payload(item: Any, row: RowContext) -> Any:
         inner = next((item[key] for key in MEDIA_KEYS if not is_absent(item.get(key))), None)
         if inner is not None or found == b"":
             return b"" if inner is None else payload(inner, row)
-    if isinstance(item, (bytes, bytearray)):
-        return bytes(item)
+    if isinstance(item, (bytes, bytearray, FileRange)):
+        return bytes(item) if isinstance(item, bytearray) else item
     if isinstance(item, (Image.Image, np.ndarray)):
         return item if isinstance(item, Image.Image) else _from_pixels(item, row)
     if isinstance(item, (list, tuple)):
@@ -79,6 +81,8 @@ def media_list(value: Any, key: str, row: RowContext) -> list[Any]:
 
 def is_image(media: Any) -> bool:
     """Whether a payload is an image, by the first bytes of its data or the end of its path."""
+    if isinstance(media, FileRange):
+        media = media.read(16)
     if isinstance(media, bytes):
         return media.startswith(IMAGE_MAGIC) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
     return isinstance(media, Image.Image) or str(media).lower().endswith(IMAGE_SUFFIXES)
@@ -100,7 +104,7 @@ def _bytes_of(value: Any, row: RowContext) -> Any:
         return _from_base64(value, row)
     if isinstance(value, (list, tuple)) and all(type(one) is int and 0 <= one < 256 for one in value):
         return bytes(value)
-    if isinstance(value, bytes):
+    if isinstance(value, (bytes, FileRange)):
         return value
     raise row.fail("bad_schema", f"the bytes of an image are {short(value)}; {EXPECTED}")
 

@@ -17,7 +17,16 @@ from fastvst.data.sample import Sample
 from fastvst.data.sources.action_rows import ActionRows, Step, question_row, vst_step
 from fastvst.data.sources.csv_files import CsvTable
 from fastvst.data.sources.files import ArrowTable, ParquetTable, Table
-from fastvst.data.sources.forms import COLUMNS, FORMS, RESPONSES, check_names, named, preference_pairs, row_form
+from fastvst.data.sources.forms import (
+    COLUMNS,
+    FORMS,
+    MEDIA_COLUMNS,
+    RESPONSES,
+    check_names,
+    named,
+    preference_pairs,
+    row_form,
+)
 from fastvst.data.sources.hdf5_files import Hdf5Table
 from fastvst.data.sources.json_files import FIRST_ROWS, JsonTable
 from fastvst.data.sources.layout import SUFFIXES, Layout, find_files
@@ -116,6 +125,17 @@ class Source:
             dataclasses.replace(t, whole=True) if isinstance(t, (ParquetTable, ArrowTable)) else t for t in self.tables
         ]
         return dataclasses.replace(self, tables=tables, whole_rows=True)
+
+    def with_ranges(self) -> Source:
+        """The same source; images of Parquet that is not compressed are `FileRange`s in place of bytes.
+
+        Steps of robot demonstrations keep their bytes.
+        """
+        if self.actions is not None:
+            return self
+        media = frozenset(self.columns.get(name, name) for name in MEDIA_COLUMNS)
+        tables = [dataclasses.replace(t, by_range=media) if isinstance(t, ParquetTable) else t for t in self.tables]
+        return dataclasses.replace(self, tables=tables)
 
     def where(self, block: int, row: int) -> str:
         """File and row as text: "shard-00003.parquet[2][17]" is row 17 of block 2 of the file."""
