@@ -41,6 +41,7 @@ from fastvst.data.planner import Encoder, Planned, Planner, Step
 from fastvst.data.planner_process import LocalPlans, Node, RemotePlans, start_planner
 from fastvst.data.processor import Processor
 from fastvst.data.sources.files import ParquetTable
+from fastvst.data.sources.source import with_ranges
 from fastvst.data.spool import BLOCK
 from fastvst.data.worker import Delivery, PackMaker, start_worker
 
@@ -284,7 +285,7 @@ def needs(mixture: Mixture, config: LoaderConfig) -> list[str]:
             f"loader: {config.num_workers} workers; at most {packs} packs of {size / 1e6:.0f} MB wait, "
             f"{packs * size / 1e9:.2g} GB of memory for this rank (none of it in /dev/shm)"
         )
-    tables = [t for source in mixture.sources for t in source.with_ranges().tables if isinstance(t, ParquetTable)]
+    tables = [t for source in mixture.sources for t in with_ranges(source).tables if isinstance(t, ParquetTable)]
     if tables:
         sizes = [sum(t.block_rows) * BLOCK if t.has_ranges else t.path.stat().st_size for t in tables]
         mean = sum(sizes) / max(1, sum(sum(table.block_rows) for table in tables))

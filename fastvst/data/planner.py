@@ -20,6 +20,7 @@ from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
 from fastvst.data.sample import Sample
+from fastvst.data.sources.source import with_ranges
 from fastvst.data.spool import Place, Spool
 
 ALL_BAD_LIMIT = 1000  # unusable rows in sequence that end the run; or all rows once, after a usable one was found
@@ -100,7 +101,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.packing, self.packs_per_step)
-        sources = [source.with_ranges() for source in self.mixture.sources]
+        sources = [with_ranges(source) for source in self.mixture.sources]
         self.mixture = Mixture(sources, self.mixture.config, self._measure)
 
     def next_step(self) -> Step | None:

@@ -52,7 +52,13 @@ class LeRobotTable(ParquetTable):
             raise ValueError(f"{path.name} has no column of images {list(absent)}; it has {plain.columns[:16]}")
         wanted = frozenset({*NEEDED, "frame_index", "observation.state", *cameras})
         return cls(
-            plain.path, plain.block_rows, plain.columns, wanted, False, options, read_tasks(root), tuple(cameras)
+            plain.path,
+            plain.block_rows,
+            plain.columns,
+            wanted,
+            options=options,
+            tasks=read_tasks(root),
+            cameras=tuple(cameras),
         )
 
     def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Any]:

@@ -126,17 +126,6 @@ class Source:
         ]
         return dataclasses.replace(self, tables=tables, whole_rows=True)
 
-    def with_ranges(self) -> Source:
-        """The same source; images of Parquet that is not compressed are `FileRange`s in place of bytes.
-
-        Steps of robot demonstrations keep their bytes.
-        """
-        if self.actions is not None:
-            return self
-        media = frozenset(self.columns.get(name, name) for name in MEDIA_COLUMNS)
-        tables = [dataclasses.replace(t, by_range=media) if isinstance(t, ParquetTable) else t for t in self.tables]
-        return dataclasses.replace(self, tables=tables)
-
     def where(self, block: int, row: int) -> str:
         """File and row as text: "shard-00003.parquet[2][17]" is row 17 of block 2 of the file."""
         table, inner = self.blocks[block]
@@ -266,6 +255,18 @@ class Source:
                 f'columns = {{image = "{lost[0]}"}} of the source'
             )
         return lines
+
+
+def with_ranges(source: Source) -> Source:
+    """The same source; images of Parquet that is not compressed are `FileRange`s in place of bytes.
+
+    Steps of robot demonstrations keep their bytes.
+    """
+    if source.actions is not None:
+        return source
+    media = frozenset(source.columns.get(name, name) for name in MEDIA_COLUMNS)
+    tables = [dataclasses.replace(t, by_range=media) if isinstance(t, ParquetTable) else t for t in source.tables]
+    return dataclasses.replace(source, tables=tables)
 
 
 def _lists_inside(table: Table) -> str:
