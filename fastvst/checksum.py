@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
+
 MARKER = "COMPLETE"
 BLOCK = 2**28
 READ = 2**22  # bytes of one read; every thread holds one such buffer
@@ -75,7 +77,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_MARKER:
         raise Damaged(f"{path} has {path.stat().st_size} bytes; a marker has at most {MAX_MARKER}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = jsonl.loads(path.read_text(encoding="utf-8"))
         own = content.pop("crc32", None)
         # A marker of sizes alone has no checksum; it was written before there were any.
         if not all(isinstance(one, int) for one in content["files"].values()) and own != _of_json(content):

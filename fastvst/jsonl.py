@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 from fastvst import atomic
 
+MOST_DEPTH = 128  # of nested lists and objects; as tokenizer.json may have (serde_json, which reads it)
+
 
 def append(
     path: str | Path, rows: Iterable[Any], *, ensure_ascii: bool = True, default: Callable[[Any], Any] | None = None
@@ -52,6 +54,38 @@ def read(path: str | Path) -> list[Any]:
     return parse(_whole_lines(Path(path).read_bytes()).decode("utf-8"), path)
 
 
+def loads(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` for text of any origin.
+
+    Python's own limit of the depth depends on its version and on what is on the stack.
+
+    Raises:
+        ValueError: not JSON, or lists and objects nested in more than MOST_DEPTH others.
+    """
+    try:
+        value = json.loads(text, **options)
+        opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+        too_deep = opened > MOST_DEPTH and _depth(value) > MOST_DEPTH
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"lists and objects are nested more than {MOST_DEPTH} deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested; at most MOST_DEPTH + 1."""
+    level = [value]
+    depth = 0
+    while depth <= MOST_DEPTH:
+        level = [one for one in level if isinstance(one, (list, dict))]
+        if not level:
+            break
+        depth += 1
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
 def parse(text: str, where: str | Path) -> list[Any]:
     """The values of JSON lines of any origin; blank lines are skipped, and the last line needs no line feed.
 
@@ -65,8 +99,8 @@ def parse(text: str, where: str | Path) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
+                values.append(loads(line))
+            except ValueError as error:
                 raise ValueError(f"{where}, line {number} is not JSON: {error}") from error
     return values
 

@@ -63,7 +63,7 @@ def limit_resources(memory_gib: float = 0.0) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too long a file is an OSError, as Python has it
 
 
-def end_with_parent(*, by_kernel: bool = True) -> None:
+def end_with_parent(*, by_kernel: bool = True, parent: int | None = None) -> None:
     """Kill this process as soon as its parent is gone. Call it first in a helper process.
 
     SIGKILL and the out-of-memory killer give a parent no time to end its helpers, and a helper that waits for room in a
@@ -73,11 +73,13 @@ def end_with_parent(*, by_kernel: bool = True) -> None:
         by_kernel: Linux sends SIGKILL when the parent *thread* ends, the one that started this process (prctl(2),
             PR_SET_PDEATHSIG). False if that thread may end earlier than its process: a thread of this process then
             looks for the parent every POLL_S seconds, as it does on other systems.
+        parent: process that called os.fork; None: that of multiprocessing.
     """
     linux = by_kernel and sys.platform == "linux"
     told = linux and ctypes.CDLL(None).prctl(supervisor.PR_SET_PDEATHSIG, signal.SIGKILL) == 0
     started_by = multiprocessing.parent_process()
-    if started_by is not None and not started_by.is_alive():  # it ended before the call above
+    alive = started_by is None or started_by.is_alive() if parent is None else os.getppid() == parent
+    if not alive:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
     if not told:
         threading.Thread(target=_follow, args=(os.getppid(),), name="parent", daemon=True).start()

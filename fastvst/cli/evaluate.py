@@ -245,7 +245,7 @@ def settle(out: Path, settings: Mapping[str, Any]) -> str:
     """
     path = out / "settings.json"
     found = sorted(out.glob("predictions*.jsonl"))
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = jsonl.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     differing = fingerprint.differences(before, settings)
     if found and differing:
         others = [out / name for name in ("settings.json", "results.json", "results.md", "errors.html")]

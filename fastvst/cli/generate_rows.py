@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvst import atomic, jsonl
+from fastvst.data.isolated import IsolatedProcessor, isolated
 from fastvst.data.mixture import SourceConfig, limit_pixels, open_configured
 from fastvst.data.sample import Sample
 from fastvst.data.sources import Source
@@ -112,7 +113,7 @@ def settle(output: Path, settings: dict[str, Any]) -> None:
         ValueError: the output holds answers of another model or of other settings.
     """
     path = Path(f"{output}.settings.json")
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = jsonl.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if output.is_file() and output.stat().st_size:
         differing = fingerprint.differences(before.get("answers", {}), json.loads(json.dumps(settings["answers"])))
         if differing:
@@ -168,17 +169,19 @@ def _generate(
     begin = time.monotonic()
     tokens = 0
     rows = read_rows(opened, source, run)
-    while some := list(islice(rows, max(1, engine.config.max_sequences // params.n))):
-        window = _Window(some, lines, counts)
-        _answer(engine, window, params)
-        tokens += window.tokens
-        seconds = time.monotonic() - begin
-        over = counts.answered + counts.failed
-        left = seconds / max(over, 1) * (len(opened) - over - counts.skipped)
-        log(
-            f"{over + counts.skipped}/{len(opened)} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
-            f"{left:.0f} s left"
-        )
+    assert engine.processor is not None  # an engine for rows has one
+    with isolated(engine.processor) as processor:
+        while some := list(islice(rows, max(1, engine.config.max_sequences // params.n))):
+            window = _Window(some, lines, counts)
+            _answer(engine, processor, window, params)
+            tokens += window.tokens
+            seconds = time.monotonic() - begin
+            over = counts.answered + counts.failed
+            left = seconds / max(over, 1) * (len(opened) - over - counts.skipped)
+            log(
+                f"{over + counts.skipped}/{len(opened)} rows, {tokens / seconds:.0f} tokens/s, {counts.failed} failed, "
+                f"{left:.0f} s left"
+            )
     lines.put_in_order()
     return counts
 
@@ -255,7 +258,7 @@ class _Window:
         self.put(place, {"error": f"{type(error).__name__}: {error}"})
 
 
-def _answer(engine: Engine, window: _Window, params: SamplingParams) -> None:
+def _answer(engine: Engine, processor: IsolatedProcessor, window: _Window, params: SamplingParams) -> None:
     """Answer the rows of the window that the file does not answer."""
     ready: list[tuple[int, EncodedSample]] = []
     for place, row in enumerate(window.rows):
@@ -267,7 +270,8 @@ def _answer(engine: Engine, window: _Window, params: SamplingParams) -> None:
             window.fail(place, row.sample)
         else:
             try:
-                ready.append((place, engine.encode(row.sample, params)))
+                encoded = processor.encode(row.sample, add_generation_prompt=True)
+                ready.append((place, engine.encode(encoded, params)))
             except Exception as error:  # whatever a library raises, one row does not end the file
                 window.fail(place, error)
     try:

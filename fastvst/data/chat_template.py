@@ -17,6 +17,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from fastvst import jsonl
 from fastvst.batch import IGNORE
 from fastvst.data.chat import JINJA_TEMPLATE
 from fastvst.data.sample import Message
@@ -62,7 +63,7 @@ def find_template(read: Callable[[str], str | None], extra: Mapping[str, str]) -
             continue
         value: Any = text
         if not name.endswith(".jinja"):
-            value = checked(json.loads(text), {"chat_template": chat_templates}, f"{name}: ").get("chat_template")
+            value = checked(jsonl.loads(text), {"chat_template": chat_templates}, f"{name}: ").get("chat_template")
         if isinstance(value, dict):
             value = value.get("default")
         if isinstance(value, str):

@@ -10,15 +10,16 @@ are listed too, because they are probably mistakes: marks of two kinds, a litera
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.data.check_report import CheckReport
 from fastvst.data.images import target_size
+from fastvst.data.isolated import isolated
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import SourceConfig, limit_pixels, open_configured
 from fastvst.data.processor import Processor
@@ -58,6 +59,21 @@ def check_source(
     report = CheckReport(config.path, source.name, lines=source.first_lines(rows=0))
     for problem in source.problems:
         report.add(problem.reason, problem.id, config.path, problem.detail)
+    with isolated(processor) as safe:
+        _read(report, source, config, safe, limit, examples, tokens_per_pack)
+    return report
+
+
+def _read(
+    report: CheckReport,
+    source: Source,
+    config: SourceConfig,
+    processor: Processor,
+    limit: int | None,
+    examples: int,
+    tokens_per_pack: int | None,
+) -> None:
+    """Add all rows of a source to the report."""
     seen: dict[str, str] = {}
     for row, sample, where in _rows(source):
         if limit is not None and report.rows == limit:
@@ -75,7 +91,6 @@ def check_source(
             _measure(report, sample, where, processor, examples, tokens_per_pack)
         except Exception as error:  # whatever a row causes, the others are checked
             report.add("unexpected_error", sample.id, where, f"{type(error).__name__}: {error}")
-    return report
 
 
 def _rows(source: Source) -> Iterator[tuple[Any, Sample | SampleError, str]]:
@@ -201,7 +216,7 @@ def _boxes(sample: Sample) -> list[tuple[str, str]]:
     for text in _texts(sample, "assistant"):
         try:
             block = re.search(r"```json\n(.*?)```", text, re.DOTALL)
-            entries = json.loads(block[1]) if block else None
+            entries = jsonl.loads(block[1]) if block else None
             boxes = [[float(x) for x in entry["bbox_3d"]] for entry in entries or []]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             boxes = []

@@ -13,6 +13,7 @@ from fastvst import atomic, html
 from fastvst.batch import IGNORE
 from fastvst.data.check_report import CheckReport
 from fastvst.data.images import MediaError, load_rgb
+from fastvst.data.isolated import IsolatedProcessor, isolated
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
@@ -30,9 +31,11 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
     target = Path(folder) / "index.html"
     atomic.write_text(Path(folder) / "check.json", json.dumps(report.to_json(), indent=1))
     sections = [("Report", f"{STYLE}<pre>{escape(report.table())}</pre>")]
-    for kind, samples in sorted(report.examples.items()):
-        cards = "".join(card(sample, processor) for sample in samples)
-        sections.append((f"type {kind}", f'<div class="grid">{cards}</div>'))
+    with isolated(processor) as safe:
+        sections += [
+            (f"type {kind}", f'<div class="grid">{"".join(_safe_card(sample, safe) for sample in samples)}</div>')
+            for kind, samples in sorted(report.examples.items())
+        ]
     if report.problems:
         rows = [(p.reason, p.id, p.where, p.detail) for p in report.problems[:500]]
         sections.append(
@@ -41,6 +44,14 @@ def write_gallery(report: CheckReport, processor: Processor, folder: str | Path)
     lead = f"{report.usable} of {report.rows} rows usable"
     atomic.write_text(target, html.page(f"Data check: {report.path}", lead, sections))
     return target
+
+
+def _safe_card(sample: Sample, processor: IsolatedProcessor) -> str:
+    """`card` in another process: a sample at which a decoder crashes has its reason in its place."""
+    try:
+        return processor.call(card, sample, processor.plain)
+    except SampleError as error:
+        return f'<div class="card"><p>this row cannot be shown: {escape(str(error))}</p></div>'
 
 
 def card(sample: Sample, processor: Processor) -> str:

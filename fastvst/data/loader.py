@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from fastvst.batch import PackedBatch
 from fastvst.config import check_at_least, not_an_option
+from fastvst.data.isolated import isolate
 from fastvst.data.ledger import Ledger, TooManyBadSamples
 from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.notes import Casualties, Note, Notes, forget_workers, make_notes, read_notes
@@ -59,7 +60,8 @@ class LoaderConfig:
     Attributes:
         tokens_per_pack: most LLM tokens in one pack; longer samples are rejected ("too_long"), never truncated.
         accumulation: packs of each rank in one optimizer step.
-        num_workers: processes of each rank that decode and encode samples; 0 = in the training process.
+        num_workers: processes of each rank that decode and encode samples; 0 = the training process encodes, and
+            waits for a process that decodes.
         prefetch: packs that every worker prepares in advance.
         pin_memory: deliver batches in page-locked memory, for asynchronous copies to the GPU.
         timeout_s: seconds to wait for one pack before the workers are replaced; the sample at which a second worker
@@ -104,7 +106,8 @@ def make_planner(mixture: Mixture, processor: Encoder, config: LoaderConfig, wor
         for name in {name for source in mixture.sources if source.actions for name in source.actions.codec.token_names}:
             processor.token_id(name)
     packing = PackingConfig(config.tokens_per_pack, config.buffer_samples, config.buffer_steps)
-    return Planner(mixture, processor, packing, world_size * config.accumulation)
+    # Measuring decodes the first frame of a video; of an image it reads the header.
+    return Planner(mixture, isolate(processor, ("video",)), packing, world_size * config.accumulation)
 
 
 class Loader:
@@ -134,6 +137,8 @@ class Loader:
         self.mixture = mixture
         # Pixels travel as bytes; the model normalises them on its device.
         self.processor = processor.with_uint8_patches() if isinstance(processor, Processor) else processor
+        if not config.num_workers:  # else a worker dies of a decoder, and is replaced
+            self.processor = isolate(self.processor)
         self.config = config
         self.rank = rank
         self.world_size = world_size

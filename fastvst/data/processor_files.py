@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from fastvst import jsonl
 from fastvst.data.chat import JINJA_TEMPLATE
 from fastvst.data.chat_template import ChatTemplate, find_template, is_stock, is_stock_without_images
 from fastvst.data.images import CLIP_MEAN, CLIP_STD, PatchGeometry
@@ -99,7 +99,7 @@ class ProcessorFiles:
     tokens: int = 0
 
     def json(self, name: str) -> dict[str, Any]:
-        return json.loads(self.contents[name]) if name in self.contents else {}
+        return jsonl.loads(self.contents[name]) if name in self.contents else {}
 
 
 def read_files(

@@ -6,10 +6,10 @@ contains such text. This module takes the text apart again; text that the row it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.data.sample import Message, Part
 from fastvst.data.sources.tools import HEAD, TAIL
 
@@ -36,7 +36,7 @@ def take_apart(messages: Sequence[Message], *, keep_added: bool) -> tuple[list[M
         elif message["role"] == "system":
             text = message["content"][-1]["text"]
             start = text.rindex(HEAD)
-            tools = [json.loads(line) for line in text[start + len(HEAD) : -len(TAIL)].strip("\n").split("\n")]
+            tools = [jsonl.loads(line) for line in text[start + len(HEAD) : -len(TAIL)].strip("\n").split("\n")]
             if how != ADDED or keep_added:
                 turns.append({**message, "content": _without_empty(message["content"][:-1], text[:start])})
         elif message["role"] == "assistant":
@@ -53,7 +53,7 @@ def _with_calls(message: Message) -> Message:
     if start < 0:
         return message  # an empty list of calls
     blocks = text[start + len(CALL[0]) : -len(CALL[1])].split(f"{CALL[1]}\n{CALL[0]}")
-    calls = [{"type": "function", "function": json.loads(block)} for block in blocks]
+    calls = [{"type": "function", "function": jsonl.loads(block)} for block in blocks]
     return {**message, "content": _without_empty(before, text[:start].removesuffix("\n")), "tool_calls": calls}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.evaluate.options import letter_of_truth, stated_letter, statement
 from fastvst.evaluate.quantities import read_number, whole_quantity
 from fastvst.spatial.boxes import iou_3d, parse_boxes
@@ -118,7 +119,7 @@ def _json(text: str) -> Any:
     """The JSON value that a text consists of, a code block around it removed; None if there is none."""
     fenced = re.fullmatch(r"\s*```\w*\n(.*?)\n?```\s*", text, re.DOTALL)
     try:
-        return json.loads(fenced[1] if fenced else text)
+        return jsonl.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return None
 

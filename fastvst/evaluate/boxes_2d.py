@@ -6,7 +6,6 @@ scored, drawn or written.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.data.vision_inputs import Size, to_source_pixels
 
 Box = tuple[tuple[float, float, float, float], str]  # x1, y1, x2, y2 in pixels; label
@@ -27,7 +27,7 @@ def boxes_2d(answer: str) -> list[Box]:
     end = max(answer.rfind("]"), answer.rfind("}"))
     text = answer[begin : end + 1] if 0 <= begin < end else ""
     try:
-        return of_entries(json.loads(text)) if text else []
+        return of_entries(jsonl.loads(text)) if text else []
     except (ValueError, RecursionError):
         return []
 

@@ -14,6 +14,7 @@ from fastvst.data.video import VideoConfig, load_frames, select_frames
 from fastvst.evaluate.boxes_2d import boxes_2d
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.report import Report, Scored
+from fastvst.helper import Helper
 from fastvst.html import image_tag, page, table
 from fastvst.spatial import draw
 
@@ -38,7 +39,8 @@ def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int 
     scores = [report.overall, *report.categories, *report.others]
     cells = [[s.name, s.questions, s.value, ", ".join(f"{m} {v:.1f}" for m, v in s.paper.items())] for s in scores]
     by_id = {row.id: row for row in rows}
-    cards = "".join(_card(report.rows[i], by_id[report.rows[i].id]) for i in shown)
+    with Helper() as helper:
+        cards = "".join(_card(helper, report.rows[i], by_id[report.rows[i].id]) for i in shown)
     lead = f"{len(wrong)} of {len(report.rows)} answers are not fully right; {len(shown)} shown. {report.protocol}."
     lead += "".join(f" {remark}." for remark in report.remarks())
     sections = [
@@ -48,7 +50,7 @@ def write_errors(path: Path, report: Report, rows: Sequence[Row], *, limit: int 
     atomic.write_text(path, page(f"{report.benchmark}: errors", lead, sections))
 
 
-def _card(line: Scored, row: Row) -> str:
+def _card(helper: Helper, line: Scored, row: Row) -> str:
     lines = [f'<p class="task">{escape(line.id)} · {escape(line.category)} · score {line.score:.2f}</p>']
     lines.append(f"<p>{_short(row.question)}</p>")
     if row.options:
@@ -58,7 +60,13 @@ def _card(line: Scored, row: Row) -> str:
         lines.append(f'<p class="wrong">failed: {_short(line.failed)}</p>')
     else:
         lines.append(f'<p class="wrong">read as {_short(line.extracted) or "nothing"}: {_short(line.prediction)}</p>')
-    return f'<div class="card"><div class="pair">{"".join(_images(line, row))}</div>{"".join(lines)}</div>'
+    images: list[str] = []
+    if row.images or row.video is not None:
+        try:
+            images = helper.call(_images, line, row)
+        except Exception as error:  # a decoder crashed; the page must be written
+            images = [f"<p>no image: {escape(str(error))}</p>"]
+    return f'<div class="card"><div class="pair">{"".join(images)}</div>{"".join(lines)}</div>'
 
 
 def _short(text: str) -> str:

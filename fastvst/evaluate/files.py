@@ -5,7 +5,6 @@ Every reader takes the files as downloaded. An error names the download and wher
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +116,7 @@ def read_json(path: Path, required: Sequence[str], download: str) -> list[dict[s
         raise ValueError(f"{path} is not UTF-8 ({error}); download it again. {download}") from error
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = jsonl.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); download it again. {download}") from error
     else:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastvst import jsonl
 from fastvst.batch import EncodedSample, PackedBatch, empty_sample, pack
 from fastvst.config import ConfigError, check_at_least
+from fastvst.data.isolated import isolate
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import SourceConfig
 from fastvst.data.processor import Processor
@@ -232,6 +233,7 @@ def open_evaluation(
         return None
     if config.path is None and len(trained_on):
         raise ConfigError(f"evaluation.every is {config.every}, but evaluation.path is empty; pass the held-out rows")
+    processor = isolate(processor)
     ledger = Ledger(out / "ledger-evaluation.jsonl" if world.is_main else None, deferred=True)
     samples: list[Sample] = []
     questions: list[QuestionSet] = []

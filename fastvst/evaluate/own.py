@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvst import jsonl
 from fastvst.data.chat import THINK_SYSTEM
 from fastvst.data.mixture import SourceConfig, open_configured
 from fastvst.data.sample import Sample
@@ -232,7 +233,7 @@ def _true_boxes(value: Any) -> tuple[dict[str, Any], str]:
     """Boxes from a list, an object or their JSON: 3D if the entries have "bbox_3d", else 2D."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = jsonl.loads(value)
         except (ValueError, RecursionError):
             return {}, f"the answer {value!r:.80} is no JSON of boxes"
     entries = value if isinstance(value, list) else [value]

@@ -6,7 +6,6 @@ They are read to resume a run and to score it. Files of other programs can be re
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ def read(path: Path) -> list[Prediction]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        cells = json.loads(text) if text.lstrip().startswith("[") else None
+        cells = jsonl.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if cells is None:

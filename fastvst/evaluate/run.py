@@ -13,13 +13,16 @@ from PIL import Image
 
 from fastvst import jsonl
 from fastvst.data.images import load_rgb
+from fastvst.data.isolated import IsolatedProcessor
 from fastvst.data.ledger import SampleError
+from fastvst.data.media_cache import media_key
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Part, Sample
 from fastvst.data.video import load_frames, select_frames, total_pixel_budget
 from fastvst.evaluate import fingerprint, predictions
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.predictions import Prediction
+from fastvst.helper import Helper
 from fastvst.rollout import Engine, RolloutError, SamplingParams
 
 if TYPE_CHECKING:
@@ -107,12 +110,14 @@ def answer(
     training = model.training
     model.eval()
     engine = Engine(model, processor, max_sequences=batch_size)
-    for made in _answers(engine, _encoded(processor, left, prompt), params, batch_size):
-        predictions.append(path, [dataclasses.replace(p, key=keys[p.id]) for p in made])
-        asked = asked + len(made)
-        tokens = tokens + sum(p.tokens for p in made)
-        failed += sum(bool(p.failed) for p in made)
-        log(_progress(asked, len(left), tokens, failed, time.monotonic() - begin))
+    questions = Questions(processor.plain if isinstance(processor, IsolatedProcessor) else processor)
+    with IsolatedProcessor(questions.processor, helper=Helper(questions)) as safe:
+        for made in _answers(engine, _encoded(safe, questions, left, prompt), params, batch_size):
+            predictions.append(path, [dataclasses.replace(p, key=keys[p.id]) for p in made])
+            asked = asked + len(made)
+            tokens = tokens + sum(p.tokens for p in made)
+            failed += sum(bool(p.failed) for p in made)
+            log(_progress(asked, len(left), tokens, failed, time.monotonic() - begin))
     model.train(training)
     return Speed(asked, tokens, failed, time.monotonic() - begin)
 
@@ -204,16 +209,28 @@ def _media_key(row: Row) -> Any:
     return media or ("row", row.id)
 
 
-def _encoded(processor: Processor, rows: Sequence[Row], prompt: Prompt) -> Iterator[tuple[Row, EncodedSample | str]]:
-    """Rows with their encoded prompt, or with the reason for a missing one. Neighbours share decoded images."""
-    decoded: dict[Any, Any] = {}
-    key: Any = None
+@dataclasses.dataclass
+class Questions:
+    """Encodes questions, in the process that decodes; neighbours share their decoded images and videos."""
+
+    processor: Processor
+    decoded: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, sample: Sample, *, add_generation_prompt: bool) -> EncodedSample:
+        """The question with its images. Raises SampleError."""
+        keys = {media_key(part[kind]) for kind in ("image", "video") for part in sample.parts(kind)}
+        self.decoded = {key: value for key, value in self.decoded.items() if key in keys}
+        shared = with_decoded_media(sample, self.decoded, self.processor)
+        return self.processor.encode(shared, add_generation_prompt=add_generation_prompt)
+
+
+def _encoded(
+    processor: IsolatedProcessor, questions: Questions, rows: Sequence[Row], prompt: Prompt
+) -> Iterator[tuple[Row, EncodedSample | str]]:
+    """Rows with their encoded prompt, or with the reason for a missing one."""
     for row in rows:
-        if _media_key(row) != key:
-            decoded = {}
-            key = _media_key(row)
         try:
-            yield row, processor.encode(with_decoded_media(prompt(row), decoded, processor), add_generation_prompt=True)
+            yield row, processor.do(questions.encode, prompt(row), add_generation_prompt=True)
         except SampleError as error:
             yield row, f"{error.reason}: {error.detail}"
         except Exception as error:  # one question does not end the others
@@ -234,7 +251,9 @@ def with_decoded_media(sample: Sample, decoded: dict[Any, Any], processor: Proce
 
 def _decode_part(part: Part, decoded: dict[Any, Any], processor: Processor) -> Part:
     media = part[part["type"]]
-    key = str(media) if isinstance(media, (str, Path)) else id(media)
+    key = media_key(media)
+    if key is None:  # images in memory
+        return part
     if key not in decoded:
         config = processor.config
         try:

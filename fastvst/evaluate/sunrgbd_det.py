@@ -9,13 +9,13 @@ ARKitScenes files of the same data set have the same format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.data.sample import Sample
 from fastvst.evaluate import checks, choice
 from fastvst.evaluate.average_precision import (
@@ -191,7 +191,7 @@ def vst_boxes(text: str) -> np.ndarray:
     if "```json" in lines:
         text = "\n".join(lines[lines.index("```json") + 1 :]).split("```")[0]
     try:
-        entries = json.loads(text)
+        entries = jsonl.loads(text)
         found = [entry.get("bbox_3d") for entry in entries]
         nine = [box for box in found if box is not None and len(box) == 9]
         boxes = np.array([[_number(x) for x in box] for box in nine], dtype=np.float64).reshape(-1, 9)

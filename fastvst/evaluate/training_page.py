@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from fastvst import atomic, html, jsonl
 from fastvst.data.images import load_rgb
 from fastvst.evaluate.rooms import Example, Question, RoomResults
+from fastvst.helper import Helper
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
@@ -34,7 +36,7 @@ def write_report(
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
-            ("Held-out samples", '<div class="grid">' + "".join(_card(e) for e in results.examples) + "</div>"),
+            ("Held-out samples", '<div class="grid">' + _cards(results.examples) + "</div>"),
         ]
         atomic.write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
@@ -90,12 +92,17 @@ def _form_table(results: RoomResults) -> str:
     return f"<details><summary>Scores by form of the question</summary>{table}</details>"
 
 
-def _card(example: Example) -> str:
+def _cards(examples: Sequence[Example]) -> str:
+    with Helper() as helper:
+        return "".join(_card(helper, example) for example in examples)
+
+
+def _card(helper: Helper, example: Example) -> str:
     question = example.question
     truth = " ".join(p["text"] for p in question.sample.messages[-1]["content"] if p["type"] == "text")
     try:
-        tags = _images(question, example.prediction)
-    except Exception as error:  # a broken image, or boxes that cannot be drawn; the page must be written
+        tags = helper.call(_images, question, example.prediction)
+    except Exception as error:  # a broken image or decoder, or boxes that cannot be drawn; the page must be written
         tags = [f"<p>no image: {escape(str(error))}</p>"]
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastvst import atomic
+from fastvst import atomic, jsonl
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_pointer(path)
     check_size(path, MAX_JSON)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = jsonl.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -6,10 +6,10 @@ that library is offline (HF_HUB_OFFLINE=1).
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from fastvst import jsonl
 from fastvst.model.checkpoint_files import CONFIG, INDEX, SINGLE
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -77,7 +77,7 @@ def missing_files(folder: Path) -> list[str]:
     if not any((folder / name).is_file() for name in PROCESSORS):
         missing.append(PROCESSORS[0])
     if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(jsonl.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         missing += sorted(shard for shard in shards if not (folder / shard).is_file())
     elif not (folder / SINGLE).is_file():
         missing.append(f"{SINGLE} or {INDEX} with its files")

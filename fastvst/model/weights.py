@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvst import atomic, checksum
+from fastvst import atomic, checksum, jsonl
 from fastvst.model import checkpoint_files as files
 from fastvst.model import config_json, refusals
 from fastvst.model.checkpoint_files import INDEX, SINGLE
@@ -196,7 +196,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
         if length > MAX_HEADER:
             return {}, f"{path.name}: its header has {length:,} bytes; safetensors allows {MAX_HEADER:,}"
         try:
-            header = json.loads(file.read(length))
+            header = jsonl.loads(file.read(length))
             header.pop("__metadata__", None)
             wrong = next((name for name, entry in header.items() if not _is_tensor(entry)), None)
         except (ValueError, AttributeError, TypeError, RecursionError):

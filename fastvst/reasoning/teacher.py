@@ -293,7 +293,7 @@ def _post(url: str, body: dict[str, Any], sample: Sample, config: TeacherConfig)
         wait = config.pause * 2**attempt
         try:
             with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                return json.loads(response.read())
+                return jsonl.loads(response.read())
         except urllib.error.HTTPError as error:
             said = error.read()[:300].decode("utf-8", "replace")
             problem = f"status {error.code}: {said}"

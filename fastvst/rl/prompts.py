@@ -9,6 +9,7 @@ from typing import Any
 
 from fastvst.batch import EncodedSample
 from fastvst.data.chat import THINK_SYSTEM
+from fastvst.data.isolated import isolate
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
 from fastvst.data.processor import Processor
@@ -163,7 +164,7 @@ class PromptStream:
                 its own tokens: a video has a hundred times the tokens of a text, and every rank waits for the slowest.
         """
         self.mixture = mixture
-        self.processor = processor
+        self.processor = isolate(processor)
         self.ledger = ledger
         self.rank = rank
         self.size = size

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from fastvst import jsonl
 from fastvst.data.chat import system_prompt
 from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import load_rgb
@@ -167,7 +168,7 @@ class OpenAIEngine:
             pause = 0.5 * 2**attempt * random.uniform(0.8, 1.2)  # so that many clients do not retry at the same time
             try:
                 with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                    return json.loads(response.read())
+                    return jsonl.loads(response.read())
             except urllib.error.HTTPError as error:
                 detail = error.read()[:500].decode("utf-8", "replace")
                 problem = f"{url} answers {error.code}: {detail}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.spatial.camera import Camera, to_camera
 
 # Corner order of VST's evaluator (and of PyTorch3D's box3d_overlap), as signs of the half sizes.
@@ -329,7 +330,7 @@ def parse_boxes(text: str) -> tuple[np.ndarray, list[str]]:
     if starts:
         body = "\n".join(lines[starts[0] + 1 :]).split("```")[0]
         try:
-            entries = json.loads(body)
+            entries = jsonl.loads(body)
         except (ValueError, RecursionError):
             return empty, []
         if not isinstance(entries, list):

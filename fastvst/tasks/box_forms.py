@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.data.sample import Sample
 from fastvst.spatial.boxes import angles, format_boxes, rotations
 from fastvst.spatial.camera import BASE_WIDTH, unify_fov
@@ -121,7 +122,7 @@ def read(text: str, form: BoxForm, camera: dict[str, float], scale: np.ndarray) 
     """Boxes (N, 9) in metres and degrees, and labels, of an answer in this format (see `write`). No text raises."""
     block = re.search(r"```json\n(.*?)```", text, re.DOTALL)
     try:
-        entries = json.loads(block[1]) if block else []
+        entries = jsonl.loads(block[1]) if block else []
     except ValueError:
         entries = []
     count = 10 if form.quaternion else 9

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastvst.data import Mixture, PackedBatch, PackingReport, pack
+from fastvst.data.isolated import isolate
 from fastvst.data.ledger import Ledger, SampleError, TooManyBadSamples
 from fastvst.data.loader import LoaderConfig, make_planner
 from fastvst.data.probe import probe
@@ -92,9 +93,10 @@ def forecast_packs(
         report.add(step.loads, step.samples, config.tokens_per_pack)
         first = first or max(step.packs, key=len)
     encoded = []
+    safe = isolate(processor)
     for drawn in mixture.read([item.ref for item in first or ()]):
         try:
-            encoded.append(processor.encode(drawn.sample))
+            encoded.append(safe.encode(drawn.sample))
         except SampleError as error:  # pixels that cannot be decoded
             ledger.record(error, where=mixture.where(drawn.ref))
     if not encoded:

@@ -32,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastvst import checksum
+from fastvst import checksum, jsonl
 from fastvst.config import check_at_least
 from fastvst.model import checkpoint_files
 from fastvst.train import resume
@@ -275,7 +275,7 @@ def _all_sums(partial: Path, world: World) -> dict[str, dict[str, Any]]:
     sums: dict[str, dict[str, Any]] = {}
     for rank in range(world.size):
         part = partial / SUMS.format(rank)
-        sums |= json.loads(part.read_text(encoding="utf-8"))
+        sums |= jsonl.loads(part.read_text(encoding="utf-8"))
         part.unlink()
     rest = [p for p in partial.rglob("*") if p.is_file() and p.parent != partial / "state"]
     names = sorted({str(p.relative_to(partial)) for p in rest} - set(sums))
@@ -334,7 +334,7 @@ def _reason(error: BaseException) -> str:
 def _read_json(path: Path, *needed: str) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint, which has at least the keys `needed`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = jsonl.loads(path.read_text(encoding="utf-8"))
         missing = [name for name in needed if name not in content]
         if not isinstance(content, dict) or missing:
             raise ValueError(f"expected an object with {missing or needed}")

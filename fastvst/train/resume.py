@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastvst import atomic, checksum
+from fastvst import atomic, checksum, jsonl
 from fastvst.checksum import MARKER, Damaged
 from fastvst.train.distributed import World
 
@@ -207,7 +207,7 @@ def point_to_best(folder: Path) -> Path | None:
     found = []
     for path in complete(folder):
         try:
-            best = json.loads((path / "train.json").read_text(encoding="utf-8")).get("best") or {}
+            best = jsonl.loads((path / "train.json").read_text(encoding="utf-8")).get("best") or {}
         except (OSError, ValueError):  # damaged: `find` says so
             continue
         if best.get("step") == _step(path):
@@ -264,7 +264,7 @@ def current_branch(folder: Path) -> Lineage | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = jsonl.loads(path.read_text(encoding="utf-8"))
         return Lineage(int(content["branch"]), str(content["parent"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and name a checkpoint with --resume") from error

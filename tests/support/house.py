@@ -21,7 +21,7 @@ FOLDERS = ("fastvst", "kernels", "examples", "tools", "bench", "tests")
 LEVELS = (
     ("fastvst_kernels",),
     ("fastvst.atomic", "fastvst.batch", "fastvst.checksum", "fastvst.config", "fastvst.html", "fastvst.jsonl")
-    + ("fastvst.processes", "fastvst.supervisor"),
+    + ("fastvst.helper", "fastvst.processes", "fastvst.supervisor"),
     ("fastvst.spatial", "fastvst.vla"),
     ("fastvst.model",),
     ("fastvst.data",),

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
+
 JSON_BLOCK = 256  # rows in a block
 ROW_BYTES = 1 << 30  # largest row of a text file or an archive; images are base64 in it
 PIECE = 1 << 24  # bytes of a file that are searched for row ends at a time
@@ -83,7 +85,7 @@ class JsonTable:
                 file.seek(begin)
                 try:
                     text = file.read(end - begin).decode(self.encoding)
-                    row = json.loads(text.rstrip().removesuffix(","), object_pairs_hook=_object)
+                    row = jsonl.loads(text.rstrip().removesuffix(","), object_pairs_hook=_object)
                 except (ValueError, RecursionError, MemoryError) as error:  # JSONDecodeError, UnicodeDecodeError
                     yield ValueError(f"not JSON: {error}; expected an object")
                     continue
@@ -156,7 +158,7 @@ def _is_json(path: Path, span: np.ndarray) -> bool:
     with open(path, "rb") as file:
         file.seek(int(span[0]))
         try:
-            json.loads(file.read(int(span[1] - span[0])).rstrip().removesuffix(b","))
+            jsonl.loads(file.read(int(span[1] - span[0])).rstrip().removesuffix(b","))
         except (ValueError, RecursionError):
             return False
         return True

@@ -13,13 +13,14 @@ The first rule that matches is used (https://huggingface.co/docs/datasets/reposi
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastvst import jsonl
 
 SUFFIXES = {
     ".parquet": ".parquet",
@@ -96,7 +97,7 @@ def _check_registry(root: Path) -> None:
     """Raise ValueError for a data folder of LLaMA-Factory: each of its files is a data set of its own."""
     path = root / "dataset_info.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        content = jsonl.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return
     entries = content.values() if isinstance(content, dict) else []
@@ -176,7 +177,7 @@ def _check_single(file: Path, split: str | None) -> None:
 
 def _saved_splits(root: Path) -> list[str]:
     try:
-        return [str(name) for name in json.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
+        return [str(name) for name in jsonl.loads((root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{root / 'dataset_dict.json'} names no splits: {error!r}") from error
 
@@ -184,7 +185,7 @@ def _saved_splits(root: Path) -> list[str]:
 def _saved(folder: Path, split: str | None) -> Layout:
     """The files that `state.json` names. Raises ValueError if it selects rows by an index, as `datasets` 1.x did."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = jsonl.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'state.json'} names no data files: {error!r}") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastvst import jsonl
 from fastvst.data.chat import system_prompt
 from fastvst.data.sample import Part, Sample
 from fastvst.data.sources import forms, vst
@@ -106,7 +106,7 @@ def _meta_info(value: Any, context: RowContext) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        return jsonl.loads(value)
     except (ValueError, RecursionError) as error:
         found = parsed(value)
         if found is value:
@@ -204,7 +204,7 @@ def _answer(value: Any, metadata: dict[str, Any]) -> dict[str, Any] | None:
     known = value
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            known = json.loads(value)
+            known = jsonl.loads(value)
         except (ValueError, RecursionError):
             known = value
     if isinstance(known, dict) and isinstance(known.get("answer"), dict) and _is_checkable(known["answer"]):

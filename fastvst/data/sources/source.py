@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -97,21 +96,11 @@ class Source:
     forms: tuple[str, ...] = FORMS
     outside_paths: str = "absolute"
     actions: ActionRows | None = None
+    roots: tuple[str, ...] | None = field(init=False, repr=False)  # real paths of `_roots`; None: anywhere
 
-    @cached_property
-    def roots(self) -> tuple[str, ...] | None:
-        """Real paths of the folders in which images may lie; None: anywhere.
-
-        They are the data set's folder and `folder`. The files of a repository in the cache of the Hub are links to its
-        folder `blobs`, so all of its folder counts.
-        """
-        if self.outside_paths == "always":
-            return None
-        own = self.path if self.path.is_dir() else self.path.parent
-        found = [own, *([self.folder] if self.folder is not None else [])]
-        place = own.absolute()
-        cached = [p for p in (place, *place.parents) if (p / "blobs").is_dir() and (p / "snapshots").is_dir()]
-        return tuple(dict.fromkeys(os.path.realpath(path) for path in (*found, *cached)))
+    def __post_init__(self) -> None:
+        roots = None if self.outside_paths == "always" else _roots(self.path, self.folder)
+        object.__setattr__(self, "roots", roots)
 
     def __len__(self) -> int:
         return sum(self.block_rows)
@@ -267,6 +256,18 @@ def with_ranges(source: Source) -> Source:
     media = frozenset(source.columns.get(name, name) for name in MEDIA_COLUMNS)
     tables = [dataclasses.replace(t, by_range=media) if isinstance(t, ParquetTable) else t for t in source.tables]
     return dataclasses.replace(source, tables=tables)
+
+
+def _roots(path: Path, folder: Path | None) -> tuple[str, ...]:
+    """Real paths of the folders in which images may lie: the data set's folder and `folder`.
+
+    The files of a repository in the cache of the Hub are links to its folder `blobs`, so all of its folder counts.
+    """
+    own = path if path.is_dir() else path.parent
+    found = [own, *([folder] if folder is not None else [])]
+    place = own.absolute()
+    cached = [p for p in (place, *place.parents) if (p / "blobs").is_dir() and (p / "snapshots").is_dir()]
+    return tuple(dict.fromkeys(os.path.realpath(path) for path in (*found, *cached)))
 
 
 def _lists_inside(table: Table) -> str:

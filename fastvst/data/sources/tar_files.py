@@ -8,7 +8,6 @@ of `datasets` (https://huggingface.co/docs/datasets/image_dataset#webdataset). N
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.data.sources.json_files import ROW_BYTES, Row, first_keys
 from fastvst.data.sources.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -142,7 +142,7 @@ def _row(files: dict[str, bytes]) -> Row:
         if suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
             media["images" if suffix in IMAGE_SUFFIXES else "videos"].append((name, data))
         elif suffix in (".json", ".jsn"):
-            content = json.loads(data)
+            content = jsonl.loads(data)
             row |= content if isinstance(content, dict) else {"conversations": content}
         elif column.rsplit(".", 1)[-1] in TEXTS:
             row[column] = data.decode("utf-8")

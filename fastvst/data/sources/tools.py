@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from fastvst import jsonl
+
 HEAD = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
@@ -25,7 +27,7 @@ def decoded(value: Any, what: str, kinds: tuple[type, ...]) -> Any:
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
+            found = jsonl.loads(value)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{what} is {value[:80]!r}; expected JSON") from error
     if not isinstance(found, kinds):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import datetime
 import decimal
-import json
 import re
 import uuid
 from typing import Any
 
 import numpy as np
+
+from fastvst import jsonl
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 LONGEST_LITERAL = 1 << 20  # characters of a Python literal; pandas writes lists into CSV as Python literals
@@ -48,7 +49,7 @@ def parsed(text: str) -> Any:
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
-        found = json.loads(text)
+        found = jsonl.loads(text)
     except (ValueError, RecursionError):
         if len(text) > LONGEST_LITERAL:
             return text

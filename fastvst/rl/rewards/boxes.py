@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.rl.rewards.matching import assign
 from fastvst.spatial.boxes import iou_3d, parse_boxes
 
@@ -38,7 +38,7 @@ def fenced_entries(text: str) -> list[Any] | None:
     if not starts:
         return None
     try:
-        entries = json.loads("\n".join(lines[starts[0] + 1 :]).split("```")[0])
+        entries = jsonl.loads("\n".join(lines[starts[0] + 1 :]).split("```")[0])
     except (ValueError, RecursionError):
         return None
     return entries if isinstance(entries, list) else None

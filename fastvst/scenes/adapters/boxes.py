@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.scenes.adapters.checks import Problems, box_problem, rotation_problem
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.scene import SceneObject
@@ -175,6 +175,6 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return jsonl.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -16,7 +16,6 @@ box of an object that may be nearer gets visibility 0, so no question marks it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.checks import (
     Problems,
@@ -62,7 +62,7 @@ def read_omni3d(
         ValueError: a file in another format; without `report` also an image or annotation that cannot be used, named.
         FileNotFoundError: without `report`, a missing image; names it.
     """
-    data = json.loads(Path(annotation_file).read_text(encoding="utf-8"))
+    data = jsonl.loads(Path(annotation_file).read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
         raise ValueError(f"{annotation_file}: expected Omni3D JSON with images and annotations; got {_keys(data)}")
     problems = Problems(report)

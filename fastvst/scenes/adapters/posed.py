@@ -17,7 +17,6 @@ Z. Colour images are resized to the depth map, to which ScanNet registers them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst import jsonl
 from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import one_of_each_id
 from fastvst.scenes.adapters.checks import (
@@ -77,7 +77,7 @@ def read_posed(
     """
     folder = Path(folder)
     problems = Problems(report)
-    described = json.loads(_existing(folder / "boxes.json").read_text(encoding="utf-8"))
+    described = jsonl.loads(_existing(folder / "boxes.json").read_text(encoding="utf-8"))
     objects = read_boxes(folder.name, described["instances"], problems)
     problems.finish()
     align = np.array(described.get("axis_alignment", np.eye(4)), dtype=np.float64)
