@@ -26,13 +26,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastvst.processes import end_with_parent
+from fastvst.processes import end_with_parent, processor_seconds
 
 T = TypeVar("T")
 
@@ -42,7 +41,6 @@ PROCESSOR_S = 300.0  # most processor time of one call; a busy machine does not 
 POLL_S = 1.0  # seconds between looks at a process that has not answered
 START_S = 60.0  # limit for the nursery, which only forks
 NUMBER = struct.Struct("<q")
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 class HelperLost(RuntimeError):
@@ -357,15 +355,6 @@ class _Watch:
             self.since = time.monotonic()
         elif time.monotonic() - self.since > self.still_s:
             raise HelperLost("worker_hung", f"nothing moved for {self.still_s:g} s")
-
-
-def processor_seconds(pid: int) -> float:
-    """Processor time of all threads of a process; the clock where the system does not tell, 0 if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return 0.0 if Path("/proc/self/stat").exists() else time.monotonic()
-    return (int(fields[11]) + int(fields[12])) / TICK  # utime and stime, proc(5)
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

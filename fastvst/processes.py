@@ -113,6 +113,28 @@ def helper_result(future: Future[T], work: str) -> T:
         ) from error
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP) keeps a process from working; False where the system does not tell."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] == b"T"
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of all threads of a process, 0 if it is gone; the clock where the system does not tell."""
+    fields = _stat(pid)
+    if not fields:
+        return 0.0 if Path("/proc/self/stat").exists() else time.monotonic()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third one on, see proc(5); [] if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
 def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)

@@ -39,12 +39,13 @@ from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.notes import Casualties, Note, Notes, forget_workers, make_notes, read_notes
 from fastvst.data.packing import PackingConfig, PackingReport
 from fastvst.data.planner import Encoder, Planned, Planner, Step
-from fastvst.data.planner_process import LocalPlans, Node, RemotePlans, start_planner
+from fastvst.data.planner_process import STOPPED_S, LocalPlans, Node, RemotePlans, start_planner
 from fastvst.data.processor import Processor
 from fastvst.data.sources.files import ParquetTable
 from fastvst.data.sources.source import with_ranges
 from fastvst.data.spool import BLOCK
 from fastvst.data.worker import Delivery, PackMaker, start_worker
+from fastvst.processes import is_stopped
 
 Plans = LocalPlans | RemotePlans
 # The most that one token takes on its way: 4 patches of 1,176 uint8 pixels and 128 bytes of positions, ids, labels.
@@ -183,7 +184,7 @@ class Loader:
                 while True:
                     failure: Exception | None = None
                     try:
-                        delivery = _wait(deliveries, self.config.timeout_s)
+                        delivery = _wait(deliveries, self.config.timeout_s, notes)
                         if delivery is None and orders.failure is not None:
                             failure = orders.failure
                     except RuntimeError as error:
@@ -274,9 +275,9 @@ class Loader:
 
 
 def _is_guilty(note: Note, hung: bool, timeout_s: float) -> bool:
-    """Whether a process may be the reason of a failure: it is dead; or it does the same for half of the timeout."""
+    """Whether a process may be the reason: it is dead, or stopped, or does the same for half of the timeout."""
     if hung:
-        return bool(note.doing) and time.monotonic() - note.since > timeout_s / 2
+        return is_stopped(note.pid) or bool(note.doing) and time.monotonic() - note.since > timeout_s / 2
     return note.pid > 0 and note.pid not in {child.pid for child in multiprocessing.active_children()}
 
 
@@ -378,9 +379,10 @@ def _start(data: PackMaker, orders: Orders, config: LoaderConfig) -> Iterator[De
     return deliveries
 
 
-def _wait(deliveries: Iterator[Delivery], timeout_s: float) -> Delivery | None:
+def _wait(deliveries: Iterator[Delivery], timeout_s: float, notes: Notes) -> Delivery | None:
     """The next delivery; None at the end. Every POLL_S seconds it checks that the workers are alive."""
     begun = time.monotonic()
+    moved = begun
     while True:
         try:
             return next(deliveries, None)
@@ -388,6 +390,10 @@ def _wait(deliveries: Iterator[Delivery], timeout_s: float) -> Delivery | None:
             waited = time.monotonic() - begun
             if "DataLoader timed out" not in str(error):
                 raise
+            if not any(is_stopped(note.pid) for note in read_notes(notes)[:-1] if note.pid):
+                moved = time.monotonic()
+            elif time.monotonic() - moved > STOPPED_S:
+                raise RuntimeError(f"no pack came within {waited:.0f} s: a signal has stopped a worker") from error
             if timeout_s and waited > timeout_s:
                 raise RuntimeError(f"no pack came within {waited:.0f} s (timeout_s={timeout_s})") from error
         except (ConnectionError, EOFError) as error:  # the worker died while it sent tensors

@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -28,10 +30,11 @@ import torch
 from fastvst.data.notes import Notes, write_note
 from fastvst.data.planner import Planner, Step, steps_from
 from fastvst.data.spool import Place, Spool
-from fastvst.processes import end_with_parent
+from fastvst.processes import end_with_parent, is_stopped
 
 AHEAD = 2  # steps that are planned before any rank asks for them
 POLL_S = 1.0  # seconds between checks that the planner is alive
+STOPPED_S = 30.0  # a process that a signal stops for so long is given up
 JOIN_S = 0.1  # seconds between looks for ranks that have not joined yet
 StepFrom = tuple[Step, int]  # a step and its first micro-step that was not used yet
 
@@ -86,15 +89,21 @@ class RemotePlans(Iterator[StepFrom]):
         self.timeout_s = timeout_s
         self._freed: list[Place] = []
         self.shared = shared
+        self.pid: int = process.pid if process is not None else _peer(connection)
         if process is not None:  # before the interpreter waits for its children
             Finalize(None, process.kill, exitpriority=10)
 
     def __next__(self) -> StepFrom:
         begun = time.monotonic()
+        moved = begun
         try:
             self.connection.send(self._freed)
             self._freed = []
             while not self.connection.poll(POLL_S):
+                if not is_stopped(self.pid):
+                    moved = time.monotonic()
+                elif time.monotonic() - moved > STOPPED_S:
+                    raise RuntimeError(f"the planner (pid {self.pid}) has been stopped by a signal for {STOPPED_S:g} s")
                 waited = time.monotonic() - begun
                 if self.timeout_s and waited > self.timeout_s:
                     raise RuntimeError(f"no pack came within {waited:.0f} s (timeout_s={self.timeout_s}): none planned")
@@ -121,6 +130,13 @@ class RemotePlans(Iterator[StepFrom]):
         with contextlib.suppress(OSError):  # it has ended
             self.connection.send(None)
             self.connection.close()
+
+
+def _peer(connection: Connection) -> int:
+    """Process id of the planner that another rank has started; 0 if it has ended."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        pid, _, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))  # struct ucred
+    return int(pid)
 
 
 @dataclass(frozen=True)

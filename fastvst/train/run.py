@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -10,11 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 
 from fastvst.config import ConfigError, leaves, load_config, resolve, usage
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig
@@ -69,7 +72,7 @@ USER_ERRNOS = {
 }
 COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
 ERROR_WAIT = 5.0  # seconds that a run which ends with an error waits for the checkpoint in progress
-OTHER_RANKS_WAIT = 5.0  # seconds before a rank other than 0 prints an error: torchrun ends it sooner if rank 0 failed
+SPEAK_WAIT = timedelta(seconds=60)  # limit for the rank that prints the error of all
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -87,9 +90,29 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
             raise
         if isinstance(error, OSError) and not isinstance(error, USER_ERRORS) and error.errno not in USER_ERRNOS:
             raise
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(OTHER_RANKS_WAIT)
-        sys.exit(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
+        _say_once(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _say_once(text: str) -> None:
+    """Print an error that ends a run: under torchrun, only the rank that is first to have one; the others wait for it.
+
+    Ranks mostly meet the same error, or one that follows from the first. They agree in the store of torchrun, which
+    ends them all as soon as one has ended.
+    """
+    key = f"fastvst error {os.environ.get('TORCHELASTIC_RUN_ID')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with contextlib.suppress(RuntimeError, OSError):  # the launcher is gone: then every rank speaks
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            store = dist.TCPStore(*address, is_master=False, timeout=SPEAK_WAIT, wait_for_workers=False)
+            if store.add(key, 1) > 1:
+                store.wait([f"{key} said"], SPEAK_WAIT)
+                return
+    print(text, file=sys.stderr, flush=True)
+    if store is not None:
+        with contextlib.suppress(RuntimeError, OSError):
+            store.set(f"{key} said", "")
 
 
 def read_config(

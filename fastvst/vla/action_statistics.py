@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fastvst import jsonl
+
 EPSILON = 1e-6  # added to a range, as VST and openpi do: a dimension that never moves has the range 0
 MAX_FILE = 1 << 26  # bytes
 KEYS = ("action", "actions")
@@ -75,7 +77,7 @@ class ActionStatistics:
         if path.stat().st_size > MAX_FILE:
             raise ValueError(f"{path} has {path.stat().st_size} bytes; a statistics file has less than {MAX_FILE}")
         try:
-            content = json.loads(path.read_bytes())
+            content = jsonl.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         found = _data_sets(content)

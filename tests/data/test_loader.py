@@ -232,13 +232,16 @@ def test_a_sample_that_ends_its_worker_is_rejected_and_the_order_stays(tmp_path,
     assert ledgers[0].counts == ledgers[2].counts == {reason: 4}
 
 
-def test_a_worker_that_is_killed_loses_no_sample(data) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_loses_no_sample(data, number: int, monkeypatch) -> None:
+    for name in ("POLL_S", "STOPPED_S"):
+        monkeypatch.setattr(f"fastvst.data.loader.{name}", 0.2)
     whole = take(loader(data, ledger=Ledger(max_fraction=1.0)), 8)
     stream = loader(data, num_workers=2, prefetch=1, ledger=Ledger(max_fraction=1.0))
     packs = iter(stream)
     batches = take(packs, 2)
     workers = [child for child in multiprocessing.active_children() if child.name != "planner"]
-    os.kill(workers[0].pid, signal.SIGKILL)
+    os.kill(workers[0].pid, number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert_same(whole, batches + take(packs, 6))

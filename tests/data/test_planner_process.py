@@ -10,8 +10,10 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from PIL import Image
 
 import loader_packs
 from fake_data import FakeProcessor, fake_row, fake_rows, write_jsonl
-from fastvst.data import loader, spool
+from fastvst.data import loader, planner_process, spool
 from fastvst.data.file_range import FileRange
 from fastvst.data.ledger import Ledger
 from fastvst.data.loader import LoaderConfig, make_loader, make_planner
@@ -202,6 +204,30 @@ def test_a_planner_that_dies_is_named_with_its_sample(tmp_path) -> None:
     config = LoaderConfig(256, num_workers=1, buffer_samples=8, timeout_s=60)
     with pytest.raises(RuntimeError, match=r"planner exited(.|\n)*planner \(pid \d+: planning a/killer\)"):
         list(make_loader(data, Deadly(), config))
+
+
+def test_a_planner_that_is_stopped_ends_the_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(planner_process, "STOPPED_S", 0.2)
+    data = MixtureConfig((SourceConfig(str(write_jsonl(tmp_path / "a.jsonl", fake_rows(90)))),), shuffle_buffer=20)
+    packs = iter(make_loader(data, FakeProcessor(), LoaderConfig(256, buffer_samples=24, num_workers=1)))
+    next(packs)
+    (planner,) = (child for child in multiprocessing.active_children() if child.name == "planner")
+    os.kill(planner.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=f"planner .pid {planner.pid}. has been stopped by a signal"):
+        for _ in packs:
+            pass
+    planner.join(100)
+    assert not planner.is_alive()
+
+
+def test_another_rank_knows_the_planner_s_process() -> None:
+    address = f"\0fastvst-{secrets.token_hex()}"
+    with Listener(address, "AF_UNIX") as listener:
+        connecting = threading.Thread(target=lambda: listener.accept().close())
+        connecting.start()
+        with Client(address, "AF_UNIX") as connection:
+            assert planner_process.RemotePlans(connection, None, 1.0, True).pid == os.getpid()
+        connecting.join()
 
 
 TRAINER = """

@@ -9,13 +9,13 @@ A source becomes one of actions by its key `actions`, a table of `ActionRows`. T
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
+from fastvst import jsonl
 from fastvst.config import check_at_least
 from fastvst.vla import ActionCodec, ActionError, ActionStatistics
 
@@ -137,7 +137,7 @@ def vst_step(row: dict[str, Any], where: str, rows: ActionRows) -> Step:
     """
     info = row.get("meta_info")
     try:
-        info = json.loads(info) if isinstance(info, (str, bytes)) else info
+        info = jsonl.loads(info) if isinstance(info, (str, bytes)) else info
     except (ValueError, RecursionError) as error:
         raise ValueError(f"meta_info is not JSON: {error}") from error
     key = "action_unnorm" if rows.statistics else "action"

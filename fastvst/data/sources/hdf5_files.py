@@ -8,7 +8,6 @@ the name of the file.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst import jsonl
 from fastvst.data.sources.action_rows import ActionRows, Step
 
 IDLE = 1e-4  # norm of the first dims - 1 values of a step that does nothing
@@ -185,7 +185,7 @@ def _check_images(group: Any, key: str, steps: int) -> None:
 def _task(data: Any, path: Path) -> str:
     info = data.attrs.get("problem_info", "")
     try:
-        found = json.loads(info).get("language_instruction") if isinstance(info, (str, bytes)) and info else None
+        found = jsonl.loads(info).get("language_instruction") if isinstance(info, (str, bytes)) and info else None
     except (AttributeError, ValueError, RecursionError):
         found = None
     if isinstance(found, list):

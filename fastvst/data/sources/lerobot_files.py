@@ -10,7 +10,6 @@ Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. Data sets whose 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from fastvst import jsonl
 from fastvst.data.sources.action_rows import ActionRows, Step
 from fastvst.data.sources.files import ParquetTable
 
@@ -139,7 +139,7 @@ def read_tasks(root: Path) -> dict[int, str]:
     table = root / "meta" / "tasks.parquet"
     try:
         if lines.is_file():
-            found = [json.loads(line) for line in _text(lines).splitlines() if line.strip()]
+            found = [jsonl.loads(line) for line in _text(lines).splitlines() if line.strip()]
             return {int(one["task_index"]): str(one["task"]) for one in found}
         if table.is_file():
             stored = pq.read_table(table)
@@ -158,7 +158,7 @@ def _text(path: Path) -> str:
 
 def _meta(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        found = jsonl.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
