@@ -17,6 +17,7 @@ from fastvst.data.sample import Sample
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 VIDEO_PLACEHOLDER = "<|video_pad|>"
+Encoded = dict[tuple[str, int], bytes]
 
 # `meta_info` and `answer` are JSON: the sizes of the images, and {"answer": ..., "metadata": ...}.
 SCHEMA = pa.schema(
@@ -32,15 +33,13 @@ SCHEMA = pa.schema(
 )
 
 
-def to_row(
-    sample: Sample, quality: int, encoded: dict[int, bytes] | None = None, videos: str | None = None
-) -> dict[str, Any]:
+def to_row(sample: Sample, quality: int, encoded: Encoded | None = None, videos: str | None = None) -> dict[str, Any]:
     """A row of SCHEMA. Placeholders of images and videos are where the message has them.
 
     Args:
         quality: JPEG quality of images and frames, 0 for PNG.
-        encoded: bytes of the frames and videos of earlier rows, keyed by `id` of the frame (for a video: of its first
-            frame). Updated in place. The frames must stay alive as long as it is used.
+        encoded: bytes of the images and videos of earlier rows, keyed by kind and `id` of the image (for a video: of
+            its first frame). Updated in place. The images must stay alive as long as it is used.
         videos: None stores frames, "mp4" stores one file for each video.
     """
     encoded = {} if encoded is None else encoded
@@ -52,7 +51,7 @@ def to_row(
         for part in message["content"]:
             if part["type"] == "image":
                 image = part["image"]
-                images.append({"bytes": encode_image(image, quality), "path": None})
+                images.append({"bytes": _encode_once(image, quality, encoded), "path": None})
                 requested = {key: part.get(key, -1) for key in ("resized_width", "resized_height")}
                 sizes.append({**requested, "width": image.width, "height": image.height})
                 text += IMAGE_PLACEHOLDER
@@ -73,17 +72,22 @@ def to_row(
     }
 
 
-def _encode_part(part: dict[str, Any], quality: int, encoded: dict[int, bytes], videos: str | None) -> list[bytes]:
+def _encode_once(image: Image.Image, quality: int, encoded: Encoded) -> bytes:
+    key = ("image", id(image))
+    if key not in encoded:
+        encoded[key] = encode_image(image, quality)
+    return encoded[key]
+
+
+def _encode_part(part: dict[str, Any], quality: int, encoded: Encoded, videos: str | None) -> list[bytes]:
     """The bytes of a video part: one for each frame, or one file. See `to_row`."""
     frames = part["video"]
     if videos == "mp4":
-        if id(frames[0]) not in encoded:
-            encoded[id(frames[0])] = encode_video(frames, part.get("fps", 2.0))
-        return [encoded[id(frames[0])]]
-    for frame in frames:
-        if id(frame) not in encoded:
-            encoded[id(frame)] = encode_image(frame, quality)
-    return [encoded[id(frame)] for frame in frames]
+        key = ("video", id(frames[0]))
+        if key not in encoded:
+            encoded[key] = encode_video(frames, part.get("fps", 2.0))
+        return [encoded[key]]
+    return [_encode_once(frame, quality, encoded) for frame in frames]
 
 
 def encode_image(image: Image.Image, quality: int) -> bytes:

@@ -29,7 +29,7 @@ import numpy as np
 
 from fastvst import atomic
 from fastvst.data.sample import Sample
-from fastvst.generate.parquet import to_row, write_rows
+from fastvst.generate.parquet import Encoded, to_row, write_rows
 from fastvst.processes import helper_result, start_helper
 from fastvst.reasoning import geometric
 from fastvst.scenes.rooms.render import open_renderer
@@ -178,7 +178,7 @@ def _make_sample(
 def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:
     """The rows of the room with this seed, drawn by the renderer of this process."""
     samples = room_samples(seed, process_renderer(config.backend), config)
-    encoded: dict[int, bytes] = {}
+    encoded: Encoded = {}
     return [to_row(sample, config.quality, encoded, config.videos) for sample in samples]
 
 

@@ -11,14 +11,14 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
 from fastvst import atomic
-from fastvst.generate.parquet import SCHEMA, to_row, write_rows
+from fastvst.generate.parquet import SCHEMA, Encoded, to_row, write_rows
 from fastvst.generate.rooms import GENERATOR_VERSION, ROWS_PER_FILE, RoomsConfig, scene_samples
 from fastvst.processes import helper_result, start_helper
 from fastvst.scenes.adapters.arkitscenes import read_arkitscenes
@@ -27,6 +27,7 @@ from fastvst.scenes.adapters.colmap import read_nerfstudio, read_scannetpp
 from fastvst.scenes.adapters.depth_maps import Meaning, read_depth_maps
 from fastvst.scenes.adapters.frames import ScanOptions
 from fastvst.scenes.adapters.hypersim import read_hypersim
+from fastvst.scenes.adapters.images import LateImageError
 from fastvst.scenes.adapters.omni3d import read_omni3d
 from fastvst.scenes.adapters.posed import read_posed
 from fastvst.scenes.adapters.scannet import read_scannet
@@ -161,7 +162,7 @@ def scan_rows(scenes: Iterable[Scene], config: RoomsConfig, counts: Counter | No
     counts: incremented for every row under its task.
     """
     for scene in scenes:
-        encoded: dict[int, bytes] = {}
+        encoded: Encoded = {}
         for sample in scene_samples(scene, zlib.crc32(scene.name.encode()), config):
             if counts is not None:
                 counts[sample.metadata["task"]] += 1
@@ -300,7 +301,13 @@ def _one_scan(scan: Path, target: Path, config: ScansConfig) -> tuple[Path, Coun
     problems: list[str] = []
     counts: Counter = Counter()
     try:
-        rows = list(scan_rows(read_scenes(scan, config, problems.append), config.rows, counts))
+        try:
+            rows = list(scan_rows(read_scenes(scan, config, problems.append), config.rows, counts))
+        except LateImageError:  # the scan is read again so that this frame is left out, and named, like any other
+            problems.clear()
+            counts.clear()
+            whole = replace(config, scan=replace(config.scan, decode=True))
+            rows = list(scan_rows(read_scenes(scan, whole, problems.append), config.rows, counts))
     except ImportError:
         raise
     except Exception as error:  # files of strangers: a damaged one may raise anything in the libraries that read it

@@ -7,6 +7,7 @@ frame of the box to its parent frame.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -266,7 +267,13 @@ def _segment_distance(p: np.ndarray, u: np.ndarray, q: np.ndarray, v: np.ndarray
 
 def box_distance(a: Any, b: Any) -> float:
     """Smallest distance in metres between two boxes (9,); 0 if they touch or overlap."""
-    pair = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
+    first, second = (tuple(np.asarray(box, dtype=np.float64).tolist()) for box in (a, b))
+    return _box_distance(first, second)
+
+
+@functools.lru_cache(4096)  # the questions about one scene compare the same boxes again and again
+def _box_distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    pair = np.array([a, b])
     points = corners(pair)
     turn = rotations(pair[:, 6:9])
     axes = [*turn[0].T, *turn[1].T, *np.cross(turn[0].T[:, None], turn[1].T[None]).reshape(9, 3)]

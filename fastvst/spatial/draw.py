@@ -27,9 +27,9 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size=size)
 
 
-def radius_of(image: Image.Image) -> float:
-    """Radius of a dot in pixels: 2.2 % of the longer side, at least 3."""
-    return max(3.0, 0.022 * max(image.size))
+def radius_of(size: tuple[int, int]) -> float:
+    """Radius in pixels of a dot in an image of this size: 2.2 % of the longer side, at least 3."""
+    return max(3.0, 0.022 * max(size))
 
 
 def _rgb(colour: str | tuple[int, int, int]) -> tuple[int, int, int]:
@@ -39,7 +39,7 @@ def _rgb(colour: str | tuple[int, int, int]) -> tuple[int, int, int]:
 def text(image: Image.Image, xy: tuple[float, float], content: str) -> None:
     """Write `content` in white on a dark plate, centred at `xy` but kept inside the image."""
     draw = ImageDraw.Draw(image)
-    font = _font(max(9, round(1.7 * radius_of(image))))
+    font = _font(max(9, round(1.7 * radius_of(image.size))))
     left, top, right, bottom = draw.textbbox((0, 0), content, font=font)
     w = right - left + 4
     h = bottom - top + 4
@@ -51,7 +51,7 @@ def text(image: Image.Image, xy: tuple[float, float], content: str) -> None:
 
 def dot(image: Image.Image, point: tuple[float, float], colour: str | tuple[int, int, int], label: str = "") -> None:
     """Draw a filled dot with a white rim at `point` (u, v); the label is above it, or below it near the upper edge."""
-    r = radius_of(image)
+    r = radius_of(image.size)
     u, v = point
     draw = ImageDraw.Draw(image)
     draw.ellipse([u - r - 1.5, v - r - 1.5, u + r + 1.5, v + r + 1.5], fill=(255, 255, 255))
@@ -62,7 +62,7 @@ def dot(image: Image.Image, point: tuple[float, float], colour: str | tuple[int,
 
 def circle(image: Image.Image, point: tuple[float, float], colour: str | tuple[int, int, int], label: str = "") -> None:
     """Draw a ring around `point` (u, v) that leaves the point visible; the label is placed as in `dot`."""
-    r = 1.25 * radius_of(image)
+    r = 1.25 * radius_of(image.size)
     u, v = point
     draw = ImageDraw.Draw(image)
     draw.ellipse([u - r - 1, v - r - 1, u + r + 1, v + r + 1], outline=(255, 255, 255), width=1)
@@ -76,7 +76,7 @@ def box_2d(
     image: Image.Image, box: tuple[float, float, float, float], colour: str | tuple[int, int, int], label: str = ""
 ) -> None:
     """Draw a rectangle x1, y1, x2, y2 in pixels; the label is inside its upper left corner."""
-    width = max(2, round(radius_of(image) / 2.5))
+    width = max(2, round(radius_of(image.size) / 2.5))
     x1, y1, x2, y2 = box
     x1 = max(0.0, x1)
     y1 = max(0.0, y1)
@@ -86,7 +86,7 @@ def box_2d(
         return
     ImageDraw.Draw(image).rectangle([x1, y1, x2, y2], outline=_rgb(colour), width=width)
     if label:
-        text(image, (x1 + 2.5 * radius_of(image), y1 + 1.5 * radius_of(image)), label)
+        text(image, (x1 + 2.5 * radius_of(image.size), y1 + 1.5 * radius_of(image)), label)
 
 
 def boxes_3d(

@@ -7,7 +7,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.tasks.angles import COMPASS, HOURS, clear_direction, clockwise, heading, sector
-from fastvst.tasks.common import TaskConfig, canvas, choice, distractors, mcq, pick, sample
+from fastvst.tasks.common import TaskConfig, choice, distractors, mcq, pick, sample
 
 TASK = "camera_camera"
 KIND = "multi_image"
@@ -93,7 +93,7 @@ def make(
         task=TASK,
         kind=KIND,
         index=index,
-        images=[canvas(scene.views[k]) for k in views],
+        images=[scene.views[k].photograph for k in views],
         turns=[(question, reply)],
         answer=choice(right, options, lettered=not free),
         metadata={

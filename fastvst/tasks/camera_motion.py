@@ -9,7 +9,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.camera import Camera
-from fastvst.tasks.common import TaskConfig, canvas, choice, choose, mcq, pick, sample
+from fastvst.tasks.common import TaskConfig, choice, choose, mcq, pick, sample
 
 TASK = "camera_motion"
 KIND = "multi_image"
@@ -116,7 +116,7 @@ def make(
         task=TASK,
         kind=KIND,
         index=index,
-        images=[canvas(first), canvas(second)],
+        images=[first.photograph, second.photograph],
         turns=[(question, reply)],
         answer=choice(text, candidates, lettered=form == "choice"),
         metadata={

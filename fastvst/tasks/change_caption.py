@@ -7,7 +7,7 @@ import numpy as np
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.tasks.camera_motion import relative
-from fastvst.tasks.common import TaskConfig, article, canvas, choose, listed, nameable, pick, prose, sample
+from fastvst.tasks.common import TaskConfig, article, choose, listed, nameable, pick, prose, sample
 from fastvst.tasks.facts import Statement, answer_of
 from fastvst.tasks.scene_caption import third
 
@@ -109,7 +109,7 @@ def make(
         task=TASK,
         kind=KIND,
         index=index,
-        images=[canvas(view) for view in views],
+        images=[view.photograph for view in views],
         turns=[(pick(rng, PHRASES), " ".join(s.text for s in statements))],
         answer=answer_of(statements),
         metadata={"form": "prose", "views": list(pair[:2])},

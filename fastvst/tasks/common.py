@@ -112,7 +112,7 @@ def pick(rng: np.random.Generator, items: list | tuple) -> Any:
 
 def canvas(view: View) -> Image.Image:
     """A copy of the view's image to draw on."""
-    return Image.fromarray(np.ascontiguousarray(view.image))
+    return view.photograph.copy()
 
 
 # Plurals of class names.

@@ -6,6 +6,9 @@ vision tower reads a colour where it cannot read a digit.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import numpy as np
 
 from fastvst.data.sample import Sample
@@ -50,17 +53,25 @@ CHOICE = (
 
 def visible_points(view: View, rng: np.random.Generator, count: int) -> np.ndarray:
     """Random pixels (N <= count, 2) that show an object, as pixel centres, away from the image's border."""
+    flat = _inner_pixels(view)
+    if len(flat) == 0:
+        return np.zeros((0, 2))
+    k = rng.choice(len(flat), size=min(count, len(flat)), replace=False)
+    rows, columns = np.divmod(flat[k], view.camera.width)
+    return np.stack([columns + 0.5, rows + 0.5], 1)
+
+
+@lru_cache(maxsize=2)
+def _inner_pixels(view: View) -> np.ndarray:
+    """Flat indices of the pixels that show an object, away from the image's border; kept for the next question."""
     if view.ids is None:
-        return np.zeros((0, 2))
-    rows, columns = np.nonzero(view.ids > 0)
+        return np.zeros(0, int)
     h, w = view.ids.shape
-    ok = (columns > RIM * w) & (columns < (1 - RIM) * w) & (rows > RIM * h) & (rows < (1 - RIM) * h)
-    rows = rows[ok]
-    columns = columns[ok]
-    if len(rows) == 0:
-        return np.zeros((0, 2))
-    k = rng.choice(len(rows), size=min(count, len(rows)), replace=False)
-    return np.stack([columns[k] + 0.5, rows[k] + 0.5], 1)
+    rows = slice(math.floor(RIM * h) + 1, math.ceil((1 - RIM) * h))
+    columns = slice(math.floor(RIM * w) + 1, math.ceil((1 - RIM) * w))
+    inner = np.zeros((h, w), bool)
+    inner[rows, columns] = view.ids[rows, columns] > 0
+    return np.flatnonzero(inner)
 
 
 def match(first: View, second: View, point: np.ndarray, config: TaskConfig) -> np.ndarray | None:
@@ -105,9 +116,11 @@ def wrong_spots(
     wide = max(RING * moved, 4.0)
     inner = moved - wide * float(rng.uniform())
     found: list[np.ndarray] = []
-    for other in others[(gaps >= inner) & (gaps <= inner + wide)]:
-        if len(found) < 3 and all(np.hypot(*(other - spot)) >= apart for spot in (there, *found)):
-            found.append(other)
+    left = others[(gaps >= inner) & (gaps <= inner + wide)]
+    left = left[np.hypot(*(left - there).T) >= apart]
+    while len(found) < 3 and len(left):
+        found.append(left[0])
+        left = left[np.hypot(*(left - left[0]).T) >= apart]
     return found if len(found) == 3 else None
 
 
@@ -119,7 +132,7 @@ def make(
     second = scene.views[pair[1]]
     if first.depth is None or second.depth is None:
         return None
-    apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(canvas(second)))
+    apart = max(config.distractor * second.camera.width, 4 * draw.radius_of(second.size))
     for point in visible_points(first, rng, 40):
         there = match(first, second, point, config)
         wrong = None if there is None else wrong_spots(second, point, there, apart, rng)

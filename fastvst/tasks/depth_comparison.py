@@ -77,7 +77,7 @@ def _marked(
     view: View, pool: list[Sighting], count: int, rng: np.random.Generator, config: TaskConfig, tries: int = 12
 ) -> list[Sighting] | None:
     """`count` sightings whose dots do not touch and whose depths differ clearly; None if none are found."""
-    gap = 4 * draw.radius_of(canvas(view))
+    gap = 4 * draw.radius_of(view.size)
     for _ in range(tries if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)
         far_apart = all(apart(a.point, b.point, gap) for k, a in enumerate(chosen) for b in chosen[:k])

@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene, View
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import detection_prompt
-from fastvst.tasks.common import TaskConfig, canvas, choose, nameable_classes, pick, sample
+from fastvst.tasks.common import TaskConfig, choose, nameable_classes, pick, sample
 
 TASK = "detection_3d"
 KIND = "bbox_3d"
@@ -83,7 +83,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
         task=TASK,
         kind=KIND,
         index=index,
-        images=[canvas(view)],
+        images=[view.photograph],
         turns=[(prompt, format_boxes(boxes, labels))],
         answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
         metadata={

@@ -8,7 +8,7 @@ from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import format_boxes
 from fastvst.spatial.prompts import multi_detection_prompt
-from fastvst.tasks.common import TaskConfig, canvas, choose, nameable_classes, pick, sample
+from fastvst.tasks.common import TaskConfig, choose, nameable_classes, pick, sample
 from fastvst.tasks.detection_3d import MATCH_IOU, within_limit
 
 TASK = "detection_multi"
@@ -75,7 +75,7 @@ def make(
         task=TASK,
         kind=KIND,
         index=index,
-        images=[canvas(scene.views[k]) for k in pair[:2]],
+        images=[scene.views[k].photograph for k in pair[:2]],
         turns=[(multi_detection_prompt(question, cameras), format_boxes(boxes, labels))],
         answer={"type": "boxes", "value": value, "unit": "m, degrees", "tolerance": MATCH_IOU},
         metadata={

@@ -84,7 +84,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     if not pool:
         return None
     target = pick(rng, pool)
-    image = canvas(view)
+    image = view.photograph
     name = scene.object(target.object_id).name
     form = pick(rng, ("words", "words", "point", "box"))
     why: dict = {}
@@ -94,13 +94,15 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
             return None
         what, why = pick(rng, known)
     elif form == "point":
-        if any(s is not target and not apart(s.point, target.point, 2 * draw.radius_of(image)) for s in pool):
+        if any(s is not target and not apart(s.point, target.point, 2 * draw.radius_of(image.size)) for s in pool):
             return None
         colour = pick(rng, tuple(draw.COLOURS))
+        image = canvas(view)
         draw.dot(image, target.point, colour)
         what = f"{name} ({colour} point)"
     else:
         colour = pick(rng, tuple(draw.COLOURS))
+        image = canvas(view)
         draw.box_2d(image, target.box_2d, colour)
         what = f"{name} ({colour} box)"
     box = scene.boxes_in_view(view, [target.object_id])

@@ -51,7 +51,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     """One row of one to `config.turns` questions about one view; `answer` is that of the last turn."""
     view = scene.views[view_index]
     image = canvas(view)
-    gap = 4 * draw.radius_of(image)
+    gap = 4 * draw.radius_of(image.size)
     chosen: list = []
     for s in choose(rng, [s for s in usable(view, config) if whole(view, s)], 100):
         if len(chosen) < config.turns and all(apart(s.point, other.point, gap) for other in chosen):

@@ -85,7 +85,7 @@ def _clear_choice(
     The observer is the camera of image `eye`, or the third object for eye = -1. The turn from the given direction to
     the answer is chosen before the objects: otherwise one step on is right in 40 % of the rows.
     """
-    gap = 4 * draw.radius_of(canvas(scene.views[pair[0]]))
+    gap = 4 * draw.radius_of(scene.views[pair[0]].size)
     wanted = (given + int(rng.integers(8))) % 8
     for _ in range(TRIES if len(pool) >= count else 0):
         chosen = choose(rng, pool, count)

@@ -91,7 +91,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     """One row about two to four marked objects of one view, or None."""
     view = scene.views[view_index]
     image = canvas(view)
-    gap = 4 * draw.radius_of(image)
+    gap = 4 * draw.radius_of(image.size)
     chosen: list[Sighting] = []
     wanted = int(rng.integers(2, 5))
     for s in choose(rng, usable(view, config), 100):

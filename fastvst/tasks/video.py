@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastvst.data.sample import Sample
 from fastvst.scenes.scene import Scene
-from fastvst.tasks.common import LETTERS, TaskConfig, canvas, fits_another, sample
+from fastvst.tasks.common import LETTERS, TaskConfig, fits_another, sample
 
 BEFORE = "These are frames of a video."
 AFTER_CHOICE = "Answer with the option's letter from the given choices directly."
@@ -62,7 +62,7 @@ def unique(scene: Scene, config: TaskConfig) -> dict[str, int]:
 @lru_cache(maxsize=2)
 def frames(scene: Scene) -> tuple[Image.Image, ...]:
     """The images of the walk. All rows about the walk share them: nothing is drawn on them."""
-    return tuple(canvas(scene.views[k]) for k in scene.walk)
+    return tuple(scene.views[k].photograph for k in scene.walk)
 
 
 def options(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[list[str], int]:

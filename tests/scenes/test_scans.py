@@ -15,9 +15,10 @@ from fastvst.generate.presets import ALL_TASKS
 from fastvst.generate.rooms import RoomsConfig, scene_samples
 from fastvst.reasoning import claims
 from fastvst.scenes.adapters import checks
+from fastvst.scenes.adapters.box_pixels import ids_from_boxes
 from fastvst.scenes.adapters.checks import Convention
 from fastvst.scenes.adapters.depth import planar_depth
-from fastvst.scenes.adapters.frames import ids_from_boxes, motion_pairs
+from fastvst.scenes.adapters.frames import motion_pairs
 from fastvst.scenes.adapters.labels import clean_label
 from fastvst.scenes.adapters.omni3d import ignored, read_omni3d
 from fastvst.scenes.adapters.posed import read_posed

@@ -19,7 +19,7 @@ def test_dots_scale_and_keep_their_colour(size: tuple[int, int], colour: str) ->
     pixels = np.asarray(image)
     assert tuple(pixels[int(centre[1]), int(centre[0])]) == draw.COLOURS[colour]
     area = (pixels == draw.COLOURS[colour]).all(-1).sum()
-    assert area >= 0.7 * np.pi * draw.radius_of(image) ** 2
+    assert area >= 0.7 * np.pi * draw.radius_of(image.size) ** 2
     assert area <= 0.01 * size[0] * size[1] + 60  # a dot hides little of the image
 
 

@@ -61,15 +61,10 @@ def tight_box(points: np.ndarray) -> tuple[float, ...]:
     an edge of the convex hull (Freeman and Shapira, 1975). A side is at least 1 mm.
     """
     hull = outline(points)
-    best: tuple[float, np.ndarray] | None = None
-    for edge in np.roll(hull, -1, axis=0) - hull if len(hull) > 2 else np.eye(2)[:1]:
-        along = edge / np.linalg.norm(edge)
-        axes = np.array([along, [-along[1], along[0]]])
-        area = float(np.prod(np.ptp(hull @ axes.T, axis=0)))
-        if best is None or area < best[0]:
-            best = (area, axes)
-    assert best is not None
-    axes = best[1]
+    edges = np.roll(hull, -1, axis=0) - hull if len(hull) > 2 else np.eye(2)[:1]
+    along = edges / np.linalg.norm(edges, axis=1, keepdims=True)
+    turns = np.stack([along, np.stack([-along[:, 1], along[:, 0]], 1)], 1)  # (edges, 2, 2), axes as rows
+    axes = turns[int(np.argmin(np.ptp(hull @ turns.transpose(0, 2, 1), axis=1).prod(1)))]
     plan = points[:, :2] @ axes.T
     middle = (plan.min(0) + plan.max(0)) / 2 @ axes
     z = points[:, 2]

@@ -25,6 +25,7 @@ from fastvst.scenes.adapters.checks import (
 from fastvst.scenes.adapters.colmap_model import PARAMETERS, ColmapCamera, read_model
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
+from fastvst.scenes.adapters.images import picture
 from fastvst.scenes.adapters.posed import read_boxes
 from fastvst.scenes.scene import Scene, SceneObject
 
@@ -200,16 +201,16 @@ def _frame(
     objects: tuple[SceneObject, ...],
     options: ScanOptions,
 ) -> Frame:
-    with opened_image(image) as opened:
-        pixels = np.asarray(opened.convert("RGB"))
-    fault = intrinsics_problem(item.intrinsics, pixels.shape[1], pixels.shape[0])
+    pixels = picture(image, options.width)
+    fault = intrinsics_problem(item.intrinsics, *pixels.stored)
     if fault is not None:
         raise ValueError(f"{image}: {fault}")
+    matrix = np.diag([pixels.size[0] / pixels.stored[0], pixels.size[1] / pixels.stored[1], 1.0]) @ item.intrinsics
     ids = None
     if masks is not None and masks.is_file():
         with opened_image(masks) as opened:
             ids = np.asarray(opened).astype(np.int32)
-    return make_frame(item.name, pixels, read_depth(depth), item.intrinsics, pose, objects, options, ids)
+    return make_frame(item.name, pixels, read_depth(depth), matrix, pose, objects, options, ids)
 
 
 def read_scannetpp(folder: str | Path, options: ScanOptions | None = None, *, report: Report | None = None) -> Scene:

@@ -13,7 +13,9 @@ SATURATED = 65535  # of 16-bit depth
 
 def metres(stored: np.ndarray, units: float = 1000.0) -> np.ndarray:
     """16-bit depth (H, W) with `units` in a metre -> float32 metres; saturated depth becomes 0."""
-    return np.where(stored >= SATURATED, 0, stored).astype(np.float32) / np.float32(units)
+    depth = stored * np.float32(1 / units)
+    depth[stored >= SATURATED] = 0
+    return depth
 
 
 def read_depth(path: Path) -> np.ndarray:
@@ -50,4 +52,4 @@ def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return values
     columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(int)
     rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(int)
-    return values[rows[:, None], columns[None]]
+    return values.take(rows, 0).take(columns, 1)

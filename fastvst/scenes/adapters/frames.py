@@ -7,7 +7,6 @@ depth lies in the boxes, finds where each object can be marked, and chooses the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fastvst.scenes.adapters.box_pixels import NEAR, boxes_of, hints, ids_from_boxes, in_space
 from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
 from fastvst.scenes.adapters.depth import nearest
+from fastvst.scenes.adapters.images import Picture
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
-from fastvst.spatial.boxes import corners, rotations
-from fastvst.spatial.camera import Camera, project, unproject
+from fastvst.spatial.camera import Camera, unproject
 
 POINTS = 256  # surface points per object, from which its visibility is estimated
-NEAR = 0.05  # metres; a smaller depth is a hole
 SURE = 60  # pixels found from boxes and depth below which an object's place in the image is not sure
+ROUGH = 0.98  # an image that is so near to the wanted size is not resized: that takes as long as decoding its JPEG
 ENOUGH = 20  # surface points below which an object's box is not judged by them
 
 
@@ -31,8 +31,9 @@ ENOUGH = 20  # surface points below which an object's box is not judged by them
 class Frame:
     """One frame of a scan.
 
-    `name`: as the data set calls it. `pose`: its stored 4 x 4 matrix. `image` (H, W, 3) uint8. `depth` (H, W) float32,
-    planar, metres, 0 where it is missing or saturated. `ids` (H, W) int32 object ids, 0 = none. All at one size.
+    `name`: as the data set calls it. `pose`: its stored 4 x 4 matrix. `image` (H, W, 3) uint8, or not decoded yet.
+    `depth` (H, W) float32, planar, metres, 0 where it is missing or saturated. `ids` (H, W) object ids, 0 = none. All
+    at one size.
 
     `masks` is False if the ids were found from boxes and depth: an object may then show where it has no pixel.
     """
@@ -40,7 +41,7 @@ class Frame:
     name: str
     camera: Camera
     pose: np.ndarray
-    image: np.ndarray
+    image: np.ndarray | Picture
     depth: np.ndarray
     ids: np.ndarray
     masks: bool = True
@@ -59,6 +60,7 @@ class ScanOptions:
         width: images whose longer side is larger are reduced to it, pixels; the depth map is brought to the same size.
         source: `data_source` of the rows; empty is the name of the format.
         seed: decides the surface points and the pairs.
+        decode: whether every image is decoded as its frame is read, and not only where a question shows it.
     """
 
     frames: int = 20
@@ -69,6 +71,7 @@ class ScanOptions:
     width: int = 640
     source: str = ""
     seed: int = 0
+    decode: bool = False
 
     def __post_init__(self) -> None:
         for name in ("frames", "stills", "pairs", "motions", "fps", "width"):
@@ -85,7 +88,7 @@ def named(options: ScanOptions | None, format: str) -> ScanOptions:
 
 def make_frame(
     name: str,
-    image: np.ndarray,
+    image: np.ndarray | Picture,
     depth: np.ndarray,
     intrinsics: np.ndarray,
     pose: np.ndarray,
@@ -93,21 +96,30 @@ def make_frame(
     options: ScanOptions,
     ids: np.ndarray | None = None,
 ) -> Frame:
-    """A frame at the size of the image (reduced to `options.width`), upright.
+    """A frame at the size of the image (reduced to `options.width`, within 2 %), upright.
 
     Args:
-        image: (H, W, 3) uint8. intrinsics: (3, 3) in its pixels. pose: camera to world (4, 4), OpenCV axes, Z up.
+        image: (H, W, 3) uint8, or a Picture of that size. intrinsics: (3, 3) in its pixels.
+        pose: camera to world (4, 4), OpenCV axes, Z up.
         depth: (h, w) planar, metres, of the same view; each pixel of the image takes the value of the pixel below it.
         ids: (h, w) object ids; None finds them from the boxes.
     """
-    height, width = image.shape[:2]
+    if options.decode and isinstance(image, Picture):
+        image = image()
+    width, height = image.size if isinstance(image, Picture) else image.shape[1::-1]
     scale = min(1.0, options.width / max(height, width))
+    scale = 1.0 if scale >= ROUGH else scale
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size != (width, height):
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+        if isinstance(image, Picture):
+            image = image.resized(size)
+        else:
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     k = np.diag([size[0] / width, size[1] / height, 1.0]) @ intrinsics[:3, :3]
     camera = camera_at(*size, k, pose)
-    depth = nearest(np.where(np.isfinite(depth), depth, 0).astype(np.float32), size)
+    if not np.isfinite(depth.sum()):
+        depth = np.where(np.isfinite(depth), depth, 0)
+    depth = nearest(depth, size).astype(np.float32, copy=False)
     found = ids_from_boxes(camera, depth, objects) if ids is None else nearest(ids, size).astype(np.int32)
     return upright(Frame(name, camera, pose, image, depth, found, ids is not None))
 
@@ -134,7 +146,8 @@ def _quarter(frame: Frame) -> Frame:
     pose = np.eye(4)
     pose[:3, :3] = camera.rotation.T
     pose[:3, 3] = camera.position
-    image, depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.image, frame.depth, frame.ids))
+    image = frame.image.turned() if isinstance(frame.image, Picture) else np.ascontiguousarray(np.rot90(frame.image))
+    depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.depth, frame.ids))
     return Frame(frame.name, camera, pose, image, depth, ids, frame.masks)
 
 
@@ -148,122 +161,6 @@ def camera_at(width: int, height: int, intrinsics: np.ndarray, pose: np.ndarray)
     rotation = pose[:3, :3].T
     fx, fy, cx, cy = (float(intrinsics[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     return Camera(width, height, fx, fy, cx, cy, rotation, -rotation @ pose[:3, 3])
-
-
-def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObject]) -> np.ndarray:
-    """Object ids (H, W) for data sets without masks: the smallest known box in which a pixel's surface lies.
-
-    The floor and the wall at its faces are not the object: see `own_space`.
-    """
-    ids = np.zeros(depth.shape, np.int32)
-    known = sorted((o for o in objects if o.known), key=lambda o: -float(np.prod(o.box[3:6])))
-    for item in known:
-        place = window_of(camera, item.box)
-        if place is None:
-            continue
-        rows_at, columns_at, near, far = place
-        window = depth[rows_at, columns_at]
-        between = np.flatnonzero((window > near) & (window < far))
-        rows, columns = np.divmod(between, window.shape[1])
-        rows = rows + rows_at.start
-        columns = columns + columns_at.start
-        inside = in_space(camera, item.box, *own_space(camera, item.box), rows, columns, window.ravel()[between])
-        ids[rows[inside], columns[inside]] = item.id
-    return ids
-
-
-def window_of(camera: Camera, box: Sequence[float]) -> tuple[slice, slice, float, float] | None:
-    """Where a box may show in the image: its rows, its columns, and its nearest and farthest depth in metres.
-
-    None if it is behind the camera or outside the image. A box with a corner behind the camera may reach any pixel.
-    """
-    pixels, ahead = project(camera, _corners(tuple(box)))
-    if ahead.max() <= NEAR:
-        return None
-    size = [camera.width, camera.height]
-    low = np.zeros(2, int)
-    high = np.array(size)
-    if (ahead > NEAR).all():
-        low = np.clip(np.floor(pixels.min(0)).astype(int), 0, size)
-        high = np.clip(np.ceil(pixels.max(0)).astype(int), 0, size)
-    if (high <= low).any():
-        return None
-    return slice(low[1], high[1]), slice(low[0], high[0]), max(float(ahead.min()), NEAR), float(ahead.max())
-
-
-def hints(frame: Frame, objects: Sequence[SceneObject]) -> list[Sighting]:
-    """Sightings without visibility of objects that the frame may show although hardly a pixel is known to be theirs.
-
-    A ray into the box of such an object is not blocked before it, or its depth is missing. No question is about them,
-    but no answer says that they are not to be seen.
-    """
-    found = []
-    for item in objects:
-        place = window_of(frame.camera, item.box) if item.known else None
-        if place is None:
-            continue
-        rows, columns, near, _ = place
-        window = frame.depth[rows, columns]
-        free = (window <= NEAR) | (window >= near - MARGIN)
-        if free.any():
-            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-            centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-            found.append(Sighting(item.id, 0.0, int(free.sum()), box, centre, 0.0, (0.0, math.inf)))
-    return found
-
-
-@functools.lru_cache(4096)
-def _corners(box: tuple[float, ...]) -> np.ndarray:
-    """Corners (8, 3) of a box, computed once for all frames of a scan."""
-    return corners([box])[0]
-
-
-@functools.lru_cache(4096)
-def _axes(box: tuple[float, ...]) -> np.ndarray:
-    """Axes of a box as columns (3, 3), computed once for all frames of a scan."""
-    return rotations(np.array([box[6:9]]))[0]
-
-
-def own_space(camera: Camera, box: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the visible surface of an object itself lies in its box: lowest and highest local coordinates (3,), metres.
-
-    It lies at the faces that the camera looks at, with 1 cm to spare. At the other faces are the wall behind the object
-    and the floor under it: 2 cm there are left out, 4 cm at the bottom, but at most a fifth of the box.
-    """
-    b = np.array(box, dtype=np.float64)
-    half = b[3:6] / 2
-    place = (camera.position - b[:3]) @ _axes(tuple(box))
-    cut = np.minimum(0.02, 0.2 * b[3:6])
-    low = np.where(place < -half, -half - 0.01, -half + cut)
-    high = np.where(place > half, half + 0.01, half - cut)
-    if place[1] <= half[1]:  # local Y points down
-        high[1] = half[1] - min(0.04, 0.2 * b[4])
-    return low, high
-
-
-def in_space(
-    camera: Camera,
-    box: Sequence[float],
-    low: np.ndarray,
-    high: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    depth: np.ndarray,
-) -> np.ndarray:
-    """Whether the surface seen at pixels (N,) with these depths (N,) has local coordinates of a box between two (3,).
-
-    Computed in float32.
-    """
-    turn = camera.rotation @ _axes(tuple(box))
-    x = (columns + (0.5 - camera.cx)).astype(np.float32) * depth / np.float32(camera.fx)
-    y = (rows + (0.5 - camera.cy)).astype(np.float32) * depth / np.float32(camera.fy)
-    offset = (camera.rotation @ np.array(box[:3]) + camera.translation) @ turn
-    inside = np.ones(len(depth), bool)
-    for axis in range(3):
-        a, b, c = turn[:, axis].astype(np.float32)
-        along = a * x + b * y + c * depth - np.float32(offset[axis])
-        inside &= (along >= np.float32(low[axis])) & (along <= np.float32(high[axis]))
-    return inside
 
 
 def motion_pairs(poses: Sequence[np.ndarray], rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -324,15 +221,20 @@ def surfaces(
 
 def trusted(frame: Frame, pixels: dict[int, np.ndarray], objects: Mapping[int, SceneObject]) -> np.ndarray:
     """Mask (H, W) of the pixels with a measured depth that lies in the box of the pixel's own object."""
+    if not frame.masks:  # the ids were found so
+        return frame.ids > 0
     mask = np.zeros(frame.ids.size, bool)
     depth = frame.depth.ravel()
-    for object_id, flat in pixels.items():
-        if object_id in objects and objects[object_id].known:
-            own = flat[depth[flat] > NEAR]
-            rows, columns = np.divmod(own, frame.ids.shape[1])
-            box = objects[object_id].box
-            half = np.array(box[3:6]) / 2 * (1 + MARGIN) + MARGIN
-            mask[own[in_space(frame.camera, box, -half, half, rows, columns, depth[own])]] = True
+    c = frame.camera
+    boxes = boxes_of(tuple(objects.values()))
+    for k, object_id in enumerate(boxes.ids.tolist()):
+        if object_id in pixels:
+            own = pixels[object_id][depth[pixels[object_id]] > NEAR]
+            rows, columns = np.divmod(own, c.width)
+            x = ((columns + (0.5 - c.cx)) / c.fx).astype(np.float32)
+            y = ((rows + (0.5 - c.cy)) / c.fy).astype(np.float32)
+            half = boxes.half[k] * (1 + MARGIN) + MARGIN
+            mask[own[in_space(c, boxes.centres[k], boxes.axes[k], -half, half, x, y, depth[own])]] = True
     return mask.reshape(frame.ids.shape)
 
 
@@ -420,7 +322,7 @@ def assemble(
         if not frame.masks:
             seen = tuple(s for s in seen if s.pixels >= SURE)
             sure = {s.object_id for s in seen}
-            seen = (*seen, *hints(frame, [o for o in checked if o.id not in sure]))
+            seen = (*seen, *hints(frame.camera, frame.depth, checked, sure))
         views.append(
             View(frame.camera, frame.image, tuple(_unless_known(s, by_id) for s in seen), frame.depth, frame.ids)
         )

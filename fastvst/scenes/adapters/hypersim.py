@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvst.data.media_files import opened_image
 from fastvst.scenes.adapters.boxes import named_object, oriented_box
 from fastvst.scenes.adapters.checks import Problems, Report
 from fastvst.scenes.adapters.depth import planar_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, spread
+from fastvst.scenes.adapters.images import picture
 from fastvst.scenes.scene import Scene, SceneObject
 
 # Class names of NYU40, from 1.
@@ -133,15 +133,14 @@ def read_hypersim(
 
     def load(k: int) -> Frame:
         number = int(indices[present[k]])
-        with opened_image(images / f"frame.{number:04d}.tonemap.jpg") as opened:
-            image = np.asarray(opened.convert("RGB"))
+        image = picture(images / f"frame.{number:04d}.tonemap.jpg", options.width)
         along = read_hdf5(geometry / f"frame.{number:04d}.depth_meters.hdf5").astype(np.float64)
         ids = read_hdf5(geometry / f"frame.{number:04d}.semantic_instance.hdf5").astype(np.int64)
         height, width = along.shape
         focal = width / 2 / np.tan(HFOV / 2)
         intrinsics = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
         depth = planar_depth(np.where(np.isfinite(along), along, 0), intrinsics).astype(np.float32)
-        to_image = np.diag([image.shape[1] / width, image.shape[0] / height, 1.0])
+        to_image = np.diag([image.size[0] / width, image.size[1] / height, 1.0])
         masks = np.where(ids < 0, 0, ids + 1)
         return make_frame(f"{number:04d}", image, depth, to_image @ intrinsics, poses[k], objects, options, masks)
 

@@ -1,37 +1,106 @@
-"""Colour images of data sets."""
+"""Colour images of data sets, decoded when a question shows them: of most frames only depth and pose are needed."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from fastvst.data.media_files import open_file
+from fastvst.data.media_files import MediaError, open_file, open_image
 
 FILE_BYTES = 1 << 28  # largest file of one frame; a 20-megapixel PNG has 60 MB
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}  # last bytes of a file that nobody cut
+PADDING = 64  # zero bytes behind the end that some cameras write
 
 
-def read_image(source: Path | bytes, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A JPEG or PNG as (H, W, 3) uint8, and its stored size (width, height).
+class LateImageError(OSError):
+    """An image that seemed whole when its frame was read cannot be decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A colour image: encoded bytes, and what is done with its pixels when it is called.
+
+    Attributes:
+        name: of the file, for errors.
+        stored: width and height in the file. size: width and height of what a call returns before `quarters`.
+        quarters: turns of 90 degrees anticlockwise.
+    """
+
+    name: str
+    data: bytes
+    longest: int
+    stored: tuple[int, int]
+    size: tuple[int, int]
+    quarters: int = 0
+
+    def __call__(self) -> np.ndarray:
+        """The pixels (H, W, 3) uint8.
+
+        Raises:
+            LateImageError: they cannot be decoded.
+        """
+        try:
+            image = _decoded(self.data, self.longest)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise LateImageError(f"{self.name}: {error}") from error
+        if image.size != self.size:
+            image = image.resize(self.size, Image.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.rot90(np.asarray(image), self.quarters))
+
+    def resized(self, size: tuple[int, int]) -> Picture:
+        """The picture at another size (width, height), before it is turned."""
+        return dataclasses.replace(self, size=size)
+
+    def turned(self) -> Picture:
+        """The picture turned by 90 degrees anticlockwise."""
+        return dataclasses.replace(self, quarters=(self.quarters + 1) % 4)
+
+
+def picture(source: Path | bytes, longest: int, name: str = "image") -> Picture:
+    """The image of a file or of its bytes. Its header is read; its pixels are decoded only where its end is missing.
 
     A JPEG that is at least twice as large as needed (longer side `longest`) is decoded at a half, a quarter or an
     eighth of its size, which takes a third of the time; it is never smaller than needed.
 
     Raises:
-        MediaError: no regular file, or one that is too long; see `open_file`. OSError: from Pillow.
+        MediaError: no regular file, one that is too long, or no image. OSError: from Pillow, for a damaged one.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), longest)
-    with open_file(source, "image", FILE_BYTES) as file:
-        return _decode(file, longest)
+        data = source
+    else:
+        name = str(source)
+        with open_file(source, "image", FILE_BYTES) as file:
+            data = file.read()
+    try:
+        opened = open_image(io.BytesIO(data))
+    except MediaError as error:
+        raise MediaError(error.reason, f"{name}: {error.detail}") from error
+    end = ENDS.get(opened.format or "")
+    if end is None or end not in data[-len(end) - PADDING :]:
+        _decoded(data, longest)
+    stored = opened.size
+    _drafted(opened, longest)
+    return Picture(name, data, longest, stored, opened.size)
 
 
-def _decode(file: BinaryIO, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    with Image.open(file, formats=["JPEG", "PNG"]) as opened:
-        stored = opened.size
-        scale = min(1.0, longest / max(stored))
-        opened.draft("RGB", (max(1, round(stored[0] * scale)), max(1, round(stored[1] * scale))))
-        return np.asarray(opened.convert("RGB")), stored
+def read_image(source: Path | bytes, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The pixels (H, W, 3) uint8 of `picture`, and the stored size (width, height)."""
+    found = picture(source, longest)
+    return found(), found.stored
+
+
+def _decoded(data: bytes, longest: int) -> Image.Image:
+    with open_image(io.BytesIO(data)) as opened:
+        _drafted(opened, longest)
+        opened.load()
+        return opened if opened.mode == "RGB" else opened.convert("RGB")
+
+
+def _drafted(opened: Image.Image, longest: int) -> None:
+    scale = min(1.0, longest / max(opened.size))
+    opened.draft("RGB", (max(1, round(opened.size[0] * scale)), max(1, round(opened.size[1] * scale))))

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastvst.scenes.adapters.box_pixels import NEAR
 from fastvst.scenes.adapters.checks import FITS, inside_box
-from fastvst.scenes.adapters.frames import NEAR, Frame
+from fastvst.scenes.adapters.frames import Frame
 from fastvst.scenes.scene import SceneObject
 from fastvst.spatial.camera import unproject
 
