@@ -37,15 +37,12 @@ from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig
 
 ALL = (*SINGLE, *PAIRS, *WALKS)
 PHOTOGRAPHS = (*SINGLE, *(task for task in PAIRS if task != "camera_motion"))
-BOXES = ("detection_3d", "grounding_3d", "detection_multi")
-# Format -> tasks that its data allow. Hypersim has images of a room, but no video and no small motions. The depth of a
-# DSLR camera is rendered for its fisheye lens; resampled for the undistorted image it is wrong at the edges of thin
-# things (2 % of a metre at leaves), so no depth of a spot is named. Omni3D has single images. A depth map alone has no
-# objects.
+# Format -> tasks that its data allow. Hypersim and the DSLR camera of ScanNet++ have images of a room, but no video and
+# no small motions. Omni3D has single images. A depth map alone has no objects.
 FORMATS: dict[str, tuple[str, ...]] = {
     "scannet": ALL,
     "scannetpp": ALL,
-    "scannetpp_dslr": BOXES,
+    "scannetpp_dslr": PHOTOGRAPHS,
     "arkitscenes": ALL,
     "nerfstudio": ALL,
     "posed": ALL,

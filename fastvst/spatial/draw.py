@@ -86,7 +86,7 @@ def box_2d(
         return
     ImageDraw.Draw(image).rectangle([x1, y1, x2, y2], outline=_rgb(colour), width=width)
     if label:
-        text(image, (x1 + 2.5 * radius_of(image.size), y1 + 1.5 * radius_of(image)), label)
+        text(image, (x1 + 2.5 * radius_of(image.size), y1 + 1.5 * radius_of(image.size)), label)
 
 
 def boxes_3d(

@@ -141,10 +141,11 @@ def test_no_answer_of_hundreds_is_wrong(renderer: Renderer, tmp_path: Path, name
     total: Counter = Counter()
     for number in range(4):
         room = shoot(8200 + number, renderer, ShotConfig(views=1), WalkConfig())
-        counts, wrong = wrong_answers(read_one(name, room, tmp_path / str(number), 0.3), 10, tasks_of(name))
+        share = 0.02 if name == "scannetpp_dslr" else 0.3  # rendered depth has few holes
+        counts, wrong = wrong_answers(read_one(name, room, tmp_path / str(number), share), 10, tasks_of(name))
         assert not wrong, (len(wrong), wrong[:3])
         total += counts
-    assert sum(total.values()) >= (50 if name in ("hypersim", "scannetpp_dslr") else 200), total
+    assert sum(total.values()) >= (50 if name == "hypersim" else 200), total
 
 
 def test_the_command_writes_rows_and_resumes(walked: list[Scene], tmp_path: Path) -> None:

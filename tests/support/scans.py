@@ -17,6 +17,7 @@ from fastvst.scenes.adapters.hypersim import NYU40
 from fastvst.scenes.rooms.geometry import build_geometry
 from fastvst.scenes.rooms.recipes import furnish
 from fastvst.scenes.scene import Scene, View
+from scene_truth import Truth
 
 
 def dropped(depth: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -410,8 +411,8 @@ LENS = (0.02, -0.015, 0.004, -0.001)  # k1 to k4
 ZOOM = 1.25  # the fisheye image sees less than the room's pinhole image
 
 
-def fisheye_of(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A fisheye image (H, W, 3), its planar depth (H, W) and the angles (H, W) of its pixels, from a pinhole view.
+def fisheye_of(view: View, truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A fisheye image (H, W, 3) from a pinhole view, its planar depth (H, W) by rays, the angles (H, W) of its pixels.
 
     The angle of a radius is found by Newton's method on OpenCV's polynomial.
     """
@@ -426,11 +427,14 @@ def fisheye_of(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         slope = 1 + sum((2 * i + 3) * k * p for i, (k, p) in enumerate(zip(LENS, powers, strict=True)))
         angle -= (value - bent) / slope
     stretch = np.where(bent > 1e-9, np.tan(angle) / np.maximum(bent, 1e-9), 1.0)
-    columns = np.floor(c.fx * x[None] * stretch + c.cx).astype(int)
-    rows = np.floor(c.fy * y[:, None] * stretch + c.cy).astype(int)
+    u = c.fx * x[None] * stretch + c.cx
+    v = c.fy * y[:, None] * stretch + c.cy
+    columns = np.floor(u).astype(int)
+    rows = np.floor(v).astype(int)
+    depth, _ = truth.cast(c, np.stack([u.ravel(), v.ravel()], 1))
     inside = (columns >= 0) & (rows >= 0) & (columns < c.width) & (rows < c.height)
     at = np.clip(rows, 0, c.height - 1), np.clip(columns, 0, c.width - 1)
-    return np.where(inside[..., None], view.image[at], 0), np.where(inside, view.depth[at], 0), angle
+    return np.where(inside[..., None], view.image[at], 0), depth.reshape(u.shape), angle
 
 
 def write_scannetpp_dslr(scene: Scene, folder: Path, *, share: float = 0.0, undistorted: bool = False) -> Path:
@@ -441,6 +445,7 @@ def write_scannetpp_dslr(scene: Scene, folder: Path, *, share: float = 0.0, undi
     dslr = folder / "dslr"
     c = shots(scene)[0].camera
     names = [f"DSC{k:05d}" for k in range(len(shots(scene)))]
+    truth = Truth(scene)
     write_colmap_model(scene, dslr / "colmap", names)
     lens = " ".join(str(v) for v in (ZOOM * c.fx, ZOOM * c.fy, c.cx, c.cy, *LENS))
     (dslr / "colmap" / "cameras.txt").write_text(f"1 OPENCV_FISHEYE {c.width} {c.height} {lens}\n")
@@ -449,7 +454,7 @@ def write_scannetpp_dslr(scene: Scene, folder: Path, *, share: float = 0.0, undi
         part.mkdir()
     rng = np.random.default_rng(0)
     for name, view in zip(names, shots(scene), strict=True):
-        image, depth, _ = fisheye_of(view)
+        image, depth, _ = fisheye_of(view, truth)
         (images / f"{name}.jpg").write_bytes(jpeg(view.image if undistorted else image))
         Image.fromarray(dropped(depth, share, rng)).save(dslr / "render_depth" / f"{name}.png")
     if undistorted:

@@ -24,7 +24,7 @@ from fastvst.scenes.adapters.boxes import named_object, oriented_box, read_json
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, spread
-from fastvst.scenes.adapters.images import picture
+from fastvst.scenes.adapters.images import stored_image
 from fastvst.scenes.adapters.units import unit_of_boxes
 from fastvst.scenes.scene import Scene, SceneObject
 
@@ -68,7 +68,7 @@ def read_arkitscenes(
             poses.append(trajectory[1][near])
 
     def load(k: int, objects: tuple[SceneObject, ...]) -> Frame:
-        image = picture(images[times[k]], options.width)
+        image = stored_image(images[times[k]], options.width)
         width, height, fx, fy, cx, cy = np.loadtxt(_at(lenses, times[k], "pincam"))
         scale = np.diag([image.size[0] / width, image.size[1] / height, 1.0])
         k3 = scale @ np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])

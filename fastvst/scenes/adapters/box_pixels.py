@@ -111,8 +111,8 @@ def ids_from_boxes(camera: Camera, depth: np.ndarray, objects: Sequence[SceneObj
         reaches = (lowest[part] < far) & (highest[part] > near)
         if not reaches.any():
             continue
-        rows = _narrowed(rows, reaches.any(1))
-        columns = _narrowed(columns, reaches.any(0))
+        rows = _narrowed(rows, np.any(reaches, axis=1))
+        columns = _narrowed(columns, np.any(reaches, axis=0))
         window = depth[rows, columns]
         low, high = boxes.own_space(k, position)
         inside = in_space(camera, boxes.centres[k], boxes.axes[k], low, high, x[columns], y[rows, None], window)

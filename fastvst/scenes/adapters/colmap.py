@@ -25,7 +25,7 @@ from fastvst.scenes.adapters.checks import (
 from fastvst.scenes.adapters.colmap_model import PARAMETERS, ColmapCamera, read_model
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
-from fastvst.scenes.adapters.images import picture
+from fastvst.scenes.adapters.images import stored_image
 from fastvst.scenes.adapters.posed import read_boxes
 from fastvst.scenes.scene import Scene, SceneObject
 
@@ -201,7 +201,7 @@ def _frame(
     objects: tuple[SceneObject, ...],
     options: ScanOptions,
 ) -> Frame:
-    pixels = picture(image, options.width)
+    pixels = stored_image(image, options.width)
     fault = intrinsics_problem(item.intrinsics, *pixels.stored)
     if fault is not None:
         raise ValueError(f"{image}: {fault}")

@@ -17,7 +17,7 @@ from PIL import Image
 from fastvst.scenes.adapters.box_pixels import NEAR, boxes_of, hints, ids_from_boxes, in_space
 from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
 from fastvst.scenes.adapters.depth import nearest
-from fastvst.scenes.adapters.images import Picture
+from fastvst.scenes.adapters.images import StoredImage
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
 
@@ -41,7 +41,7 @@ class Frame:
     name: str
     camera: Camera
     pose: np.ndarray
-    image: np.ndarray | Picture
+    image: np.ndarray | StoredImage
     depth: np.ndarray
     ids: np.ndarray
     masks: bool = True
@@ -88,7 +88,7 @@ def named(options: ScanOptions | None, format: str) -> ScanOptions:
 
 def make_frame(
     name: str,
-    image: np.ndarray | Picture,
+    image: np.ndarray | StoredImage,
     depth: np.ndarray,
     intrinsics: np.ndarray,
     pose: np.ndarray,
@@ -99,19 +99,19 @@ def make_frame(
     """A frame at the size of the image (reduced to `options.width`, within 2 %), upright.
 
     Args:
-        image: (H, W, 3) uint8, or a Picture of that size. intrinsics: (3, 3) in its pixels.
+        image: (H, W, 3) uint8, or a StoredImage of that size. intrinsics: (3, 3) in its pixels.
         pose: camera to world (4, 4), OpenCV axes, Z up.
         depth: (h, w) planar, metres, of the same view; each pixel of the image takes the value of the pixel below it.
         ids: (h, w) object ids; None finds them from the boxes.
     """
-    if options.decode and isinstance(image, Picture):
+    if options.decode and isinstance(image, StoredImage):
         image = image()
-    width, height = image.size if isinstance(image, Picture) else image.shape[1::-1]
+    width, height = image.size if isinstance(image, StoredImage) else image.shape[1::-1]
     scale = min(1.0, options.width / max(height, width))
     scale = 1.0 if scale >= ROUGH else scale
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size != (width, height):
-        if isinstance(image, Picture):
+        if isinstance(image, StoredImage):
             image = image.resized(size)
         else:
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
@@ -146,7 +146,7 @@ def _quarter(frame: Frame) -> Frame:
     pose = np.eye(4)
     pose[:3, :3] = camera.rotation.T
     pose[:3, 3] = camera.position
-    image = frame.image.turned() if isinstance(frame.image, Picture) else np.ascontiguousarray(np.rot90(frame.image))
+    image = frame.image.turned() if isinstance(frame.image, StoredImage) else np.ascontiguousarray(np.rot90(frame.image))
     depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.depth, frame.ids))
     return Frame(frame.name, camera, pose, image, depth, ids, frame.masks)
 

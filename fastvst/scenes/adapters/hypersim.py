@@ -25,7 +25,7 @@ from fastvst.scenes.adapters.boxes import named_object, oriented_box
 from fastvst.scenes.adapters.checks import Problems, Report
 from fastvst.scenes.adapters.depth import planar_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named, spread
-from fastvst.scenes.adapters.images import picture
+from fastvst.scenes.adapters.images import stored_image
 from fastvst.scenes.scene import Scene, SceneObject
 
 # Class names of NYU40, from 1.
@@ -133,7 +133,7 @@ def read_hypersim(
 
     def load(k: int) -> Frame:
         number = int(indices[present[k]])
-        image = picture(images / f"frame.{number:04d}.tonemap.jpg", options.width)
+        image = stored_image(images / f"frame.{number:04d}.tonemap.jpg", options.width)
         along = read_hdf5(geometry / f"frame.{number:04d}.depth_meters.hdf5").astype(np.float64)
         ids = read_hdf5(geometry / f"frame.{number:04d}.semantic_instance.hdf5").astype(np.int64)
         height, width = along.shape

@@ -22,7 +22,7 @@ class LateImageError(OSError):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class StoredImage:
     """A colour image: encoded bytes, and what is done with its pixels when it is called.
 
     Attributes:
@@ -52,16 +52,16 @@ class Picture:
             image = image.resize(self.size, Image.Resampling.LANCZOS)
         return np.ascontiguousarray(np.rot90(np.asarray(image), self.quarters))
 
-    def resized(self, size: tuple[int, int]) -> Picture:
-        """The picture at another size (width, height), before it is turned."""
+    def resized(self, size: tuple[int, int]) -> StoredImage:
+        """The image at another size (width, height), before it is turned."""
         return dataclasses.replace(self, size=size)
 
-    def turned(self) -> Picture:
-        """The picture turned by 90 degrees anticlockwise."""
+    def turned(self) -> StoredImage:
+        """The image turned by 90 degrees anticlockwise."""
         return dataclasses.replace(self, quarters=(self.quarters + 1) % 4)
 
 
-def picture(source: Path | bytes, longest: int, name: str = "image") -> Picture:
+def stored_image(source: Path | bytes, longest: int, name: str = "image") -> StoredImage:
     """The image of a file or of its bytes. Its header is read; its pixels are decoded only where its end is missing.
 
     A JPEG that is at least twice as large as needed (longer side `longest`) is decoded at a half, a quarter or an
@@ -85,12 +85,12 @@ def picture(source: Path | bytes, longest: int, name: str = "image") -> Picture:
         _decoded(data, longest)
     stored = opened.size
     _drafted(opened, longest)
-    return Picture(name, data, longest, stored, opened.size)
+    return StoredImage(name, data, longest, stored, opened.size)
 
 
 def read_image(source: Path | bytes, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The pixels (H, W, 3) uint8 of `picture`, and the stored size (width, height)."""
-    found = picture(source, longest)
+    """The pixels (H, W, 3) uint8 of `stored_image`, and the stored size (width, height)."""
+    found = stored_image(source, longest)
     return found(), found.stored
 
 

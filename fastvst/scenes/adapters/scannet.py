@@ -25,11 +25,11 @@ from fastvst.scenes.adapters.boxes import read_json, read_ply_points, segment_bo
 from fastvst.scenes.adapters.checks import Problems, Report, intrinsics_problem, rotation_problem
 from fastvst.scenes.adapters.depth import read_depth
 from fastvst.scenes.adapters.frames import Frame, ScanOptions, assemble_from, make_frame, named
-from fastvst.scenes.adapters.images import Picture, picture
+from fastvst.scenes.adapters.images import StoredImage, stored_image
 from fastvst.scenes.adapters.sens import SensFile
 from fastvst.scenes.scene import Scene, SceneObject
 
-Shot = tuple[np.ndarray | Picture, np.ndarray, tuple[int, int]]  # image, depth, its stored size (width, height)
+Shot = tuple[np.ndarray | StoredImage, np.ndarray, tuple[int, int]]  # image, depth, its stored size (width, height)
 
 
 def read_scannet(
@@ -119,7 +119,7 @@ def _exported(folder: Path, longest: int) -> tuple[list[str], np.ndarray, np.nda
     poses = np.array([np.loadtxt(folder / "pose" / f"{n}.txt").reshape(4, 4) for n in numbers])
 
     def load(name: str) -> Shot:
-        image = picture(folder / "color" / f"{name}.jpg", longest)
+        image = stored_image(folder / "color" / f"{name}.jpg", longest)
         return image, read_depth(folder / "depth" / f"{name}.png"), image.stored
 
     return numbers, poses, np.loadtxt(folder / "intrinsic" / "intrinsic_color.txt")[:3, :3], load
@@ -144,7 +144,7 @@ def _scene(
         fault = intrinsics_problem(color, width, height)
         if fault is not None:
             raise ValueError(fault)
-        size = image.size if isinstance(image, Picture) else (width, height)
+        size = image.size if isinstance(image, StoredImage) else (width, height)
         matrix = np.diag([size[0] / width, size[1] / height, 1.0]) @ color
         ids = None
         if masks.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvst.scenes.adapters.depth import metres
-from fastvst.scenes.adapters.images import Picture, picture
+from fastvst.scenes.adapters.images import StoredImage, stored_image
 
 MAX_FRAMES = 1_000_000
 MAX_BYTES = 1 << 28  # of one frame's colour or depth
@@ -93,21 +93,21 @@ class SensFile:
     def frame(self, k: int, longest: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
         """Image (H, W, 3) uint8 and planar depth (h, w) in metres of frame `k`, 0 where it is missing.
 
-        longest: the longer side that the caller needs; a much larger JPEG is decoded smaller, see `picture`.
+        longest: the longer side that the caller needs; a much larger JPEG is decoded smaller, see `stored_image`.
         """
         image, depth = self.shot(k, longest)
-        return (image() if isinstance(image, Picture) else image), depth
+        return (image() if isinstance(image, StoredImage) else image), depth
 
-    def shot(self, k: int, longest: int) -> tuple[np.ndarray | Picture, np.ndarray]:
+    def shot(self, k: int, longest: int) -> tuple[np.ndarray | StoredImage, np.ndarray]:
         """As `frame`, with an image that is not decoded yet unless it is stored raw."""
         place, color, depth = self.places[k]
         self.stream.seek(place)
         data = self.stream.read(color)
         width, height = self.color_size
         if self.color_compression == 0:
-            image: np.ndarray | Picture = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            image: np.ndarray | StoredImage = np.frombuffer(data, np.uint8).reshape(height, width, 3)
         else:
-            image = picture(data, longest, f"{self.path}: frame {k}")
+            image = stored_image(data, longest, f"{self.path}: frame {k}")
             if image.stored != self.color_size:
                 raise ValueError(
                     f"{self.path}: frame {k}: colour of {image.stored} pixels; the header says {self.color_size}"
