@@ -146,7 +146,8 @@ def _quarter(frame: Frame) -> Frame:
     pose = np.eye(4)
     pose[:3, :3] = camera.rotation.T
     pose[:3, 3] = camera.position
-    image = frame.image.turned() if isinstance(frame.image, StoredImage) else np.ascontiguousarray(np.rot90(frame.image))
+    stored = frame.image
+    image = stored.turned() if isinstance(stored, StoredImage) else np.ascontiguousarray(np.rot90(stored))
     depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.depth, frame.ids))
     return Frame(frame.name, camera, pose, image, depth, ids, frame.masks)
 
