@@ -47,16 +47,24 @@ def plain_environment(more: Sequence[str] = ()) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name) or name in more}
 
 
-def limit_resources(memory_gib: float = 0.0) -> None:
-    """Limit this process: OPEN_FILES descriptors, FILE_BYTES in one file, no core dump, and its address space.
+def resource_limits(memory_gib: float = 0.0) -> dict[str, int]:
+    """Limits of a process by the names of the module `resource`: OPEN_FILES, FILE_BYTES, no core dump, address space.
 
     Args:
         memory_gib: limit of the address space; 0: none.
     """
-    wanted = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_FSIZE, FILE_BYTES)]
-    if memory_gib:
-        wanted.append((resource.RLIMIT_AS, int(memory_gib * 2**30)))
-    for kind, limit in wanted:
+    limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_FSIZE": FILE_BYTES}
+    return {**limits, "RLIMIT_AS": int(memory_gib * 2**30)} if memory_gib else limits
+
+
+def limit_resources(memory_gib: float = 0.0) -> None:
+    """Set `resource_limits` for this process.
+
+    Args:
+        memory_gib: limit of the address space; 0: none.
+    """
+    for name, limit in resource_limits(memory_gib).items():
+        kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
