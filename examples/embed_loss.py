@@ -2,16 +2,19 @@
 
     python examples/embed_loss.py
 
-1. a supervised loop in plain PyTorch; 2. the loss of a transformers model; 3. reinforcement-learning updates of it.
+1. a supervised loop in plain PyTorch; 2. the loss of a transformers model; 3. reinforcement-learning updates of it;
+4. time and memory of the loss and its gradients, compared with logits that are kept.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fastvst_kernels import linear_cross_entropy, linear_logprobs, linear_policy_loss
+from fastvst_kernels.integrations.compare import Comparison, compare
 from fastvst_kernels.integrations.lm_head import LMHead, check_logits, lm_head, without_peft
 from fastvst_kernels.objectives import DAPO, Objective
 
@@ -105,6 +108,18 @@ def checked_head(model: PreTrainedModel, input_ids: Tensor) -> LMHead:
     return head
 
 
+def cost(rows: int = 1024, width: int = 128, vocabulary: int = 8192) -> Comparison:
+    """The loss and both gradients: PyTorch with its logits against the fused operator."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,))
+    return compare(
+        lambda: torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), (hidden, weight)),
+        lambda: torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight)),
+    )
+
+
 def main() -> None:
     losses = bare_loop()
     print(f"bare loop: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
@@ -120,6 +135,7 @@ def main() -> None:
     for step, stats in enumerate(policy_update(model, input_ids, labels, rewards, DAPO(), optimizer, updates=3)):
         shown = ("ratio_mean", "ratio_max", "clip_low", "clip_high", "kl_old_k3", "entropy", "gemm_saved")
         print(f"update {step}: " + ", ".join(f"{name} {stats[name].item():.4f}" for name in shown))
+    print(f"loss and gradients of 1,024 rows over 8,192 tokens: {cost()}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from blind import EXCEPTIONS, battery, excess, gather, table
 from fastvst.scenes.rooms.render import open_renderer
 
 
+@pytest.mark.full
+@pytest.mark.needs(("moderngl", "embreex"))
 def test_blind_rules(record: Callable[..., None]) -> None:
     results = battery(gather(open_renderer(), range(250)))
     print("\n" + table(results))

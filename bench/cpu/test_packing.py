@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.table import Result
 from fastvst.batch import Cost
 from fastvst.data.packing import Packer, PackingConfig, PackingReport
 from fastvst.model import ModelConfig
@@ -44,6 +45,8 @@ def test_planner(record: Callable[..., None]) -> None:
     seconds = time.perf_counter() - begin
     record(
         "planner, 16,384-token packs, 8 ranks",
+        Result("packs/s", report.packs / seconds),
+        Result("full", report.fill, goal=0.97),
         packs_per_s=report.packs / seconds,
         samples_per_s=report.samples / seconds,
         fill=report.fill,

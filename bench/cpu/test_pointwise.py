@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.cases.pointwise import CPU_CASES, GPU_CASES, Case
+from bench.table import Result, rows_of_contenders
 from bench.timing import interleaved
 
 
@@ -30,14 +31,23 @@ def test_against_plain_code_on_the_cpu(case: Case, record, device):
         return both
 
     best = interleaved({name: step(contenders[name]) for name in ("fastvst", "eager")}, rounds=9)
-    record(
-        case.name, fastvst_ms=best["fastvst"] * 1e3, eager_ms=best["eager"] * 1e3, ratio=best["eager"] / best["fastvst"]
-    )
+    ours = best["fastvst"] * 1e3
+    theirs = best["eager"] * 1e3
+    row = Result("ms", ours, "plain PyTorch", theirs, less=True)
+    record(case.name, row, fastvst_ms=ours, eager_ms=theirs, ratio=theirs / ours)
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
 def test_against_the_peers(case: Case, record, gpu_options):
     from bench.gpu.pointwise import measure
 
-    for name, figures in measure(case, gpu_options).items():
+    found = measure(case, gpu_options)
+    for name, figures in found.items():
         record(f"{case.name}: {name}", **figures)
+    shares = {way: (found["fastvst"].get(f"{way}_share"), goal) for way, goal in found.pop("goal").items()}
+    rows = [
+        Result("of the copy bandwidth", share, goal=goal, what=way)
+        for way, (share, goal) in shares.items()
+        if share is not None
+    ]
+    record(case.name, *rows_of_contenders(found, {}), *rows)

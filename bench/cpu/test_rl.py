@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.table import Result
 from bench.timing import interleaved
 from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
@@ -93,6 +94,7 @@ def test_update_with_shared_prompts(record: Callable[..., None], device: torch.d
     )
     record(
         f"update, {GROUPS} prompts of {len(groups[0].prompt)} tokens (one image), {N} completions of {ANSWER}",
+        Result("s", seconds["shared"], "repeated prompts", seconds["repeated"], less=True, goal=2.5),
         shared_s=seconds["shared"],
         repeated_s=seconds["repeated"],
         seconds_ratio=seconds["repeated"] / seconds["shared"],
@@ -133,8 +135,8 @@ def our_step(folder: Path, samples: list[Sample], world: World) -> Callable[[], 
 
 def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], object]:
     """One optimizer step of TRL's trainer, which samples with transformers' `generate`."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -176,6 +178,7 @@ def trl_step(folder: Path, samples: list[Sample], out: Path) -> Callable[[], obj
     return lambda: trainers.pop().train()
 
 
+@pytest.mark.needs("trl", "datasets", "accelerate")
 def test_a_grpo_step_compared_with_trl(record: Callable[..., None], device: torch.device, tmp_path: Path) -> None:
     if device.type != "cpu":
         pytest.skip("the comparison is set up for the CPU")
@@ -193,6 +196,7 @@ def test_a_grpo_step_compared_with_trl(record: Callable[..., None], device: torc
     lengths = [len(processor.encode(s, add_generation_prompt=True)) for s in samples]
     record(
         f"GRPO step, {GROUPS} text prompts of {lengths[0]} tokens, {N} completions of {ANSWER}",
+        Result("s", seconds["ours"], "TRL's GRPOTrainer", seconds["trl"], less=True),
         ours_s=seconds["ours"],
         trl_s=seconds["trl"],
         ratio=seconds["trl"] / seconds["ours"],

@@ -12,12 +12,13 @@ from PIL import Image
 
 from bench.cases.transformers_peer import padded, peer
 from bench.gpu.rollout import CASES, COMPLETION, PROMPT, Case, measure_bitwise, roofline
+from bench.table import Result
 from fastvst.batch import EncodedSample
 from fastvst.data import Processor, Sample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 
-PROMPTS = 32
+PROMPTS = 32  # half of them without --full
 SAMPLES = 8
 TOKENS = 64  # the goal in this setting: at least 3x the speed of transformers' generate
 
@@ -43,6 +44,11 @@ def test_roofline(record):
     assert abs(roofline(Case("7b", 128, 8), 2000) / 33_100 - 1) < 0.01
 
 
+@pytest.fixture(scope="session")
+def prompts(full: bool) -> int:
+    return PROMPTS if full else PROMPTS // 2
+
+
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
@@ -50,11 +56,11 @@ def tiny():
     return Qwen25VL(ModelConfig.preset("tiny")), Processor.preset("tiny")
 
 
-def test_engine_and_generate(tiny, record):
+def test_engine_and_generate(tiny, record, prompts):
     """Alternating turns in one process, best of each. No completion ends early, so both do the same work."""
     model, processor = tiny
     theirs = peer(model)
-    samples = make_prompts(processor, PROMPTS, with_image=True)
+    samples = make_prompts(processor, prompts, with_image=True)
     engine = Engine(model, processor, memory=1 << 28)
     params = SamplingParams(n=SAMPLES, max_tokens=TOKENS, ignore_eos=True)
     inputs = padded(model.config, samples)
@@ -79,12 +85,13 @@ def test_engine_and_generate(tiny, record):
     for _ in range(2):
         for name, run in {"engine": ours, "generate": generate}.items():
             begin = time.perf_counter()
-            assert run() == PROMPTS * SAMPLES * TOKENS
+            assert run() == prompts * SAMPLES * TOKENS
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
-    tokens = PROMPTS * SAMPLES * TOKENS
+    tokens = prompts * SAMPLES * TOKENS
     stats = engine.stats
     record(
-        f"tiny, {PROMPTS} prompts with an image x {SAMPLES} completions x {TOKENS} tokens",
+        f"tiny, {prompts} prompts with an image x {SAMPLES} completions x {TOKENS} tokens",
+        Result("tokens/s", tokens / best["engine"], "transformers generate", tokens / best["generate"], goal=3.0),
         engine_tokens_per_s=tokens / best["engine"],
         transformers_tokens_per_s=tokens / best["generate"],
         ratio=best["generate"] / best["engine"],
@@ -95,7 +102,7 @@ def test_engine_and_generate(tiny, record):
     )
 
 
-def test_engine_and_continuous_batching(tiny, record):
+def test_engine_and_continuous_batching(tiny, record, prompts):
     """Text only, because transformers' continuous batching takes token ids and no images.
 
     Its cache gets the size that it needs: by default it first fills most of the machine's memory, which takes a minute.
@@ -107,7 +114,7 @@ def test_engine_and_continuous_batching(tiny, record):
 
     model, processor = tiny
     theirs = peer(model)
-    samples = make_prompts(processor, PROMPTS, with_image=False)
+    samples = make_prompts(processor, prompts, with_image=False)
     theirs.set_attn_implementation("paged|sdpa")
     config = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=True, eos_token_id=-1, pad_token_id=model.config.pad_token_id
@@ -125,7 +132,7 @@ def test_engine_and_continuous_batching(tiny, record):
         found = theirs.generate_batch(inputs, generation_config=config, continuous_batching_config=cache)
         return sum(len(o.generated_tokens) for o in found.values())
 
-    tokens = PROMPTS * SAMPLES * TOKENS
+    tokens = prompts * SAMPLES * TOKENS
     best = {}
     for _ in range(2):
         for name, run in {"engine": ours, "continuous batching": batching}.items():
@@ -133,7 +140,14 @@ def test_engine_and_continuous_batching(tiny, record):
             assert run() == tokens, f"{name} did not sample all tokens"
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
     record(
-        f"tiny, {PROMPTS} text prompts x {SAMPLES} completions x {TOKENS} tokens",
+        f"tiny, {prompts} text prompts x {SAMPLES} completions x {TOKENS} tokens",
+        Result(
+            "tokens/s",
+            tokens / best["engine"],
+            "transformers continuous batching",
+            tokens / best["continuous batching"],
+            goal=3.0,
+        ),
         engine_tokens_per_s=tokens / best["engine"],
         continuous_batching_tokens_per_s=tokens / best["continuous batching"],
         ratio=best["continuous batching"] / best["engine"],

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.table import Result
+
+pytestmark = pytest.mark.needs(("moderngl", "embreex"))
+
 
 def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float, float, float]:
     """Seconds for the second half of the rows, without start-up; MiB of this process after half and at the end."""
@@ -27,13 +31,17 @@ def produce(folder: str, samples: int, workers: int, preset: str) -> tuple[float
 @pytest.mark.parametrize(
     ("preset", "workers", "samples"), [("default", 2, 4000), ("vst_p", 2, 3000), ("cold_start", 2, 1000)]
 )
-def test_rooms(record: Callable[..., None], tmp_path: Path, preset: str, workers: int, samples: int) -> None:
+def test_rooms(
+    record: Callable[..., None], full: bool, tmp_path: Path, preset: str, workers: int, samples: int
+) -> None:
+    samples = samples if full else samples // 5
     # In a subprocess: Mesa and Triton each bring an LLVM, and the two crash in one process.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         seconds, half, end = pool.submit(produce, str(tmp_path), samples, workers, preset).result()
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.parquet"))
     record(
         f"{preset}, {workers} workers",
+        Result("rows/s", samples / 2 / seconds),
         rows_per_s=samples / 2 / seconds,
         kib_per_row=size / 1024 / samples,
         mib_after_half=half,

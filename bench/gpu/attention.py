@@ -28,8 +28,10 @@ from fastvst_kernels.attention.libraries import LIBRARIES, installed
 Contender = Callable[[], Tensor]
 
 
-def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor, *, full: bool = False) -> dict[str, Contender]:
     """Functions that compute one case: ours, every installed library and, without groups, torch's other ways.
+
+    `full`: FlexAttention too, which is compiled.
 
     Each returns the output.
     """
@@ -49,7 +51,8 @@ def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contend
         return found
     if len(set(case.lengths)) == 1:
         found["cudnn"] = lambda: _cudnn(q, k, v, case)
-    found["flex"] = _flex(q, k, v, case)
+    if full:
+        found["flex"] = _flex(q, k, v, case)
     return found
 
 
@@ -86,7 +89,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
 def measure(case: Case, options: Options) -> dict[str, Figures]:
     """{contender: figures}; a contender that cannot run has the reason instead."""
     q, k, v = case.tensors(options.device, options.dtype)
-    times, failures = forward_backward(contenders(case, q, k, v), (q, k, v), clock_of(options.device))
+    times, failures = forward_backward(
+        contenders(case, q, k, v, full=options.full), (q, k, v), clock_of(options.device)
+    )
     ceiling = matmul_tflops(options)
     figures: dict[str, Figures] = {name: {"not_measured": why} for name, why in failures.items()}
     for (way, found), flops in zip(times.items(), case.flops(), strict=True):

@@ -34,6 +34,7 @@ class Options:
         minutes: begin no case after this time.
         dry: tiny sizes on the CPU, to try the code.
         small: small sizes on the GPU, for compute-sanitizer.
+        full: with the peers that torch.compile makes, which takes up to a minute for each.
     """
 
     out: Path
@@ -41,6 +42,7 @@ class Options:
     minutes: float = 9.0
     dry: bool = False
     small: bool = False
+    full: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +119,7 @@ def command(block: str, cases: Callable[[Options], Cases], doc: str | None, argv
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no case after this time")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, to try the code")
     parser.add_argument("--small", action="store_true", help="small sizes, for compute-sanitizer")
+    parser.add_argument("--full", action="store_true", help="with the peers that torch.compile makes")
     options = Options(**vars(parser.parse_args(argv)))
     if not options.dry and not torch.cuda.is_available():
         print(f"bench.gpu.{block} needs a CUDA GPU, and torch sees none; --dry needs none", file=sys.stderr)

@@ -76,8 +76,8 @@ def three_products(given: dict[str, Tensor]) -> Step:
     return run
 
 
-def supervised(given: dict[str, Tensor]) -> dict[str, Callable[[], Step]]:
-    """Contenders of cross entropy; each is built when it is measured."""
+def supervised(given: dict[str, Tensor], *, full: bool = False) -> dict[str, Callable[[], Step]]:
+    """Contenders of cross entropy; each is built when it is measured. `full`: the compiled one too."""
     hidden = given["hidden"]
     weight = given["weight"]
     targets = given["targets"]
@@ -91,14 +91,16 @@ def supervised(given: dict[str, Tensor]) -> dict[str, Callable[[], Step]]:
         peer = LigerFusedLinearCrossEntropyLoss()
         return step_of(lambda: peer(weight, hidden, targets), given)
 
-    compiled = torch.compile(kept)
-    return {
+    found = {
         "fastvst": lambda: step_of(lambda: linear_cross_entropy(hidden, weight, targets), given),
         "three products": lambda: three_products(given),
         "torch, logits kept": lambda: step_of(lambda: kept(hidden, weight), given),
-        "torch.compile, logits kept": lambda: step_of(lambda: compiled(hidden, weight), given),
         "Liger": liger,
     }
+    if full:
+        compiled = torch.compile(kept)
+        found["torch.compile, logits kept"] = lambda: step_of(lambda: compiled(hidden, weight), given)
+    return found
 
 
 def policy(given: dict[str, Tensor], objective: Objective) -> dict[str, Callable[[], Step]]:
@@ -184,7 +186,9 @@ def cases(options: Options) -> Cases:
             def work(rows: int = rows, width: int = width, vocabulary: int = vocabulary, name: str = name) -> Figures:
                 dtype = torch.float32 if options.dry else options.dtype
                 given = inputs(rows, width, vocabulary, device=str(options.device), dtype=dtype)
-                made = supervised(given) if name == "cross entropy" else policy(given, OBJECTIVES[name])
+                made = (
+                    supervised(given, full=options.full) if name == "cross entropy" else policy(given, OBJECTIVES[name])
+                )
                 return measure(made, 6.0 * rows * width * vocabulary, options)
 
             yield f"{name} {shape} M={rows}", work

@@ -16,6 +16,8 @@ from bench.gpu.clock import clock_of, forward_backward
 def measure(case: Case, options: Options) -> dict[str, Figures]:
     """{contender: milliseconds, TB/s and share of the copy bandwidth}; one that cannot run has the reason."""
     inputs, contenders = case.make(options.device, options.dtype)
+    if not options.full:
+        contenders.pop("torch.compile", None)
     times, failures = forward_backward(contenders, inputs, clock_of(options.device))
     ceiling = copy_tbps(options)
     figures: dict[str, Figures] = {name: {"not_measured": why} for name, why in failures.items()}

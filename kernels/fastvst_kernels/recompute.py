@@ -28,6 +28,7 @@ from fastvst_kernels.activation.op import swiglu, swiglu_backward
 from fastvst_kernels.norm.float32 import (
     float32_add_rms_norm_forward,
     float32_rms_norm_backward,
+    float32_rms_norm_backward_sums,
     float32_rms_norm_forward,
 )
 from fastvst_kernels.shared.boundary import first_order
@@ -168,28 +169,40 @@ class _ProjectNormMLP(Function):
             product = F.linear(normed[1], gate_up, gate_up_bias)
         y = kept[1] if len(kept) > 1 else None
         if needs_product:
-            y, grad_product = swiglu_backward(grad @ down, product, y)
+            bias_dtype = gate_up_bias.dtype if gate_up_bias is not None and needs[3] else None
+            y, grad_product, grads[3] = swiglu_backward(grad @ down, product, y, bias=bias_dtype)
+            grads[3] = grads[3] if needs[3] else None
         elif y is None:
             y = swiglu(product)
         grads[4] = grad.t() @ y if needs[4] else None
-        grads[5] = column_sum(grad) if needs[5] else None
         if not needs_product:
+            grads[5] = column_sum(grad) if needs[5] else None
             return (None,) * 6 + tuple(grads)
         del product, y, kept
         if normed is None:
             normed = _total_and_norm(a, residual, projection, projection_bias, norm_weight, ctx.eps)
         total, h, bare, inverse = normed
         grads[2] = grad_product.t() @ h if needs[2] else None
-        grads[3] = column_sum(grad_product) if needs[3] else None
         if not (needs_total or needs_scale):
+            grads[5] = column_sum(grad) if needs[5] else None
             return (None,) * 6 + tuple(grads)
         scale = (norm_weight, bare, inverse)
         grad_h = grad_product @ gate_up
-        grad_total, grad_scale = float32_rms_norm_backward(grad_h, total, *scale, needs_total, needs_scale, grad)
+        grad_total: Tensor | None
+        grad_scale: Tensor | None
+        if needs_total and needs_scale and (needs[1] or needs[5]):
+            # The norm's backward reads `grad` and writes `grad_total`: their sums cost no pass of their own.
+            found = float32_rms_norm_backward_sums(grad_h, total, *scale, grad)
+            grad_total, grad_scale, total_sum, grad_sum = found
+            grads[1] = total_sum if needs[1] else None
+            grads[5] = grad_sum if needs[5] else None
+        else:
+            grad_total, grad_scale = float32_rms_norm_backward(grad_h, total, *scale, needs_total, needs_scale, grad)
+            grads[1] = column_sum(grad_total) if needs[1] and grad_total is not None else None
+            grads[5] = column_sum(grad) if needs[5] else None
         grad_a = None
         if grad_total is not None:
             grads[0] = grad_total.t() @ a if needs[0] else None
-            grads[1] = column_sum(grad_total) if needs[1] else None
             grad_a = grad_total @ projection if needs_a else None
         return grad_a, grad_total if needs_residual else None, grad_scale, None, None, None, *grads
 

@@ -26,3 +26,11 @@ def test_shared_prompts_equal_repeated_ones():
     other = torch.autograd.grad((repeated * weights).sum(), inputs)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_cost_is_printed_and_the_group_holds_less():
+    spec = importlib.util.spec_from_file_location("example_embed_in_torch", PATH)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    found = example.cost(64, 4, 16, 64)
+    assert found.ours.peak_bytes < 0.7 * found.host.peak_bytes and " times the speed" in str(found)

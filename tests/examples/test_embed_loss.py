@@ -162,3 +162,8 @@ def test_lora_on_the_lm_head(options: dict[str, object], inner: bool) -> None:
 def test_adapters_of_another_kind_are_refused(options: dict[str, object], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         embed_loss.transformers_loss(adapted(**options), *batch())
+
+
+def test_cost_is_printed_and_no_logits_are_held() -> None:
+    found = embed_loss.cost(rows=2048, width=16, vocabulary=4096)
+    assert found.ours.peak_bytes < 0.5 * found.host.peak_bytes and " times the speed" in str(found)

@@ -70,7 +70,7 @@ def test_a_decoder_layer(preset):
     x = rows_of(batch.num_tokens, config.hidden_size)
     forward, backward = counted(layer_of(config), x, batch.positions, attend_packed(batch))
     assert forward.total <= 9, said(forward)
-    assert backward.total <= 23, said(backward)
+    assert backward.total <= 20, said(backward)
     assert len(forward.products) == 4 and len(backward.products) == 9  # each twice, and o_proj again
     assert not forward.waits and not backward.waits
 
@@ -83,7 +83,8 @@ def test_a_vision_block(windowed):
     offsets = (batch.cu_windows, batch.max_window) if windowed else (batch.cu_images, batch.max_image, batch.image_plan)
     forward, backward = counted(block_of(config, windowed=windowed), x, batch.vision_positions, *offsets)
     assert forward.total <= 10, said(forward)
-    assert backward.total <= 28, said(backward)
+    assert backward.total <= 23, said(backward)
+    assert backward.launches["sum"] == 0, "a bias's gradient has a pass of its own"
     assert not forward.waits and not backward.waits
 
 
@@ -184,8 +185,10 @@ def test_two_hundred_packs_of_any_size_compile_nothing_new():
                 y.backward(torch.empty_like(y))
         keys.append({name: len(values) for name, values in found.keys.items()})
     assert keys[-1] == keys[0]
-    # Twice: for the decoder and for the tower; the norm's forward also alone and with a sum before it.
-    assert {name: count for name, count in keys[0].items() if count > 2} == {"rms_norm_forward_kernel": 4}
+    # Twice: for the decoder and for the tower; the norm's forward also alone and with a sum before it, and the tower's
+    # backward also with the sums for its biases.
+    more = {name: count for name, count in keys[0].items() if count > 2}
+    assert more == {"rms_norm_forward_kernel": 4, "rms_norm_backward_kernel": 3}
 
 
 @pytest.mark.parametrize("preset", ["3b", "7b"])

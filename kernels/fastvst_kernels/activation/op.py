@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
 from fastvst_kernels.shared.boundary import public_operator, without_autocast
-from fastvst_kernels.shared.cpu import rows_apart, rows_at_once
+from fastvst_kernels.shared.cpu import column_sum, rows_apart, rows_at_once
 from fastvst_kernels.shared.tensors import dense_rows
 from fastvst_kernels.shared.tile_tables import bits_class, config
 
@@ -39,17 +39,21 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     return swiglu_op(gate, up, uses_kernel("swiglu", gate, backend))
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor, y: Tensor | None = None, *, bias: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The activation y and the gradient of gate_up, for functions that keep gate_up, and y or not.
 
     Args:
         grad: (N, I) gradient of y.
         gate_up: (N, 2 I).
         y: `swiglu(gate_up)`; None computes it in the same pass.
+        bias: of this dtype the gradient's sum over the rows (2 I,) is the third result, made in the same pass, else
+            that is empty.
     """
     kernel = uses_kernel("swiglu", gate_up, "auto")
-    grad_gate_up, _, out = swiglu_backward_op(grad, gate_up, None, kernel, y is None)
-    return out if y is None else y, grad_gate_up
+    grad_gate_up, _, out, total = swiglu_backward_op(grad, gate_up, None, kernel, y is None, bias)
+    return out if y is None else y, grad_gate_up, total
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -82,11 +86,17 @@ def _(gate, up, kernel):
 
 @torch.library.custom_op("fastvst::swiglu_backward", mutates_args=())
 def swiglu_backward_op(
-    grad: Tensor, gate: Tensor, up: Tensor | None, kernel: bool, again: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kernel: bool,
+    again: bool = False,
+    bias: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gate and up; of the fused projection and an empty tensor if up is None.
 
-    With `again` the third tensor is the activation, else it is empty.
+    With `again` the third tensor is the activation, else it is empty. With `bias`, which needs up to be None, the
+    fourth is the sum of the gradient over the rows in that dtype, else it is empty.
     """
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_up = torch.empty(0 if up is None else up.shape, dtype=gate.dtype, device=gate.device)
@@ -98,23 +108,25 @@ def swiglu_backward_op(
         inputs = _halves(gate, up)
         outputs = _halves(grad_gate, None if up is None else grad_up)
         flat = out.view(-1, grad.shape[-1]) if again else None
-        swiglu_kernels.backward(dense_rows(grad), *inputs, *outputs, flat, numbers)
-        return grad_gate, grad_up, out
+        total = swiglu_kernels.backward(dense_rows(grad), *inputs, *outputs, flat, numbers, bias)
+        return grad_gate, grad_up, out, total.view(-1)
     if up is None:
         first, second = gate.chunk(2, dim=-1)
         grad_first, grad_second = grad_gate.chunk(2, dim=-1)
         _backward_plain(grad, first, second, grad_first, grad_second, out if again else None)
-        return grad_gate, grad_up, out
+        total = gate.new_empty(0) if bias is None else column_sum(grad_gate.flatten(0, -2)).to(bias)
+        return grad_gate, grad_up, out, total
     apart = rows_apart(gate)
     apart_up = rows_apart(up)
     _backward_plain(grad, gate, up, apart, apart_up, out if again else None)
-    return apart.contiguous(), apart_up.contiguous(), out
+    return apart.contiguous(), apart_up.contiguous(), out, gate.new_empty(0)
 
 
 @swiglu_backward_op.register_fake
-def _(grad, gate, up, kernel, again=False):
+def _(grad, gate, up, kernel, again=False, bias=None):
     grad_up = gate.new_empty(0 if up is None else up.shape)
-    return gate.new_empty(gate.shape), grad_up, gate.new_empty(grad.shape if again else 0)
+    total = gate.new_empty(0 if bias is None else gate.shape[-1], dtype=bias or gate.dtype)
+    return gate.new_empty(gate.shape), grad_up, gate.new_empty(grad.shape if again else 0), total
 
 
 def _backward_plain(
@@ -139,7 +151,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 @without_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     gate, up = ctx.saved_tensors
-    grad_gate, grad_up, _ = swiglu_backward_op(grad, gate, up, ctx.kernel)
+    grad_gate, grad_up, *_ = swiglu_backward_op(grad, gate, up, ctx.kernel)
     return grad_gate, None if up is None else grad_up, None
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastvst_kernels.attention.backward_keys import attention_backward_keys_kernel
 from fastvst_kernels.attention.backward_queries import attention_backward_queries_kernel
 from fastvst_kernels.attention.plan import AttentionPlan, ForwardState
-from fastvst_kernels.attention.tiles import LOG2_E, head_constants, launch_options, tile_constants
-from fastvst_kernels.shared.tile_tables import Tile
+from fastvst_kernels.attention.tiles import LOG2_E, head_constants, launch_options, masked_stages, tile_constants
+from fastvst_kernels.shared.tile_tables import POINTERS, Tile
 
 
 def backward(
@@ -83,6 +83,7 @@ def _query_gradient(
         CAUSAL=plan.causal,
         SHARED=plan.shared,
         WITH_DLSE=dlse is not None,
+        MASKED_STAGES=masked_stages(tile),
         **head_constants(width),
         **tile_constants(tile),
         **launch_options(tile, q.dtype),
@@ -127,6 +128,7 @@ def _key_gradients(
         *dout.stride()[:2],
         *dk.stride()[:2],
         CAUSAL=plan.causal,
+        SPLIT=tile.path == POINTERS,
         **head_constants(width),
         **tile_constants(tile),
         **launch_options(tile, q.dtype),

@@ -45,10 +45,11 @@ def key_step(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     SLICED: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """dV += P^T dO and dK += dS^T Q of one block of queries. P and dS are held transposed: (keys, queries).
 
-    P = 2^(Q K^T * qk_scale - lse), dS = P * (dO V^T - delta).
+    P = 2^(Q K^T * qk_scale - lse), dS = P * (dO V^T - delta). Without MASK every query of the block sees every key.
     """
     row = tl.arange(0, BLOCK_M)
     columns0 = tl.arange(0, D0)
@@ -56,14 +57,19 @@ def key_step(
     dout_block_ptr = dout_head_ptr + start.to(tl.int64) * stride_ot
     length = last - start
     # An infinite logsumexp makes the probabilities of rows past the end 0.
-    lse = tl.load(lse_head_ptr + start + row, mask=row < length, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(delta_head_ptr + start + row, mask=row < length, other=0.0)
-    q0 = load_rows(q_block_ptr, row, length, stride_qt, columns0, width, True, False)
-    do0 = load_rows(dout_block_ptr, row, length, stride_ot, columns0, width, True, False)
+    if MASK:
+        lse = tl.load(lse_head_ptr + start + row, mask=row < length, other=float("inf"))
+        delta = tl.load(delta_head_ptr + start + row, mask=row < length, other=0.0)
+    else:
+        lse = tl.load(lse_head_ptr + start + row)
+        delta = tl.load(delta_head_ptr + start + row)
+    lse *= 1.4426950408889634
+    q0 = load_rows(q_block_ptr, row, length, stride_qt, columns0, width, MASK, False)
+    do0 = load_rows(dout_block_ptr, row, length, stride_ot, columns0, width, MASK, False)
     if D1 > 0:
         columns1 = D0 + tl.arange(0, D1)
-        q1 = load_rows(q_block_ptr, row, length, stride_qt, columns1, width, True, MASK_COLUMNS)
-        do1 = load_rows(dout_block_ptr, row, length, stride_ot, columns1, width, True, MASK_COLUMNS)
+        q1 = load_rows(q_block_ptr, row, length, stride_qt, columns1, width, MASK, MASK_COLUMNS)
+        do1 = load_rows(dout_block_ptr, row, length, stride_ot, columns1, width, MASK, MASK_COLUMNS)
     key = tl.arange(0, BLOCK_N)
     if SLICED:
         scores = sliced_product(
@@ -74,7 +80,7 @@ def key_step(
         if D1 > 0:
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision="ieee")
     p = tl.exp2(scores * qk_scale - lse[None, :])
-    if CAUSAL:
+    if MASK and CAUSAL:
         p = tl.where(keys[:, None] <= (start + row)[None, :], p, 0.0)
     p_cast = p.to(do0.dtype)
     dv0 = tl.dot(p_cast, do0, dv0, input_precision="ieee")
@@ -129,6 +135,7 @@ def attention_backward_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """dK = dS^T Q * scale and dV = P^T dO, summed over the query heads of a KV head and all queries that see the keys.
 
@@ -142,6 +149,7 @@ def attention_backward_keys_kernel(
         qk_scale: scale * log2(e). num_tokens: T. repeat: query heads per KV head.
         D0, D1, MASK_COLUMNS: the two pieces of `width` (D1 may be 0), and whether the second has columns to mask.
         SLICED: read the operands of the scores in slices of 16 columns (`sliced_product`).
+        SPLIT: a loop for the blocks of queries that need no mask and one for the others, instead of one that masks all.
     """
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -170,15 +178,61 @@ def attention_backward_keys_kernel(
         v1 = load_rows(v_tile_ptr, key, end - begin, stride_vt, columns1, width, True, MASK_COLUMNS)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    blocks = tl.cdiv(last - first, BLOCK_M)
+    diagonal = 0
+    whole = 0
+    if SPLIT:
+        # Blocks whose rows all exist and see all keys need no mask. Those on the diagonal come before them, and one
+        # that the end cuts comes after them. With CAUSAL the first query is the row of the first key.
+        if CAUSAL:
+            diagonal = tl.minimum(tl.cdiv(end - 1 - begin, BLOCK_M), blocks)
+        whole = tl.maximum((last - first) // BLOCK_M - diagonal, 0)
     for member in range(0, repeat):
         head = kv_head * repeat + member
         q_head_ptr = q_ptr + head * stride_qh
         dout_head_ptr = dout_ptr + head * stride_oh
         lse_head_ptr = lse_ptr + head.to(tl.int64) * num_tokens
         delta_head_ptr = delta_ptr + head.to(tl.int64) * num_tokens
-        # This loop masks every block. With a second loop for the blocks off the diagonal the compiler runs out of
-        # registers (sm_90, D = 128, 32x128 tiles: 255 and 32 bytes of spills instead of 252 and none).
-        for i in tl.range(0, tl.cdiv(last - first, BLOCK_M)):
+        if SPLIT:
+            for i in tl.range(0, whole):
+                dk0, dk1, dv0, dv1 = key_step(
+                    dk0,
+                    dk1,
+                    dv0,
+                    dv1,
+                    k0,
+                    k1,
+                    v0,
+                    v1,
+                    k_tile_ptr,
+                    v_tile_ptr,
+                    end - begin,
+                    q_head_ptr,
+                    dout_head_ptr,
+                    lse_head_ptr,
+                    delta_head_ptr,
+                    first + (diagonal + i) * BLOCK_M,
+                    last,
+                    begin + key,
+                    stride_qt,
+                    stride_kt,
+                    stride_vt,
+                    stride_ot,
+                    qk_scale,
+                    width,
+                    D0,
+                    D1,
+                    MASK_COLUMNS,
+                    BLOCK_M,
+                    BLOCK_N,
+                    CAUSAL,
+                    SLICED,
+                    False,
+                )
+        for i in tl.range(0, blocks - whole):
+            block = i
+            if SPLIT:
+                block += tl.where(i < diagonal, 0, whole)
             dk0, dk1, dv0, dv1 = key_step(
                 dk0,
                 dk1,
@@ -195,7 +249,7 @@ def attention_backward_keys_kernel(
                 dout_head_ptr,
                 lse_head_ptr,
                 delta_head_ptr,
-                first + i * BLOCK_M,
+                first + block * BLOCK_M,
                 last,
                 begin + key,
                 stride_qt,
@@ -211,6 +265,7 @@ def attention_backward_keys_kernel(
                 BLOCK_N,
                 CAUSAL,
                 SLICED,
+                True,
             )
     dk_tile_ptr = dk_ptr + begin.to(tl.int64) * stride_dt + kv_head * stride_dh
     dv_tile_ptr = dv_ptr + begin.to(tl.int64) * stride_dt + kv_head * stride_dh

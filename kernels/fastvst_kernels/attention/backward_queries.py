@@ -118,6 +118,7 @@ def attention_backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICED: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):
     """dQ = dS K * scale, and delta = rowsum(dO * O) - dL, which the dK/dV kernel reads.
 
@@ -132,6 +133,7 @@ def attention_backward_queries_kernel(
         qk_scale: scale * log2(e). num_tokens: T. repeat: query heads per KV head.
         D0, D1, MASK_COLUMNS: the two pieces of `width` (D1 may be 0), and whether the second has columns to mask.
         SLICED: read the operands of the scores in slices of 16 columns (`sliced_product`).
+        MASKED_STAGES: of the load pipeline of the blocks with a mask.
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -212,7 +214,7 @@ def attention_backward_queries_kernel(
             SLICED,
             False,
         )
-    for i in tl.range(0, prompt_rest + own_rest, num_stages=1):
+    for i in tl.range(0, prompt_rest + own_rest, num_stages=MASKED_STAGES):
         start = first + (own_full + i - prompt_rest) * BLOCK_N
         limit = last
         if SHARED:

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvst_kernels.norm.op import add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
+from fastvst_kernels.norm.op import (
+    add_rms_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_sums,
+    rms_norm_forward,
+)
+from fastvst_kernels.shared.cpu import column_sum
 
 
 def float32_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,3 +73,14 @@ def float32_rms_norm_backward(
     if grad_x is None:
         return None, grad_weight
     return grad_x.double() if grad_total is None else grad_x.double().add_(grad_total), grad_weight
+
+
+def float32_rms_norm_backward_sums(
+    grad: Tensor, x: Tensor, weight: Tensor, bare: Tensor, inverse: Tensor, grad_total: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`float32_rms_norm_backward` with everything needed, then the sums of dx and of `grad_total` over the rows."""
+    if x.dtype != torch.float64:
+        return rms_norm_backward_sums(grad, x, weight, inverse, grad_total)
+    grad_x, grad_weight = float32_rms_norm_backward(grad, x, weight, bare, inverse, True, True, grad_total)
+    assert grad_x is not None and grad_weight is not None
+    return grad_x, grad_weight, column_sum(grad_x), column_sum(grad_total)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvst_kernels.shared.partial_sums import partial_sums
 from fastvst_kernels.shared.tile_tables import multiprocessors
 
 LARGEST_WIDTH = 8192  # the widest shape class of the tables
@@ -159,10 +160,21 @@ def gradient_piece(
     SIZE: tl.constexpr,
     MASK: tl.constexpr,
 ):
+    """Write dx (+ dtotal with ADD); returns dx and dtotal."""
     dx = g * inverse[:, None] + x * slope[:, None]
+    dtotal = dx
     if ADD:
-        dx += load_piece(dtotal_ptr, row, limit, width, width, START, SIZE, MASK)
+        dtotal = load_piece(dtotal_ptr, row, limit, width, width, START, SIZE, MASK)
+        dx += dtotal
     store_piece(dx_ptr, dx, row, limit, width, width, START, SIZE, MASK)
+    return dx, dtotal
+
+
+@triton.jit
+def store_sum(partial_ptr, values, width, START: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """Write the sum of values (rows, SIZE) over the rows into columns START .. START + SIZE - 1."""
+    one = tl.arange(0, 1)
+    store_piece(partial_ptr, tl.sum(values, 0)[None, :], one, 1, width, width, START, SIZE, MASK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -179,13 +191,17 @@ def rms_norm_backward_kernel(
     stride_x,
     ADD: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SUMS: tl.constexpr,
     MASK: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dx (+ dtotal with ADD), and into partial (programs, width) each program's share of the weight's gradient.
+    """dx (+ dtotal with ADD), and into partial (programs, 1 or 3, width) each program's share of sums over the rows.
+
+    The first is the weight's gradient. With SUMS, which needs ADD, the others are the sums of dx and of dtotal: the
+    gradients of biases whose gradient is dx or dtotal itself in every row.
 
     With g = dy * w and r = inverse: dx = r g - x r^3 mean(g x), dw = sum over rows of dy x r.
     """
@@ -194,12 +210,18 @@ def rms_norm_backward_kernel(
     row = tl.arange(0, ROWS)
     w0 = load_weight(weight_ptr, width, 0, D0, WEIGHTED, LAST0)
     dw0 = tl.zeros([ROWS, D0], tl.float32)
+    dx0_sum = tl.zeros([ROWS, D0], tl.float32)
+    dtotal0_sum = tl.zeros([ROWS, D0], tl.float32)
     if D1 > 0:
         w1 = load_weight(weight_ptr, width, D0, D1, WEIGHTED, LAST1)
         dw1 = tl.zeros([ROWS, D1], tl.float32)
+        dx1_sum = tl.zeros([ROWS, D1], tl.float32)
+        dtotal1_sum = tl.zeros([ROWS, D1], tl.float32)
     if D2 > 0:
         w2 = load_weight(weight_ptr, width, D0 + D1, D2, WEIGHTED, MASK)
         dw2 = tl.zeros([ROWS, D2], tl.float32)
+        dx2_sum = tl.zeros([ROWS, D2], tl.float32)
+        dtotal2_sum = tl.zeros([ROWS, D2], tl.float32)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     for step in tl.range(0, tl.cdiv(tl.cdiv(rows, ROWS) - program, programs)):
@@ -231,21 +253,42 @@ def rms_norm_backward_kernel(
                 g2 *= w2
             dot += tl.sum(g2 * x2, 1)
         slope = -dot * inverse * inverse * inverse / width
-        gradient_piece(x0, g0, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, 0, D0, LAST0)
+        dx0, dtotal0 = gradient_piece(
+            x0, g0, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, 0, D0, LAST0
+        )
+        if SUMS:
+            dx0_sum += dx0
+            dtotal0_sum += dtotal0
         if D1 > 0:
-            gradient_piece(x1, g1, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, D0, D1, LAST1)
+            dx1, dtotal1 = gradient_piece(
+                x1, g1, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, D0, D1, LAST1
+            )
+            if SUMS:
+                dx1_sum += dx1
+                dtotal1_sum += dtotal1
         if D2 > 0:
-            gradient_piece(
+            dx2, dtotal2 = gradient_piece(
                 x2, g2, inverse, slope, dtotal_rows_ptr, dx_rows_ptr, row, limit, width, ADD, D0 + D1, D2, MASK
             )
+            if SUMS:
+                dx2_sum += dx2
+                dtotal2_sum += dtotal2
+    partial_ptr += tl.program_id(0).to(tl.int64) * width * (3 if SUMS else 1)
     if WEIGHTED:
-        one = tl.arange(0, 1)
-        partial_ptr += tl.program_id(0).to(tl.int64) * width
-        store_piece(partial_ptr, tl.sum(dw0, 0)[None, :], one, 1, width, width, 0, D0, LAST0)
+        store_sum(partial_ptr, dw0, width, 0, D0, LAST0)
         if D1 > 0:
-            store_piece(partial_ptr, tl.sum(dw1, 0)[None, :], one, 1, width, width, D0, D1, LAST1)
+            store_sum(partial_ptr, dw1, width, D0, D1, LAST1)
         if D2 > 0:
-            store_piece(partial_ptr, tl.sum(dw2, 0)[None, :], one, 1, width, width, D0 + D1, D2, MASK)
+            store_sum(partial_ptr, dw2, width, D0 + D1, D2, MASK)
+    if SUMS:
+        store_sum(partial_ptr + width, dx0_sum, width, 0, D0, LAST0)
+        store_sum(partial_ptr + 2 * width, dtotal0_sum, width, 0, D0, LAST0)
+        if D1 > 0:
+            store_sum(partial_ptr + width, dx1_sum, width, D0, D1, LAST1)
+            store_sum(partial_ptr + 2 * width, dtotal1_sum, width, D0, D1, LAST1)
+        if D2 > 0:
+            store_sum(partial_ptr + width, dx2_sum, width, D0 + D1, D2, MASK)
+            store_sum(partial_ptr + 2 * width, dtotal2_sum, width, D0 + D1, D2, MASK)
 
 
 def constants(width: int) -> dict[str, int | bool]:
@@ -298,7 +341,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, inverse: Tensor, numbers: tuple[int, ...]
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    inverse: Tensor,
+    numbers: tuple[int, ...],
+    *,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel.
 
@@ -309,15 +359,18 @@ def backward(
         inverse: (N,) float32, 1 / rms.
         numbers: rows of a program step, warps, programs of each multiprocessor. All are resident at once: the next
             wave would run alone and cost as much time.
+        sums: with a weight and `dtotal`: also sum dx and dtotal over the rows.
 
     Returns:
-        dx (N, H) of x's dtype, and the weight's gradient (H,) float32 (empty without a weight).
+        dx (N, H) of x's dtype, and of the weight's dtype (1, H) its gradient, or (3, H) with the sums of dx and dtotal
+        behind it; (0, H) without a weight.
     """
     rows, width = x.shape
     dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps, resident = numbers
     programs = max(1, min(resident * multiprocessors(x.device), triton.cdiv(rows, block)))
-    partial = torch.empty((programs if weight is not None else 0, width), dtype=torch.float32, device=x.device)
+    parts = 0 if weight is None else 3 if sums else 1
+    partial = torch.empty((programs, parts, width), dtype=torch.float32, device=x.device)
     rms_norm_backward_kernel[(programs,)](
         dy,
         dy if dtotal is None else dtotal,
@@ -331,9 +384,9 @@ def backward(
         x.stride(0),
         ADD=dtotal is not None,
         WEIGHTED=weight is not None,
+        SUMS=sums,
         ROWS=block,
         num_warps=warps,
         **constants(width),
     )
-    # Each program sums its rows in order, and this sums the programs in order: the same bits in every run.
-    return dx, partial.sum(0) if weight is not None else partial.new_empty(0)
+    return dx, partial_sums(partial, x.dtype if weight is None else weight.dtype)

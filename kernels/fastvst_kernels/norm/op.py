@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvst_kernels.shared.backend import uses_kernel
 from fastvst_kernels.shared.boundary import public_operator, without_autocast
+from fastvst_kernels.shared.cpu import column_sum
 from fastvst_kernels.shared.tensors import dense_rows
 from fastvst_kernels.shared.tile_tables import config, row_class
 
@@ -74,8 +75,20 @@ def rms_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x (plus `grad_total`) and of the weight; None if not needed."""
     kernel = uses_kernel("rms_norm", x, "auto")
-    grad_x, grad_weight = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel)
-    return grad_x if needs_x else None, grad_weight if needs_weight and weight is not None else None
+    grad_x, sums = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel)
+    return grad_x if needs_x else None, sums[0] if needs_weight and weight is not None else None
+
+
+def rms_norm_backward_sums(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, grad_total: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (plus `grad_total`) and of the weight, then the sums of the first and of `grad_total` over rows.
+
+    They are the gradients of a bias that x has, and of one behind `grad_total`, made in the same pass.
+    """
+    kernel = uses_kernel("rms_norm", x, "auto")
+    grad_x, sums = rms_norm_backward_op(grad, grad_total, x, weight, inverse, True, True, kernel, True)
+    return grad_x, *sums.unbind(0)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -122,8 +135,12 @@ def rms_norm_backward_op(
     needs_x: bool,
     needs_weight: bool,
     kernel: bool,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the norm's input (plus grad_total) and of the weight; empty if not needed."""
+    """Gradients of the norm's input (plus grad_total), empty if not needed, and of the weight as (1, H), (0, H) if not.
+
+    With `sums`, which needs all of it, the second has the sums of the first and of grad_total over rows behind: (3, H).
+    """
     if kernel:
         from fastvst_kernels.norm import kernels as norm_kernels
 
@@ -131,10 +148,8 @@ def rms_norm_backward_op(
         width = x.shape[-1]
         dense = grad.contiguous().view(-1, width)
         more = None if grad_total is None else grad_total.contiguous().view(-1, width)
-        grad_x, grad_weight = norm_kernels.backward(dense, more, dense_rows(x), weight, inverse, numbers)
-        if weight is None or not needs_weight:
-            return grad_x.view(x.shape), inverse.new_empty(0)
-        return grad_x.view(x.shape), grad_weight.to(weight.dtype)
+        grad_x, rows = norm_kernels.backward(dense, more, dense_rows(x), weight, inverse, numbers, sums=sums)
+        return grad_x.view(x.shape), rows if needs_weight else x.new_empty(0, width)
     # The order of operations is that of autograd on the plain formula, so that without a weight the bits are the same:
     # transformers rounds float64 models to float32 around the norm, and `norm.float32` has to agree with it.
     inverse = inverse.view(*x.shape[:-1], 1)
@@ -142,9 +157,9 @@ def rms_norm_backward_op(
     grad = grad.to(inverse.dtype)
     product = grad * wide
     grad_x = x.new_empty(0)
-    grad_weight = inverse.new_empty(0)
+    rows = x.new_empty(0, x.shape[-1])
     if weight is not None and needs_weight:
-        grad_weight = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).squeeze(0).to(weight.dtype)
+        rows = (inverse.reshape(1, -1) @ product.reshape(-1, x.shape[-1])).to(weight.dtype)
     if needs_x:
         if weight is None:
             slope = _slope(product.sum(-1, keepdim=True), inverse, x.shape[-1])
@@ -156,15 +171,18 @@ def rms_norm_backward_op(
         grad_x = grad_x.to(x.dtype).contiguous()
         if grad_total is not None:
             grad_x += grad_total
-    return grad_x, grad_weight
+    if sums:
+        behind = (column_sum(dense_rows(g)).to(rows.dtype) for g in (grad_x, grad_total) if g is not None)
+        rows = torch.stack([rows[0], *behind])
+    return grad_x, rows
 
 
 @rms_norm_backward_op.register_fake
-def _(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel):
+def _(grad, grad_total, x, weight, inverse, needs_x, needs_weight, kernel, sums=False):
     grad_x = x.new_empty(x.shape if needs_x or kernel else 0)
     if weight is None or not needs_weight:
-        return grad_x, inverse.new_empty(0)
-    return grad_x, weight.new_empty(weight.shape)
+        return grad_x, x.new_empty(0, x.shape[-1])
+    return grad_x, weight.new_empty(3 if sums else 1, x.shape[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -185,7 +203,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _inverse
     needs_weight = ctx.needs_input_grad[2]
     grads = rms_norm_backward_op(grad, grad_total, x, weight, inverse, needs_x, needs_weight, ctx.kernel)
     grad_x = grads[0] if needs_x else None
-    return grad_x, grad_x if ctx.added else None, grads[1] if needs_weight else None, None, None
+    return grad_x, grad_x if ctx.added else None, grads[1][0] if needs_weight else None, None, None
 
 
 rms_norm_op.register_autograd(_backward, setup_context=_setup_context)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvst_kernels.shared.partial_sums import partial_sums
 from fastvst_kernels.shared.tile_tables import next_power
 
 
@@ -396,14 +397,15 @@ def backward(
     positions: Tensor,
     frequencies: Tensor,
     *,
-    bias: bool,
+    bias: torch.dtype | None,
     sections: tuple[int, int],
     numbers: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel on gradients (T, heads, D) whose last dimension is dense.
 
     Returns:
-        Gradients of the projection (T, (heads + 2 kv_heads) * D) and of its bias (float32; empty if not `bias`).
+        Gradients of the projection (T, (heads + 2 kv_heads) * D) and of its bias, of dtype `bias` (empty if that is
+        None).
     """
     (tokens, heads, _) = dq.shape
     kv_heads = dk.shape[1]
@@ -412,7 +414,7 @@ def backward(
     block, warps = numbers
     programs = triton.cdiv(tokens, block)
     dqkv = torch.empty((tokens, width), dtype=dq.dtype, device=dq.device)
-    partial = torch.empty((programs if bias else 0, width), dtype=torch.float32, device=dq.device)
+    partial = torch.empty((programs if bias is not None else 0, width), dtype=torch.float32, device=dq.device)
     if tokens:
         rope_backward_kernel[(programs,)](
             dq,
@@ -435,10 +437,10 @@ def backward(
             dv.stride(1),
             SECTION0=sections[0],
             SECTION1=sections[1],
-            HAS_BIAS=bias,
+            HAS_BIAS=bias is not None,
             HALF=half,
             PAIRS=next_power(half),
             TOKENS=block,
             num_warps=warps,
         )
-    return dqkv, partial.sum(0) if bias else partial.new_empty(0)
+    return dqkv, dq.new_empty(0) if bias is None else partial_sums(partial, bias)

@@ -237,10 +237,10 @@ def rope_backward_op(
     theta: float,
     table: torch.dtype,
     compute: torch.dtype | None,
-    bias: bool,
+    bias: torch.dtype | None,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the fused projection and of its bias (empty if not `bias`)."""
+    """Gradients of the fused projection and of its bias, of dtype `bias` (empty if that is None)."""
     (tokens, heads, width) = dq.shape
     kv_heads = dk.shape[1]
     if kernel:
@@ -262,14 +262,13 @@ def rope_backward_op(
     cos, sin = angle_table(positions, width, sections, theta, table)
     rotate_(fused[:, : heads + kv_heads], cos, -sin, compute_dtype(dq, compute))
     fused = fused.flatten(1)
-    return fused, column_sum(fused) if bias else fused.new_empty(0)
+    return fused, fused.new_empty(0) if bias is None else column_sum(fused).to(bias)
 
 
 @rope_backward_op.register_fake
 def _(dq, dk, dv, positions, sections, theta, table, compute, bias, kernel):
     width = (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
-    dtype = torch.float32 if kernel else dq.dtype
-    return dq.new_empty(dq.shape[0], width), dq.new_empty(width if bias else 0, dtype=dtype)
+    return dq.new_empty(dq.shape[0], width), dq.new_empty(0 if bias is None else width, dtype=bias or dq.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -282,9 +281,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 @without_autocast
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
     (positions,) = ctx.saved_tensors
-    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
-    grad, grad_bias = rope_backward_op(dq, dk, dv, positions, *ctx.options, wants_bias, ctx.kernel)
-    return grad, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *(None,) * 8
+    wanted = ctx.bias_dtype if ctx.needs_input_grad[1] else None
+    grad, grad_bias = rope_backward_op(dq, dk, dv, positions, *ctx.options, wanted, ctx.kernel)
+    return grad, None if wanted is None else grad_bias, *(None,) * 8
 
 
 rope_op.register_autograd(_backward, setup_context=_setup_context)

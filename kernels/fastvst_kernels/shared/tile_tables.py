@@ -30,7 +30,9 @@ PLAIN = "plain"
 
 # How an attention kernel loads its operands: whole rows by pointers; the operands of the scores by pointers in slices
 # of the head; keys and values of blocks without a mask by tensor descriptors (TMA); the same with a persistent grid.
-POINTERS, SLICES, DESCRIPTORS, PERSISTENT = range(4)
+# The dK/dV kernel has a loop for the blocks that need no mask and one for the others; with ONE_LOOP it masks all, which
+# takes fewer registers.
+POINTERS, SLICES, DESCRIPTORS, PERSISTENT, ONE_LOOP = range(5)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from fastvst_kernels.attention.backward_keys import attention_backward_keys_kern
 from fastvst_kernels.attention.backward_queries import attention_backward_queries_kernel
 from fastvst_kernels.attention.forward import attention_forward_kernel, forward
 from fastvst_kernels.attention.plan import ForwardState, prepare
-from fastvst_kernels.attention.tiles import head_constants, launch_options, tile_constants
-from fastvst_kernels.shared.tile_tables import DESCRIPTORS, PERSISTENT, SLICES, WIDTHS, Tile
+from fastvst_kernels.attention.tiles import head_constants, launch_options, masked_stages, tile_constants
+from fastvst_kernels.shared.tile_tables import DESCRIPTORS, ONE_LOOP, PERSISTENT, POINTERS, SLICES, WIDTHS, Tile
 from fastvst_kernels.tuning.aot import Compiled, compile_kernel
 
 KERNELS = {
@@ -58,11 +58,15 @@ CANDIDATES: dict[str, tuple[Numbers, ...]] = {
     ),
     "attention_backward_keys": (
         (64, 128, 8, 2),
+        (64, 128, 8, 2, ONE_LOOP),
         (64, 64, 8, 2),
+        (64, 64, 8, 2, ONE_LOOP),
         (64, 64, 4, 2),
         (32, 128, 8, 2),
+        (32, 128, 8, 2, ONE_LOOP),
         (32, 128, 8, 1),
         (32, 64, 8, 2),
+        (32, 64, 8, 2, ONE_LOOP),
         (32, 64, 4, 2),
         (32, 64, 8, 1),
         (32, 32, 4, 2),
@@ -110,8 +114,10 @@ def constants(kernel: str, width: int, tile: Tile, *, causal: bool, shared: bool
         values |= {} if described else dict.fromkeys(("k0_desc", "k1_desc", "v0_desc", "v1_desc"))
     if kernel != "attention_backward_keys":
         values["SHARED"] = shared
+    else:
+        values["SPLIT"] = tile.path == POINTERS
     if kernel == "attention_backward_queries":
-        values["WITH_DLSE"] = False
+        values |= {"WITH_DLSE": False, "MASKED_STAGES": masked_stages(tile)}
     return values
 
 

@@ -54,6 +54,9 @@ CANDIDATES: dict[str, tuple[Numbers, ...]] = {
 }
 
 
+# Kernels that also sum a gradient for a bias, and the classes in which a model does: the vision tower's.
+SUMMING = {"rms_norm_backward": ("16x1280", "32x1280"), "swiglu_backward": ("16", "32")}
+
 # Arguments that are neither pointers to the kernel's dtype nor int32.
 TYPES = {
     "inverse_ptr": "*fp32",
@@ -84,15 +87,20 @@ def candidates(kernel: str, shape: str) -> tuple[Numbers, ...]:
     return CANDIDATES[kernel]
 
 
-def constants(kernel: str, shape: str, numbers: Numbers) -> tuple[dict[str, Any], dict[str, int]]:
-    """Every `tl.constexpr` of a shape class as the model launches it, and its warps and stages."""
+def constants(kernel: str, shape: str, numbers: Numbers, sums: bool = False) -> tuple[dict[str, Any], dict[str, int]]:
+    """Every `tl.constexpr` of a shape class as the model launches it, and its warps and stages; see `SUMMING`."""
     name = family(kernel)
     width = int(shape.partition("x")[2] or 0)
     if name == "rms_norm":
         values: dict[str, Any] = {"ADD": True, "WEIGHTED": True, "ROWS": numbers[0], **norm_kernels.constants(width)}
+        values |= {"SUMS": sums} if kernel.endswith("backward") else {}
         return values, {"num_warps": numbers[1], "num_stages": 1 if kernel.endswith("backward") else 3}
     if name == "swiglu":
-        values = {"ROWS": numbers[0], "BLOCK": numbers[1]} | ({"AGAIN": True} if kernel.endswith("backward") else {})
+        values = {"ROWS": numbers[0], "BLOCK": numbers[1]} | (
+            {"AGAIN": True, "STEPS": swiglu_kernels.steps(numbers[0]) if sums else 0}
+            if kernel.endswith("backward")
+            else {}
+        )
         return values, {"num_warps": numbers[2], "num_stages": 3}
     if name == "rope":
         values = {"SECTION0": width // 4, "SECTION1": width // 4, "HAS_BIAS": True, "TOKENS": numbers[0]}
@@ -112,9 +120,9 @@ def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]
     return {n: TYPES.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
 
 
-def compile_variant(kernel: str, shape: str, numbers: Numbers, *, arch: int) -> Compiled:
+def compile_variant(kernel: str, shape: str, numbers: Numbers, *, arch: int, sums: bool = False) -> Compiled:
     """The kernel of a shape class at the widest width of the class."""
-    values, options = constants(kernel, shape, numbers)
+    values, options = constants(kernel, shape, numbers, sums)
     dtype = "bf16" if shape.startswith("16") else "fp32"
     return compile_kernel(
         KERNELS[kernel], types(kernel, dtype, values), values, arch=arch, unaligned=UNALIGNED, **options
@@ -124,6 +132,8 @@ def compile_variant(kernel: str, shape: str, numbers: Numbers, *, arch: int) -> 
 def compiled(kernel: str, shape: str, numbers: Numbers, arch: int) -> Iterator[Compiled]:
     """Every variant of a shape class that must be clean."""
     yield compile_variant(kernel, shape, numbers, arch=arch)
+    if kernel in SUMMING and shape in SUMMING[kernel]:
+        yield compile_variant(kernel, shape, numbers, arch=arch, sums=True)
 
 
 def problem(kernel: str, shape: str, device: torch.device) -> Run:
@@ -194,7 +204,7 @@ def _rope_backward(random: Random, device: torch.device, width: int) -> Run:
     positions = torch.randint(0, 4096, (axes, tokens), device=device, dtype=torch.int32)
     table = inverse_frequencies(width, axes, 1e6, torch.float32, device)
     dq, dk, dv = (random(tokens, count, width) for count in (heads, kv_heads, kv_heads))
-    return lambda n: rope_kernels.backward(dq, dk, dv, positions, table, bias=True, sections=sections, numbers=n)
+    return lambda n: rope_kernels.backward(dq, dk, dv, positions, table, bias=dq.dtype, sections=sections, numbers=n)
 
 
 def _rotary(random: Random, device: torch.device, width: int) -> Run:
@@ -229,7 +239,7 @@ def _window_forward(random: Random, device: torch.device, width: int) -> Run:
 def _window_backward(random: Random, device: torch.device, width: int) -> Run:
     inputs = _window_inputs(random, device, width)
     dout = random(40_960, 16 * width)
-    return lambda n: window_kernels.backward(dout, inputs, n)
+    return lambda n: window_kernels.backward(dout, inputs, n, dout.dtype)
 
 
 PROBLEMS: dict[str, Callable[[Random, torch.device, int], Run]] = {

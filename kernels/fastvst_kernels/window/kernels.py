@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvst_kernels.rope.kernels import cosine_sine
 from fastvst_kernels.rope.op import inverse_frequencies
+from fastvst_kernels.shared.partial_sums import partial_sums
 from fastvst_kernels.shared.tile_tables import next_power
 from fastvst_kernels.window.inputs import LARGEST_WINDOW, WindowInputs
 
@@ -368,7 +369,9 @@ def forward(inputs: WindowInputs, numbers: tuple[int, ...]) -> Tensor:
     return out
 
 
-def backward(dout: Tensor, inputs: WindowInputs, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def backward(
+    dout: Tensor, inputs: WindowInputs, numbers: tuple[int, ...], bias: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel.
 
     Args:
@@ -376,7 +379,7 @@ def backward(dout: Tensor, inputs: WindowInputs, numbers: tuple[int, ...]) -> tu
         numbers: pairs of a step, warps, stages.
 
     Returns:
-        (P, 3 * heads * D) gradient of the projection, and the float32 gradient of its bias (empty without one).
+        (P, 3 * heads * D) gradient of the projection, and that of its bias, of dtype `bias` (empty if that is None).
     """
     qkv = inputs.qkv
     has_bias = inputs.bias is not None
@@ -389,7 +392,7 @@ def backward(dout: Tensor, inputs: WindowInputs, numbers: tuple[int, ...]) -> tu
         )
     else:
         partial.zero_()
-    return dqkv, partial.sum(0) if has_bias else partial.new_empty(0)
+    return dqkv, dqkv.new_empty(0) if bias is None else partial_sums(partial, bias)
 
 
 def _arguments(inputs: WindowInputs, numbers: tuple[int, ...]) -> dict[str, Any]:

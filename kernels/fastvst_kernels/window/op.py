@@ -126,10 +126,10 @@ def window_backward_op(
     scale: float,
     max_window: int,
     rope_dtype: torch.dtype,
-    needs_bias: bool,
+    bias_dtype: torch.dtype | None,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the projection and of its bias (empty if not needed).
+    """Gradients of the projection and of its bias, of dtype `bias_dtype` (empty if that is None).
 
     `qkv` is the projection for the kernel and the rotated QKV (P, 3 heads, D) for the plain path.
     """
@@ -137,20 +137,20 @@ def window_backward_op(
     inputs = WindowInputs(qkv.flatten(1), bias, positions, cu_windows, num_heads, theta, scale, max_window, rope_dtype)
     if not kernel:
         assert out is not None and logsums is not None
-        return cpu.backward(grad, inputs, qkv, out, logsums, needs_bias)
+        grad_qkv, grad_bias = cpu.backward(grad, inputs, qkv, out, logsums, bias_dtype is not None)
+        return grad_qkv, grad_bias if bias_dtype is None else grad_bias.to(bias_dtype)
     from fastvst_kernels.window import kernels
 
     numbers = config("window_backward", shape_class(inputs.width, qkv.dtype), qkv.device)
-    grad_qkv, grad_bias = kernels.backward(grad, inputs, numbers)
-    return grad_qkv, grad_bias if needs_bias else grad_bias.new_empty(0)
+    return kernels.backward(grad, inputs, numbers, bias_dtype)
 
 
 @window_backward_op.register_fake
 def _(grad, qkv, *arguments):
-    *_, needs_bias, kernel = arguments
+    *_, bias_dtype, _kernel = arguments
     hidden = 3 * grad.shape[1]
-    dtype = torch.float32 if kernel else grad.dtype
-    return grad.new_empty(grad.shape[0], hidden), grad.new_empty(hidden if needs_bias else 0, dtype=dtype)
+    grad_bias = grad.new_empty(0 if bias_dtype is None else hidden, dtype=bias_dtype or grad.dtype)
+    return grad.new_empty(grad.shape[0], hidden), grad_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -167,9 +167,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(ctx: Any, grad: Tensor | None, _rotated: Any, _logsums: Any) -> tuple:
     if grad is None:
         return (None,) * 10
-    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
-    grad_qkv, grad_bias = window_backward_op(grad, *ctx.saved_tensors, *ctx.options, wants_bias, ctx.kernel)
-    return grad_qkv, grad_bias.to(ctx.bias_dtype) if wants_bias else None, *(None,) * 8
+    wanted = ctx.bias_dtype if ctx.needs_input_grad[1] else None
+    grad_qkv, grad_bias = window_backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted, ctx.kernel)
+    return grad_qkv, None if wanted is None else grad_bias, *(None,) * 8
 
 
 window_op.register_autograd(_backward, setup_context=_setup_context)

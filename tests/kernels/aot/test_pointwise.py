@@ -7,7 +7,7 @@ import triton
 
 from aot_report import clean, compare_and_write, compile_all
 from fastvst_kernels.shared.tile_tables import TABLES, read_table
-from fastvst_kernels.tuning.pointwise import KERNELS, compile_variant, family
+from fastvst_kernels.tuning.pointwise import KERNELS, SUMMING, compile_variant, family
 
 ARCHS = (80, 89, 90, 100, 120)
 # The models' widths: rows of the vision tower and of the 7b (the 3b's 2048 are a piece of them), heads of both towers.
@@ -22,6 +22,8 @@ def _jobs():
             for shape in TUNED[family(kernel)]:
                 arguments = {"kernel": kernel, "shape": shape, "numbers": configs[kernel][shape], "arch": arch}
                 yield f"sm_{arch} {kernel} {shape}", arguments
+                if shape in SUMMING.get(kernel, ()):
+                    yield f"sm_{arch} {kernel} {shape} sums", {**arguments, "sums": True}
 
 
 @pytest.fixture(scope="module")

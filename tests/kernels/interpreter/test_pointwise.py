@@ -16,6 +16,7 @@ from fastvst_kernels.norm.op import rms_norm_op, rms_norm_reference
 from fastvst_kernels.rope import op as rope_op
 from fastvst_kernels.rotary import op as rotary_op
 from fastvst_kernels.rotary.op import rotary_reference
+from fastvst_kernels.shared.partial_sums import partial_sums
 from fastvst_kernels.tuning.pointwise import CANDIDATES
 from pointwise_oracle import angles, assert_as_good_as_plain, mrope_angles, rope
 
@@ -92,6 +93,42 @@ def test_swiglu(monkeypatch, numbers, dtype):
         fused: Callable = lambda x: swiglu(x, backend="triton")  # noqa: E731
         formula: Callable = lambda x: swiglu_reference(*x.chunk(2, -1))  # noqa: E731
         assert_as_good_as_plain(fused, formula, [torch.cat(inputs, 1)], grads)
+
+
+@pytest.mark.parametrize(
+    ("rows", "numbers"), [(0, pairs("swiglu")[0]), (65, pairs("swiglu")[1]), (150, pairs("swiglu")[2])], ids=str
+)
+def test_the_sum_of_the_gradient_is_made_in_the_same_pass(monkeypatch, numbers, rows):
+    """Rows of one program, of several, and a last one that is not full; the gradient itself has the same bits."""
+    choose(monkeypatch, activation, {"swiglu_forward": numbers[0], "swiglu_backward": numbers[1]})
+    (x, dout) = data((rows, 40), (rows, 20), dtype=torch.float32)
+    plain = swiglu_backward_op(dout, x, None, True, True)
+    found = swiglu_backward_op(dout, x, None, True, True, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], plain[:3], strict=True))
+    torch.testing.assert_close(found[3].double(), plain[0].double().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[3], swiglu_backward_op(dout, x, None, True, True, torch.float32)[3])
+    assert len(plain[3]) == 0
+
+
+@pytest.mark.parametrize("numbers", pairs("rms_norm")[1:3], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(5, 1280), (9, 112)])
+def test_the_norm_sums_both_gradients_of_the_residual(monkeypatch, numbers, rows, width):
+    choose(monkeypatch, norm, {"rms_norm_forward": numbers[0], "rms_norm_backward": (*numbers[1][:2], 3)})
+    x, dy, dtotal, weight = data((rows, width), (rows, width), (rows, width), (width,), dtype=torch.float32)
+    inverse = torch.rsqrt(x.pow(2).mean(1) + 1e-6)
+    dx, own = norm.rms_norm_backward_op(dy, dtotal, x, weight, inverse, True, True, True)
+    found, sums = norm.rms_norm_backward_op(dy, dtotal, x, weight, inverse, True, True, True, True)
+    assert torch.equal(found, dx) and torch.equal(sums[:1], own) and sums.shape == (3, width)
+    for total, gradient in zip(sums[1:], (dx, dtotal), strict=True):
+        torch.testing.assert_close(total.double(), gradient.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (63, 33), (64, 32), (200, 3, 50)], ids=str)
+def test_partial_sums(shape):
+    partial = torch.randn(shape)
+    found = partial_sums(partial, torch.bfloat16)
+    assert found.shape == shape[1:] and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), partial.double().sum(0), rtol=2**-8, atol=1e-6)
 
 
 def test_swiglu_of_rows_with_gaps():
