@@ -79,6 +79,8 @@ def norms(rows: int, width: int) -> None:
     for add in (None, x):
         norm.forward(x, add, empty(width), 1e-6, forward)
         norm.backward(x, add, x, empty(width), empty(rows, dtype=F32), backward)
+    if width == TOWER.hidden:  # with the gradients of two biases
+        norm.backward(x, x, x, empty(width), empty(rows, dtype=F32), backward, sums=True)
 
 
 def activations(rows: int, inner: int) -> None:
@@ -86,7 +88,8 @@ def activations(rows: int, inner: int) -> None:
     dgate, dup = empty(rows, 2 * inner).chunk(2, 1)
     out = empty(rows, inner)
     swiglu.forward(gate, up, config("swiglu_forward", bits_class(BF16), META))
-    swiglu.backward(out, gate, up, dgate, dup, out, config("swiglu_backward", bits_class(BF16), META))
+    bias = BF16 if inner == TOWER.inner else None
+    swiglu.backward(out, gate, up, dgate, dup, out, config("swiglu_backward", bits_class(BF16), META), bias)
 
 
 def ropes(rows: int, model: Model, width: int, axes: int, sections: tuple[int, int]) -> None:
@@ -98,7 +101,7 @@ def ropes(rows: int, model: Model, width: int, axes: int, sections: tuple[int, i
     numbers = config("rope_forward", shape, META)
     q, k, v = rope.forward(empty(rows, columns), empty(columns), positions, table, **sizes, numbers=numbers)
     numbers = config("rope_backward", shape, META)
-    rope.backward(q, k, v, positions, table, bias=True, sections=sections, numbers=numbers)
+    rope.backward(q, k, v, positions, table, bias=BF16, sections=sections, numbers=numbers)
 
 
 def rotations(rows: int, model: Model) -> None:
@@ -125,7 +128,7 @@ def windows(rows: int) -> None:
         rope_dtype=F32,
     )
     window.forward(inputs, config("window_forward", shape, META))
-    window.backward(empty(rows, 1280), inputs, config("window_backward", shape, META))
+    window.backward(empty(rows, 1280), inputs, config("window_backward", shape, META), BF16)
 
 
 def attention(rows: int, model: Model, width: int, *, causal: bool, shared: bool) -> None:
@@ -295,7 +298,14 @@ def keys(names: Iterator[str] | list[str], rows: int) -> dict[str, set[str]]:
 
 
 # Kernels that write less than 16 bytes at once, because a program has a few numbers of a row to write.
-FEW_NUMBERS = ("partial_statistics_kernel", "decode_merge_kernel", "tile_kernel", "merge_kernel", "filter_kernel")
+FEW_NUMBERS = (
+    "partial_statistics_kernel",
+    "partial_sums_kernel",
+    "decode_merge_kernel",
+    "tile_kernel",
+    "merge_kernel",
+    "filter_kernel",
+)
 
 
 def problems(name: str, found: Figures) -> list[str]:
