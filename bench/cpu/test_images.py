@@ -64,14 +64,12 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
         return [theirs(images=i, return_tensors="pt")["pixel_values"] for i in opened]
 
     for what, these, hf in (("decoded", samples, hugging_face), ("JPEG", encoded, hugging_face_jpeg)):
-        seconds = interleaved(
-            {
-                "same bits": lambda these=these: ours(processor, these),
-                "torch": lambda these=these: ours(fast, these),
-                "hugging_face": hf,
-            },
-            rounds=7,
-        )
+        runs = {
+            "same bits": lambda these=these: ours(processor, these),
+            "torch": lambda these=these: ours(fast, these),
+            "hugging_face": hf,
+        }
+        seconds = interleaved(runs, rounds=7)
         rates = {name: len(images) / value for name, value in seconds.items()}
         peer = ("Hugging Face", rates["hugging_face"])
         record(
@@ -81,6 +79,6 @@ def test_images(record: Callable[..., None], width: int, height: int) -> None:
             ours_images_per_s=rates["same bits"],
             ours_resize_torch_images_per_s=rates["torch"],
             hugging_face_images_per_s=rates["hugging_face"],
-            ratio=seconds["hugging_face"] / seconds["same bits"],
-            ratio_resize_torch=seconds["hugging_face"] / seconds["torch"],
+            ratio=rates["same bits"] / peer[1],
+            ratio_resize_torch=rates["torch"] / peer[1],
         )

@@ -23,7 +23,7 @@ class Cost:
 
     Attributes:
         milliseconds: the shortest; on a CPU of processor time, so that other processes do not count.
-        peak_bytes: of tensors at their peak, beside what was held before.
+        peak_bytes: of tensors at their peak, without what was held before.
     """
 
     milliseconds: float
@@ -66,7 +66,7 @@ def compare(host: Callable[[], object], ours: Callable[[], object], *, rounds: i
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes of tensors that one call holds at its peak beside what is held before it, its result included."""
+    """Bytes of tensors that one call holds at its peak, without what was held before; its result counts."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
