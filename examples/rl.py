@@ -37,21 +37,15 @@ from fastvst.model import Qwen25VL
 from fastvst.rl import budget
 from fastvst.rl import policy_update as policy
 from fastvst.rl.advantages import advantages, pooled_deviation, square_sum
-from fastvst.rl.filtering import FilterConfig, FilterState, NoUpdate, UpdateWatch, verdict
+from fastvst.rl.collect import Collected, Collector
+from fastvst.rl.filtering import FilterConfig, FilterState, NoUpdate, UpdateWatch
 from fastvst.rl.heldout import HELD_OUT_COMPLETIONS, EvaluationConfig, evaluation_row, read_prompts, write_evaluation
 from fastvst.rl.packing import Group, Sharing
 from fastvst.rl.page import write_report
-from fastvst.rl.prompts import NoPrompts, PromptStream
-from fastvst.rl.records import GroupRecord, RolloutLog, progress_text, step_figures, step_rates
+from fastvst.rl.prompts import NoPrompts
+from fastvst.rl.records import RolloutLog, progress_text, step_figures, step_rates
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
-from fastvst.rl.rollouts import (
-    RankEngine,
-    SamplingConfig,
-    ServerEngine,
-    make_engine,
-    resolve_old_logprobs,
-    sample_and_score,
-)
+from fastvst.rl.rollouts import SamplingConfig, make_engine, resolve_old_logprobs, sample_and_score
 from fastvst.rl.rooms import RoomsOptions, find_data, open_prompts, supervised_model
 from fastvst.rollout import RolloutError
 from fastvst.train import guard
@@ -196,63 +190,28 @@ class StepRollouts:
     """The completions of one step on this rank.
 
     Attributes:
-        records: all groups that were sampled.
+        found: what the sampling phase has brought.
         groups: the kept groups, with advantages.
-        seconds: by part of sampling and scoring.
-        prompt_tokens: of all sampled groups.
-        filtered: counts of the filter after this step, over all ranks.
     """
 
-    records: list[GroupRecord]
+    found: Collected
     groups: list[Group]
-    seconds: dict[str, float]
-    prompt_tokens: int
-    filtered: FilterState
 
 
-def collect(
-    config: Config,
-    step: int,
-    engine: RankEngine | ServerEngine,
-    stream: PromptStream,
-    pool: RewardPool,
-    state: FilterState,
-    world: World,
-) -> StepRollouts:
-    """Sample prompts until the filter has kept enough groups or filter.tries is reached. Every rank calls it."""
-    records: list[GroupRecord] = []
-    kept: list[tuple[GroupRecord, Group]] = []
-    seconds: dict[str, float] = {}
-    prompt_tokens = 0
-    missing = config.sampling.prompts
-    for attempt in range(max(1, config.filter.tries)):
-        params = config.sampling.params(config.sampling.answers, config.seed * 1_000_003 + step * 1_009 + attempt)
-        encoded = stream.encode(stream.take(missing))
-        found, spent = sample_and_score(encoded, params, engine, pool, overlong_buffer=config.reward.overlong_buffer)
-        seconds = {name: seconds.get(name, 0.0) + spent[name] for name in spent}
-        prompt_tokens += sum(len(group.prompt) for _, group in found)
-        for record, group in found:
-            record.verdict = verdict(record.accuracies, config.filter, record.totals, scored=record.scored)
-            if record.verdict == "keep":
-                kept.append((record, group))
-        records += [record for record, _ in found]
-        verdicts = ("too_easy", "too_hard", "equal", "keep")
-        counts = [len(found), *(sum(r.verdict == v for r, _ in found) for v in verdicts)]
-        *drawn, good = world.sum(torch.tensor(counts).to(world.device)).tolist()
-        state = state.add(*drawn)
-        missing -= good
-        if missing <= 0:
-            break
-    rewards = torch.tensor([record.totals for record, _ in kept], dtype=torch.float64).view(-1, config.sampling.answers)
+def collect(config: Config, step: int, collector: Collector, state: FilterState, world: World) -> StepRollouts:
+    """Sample prompts until the filter has kept enough groups, or filter.tries is reached. Every rank calls it."""
+    found = collector.collect(step, state)
+    totals = [record.totals for record, _ in found.kept]
+    rewards = torch.tensor(totals, dtype=torch.float64).view(-1, config.sampling.answers)
     squares, count = world.sum(torch.tensor(square_sum(rewards), dtype=torch.float64).to(world.device)).tolist()
     values = advantages(rewards, config.update.advantages, deviation=pooled_deviation(squares, count)).tolist()
     groups = []
-    for (record, group), row in zip(kept, values, strict=True):
+    for (record, group), row in zip(found.kept, values, strict=True):
         record.advantages = row
         scored = zip(group.answers, row, record.rewards, strict=True)
         chosen = [dataclasses.replace(a, advantage=v) for a, v, reward in scored if reward.scored]
         groups.append(Group(group.prompt, tuple(chosen)))
-    return StepRollouts(records, groups, seconds, prompt_tokens, state)
+    return StepRollouts(found, groups)
 
 
 # --------------------------------------------------------------------------------------------------------------- update
@@ -339,24 +298,27 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
     first = 0
     recent = guard.Recent()
     filtered = FilterState()
+    parked = None
     if resume_from is not None:
         state, rank_state = saver.load(resume_from)
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         filtered = FilterState(**state["filter"])
+        parked = rank_state.get("parked") if config.resume_data == "same" else None
         restore_data(resume_from, config.resume_data, world, lambda: stream.load_state_dict(rank_state["stream"]))
     engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
     questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
     def save(step: int) -> None:
         state = {"guard": recent.to_json(), "filter": filtered.to_json()}
-        saver.save(step, state=state, rank_state={"stream": stream.state_dict()})
+        rank_state = {"stream": stream.state_dict(), "parked": collector.state_dict()}
+        saver.save(step, state=state, rank_state=rank_state)
 
     def evaluate(step: int) -> None:
         every = config.evaluation.every
         if every and questions and (step % every == 0 or step == config.steps):
             mine = stream.encode(questions[world.rank :: world.size])
-            found, _ = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), engine, pool)
+            found = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), engine, pool)
             row = evaluation_row(step, questions, [record for record, _ in found], world)
             world.say(f"held out, step {step}: {write_evaluation(out, row, world)}")
 
@@ -371,7 +333,12 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         origins=config.origins,
     )
     log = RolloutLog(out, rank=world.rank, done=first)
-    with metrics, RewardPool(config.reward) as pool, saver:
+    with (
+        metrics,
+        RewardPool(config.reward) as pool,
+        Collector(config, engine, stream, pool, world, parked) as collector,
+        saver,
+    ):
         watch = UpdateWatch(config.guard.patience)
         row: dict[str, Any] | None = None
         step = first
@@ -381,27 +348,30 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             begin = time.perf_counter()
             set_learning_rates(optimizer, config.schedule, step, config.steps)
             try:
-                rollouts = collect(config, step, engine, stream, pool, filtered, world)
+                rollouts = collect(config, step, collector, filtered, world)
             except NoPrompts as end:
                 if step == first:
                     raise
                 world.say(end)
                 break
-            filtered = rollouts.filtered
-            log.write(step + 1, rollouts.records)
+            found = rollouts.found
+            filtered = found.filtered
+            log.write(step + 1, found.records)
             engine.release()
+            if step + 1 < config.steps:
+                collector.prepare(filtered)  # images of the next prompts are encoded during the update
             started = time.perf_counter()
             with config.sampling.numerics_context():
-                found, sharing, recent = improve(
+                updated, sharing, recent = improve(
                     config, model, reference, optimizer, rollouts.groups, recent, step, world
                 )
-            seconds = {**rollouts.seconds, "update": time.perf_counter() - started, "step": time.perf_counter() - begin}
-            figures = step_figures(rollouts.records, world)
+            seconds = {**found.seconds, "update": time.perf_counter() - started, "step": time.perf_counter() - begin}
+            figures = step_figures(found.records, world)
             rates = step_rates(
                 sharing,
                 seconds,
                 world,
-                prompt_tokens=rollouts.prompt_tokens,
+                prompt_tokens=found.prompt_tokens,
                 images=sum(group.prompt.grid.shape[0] for group in rollouts.groups),
                 completion_tokens=figures["answer_tokens"],
                 update=config.update,
@@ -410,7 +380,8 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 "step": step + 1,
                 "lr": optimizer.param_groups[-1]["lr"],
                 **figures,
-                **found,
+                **found.figures,
+                **updated,
                 **rates,
                 "memory_gib": memory_gib(world.device),
                 "kept_share": round(filtered.kept_share, 4),

@@ -45,6 +45,17 @@ def check(config: Any) -> None:
             f"(processor.max_seq_len) and a completion {sampling.max_tokens} (sampling.max_tokens): raise the first to "
             f"{longest + sampling.max_tokens}, or lower one of the others"
         )
+    if sampling.unfinished == "park":
+        if sampling.base_url:
+            raise ConfigError(
+                "sampling.unfinished is park, but a server (sampling.base_url) cannot continue a completion: set "
+                "sampling.unfinished to cancel"
+            )
+        if update.importance == "none":
+            raise ConfigError(
+                "sampling.unfinished is park: the first tokens of a continued completion were sampled by earlier "
+                "weights. Set update.importance to token, sequence or geometric, which corrects for the difference"
+            )
     if sampling.base_url and update.importance == "none":
         raise ConfigError(
             f"sampling.base_url is {sampling.base_url}, a server whose weights are not the trainer's: set "

@@ -23,8 +23,8 @@ class FilterConfig:
             rewards in [0, 1]. A value below 0 also keeps groups with equal rewards, which entropy and KL terms use.
         high: A group is kept only if the mean accuracy of its completions is below this value (VST uses 0.99). Needs
             rewards in [0, 1].
-        tries: Rounds of drawing prompts for one step. With 1, dropped groups are not replaced. With 0, no group is
-            dropped.
+        tries: A step draws at most this many times sampling.prompts. With 1, dropped groups are not replaced. With 0,
+            no group is dropped.
     """
 
     low: float | None = None

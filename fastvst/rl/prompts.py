@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fastvst.rl.rewards.verifiable import BOXES, normalise_modes
 from fastvst.rollout.fsdp_engine import divide_by_work
 
 MAX_REJECTED = 1000  # rows in a row without a usable prompt, after which the run ends
+MARK_EVERY = 64  # prompts between two states of the mixture, which a resumed run may have to draw again
 
 
 class NoPrompts(RuntimeError):
@@ -135,13 +137,14 @@ def _with_system(sample: Sample, text: str) -> Sample:
 
 
 class PromptStream:
-    """Prompts of a mixture, dealt to the ranks by expected work.
+    """Prompts of a mixture; every rank reads the same stream, so that all ranks agree on the next prompt.
 
-    Every rank reads the same stream and keeps its share, so that all ranks agree on the next prompt. Rows without a
-    usable prompt (no answer, too long, an unknown reward mode) are recorded in the ledger.
+    Rows without a usable prompt (no answer, too long, an unknown reward mode) are recorded in the ledger. A step of RL
+    looks ahead: it draws prompts with `peek` and says with `use_up` how many of them it has used. A checkpoint holds
+    the place behind these: the others are drawn again.
 
     Attributes:
-        asked: prompts taken so far, over all ranks.
+        asked: prompts used up so far, over all ranks.
         drawn: rows read so far.
     """
 
@@ -173,6 +176,34 @@ class PromptStream:
         self.needs_answer = needs_answer
         self.asked = 0
         self.drawn = 0
+        self._counted = 0  # rows whose rejects are in the ledger: a resumed run reads some of them again
+        self._ahead: deque[tuple[Prompt, int]] = deque()  # drawn and not used up
+        self._marks: deque[dict[str, Any]] = deque()  # states of the mixture before some of these were drawn
+
+    def peek(self, index: int) -> tuple[Prompt, int] | None:
+        """The prompt that comes `index` prompts after those used up, and its number of tokens; None after the last.
+
+        Raises:
+            NoPrompts: MAX_REJECTED rows in a row are unusable.
+        """
+        while len(self._ahead) <= index:
+            if not self._marks or self._next_number - self._marks[-1]["asked"] >= MARK_EVERY:
+                self._marks.append(self._mark())
+            found = self._next()
+            if found is None:
+                return None
+            self._ahead.append(found)
+        return self._ahead[index]
+
+    def use_up(self, count: int) -> None:
+        """The next `count` prompts, which have been peeked at, do not come again."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self.asked += count
+        while len(self._marks) > 1 and self._marks[1]["asked"] <= self.asked:
+            self._marks.popleft()
+        if not self._ahead:
+            self._marks.clear()
 
     def take(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` prompts of the stream.
@@ -181,19 +212,17 @@ class PromptStream:
             NoPrompts: the data end before the first prompt, or MAX_REJECTED rows in a row are unusable.
             TooManyBadSamples: the ledger's limit is exceeded.
         """
-        taken: list[Prompt] = []
-        work: list[float] = []
-        for index in range(count):
-            found = self._next()
-            if found is None:
-                if index == 0:
-                    raise NoPrompts(f"the data end after {self.asked} prompts\n{self.ledger.summary()}")
-                break
-            prompt, tokens = found
-            taken.append(prompt)
-            work.append(tokens + self.completion_tokens)
+        found = [entry for index in range(count) if (entry := self.peek(index)) is not None]
+        if not found:
+            raise self.ended()
+        self.use_up(len(found))
         self.ledger.check()
-        return [taken[i] for i in divide_by_work(work, self.size)[self.rank]]
+        shares = divide_by_work([tokens + self.completion_tokens for _, tokens in found], self.size)
+        return [found[i][0] for i in shares[self.rank]]
+
+    def ended(self) -> NoPrompts:
+        """The error of a step that finds no prompt."""
+        return NoPrompts(f"the data end after {self.asked} prompts\n{self.ledger.summary()}")
 
     def prompt(self, sample: Sample, turn: int, number: int) -> Prompt:
         """The prompt of a row with the settings of this stream. Raises SampleError."""
@@ -211,16 +240,17 @@ class PromptStream:
             if drawn is None:
                 return None
             self.drawn += 1
-            self.ledger.saw()
+            new = self.drawn > self._counted
+            self.ledger.saw(int(new))
             try:
                 if isinstance(drawn.sample, SampleError):
                     raise drawn.sample
                 with refused(drawn.sample):
-                    prompt, tokens = self.examine(drawn.sample, self.drawn, self.asked)
+                    prompt, tokens = self.examine(drawn.sample, self.drawn, self._next_number)
             except SampleError as error:
-                self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)
+                if new:
+                    self.ledger.record(error, where=self.mixture.where(drawn.ref), write=self.rank == 0)
                 continue
-            self.asked += 1
             return prompt, tokens
         raise NoPrompts(f"{MAX_REJECTED:,} rows in a row have no usable prompt\n{self.ledger.summary()}")
 
@@ -231,25 +261,52 @@ class PromptStream:
         """
         encoded = []
         for prompt in prompts:
-            try:
-                with refused(prompt.sample):
-                    encoded.append((prompt, self.processor.encode(prompt.sample, add_generation_prompt=True)))
-            except SampleError as error:
-                self.ledger.record(error, where=prompt.sample.id, weight=self.size)  # others decode other prompts
+            found = self.encoding(prompt)
+            if isinstance(found, SampleError):
+                self.reject(prompt, found)
+            else:
+                encoded.append((prompt, found))
         return encoded
 
+    def encoding(self, prompt: Prompt) -> EncodedSample | SampleError:
+        """The encoded prompt, or why it cannot be encoded. Changes nothing, so that a thread may call it."""
+        try:
+            with refused(prompt.sample):
+                return self.processor.encode(prompt.sample, add_generation_prompt=True)
+        except SampleError as error:
+            return error
+
+    def reject(self, prompt: Prompt, error: SampleError) -> None:
+        """Record a prompt that cannot be encoded; other ranks encode other prompts."""
+        self.ledger.record(error, where=prompt.sample.id, weight=self.size)
+
+    @property
+    def _next_number(self) -> int:
+        return self.asked + len(self._ahead)
+
+    def _mark(self) -> dict[str, Any]:
+        return {"mixture": self.mixture.state_dict(), "asked": self._next_number, "drawn": self.drawn}
+
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
+        """JSON-able state: the mixture some prompts before the first one that is not used up, and how many."""
+        mark = self._marks[0] if self._marks else self._mark()
         return {
-            "mixture": self.mixture.state_dict(),
-            "asked": self.asked,
-            "drawn": self.drawn,
+            **mark,
+            "skip": self.asked - mark["asked"],
+            "counted": max(self.drawn, self._counted),
             "ledger": self.ledger.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the last prompt that was taken before `state_dict`."""
+        """Continue exactly after the last prompt that was used up before `state_dict`."""
         self.mixture.load_state_dict(state["mixture"])
         self.asked = state["asked"]
         self.drawn = state["drawn"]
+        self._counted = state.get("counted", 0)
+        self._ahead.clear()
+        self._marks.clear()
         self.ledger.load_state_dict(state["ledger"])
+        skip = state.get("skip", 0)
+        if skip:
+            self.peek(skip - 1)
+            self.use_up(skip)

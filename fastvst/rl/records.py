@@ -22,6 +22,7 @@ from fastvst.train.metrics import duration, rejected
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 SAVED_PROMPTS = 2  # kept prompts of each step whose images are saved
 REWARD_MODES = (*MODES, BOXES)
+PARTS = ("rollout", "prefill", "decode", "reward", "encode", "update")  # of the seconds of a step
 
 
 @dataclass
@@ -36,6 +37,8 @@ class GroupRecord:
         penalties: 0 or below, subtracted for length.
         verdict: "keep", "too_easy", "too_hard" or "equal".
         advantages: empty if the group was not kept.
+        versions: for each completion [step, number of tokens]: the steps whose weights sampled its tokens. Empty if
+            this step sampled all of them.
     """
 
     prompt: Prompt
@@ -46,6 +49,7 @@ class GroupRecord:
     penalties: Sequence[float]
     verdict: str
     advantages: list[float] = field(default_factory=list)
+    versions: Sequence[Sequence[Sequence[int]]] = ()
 
     @property
     def totals(self) -> list[float]:
@@ -132,6 +136,7 @@ def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
                 **_reward(record.rewards[i]),
                 "overlong": record.penalties[i],
                 "advantage": round(advantages[i], 6),
+                **({"versions": record.versions[i]} if record.versions else {}),
             }
             for i in range(len(record.texts))
         ],
@@ -224,7 +229,7 @@ def step_rates(
 
     Args:
         sharing: counts of this rank's packs.
-        seconds: of the parts rollout, prefill, decode, reward, update, and of the whole step.
+        seconds: of the PARTS and of the whole step.
         prompt_tokens: of this rank's prompts.
         images: in this rank's kept groups.
         completion_tokens: of all ranks.
@@ -235,7 +240,7 @@ def step_rates(
     rates = {"prefill": all_prompt_tokens, "decode": completion_tokens, "update": shared * update.epochs}
     return {
         "seconds": round(seconds["step"], 4),
-        **{f"{part}_seconds": round(seconds[part], 4) for part in ("rollout", "prefill", "decode", "reward", "update")},
+        **{f"{part}_seconds": round(seconds[part], 4) for part in PARTS},
         "tokens": shared,
         "images": all_images,
         "prompt_tokens": all_prompt_tokens,
@@ -274,6 +279,10 @@ def progress_text(row: dict[str, Any], total_steps: int) -> str:
         f"left {duration(row['eta'])}"
     )
     time += rejected(row)
+    if row.get("thrown_away"):
+        time += f"  {100 * row['thrown_away']:.1f}% of the tokens thrown away"
+    if row.get("stale"):
+        time += f"  {100 * row['stale']:.1f}% of earlier weights"
     if row["split_groups"]:
         time += f"  {row['split_groups']:.0f} groups did not fit into a pack"
     indent = " " * (len(head) + 2)

@@ -7,9 +7,10 @@ import json
 import time
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,13 +25,16 @@ from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
 from fastvst.rl.rewards.verifiable import Reward, overlong
 from fastvst.rollout import Engine, EngineConfig, Rollout, RolloutError, SamplingParams
+from fastvst.rollout.engine import Stats
 from fastvst.rollout.fsdp_engine import gather_parameters, is_sharded
 from fastvst.rollout.kv_cache import memory_bytes, page_bytes
 from fastvst.rollout.openai_client import connect
+from fastvst.rollout.request import Request
 from fastvst.rollout.runner import NUMERICS
 from fastvst.train.distributed import World
 
 EncodedPrompt = tuple[Prompt, EncodedSample]
+SERVER_WAIT = 0.1  # seconds of a step that waits for a server
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class SamplingConfig:
         base_url: Address of an OpenAI-compatible server (vLLM, SGLang) up to and including "/v1", which then samples
             the completions. The server does not receive new weights, so update.importance must not be none. If empty,
             the weights in training are sampled from.
+        unfinished: What becomes of completions that still run when a step has enough groups. "cancel" asks their
+            prompts again in the next step. "park" keeps every rank busy to the end of the step and continues them in
+            the next one; their first tokens are those of earlier weights, so update.importance must not be none.
         system: System prompt of rows without a system message of their own. "none" is the model's default, "think" is
             VST's thinking prompt (except for prompts rewarded as 3D boxes); any other text is the prompt itself.
     """
@@ -64,6 +71,7 @@ class SamplingConfig:
     memory: int | float = 0.25
     numerics: Literal["fast", "bitwise"] = "fast"
     base_url: str = ""
+    unfinished: Literal["cancel", "park"] = "cancel"
     system: str = "none"
 
     def params(self, answers: int, seed: int) -> SamplingParams:
@@ -118,13 +126,12 @@ def resolve_old_logprobs(update: UpdateConfig, sampling: SamplingConfig) -> Upda
 class RankEngine:
     """Samples this rank's own prompts from the weights in training.
 
-    Sharded weights (FSDP2) are gathered by the first `generate` and kept until `release`, which the trainer calls
-    before it changes them. So every rank calls both. The KV cache is allocated for each `generate`, in the memory that
-    is free then.
+    A phase begins with `open` (or `generate`) and ends with `release`, which the trainer calls before it changes the
+    weights. Sharded weights (FSDP2) are gathered once in a phase, so every rank calls both. Engine, KV cache and CUDA
+    graphs live through the phase. The KV cache is allocated in the memory that is free when the phase begins.
 
     Attributes:
-        prefill_seconds: of the last phase.
-        decode_seconds: of the last phase.
+        slots: completions that are in progress at the same time, waiting ones included.
     """
 
     def __init__(
@@ -139,50 +146,125 @@ class RankEngine:
         self.config = config
         self.prompt_limit = prompt_limit
         self.world = world
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
-        self._plain: Qwen25VL | None = None
+        # A quarter more than decode together wait, so that one starts in the step in which another ends.
+        self.slots = max(EngineConfig().max_sequences * 5 // 4, config.answers)
+        self._engine: Engine | None = None
+
+    def open(self) -> Engine:
+        """The engine of this phase. Every rank calls it."""
+        if self._engine is None:
+            sharded = is_sharded(self.model)
+            plain = gather_parameters(self.model, dtype=self.world.dtype) if sharded else self.model
+            memory = self.config.kv_cache_bytes(self.model.config, self.prompt_limit, self.world)
+            self._engine = Engine(plain, self.processor, EngineConfig(memory, numerics=self.config.numerics))
+        return self._engine
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
         """`params.n` completions of each prompt. Raises RolloutError as `Engine.generate` does."""
-        if self._plain is None:
-            sharded = is_sharded(self.model)
-            self._plain = gather_parameters(self.model, dtype=self.world.dtype) if sharded else self.model
-        memory = self.config.kv_cache_bytes(self.model.config, self.prompt_limit, self.world)
-        engine = Engine(self._plain, self.processor, EngineConfig(memory, numerics=self.config.numerics))
-        rollouts = engine.generate([sample for _, sample in encoded], params) if encoded else []
-        self.prefill_seconds = engine.stats.prefill_seconds
-        self.decode_seconds = engine.stats.decode_seconds
-        engine.release()
-        return rollouts
+        engine = self.open()
+        return engine.generate([sample for _, sample in encoded], params) if encoded else []
+
+    def add(
+        self, prompt: Prompt, samples: Sequence[EncodedSample], params: Sequence[SamplingParams]
+    ) -> Sequence[Request]:
+        """Begin the completions of a prompt, or of its continuations in `samples`. Raises as `Engine.add_many`."""
+        return self.open().add_many(samples, params)
+
+    def step(self) -> bool:
+        """Compute one step; returns whether a completion ended."""
+        return self.open().step()
+
+    def cancel(self, request: Any) -> None:
+        """End a request of `add`; its rollouts keep the tokens that were sampled so far."""
+        self.open().cancel(request)
+
+    @property
+    def idle(self) -> bool:
+        """No request is in progress."""
+        return self._engine is None or self._engine.idle
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of prefill and decode since the phase began."""
+        stats = Stats() if self._engine is None else self._engine.stats
+        return {"prefill": stats.prefill_seconds, "decode": stats.decode_seconds}
 
     def release(self) -> None:
-        """Free the gathered weights. The next `generate` gathers the new ones."""
-        self._plain = None
+        """End the phase: free the KV cache and the gathered weights."""
+        if self._engine is not None:
+            self._engine.release()
+        self._engine = None
+
+
+@dataclass
+class ServerRequest:
+    """The completions that a server samples for one prompt; `rollouts` are None until its answer has come."""
+
+    future: Future[list[Rollout]]
+    rollouts: list[Rollout | None]
+
+    @property
+    def done(self) -> bool:
+        return None not in self.rollouts
 
 
 class ServerEngine:
-    """Samples from an OpenAI-compatible server; each rank sends its own prompts.
-
-    Attributes:
-        prefill_seconds: always 0, because a server reports no times.
-        decode_seconds: of the whole last phase.
-    """
+    """Samples from an OpenAI-compatible server, as RankEngine does; each rank sends its own prompts."""
 
     def __init__(self, config: SamplingConfig, processor: Processor) -> None:
         self.engine = connect(config.base_url, processor, model=served_model(config.base_url))
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
+        self.slots = self.engine.config.concurrency * config.answers
+        self.seconds = {"prefill": 0.0, "decode": 0.0}  # a server does not tell them apart
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: list[ServerRequest] = []
+
+    def open(self) -> None:
+        """Begin a phase."""
 
     def release(self) -> None:
-        """A server keeps its weights."""
+        """End the phase; a server keeps its weights."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads = None
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
         """`params.n` completions of each prompt. Raises RolloutError as `OpenAIEngine.generate` does."""
+        return self.engine.generate([prompt.sample for prompt, _ in encoded], params)
+
+    def add(
+        self, prompt: Prompt, samples: Sequence[EncodedSample], params: Sequence[SamplingParams]
+    ) -> Sequence[ServerRequest]:
+        """Send a prompt to the server."""
+        self._threads = self._threads or ThreadPoolExecutor(self.engine.config.concurrency)
+        future = self._threads.submit(self.engine.complete, prompt.sample, params[0])
+        self._running.append(ServerRequest(future, [None] * params[0].n))
+        return self._running[-1:]
+
+    def step(self) -> bool:
+        """Wait until the server has answered a request, but not for long, because rewards are exchanged in between.
+
+        Raises:
+            RolloutError: as `OpenAIEngine.generate`.
+        """
         begin = time.perf_counter()
-        rollouts = self.engine.generate([prompt.sample for prompt, _ in encoded], params)
-        self.decode_seconds = time.perf_counter() - begin
-        return rollouts
+        wait([request.future for request in self._running], SERVER_WAIT, FIRST_COMPLETED)
+        self.seconds["decode"] += time.perf_counter() - begin
+        ended = [request for request in self._running if request.future.done()]
+        for request in ended:
+            request.rollouts = list(request.future.result())
+            self._running.remove(request)
+        return bool(ended)
+
+    def cancel(self, request: Any) -> None:
+        """Forget a request; its rollouts stay None."""
+        request.future.cancel()
+        if request in self._running:
+            self._running.remove(request)
+
+    @property
+    def idle(self) -> bool:
+        """No request is in progress."""
+        return not self._running
 
 
 def served_model(base_url: str) -> str:
@@ -215,31 +297,35 @@ def sample_and_score(
     pool: RewardPool,
     *,
     overlong_buffer: int = 0,
-) -> tuple[list[tuple[GroupRecord, Group]], dict[str, float]]:
+) -> list[tuple[GroupRecord, Group]]:
     """Sample `params.n` completions of each prompt of this rank and score them. Every rank calls it.
 
     Returns:
-        (record, group without advantages) for each prompt; seconds of "rollout", of its parts "prefill" and "decode",
-        and of "reward".
+        (record, group without advantages) for each prompt.
     """
-    begin = time.perf_counter()
     rollouts = engine.generate(encoded, params)
-    sampled = time.perf_counter()
     rewards = pool.score(
         [[prompt.row(r.text) for r in group] for (prompt, _), group in zip(encoded, rollouts, strict=True)]
     )
-    seconds = {
-        "rollout": sampled - begin,
-        "prefill": engine.prefill_seconds,
-        "decode": engine.decode_seconds,
-        "reward": time.perf_counter() - sampled,
-    }
-    scored = []
-    for (prompt, sample), completions, of_group in zip(encoded, rollouts, rewards, strict=True):
-        penalties = [overlong(len(r.tokens), params.max_tokens, overlong_buffer) for r in completions]
-        answers = [Answer(torch.tensor(r.tokens, dtype=torch.int32), torch.tensor(r.logprobs)) for r in completions]
-        scored.append((_record(prompt, completions, of_group, penalties), Group(sample, tuple(answers))))
-    return scored, seconds
+    limits = (params.max_tokens, overlong_buffer)
+    return [
+        group_of(prompt, sample, completions, of_group, *limits)
+        for (prompt, sample), completions, of_group in zip(encoded, rollouts, rewards, strict=True)
+    ]
+
+
+def group_of(
+    prompt: Prompt,
+    sample: EncodedSample,
+    completions: Sequence[Rollout],
+    rewards: Sequence[Reward],
+    max_tokens: int,
+    overlong_buffer: int,
+) -> tuple[GroupRecord, Group]:
+    """The record of a scored prompt, and its group without advantages."""
+    penalties = [overlong(len(r.tokens), max_tokens, overlong_buffer) for r in completions]
+    answers = [Answer(torch.tensor(r.tokens, dtype=torch.int32), torch.tensor(r.logprobs)) for r in completions]
+    return _record(prompt, completions, rewards, penalties), Group(sample, tuple(answers))
 
 
 def _record(

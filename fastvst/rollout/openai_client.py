@@ -89,7 +89,7 @@ class OpenAIEngine:
         pool = ThreadPoolExecutor(min(self.config.concurrency, max(1, len(prompts))))
         try:
             running: dict[Future, int] = {
-                pool.submit(self._complete, prompt, p): i
+                pool.submit(self.complete, prompt, p): i
                 for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
             }
             while running:
@@ -103,7 +103,8 @@ class OpenAIEngine:
             pool.shutdown(wait=False, cancel_futures=True)
         return results
 
-    def _complete(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
+    def complete(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
+        """The completions of one prompt; threads may call it. Raises as `generate`."""
         name = f"{prompt.source}/{prompt.id}"
         begin = time.perf_counter()
         response = self._post(name, self._body(prompt, params))

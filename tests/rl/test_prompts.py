@@ -157,3 +157,27 @@ def test_a_missing_answer_is_no_answer(tmp_path: Path, answer: object) -> None:
     (sample,) = open_source(tmp_path / "rows.jsonl")
     with pytest.raises(SampleError, match="no_answer"):
         make_prompt(sample)
+
+
+def test_a_checkpoint_forgets_what_was_drawn_ahead(tmp_path: Path, processor: Processor) -> None:
+    """Prompts that were looked at but not used come again, and rejected rows behind them are counted once."""
+    path = write_questions(tmp_path, 150, image_every=1000)
+    lines = path.read_text().splitlines()
+    for index in range(0, 150, 10):
+        lines[index] = json.dumps({"id": f"bad{index}", "question": "why"})
+    path.write_text("\n".join(lines) + "\n")
+    for used in (0, 1, 63, 64, 65, 100):
+        one = stream(path, processor)
+        ahead = [one.peek(index) for index in range(used + 90)]
+        one.use_up(used)
+        state = json.loads(json.dumps(one.state_dict()))
+        again = stream(path, processor)
+        again.load_state_dict(state)
+        assert again.asked == one.asked == used
+        for index in range(120):
+            known = one.peek(index)
+            found = again.peek(index)
+            assert known is not None and found is not None
+            assert (found[0].number, found[0].sample.id, found[1]) == (known[0].number, known[0].sample.id, known[1])
+        assert ahead[used] == one.peek(0) and again.drawn == one.drawn
+        assert (again.ledger.seen, again.ledger.counts) == (one.ledger.seen, one.ledger.counts)

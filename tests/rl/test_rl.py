@@ -106,6 +106,25 @@ def test_a_run_earns_more(model: Path, data: Path, reward: Path, tmp_path: Path)
     assert sum(rewards[-5:]) > 1.15 * sum(rewards[:5]), rewards
 
 
+def test_parked_completions_continue_with_the_log_probabilities_of_the_trainer(
+    model: Path, data: Path, reward: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 the tokens of earlier weights are those of today's."""
+    options = ["sampling.unfinished=park", "update.importance=token", "filter.tries=6", "optimizer.lr=0"]
+    more = ["optimizer.vision_lr=0", "sampling.max_tokens=20", "sampling.prompts=2", "steps=4"]
+    rl.main(rl_arguments(tmp_path / "run", data, model, reward, *options, *more))
+    rows = rows_of(tmp_path / "run")
+    assert any(row["stale"] > 0 for row in rows) and all(row["thrown_away"] == 0 for row in rows)
+    assert max(row["sampler_gap_max"] for row in rows) < 1e-4
+    groups = rows_of(tmp_path / "run", "rollouts.jsonl")
+    assert [group["number"] for group in groups] == list(range(len(groups)))
+    continued = [a for group in groups for a in group["answers"] if len(a.get("versions", [])) > 1]
+    assert continued and all(sum(n for _, n in a["versions"]) == a["tokens"] for a in continued)
+    for change, words in (("update.importance=none", "earlier weights"), ("sampling.base_url=http://x", "a server")):
+        with pytest.raises(ConfigError, match=f"unfinished is park.*{words}"):
+            rl.main(rl_arguments(tmp_path / "bad", data, model, reward, *options, change))
+
+
 # -------------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -313,7 +332,8 @@ def test_contradicting_options_are_refused(model: Path, data: Path, reward: Path
     with pytest.raises(ConfigError, match="set update.importance to token"):
         rl.main(rl_arguments(tmp_path / "run", data, model, reward, "sampling.base_url=http://127.0.0.1:9/v1"))
     # optimizer.state, device_memory, checkpoint.every_minutes and log.peak_tflops: as in tests/train/test_sft.py.
-    assert len(list(leaves(rl.Config()))) <= 89
+    # sampling.unfinished: whether long completions are cancelled or continued by later weights is a choice of the user.
+    assert len(list(leaves(rl.Config()))) <= 90
     stage = load_config(rl.Config, ["--config", str(ROOT / "examples" / "vst_rl.toml")])
     assert (stage.sampling.answers, stage.optimizer.lr, stage.update.minibatches) == (5, 1e-6, 2)
 

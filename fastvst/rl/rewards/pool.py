@@ -134,7 +134,7 @@ class _Worker:
 
     Attributes:
         process: the supervisor of the reward process; its stdin and stdout are those of the reward process.
-        call: index of the call, -1 while idle.
+        call: ticket of the call, -1 while idle.
         number: number of the request that it answers; a reply to another one is not taken.
         rows: rows of the call.
         unsent: what is left of the request.
@@ -176,6 +176,10 @@ class RewardPool:
         self.failed = 0
         self.scored = 0
         self.reasons: dict[str, int] = {}
+        self._tickets = 0  # calls so far
+        self._calls: dict[int, Sequence[Row]] = {}  # by ticket: not scored yet
+        self._waiting: deque[int] = deque()  # tickets of calls that no process has
+        self._results: dict[int, list[Reward]] = {}
         settings = {"terms": [[term.path, term.weight] for term in config.terms], "memory_gib": config.memory_gib}
         self._command = [sys.executable, "-m", "fastvst.rl.rewards.worker", json.dumps(settings)]
         self._workers = [self._start() for _ in range(max(1, config.workers))]
@@ -197,34 +201,70 @@ class RewardPool:
             worker.supervised.end()
 
     def score(self, calls: Sequence[Sequence[Row]]) -> list[list[Reward]]:
-        """Rewards of the rows of each call.
+        """Rewards of the rows of each call. Raises as `wait`."""
+        tickets = [self.submit(rows) for rows in calls]
+        return [self.wait(ticket) for ticket in tickets]
+
+    def submit(self, rows: Sequence[Row]) -> int:
+        """Begin to score the rows of one call; returns the ticket for `wait` or `drop`."""
+        ticket = self._tickets
+        self._tickets += 1
+        if rows:
+            self._calls[ticket] = rows
+            self._waiting.append(ticket)
+        else:
+            self._results[ticket] = []
+        self.poll()
+        return ticket
+
+    def poll(self) -> None:
+        """Exchange with the processes what can be exchanged without waiting, but for the start of a lost process."""
+        for place, worker in enumerate(self._workers):
+            if worker.call >= 0:
+                self._attend(place)
+            elif self._waiting:
+                self._give(worker)
+
+    def wait(self, ticket: int) -> list[Reward]:
+        """The rewards of a call, as soon as it is scored.
 
         Raises:
             RewardError: a new worker cannot load the function, a package is missing, or more than `max_failed` of the
                 rows since the start have no score.
         """
-        results: list[list[Reward]] = [[] for _ in calls]
-        waiting = deque(index for index, rows in enumerate(calls) if rows)
-        for worker in self._workers:
-            self._give(worker, calls, waiting)
-        while busy := [place for place, worker in enumerate(self._workers) if worker.call >= 0]:
-            _wait([self._workers[place] for place in busy])
-            for place in busy:
-                worker = self._workers[place]
-                reply = _exchange(worker)
-                if reply is None and time.monotonic() >= worker.deadline:
-                    reply = {"failed": f"no reply within {self.config.time_limit:g} s", "dead": True}
-                if reply is None:
-                    continue
-                results[worker.call] = self._rewards(reply, calls[worker.call])
-                worker.call = -1
-                if reply.get("dead") or worker.process.poll() is not None:
-                    worker.supervised.end()
-                    worker = self._workers[place] = self._start()
-                    self._await_start(worker)
-                self._give(worker, calls, waiting)
+        while ticket not in self._results:
+            self.poll()
+            busy = [worker for worker in self._workers if worker.call >= 0]
+            if ticket not in self._results and busy:
+                _wait(busy)
         self._check()
-        return results
+        return self._results.pop(ticket)
+
+    def drop(self, ticket: int) -> None:
+        """Forget a call; if a process works on it, its rewards are not kept."""
+        self._results.pop(ticket, None)
+        self._calls.pop(ticket, None)
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def _attend(self, place: int) -> None:
+        """Exchange with a busy process; take its reply or notice its end, and give it the next call."""
+        worker = self._workers[place]
+        reply = _exchange(worker)
+        if reply is None and time.monotonic() >= worker.deadline:
+            reply = {"failed": f"no reply within {self.config.time_limit:g} s", "dead": True}
+        if reply is None:
+            return
+        rewards = self._rewards(reply, worker.rows)
+        if worker.call in self._calls:
+            del self._calls[worker.call]
+            self._results[worker.call] = rewards
+        worker.call = -1
+        if reply.get("dead") or worker.process.poll() is not None:
+            worker.supervised.end()
+            worker = self._workers[place] = self._start()
+            self._await_start(worker)
+        self._give(worker)
 
     def summary(self) -> str:
         """One line for the log: the number of failures so far and their kinds."""
@@ -250,23 +290,24 @@ class RewardPool:
             names = ", ".join(term.path for term in self.config.terms) or "the built-in rules"
             raise RewardError(f"the reward cannot start: {why}. Check reward.function and reward.functions ({names})")
 
-    def _give(self, worker: _Worker, calls: Sequence[Sequence[Row]], waiting: deque[int]) -> None:
-        if not waiting:
+    def _give(self, worker: _Worker) -> None:
+        if not self._waiting:
             return
-        worker.call = waiting.popleft()
-        rows = calls[worker.call]
+        worker.call = self._waiting.popleft()
+        rows = self._calls[worker.call]
         worker.number += 1
         worker.rows = len(rows)
         worker.received = b""
         worker.unsent = memoryview(encode_request([vars(row) for row in rows], worker.number).encode("ascii") + b"\n")
         worker.deadline = time.monotonic() + self.config.time_limit
+        _send(worker)
 
-    def _rewards(self, reply: dict[str, Any], rows: Sequence[Row]) -> list[Reward]:
+    def _rewards(self, reply: dict[str, Any], rows: int) -> list[Reward]:
         if reply.get("fatal"):
             raise RewardError(reply["fatal"])
         if "rewards" not in reply:
-            self._count(reply["failed"], len(rows))
-            return [Reward(0.0, 0.0, 0.0, f"error: {reply['failed']}")] * len(rows)
+            self._count(reply["failed"], rows)
+            return [Reward(0.0, 0.0, 0.0, f"error: {reply['failed']}")] * rows
         found = [Reward(*values) for values in reply["rewards"]]
         bad = [reward.reason for reward in found if reward.reason.startswith("error")]
         for reason in bad:
@@ -310,6 +351,14 @@ def _wait(workers: Sequence[_Worker]) -> None:
         selector.select(max(0.0, min(worker.deadline for worker in workers) - time.monotonic()))
 
 
+def _send(worker: _Worker) -> None:
+    """Send as much of the request as the worker takes now."""
+    assert worker.process.stdin is not None
+    with contextlib.suppress(BlockingIOError, BrokenPipeError):  # reading finds the end of the process
+        while worker.unsent and (written := worker.process.stdin.write(worker.unsent)):  # None: it takes nothing now
+            worker.unsent = worker.unsent[written:]
+
+
 def _exchange(worker: _Worker) -> dict[str, Any] | None:
     """Send what the worker takes, and read its reply.
 
@@ -318,10 +367,8 @@ def _exchange(worker: _Worker) -> dict[str, Any] | None:
         anything but a reply to this request.
     """
     process = worker.process
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BlockingIOError, BrokenPipeError):  # reading finds the end of the process
-        while worker.unsent and (written := process.stdin.write(worker.unsent)):  # None: it takes nothing now
-            worker.unsent = worker.unsent[written:]
+    assert process.stdout is not None
+    _send(worker)
     for _ in range(PIECES):
         piece = process.stdout.read(1 << 16)
         if piece is None:

@@ -199,6 +199,23 @@ def test_rows_of_a_failed_call_get_zero_and_the_others_their_reward(file: Path) 
     assert seconds < 120 and all(process.poll() is not None for process in processes)  # no process is left
 
 
+def test_rewards_are_computed_while_the_caller_works(file: Path) -> None:
+    with RewardPool(RewardConfig(function=f"{file}:ugly", workers=2), max_failed=1.0) as pool:
+        tickets = [pool.submit(rows("fine", name)) for name in ("fine", "nan", "fine", "fine")]
+        empty = pool.submit(rows())
+        while len(pool._results) < 5:  # nobody waits for a ticket
+            pool.poll()
+            time.sleep(0.001)
+        pool.drop(tickets[2])
+        assert [r.overall for r in pool.wait(tickets[3])] == [0.75, 0.75] and pool.wait(empty) == []
+        assert pool.wait(tickets[1])[1].reason.startswith("error")
+        later = [pool.submit(rows("fine")) for _ in range(6)]
+        for ticket in later[:5]:  # some are being computed, some wait
+            pool.drop(ticket)
+        assert pool.wait(later[5])[0].overall == pool.wait(tickets[0])[0].overall == 0.75
+        assert not pool._results and not pool._calls
+
+
 def left_behind(words: str) -> list[str]:
     """Command lines of running processes that contain `words`."""
     found = []
