@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from fastvst.data.ledger import SampleError
 from fastvst.rl.filtering import FilterConfig, FilterState, verdict
 from fastvst.rl.packing import Group
-from fastvst.rl.prompts import PromptStream
+from fastvst.rl.prompts import PromptEncoder, PromptStream
 from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
 from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine
@@ -85,8 +84,8 @@ class Phase:
         self.burst = max(1, stream.slots // stream.answers // BURST)
         self.waited = {"reward": 0.0, "encode": 0.0}
 
-    def start(self, thread: Executor, rank: int | None = None, parked: list[Part] | None = None) -> bool:
-        """Start the next prompt, and begin to encode it in `thread` if it is this rank's; False at the end of the data.
+    def start(self, encoder: PromptEncoder, rank: int | None = None, parked: list[Part] | None = None) -> bool:
+        """Start the next prompt, and begin to encode it if it is this rank's; False at the end of the data.
 
         Args:
             rank: the rank that has its completions, `parked`; None: the stream chooses.
@@ -103,11 +102,11 @@ class Phase:
         else:
             self.stream.place(rank, tokens)
         if rank == self.world.rank:
-            encoding = thread.submit(self.prompts.encoding, prompt)
+            encoding = encoder.begin(prompt)
             self.mine.append(Running(place, prompt, length, encoding, parked or empty_parts(self.sampling.answers)))
         return True
 
-    def run(self, engine: RankEngine | ServerEngine, thread: Executor, step: int) -> int:
+    def run(self, engine: RankEngine | ServerEngine, encoder: PromptEncoder, step: int) -> int:
         """Sample until the groups of the step are decided; returns how many it uses up, over all ranks."""
         tick = 0
         while self.stream.used is None:
@@ -120,7 +119,7 @@ class Phase:
                 self.pool.poll()
             self._score_ended(step, tick)
             self._exchange(step, last=tick if engine.idle else tick - LAG)
-            while self.stream.wants() and self.start(thread):
+            while self.stream.wants() and self.start(encoder):
                 pass
             tick += 1
         return self.stream.used
@@ -215,7 +214,7 @@ class Collector:
         self.parked: dict[int, list[Part]] = {}
         self._places: list[int] = []  # the rank of each parked prompt of all ranks, in the order of the data
         self._phase: Phase | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoder = PromptEncoder(prompts.processor)
         if state is not None and state["ranks"] == world.size:
             self._places = list(state["places"])
             self.parked = {int(n): [Part(**part) for part in parts] for n, parts in state["parked"].items()}
@@ -226,7 +225,7 @@ class Collector:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._encoder.close()
 
     def prepare(self, filtered: FilterState) -> None:
         """Choose the first prompts of the next step and begin to encode them, while the caller updates the model.
@@ -248,8 +247,8 @@ class Collector:
         self._phase = Phase(self.config, stream, self.prompts, self.pool, self.world)
         first = self.prompts.asked
         for number, rank in enumerate(self._places, start=first):
-            self._phase.start(self._thread, rank, self.parked.get(number))
-        while stream.wants() and self._phase.start(self._thread):
+            self._phase.start(self._encoder, rank, self.parked.get(number))
+        while stream.wants() and self._phase.start(self._encoder):
             pass
 
     def collect(self, step: int, filtered: FilterState) -> Collected:
@@ -268,7 +267,7 @@ class Collector:
         if not phase.stream.verdicts:
             raise self.prompts.ended()
         self.engine.open()
-        used = phase.run(self.engine, self._thread, step)
+        used = phase.run(self.engine, self._encoder, step)
         left = phase.leave(used, self.engine, step)
         parks = phase.stream.park
         self.parked = {number: parts for number, parts in left.items() if parks}

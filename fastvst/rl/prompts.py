@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fastvst.batch import EncodedSample
 from fastvst.data.chat import THINK_SYSTEM
-from fastvst.data.isolated import isolate
+from fastvst.data.isolated import IsolatedProcessor, isolate
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
 from fastvst.data.processor import Processor
@@ -134,6 +135,39 @@ def _with_system(sample: Sample, text: str) -> Sample:
         messages = [{"role": "system", "content": [{"type": "text", "text": text}]}, *messages]
     kind = "qa" if "thought" in sample.kind else sample.kind
     return dataclasses.replace(sample, kind=kind, messages=messages)
+
+
+def encode_prompt(processor: Processor, prompt: Prompt) -> EncodedSample | SampleError:
+    """The encoded prompt, images included, or why it cannot be encoded."""
+    try:
+        with refused(prompt.sample):
+            return processor.encode(prompt.sample, add_generation_prompt=True)
+    except SampleError as error:
+        return error
+
+
+class PromptEncoder:
+    """Encodes prompts one after another in a thread.
+
+    Its decoders have a process of their own, so that the main thread measures other prompts at the same time.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+        if isinstance(processor, IsolatedProcessor):
+            self.processor = IsolatedProcessor(processor.plain, processor.kinds)
+            self.processor.helper.start()  # by the main thread, before there is another one
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    def begin(self, prompt: Prompt) -> Future[EncodedSample | SampleError]:
+        """Queue a prompt; the result is that of `encode_prompt`."""
+        return self._thread.submit(encode_prompt, self.processor, prompt)
+
+    def close(self) -> None:
+        """End the thread and the process."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if isinstance(self.processor, IsolatedProcessor):
+            self.processor.close()
 
 
 class PromptStream:
@@ -261,20 +295,12 @@ class PromptStream:
         """
         encoded = []
         for prompt in prompts:
-            found = self.encoding(prompt)
+            found = encode_prompt(self.processor, prompt)
             if isinstance(found, SampleError):
                 self.reject(prompt, found)
             else:
                 encoded.append((prompt, found))
         return encoded
-
-    def encoding(self, prompt: Prompt) -> EncodedSample | SampleError:
-        """The encoded prompt, or why it cannot be encoded. Changes nothing, so that a thread may call it."""
-        try:
-            with refused(prompt.sample):
-                return self.processor.encode(prompt.sample, add_generation_prompt=True)
-        except SampleError as error:
-            return error
 
     def reject(self, prompt: Prompt, error: SampleError) -> None:
         """Record a prompt that cannot be encoded; other ranks encode other prompts."""
