@@ -106,3 +106,21 @@ def test_default_turns_strange_values_into_json(tmp_path: Path) -> None:
         jsonl.append(tmp_path / "rows.jsonl", [{"path": Path("x")}])
     jsonl.append(tmp_path / "rows.jsonl", [{"path": Path("x")}], default=str)
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"path": "x"}
+
+
+@pytest.mark.parametrize("open_, close", [("[", "]"), ('{"a":', "}")])
+def test_nesting_has_a_limit_that_is_said(open_: str, close: str) -> None:
+    def nested(depth: int) -> str:
+        return open_ * depth + "1" + close * depth
+
+    value = jsonl.loads(nested(jsonl.MOST_DEPTH))
+    for _ in range(jsonl.MOST_DEPTH):
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    assert value == 1
+    for depth in (jsonl.MOST_DEPTH + 1, 900, 100_000):
+        for text in (nested(depth), nested(depth).encode()):
+            with pytest.raises(ValueError, match=f"nested more than {jsonl.MOST_DEPTH} deep"):
+                jsonl.loads(text)
+    assert jsonl.loads("[" + "[]," * 1000 + "{}]") == [[]] * 1000 + [{}]  # many, not deep
+    with pytest.raises(ValueError, match=r"x, line 2 is not JSON: .* nested more than"):
+        jsonl.parse(f"1\n{nested(200)}\n", "x")

@@ -36,6 +36,7 @@ CODECS = (  # of FFmpeg's 500
 # What is opened to find the streams of a file. Sound is never decoded, but its headers are.
 PROBED = ",".join((*CODECS, "aac", "mp3", "mp3float", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "wmav2"))
 FRAME_PIXELS = 8192 * 4320  # largest frame, whatever max_source_pixels allows: a decoder holds up to 17 of them
+BYTES_OF_A_DECODE = 128  # most memory for each pixel of a frame, without the kept ones: H.264 4:4:4 with 10 bits has 93
 MOST_FRAMES = 1 << 22  # of a file: 38 hours at 30 frames a second; their times take 200 MB while they are read
 REORDERED = 16  # frames: no codec shows a frame more than 16 frames later than it decodes it
 BUFFER = 1 << 16  # bytes that FFmpeg reads at a time

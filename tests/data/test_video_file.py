@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from fastvst.data.image_modes import ImageRules
 from fastvst.data.images import MediaError
 from fastvst.data.ledger import SampleError
 from fastvst.data.video import FRAMES, VideoConfig, decode_video, frame_pixels, select_frames
-from fastvst.data.video_file import HEADERS, decode_frames, decode_wanted, read_header, work
+from fastvst.data.video_file import BYTES_OF_A_DECODE, HEADERS, decode_frames, decode_wanted, read_header, work
 
 av = pytest.importorskip("av")
 SIZE = (64, 48)
@@ -335,3 +337,46 @@ def test_a_long_row_names_the_options_that_admit_it() -> None:
     for option in advice.split(", or "):
         _, name, _, value = option.split()
         assert len(Processor.preset("tiny", **options | {name: int(value)}).encode(row)) > 0
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from fastvst.data.video import VideoConfig, load_frames, select_frames
+limits = {"max_source_pixels": 10**8}
+for name in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) << 10
+    before = status("VmRSS")
+    part = {"type": "video", "video": name}
+    plan = select_frames(part, VideoConfig(max_frames=8), total_pixels=10**7, factor=28, **limits)
+    kept = sum(frame.nbytes for frame in load_frames(part, plan, time_limit=60, **limits))
+    print(status("VmHWM") - before - kept)
+"""
+
+
+def test_the_memory_of_a_decode_is_bounded(tmp_path: Path) -> None:
+    """Many reference frames, reordered far, in one group from begin to end; and a long video of small frames."""
+    side = (960, 720)
+    noise = np.random.default_rng(0).integers(0, 256, (side[1] + 40, side[0], 3), dtype=np.uint8)
+    options = {"preset": "ultrafast", "x264-params": "ref=16:bframes=16:keyint=1000:b-adapt=0"}
+    for name, kind in (("a.mkv", "yuv444p10le"), ("b.mp4", "yuv420p")):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=10, options=options)
+            stream.width, stream.height = side
+            stream.pix_fmt = kind
+            for k in range(36):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(noise[k : k + side[1]], format="rgb24")))
+            container.mux(stream.encode())
+    write(tmp_path / "c.mp4", "mpeg4", options={"g": "600"}, count=3000)
+    pixels = {"a.mkv": side[0] * side[1], "b.mp4": side[0] * side[1], "c.mp4": SIZE[0] * SIZE[1]}
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, *(str(tmp_path / name) for name in pixels)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (name, count), line in zip(pixels.items(), run.stdout.split(), strict=True):
+        most = BYTES_OF_A_DECODE * count
+        assert int(line) < most + (24 << 20), name  # 13 MB are libraries, which the first video loads
+    assert int(run.stdout.split()[0]) > 0.4 * BYTES_OF_A_DECODE * pixels["a.mkv"]  # the measurement sees the frames
