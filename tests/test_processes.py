@@ -21,8 +21,10 @@ from fastvst.processes import (
     OPEN_FILES,
     Supervised,
     helper_result,
+    is_stopped,
     kill_marked,
     plain_environment,
+    processor_seconds,
     start_helper,
 )
 
@@ -193,3 +195,20 @@ def test_a_deaf_helper_with_a_full_pipe_ends_with_a_killed_parent(kind, tmp_path
     while alive(helper) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive(helper)
+
+
+def test_a_stopped_process_is_told_from_one_that_works() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            until = time.monotonic() + 100
+            while processor_seconds(process.pid) < 0.05:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            assert not is_stopped(process.pid)
+            process.send_signal(signal.SIGSTOP)
+            while not is_stopped(process.pid):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    assert processor_seconds(process.pid) == 0 and not is_stopped(process.pid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import http.client
 import io
 import json
 import re
@@ -49,6 +50,7 @@ FORBIDDEN = re.compile(
     r"\by[- ]axis|\(\s*-?\d+(?:\.\d+)?\s*,\s*-?\d+(?:\.\d+)?\s*(?:,[^)]*)?\)|Cam-\d",
     re.IGNORECASE,
 )
+LONGEST_WAIT = 60.0  # seconds, whatever a server's Retry-After says
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
 
 
@@ -300,8 +302,8 @@ def _post(url: str, body: dict[str, Any], sample: Sample, config: TeacherConfig)
             if error.code not in RETRIED:
                 raise TeacherError(f"{url}: {problem} (row {sample.id})") from error
             asked = error.headers.get("Retry-After", "")
-            wait = max(wait, float(asked)) if asked.replace(".", "", 1).isdigit() else wait
-        except (OSError, ValueError) as error:  # refused, reset, timed out, or not JSON
+            wait = max(wait, min(float(asked), LONGEST_WAIT)) if asked.replace(".", "", 1).isdecimal() else wait
+        except (OSError, ValueError, http.client.HTTPException) as error:  # refused, reset, late, cut, or not JSON
             problem = f"{type(error).__name__}: {error}"
         if attempt < config.retries:
             time.sleep(wait)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import random
@@ -32,6 +33,7 @@ from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, param
 if TYPE_CHECKING:
     from fastvst.data.processor import Processor
 
+LONGEST_PAUSE = 60.0  # seconds, whatever a server's Retry-After says
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as in OpenAI's own client: the next try may succeed
 
 
@@ -176,8 +178,8 @@ class OpenAIEngine:
                 if error.code not in RETRIED:
                     raise RolloutError(f"{name}: {problem}") from error
                 after = error.headers.get("Retry-After", "")
-                pause = float(after) if after.replace(".", "", 1).isdigit() else pause
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                pause = min(float(after), LONGEST_PAUSE) if after.replace(".", "", 1).isdecimal() else pause
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 problem = f"{url} does not answer ({reason})"
             except ValueError as error:

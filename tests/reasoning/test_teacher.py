@@ -49,6 +49,9 @@ def row(number: int) -> Sample:
     )
 
 
+CUT = "cut"
+
+
 class Server:
     """Replies with `script(question number, number of requests)`: a text or a status code."""
 
@@ -77,7 +80,10 @@ class Server:
                 }
                 data = json.dumps(answer if status == 200 else {"error": "busy"}).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
+                cut = 7 if said == CUT else 0  # a server that was killed while it answered
+                self.send_header("Content-Length", str(len(data) + cut))
+                if status == 408:
+                    self.send_header("Retry-After", "9" * 9)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -157,6 +163,22 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server: Server, tmp_p
     with pytest.raises(TeacherError, match=r"status 401.*busy.*row r2"):
         ask_teacher([(scene(), row(2))], tmp_path / "c.jsonl", config(server))
     assert sum(a["number"] == 2 for a in server.asked) == 1
+
+
+def test_a_server_that_dies_while_it_answers_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.script = lambda number, times: CUT if times < 3 else f"{STORY}\nAnswer: B. lamp"
+    made, _ = ask_teacher([(scene(), row(0))], tmp_path / "a.jsonl", config(server))
+    assert len(made) == 1 and len(server.asked) == 3
+    server.script = lambda number, times: CUT
+    with pytest.raises(TeacherError, match="gave up on row r1 after 2 tries; last: IncompleteRead"):
+        ask_teacher([(scene(), row(1))], tmp_path / "b.jsonl", config(server, retries=1))
+
+
+def test_a_server_cannot_make_it_wait_for_long(server: Server, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fastvst.reasoning.teacher.LONGEST_WAIT", 0.3)
+    server.script = lambda number, times: 408 if times < 2 else f"{STORY}\nAnswer: B. lamp"
+    ask_teacher([(scene(), row(0))], tmp_path / "a.jsonl", config(server))
+    assert server.times[1] - server.times[0] >= 0.3
 
 
 def test_requests_keep_their_pace(server: Server, tmp_path: Path) -> None:

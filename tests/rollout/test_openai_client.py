@@ -141,6 +141,11 @@ def test_errors_name_prompt_and_server(server: Server) -> None:
     with pytest.raises(RolloutError, match="memory/bad: .*chat/completions answers 400: .*not now"):
         connect(server.url).generate([ask("bad")])
     assert len(server.bodies) == 1, "a refusal is not retried"
+    server.failures = [(200, {"Content-Length": "1000"})]  # it was killed while it answered
+    assert connect(server.url).generate([ask("q")])
+    server.failures = [(200, {"Content-Length": "1000"})]
+    with pytest.raises(RolloutError, match="does not answer .*IncompleteRead.* tried 1 times"):
+        connect(server.url, retries=0).generate([ask("q")])
     server.failures = [(500, {"Retry-After": "0"})] * 3
     with pytest.raises(RolloutError, match="answers 500.*tried 3 times"):
         connect(server.url, retries=2).generate([ask("q")])
