@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastvst.data.images import MediaError
 from fastvst.data.sample import Message
@@ -48,8 +48,7 @@ JINJA_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of the rendered conversation that is tokenised in one call.
 
     Attributes:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from fastvst.model.config import ModelConfig
 from fastvst.model.positions import frame_windows, window_side
 
@@ -24,14 +22,16 @@ def vision_flops(config: ModelConfig, frame_lengths: Iterable[int], window_lengt
         window_lengths: patches in each window.
     """
     v = config.vision
-    frames, windows = (np.asarray(list(x), dtype=np.float64) for x in (frame_lengths, window_lengths))
-    patches = frames.sum()
+    frames = [int(n) for n in frame_lengths]
+    patches = float(sum(frames))
+    of_frames = float(sum(n * n for n in frames))
+    of_windows = float(sum(int(n) ** 2 for n in window_lengths))
     merged = v.hidden_size * v.spatial_merge_size**2
     block = 2 * v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
     full = len(set(v.fullatt_block_indexes))
-    attention = 4 * v.hidden_size * (full * (frames**2).sum() + (v.depth - full) * (windows**2).sum())
+    attention = 4 * v.hidden_size * (full * of_frames + (v.depth - full) * of_windows)
     merger = 2 * merged * (merged + v.out_hidden_size) * patches / v.spatial_merge_size**2
-    return float(patches * (2 * v.patch_values * v.hidden_size + v.depth * block) + attention + merger)
+    return patches * (2 * v.patch_values * v.hidden_size + v.depth * block) + attention + merger
 
 
 def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: Iterable[int] | None = None) -> float:
@@ -41,13 +41,13 @@ def decoder_flops(config: ModelConfig, seqlens: Iterable[int], prompt_lengths: I
         seqlens: tokens in each sequence of the row.
         prompt_lengths: for each sequence the length of the shared prompt that it attends to (0: none).
     """
-    lengths = np.asarray(list(seqlens), dtype=np.float64)
-    prompts = np.zeros_like(lengths) if prompt_lengths is None else np.asarray(list(prompt_lengths), dtype=np.float64)
+    lengths = [int(n) for n in seqlens]
+    prompts = [0] * len(lengths) if prompt_lengths is None else [int(n) for n in prompt_lengths]
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     layer = 2 * config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    pairs = (lengths * (lengths + 1) / 2 + lengths * prompts).sum()
-    return float(config.num_hidden_layers * (lengths.sum() * layer + 4 * q * pairs))
+    pairs = float(sum(n * (n + 1) // 2 + n * p for n, p in zip(lengths, prompts, strict=True)))
+    return config.num_hidden_layers * (float(sum(lengths)) * layer + 4 * q * pairs)
 
 
 def light_flops(config: ModelConfig, tower: str) -> float:
