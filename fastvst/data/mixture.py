@@ -254,6 +254,11 @@ class Mixture(Iterator[Drawn]):
                     found[place] = self._drawn(ref, sample)
         return [found[place] for place in range(len(refs))]
 
+    @property
+    def rows_read(self) -> int:
+        """Rows that were read from all sources so far; the same after a saved state was loaded."""
+        return sum(cursor.drawn for cursor in self._cursors)
+
     def state_dict(self) -> dict[str, Any]:
         """The generator, the position in every source and the references of the buffer; JSON-able, some KB."""
         generator = self._rng.bit_generator.state

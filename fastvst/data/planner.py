@@ -40,11 +40,19 @@ class Encoder(Protocol):
 
 
 class Planned(NamedTuple):
-    """A sample of a pack: its reference, its cost, and where it waits if it cannot be read alone."""
+    """A sample of a pack.
+
+    Attributes:
+        ref: its reference.
+        cost: its cost.
+        place: where it waits if it cannot be read alone.
+        read: rows that the stream had read when its step was planned; with `ref` it tells repetitions of a row apart.
+    """
 
     ref: Ref
     cost: Cost
     place: Place | None = None
+    read: int = 0
 
 
 class BadSample(NamedTuple):
@@ -128,6 +136,7 @@ class Planner:
         if not len(self._packer):
             return Step([], NO_LOADS, bad, seen, before, hopeless=not self._usable) if bad else None
         packs, loads = self._packer.plan()
+        packs = [[planned._replace(read=self.mixture.rows_read) for planned in one] for one in packs]
         return Step(packs, loads, bad, seen, before, sum(len(p) for p in packs))
 
     def _measure(self, ref: Ref, sample: Sample | SampleError) -> Planned | SampleError:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvst.data.augment import augmented
 from fastvst.data.images import PatchGeometry, image_header, load_rgb, patchify, resize_planar, target_size
 from fastvst.data.media_cache import Cache
 from fastvst.data.processor_config import ProcessorConfig
@@ -129,6 +130,8 @@ def load_patches(
                 time_limit=config.image_time_limit,
                 rules=config.rules,
             )
+            if "augment" in one.part:
+                image = augmented(image, one.part["augment"])
             frames = [resize_planar(image, one.size, config.resize)]
             _remember(one)
         else:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from fastvst.batch import EncodedSample, PackedBatch, empty_sample, pack
 from fastvst.data import spool
+from fastvst.data.augment import augment_some
 from fastvst.data.file_range import with_bytes
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture
@@ -88,6 +89,9 @@ class PackMaker(Dataset):
             found = with_bytes(found)
         except OSError as error:
             raise SampleError("unreadable_file", found.source, found.id, str(error)) from error
+        actions = self.mixture.sources[planned.ref.source].actions
+        if actions is not None and actions.augment:
+            found = augment_some(found, actions.augment, (*planned.ref, planned.read))
         name = f"{found.source}/{found.id}"
         write_note(self.notes, worker, "encoding", name, planned.ref)
         try:

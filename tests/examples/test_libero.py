@@ -22,7 +22,7 @@ def test_the_documented_command_resolves_to_vsts_settings() -> None:
     (command,) = re.findall(r"examples/sft\.py (.*)", FILE.read_text())
     words = [word.replace("examples/libero.toml", str(FILE)) for word in shlex.split(command)]
     config = load_config(load_script().Config, words)
-    assert config.data.sources[0].actions == ActionRows("tokens", 256, 7, 1, "dataset_statistics.json")
+    assert config.data.sources[0].actions == ActionRows("tokens", 256, 7, 1, "dataset_statistics.json", augment=0.5)
     assert 8 * config.loader.accumulation * config.loader.tokens_per_pack == 128 * 1024
     assert (config.optimizer.lr, config.optimizer.vision_lr, config.schedule.warmup) == (5e-5, 5e-6, 0.1)
     assert config.data.epochs == 200 and config.optimizer.state == "bf16"

@@ -41,6 +41,7 @@ class ActionRows:
         cameras: names of one or two cameras, in the order of the images: data sets of `obs` in HDF5 (default:
             agentview_rgb), columns of LeRobot (default: the first column of images). VST's rows show all their images.
         state: write the robot's state into the question: HDF5's robot_states, LeRobot's observation.state.
+        augment: share of the samples whose images are cropped and recoloured in training; VST: 0.5.
     """
 
     kind: Literal["tokens", "text"] = "tokens"
@@ -51,10 +52,13 @@ class ActionRows:
     data_set: str = ""
     cameras: tuple[str, ...] = ()
     state: bool = False
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least(1, dims=self.dims, chunk=self.chunk)
         ActionCodec(self.kind, self.bins, self.dims, self.chunk)  # raises for what makes no codec
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment is {self.augment}; expected a share from 0 to 1")
         if len(set(self.cameras)) != len(self.cameras) or len(self.cameras) > 2:
             raise ValueError(f"cameras is {list(self.cameras)}; expected the names of one or two cameras")
 
