@@ -61,6 +61,11 @@ COMMANDS = {
     "data": Command(
         "inspect a data set before training on it", "fastvst data check rows.jsonl --out check", "fastvst.cli.data"
     ),
+    "vla": Command(
+        "make demonstrations of robot tasks with a simulator's scripted experts",
+        "fastvst vla demos --tasks reach push --episodes 40 --out demos",
+        "fastvst.cli.vla",
+    ),
     "evaluate": Command(
         "answer and score a benchmark, or score predictions",
         "fastvst evaluate cv_bench --data cv_bench --model runs/sft/hf --out scores",
