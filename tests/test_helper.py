@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastvst import helper
+from fastvst.data.media_cache import Cache
 from fastvst.helper import Helper, HelperLost
 
 
@@ -219,6 +220,21 @@ def test_a_lock_that_another_thread_holds_does_not_stop_a_replacement() -> None:
 
 def take_lock(counter: Counter) -> bool:
     return counter.lock.acquire(blocking=False)
+
+
+def test_a_cache_that_another_thread_is_using_can_be_used_after_a_fork() -> None:
+    cache: Cache[int] = Cache(8)
+    cache.put("a", 1)
+    with cache._lock(), Helper(cache, still_s=100.0) as one:  # as if another thread had it
+        assert one.call(cache.get, "a") == 1
+
+
+def test_nothing_of_the_loader_has_a_lock_that_all_instances_share() -> None:
+    """functools.cached_property of Python 3.11 has one for each class: a forked planner waited for ever."""
+    root = Path(helper.__file__).parent
+    sources = [*root.glob("*.py"), *(root / "data").rglob("*.py"), *(root / "model").rglob("*.py")]
+    assert len(sources) > 50
+    assert [path.name for path in sources if "cached_property" in path.read_text()] == []
 
 
 def test_it_can_be_sent_to_another_process() -> None:

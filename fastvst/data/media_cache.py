@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -38,10 +39,13 @@ class Cache(Generic[Value]):
         self.limit = limit
         self.size = 0
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}  # of this process; a fork may copy one that another thread holds
+
+    def _lock(self) -> threading.Lock:
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def get(self, key: Hashable | None) -> Value | None:
-        with self._lock:
+        with self._lock():
             found = self._values.get(key) if key is not None else None
             if found is None:
                 return None
@@ -52,7 +56,7 @@ class Cache(Generic[Value]):
         """Keep `value` of `size`; the least recently used values go. A value over the limit is not kept."""
         if key is None or size > self.limit:
             return
-        with self._lock:
+        with self._lock():
             old = self._values.pop(key, None)
             self.size += size - (old[1] if old else 0)
             self._values[key] = (value, size)
@@ -60,6 +64,6 @@ class Cache(Generic[Value]):
                 self.size -= self._values.popitem(last=False)[1][1]
 
     def clear(self) -> None:
-        with self._lock:
+        with self._lock():
             self._values.clear()
             self.size = 0
