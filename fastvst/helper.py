@@ -15,6 +15,7 @@ import gc
 import io
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -26,6 +27,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -297,6 +299,9 @@ def _nurse(control: socket.socket, shared: Sequence[Any], parent: int) -> None:
 def _work(connection: socket.socket, shared: Sequence[Any], parent: int) -> None:
     """Body of the process that works."""
     end_with_parent(parent=parent)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would have all memory of the parent
+    with contextlib.suppress(OSError):  # where memory is over, the kernel ends this process and not the parent
+        Path("/proc/self/oom_score_adj").write_text("500")
     torch.set_num_threads(1)  # the threads of the parent's pool are not copied
     connection.setblocking(True)
     while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -114,6 +115,7 @@ def test_results_errors_and_a_process_of_its_own() -> None:
         assert half.dtype == torch.bfloat16 and half.tolist() == [1, 1]
         assert one.call(pid) == number  # one process for all of them
         assert one.call(threads) == 1
+        assert one.call(resource.getrlimit, resource.RLIMIT_CORE) == (0, 0)
         left = [name for name in one.call(descriptors) if name != "/dev/null" and "/proc/" not in name]
         assert len(left) == 1 and left[0].startswith("socket:"), left  # its connection
     wait_until_gone(number)

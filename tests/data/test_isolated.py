@@ -139,12 +139,12 @@ def test_check_and_its_page(processor: Processor, tmp_path: Path, monkeypatch) -
     assert page.count("<img") == 3 and "rows/3: worker_died" in page
 
 
-@pytest.mark.parametrize("key", ["images", "videos"])
-def test_loader_without_workers(processor: Processor, tmp_path: Path, key: str, monkeypatch) -> None:
+@pytest.mark.parametrize(("key", "workers"), [("images", 0), ("videos", 0), ("videos", 1)])
+def test_loader_and_planner(processor: Processor, tmp_path: Path, key: str, workers: int, monkeypatch) -> None:
     if key == "videos":  # the planner measures them by their first frame
         monkeypatch.setattr(media_files, "open_image", images.open_image)
     mixture = MixtureConfig((SourceConfig(str(write_rows(tmp_path, key))),), shuffle_buffer=0, epochs=1)
-    config = LoaderConfig(tokens_per_pack=256, num_workers=0, buffer_samples=4)
+    config = LoaderConfig(tokens_per_pack=256, num_workers=workers, buffer_samples=4)
     loader = make_loader(mixture, processor, config, ledger=Ledger(min_samples=100))
     ids = [name for batch in loader for name in batch.sample_ids]
     assert [name for name in ids if name.startswith("rows/")] == [f"rows/{number}" for number in (0, 1, 3, 4)]
