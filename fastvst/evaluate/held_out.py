@@ -14,7 +14,7 @@ from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import SourceConfig, limit_pixels, open_configured
 from fastvst.data.processor import Processor
 from fastvst.data.sample import Sample
-from fastvst.evaluate import benchmarks, rooms
+from fastvst.evaluate import actions, benchmarks, rooms
 from fastvst.evaluate.answers import score
 from fastvst.evaluate.files import Row
 from fastvst.evaluate.own import TASKS, OwnQuestions
@@ -31,6 +31,7 @@ class QuestionSet:
         name: of the figures.
         prompt: row to the Sample that is asked.
         score: (texts in the order of the rows, id -> reason of a missing text) -> (mean score in [0, 1], by group).
+        errors: texts -> errors that are no shares, with their units in the names; None where there are none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class QuestionSet:
     score: Callable[[Texts, Mapping[str, str]], Scores]
     processor: Processor
     max_new_tokens: int
+    errors: Callable[[Texts], dict[str, float]] | None = None
 
     @property
     def folder(self) -> str:
@@ -121,12 +123,20 @@ def open_rows(source: SourceConfig, count: int, processor: Processor, budget: in
             found.samples.append(sample)
     if not found.samples:
         raise ValueError(f"none of {len(refs)} rows of {source.path} can be used.\n{ledger.summary()}")
+    name = source.name or opened.name
+    if source.actions is not None:
+        given = source.actions
+        rows = actions.action_questions(found.samples)
+        scores = functools.partial(actions.score, given, rows)
+        limit = actions.max_new_tokens(given)
+        errors = functools.partial(actions.errors, given, rows)
+        found.questions = QuestionSet(name, rows, actions.prompt, scores, processor, limit, errors)
+        return found
     asked = rooms.questions(found.samples)
     if asked:
         answers = [question.answer for question in asked]
         rows = rooms.as_rows(asked)
         scores = functools.partial(score_answers, rows, answers)
-        name = source.name or opened.name
         found.questions = QuestionSet(name, rows, rooms.prompt, scores, processor, rooms.MAX_NEW_TOKENS)
     return found
 

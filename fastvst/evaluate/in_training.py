@@ -169,14 +169,17 @@ class Evaluation:
         folder = self.out / "evaluation" / f"step-{step:06d}"
         accuracies: dict[str, float] = {}
         tasks: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for asked in self.questions:
             texts, failures = self._ask(plain, asked, folder / asked.folder)
             accuracies[asked.name], tasks[asked.name] = asked.score(texts, failures)
+            if asked.errors is not None:
+                errors[asked.name] = asked.errors(texts)
             if failures and self.world.is_main:
                 reasons = "; ".join(list(dict.fromkeys(failures.values()))[:3])
                 print(f"evaluation: {len(failures)} questions of {asked.name} have no answer: {reasons}", flush=True)
         mean = sum(accuracies.values()) / len(accuracies)
-        return {"accuracy": mean, "accuracies": accuracies, "tasks": tasks}
+        return {"accuracy": mean, "accuracies": accuracies, "tasks": tasks, **({"errors": errors} if errors else {})}
 
     def _ask(self, model: Qwen25VL, asked: QuestionSet, folder: Path) -> tuple[list[str | None], dict[str, str]]:
         """(text of every question or None, id -> reason where there is none). The ranks share the questions."""
@@ -206,6 +209,7 @@ class Evaluation:
             several = ", ".join(f"{name} {loss:.4f}" for name, loss in row["losses"].items())
             parts.append(f"loss {row['loss']:.4f}" + (f" ({several})" if len(row["losses"]) > 1 else ""))
         parts += [f"{name} {100 * share:.1f} % right" for name, share in row.get("accuracies", {}).items()]
+        parts += [f"{name}: {key} {value:.3g}" for name, e in row.get("errors", {}).items() for key, value in e.items()]
         best = f"{self.metric}, {BETTER[self.metric]} is better: the best is step {self.best.get('step', 'none')}"
         return f"evaluation after step {row['step']}: {', '.join(parts)} ({best})"
 

@@ -64,7 +64,25 @@ def _held_out(found: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, str]]:
             cells += [(n, f"{v:.4f}", f"{best[parts].get(n, float('nan')):.4f}") for n, v in last[parts].items()]
             header = ("data set", f"step {last_step} (last)", f"step {best_step} (checkpoints/best)")
             sections.append((title, chart + html.table(header, cells)))
-    return sections
+    return sections + _action_errors(found)
+
+
+def _action_errors(found: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Curves of the position's error of robot actions, and a table of all errors after the last evaluation."""
+    points = [(step, row["errors"]) for step, row in found if "errors" in row]
+    if not points:
+        return []
+    step, last = points[-1]
+    charts = ""
+    for name in last:
+        known = [
+            (float(s), errors[name]["position, m"]) for s, errors in points if "position, m" in errors.get(name, {})
+        ]
+        if known:
+            steps, values = zip(*known, strict=True)
+            charts += html.line_chart(list(steps), list(values), x_label="step", y_label=f"{name}: error, m")
+    cells = [(name, key, f"{value:.4g}") for name, errors in last.items() for key, value in errors.items()]
+    return [("Errors of robot actions", charts + html.table(("data set", "figure", f"step {step} (last)"), cells))]
 
 
 def _score_table(results: RoomResults) -> str:

@@ -165,7 +165,8 @@ def _held_out(out: Path) -> str:
     if "reward" not in row:
         losses = [(f"loss, {name}", f"{loss:.4f}") for name, loss in row.get("losses", {}).items()]
         shares = [(f"right, {name}", f"{100 * share:.1f} %") for name, share in row.get("accuracies", {}).items()]
-        cells = [f"| {_cell(name)} | {value} |" for name, value in [*losses, *shares]]
+        errors = [(f"{key}, {n}", f"{v:.4g}") for n, found in row.get("errors", {}).items() for key, v in found.items()]
+        cells = [f"| {_cell(name)} | {value} |" for name, value in [*losses, *shares, *errors]]
         return "\n".join([f"| held-out rows after step {row['step']} | |", "| --- | ---: |", *cells])
     lines = ["| held-out prompts | reward | accuracy |", "| --- | ---: | ---: |"]
     parts = {f"all ({row['questions']})": row, **row["tasks"]}

@@ -109,14 +109,30 @@ class ActionCodec:
     def decode(self, text: str) -> np.ndarray:
         """The chunk (chunk, dims) float64 that a completion says, in the units of the robot.
 
-        White space around and between the values is ignored; numbers may lack leading zeros.
+        Raises:
+            ActionError: see `numbers`.
+        """
+        numbers = self.numbers(text)
+        if self.kind == "tokens":
+            edges = self._edges()
+            centres = (edges[:-1] + edges[1:]) / 2
+            # the bin of token n is bins - n, and its centre number bins - n - 1; bin 256 is that of 1.0 alone
+            scaled = centres[np.clip(self.bins - numbers - 1, 0, self.bins - 2)]
+        else:
+            scaled = numbers / self.bins * 2 - 1
+        scaled = scaled.reshape(self.chunk, self.dims)
+        return scaled if self.statistics is None else self.statistics.denormalise(scaled)
+
+    def numbers(self, text: str) -> np.ndarray:
+        """The numbers (chunk x dims,) int64 of the action tokens, or the integers, that a completion says.
+
+        White space around and between the values is ignored; integers may lack leading zeros.
 
         Raises:
             ActionError: "not_action_text" for anything that is no value, "wrong_count", "out_of_range".
         """
         pattern = ACTION_TOKEN if self.kind == "tokens" else NUMBER
-        rest = pattern.sub(" ", text)
-        if rest.strip():
+        if pattern.sub(" ", text).strip():
             raise ActionError("not_action_text", f"expected {self.values} values, got {text[:80]!r}")
         found = [match.group(match.re.groups) for match in pattern.finditer(text)]
         if len(found) != self.values:
@@ -125,7 +141,7 @@ class ActionCodec:
         highest = self.bins - 1 if self.kind == "tokens" else self.bins
         if numbers.max() > highest:
             raise ActionError("out_of_range", f"the value {found[int(numbers.argmax())][:20]} is above {highest}")
-        return self._values(numbers)
+        return numbers
 
     def decode_tokens(self, ids: Sequence[int], tokenizer: Tokenizer) -> np.ndarray:
         """The chunk that the sampled tokens of a completion say; EOS tokens at its end are left out.
@@ -160,18 +176,6 @@ class ActionCodec:
 
     def _edges(self) -> np.ndarray:
         return np.linspace(-1, 1, self.bins)
-
-    def _values(self, numbers: np.ndarray) -> np.ndarray:
-        """Values in the units of the robot of token numbers or integers."""
-        if self.kind == "tokens":
-            edges = self._edges()
-            centres = (edges[:-1] + edges[1:]) / 2
-            # the bin of token n is bins - n, and its centre number bins - n - 1; bin 256 is that of 1.0 alone
-            scaled = centres[np.clip(self.bins - numbers - 1, 0, self.bins - 2)]
-        else:
-            scaled = numbers / self.bins * 2 - 1
-        scaled = scaled.reshape(self.chunk, self.dims)
-        return scaled if self.statistics is None else self.statistics.denormalise(scaled)
 
 
 def add_action_tokens(tokenizer: Tokenizer, codec: ActionCodec, rows: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastvst import jsonl
-from fastvst.config import check_at_least
+from fastvst.config import check_at_least, check_positive
 from fastvst.vla import ActionCodec, ActionError, ActionStatistics
 
 QUESTION = "What action should the robot take to {task}?"
@@ -42,6 +42,8 @@ class ActionRows:
             agentview_rgb), columns of LeRobot (default: the first column of images). VST's rows show all their images.
         state: write the robot's state into the question: HDF5's robot_states, LeRobot's observation.state.
         augment: share of the samples whose images are cropped and recoloured in training; VST: 0.5.
+        metres, degrees: how far a value of 1 moves and turns the hand, for the errors of an evaluation; LIBERO's
+            controller by 0.05 m and half a radian.
     """
 
     kind: Literal["tokens", "text"] = "tokens"
@@ -53,9 +55,12 @@ class ActionRows:
     cameras: tuple[str, ...] = ()
     state: bool = False
     augment: float = 0.0
+    metres: float = 0.05
+    degrees: float = 28.65
 
     def __post_init__(self) -> None:
         check_at_least(1, dims=self.dims, chunk=self.chunk)
+        check_positive(metres=self.metres, degrees=self.degrees)
         ActionCodec(self.kind, self.bins, self.dims, self.chunk)  # raises for what makes no codec
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment is {self.augment}; expected a share from 0 to 1")
