@@ -35,8 +35,8 @@ class Case:
 
 
 def leaves(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(0)
-    made = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for shape in shapes)
+    torch.manual_seed(0)
+    made = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     return tuple(x.requires_grad_() for x in made)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.cases.attention import CASES, TINY_CASES, Case
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import matmul_tflops
-from bench.gpu.clock import clock_of, forward_backward
+from bench.gpu.clock import forward_backward
 from fastvst_kernels import packed_attention, prepare
 from fastvst_kernels.attention.backends import AttentionCall, library_attention
 from fastvst_kernels.attention.choice import TRITON, record
@@ -89,9 +89,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Contender:
 def measure(case: Case, options: Options) -> dict[str, Figures]:
     """{contender: figures}; a contender that cannot run has the reason instead."""
     q, k, v = case.tensors(options.device, options.dtype)
-    times, failures = forward_backward(
-        contenders(case, q, k, v, full=options.full), (q, k, v), clock_of(options.device)
-    )
+    runs = options.chosen(contenders(case, q, k, v, full=options.full))
+    times, failures = forward_backward(runs, (q, k, v), options.clock)
     ceiling = matmul_tflops(options)
     figures: dict[str, Figures] = {name: {"not_measured": why} for name, why in failures.items()}
     for (way, found), flops in zip(times.items(), case.flops(), strict=True):

@@ -12,15 +12,21 @@ import json
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import triton
+
+from bench.gpu.clock import Cuda, Device, Processor
 
 Figures = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Figures]]]
+C = TypeVar("C")
 LOST_DEVICE = 3  # exit status: the CUDA context is broken, the other cases need a new process
 
 
@@ -35,6 +41,7 @@ class Options:
         dry: tiny sizes on the CPU, to try the code.
         small: small sizes on the GPU, for compute-sanitizer.
         full: with the peers that torch.compile makes, which takes up to a minute for each.
+        compile_only: every launch only compiles its kernel, on a GPU that is pretended (`prebuild.py`).
     """
 
     out: Path
@@ -43,6 +50,20 @@ class Options:
     dry: bool = False
     small: bool = False
     full: bool = False
+    compile_only: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether results are compared: not under compute-sanitizer, and not where there are none."""
+        return not self.compile_only and (self.dry or not self.small)
+
+    @property
+    def clock(self) -> Device:
+        return Cuda() if self.device.type == "cuda" and not self.compile_only else Processor()
+
+    def chosen(self, contenders: dict[str, C]) -> dict[str, C]:
+        """The contenders of a case; only ours where nothing is measured."""
+        return {"fastvst": contenders["fastvst"]} if self.compile_only else contenders
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +104,22 @@ def known(path: Path, block: str, case: str, figure: str) -> float | None:
     return None
 
 
+@contextmanager
+def compilations() -> Iterator[Counter[str]]:
+    """Counts what Triton asks its cache for within the block: "compiled" and "cached"."""
+    found: Counter[str] = Counter()
+    before = triton.knobs.compilation.listener
+
+    def note(*, cache_hit: bool, **_: Any) -> None:
+        found["cached" if cache_hit else "compiled"] += 1
+
+    triton.knobs.compilation.listener = note
+    try:
+        yield found
+    finally:
+        triton.knobs.compilation.listener = before
+
+
 def run_cases(block: str, cases: Cases, options: Options) -> int:
     """Run the cases that have no line yet; returns the exit status: 0, 1 (a case failed) or LOST_DEVICE."""
     deadline = time.monotonic() + 60 * options.minutes
@@ -96,7 +133,8 @@ def run_cases(block: str, cases: Cases, options: Options) -> int:
         write_line(options.out, block, name, began=time.time())
         begin = time.monotonic()
         try:
-            figures = work()
+            with compilations() as kernels:
+                figures = work()
         except Exception as error:  # a failed case is a result; the others still run
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"[:500]
@@ -105,6 +143,8 @@ def run_cases(block: str, cases: Cases, options: Options) -> int:
                 return LOST_DEVICE
             status = 1
             continue
+        if kernels["compiled"]:  # those that the cache of prebuild.py lacks; their time is part of the first call only
+            figures = figures | {"compiled": kernels["compiled"]}
         write_line(options.out, block, name, **figures, took=round(time.monotonic() - begin, 2))
         print(f"{block} / {name}: {figures}", flush=True)
         status = status or int(figures.get("ok") is False)

@@ -165,8 +165,3 @@ class Processor:
 
     def wait(self) -> None:
         return None
-
-
-def clock_of(device: torch.device) -> Device:
-    """The clock's view of a torch device."""
-    return Cuda() if device.type == "cuda" else Processor()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import matmul_tflops
-from bench.gpu.clock import clock_of, milliseconds, reason
+from bench.gpu.clock import milliseconds, reason
 from bench.memory import peak_extra_bytes
 from fastvst_kernels import linear_cross_entropy, linear_policy_loss
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
@@ -158,17 +158,17 @@ def measure(made: dict[str, Callable[[], Step]], flops: float, options: Options)
     """{contender: milliseconds, TFLOP/s of 6 M H V, its share of the ceiling, extra GiB}; or why it did not run."""
     figures: dict[str, Figures] = {}
     runs: dict[str, Step] = {}
-    for name, make in made.items():
+    for name, make in options.chosen(made).items():
         try:
             run = make()
             run()
-            extra = 0 if options.dry else peak_extra_bytes(run)
+            extra = 0 if options.dry or options.compile_only else peak_extra_bytes(run)
             figures[name] = {"peak_extra_gib": extra / 2**30}
             runs[name] = run
         except Exception as error:  # a peer that is not installed or runs out of memory must not end the run
             figures[name] = {"not_measured": reason(error)}
     ceiling = matmul_tflops(options)
-    for name, ms in milliseconds(runs, clock_of(options.device), most=7).items():
+    for name, ms in milliseconds(runs, options.clock, most=7).items():
         figures[name] |= {"ms": ms, "tflops": flops / ms * 1e-9, "share": flops / ms * 1e-9 / ceiling}
     if "ms" in figures.get("three products", {}) and "ms" in figures["fastvst"]:
         figures["fastvst"]["share_of_three_products"] = figures["three products"]["ms"] / figures["fastvst"]["ms"]
@@ -178,7 +178,8 @@ def measure(made: dict[str, Callable[[], Step]], flops: float, options: Options)
 def cases(options: Options) -> Cases:
     """The middle number of rows first, so that a run that ends early has measured each loss once."""
     names = ["cross entropy", *OBJECTIVES]
-    sizes = options.pick([(s, m) for m in sorted(ROWS, key=lambda m: m != 16_384) for s in SHAPES], [("7b", 512)])
+    counts = ROWS[:1] if options.compile_only else ROWS  # any number of rows launches the same kernels
+    sizes = options.pick([(s, m) for m in sorted(counts, key=lambda m: m != 16_384) for s in SHAPES], [("7b", 512)])
     for shape, rows in sizes:
         width, vocabulary = options.pick(SHAPES[shape], (16, 64))
         for name in names:

@@ -10,7 +10,7 @@ import sys
 from bench.cases.pointwise import GPU_CASES, TINY_CASES, Case
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import copy_tbps
-from bench.gpu.clock import clock_of, forward_backward
+from bench.gpu.clock import forward_backward
 
 
 def measure(case: Case, options: Options) -> dict[str, Figures]:
@@ -18,7 +18,7 @@ def measure(case: Case, options: Options) -> dict[str, Figures]:
     inputs, contenders = case.make(options.device, options.dtype)
     if not options.full:
         contenders.pop("torch.compile", None)
-    times, failures = forward_backward(contenders, inputs, clock_of(options.device))
+    times, failures = forward_backward(options.chosen(contenders), inputs, options.clock)
     ceiling = copy_tbps(options)
     figures: dict[str, Figures] = {name: {"not_measured": why} for name, why in failures.items()}
     for (way, found), size in zip(times.items(), (case.bytes_forward, case.bytes_backward), strict=True):

@@ -14,16 +14,21 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.gpu.block import Cases, Figures, Options, command
 from bench.gpu.ceilings import copy_tbps, matmul_tflops
-from bench.gpu.clock import clock_of, milliseconds
+from bench.gpu.clock import milliseconds
 from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.rollout.batch_invariant import batch_invariant
+from fastvst.rollout.cuda_graphs import empty_tables
+from fastvst.rollout.decode import forward_tables
+from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.mismatch import mismatch
-from fastvst_kernels import sample_tokens
+from fastvst.rollout.sampler import make_rows, next_tokens
+from fastvst_kernels import packed_attention, prepare, sample_tokens
 
 BANDWIDTH = 4.8e12  # bytes/s of an H200, from its data sheet
 MATRIX = 700e12  # FLOP/s that dense bf16 products reach on an H200 in practice
@@ -169,14 +174,45 @@ def measure_sampling(weight: torch.Tensor, rows: int, options: Options) -> Figur
         "fastvst_filtered": lambda: sample_tokens(hidden, weight, seeds, seeds, temperature=temperature, **filters),
         "torch": plain,
     }
-    found = {f"{name}_ms": ms for name, ms in milliseconds(runs, clock_of(hidden.device)).items()}
+    found = {f"{name}_ms": ms for name, ms in milliseconds(runs, options.clock).items()}
     bandwidth, matrix = limits(options)
     seconds = max(2.0 * weight.numel() / bandwidth, 2.0 * rows * weight.numel() / matrix)
     return found | {"share_of_roofline": 1e3 * seconds / found["fastvst_ms"]}
 
 
+def launch_kernels(preset: str, options: Options) -> Figures:
+    """Launch what the cases of a preset launch; the engine itself needs values."""
+    config = dataclasses.replace(ModelConfig.preset(preset), num_hidden_layers=1)
+    with options.device:
+        model = Qwen25VL(config).to(options.dtype)
+    pool = PagePool(config, pages=200, page_size=64, dtype=options.dtype, device=options.device)
+    with torch.no_grad():
+        for length in (PROMPT, PROMPT // 2):
+            prompts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+            hidden = torch.empty(2 * length, config.hidden_size, device=options.device, dtype=options.dtype)
+            offsets = prompts.to(options.device)
+            plan = prepare(prompts, causal=True).to(options.device)
+
+            def attend(_: int, q: Tensor, k: Tensor, v: Tensor, offsets=offsets, plan=plan) -> Tensor:
+                return packed_attention(q, k, v, offsets, causal=True, plan=plan)
+
+            model.model(hidden, torch.empty(3, 2 * length, device=options.device, dtype=torch.int32), attend)
+        for case in CASES:
+            tables = empty_tables((case.rows, 8, 32, case.group), options.device)
+            hidden = forward_tables(model, pool, tables)
+            measure_sampling(model.head_weight, case.rows, options)
+            params = [SamplingParams()] * case.rows
+            rows = make_rows(params, list(range(case.rows)), config.vocab_size, options.device)
+            next_tokens(hidden, model.head_weight, rows, tables.tokens, tables.tokens[:2])
+    return {}
+
+
 def cases(options: Options) -> Cases:
     """Both presets: sampling, decoding, and at last the cost of equal bits."""
+    if options.compile_only:
+        for preset in ("3b", "7b"):
+            yield preset, lambda preset=preset: launch_kernels(preset, options)
+        return
     for preset in options.pick(("3b", "7b"), ("tiny",)):
         with options.device:
             model = Qwen25VL(ModelConfig.preset(preset)).to(torch.float32 if options.dry else torch.bfloat16)

@@ -68,8 +68,8 @@ class Comparison:
             first, second = (self.values(ours, given, upstream) for _ in range(2))
         finally:
             torch.use_deterministic_algorithms(False)
-        if self.options.small and not self.options.dry:
-            return {"ran": True}  # under compute-sanitizer, which looks at the addresses
+        if not self.options.compares:
+            return {"ran": True}
         theirs = self.values(plain, given, upstream)
         exact = self.values(plain, {n: x.to(wide) for n, x in given.items()}, upstream)
         floor = FLOOR[self.options.dtype]
@@ -250,7 +250,7 @@ class Smoke(Comparison):
             sample_tokens(hidden, weight, seeds, seeds, backend=backend, **more)
             for backend in ("triton", "triton", "torch")
         )
-        if self.options.small and not self.options.dry:
+        if not self.options.compares:
             return {"ran": True}
         same = ours[0] == plain[0]
         gap = max(float(torch.where(same, a - b, 0.0).abs().max()) for a, b in zip(ours[1:], plain[1:], strict=True))
@@ -264,7 +264,7 @@ class Smoke(Comparison):
         b = self.randn(n, k, scale=k**-0.5).t()
         out = invariant_mm(a, b, backend="triton")
         alone = invariant_mm(a[7:8], b, backend="triton")
-        if self.options.small and not self.options.dry:
+        if not self.options.compares:
             return {"ran": True}
         error = _error(out, a.double() @ b.double())
         same = torch.equal(out[7:8], alone)

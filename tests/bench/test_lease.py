@@ -16,7 +16,8 @@ import torch
 
 from bench.gpu import lease
 from bench.gpu.block import LOST_DEVICE, Options, read_lines, run_cases, write_line
-from bench.gpu.lease import BLOCKS, Block, Lease, chosen_blocks, summary
+from bench.gpu.lease import BLOCKS, RESERVE, Block, Lease, chosen_blocks, summary
+from bench.gpu.places import NOTE
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,3 +227,64 @@ def test_the_counted_figures_of_groups():
     assert case.pairs() == 2 * (6 + 9 + 4) and case.prompts == (-1, 0, 0, -1, 3, 3)
     assert case.repeated().lengths == (5, 4, 5, 4)
     assert case.flops()[0] == 4 * 2 * 16 * case.pairs()
+
+
+def test_the_limits_of_all_blocks_are_two_calls_of_a_lease():
+    """A call takes 9.5 minutes and a lease 15; the second call begins where the first one ended."""
+    whole = 9.5 * 60 - RESERVE
+    first = 0.0
+    for block in BLOCKS:
+        if first + block.seconds > whole:
+            break
+        first += block.seconds
+    rest = sum(block.seconds for block in BLOCKS) - first
+    assert rest < whole and first + rest + 2 * RESERVE < 15 * 60 - 45  # the machine's start counts too
+    assert BLOCKS.index(block) >= 5  # ceilings, smoke, step, attention and LM head are in the first call
+
+
+def test_a_second_call_begins_no_block_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        Lease, "run", lambda self, block: ran.append(block.name) or self.states.update({block.name: "ok"})
+    )
+    results = tmp_path / "work" / "results.jsonl"
+    results.parent.mkdir()
+    write_line(results, "driver", "ceilings", state="ok")
+    write_line(results, "driver", "smoke", state="out of time")
+    assert lease.main(["--out", str(tmp_path), "--dry", "--blocks", "ceilings,smoke"]) == 0
+    assert ran == ["smoke"]
+
+
+def cache_lines(tmp_path: Path, monkeypatch, note: dict | None) -> tuple[dict, list[str]]:
+    """The line that `prepare_cache` writes for a prebuilt cache with this note, and whether it compiled."""
+    source = tmp_path / "source" / "cache"
+    source.mkdir(parents=True)
+    made = Lease(tmp_path / "out", False, time.monotonic() + 100)
+    compiled: list[str] = []
+    monkeypatch.setattr(lease, "CACHE", tmp_path / "place" / "cache")
+    monkeypatch.setattr(lease, "PREBUILT", tmp_path / "cache.tar.xz")
+    now = {"key": "k", "sources": {"a.py": "1", "b.py": "2"}}
+    monkeypatch.setattr(made, "python", lambda code: json.dumps(now))
+    monkeypatch.setattr(made, "compile_here", lambda: compiled.append("yes"))
+    if note is not None:
+        (source / NOTE).write_text(json.dumps(note))
+        with tarfile.open(lease.PREBUILT, "w:xz") as tar:
+            tar.add(source, arcname="cache")
+    made.prepare_cache()
+    (line,) = read_lines(made.results)
+    return line, compiled
+
+
+@pytest.mark.parametrize(
+    "note, expected",
+    [
+        ({"key": "k", "sources": {"a.py": "1", "b.py": "2"}}, (True, True, [], [])),
+        ({"key": "k", "sources": {"a.py": "1", "b.py": "0"}}, (True, True, ["b.py"], ["yes"])),
+        ({"key": "other", "sources": {"a.py": "1", "b.py": "2"}}, (True, False, [], ["yes"])),
+        (None, (False, False, [], ["yes"])),
+    ],
+)
+def test_the_prebuilt_cache_is_unpacked_and_compared(tmp_path, monkeypatch, note, expected):
+    line, compiled = cache_lines(tmp_path, monkeypatch, note)
+    assert (line["prebuilt"], line["same_triton"], line["changed_sources"], compiled) == expected
+    assert (lease.CACHE / NOTE).exists() == (note is not None)

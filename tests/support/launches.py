@@ -70,15 +70,23 @@ class Launched:
 
 
 class FakeDriver:
-    """A driver of triton for a GPU that is not there; nothing is run on it. `launched`: the kernels that it got."""
+    """A driver of triton for a GPU that is not there; nothing is run on it.
+
+    Attributes:
+        launched: in order.
+        kernels: (source, metadata) of triton for each kernel that was loaded.
+    """
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.launched: list[Launched] = []
+        self.kernels: list[tuple[Any, Any]] = []
         self._loaded: list[tuple[bytes, int]] = []  # machine code, bytes of shared memory
         self.utils = self
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        self.kernels.append((src, metadata))
+
         def launch(x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
             cubin, shared = self._loaded[function]
             self.launched.append(Launched(metadata.name, cubin, shared, metadata.num_warps, (x, y, z)))

@@ -32,7 +32,7 @@ class Compiled:
         spill_bytes: of each thread's stack.
         shared_bytes: shared memory of each program.
         shared_limit: shared memory that a program may have.
-        instructions: length of the machine code.
+        instructions: length of the machine code; 0 if it was not disassembled.
         tensor_core: number of matrix instructions by kind (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05).
         descriptor_loads: number of loads by tensor descriptors (TMA).
     """
@@ -60,6 +60,7 @@ def compile_kernel(
     num_stages: int,
     maxnreg: int | None = None,
     unaligned: Sequence[str] = (),
+    disassemble: bool = True,
 ) -> Compiled:
     """Compile `kernel` for sm_`arch` and inspect the result.
 
@@ -70,6 +71,7 @@ def compile_kernel(
         maxnreg: registers of a thread at most, as at the launch.
         unaligned: arguments that need not be multiples of 16. All other pointers and integers are multiples of 16, as
             at a launch with ordinary shapes; otherwise loads would not be vectorized.
+        disassemble: read the instructions too, which takes a quarter of a second.
 
     Raises:
         RuntimeError: the kernel does not compile for that architecture; with triton's message.
@@ -86,16 +88,16 @@ def compile_kernel(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch)
+    return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch, disassemble=disassemble)
 
 
-def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int) -> Compiled:
-    """Registers, spills and instructions of one compiled kernel."""
+def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int, disassemble: bool = True) -> Compiled:
+    """Registers, spills and, if it is disassembled, instructions of one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = _run("nvdisasm", "-c", file.name) if disassemble else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no resources: {usage[:500]}")

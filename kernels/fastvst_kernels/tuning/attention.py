@@ -133,7 +133,15 @@ def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]
 
 
 def compile_variant(
-    kernel: str, width: int, numbers: Numbers, *, arch: int, dtype: str, causal: bool, shared: bool
+    kernel: str,
+    width: int,
+    numbers: Numbers,
+    *,
+    arch: int,
+    dtype: str,
+    causal: bool,
+    shared: bool,
+    disassemble: bool = True,
 ) -> Compiled:
     """One attention kernel for one architecture without a GPU."""
     tile = Tile(*numbers)
@@ -144,6 +152,7 @@ def compile_variant(
         values,
         arch=arch,
         unaligned=("num_tokens", "num_tiles", "heads", "kv_heads", "repeat"),
+        disassemble=disassemble,
         **launch_options(tile, torch.float32 if dtype == "fp32" else torch.bfloat16),
     )
 

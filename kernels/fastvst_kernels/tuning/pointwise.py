@@ -120,20 +120,28 @@ def types(kernel: str, dtype: str, constexprs: dict[str, Any]) -> dict[str, str]
     return {n: TYPES.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
 
 
-def compile_variant(kernel: str, shape: str, numbers: Numbers, *, arch: int, sums: bool = False) -> Compiled:
+def compile_variant(
+    kernel: str, shape: str, numbers: Numbers, *, arch: int, sums: bool = False, disassemble: bool = True
+) -> Compiled:
     """The kernel of a shape class at the widest width of the class."""
     values, options = constants(kernel, shape, numbers, sums)
     dtype = "bf16" if shape.startswith("16") else "fp32"
     return compile_kernel(
-        KERNELS[kernel], types(kernel, dtype, values), values, arch=arch, unaligned=UNALIGNED, **options
+        KERNELS[kernel],
+        types(kernel, dtype, values),
+        values,
+        arch=arch,
+        unaligned=UNALIGNED,
+        disassemble=disassemble,
+        **options,
     )
 
 
 def compiled(kernel: str, shape: str, numbers: Numbers, arch: int) -> Iterator[Compiled]:
     """Every variant of a shape class that must be clean."""
-    yield compile_variant(kernel, shape, numbers, arch=arch)
+    yield compile_variant(kernel, shape, numbers, arch=arch, disassemble=False)
     if kernel in SUMMING and shape in SUMMING[kernel]:
-        yield compile_variant(kernel, shape, numbers, arch=arch, sums=True)
+        yield compile_variant(kernel, shape, numbers, arch=arch, sums=True, disassemble=False)
 
 
 def problem(kernel: str, shape: str, device: torch.device) -> Run:

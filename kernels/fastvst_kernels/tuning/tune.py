@@ -71,7 +71,7 @@ class Tunable:
 def _attention(kernel: str) -> Tunable:
     def compiled(shape: str, numbers: Numbers, arch: int) -> Iterator[Compiled]:
         for variant in attention.variants(kernel, shape, thorough=True):
-            yield attention.compile_variant(kernel, numbers=numbers, arch=arch, **variant)
+            yield attention.compile_variant(kernel, numbers=numbers, arch=arch, disassemble=False, **variant)
 
     return Tunable(
         shapes=attention.SHAPES,
