@@ -21,11 +21,13 @@ def interleaved(
         clock: `time.process_time` leaves out what other processes do; with one thread on a CPU only.
     """
     best = dict.fromkeys(contenders, float("inf"))
+    names = list(contenders)
     for turn in range(warmup + rounds):
-        for name, run in contenders.items():
+        first = turn % len(names) if names else 0
+        for name in names[first:] + names[:first]:  # each round begins with the next one
             _synchronise()
             begin = clock()
-            run()
+            contenders[name]()
             _synchronise()
             if turn >= warmup:
                 best[name] = min(best[name], clock() - begin)

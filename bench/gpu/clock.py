@@ -76,7 +76,8 @@ def milliseconds(
 ) -> dict[str, float]:
     """Median milliseconds of a call of each contender, with a cold L2 cache.
 
-    The contenders take turns, so that a GPU that grows hot or slow does so for all of them.
+    The contenders take turns, and each round begins with the next one, so that a GPU that grows hot or slow does so for
+    all of them and none always follows the same one.
 
     Args:
         budget: seconds of GPU work for one contender. most: rounds at most; at least 5.
@@ -84,11 +85,13 @@ def milliseconds(
     host, count = _issue_time(contenders, device, budget, most)
     device.hold(min(1.0, 1e-3 + 1.5 * host * count))
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
-    for _ in range(count):
-        for name, run in contenders.items():
+    names = list(contenders)
+    for turn in range(count):
+        first = turn % len(names) if names else 0
+        for name in names[first:] + names[:first]:
             device.flush()
             begin = device.event()
-            run()
+            contenders[name]()
             marks[name].append((begin, device.event()))
     device.wait()
     return {name: statistics.median(device.between(*pair) for pair in pairs) for name, pairs in marks.items()}
