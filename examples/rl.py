@@ -210,7 +210,7 @@ def collect(config: Config, step: int, collector: Collector, state: FilterState,
         record.advantages = row
         scored = zip(group.answers, row, record.rewards, strict=True)
         chosen = [dataclasses.replace(a, advantage=v) for a, v, reward in scored if reward.scored]
-        groups.append(Group(group.prompt, tuple(chosen)))
+        groups.append(dataclasses.replace(group, answers=tuple(chosen)))
     return StepRollouts(found, groups)
 
 

@@ -36,10 +36,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Group:
-    """An encoded prompt with its images, and the completions that were sampled for it."""
+    """An encoded prompt with its images, and the completions that were sampled for it.
+
+    Attributes:
+        number: of the prompt in the order of the data; minibatches are dealt by it.
+    """
 
     prompt: EncodedSample
     answers: tuple[Answer, ...]
+    number: int = 0
 
     @property
     def completion_tokens(self) -> int:
@@ -127,6 +132,17 @@ def divide_into_packs(
     Returns:
         (packs, each a list of groups or pieces; what sharing saves).
     """
+    pieces, sharing = divide_into_pieces(groups, budget, shared=shared)
+    packs = pack_pieces(pieces, budget)
+    return packs, dataclasses.replace(sharing, packs=len(packs))
+
+
+def divide_into_pieces(groups: Sequence[Group], budget: int, *, shared: bool = True) -> tuple[list[Group], Sharing]:
+    """The groups, split where they do not fit into a pack: the first two points of `divide_into_packs`.
+
+    Returns:
+        (pieces; what sharing saves, with 0 packs).
+    """
     pieces: list[Group] = []
     used = 0
     split = 0
@@ -135,19 +151,24 @@ def divide_into_packs(
         completions = [c for c in group.answers if len(c)]
         if not completions:
             continue
-        parts = _split(group.prompt, completions, budget if shared else 0)
+        parts = _split(group, completions, budget if shared else 0)
         pieces += parts
         used += 1
         split += shared and len(parts) > 1
         repeated += sum(len(group.prompt) + len(c) for c in completions)
-    members = _first_fit([piece.tokens for piece in pieces], budget)
-    packs = [[pieces[i] for i in sorted(chosen)] for chosen in members]
     tokens = sum(piece.tokens for piece in pieces)
-    return packs, Sharing(tokens, repeated, pieces=len(pieces), groups=used, split=split, packs=len(packs))
+    return pieces, Sharing(tokens, repeated, pieces=len(pieces), groups=used, split=split)
 
 
-def _split(prompt: EncodedSample, completions: Sequence[Answer], budget: int) -> list[Group]:
+def pack_pieces(pieces: Sequence[Group], budget: int) -> list[list[Group]]:
+    """Packs of pieces: first fit, longest first."""
+    members = _first_fit([piece.tokens for piece in pieces], budget)
+    return [[pieces[i] for i in sorted(chosen)] for chosen in members]
+
+
+def _split(group: Group, completions: Sequence[Answer], budget: int) -> list[Group]:
     """Pieces of consecutive completions that fit into `budget` tokens with the prompt; each has at least one."""
+    prompt = group.prompt
     runs: list[list[Answer]] = []
     used = 0
     for completion in completions:
@@ -157,7 +178,7 @@ def _split(prompt: EncodedSample, completions: Sequence[Answer], budget: int) ->
             used = 0
         runs[-1].append(completion)
         used += length
-    return [Group(prompt, tuple(run)) for run in runs]
+    return [dataclasses.replace(group, answers=tuple(run)) for run in runs]
 
 
 def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:

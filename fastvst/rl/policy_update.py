@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastvst.config import check_at_least
 from fastvst.rl.advantages import AdvantageKind
-from fastvst.rl.packing import Group, PolicyPack, Sharing, divide_into_packs, make_pack
+from fastvst.rl.dealing import deal, global_order
+from fastvst.rl.packing import Group, PolicyPack, Sharing, divide_into_pieces, make_pack, pack_pieces
 from fastvst.train.distributed import World
 from fastvst_kernels import linear_logprobs, linear_policy_loss
 from fastvst_kernels.lm_head.policy_loss import rows_with_loss
@@ -120,26 +121,32 @@ def make_minibatches(
     *,
     share_prompts: bool = True,
 ) -> tuple[list[Minibatch], Sharing]:
-    """Deal this rank's groups to minibatches and pack them. Every rank calls it.
+    """Deal the groups of all ranks to minibatches and ranks, and pack this rank's share. Every rank calls it.
 
-    A zero-variance group is left out if its gradient is known to be 0 (no KL and no entropy term); it still counts in
-    the normaliser. A rank with fewer packs than another gets empty ones, so that the collectives match.
+    A minibatch has every `config.minibatches`-th group in the order of the data, on any number of ranks. Its groups are
+    dealt over the ranks by FLOPs (`dealing.deal`). A zero-variance group is left out if its gradient is known to be 0
+    (no KL and no entropy term); it still counts in the normaliser. A rank with fewer packs than another gets empty
+    ones, so that the collectives match.
 
     Args:
         share_prompts: compute each prompt once for all of its completions; False repeats it for each of them, which
             gives the same loss and gradients.
     """
-    parts = [list(groups[k :: config.minibatches]) for k in range(config.minibatches)]
+    parts: list[list[Group]] = [[] for _ in range(config.minibatches)]
+    for group, place in zip(groups, global_order(groups, world), strict=True):
+        parts[place % config.minibatches].append(group)
     drop = objective.skips_zero_advantage and not objective.uses_reference and not objective.uses_entropy
     sharing = Sharing()
-    divided: list[list[list[Group]]] = []
+    pieces: list[list[Group]] = []
     for part in parts:
         used = [g for g in part if not (drop and g.is_zero_variance)]
-        packs, counts = divide_into_packs(used, config.tokens_per_pack, shared=share_prompts)
-        divided.append(packs)
+        divided, counts = divide_into_pieces(used, config.tokens_per_pack, shared=share_prompts)
+        pieces.append(divided)
         sharing = sharing + counts
+    packed = [pack_pieces(part, config.tokens_per_pack) for part in deal(pieces, model_config, world)]
+    sharing = sharing + Sharing(packs=sum(len(packs) for packs in packed))
     made = []
-    for packs, (tokens, completions, *pack_counts) in zip(divided, _global_counts(parts, divided, world), strict=True):
+    for packs, (tokens, completions, *pack_counts) in zip(packed, _global_counts(parts, packed, world), strict=True):
         packs = packs + [[] for _ in range(int(max(pack_counts)) - len(packs))]
         policy_packs = [make_pack(pack, model_config, shared=share_prompts) for pack in packs]
         weighted = [

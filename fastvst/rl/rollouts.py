@@ -325,7 +325,7 @@ def group_of(
     """The record of a scored prompt, and its group without advantages."""
     penalties = [overlong(len(r.tokens), max_tokens, overlong_buffer) for r in completions]
     answers = [Answer(torch.tensor(r.tokens, dtype=torch.int32), torch.tensor(r.logprobs)) for r in completions]
-    return _record(prompt, completions, rewards, penalties), Group(sample, tuple(answers))
+    return _record(prompt, completions, rewards, penalties), Group(sample, tuple(answers), prompt.number)
 
 
 def _record(
