@@ -72,6 +72,7 @@ USER_ERRNOS = {
 }
 COUNTED_ROWS = 20_000  # rows that are planned to count the steps of an epoch; the rest is extrapolated
 ERROR_WAIT = 5.0  # seconds that a run which ends with an error waits for the checkpoint in progress
+STORE_WAIT = timedelta(seconds=8)  # limit for a connection to the launcher's store; the launcher may be gone
 SPEAK_WAIT = timedelta(seconds=60)  # limit for the rank that prints the error of all
 
 
@@ -105,7 +106,7 @@ def _say_once(text: str) -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with contextlib.suppress(RuntimeError, OSError):  # the launcher is gone: then every rank speaks
             address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-            store = dist.TCPStore(*address, is_master=False, timeout=SPEAK_WAIT, wait_for_workers=False)
+            store = dist.TCPStore(*address, is_master=False, timeout=STORE_WAIT, wait_for_workers=False)
             if store.add(key, 1) > 1:
                 store.wait([f"{key} said"], SPEAK_WAIT)
                 return
