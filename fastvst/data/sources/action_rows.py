@@ -41,6 +41,7 @@ class ActionRows:
         cameras: names of one or two cameras, in the order of the images: data sets of `obs` in HDF5 (default:
             agentview_rgb), columns of LeRobot (default: the first column of images). VST's rows show all their images.
         state: write the robot's state into the question: HDF5's robot_states, LeRobot's observation.state.
+        side: pixels of each side at which HDF5's images are shown, LIBERO's protocol: 256.
         augment: share of the samples whose images are cropped and recoloured in training; VST: 0.5.
         metres, degrees: how far a value of 1 moves and turns the hand, for the errors of an evaluation; LIBERO's
             controller by 0.05 m and half a radian.
@@ -54,12 +55,13 @@ class ActionRows:
     data_set: str = ""
     cameras: tuple[str, ...] = ()
     state: bool = False
+    side: int = 256
     augment: float = 0.0
     metres: float = 0.05
     degrees: float = 28.65
 
     def __post_init__(self) -> None:
-        check_at_least(1, dims=self.dims, chunk=self.chunk)
+        check_at_least(1, dims=self.dims, chunk=self.chunk, side=self.side)
         check_positive(metres=self.metres, degrees=self.degrees)
         ActionCodec(self.kind, self.bins, self.dims, self.chunk)  # raises for what makes no codec
         if not 0 <= self.augment <= 1:
@@ -127,15 +129,21 @@ def question_row(step: Step, rows: ActionRows) -> dict[str, Any]:
             f"an action has the value {chunk.flat[np.abs(chunk).argmax()]:.4g}, outside of [-1, 1]; give the "
             "`statistics` of the data set",
         )
-    asked = QUESTION.format(task=step.task.strip().rstrip(".").lower())
-    if rows.state:
-        if step.state is None or not np.isfinite(step.state).all():
-            raise ValueError("the step has no finite state of the robot; leave out `state` of `actions`")
-        asked += STATE.format(values=" ".join(f"{value:.3f}" for value in step.state))
+    asked = question(step.task, step.state, rows)
     row = {"id": step.id, "type": KIND, "images": step.images, "question": asked, "answer": codec.encode(chunk)}
     if step.side is not None:
         row["meta_info"] = [{"resized_width": step.side, "resized_height": step.side}] * len(step.images)
     return row
+
+
+def question(task: str, state: np.ndarray | None, rows: ActionRows) -> str:
+    """The text of the question. Raises ValueError if it should name a state that is not there or not finite."""
+    asked = QUESTION.format(task=task.strip().rstrip(".").lower())
+    if not rows.state:
+        return asked
+    if state is None or not np.isfinite(state).all():
+        raise ValueError("the step has no finite state of the robot; leave out `state` of `actions`")
+    return asked + STATE.format(values=" ".join(f"{value:.3f}" for value in state))
 
 
 def vst_step(row: dict[str, Any], where: str, rows: ActionRows) -> Step:

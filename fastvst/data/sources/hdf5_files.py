@@ -2,7 +2,7 @@
 
 As in OpenVLA's protocol (arXiv 2406.09246, appendix on LIBERO), steps that do nothing are left out: the first six
 values have a norm below 1e-4 and the gripper does not change. Images are turned by 180 degrees, since LIBERO stores
-them upside down, and shown at 256 x 256 pixels. The task is `language_instruction` of the attribute problem_info, else
+them upside down, and shown at `side` pixels. The task is `language_instruction` of the attribute problem_info, else
 the name of the file.
 """
 
@@ -21,7 +21,6 @@ from fastvst import jsonl
 from fastvst.data.sources.action_rows import ActionRows, Step
 
 IDLE = 1e-4  # norm of the first dims - 1 values of a step that does nothing
-SIDE = 256  # pixels of the images of the protocol
 MOST_STEPS = 1 << 20  # of a demonstration; LIBERO's longest have 505
 MOST_BYTES = 1 << 26  # of one image
 SCENE = re.compile(r"^[A-Z_]*SCENE\d+_")
@@ -96,7 +95,7 @@ class Hdf5Table:
                         self.task,
                         actions[place : place + self.options.chunk],
                         None if states is None else states[step],
-                        SIDE,
+                        self.options.side,
                     )
                     count += 1
         except Exception as error:  # h5py raises many kinds on damaged data
