@@ -115,6 +115,11 @@ class Simulator:
         return self._description
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the simulator; empty before it has started."""
+        return {} if self._description is None else dict(self._description.versions)
+
+    @property
     def deadline(self) -> float:
         """time.monotonic() at which the awaited reply is late."""
         return self._deadline

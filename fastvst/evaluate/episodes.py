@@ -1,0 +1,409 @@
+"""Success of a policy in simulators: the protocol of the published LIBERO evaluations, and Meta-World's tasks.
+
+A policy is a function of observations that returns a chunk of actions for each of them. Observations that are ready
+form its next batch; simulators compute the other episodes in the meantime. A chunk is executed without looking (open
+loop) until the goal is reached or the steps are over. Every finished episode is a line of OUT/episodes.jsonl, so that a
+killed run continues and no episode is played twice.
+
+LIBERO (arXiv 2306.03310), as OpenVLA (arXiv 2406.09246) evaluates it: 50 trials of each task from the stored initial
+states 0 to 49, the simulator's seed 0, at most 220 / 280 / 300 / 520 steps, and the mean of the tasks' success rates.
+Meta-World (arXiv 1910.10897) draws the initial state from a seed; evaluations have other seeds than demonstrations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastvst import atomic, jsonl
+from fastvst.evaluate.statistics import Interval, wilson
+from fastvst.vla.actions import ActionError
+from fastvst.vla.demonstrations import FIRST_EVALUATION_SEED
+from fastvst.vla.replies import Observation, SimulatorError
+from fastvst.vla.simulators import Simulator, SimulatorConfig, mujoco_note, wait_any
+
+Policy = Callable[[Sequence[Observation]], Sequence[np.ndarray | ActionError]]
+LIBERO_STEPS = {"spatial": 220, "object": 280, "goal": 300, "long": 520, "10": 520, "90": 400}
+LIBERO_TASKS = {"90": 90}  # the other suites have 10
+METAWORLD_STEPS = 200  # the experts take 40 to 110
+TRIALS = 50
+ATTEMPTS = 3  # of an episode whose simulator fails
+FILMS = 3  # failed episodes of a task that are saved as animations
+FRAMES = 100  # of an animation
+FILM_SIZE = 128  # pixels
+FILM_MS = 80  # of a frame
+
+
+@dataclass(frozen=True)
+class EpisodeTask:
+    """A task and its trials.
+
+    Attributes:
+        name: unique name.
+        simulator: its environment.
+        trials: episodes.
+        max_steps: steps after which an episode has failed.
+        stored_states: trial k starts from the stored initial state k with seed 0; else from a seed of its own.
+    """
+
+    name: str
+    simulator: SimulatorConfig
+    trials: int
+    max_steps: int
+    stored_states: bool = False
+
+    def start(self, trial: int) -> tuple[int, int]:
+        """(seed, initial state) of a trial."""
+        return (0, trial) if self.stored_states else (FIRST_EVALUATION_SEED + trial, 0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be equal for episodes of one evaluation."""
+        environment = {"program": self.simulator.program, **self.simulator.environment}
+        return {**environment, "max_steps": self.max_steps, "stored_states": self.stored_states}
+
+
+def libero_tasks(suite: str, trials: int = TRIALS, **simulator: Any) -> list[EpisodeTask]:
+    """The tasks of a suite of LIBERO with the published step limits.
+
+    Args:
+        suite: "spatial", "object", "goal", "long", "90", or one of LIBERO-PRO such as "libero_goal_swap", whose limit
+            is that of the suite it varies.
+        simulator: fields of SimulatorConfig; `environment` is added to suite and task.
+    """
+    base = suite.removeprefix("libero_").partition("_")[0]
+    if base not in LIBERO_STEPS:
+        raise ValueError(f"there is no step limit for the suite {suite!r}; expected one of {', '.join(LIBERO_STEPS)}")
+    more = dict(simulator.pop("environment", {}))
+    return [
+        EpisodeTask(
+            f"{suite}-{number}",
+            SimulatorConfig("libero", {"suite": suite, "task": number, **more}, **simulator),
+            trials,
+            LIBERO_STEPS[base],
+            stored_states=True,
+        )
+        for number in range(LIBERO_TASKS.get(base, 10))
+    ]
+
+
+def metaworld_tasks(names: Iterable[str], trials: int = TRIALS, **simulator: Any) -> list[EpisodeTask]:
+    """Tasks of Meta-World; `simulator` as for `libero_tasks`."""
+    more = dict(simulator.pop("environment", {}))
+    return [
+        EpisodeTask(name, SimulatorConfig("metaworld", {"task": name, **more}, **simulator), trials, METAWORLD_STEPS)
+        for name in names
+    ]
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How an episode has ended.
+
+    Attributes:
+        success: the goal was reached.
+        steps: steps taken.
+        failure: why the episode could not be finished: the policy wrote no action, or the simulator failed ATTEMPTS
+            times. "" if the episode ran to its end.
+        faults: failures of the simulator, after each of which the episode was repeated from its initial state.
+        versions: of the simulator.
+    """
+
+    task: str
+    trial: int
+    success: bool
+    steps: int
+    failure: str = ""
+    faults: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EpisodeReport:
+    """The results of an evaluation.
+
+    Attributes:
+        tasks: task -> success rate with Wilson's 95 % interval. An episode that could not be finished is no success.
+        mean: the mean over the tasks; the interval takes all episodes as trials of one rate.
+        results: all episodes.
+        note: a warning about the version of the simulator, or "".
+    """
+
+    tasks: Mapping[str, Interval]
+    mean: Interval
+    results: Sequence[EpisodeResult]
+    note: str
+
+    def summary(self) -> dict[str, Any]:
+        """The content of results.json."""
+        versions = {name: version for result in self.results for name, version in result.versions.items()}
+        return {
+            "mean": asdict(self.mean),
+            "tasks": {name: asdict(rate) for name, rate in self.tasks.items()},
+            "episodes": len(self.results),
+            "steps": sum(result.steps for result in self.results),
+            "unfinished": {f"{r.task} {r.trial}": r.failure for r in self.results if r.failure},
+            "simulator_faults": dict(Counter(why.partition(":")[0] for r in self.results for why in r.faults)),
+            "versions": versions,
+            "note": self.note,
+        }
+
+    def text(self) -> str:
+        """A table for the terminal."""
+        lines = [f"{name:32} {_percent(rate)}" for name, rate in self.tasks.items()]
+        lines.append(f"{'mean over tasks':32} {_percent(self.mean)}  {len(self.results)} episodes")
+        lines += [f"{r.task} {r.trial} could not be finished: {r.failure}" for r in self.results if r.failure]
+        return "\n".join([*lines, *([f"warning: {self.note}"] if self.note else [])])
+
+
+def _percent(rate: Interval) -> str:
+    return f"{100 * rate.mean:5.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+@dataclass(eq=False)
+class _Episode:
+    """An episode that is played.
+
+    Attributes:
+        steps: steps taken since the reset.
+        frames: what the first camera saw, every `stride`-th observation.
+    """
+
+    task: EpisodeTask
+    trial: int
+    simulator: Simulator
+    steps: int = 0
+    faults: list[str] = field(default_factory=list)
+    frames: list[np.ndarray] = field(default_factory=list)
+    stride: int = 1
+    seen: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.task.name}, trial {self.trial}"
+
+    def begin(self) -> None:
+        self.steps = 0
+        self.frames = []
+        self.stride = 1
+        self.seen = 0
+        self.simulator.begin_reset(*self.task.start(self.trial))
+
+    def film(self, observation: Observation) -> None:
+        """Keep the image, or every second one once there are FRAMES of them."""
+        if self.seen % self.stride == 0:
+            self.frames.append(next(iter(observation.images.values())))
+        if len(self.frames) >= FRAMES:
+            self.frames = self.frames[::2]
+            self.stride *= 2
+        self.seen += 1
+
+
+class Episodes:
+    """Plays the episodes of an evaluation that are not finished.
+
+    Attributes:
+        results: (task, trial) -> result.
+    """
+
+    def __init__(self, tasks: Sequence[EpisodeTask], out: str | Path, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            tasks: with unique names.
+            out: folder of episodes.jsonl, results.json and the animations.
+            settings: what the policy's answers depend on (checkpoint, codec, seed), as JSON can hold it.
+
+        Raises:
+            ValueError: `out` has episodes of other settings.
+        """
+        self.tasks = {task.name: task for task in tasks}
+        if not tasks or len(self.tasks) != len(tasks) or min(task.trials for task in tasks) < 1:
+            raise ValueError(f"expected tasks with unique names and at least one trial, got {[t.name for t in tasks]}")
+        self.out = Path(out)
+        self.file = self.out / "episodes.jsonl"
+        self.settings = settings
+        self.results: dict[tuple[str, int], EpisodeResult] = {}
+        for row in jsonl.read(self.file) if self.file.exists() else []:
+            task = self.tasks.get(row["task"])
+            if task is None or row["trial"] >= task.trials:
+                continue
+            asked = self._settings(task)
+            if row["settings"] != asked:
+                raise ValueError(
+                    f"{self.file} has episodes of {json.dumps(row['settings'])}, not {json.dumps(asked)}; "
+                    "choose another folder, or delete it"
+                )
+            fields = {name: value for name, value in row.items() if name != "settings"}
+            self.results[row["task"], row["trial"]] = EpisodeResult(**{**fields, "faults": tuple(row["faults"])})
+
+    def play(self, policy: Policy, *, simulators: int = 1, log: Callable[[str], object] = print) -> EpisodeReport:
+        """Play what is not finished, and report all.
+
+        Args:
+            policy: called with the observations that are ready, returns for each of them actions (steps, dims) in the
+                units of the simulator, or an ActionError, which ends the episode without success.
+            simulators: processes that play at a time.
+
+        Raises:
+            SimulatorError: a simulator cannot start.
+            ValueError: actions of another shape, or not finite; another version of the simulator.
+        """
+        if simulators < 1:
+            raise ValueError(f"{simulators} simulators; expected at least 1")
+        waiting = {
+            name: [trial for trial in range(task.trials) if (name, trial) not in self.results]
+            for name, task in self.tasks.items()
+        }
+        log(f"{len(self.results)} episodes are finished, {sum(map(len, waiting.values()))} are not")
+        playing: list[_Episode] = []
+        try:
+            for _ in range(min(simulators, sum(map(len, waiting.values())))):
+                playing.append(self._next(waiting, None))
+            while playing:
+                self._turn(playing, waiting, policy, log)
+        finally:
+            for episode in playing:
+                episode.simulator.close()
+        report = self.report()
+        atomic.write_text(self.out / "results.json", json.dumps(report.summary(), indent=1) + "\n")
+        if report.note:
+            log(f"warning: {report.note}")
+        return report
+
+    def report(self) -> EpisodeReport:
+        """The rates of the tasks that have finished episodes."""
+        results = [self.results[key] for key in sorted(self.results)]
+        rates = {}
+        for name in self.tasks:
+            ended = [result.success for result in results if result.task == name]
+            if ended:
+                rates[name] = wilson(sum(ended) / len(ended), len(ended))
+        if not rates:
+            raise ValueError("no episode is finished")
+        mean = wilson(sum(rate.mean for rate in rates.values()) / len(rates), len(results))
+        notes = {mujoco_note(result.versions) for result in results} - {""}
+        return EpisodeReport(rates, mean, results, "; ".join(sorted(notes)))
+
+    def _turn(
+        self, playing: list[_Episode], waiting: dict[str, list[int]], policy: Policy, log: Callable[[str], object]
+    ) -> None:
+        """Take the replies that are there, ask the policy where an episode continues, replace those that ended."""
+        ready: list[_Episode] = []
+        seen: list[Observation] = []
+        ended: list[_Episode] = []
+        at = {id(episode.simulator): episode for episode in playing}
+        for episode in (at[id(simulator)] for simulator in wait_any([e.simulator for e in playing])):
+            try:
+                observation = episode.simulator.poll()
+            except SimulatorError as error:
+                if self._repeat(episode, error, log):
+                    ended.append(episode)
+                continue
+            if observation is None:
+                continue
+            self._check_simulator(episode)
+            episode.steps += observation.steps
+            episode.film(observation)
+            if observation.success or episode.steps >= episode.task.max_steps:
+                self._finish(episode, success=observation.success)
+                ended.append(episode)
+            else:
+                ready.append(episode)
+                seen.append(observation)
+        if ready:
+            ended += self._act(ready, seen, policy)
+        for episode in ended:
+            log(self._line(episode))
+            if any(waiting.values()):
+                playing[playing.index(episode)] = self._next(waiting, episode)
+            else:
+                episode.simulator.close()
+                playing.remove(episode)
+
+    def _act(self, ready: Sequence[_Episode], seen: Sequence[Observation], policy: Policy) -> list[_Episode]:
+        """Begin the steps that the policy wants; returns the episodes that its answers end."""
+        chunks = policy(seen)
+        if len(chunks) != len(seen):
+            raise ValueError(f"the policy has {len(chunks)} answers to {len(seen)} observations")
+        ended = []
+        for episode, chunk in zip(ready, chunks, strict=True):
+            if isinstance(chunk, ActionError):
+                self._finish(episode, success=False, failure=f"action: {chunk}")
+                ended.append(episode)
+                continue
+            try:
+                episode.simulator.begin_step(np.asarray(chunk)[: episode.task.max_steps - episode.steps])
+            except ValueError as error:
+                raise ValueError(f"{episode}: {error}") from error
+        return ended
+
+    def _repeat(self, episode: _Episode, error: SimulatorError, log: Callable[[str], object]) -> bool:
+        """Begin an episode again after a fault of its simulator; True if that is over."""
+        if error.code == "start":
+            raise error
+        episode.faults.append(str(error).partition("\n")[0])
+        log(f"{episode}: {episode.faults[-1]}; fault {len(episode.faults)} of {ATTEMPTS}")
+        if len(episode.faults) >= ATTEMPTS:
+            self._finish(episode, success=False, failure=f"simulator: {episode.faults[-1]}")
+            return True
+        episode.begin()
+        return False
+
+    def _next(self, waiting: dict[str, list[int]], before: _Episode | None) -> _Episode:
+        """Begin the next episode: of the same task, whose simulator runs, else of the task with the most episodes."""
+        if before is not None and waiting[before.task.name]:
+            name = before.task.name
+            simulator = before.simulator
+        else:
+            name = max(waiting, key=lambda one: len(waiting[one]))
+            simulator = Simulator(self.tasks[name].simulator)
+            if before is not None:
+                before.simulator.close()
+        episode = _Episode(self.tasks[name], waiting[name].pop(0), simulator)
+        episode.begin()
+        return episode
+
+    def _finish(self, episode: _Episode, *, success: bool, failure: str = "") -> None:
+        name = episode.task.name
+        films = len([one for one in self.results.values() if one.task == name and not one.success])
+        if not success and episode.frames and films < FILMS:
+            save_film(episode.frames, self.out / "failures" / f"{name}-{episode.trial}.webp")
+        known = episode.simulator.versions
+        result = EpisodeResult(name, episode.trial, success, episode.steps, failure, tuple(episode.faults), known)
+        self.results[name, episode.trial] = result
+        jsonl.append(self.file, [{**asdict(result), "settings": self._settings(episode.task)}])
+
+    def _check_simulator(self, episode: _Episode) -> None:
+        """Raise ValueError if earlier episodes are of another version, or the task has too few initial states."""
+        stored = episode.simulator.description.initial_states
+        if episode.task.stored_states and stored is not None and episode.task.trials > stored:
+            raise ValueError(f"{episode.task.trials} trials of {episode.task.name}, which has {stored} initial states")
+        known = episode.simulator.versions
+        for result in self.results.values():
+            if result.task == episode.task.name and result.versions and dict(result.versions) != known:
+                raise ValueError(f"{self.file} has episodes of {dict(result.versions)}; the simulator is {known} now")
+
+    def _settings(self, task: EpisodeTask) -> dict[str, Any]:
+        return json.loads(json.dumps({**self.settings, "task": task.settings}, default=list))
+
+    def _line(self, episode: _Episode) -> str:
+        ended = [one for one in self.results.values() if one.task == episode.task.name]
+        good = sum(one.success for one in ended)
+        result = self.results[episode.task.name, episode.trial]
+        how = "success" if result.success else result.failure or "no success"
+        return f"{episode}: {how} after {result.steps} steps; {good} of {len(ended)} so far"
+
+
+def save_film(frames: Sequence[np.ndarray], path: Path) -> None:
+    """Save images (height, width, 3) uint8 as an animation of at most FILM_SIZE pixels."""
+    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    for image in images:
+        image.thumbnail((FILM_SIZE, FILM_SIZE))
+    with atomic.file(path) as partial:
+        images[0].save(partial, "WEBP", save_all=True, append_images=images[1:], duration=FILM_MS, loop=0)
