@@ -15,11 +15,12 @@ HEAD = 1 << 13  # bytes that are read at a time for a header
 
 @dataclass(frozen=True)
 class FileRange:
-    """`size` bytes of the file `path` from byte `offset` on."""
+    """`size` bytes of the file `path` from byte `offset` on; `text`: they are a text in UTF-8."""
 
     path: str
     offset: int
     size: int
+    text: bool = False
 
     def read(self, size: int | None = None) -> bytes:
         """The first `size` bytes (None: all). Raises OSError if the file cannot be read or has become shorter."""
@@ -101,10 +102,13 @@ def _has_range(media: Any) -> bool:
 
 
 def _read(part: Part) -> Part:
-    return {**part, part["type"]: _bytes_of(part[part["type"]])} if part["type"] != "text" else part
+    return {**part, part["type"]: loaded(part[part["type"]])} if part["type"] != "text" else part
 
 
-def _bytes_of(media: Any) -> Any:
-    if isinstance(media, FileRange):
-        return media.read()
-    return [_bytes_of(one) for one in media] if isinstance(media, list) else media
+def loaded(value: Any) -> Any:
+    """A value with the bytes and texts of its file ranges at all depths. Raises OSError as `FileRange.read`."""
+    if isinstance(value, FileRange):
+        return value.read().decode("utf-8", "surrogatepass") if value.text else value.read()
+    if isinstance(value, dict):
+        return {key: loaded(one) for key, one in value.items()}
+    return [loaded(one) for one in value] if isinstance(value, list) else value

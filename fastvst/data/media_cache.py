@@ -10,11 +10,14 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from fastvst.data.file_range import FileRange
+
 Value = TypeVar("Value")
 
 
 def media_key(source: Any) -> Hashable | None:
-    """A key that changes with the content: path, size and time of a file, or a hash of bytes; None for an image object.
+    """A key that changes with the content: path, size and time of a file or of a range in it, or a hash of bytes; None
+    for an image object and for a range of a file without a name, whose space is used again.
 
     A list of files has the key of all its files.
     """
@@ -24,6 +27,9 @@ def media_key(source: Any) -> Hashable | None:
         except OSError:
             return None
         return (str(source), state.st_size, state.st_mtime_ns)
+    if isinstance(source, FileRange):
+        of_file = media_key(source.path) if not source.path.startswith("/proc/") else None
+        return None if of_file is None else (of_file, source.offset, source.size)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return (len(source), hashlib.blake2b(source, digest_size=16).digest())
     if isinstance(source, (list, tuple)):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fastvst.batch import Cost, EncodedSample
-from fastvst.data.file_range import with_bytes
 from fastvst.data.ledger import SampleError
 from fastvst.data.mixture import Mixture, Ref
 from fastvst.data.packing import Packer, PackingConfig
@@ -157,7 +156,7 @@ class Planner:
 
     def examine(self, sample: Sample) -> Cost:
         """The cost of a sample that fits into a pack. Raises SampleError for one that cannot be used."""
-        cost = self.processor.measure(with_bytes(sample, ("video",)))  # the header of a video may be at its end
+        cost = self.processor.measure(sample)
         budget = self.packing.tokens_per_pack
         if cost.tokens > budget:
             detail = f"{cost.tokens} tokens ({cost.patches // 4} of images), but a pack holds {budget}; never truncated"

@@ -14,11 +14,15 @@ import functools
 import io
 import os
 import pickle
+import sys
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fastvst.data.file_range import FileRange
+from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
 
 BLOCK = 4096  # bytes; pieces of the file are multiples of it
@@ -45,7 +49,41 @@ class Spool:
 
     def put(self, sample: Sample) -> Place:
         """Write a sample. Raises RuntimeError if the disk is full."""
-        data = memoryview(pickle.dumps(sample, protocol=5))
+        return self._write(memoryview(pickle.dumps(sample, protocol=5)))
+
+    def lighten(self, ref: Any, sample: Sample | SampleError) -> Sample | SampleError:
+        """The sample with `FileRange`s of this file in place of its encoded images, videos and long texts of its row.
+
+        Space is used again when nothing refers to such a range any more. For `Mixture.kept`.
+        """
+        if isinstance(sample, SampleError) or sys.platform != "linux":
+            return sample
+        known: dict[int, FileRange] = {}
+        for message in sample.messages:
+            message["content"] = [
+                part if part["type"] == "text" else {**part, part["type"]: self._held(part[part["type"]], known)}
+                for part in message["content"]
+            ]
+        sample.row = self._held(sample.row, known)
+        return sample
+
+    def _held(self, value: Any, known: dict[int, FileRange]) -> Any:
+        """A value with ranges in place of long bytes and texts at all depths; the same bytes are written once."""
+        if isinstance(value, dict):
+            return {key: self._held(one, known) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._held(one, known) for one in value]
+        if not isinstance(value, (bytes, str)) or len(value) < BLOCK:
+            return value
+        if id(value) not in known:
+            data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+            place = self._write(memoryview(data))
+            held = FileRange(self.path, place.offset, place.size, isinstance(value, str))
+            weakref.finalize(held, self.free, [place]).atexit = False
+            known[id(value)] = held
+        return known[id(value)]
+
+    def _write(self, data: memoryview) -> Place:
         length = _piece(len(data))
         known = self._free.get(length)
         offset = known.pop() if known else self.end
@@ -56,7 +94,7 @@ class Spool:
                 at += os.pwrite(self.file.fileno(), data[at:], offset + at)
         except OSError as error:
             raise RuntimeError(
-                f"rows of Parquet wait in a file in {tempfile.gettempdir()}, which cannot grow over "
+                f"rows wait in a file in {tempfile.gettempdir()}, which cannot grow over "
                 f"{self.end / 1e9:.3g} GB: {error}. Set TMPDIR to a folder on a larger local disk, or lower "
                 "data.shuffle_buffer"
             ) from error

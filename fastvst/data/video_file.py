@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from fastvst.data.file_range import FileRange
 from fastvst.data.media_cache import Cache, media_key
 from fastvst.data.media_files import VIDEO_BYTES, MediaError, open_file
 
@@ -119,6 +120,8 @@ def _handle(source: Any) -> BinaryIO:
     """An open file: FFmpeg gets no name that it could take for an address, and may open nothing itself."""
     if isinstance(source, (str, Path)):
         return open_file(source, "video", VIDEO_BYTES)
+    if isinstance(source, FileRange):
+        return source.open()
     if not isinstance(source, (bytes, bytearray, memoryview)):
         raise MediaError("bad_video_type", f"got {type(source).__name__}; expected a path, bytes or a list of images")
     if len(source) == 0:

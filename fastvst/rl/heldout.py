@@ -13,6 +13,8 @@ from fastvst import jsonl
 from fastvst.config import ConfigError, check_at_least
 from fastvst.data.ledger import SampleError
 from fastvst.data.sources import open_source
+from fastvst.data.sources.source import with_ranges
+from fastvst.data.spool import Spool
 from fastvst.evaluate.statistics import bootstrap
 from fastvst.rl.prompts import NoPrompts, Prompt, PromptStream
 from fastvst.rl.records import GroupRecord
@@ -53,12 +55,14 @@ def read_prompts(path: str | Path, count: int, stream: PromptStream) -> list[Pro
     """
     prompts: list[Prompt] = []
     try:
-        source = open_source(path, ledger=stream.ledger).with_whole_rows()
+        source = with_ranges(open_source(path, ledger=stream.ledger).with_whole_rows())
     except (OSError, ValueError) as error:
         raise ConfigError(f"evaluation.path: {error}") from error
+    kept = Spool()
     for sample in source:
         if len(prompts) == count:
             break
+        kept.lighten(None, sample)
         try:
             prompts.append(stream.prompt(sample, turn=len(prompts), number=len(prompts)))
         except SampleError as error:

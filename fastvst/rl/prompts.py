@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fastvst.batch import EncodedSample
 from fastvst.data.chat import THINK_SYSTEM
+from fastvst.data.file_range import loaded
 from fastvst.data.isolated import IsolatedProcessor, isolate
 from fastvst.data.ledger import Ledger, SampleError
 from fastvst.data.mixture import Mixture
@@ -58,6 +60,11 @@ class Prompt:
         """The row's task, or its kind if it has none; results are grouped by it."""
         return str(self.sample.metadata.get("task", self.sample.kind))
 
+    @cached_property
+    def columns(self) -> dict[str, Any] | None:
+        """The row as it was read, with the images and long texts that wait in a file."""
+        return loaded(self.sample.row)
+
     def row(self, response: str) -> Row:
         """What the reward receives for one completion."""
         s = self.sample
@@ -71,7 +78,7 @@ class Prompt:
             modes=self.modes,
             thinking=self.thinking,
             metadata=s.metadata,
-            columns=s.row,
+            columns=self.columns,
         )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from fastvst.config import ConfigError, not_an_option
 from fastvst.data import Ledger, MixtureConfig, Processor, SourceConfig
+from fastvst.data.mixture import Mixture
+from fastvst.data.sources.source import with_ranges
+from fastvst.data.spool import Spool
 from fastvst.rl.heldout import EvaluationConfig
 from fastvst.rl.prompts import PromptStream
 from fastvst.train import rooms as shared_rooms
@@ -58,8 +61,13 @@ def find_data(
 def open_prompts(
     config: Any, mixture: MixtureConfig, processor: Processor, ledger: Ledger, **place: int
 ) -> PromptStream:
-    """The stream of prompts; `place`: rank, size and completion tokens of PromptStream."""
-    data = open_data(mixture, whole_rows=True)
+    """The stream of prompts; `place`: rank, size and completion tokens of PromptStream.
+
+    Prompts are drawn on every rank, and each is asked on one: encoded images and videos stay in their files, or wait in
+    one without a name, until somebody reads them.
+    """
+    opened = open_data(mixture, whole_rows=True)
+    data = Mixture([with_ranges(source) for source in opened.sources], opened.config, Spool().lighten)
     system = config.sampling.system
     return PromptStream(data, processor, ledger, system=system, needs_answer=config.reward.needs_answer, **place)
 

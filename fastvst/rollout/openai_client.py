@@ -25,6 +25,7 @@ from PIL import Image
 
 from fastvst import jsonl
 from fastvst.data.chat import system_prompt
+from fastvst.data.file_range import FileRange
 from fastvst.data.fov import unify_fov_messages
 from fastvst.data.images import load_rgb
 from fastvst.data.sample import Message, Part, Sample
@@ -221,6 +222,8 @@ def _part(part: Part) -> dict[str, Any]:
     if isinstance(video, (list, tuple)):  # vLLM's form of a list of frames
         frames = ",".join(_image_url({"image": f}, "JPEG").split(",", 1)[1] for f in video)
         return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
+    if isinstance(video, FileRange):
+        video = video.read()
     data = bytes(video) if isinstance(video, (bytes, bytearray)) else Path(video).read_bytes()
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(data).decode()}"}}
 
