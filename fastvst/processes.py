@@ -38,7 +38,8 @@ ENVIRONMENT = re.compile(
 MARK = "FASTVST_CHILD"  # names the processes of one command, also those that left its session
 END_SECONDS = supervisor.REAP_SECONDS + 1.0  # a supervisor that gets no answer within this time is killed
 OPEN_FILES = 4096
-POLL_S = 1.0  # seconds between looks at the parent where the kernel does not tell
+POLL_S = 1.0  # seconds between looks at another process
+STOPPED_S = 30.0  # a process that a signal (SIGSTOP) stops for so long is given up
 FILE_BYTES = 4 << 30  # of one file that such a process writes
 
 
@@ -107,18 +108,29 @@ def start_helper(memory_gib: float = 0.0) -> None:
 
 
 def helper_result(future: Future[T], work: str) -> T:
-    """The result of a job in a pool of helper processes.
+    """The result of a job in a pool of helper processes. One that a signal stops for STOPPED_S seconds is killed.
 
     Raises:
         ChildProcessError: a helper was killed; says that the work can be continued.
     """
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            f"{work}: a helper process was killed, by hand or because memory is over. What is finished is kept, and "
-            "the same command continues; fewer workers need less memory"
-        ) from error
+    moved = time.monotonic()
+    while True:
+        try:
+            return future.result(POLL_S)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"{work}: a helper process was killed, by hand or because memory is over. What is finished is kept, "
+                "and the same command continues; fewer workers need less memory"
+            ) from error
+        except TimeoutError:
+            if future.done():  # the error of the job
+                raise
+        stopped = [child for child in multiprocessing.active_children() if is_stopped(child.pid or 0)]
+        if not stopped:
+            moved = time.monotonic()
+        elif time.monotonic() - moved > STOPPED_S:
+            for child in stopped:
+                child.kill()
 
 
 def is_stopped(pid: int) -> bool:

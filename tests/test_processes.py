@@ -124,6 +124,17 @@ def test_a_killed_helper_is_said_with_what_to_do() -> None:
             helper_result(job, "rooms")
 
 
+def test_a_stopped_helper_is_killed_and_said(monkeypatch) -> None:
+    monkeypatch.setattr("fastvst.processes.POLL_S", 0.05)
+    monkeypatch.setattr("fastvst.processes.STOPPED_S", 0.2)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_helper) as pool:
+        pid = pool.submit(os.getpid).result()
+        job = pool.submit(time.sleep, 1000)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(ChildProcessError, match="rooms: a helper process was killed"):
+            helper_result(job, "rooms")
+
+
 def test_limits() -> None:
     found = eval(subprocess.run([sys.executable, "-c", LIMITS], capture_output=True, text=True, check=True).stdout)
     assert found == [[0, 0], [OPEN_FILES] * 2, [FILE_BYTES] * 2, [3 << 29] * 2]

@@ -39,13 +39,13 @@ from fastvst.data.mixture import Mixture, MixtureConfig, open_mixture
 from fastvst.data.notes import Casualties, Note, Notes, forget_workers, make_notes, read_notes
 from fastvst.data.packing import PackingConfig, PackingReport
 from fastvst.data.planner import Encoder, Planned, Planner, Step
-from fastvst.data.planner_process import STOPPED_S, LocalPlans, Node, RemotePlans, start_planner
+from fastvst.data.planner_process import LocalPlans, Node, RemotePlans, start_planner
 from fastvst.data.processor import Processor
 from fastvst.data.sources.files import ParquetTable
 from fastvst.data.sources.source import with_ranges
 from fastvst.data.spool import BLOCK
 from fastvst.data.worker import Delivery, PackMaker, start_worker
-from fastvst.processes import is_stopped
+from fastvst.processes import STOPPED_S, is_stopped
 
 Plans = LocalPlans | RemotePlans
 # The most that one token takes on its way: 4 patches of 1,176 uint8 pixels and 128 bytes of positions, ids, labels.

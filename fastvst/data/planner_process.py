@@ -31,11 +31,10 @@ import torch
 from fastvst.data.notes import Notes, write_note
 from fastvst.data.planner import Planner, Step, steps_from
 from fastvst.data.spool import Place, Spool
-from fastvst.processes import end_with_parent, is_stopped
+from fastvst.processes import STOPPED_S, end_with_parent, is_stopped
 
 AHEAD = 2  # steps that are planned before any rank asks for them
 POLL_S = 1.0  # seconds between checks that the planner is alive
-STOPPED_S = 30.0  # a process that a signal stops for so long is given up
 JOIN_S = 0.1  # seconds between looks for ranks that have not joined yet
 StepFrom = tuple[Step, int]  # a step and its first micro-step that was not used yet
 

@@ -91,15 +91,15 @@ def run_script(main: Callable[[Sequence[str]], object], *errors: type[Exception]
             raise
         if isinstance(error, OSError) and not isinstance(error, USER_ERRORS) and error.errno not in USER_ERRNOS:
             raise
-        _say_once(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}")
-        sys.exit(1)
+        sys.exit(_say_once(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}"))
 
 
-def _say_once(text: str) -> None:
-    """Print an error that ends a run: under torchrun, only the rank that is first to have one; the others wait for it.
+def _say_once(text: str) -> str | int:
+    """The argument of `sys.exit` for an error that ends a run: its text, or 1 if it has been printed.
 
-    Ranks mostly meet the same error, or one that follows from the first. They agree in the store of torchrun, which
-    ends them all as soon as one has ended.
+    Under torchrun the rank that is first to have an error prints it; the others wait for that. Ranks mostly meet the
+    same error, or one that follows from the first. They agree in the store of torchrun, which ends them all as soon as
+    one has ended.
     """
     key = f"fastvst error {os.environ.get('TORCHELASTIC_RUN_ID')} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     store = None
@@ -109,11 +109,13 @@ def _say_once(text: str) -> None:
             store = dist.TCPStore(*address, is_master=False, timeout=STORE_WAIT, wait_for_workers=False)
             if store.add(key, 1) > 1:
                 store.wait([f"{key} said"], SPEAK_WAIT)
-                return
+                return 1
+    if store is None:
+        return text
     print(text, file=sys.stderr, flush=True)
-    if store is not None:
-        with contextlib.suppress(RuntimeError, OSError):
-            store.set(f"{key} said", "")
+    with contextlib.suppress(RuntimeError, OSError):
+        store.set(f"{key} said", "")
+    return 1
 
 
 def read_config(
