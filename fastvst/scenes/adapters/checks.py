@@ -93,15 +93,15 @@ def intrinsics_problem(matrix: Any, width: float, height: float) -> str | None:
     return None
 
 
-def size_problem(stored: tuple[int, int], annotated: tuple[float, float]) -> str | None:
-    """Whether a stored image (width, height) is a resized copy of the annotated one, with 2 % for rounding."""
+def size_problem(stored: tuple[int, int], annotated: tuple[float, float], rounding: float = 0.02) -> str | None:
+    """Whether a stored image (width, height) is a resized copy of the annotated one, within `rounding`."""
     w, h = stored
     aw, ah = annotated
     if min(aw, ah) <= 0:
         return f"annotated size {aw} x {ah}; expected numbers > 0"
-    if abs(math.log((w / aw) / (h / ah))) > 0.02:
-        turned = " (it is turned by 90 degrees)" if abs(math.log((w / ah) / (h / aw))) <= 0.02 else ""
-        return f"the stored image has {w} x {h} pixels and the annotation {aw} x {ah}{turned}"
+    if abs(math.log((w / aw) / (h / ah))) > rounding:
+        turned = " (it is turned by 90 degrees)" if abs(math.log((w / ah) / (h / aw))) <= rounding else ""
+        return f"one has {w} x {h} pixels and the other {aw:g} x {ah:g}{turned}"
     return None
 
 
@@ -149,13 +149,13 @@ class Convention:
             matrix = np.linalg.inv(matrix)
         if self.axes == "opengl":
             matrix = matrix @ np.diag([1.0, -1.0, -1.0, 1.0])
-        return _TO_Z_UP[self.up] @ matrix
+        return TO_Z_UP[self.up] @ matrix
 
     def __str__(self) -> str:
         return f"{self.pose}, {self.axes} axes, {self.up} up, {self.unit:g} m a unit"
 
 
-_TO_Z_UP = {
+TO_Z_UP = {
     "z": np.eye(4),
     "y": np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]),
     "-y": np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]]),

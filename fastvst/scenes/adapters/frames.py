@@ -15,8 +15,18 @@ import numpy as np
 from PIL import Image
 
 from fastvst.scenes.adapters.box_pixels import NEAR, boxes_of, hints, ids_from_boxes, in_space
-from fastvst.scenes.adapters.checks import CONVENTIONS, FITS, MARGIN, MISFIT, Problems, inside_box, share_in_boxes
+from fastvst.scenes.adapters.checks import (
+    CONVENTIONS,
+    FITS,
+    MARGIN,
+    MISFIT,
+    Problems,
+    inside_box,
+    share_in_boxes,
+    size_problem,
+)
 from fastvst.scenes.adapters.depth import nearest
+from fastvst.scenes.adapters.fit import QUARTER, check_fit
 from fastvst.scenes.adapters.images import StoredImage
 from fastvst.scenes.scene import Scene, SceneObject, Sighting, View, observe, pixels_by_id, wide_pairs
 from fastvst.spatial.camera import Camera, unproject
@@ -35,6 +45,8 @@ class Frame:
     `depth` (H, W) float32, planar, metres, 0 where it is missing or saturated. `ids` (H, W) object ids, 0 = none. All
     at one size.
 
+    `quarters`: turns of 90 degrees anticlockwise that brought the frame upright.
+
     `masks` is False if the ids were found from boxes and depth: an object may then show where it has no pixel.
     """
 
@@ -45,6 +57,7 @@ class Frame:
     depth: np.ndarray
     ids: np.ndarray
     masks: bool = True
+    quarters: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ def make_frame(
     scale = min(1.0, options.width / max(height, width))
     scale = 1.0 if scale >= ROUGH else scale
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    fault = size_problem((depth.shape[1], depth.shape[0]), (width, height), 0.05)
+    if fault is not None:
+        raise ValueError(f"depth and image differ in shape: {fault}")
     if size != (width, height):
         if isinstance(image, StoredImage):
             image = image.resized(size)
@@ -120,6 +136,8 @@ def make_frame(
     if not np.isfinite(depth.sum()):
         depth = np.where(np.isfinite(depth), depth, 0)
     depth = nearest(depth, size).astype(np.float32, copy=False)
+    if not (depth > NEAR).any():
+        raise ValueError("no pixel has a measured depth (all are 0, saturated or not finite)")
     found = ids_from_boxes(camera, depth, objects) if ids is None else nearest(ids, size).astype(np.int32)
     return upright(Frame(name, camera, pose, image, depth, found, ids is not None))
 
@@ -141,15 +159,15 @@ def upright(frame: Frame) -> Frame:
 def _quarter(frame: Frame) -> Frame:
     """The frame turned by 90 degrees anticlockwise."""
     c = frame.camera
-    turn = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    camera = Camera(c.height, c.width, c.fy, c.fx, c.cy, c.width - c.cx, turn @ c.rotation, turn @ c.translation)
+    turned = (QUARTER @ c.rotation, QUARTER @ c.translation)
+    camera = Camera(c.height, c.width, c.fy, c.fx, c.cy, c.width - c.cx, *turned)
     pose = np.eye(4)
     pose[:3, :3] = camera.rotation.T
     pose[:3, 3] = camera.position
     stored = frame.image
     image = stored.turned() if isinstance(stored, StoredImage) else np.ascontiguousarray(np.rot90(stored))
     depth, ids = (np.ascontiguousarray(np.rot90(m)) for m in (frame.depth, frame.ids))
-    return Frame(frame.name, camera, pose, image, depth, ids, frame.masks)
+    return Frame(frame.name, camera, pose, image, depth, ids, frame.masks, frame.quarters + 1)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -315,6 +333,8 @@ def assemble(
     every = [*walk, *(frame for pair in motions for frame in pair)]
     pixels = [pixels_by_id(frame.ids) for frame in every]
     points = surfaces(every, pixels, {o.id for o in objects}, np.random.default_rng([options.seed, 8]))
+    if not every[0].masks:
+        objects = check_fit(name, objects, [(frame.camera, frame.depth, frame.quarters) for frame in every], problems)
     checked = check_boxes(name, objects, every, points, problems)
     by_id = {o.id: o for o in checked}
     views = []
