@@ -85,13 +85,16 @@ def left_of(scene: Scene, view: int, a: int, b: int) -> bool:
 
 
 def nearer(scene: Scene, view: int, a: int, b: int) -> bool:
-    """Whether a is nearer than b to a view's camera, by dots and by box centres, with the margins of the tasks."""
+    """Whether a is nearer than b to a view's camera, with the margins of the tasks: by dots and by box centres, in a
+    scan also by the median depths of what the view shows of them."""
     first = sighting(scene, view, a)
     second = sighting(scene, view, b)
     if first is None or second is None:
         return False
     centres = scene.boxes_in_view(scene.views[view], [a, b])[:, 2]
     margin = max(CONFIG.depth_gap, CONFIG.depth_ratio * second.depth)
+    if first.typical is not None and second.typical is not None and second.typical - first.typical < margin:
+        return False
     return second.nearest - first.farthest >= margin and float(centres[1] - centres[0]) >= margin
 
 

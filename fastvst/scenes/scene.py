@@ -17,6 +17,7 @@ from PIL import Image
 from fastvst.spatial.boxes import to_camera_frame
 from fastvst.spatial.camera import Camera
 
+TYPICAL = 0.05  # of the median depth of an object's pixels by which the dot's may differ: less than gaps in depth
 SOME = 2000  # pixels from which the typical depth of a scanned object is taken
 FINE = 64  # rows or columns of a scanned object's mask above which every second one, third one, ... finds its middle
 
@@ -73,6 +74,9 @@ class Sighting:
 
     `span`: where the depth at `point` was not measured, the least and the greatest depth that the object can have
     there, metres; `depth` is then that of its box's centre. None if the depth was measured.
+
+    `typical`: median depth of its visible pixels in a scan, metres. None if `depth` is known as well as that: rendered
+    rooms and single images.
     """
 
     object_id: int
@@ -82,6 +86,7 @@ class Sighting:
     point: tuple[float, float]
     depth: float
     span: tuple[float, float] | None = None
+    typical: float | None = None
 
     @property
     def nearest(self) -> float:
@@ -218,10 +223,11 @@ def observe(
         mask = strip[:, left:right]
         trusted = None if measured is None else measured[window] & mask
         blind = trusted is not None and not trusted.any()
+        typical = None
         if trusted is not None and not blind:  # the dot has a depth that is typical of the visible part
             values = depth[window][trusted]
             typical = float(np.median(values[:: max(1, len(values) // SOME)]))
-            near = trusted & (np.abs(depth[window] - typical) <= 0.15 * typical)
+            near = trusted & (np.abs(depth[window] - typical) <= TYPICAL * typical)
             trusted = near if near.any() else trusted
         row, column = _deepest(
             mask, None if blind else trusted, 1 if measured is None else 1 + math.isqrt(mask.size) // FINE
@@ -237,6 +243,7 @@ def observe(
                 point=(column + 0.5, row + 0.5),
                 depth=float(depth[row, column]),
                 span=(0.0, math.inf) if blind else None,
+                typical=typical,
             )
         )
     return tuple(sightings)

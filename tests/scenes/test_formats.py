@@ -27,7 +27,7 @@ from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import corners
-from fastvst.tasks import PAIRS, SINGLE
+from fastvst.tasks import PAIRS, SINGLE, WALKS
 from scan_answers import wrong_answers
 from scans import (
     shots,
@@ -350,11 +350,14 @@ def test_oriented_boxes_keep_their_corners() -> None:
         oriented_box([0, 0, 0], np.ones((3, 3)) + np.eye(3), [1, 1, 1])
 
 
-def test_docs_list_every_format() -> None:
+def test_the_table_of_the_docs_is_what_the_formats_allow() -> None:
     text = Path("docs/scans.md").read_text()
-    for name in FORMATS:
-        assert f"`{name}`" in text
-    assert all(task in text for task in (*SINGLE, *PAIRS))
+    lines = [f"| task | {' | '.join(f'`{name}`' for name in FORMATS)} |", f"| --- |{' --- |' * len(FORMATS)}"]
+    for task in (*SINGLE, *PAIRS, *WALKS):
+        lines.append(f"| {task} | {' | '.join('yes' if task in allowed else '' for allowed in FORMATS.values())} |")
+    assert "\n".join(lines) in text
+    described = text[text.index("## Formats") : text.index("## Format and task")]
+    assert all(f"| `{name}` |" in described for name in FORMATS)
 
 
 EXACT = ("nerfstudio", "posed", "scannetpp", "arkitscenes sideways")  # formats whose boxes are those of the meshes
