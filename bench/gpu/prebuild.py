@@ -36,12 +36,11 @@ from triton.runtime import build
 from triton.runtime.cache import get_cache_manager, triton_key
 
 import fastvst_kernels
-from bench.gpu import attention, lm_head, pointwise, rollout, smoke, step
+from bench.gpu import attention, lm_head, places, pointwise, rollout, smoke, step
 from bench.gpu.block import Cases, Figures, Options, compilations
-from bench.gpu.places import CACHE, NOTE
 from fastvst_kernels.tuning.tune import MOST_SPILLED, PUBLISHED, classes, spilled
 from launches import FakeDriver
-from pretended_gpu import CAPABILITY, pretended_gpu
+from pretended_gpu import CAPABILITY, NAME, pretended_gpu
 
 ARCH = 10 * CAPABILITY[0] + CAPABILITY[1]
 # What the key of a C module says of the platform, where the program `file` is installed and where it is not.
@@ -102,10 +101,10 @@ def all_cases(blocks: list[str], only: str) -> Iterator[tuple[str, Callable[[], 
                     yield f"{block}, small / {name}", work
 
 
-def compile_cases(blocks: list[str], only: str, shard: tuple[int, int]) -> tuple[int, int, list[str]]:
+def compile_cases(blocks: list[str], only: str, shard: tuple[int, int], gpu: str) -> tuple[int, int, list[str]]:
     """Run every N-th case from the I-th on; (compiled, cached, cases that failed)."""
     failed: list[str] = []
-    with compilations() as kernels, pretended_gpu(compiles=True) as seen:
+    with compilations() as kernels, pretended_gpu(compiles=True, name=gpu) as seen:
         torch.manual_seed(0)
         for number, (name, work) in enumerate(all_cases(blocks, only)):
             if number % shard[1] != shard[0]:
@@ -167,7 +166,7 @@ def make_module(source: str, name: str) -> None:
 
 def pack(cache: Path, out: Path) -> None:
     """Write the cache and what its keys depend on as one archive."""
-    (cache / NOTE).write_text(json.dumps(hashes(), indent=1))
+    (cache / places.NOTE).write_text(json.dumps(hashes(), indent=1))
     partial = out.with_suffix(".partial")
     with tarfile.open(partial, "w:xz", preset=6) as tar:
         tar.add(cache, arcname=cache.name)
@@ -178,10 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the archive; without it only the folder is filled")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder")
+    parser.add_argument("--cache", type=Path, default=places.CACHE, help="the folder")
     parser.add_argument("--blocks", default=",".join(BLOCKS), help="names by comma")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th on")
+    parser.add_argument("--gpu", default=NAME, help="its name, which chooses the table of tiles (default %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="empty the folder first: kernels of older sources")
     arguments = parser.parse_args(argv)
     blocks = arguments.blocks.split(",")
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     triton.knobs.cache.dir = str(arguments.cache)
     triton.knobs.compilation.store_binary_only = True
-    compiled, cached, failed = compile_cases(blocks, arguments.only, (index, count))
+    compiled, cached, failed = compile_cases(blocks, arguments.only, (index, count), arguments.gpu)
     print(*failed, f"{compiled} compiled, {cached} in the cache, {len(failed)} cases failed", sep="\n", flush=True)
     if arguments.out is not None:
         pack(arguments.cache, arguments.out)

@@ -29,6 +29,8 @@ from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.mismatch import mismatch
 from fastvst.rollout.sampler import make_rows, next_tokens
 from fastvst_kernels import packed_attention, prepare, sample_tokens
+from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
+from fastvst_kernels.invariant.tiles import make_tiles
 
 BANDWIDTH = 4.8e12  # bytes/s of an H200, from its data sheet
 MATRIX = 700e12  # FLOP/s that dense bf16 products reach on an H200 in practice
@@ -204,6 +206,13 @@ def launch_kernels(preset: str, options: Options) -> Figures:
             params = [SamplingParams()] * case.rows
             rows = make_rows(params, list(range(case.rows)), config.vocab_size, options.device)
             next_tokens(hidden, model.head_weight, rows, tables.tokens, tables.tokens[:2])
+        invariant_mm(hidden, model.head_weight.t(), torch.float32)
+        invariant_mm(hidden, model.model.layers[0].self_attn.o_proj.weight.t())
+        tiles = make_tiles([(range(64), 0, range(64))]).to(options.device)
+        q, k = (
+            hidden.new_empty(64, n, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        invariant_attention(q, k, k, tiles, 0.1)
     return {}
 
 

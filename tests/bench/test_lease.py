@@ -51,7 +51,7 @@ def script(tmp_path: Path, text: str) -> list[str]:
 
 def run(tmp_path: Path, monkeypatch, text: str, seconds: float = 30.0, one_case: float = 60.0) -> list[dict]:
     """Run one block whose process is a script; the lines of its block."""
-    made = Lease(tmp_path, True, time.monotonic() + 100)
+    made = Lease(tmp_path, False, time.monotonic() + 100)
     monkeypatch.setattr(made, "command", lambda block, left: script(tmp_path, text))
     monkeypatch.setattr(lease, "ONE_CASE", one_case)
     made.run(Block("x", seconds))
@@ -288,3 +288,17 @@ def test_the_prebuilt_cache_is_unpacked_and_compared(tmp_path, monkeypatch, note
     line, compiled = cache_lines(tmp_path, monkeypatch, note)
     assert (line["prebuilt"], line["same_triton"], line["changed_sources"], compiled) == expected
     assert (lease.CACHE / NOTE).exists() == (note is not None)
+
+
+def test_a_damaged_cache_is_named_and_the_blocks_still_run(tmp_path, monkeypatch):
+    made = Lease(tmp_path / "out", False, time.monotonic() + 100)
+    monkeypatch.setattr(lease, "CACHE", tmp_path / "place" / "cache")
+    monkeypatch.setattr(lease, "PREBUILT", tmp_path / "cache.tar.xz")
+    monkeypatch.setattr(made, "python", lambda code: json.dumps({"key": "k", "sources": {"a.py": "1"}}))
+    monkeypatch.setattr(made, "compile_here", lambda: None)
+    for data in (b"", b"no archive", b"\xfd7zXZ\x00 cut"):
+        lease.PREBUILT.write_bytes(data)
+        made.prepare_cache()
+    lines = read_lines(made.results)
+    assert [("damaged" in x.get("error", "")) for x in lines] == [True, False] * 3
+    assert not any(x["prebuilt"] for x in lines[1::2])

@@ -35,7 +35,7 @@ CUDA = torch.device("cuda", 0)
 META = torch.device("meta")
 NAME = "NVIDIA H100 80GB HBM3"
 CAPABILITY = (9, 0)
-PROPERTIES = SimpleNamespace(multi_processor_count=132, name=NAME, total_memory=80 << 30)
+PROPERTIES = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
 # Their result's size depends on values, or is a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 
@@ -238,11 +238,12 @@ def _backward(costume: Costume) -> Callable[..., Any]:
 
 
 @contextmanager
-def pretended_gpu(*, compiles: bool = False) -> Iterator[Seen]:
+def pretended_gpu(*, compiles: bool = False, name: str = NAME) -> Iterator[Seen]:
     """What is on "cuda" within the block is on a GPU without memory.
 
     Args:
         compiles: Triton's kernels are compiled for sm_90, into triton's cache; else their launches are only counted.
+        name: of the GPU, which chooses the table of tiles.
     """
     with contextlib.ExitStack() as stack:
         launches: Counter[str] = Counter()
@@ -258,7 +259,7 @@ def pretended_gpu(*, compiles: bool = False) -> Iterator[Seen]:
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "set_device": lambda device: None,
-            "get_device_name": lambda device=None: NAME,
+            "get_device_name": lambda device=None: name,
             "get_device_capability": lambda device=None: CAPABILITY,
             "get_device_properties": lambda device=None: PROPERTIES,
             "mem_get_info": lambda device=None: (70 << 30, 80 << 30),
@@ -270,8 +271,8 @@ def pretended_gpu(*, compiles: bool = False) -> Iterator[Seen]:
             "is_current_stream_capturing": lambda: False,
             "synchronize": lambda device=None: seen.wait("torch.cuda.synchronize"),
         }
-        for name, value in replaced.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        for function, value in replaced.items():
+            stack.enter_context(mock.patch.object(torch.cuda, function, value))
         stack.enter_context(mock.patch.object(BackwardCFunction, "apply", _backward(costume)))
         inverse_frequencies.cache_clear()
         stack.callback(inverse_frequencies.cache_clear)  # it has meta tensors then
