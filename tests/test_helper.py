@@ -173,6 +173,15 @@ def test_a_killed_nursery_is_replaced_and_takes_its_process_with_it() -> None:
         assert one.call(add, 1, 1) == 2
 
 
+def test_a_stopped_nursery_is_replaced() -> None:
+    with Helper() as one:
+        worker = one.call(pid)
+        os.kill(one.call(os.getppid), signal.SIGSTOP)
+        one._nursery.control.settimeout(0.2)  # of this one only
+        os.kill(worker, signal.SIGKILL)
+        assert one.call(add, 1, 1) == 2
+
+
 def test_nothing_is_left_when_the_owner_is_killed() -> None:
     reader, writer = os.pipe()
     owner = os.fork()

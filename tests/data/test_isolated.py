@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,10 @@ def test_results_are_those_of_the_processor(processor: Processor) -> None:
             assert safe.inspect(sample).notes == plain.inspect(sample).notes
             assert safe.with_uint8_patches().encode(sample).patches.dtype == torch.uint8
             assert isolate(safe) is safe
+            sent = pickle.loads(pickle.dumps(safe))  # to a process that is not forked
+            assert sent.helper.shared[0] is sent.plain
+            assert sent.measure(sample) == plain.measure(sample)
+            sent.close()
     assert isolate(None) is None
 
 
