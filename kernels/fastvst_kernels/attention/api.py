@@ -15,7 +15,8 @@ from torch import Tensor
 from fastvst_kernels.attention.backends import AttentionCall, best_library, lacks, library_attention, torch_attention
 from fastvst_kernels.attention.choice import Case, choose
 from fastvst_kernels.attention.cpu import attention_reference
-from fastvst_kernels.attention.op import attention_op
+from fastvst_kernels.attention.gluon_backend import GLUON_TILE, check_gluon
+from fastvst_kernels.attention.op import attention_op, gluon_attention_op
 from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, make_plan, prepare
 from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interpreted, log_once
 from fastvst_kernels.shared.boundary import has_no_values, public_operator
@@ -23,7 +24,7 @@ from fastvst_kernels.shared.checks import check_attention_inputs, check_attentio
 
 __all__ = ["AttentionPlan", "attention_reference", "packed_attention", "prepare"]
 
-BACKENDS = ("auto", "triton", "flash", "torch", "reference")
+BACKENDS = ("auto", "triton", "gluon", "flash", "torch", "reference")
 
 
 @overload
@@ -89,7 +90,9 @@ def packed_attention(
         groups: (S,) int32 or None; for each sequence the index of the sequence that is its shared prompt, or -1.
             Layout [prompt | completion 1 | ... | completion n]. Needs `causal=True`.
         max_seqlen: the longest sequence, as an int; "flash" and "torch" on CUDA need it or a plan that knows it.
-        backend: "triton" (this package's kernels, forward and backward without atomics), "flash" (the first of
+        backend: "triton" (this package's kernels, forward and backward without atomics), "gluon" (the forward kernel
+            with warp roles for Hopper, D of 64, 80, 96 or 128 in half types, and the backward of "triton"; no GPU has
+            run it yet, and "auto" does not take it), "flash" (the first of
             flash-attn 4, 3, 2 and torch's copy that is installed and serves the GPU; half types; groups need a plan
             that was made on the CPU), "torch" (CPU: fused CPU attention batched over sequences of equal length; CUDA:
             torch's FlashAttention for half types, else SDPA by sequence, which reads `cu_seqlens` on the host),
@@ -124,13 +127,14 @@ def packed_attention(
     call = AttentionCall(q, k, v, cu_seqlens, groups, plan, max_seqlen, causal, scale)
     backend = _resolve(backend, call, return_lse)
     on_host = q.device.type == "cpu"
-    if backend == "triton" or (backend == "torch" and on_host):
+    if backend in ("triton", "gluon") or (backend == "torch" and on_host):
         tables = (None, None, None)
-        if backend == "triton":
+        if backend != "torch":
             # The kernels read rows in whole vectors: the last dimension must be dense, the others may have any stride.
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-            tables = _tile_tables(q, cu_seqlens, groups, plan, causal)
-        out, lse = attention_op(q, k, v, cu_seqlens, groups, *tables, causal, scale)
+            tables = _tile_tables(backend, q, cu_seqlens, groups, plan, causal)
+        operator = gluon_attention_op if backend == "gluon" else attention_op
+        out, lse = operator(q, k, v, cu_seqlens, groups, *tables, causal, scale)
         return (out, lse.transpose(0, 1)) if return_lse else out
     if on_host:
         check_attention_values(cu_seqlens, groups, q.shape[0])
@@ -168,6 +172,8 @@ def _resolve(backend: str, call: AttentionCall, return_lse: bool) -> str:
         if q.dtype == torch.float64:
             raise ValueError("backend 'triton' has no float64 kernels; use backend='reference'")
         check_interpreter("packed_attention", q)
+    if backend == "gluon":
+        check_gluon(q)
     return backend
 
 
@@ -189,10 +195,12 @@ def _choose(call: AttentionCall, return_lse: bool) -> tuple[str, str]:
 
 
 def _tile_tables(
-    q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, plan: AttentionPlan | None, causal: bool
+    backend: str, q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, plan: AttentionPlan | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables that the kernels read for q, from `plan` or made here."""
     tiles = kernel_tiles(q, shared=groups is not None)
+    if backend == "gluon":
+        tiles = tiles._replace(forward=GLUON_TILE)
     if plan is None:
         plan = make_plan(
             cu_seqlens,

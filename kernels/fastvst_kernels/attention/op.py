@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention import cpu
+from fastvst_kernels.attention.gluon_backend import GLUON_TILE
 from fastvst_kernels.attention.plan import AttentionPlan, ForwardState, kernel_tiles
 from fastvst_kernels.attention.segments import LengthBatch, batch_by_length
 from fastvst_kernels.shared.boundary import without_autocast
@@ -111,6 +112,37 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _batches(cu_seqlens: Tensor, groups: Tensor | None, causal: bool) -> list[LengthBatch]:
     return batch_by_length(cu_seqlens.tolist(), None if groups is None else groups.tolist(), causal)
+
+
+@torch.library.custom_op("fastvst::packed_attention_gluon", mutates_args=(), device_types="cuda")
+def gluon_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    groups: Tensor | None,
+    forward_tiles: Tensor | None,
+    query_tiles: Tensor | None,
+    key_tiles: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention_op` with the forward kernel in Gluon, for Hopper; the backward pass is the same."""
+    if forward_tiles is None:
+        raise ValueError("packed attention on a GPU needs tile tables; call fastvst_kernels.packed_attention")
+    from fastvst_kernels.attention.hopper_forward import hopper_forward
+
+    plan = AttentionPlan(q.shape[0], causal, groups is not None, {GLUON_TILE.block_m: forward_tiles}, {})
+    return hopper_forward(q, k, v, plan, scale=scale)
+
+
+@gluon_attention_op.register_fake
+def _(q, k, v, cu_seqlens, groups, forward_tiles, query_tiles, key_tiles, causal, scale):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+gluon_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # The launchers are imported when a kernel is launched, because the package must import where there is no Triton.

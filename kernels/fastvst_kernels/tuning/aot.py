@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of one block at most, in bytes (CUDA programming guide, table "technical specifications").
@@ -65,13 +66,44 @@ def compile_kernel(
     """Compile `kernel` for sm_`arch` and inspect the result.
 
     Args:
-        kernel: a `triton.jit` function.
-        types: the type of every other argument: "*bf16", "i32", "fp32", ...
+        disassemble: read the instructions too, which takes a quarter of a second. The others are those of `build`.
+
+    Raises:
+        RuntimeError: the kernel does not compile for that architecture; with triton's message.
+    """
+    made = build(
+        kernel,
+        types,
+        constants,
+        arch=arch,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        maxnreg=maxnreg,
+        unaligned=unaligned,
+    )
+    return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch, disassemble=disassemble)
+
+
+def build(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    maxnreg: int | None = None,
+    unaligned: Sequence[str] = (),
+) -> Any:
+    """Compile `kernel` for sm_`arch`; returns triton's compiled kernel.
+
+    Args:
+        kernel: a `triton.jit` or `gluon.jit` function.
+        types: the type of every other argument: "*bf16", "i32", "fp32", ...; of a Gluon descriptor its box and layout.
         constants: the value of every `tl.constexpr`.
         maxnreg: registers of a thread at most, as at the launch.
         unaligned: arguments that need not be multiples of 16. All other pointers and integers are multiples of 16, as
             at a launch with ordinary shapes; otherwise loads would not be vectorized.
-        disassemble: read the instructions too, which takes a quarter of a second.
 
     Raises:
         RuntimeError: the kernel does not compile for that architecture; with triton's message.
@@ -80,15 +112,14 @@ def compile_kernel(
     if missing := [n for n in kernel.arg_names if n not in types and n not in constants]:
         raise ValueError(f"arguments {missing} of {kernel.__name__} have neither a type nor a value")
     aligned = [n for n, t in types.items() if (t[0] == "*" or t in ("i32", "i64")) and n not in unaligned]
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(index[name],): value for name, value in constants.items()},
         attrs={(index[name],): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return inspect_cubin(made.asm["cubin"], shared_bytes=made.metadata.shared, arch=arch, disassemble=disassemble)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int, disassemble: bool = True) -> Compiled:
@@ -115,12 +146,17 @@ def inspect_cubin(cubin: bytes, *, shared_bytes: int, arch: int, disassemble: bo
     )
 
 
-def memory_bits(cubin: bytes) -> dict[str, set[int]]:
-    """Widths in bits of the accesses to global memory: {"load": {128, 32}, "store": {128}}."""
+def machine_code(cubin: bytes) -> str:
+    """The machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        code = _run("nvdisasm", "-c", file.name)
+        return _run("nvdisasm", "-c", file.name)
+
+
+def memory_bits(cubin: bytes) -> dict[str, set[int]]:
+    """Widths in bits of the accesses to global memory: {"load": {128, 32}, "store": {128}}."""
+    code = machine_code(cubin)
     found: dict[str, set[int]] = {"load": set(), "store": set()}
     for kind, options in re.findall(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", code):  # LDGSTS: cp.async
         width = next((int(o) for o in re.findall(r"\.[US]?(64|128|16|8)\b", options)), 32)

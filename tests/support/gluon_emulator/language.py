@@ -63,6 +63,16 @@ class Constexpr:
         return value
 
 
+class SharedLayout(real.NVMMASharedLayout):
+    """`gl.NVMMASharedLayout`, which takes the dtypes of this module too."""
+
+    @staticmethod
+    def get_default_for(block_shape: Sequence[int], dtype: Any, **options: Any) -> Any:
+        names = {ours: name for name, ours in DTYPES.items()}
+        made = getattr(real, names[dtype]) if dtype in names else dtype
+        return real.NVMMASharedLayout.get_default_for([int(n) for n in block_shape], made, **options)
+
+
 class Module(ModuleType):
     """A module that says which names it has when one is missing."""
 
@@ -216,6 +226,7 @@ def language(machine: Callable[[], Any], name: str) -> Module:
         setattr(made, key, dtype)
     for key in LAYOUTS:
         setattr(made, key, getattr(real, key))
+    made.NVMMASharedLayout = SharedLayout
     for key, compute in MAPPED.items():
         setattr(made, key, lambda x, c=compute: elementwise(c, x) if isinstance(x, Tile) else c(torch.tensor(x)).item())
     plain = (load, store, full, arange, convert_layout, full_like, cast, cdiv, fma, join, split, where)
