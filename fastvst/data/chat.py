@@ -93,7 +93,7 @@ def render(
         frame = answer and supervise == "message"
         segments.append(Segment("special", "<|im_start|>", frame))
         segments.append(Segment("text", message["role"] + "\n", frame))
-        for kind, text in _content(message):
+        for kind, text in content_parts(message):
             if kind == "text":
                 segments.append(Segment("text", text, answer))
             else:
@@ -108,7 +108,7 @@ def render(
     return _merge(segments)
 
 
-def _content(message: Message) -> list[tuple[str, str]]:
+def content_parts(message: Message) -> list[tuple[str, str]]:
     """(kind, text) of a message's parts: adjacent texts are joined, and the message is stripped at both ends."""
     parts: list[tuple[str, str]] = []
     for part in message["content"]:

@@ -24,16 +24,18 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from fastvst import jsonl
-from fastvst.data.chat import system_prompt
+from fastvst.data.chat import content_parts, system_prompt
 from fastvst.data.file_range import FileRange
 from fastvst.data.fov import unify_fov_messages
+from fastvst.data.image_modes import AS_DISPLAYED, ImageRules
 from fastvst.data.images import load_rgb
 from fastvst.data.sample import Message, Part, Sample
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, params_of_each
 
 if TYPE_CHECKING:
-    from fastvst.data.processor import Processor
+    from fastvst.data.processor import Processor, TokenizedSample
 
+MOST_PIXELS = 1 << 28  # of an image
 LONGEST_PAUSE = 60.0  # seconds, whatever a server's Retry-After says
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as in OpenAI's own client: the next try may succeed
 
@@ -65,7 +67,9 @@ class OpenAIEngine:
     def __init__(self, config: ServerConfig, processor: Processor | None = None) -> None:
         """
         Args:
-            processor: finds token ids if the server sends only texts of tokens, and resizes images of 3D box prompts.
+            processor: that of the trainer. Then images are sent at the trainer's own sizes, and every answer must bring
+                the token ids of its prompt, which are compared with the trainer's; videos are refused, because servers
+                choose other frames. Without it images are sent as they are, and nothing is compared.
         """
         self.config = config
         self.processor = processor
@@ -109,9 +113,19 @@ class OpenAIEngine:
     def complete(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
         """The completions of one prompt; threads may call it. Raises as `generate`."""
         name = f"{prompt.source}/{prompt.id}"
+        expected = None
+        if self.processor is not None:
+            if prompt.parts("video"):
+                raise RolloutError(
+                    f"{name} has a video, and a server samples other frames of it than the trainer: four frames were "
+                    "74 tokens on vLLM and 306 here. Sample videos with the trainer's own engine (no sampling.base_url)"
+                )
+            expected = self.processor.inspect(prompt, add_generation_prompt=True)
         begin = time.perf_counter()
-        response = self._post(name, self._body(prompt, params))
+        response = self._post(name, self._body(prompt, params, expected))
         seconds = time.perf_counter() - begin
+        if expected is not None:
+            _compare_prompts(name, self.config.base_url, expected.tokens.tolist(), response)
         try:
             choices = sorted(response["choices"], key=lambda c: c.get("index", 0))
             rollouts = [self._rollout(name, choice, params, seconds) for choice in choices]
@@ -123,12 +137,12 @@ class OpenAIEngine:
             raise RolloutError(f"{name}: {self.config.base_url} sent {len(rollouts)} completions; expected {params.n}")
         return rollouts
 
-    def _body(self, prompt: Sample, params: SamplingParams) -> dict[str, Any]:
+    def _body(self, prompt: Sample, params: SamplingParams, expected: TokenizedSample | None) -> dict[str, Any]:
         if params.allowed:
             raise RolloutError("`allowed` tokens by position are not sent to a server; use the engine")
         body: dict[str, Any] = {
             "model": self.config.model,
-            "messages": self._messages(prompt),
+            "messages": self._messages(prompt, None if expected is None else [one.size for one in expected.inputs]),
             "n": params.n,
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -147,19 +161,43 @@ class OpenAIEngine:
         if self.processor is not None:  # never sample placeholders; -100 is OpenAI's value for that
             names = ("<|image_pad|>", "<|video_pad|>")
             body["logit_bias"] = {str(self.processor.token_id(name)): -100 for name in names}
+            # Images have the trainer's sizes already, which are within these limits: the server keeps them.
+            least = self.processor.geometry.factor**2
+            size = {"shortest_edge": least, "longest_edge": MOST_PIXELS}  # the limits by their newer names
+            body["mm_processor_kwargs"] = {"min_pixels": least, "max_pixels": MOST_PIXELS, "size": size}
+            body["return_token_ids"] = True
         return body
 
-    def _messages(self, prompt: Sample) -> list[dict[str, Any]]:
+    def _messages(self, prompt: Sample, sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, Any]]:
+        """The messages in the form of OpenAI's API, texts stripped as in `chat.render`.
+
+        Args:
+            sizes: (width, height) of each image, as the trainer resizes it; None: images as they are.
+        """
         messages: list[Message] = list(prompt.messages)
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        if self.processor is not None and self.processor.config.enable_fov and prompt.kind == "bbox_3d":
+        rules = AS_DISPLAYED
+        if self.processor is not None:
             config = self.processor.config
-            messages, _ = unify_fov_messages(messages, config.fov_base_width, config.max_source_pixels)
+            rules = config.rules
+            if config.enable_fov and prompt.kind == "bbox_3d":
+                messages, _ = unify_fov_messages(messages, config.fov_base_width, config.max_source_pixels, rules)
         if not messages or messages[0]["role"] != "system":
             system = {"type": "text", "text": system_prompt(prompt.kind)}
             messages = [{"role": "system", "content": [system]}, *messages]
-        return [{"role": m["role"], "content": [_part(p) for p in m["content"]]} for m in messages]
+        left = None if sizes is None else iter(sizes)
+        sent = []
+        for message in messages:
+            media = iter([part for part in message["content"] if part["type"] != "text"])
+            parts = []
+            for kind, text in content_parts(message):
+                if kind == "text":
+                    parts.append({"type": "text", "text": text})
+                else:
+                    parts.append(_media(next(media), None if left is None else next(left), rules))
+            sent.append({"role": message["role"], "content": parts})
+        return sent
 
     def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         config = self.config
@@ -212,15 +250,33 @@ class OpenAIEngine:
         return found
 
 
-def _part(part: Part) -> dict[str, Any]:
-    """A part in the form of OpenAI's API, with media as base64."""
-    if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
+def _compare_prompts(name: str, url: str, ours: list[int], response: dict[str, Any]) -> None:
+    """Raise RolloutError unless the server has read the trainer's prompt."""
+    theirs = response.get("prompt_token_ids") if isinstance(response, dict) else None
+    if not isinstance(theirs, list) or not theirs:
+        raise RolloutError(
+            f"{name}: {url} sends no prompt_token_ids, so its prompt cannot be compared with the "
+            "trainer's: use a server that supports return_token_ids (tried: vLLM 0.32)"
+        )
+    if theirs == ours:
+        return
+    place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    at = min(len(ours), len(theirs)) if place is None else place
+    raise RolloutError(
+        f"{name}: the prompt has {len(theirs)} tokens on {url} and {len(ours)} in the trainer. "
+        f"They differ from token {at}: {theirs[at : at + 4]} there, {ours[at : at + 4]} here. Serve the directory "
+        "that the trainer loads (chat template, preprocessor_config.json), and start vLLM with "
+        "--trust-request-mm-kwargs, so that it keeps the sizes of images"
+    )
+
+
+def _media(part: Part, size: tuple[int, int] | None, rules: ImageRules) -> dict[str, Any]:
+    """An image or a video in the form of OpenAI's API, as base64; an image with the given (width, height)."""
     if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": _image_url(part)}}
+        return {"type": "image_url", "image_url": {"url": _image_url(part, size, rules)}}
     video = part["video"]
     if isinstance(video, (list, tuple)):  # vLLM's form of a list of frames
-        frames = ",".join(_image_url({"image": f}, "JPEG").split(",", 1)[1] for f in video)
+        frames = ",".join(_image_url({"image": f}, None, rules, "JPEG").split(",", 1)[1] for f in video)
         return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
     if isinstance(video, FileRange):
         video = video.read()
@@ -228,10 +284,12 @@ def _part(part: Part) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(data).decode()}"}}
 
 
-def _image_url(part: Part, form: str = "PNG") -> str:
-    image = load_rgb(part["image"], max_source_pixels=1 << 28, time_limit=60.0)
-    if part.get("resized_width") and part.get("resized_height"):
-        image = image.resize((part["resized_width"], part["resized_height"]), Image.Resampling.BICUBIC)
+def _image_url(part: Part, size: tuple[int, int] | None, rules: ImageRules, form: str = "PNG") -> str:
+    image = load_rgb(part["image"], max_source_pixels=MOST_PIXELS, time_limit=60.0, rules=rules)
+    if size is None and part.get("resized_width") and part.get("resized_height"):
+        size = (part["resized_width"], part["resized_height"])
+    if size is not None and image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, format=form)
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fastvst.config import ConfigError
 from fastvst.data import Processor, Sample
 from fastvst.model import Qwen25VL
 from fastvst.rl.rollouts import served_model
@@ -34,6 +35,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.bodies = []
         self.shift = 0.0
+        self.extra: list[int] = []
         self.status = 200
 
     @property
@@ -55,9 +57,12 @@ class Server(ThreadingHTTPServer):
             max_tokens=body["max_tokens"],
             seed=body["seed"],
         )
+        sample = Sample.from_messages(messages)
         with self.lock:
             self.bodies.append(body)
-            (rollouts,) = self.engine.generate([Sample.from_messages(messages)], params)
+            (rollouts,) = self.engine.generate([sample], params)
+        assert self.engine.processor is not None
+        prompt = self.engine.processor.encode(sample, add_generation_prompt=True).tokens.tolist()
         choices = []
         for index, r in enumerate(rollouts):
             pairs = zip(r.tokens, r.logprobs, strict=True)
@@ -70,7 +75,7 @@ class Server(ThreadingHTTPServer):
                     "finish_reason": r.finish_reason,
                 }
             )
-        return {"choices": choices}
+        return {"choices": choices, "prompt_token_ids": [*prompt, *self.extra]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -141,6 +146,20 @@ def test_the_served_model_is_the_first_in_the_servers_list(server: Server) -> No
     for wrong in (server.url.removesuffix("/v1"), "http://127.0.0.1:9/v1"):
         with pytest.raises(RolloutError, match=r"/models does not list a model .*sampling.base_url"):
             served_model(wrong)
+
+
+def test_another_prompt_ends_the_run_and_names_both_lengths(
+    server: Server, parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    server.extra = [11]
+    with pytest.raises(RolloutError, match=r"small/.* has \d+ tokens on http.* and \d+ in the trainer"):
+        run(server, parts, tmp_path / "run", "steps=1")
+
+
+def test_top_p_is_refused_with_a_server(server: Server, parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Its log-probabilities are those of the kept tokens: the importance ratio of an unchanged policy is below 1."""
+    with pytest.raises(ConfigError, match=r"sampling\.top_p 0\.7.*would not be 1"):
+        run(server, parts, tmp_path / "run", "steps=1", "sampling.top_p=0.7")
 
 
 def test_a_refused_request_ends_the_run_and_names_the_prompt(
