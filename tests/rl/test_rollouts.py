@@ -47,7 +47,8 @@ class Server(ThreadingHTTPServer):
             if given["type"] == "text":
                 return given
             data = given["image_url"]["url"].split(",")[1]
-            return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data)))}
+            limits = {name: body["mm_processor_kwargs"][name] for name in ("min_pixels", "max_pixels")}
+            return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data))), **limits}
 
         messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
         params = SamplingParams(
