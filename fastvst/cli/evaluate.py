@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvst import atomic, jsonl
-from fastvst.cli import compare_rooms
+from fastvst.cli import compare_rooms, evaluate_robots
 from fastvst.cli.data import add_source_arguments, source_of
 from fastvst.data.sample import Sample
 from fastvst.evaluate import fingerprint, predictions
@@ -23,13 +23,16 @@ from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.report import Report
 from fastvst.train import lock
 
+NAMES = ", ".join([*BENCHMARKS, "rooms", OWN, *evaluate_robots.ROBOTS])
 THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst evaluate`."""
     names = ", ".join(BENCHMARKS)
-    parser.add_argument("benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms, own")
+    parser.add_argument(
+        "benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms, own, libero, metaworld"
+    )
     parser.add_argument("--data", help="the published file, or the folder of the published files")
     parser.add_argument(
         "--model",
@@ -54,14 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pixel limits of images and videos: the paper's, or those of the model directory",
     )
     compare_rooms.add_arguments(parser)
+    evaluate_robots.add_arguments(parser)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    """`fastvst evaluate`: rooms compare checkpoints; everything else is answered and scored."""
+    """`fastvst evaluate`: rooms compare checkpoints, robots act in simulators; all else is answered and scored."""
     from fastvst.rollout import RolloutError
 
     try:
-        (compare_rooms.run if [b.lower() for b in arguments.benchmark] == ["rooms"] else run)(arguments)
+        words = [word.lower() for word in arguments.benchmark]
+        if words == ["rooms"]:
+            compare_rooms.run(arguments)
+        elif len(words) == 1 and words[0] in evaluate_robots.ROBOTS:
+            evaluate_robots.run(arguments)
+        else:
+            run(arguments)
     except RolloutError as error:  # of the checkpoint, not of the program
         raise ValueError(str(error)) from error
 
@@ -86,9 +96,7 @@ def _run(arguments: argparse.Namespace) -> Report:
     if len(words) != 1 + scoring or name not in (*BENCHMARKS, OWN):
         hint = nearest(name)
         given = " ".join(arguments.benchmark)
-        raise ValueError(
-            f"{given!r}: expected BENCH or score BENCH, BENCH of {', '.join(BENCHMARKS)}, rooms, own{hint}"
-        )
+        raise ValueError(f"{given!r}: expected BENCH or score BENCH, BENCH of {NAMES}{hint}")
     if arguments.data is None:
         raise ValueError(f"{name} needs --data, the published file or the folder that holds the published files")
     if arguments.model and len(arguments.model) > 1:
