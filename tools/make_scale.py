@@ -18,6 +18,9 @@ import torch
 from fastvst import atomic
 from fastvst.model import ModelConfig
 from fastvst.model.recompute import describe
+from fastvst.rl.plan import Round, plan_round
+from fastvst.rl.policy_update import UpdateConfig
+from fastvst.rl.rollouts import SamplingConfig
 from fastvst.train.fitting import SHARE, STATES, Job, fitting_recompute
 from fastvst.train.memory import GIB, Memory, Placement
 from fastvst.train.optimizer import OptimizerConfig
@@ -37,7 +40,6 @@ ROOT = Path(__file__).parents[1]
 DEVICE = DEVICES["h100"]
 STAGES = (("1: SFT", "vst.toml"), ("2: cold start", "cold_start.toml"), ("3: RL", "vst_rl.toml"))
 SIZES = ("3b", "7b")
-PROMPT = 1500  # tokens of an RL prompt with its images, on average
 COLOURS = ("#0b57d0", "#5e97f6", "#a8c7fa", "#f29900", "#1a7f37", "#8c6bb1", "#9aa0a6")
 PARTS = ("weights", "gradients", "moments", "activations", "gathered", "block at work", "LM head")
 
@@ -48,7 +50,6 @@ class Stage:
 
     Attributes:
         packs: of each GPU in a step, so that the global batch stays that of 8 GPUs.
-        rollout: seconds of sampling in a step.
         known: answers of `job` of all stages.
     """
 
@@ -73,10 +74,7 @@ class Stage:
 
     @property
     def packs(self) -> float:
-        if not self.is_rl:
-            return self.settings["loader"]["accumulation"] * 8 / self.gpus
-        sampling = self.settings["sampling"]
-        return sampling["prompts"] * (PROMPT + sampling["answers"] * sampling["max_tokens"]) / self.tokens / self.gpus
+        return self.settings["loader"]["accumulation"] * 8 / self.gpus
 
     def job(self, state: str | None = None) -> Job:
         """The memory question, with the recompute policy that fits best; "full" if none fits."""
@@ -99,30 +97,13 @@ class Stage:
         return replace(job, recompute=fitting_recompute(job, DEVICE.memory)) if fits(least) else least
 
     def plan(self, job: Job) -> Plan:
-        sequence = 4096
-        shape = PackShape(self.tokens, 0.3 if self.is_rl else 0.6, sequence, 4096, 0.6 if self.is_rl else 0.25)
-        return plan_step(
-            self.config,
-            shape,
-            DEVICE,
-            Ceilings.stated(DEVICE),
-            gpus=self.gpus,
-            packs=max(1, round(self.packs)),
-            recompute=job.recompute,
-            state_bytes=STATE_BYTES[job.state],
-        )
-
-    @property
-    def rollout(self) -> float:
-        """Every token reads the weights once, and the KV cache of all sequences of the GPU (half full on average)."""
-        if not self.is_rl:
-            return 0.0
-        sampling = self.settings["sampling"]
-        config = self.config
-        rows = sampling["prompts"] * sampling["answers"] / self.gpus
-        cache = 4.0 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        read = 2.0 * count_parameters(config) + rows * cache * (PROMPT + sampling["max_tokens"] / 2)
-        return sampling["max_tokens"] * read / Ceilings.stated(DEVICE).rates["bandwidth"]
+        common = {"gpus": self.gpus, "recompute": job.recompute, "state_bytes": STATE_BYTES[job.state]}
+        ceilings = Ceilings.stated(DEVICE)
+        if self.is_rl:
+            of = Round(SamplingConfig(**self.settings["sampling"]), UpdateConfig(**self.settings["update"]))
+            return plan_round(self.config, of, DEVICE, ceilings, **common)
+        packs = max(1, round(self.packs))
+        return plan_step(self.config, PackShape(self.tokens), DEVICE, ceilings, packs=packs, **common)
 
 
 def fits(job: Job) -> bool:
@@ -153,16 +134,16 @@ def page(known: dict[Any, Job]) -> str:
         total = f"**{memory.total / GIB:.1f}**"
         memory_rows.append([f"{stage.name}, {stage.size}", job.state, describe(job.recompute), *cells, total])
         plan = stage.plan(job)
-        seconds = plan.seconds * (4 / 3 if stage.is_rl else 1) + stage.rollout
+        sampling = sum(part.seconds for part in plan.parts if part.name.startswith("sampling"))
         steps = stage.settings["steps"]
         disk = saved_bytes(stage.config, job.state) + 2 * count_parameters(stage.config)
         time_rows.append(
             [
                 f"{stage.name}, {stage.size}",
-                f"{seconds:.1f}" + (f" ({stage.rollout:.0f} of them sampling)" if stage.is_rl else ""),
+                f"{plan.seconds:.1f}" + (f" ({sampling:.0f} of them sampling)" if stage.is_rl else ""),
                 "–" if stage.is_rl else f"{plan.mfu:.0%}",
                 f"{steps:,}",
-                f"{steps * seconds / 3600:.0f}",
+                f"{steps * plan.seconds / 3600:.0f}",
                 f"{3 * disk / 1e9:.0f}",
                 f"{saved_bytes(stage.config, job.state) / 1e9:.0f}",
             ]
@@ -191,8 +172,7 @@ def other_rows(known: dict[Any, Job]) -> list[list[str]]:
                 cells.append(half(stage))
                 continue
             packs = "" if stage.is_rl else f"accumulation {max(1, round(stage.packs))}, "
-            seconds = stage.plan(fitting).seconds * (4 / 3 if stage.is_rl else 1) + stage.rollout
-            cells.append(f"{fitting.state}, {packs}{seconds:.0f} s")
+            cells.append(f"{fitting.state}, {packs}{stage.plan(fitting).seconds:.0f} s")
         rows.append(cells)
     return rows
 
@@ -271,9 +251,10 @@ spare.
 
 ## Time, disk, host memory on 8 GPUs
 
-Packs are 60 % images, sequences have 4,096 tokens. RL: completions of full length, one attempt a step, all gradients
-and one pass for old log-probabilities. Disk: three checkpoints (`checkpoint.keep` is 2, and the best one) with their
-Hugging Face directories. Host copy: what all nodes together hold while a checkpoint is written, without loader workers.
+Packs are 60 % images, sequences have 4,096 tokens. RL: prompts of 1,500 tokens, completions of full length, one
+attempt for each prompt; `fastvst plan --config examples/vst_rl.toml` prints its parts. Disk: three checkpoints
+(`checkpoint.keep` is 2, and the best one) with their Hugging Face directories. Host copy: what all nodes together hold
+while a checkpoint is written, without loader workers.
 
 {times}
 

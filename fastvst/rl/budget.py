@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastvst.model.kept_bytes import layer_bytes
 from fastvst.rl.policy_update import make_objective
 from fastvst.rl.prompts import Prompt, PromptStream
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
+from fastvst.rl.rollouts import SamplingConfig
 from fastvst.rollout import EngineConfig
 from fastvst.rollout.kv_cache import page_bytes
 from fastvst.train.budget import NO_DEVICE
@@ -125,13 +127,8 @@ def job_of(config: Any, model: ModelConfig, world: World, image_tokens: float | 
         image_tokens: of a prompt; default the most that it may have.
     """
     placement = Placement.of(world, on_gpu=config.device_memory is not None)
-    size = placement.compute.itemsize
-    extra = {}
-    if config.update.kl != "none":
-        extra["reference model"] = sum(count_parameters(model, padding=True).values()) * float(size) / placement.shards
-    if {"vision", "merger"} <= set(config.optimizer.freeze):
-        tokens = config.processor.max_seq_len if image_tokens is None else image_tokens
-        extra["image features"] = -(-config.sampling.prompts // world.size) * tokens * model.hidden_size * size
+    image_tokens = config.processor.max_seq_len if image_tokens is None else image_tokens
+    tokens = -(-config.sampling.prompts // world.size) * image_tokens
     return Job(
         model=model,
         placement=placement,
@@ -140,8 +137,26 @@ def job_of(config: Any, model: ModelConfig, world: World, image_tokens: float | 
         recompute=config.model.recompute,
         state=config.optimizer.state,
         frozen=config.optimizer.freeze,
-        extra=extra,
+        extra=extra_bytes(model, placement, config.update.kl, config.optimizer.freeze, tokens),
     )
+
+
+def extra_bytes(
+    model: ModelConfig, placement: Placement, kl: str, frozen: Sequence[str], image_tokens: float
+) -> dict[str, float]:
+    """Bytes of what the update of RL keeps besides: the reference model, and features of a frozen vision tower.
+
+    Args:
+        kl, frozen: see `UpdateConfig` and `OptimizerConfig.freeze`.
+        image_tokens: of all prompts of one rank in a step.
+    """
+    size = placement.compute.itemsize
+    extra = {}
+    if kl != "none":
+        extra["reference model"] = sum(count_parameters(model, padding=True).values()) * float(size) / placement.shards
+    if {"vision", "merger"} <= set(frozen):
+        extra["image features"] = image_tokens * model.hidden_size * size
+    return extra
 
 
 def resolve_recompute(config: Any, world: World) -> Any:
@@ -179,7 +194,7 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
     completion = TRAINING * (decoder_flops(model, [limit], [int(found.tokens)]) + head_flops(model, limit))
     job = job_of(config, model, world, found.patches / model.vision.spatial_merge_size**2)
     device = device_bytes(world, config.device_memory)
-    phase = _rollout_memory(config, job, shared, world, device)
+    phase = rollout_memory(sampling, job, shared, world.size, device)
     lines = [
         *rows,
         stream.ledger.summary(),
@@ -217,11 +232,14 @@ def _update_memory(config: Any, job: Job, found: PromptForecast) -> Memory:
     return job.memory(Load(config.update.tokens_per_pack, found.patches * groups, groups * completion_tokens))
 
 
-def _rollout_memory(config: Any, job: Job, tokens: float, world: World, device: float | None) -> dict[str, float]:
+def rollout_memory(
+    sampling: SamplingConfig, job: Job, tokens: float, ranks: int, device: float | None
+) -> dict[str, float]:
     """Bytes by part while completions are sampled: no gradients, and the weights gathered once.
 
     Args:
         tokens: of a prompt with its completions.
+        device: bytes of each device; None on a CPU.
     """
     memory = job.memory()
     compute = job.placement.compute
@@ -231,10 +249,10 @@ def _rollout_memory(config: Any, job: Job, tokens: float, world: World, device: 
         "gathered weights": float(sum(count_parameters(job.model, padding=True).values()) * compute.itemsize),
         "prefill": PREFILL_TOKENS * layer_bytes(job.model, "none", compute),
     }
-    if not job.placement.sharded or config.sampling.base_url:
+    if not job.placement.sharded or sampling.base_url:
         parts["gathered weights"] = 0.0
-    needed = -(-config.sampling.prompts // world.size) * tokens * page_bytes(job.model, 1, compute)
-    share = config.sampling.memory
+    needed = -(-sampling.prompts // ranks) * tokens * page_bytes(job.model, 1, compute)
+    share = sampling.memory
     if isinstance(share, float) and device is not None:
         share *= max(device - sum(parts.values()), 0.0)
     parts["KV cache"] = float(needed if isinstance(share, float) and device is None else min(needed, share))

@@ -193,13 +193,13 @@ class Plan:
 
     def table(self) -> str:
         """One line for each part: milliseconds, share, and whether its ceiling was measured."""
-        lines = [f"{'part of a step':<34} {'ms':>10} {'share':>6}"]
+        lines = [f"{'part of a step':<40} {'ms':>10} {'share':>6}"]
         for part in self.parts:
             mark = "measured" if part.kind in self.ceilings.measured_kinds else "model"
             note = f" (and {1e3 * part.hidden:,.1f} ms while others compute)" if part.hidden else ""
             share = part.seconds / self.seconds
-            lines.append(f"{part.name:<34} {1e3 * part.seconds:>10,.1f} {share:>6.1%} {mark}{note}")
-        lines.append(f"{'step':<34} {1e3 * self.seconds:>10,.1f} {1:>6.0%} MFU {self.mfu:.1%}")
+            lines.append(f"{part.name:<40} {1e3 * part.seconds:>10,.1f} {share:>6.1%} {mark}{note}")
+        lines.append(f"{'step':<40} {1e3 * self.seconds:>10,.1f} {1:>6.0%} MFU {self.mfu:.1%}")
         return "\n".join(lines)
 
 

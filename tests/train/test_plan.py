@@ -138,6 +138,3 @@ def test_the_command_prints_parts_hours_and_disk(tmp_path: Path, capsys: pytest.
     assert "recompute is 'lihgt'" in capsys.readouterr().err
     assert main(["plan", "--gpus", "12"]) == 2
     assert "--gpus is 12; expected 1 to 8, or a multiple of 8" in capsys.readouterr().err
-    settings_file.write_text("[sampling]\nprompts = 2\n")
-    assert main(["plan", "--config", str(settings_file)]) == 2
-    assert "settings of examples/rl.py" in capsys.readouterr().err
