@@ -38,14 +38,14 @@ def run(cache: Path, *arguments: str) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
-    """All smoke cases of the norms, at the models' sizes and at those of the memory checker."""
+    """The norms at the sizes of the memory checker; `prebuild.py` without --only does the same for all, in minutes."""
     options = ("--blocks", "smoke", "--only", "rms_norm 96")
     first = run(tmp_path / "cache", *options, "--out", str(tmp_path / "cache.tar.xz"))
-    assert first[0] == 4 and run(tmp_path / "cache", *options) == (0, first[0] + first[1])
+    assert first[0] >= 4 and run(tmp_path / "cache", *options) == (0, first[0] + first[1])
     with tarfile.open(tmp_path / "cache.tar.xz") as tar:
         names = tar.getnames()
         note = json.loads(tar.extractfile(f"cache/{NOTE}").read())
-    assert note == prebuild.hashes() and sum(name.endswith(".cubin") for name in names) == 4
+    assert note == prebuild.hashes() and sum(name.endswith(".cubin") for name in names) == first[0]
     assert "norm/kernels.py" in note["sources"] and len(note["key"]) == 64
 
 
