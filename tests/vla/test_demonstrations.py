@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from fastvst.cli import main
+from fastvst.cli.vla import add_arguments, tasks_of
 from fastvst.data.sources.action_rows import ActionRows
 from fastvst.data.sources.hdf5_files import Hdf5Table
 from fastvst.vla.demonstrations import collect
@@ -173,3 +175,22 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     words = ["vla", "demos", "--out", str(tmp_path), "--episodes", "1", "--python"]
     assert main([*words, str(tmp_path / "python")]) == 2
     assert "no Python" in capsys.readouterr().err
+
+
+def test_the_tasks_that_the_command_asks_for():
+    def asked(*words: str) -> dict[str, dict]:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        found = tasks_of(parser.parse_args(["demos", "--out", "x", *words]))
+        return {name: dict(config.environment) for name, config in found.items()}
+
+    assert asked("--tasks", "reach", "--size", "64", "--camera", "corner2") == {
+        "reach": {"task": "reach", "size": 64, "cameras": ["corner2"]}
+    }
+    assert list(asked()) == ["reach", "button-press-topdown", "drawer-open", "push"]
+    assert asked("--env", "libero", "--suite", "spatial", "--tasks", "3") == {
+        "libero_spatial_3": {"suite": "spatial", "task": 3, "placement": "seed", "size": 256}
+    }
+    assert len(asked("--env", "libero")) == 10
+    with pytest.raises(ValueError, match="tasks of libero are numbers"):
+        asked("--env", "libero", "--tasks", "milk")

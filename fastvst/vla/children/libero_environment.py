@@ -17,6 +17,20 @@ from typing import Any
 import numpy as np
 
 SUITES = {"spatial": "libero_spatial", "object": "libero_object", "goal": "libero_goal", "long": "libero_10"}
+METRES = 0.05  # that the hand moves, and radians that it turns, for an action of 1 (robosuite's OSC_POSE)
+RADIANS = 0.5
+OPEN = -1.0
+CLOSED = 1.0
+# Ways to grasp: height over the centre (m), turn of the hand, offset from the centre (m). Bowls are held at their rim.
+CENTRE = ((0.0, 0.0),)
+RIM = ((0.0, 0.05), (0.0, -0.05), (0.05, 0.0), (-0.05, 0.0))
+WAYS = {
+    suite: [(height, yaw, aside) for aside in asides for height in heights for yaw in (0.0, np.pi / 2)]
+    for suite, asides, heights in (
+        ("libero_object", CENTRE + RIM, (0.0, 0.02, -0.02, 0.045)),
+        ("libero_spatial", RIM + CENTRE, (0.02, 0.045, 0.0, -0.02)),
+    )
+}
 SETTLING_STEPS = 10
 NO_ACTION = [0, 0, 0, 0, 0, 0, -1]  # -1 opens the gripper
 
@@ -33,6 +47,8 @@ class Environment:
             "openvla": 1 opens, 0 closes, as in OpenVLA's and VST's training data. Values between are rounded to the
             nearer one.
         seed: of numpy and random.
+        placement: "stored": an episode starts from a stored initial state. "seed": LIBERO places the objects, by the
+            seed of the reset, as it did for its own demonstrations; the stored states are those of evaluations.
     """
 
     def __init__(
@@ -43,12 +59,15 @@ class Environment:
         cameras: tuple[str, ...] = ("agentview",),
         gripper: str = "libero",
         seed: int = 7,
+        placement: str = "stored",
     ) -> None:
         from libero.libero import benchmark, get_libero_path
         from libero.libero.envs import OffScreenRenderEnv
 
         if gripper not in ("libero", "openvla"):
             raise ValueError(f"gripper is {gripper!r}; expected 'libero' or 'openvla'")
+        if placement not in ("stored", "seed"):
+            raise ValueError(f"placement is {placement!r}; expected 'stored' or 'seed'")
         name = SUITES.get(suite, suite if suite.startswith("libero_") else f"libero_{suite}")
         known = benchmark.get_benchmark_dict()
         if name not in known:
@@ -62,6 +81,10 @@ class Environment:
         self.cameras = tuple(cameras)
         self.gripper = gripper
         self.seed = seed
+        self.placement = placement
+        self.ways = WAYS.get(name, [])
+        self.start = (0, 0)
+        self.script: Any = None
         self.drawing = False
         self.env = OffScreenRenderEnv(
             bddl_file_name=os.path.join(get_libero_path("bddl_files"), found.problem_folder, found.bddl_file),
@@ -79,8 +102,8 @@ class Environment:
             "instruction": self.instruction,
             "action_dims": 7,
             "proprioception": {"ee_states": 6, "gripper_states": 2},
-            "expert": False,
-            "initial_states": len(self.states),
+            "expert": bool(self.ways),
+            "initial_states": len(self.states) if self.placement == "stored" else None,
             "versions": {
                 "libero": next(found for found in map(_version, packages) if found),
                 "robosuite": _version("robosuite"),
@@ -90,13 +113,20 @@ class Environment:
         }
 
     def reset(self, seed: int, initial: int) -> None:
-        """Start from a stored initial state and let the objects settle.
+        """Start an episode and let the objects settle.
 
         Args:
             seed: of LIBERO's environment; 0 in the published protocol.
-            initial: number of the initial state.
+            initial: number of the stored initial state; not used if the seed places the objects.
         """
-        if not 0 <= initial < len(self.states):
+        self.start = (seed, initial)
+        self.script = None
+        self._begin(True)
+
+    def _begin(self, draw: bool) -> None:
+        seed, initial = self.start
+        stored = self.placement == "stored"
+        if stored and not 0 <= initial < len(self.states):
             raise ValueError(f"the task has {len(self.states)} initial states; there is no state {initial}")
         random.seed(self.seed)
         np.random.seed(self.seed)
@@ -104,9 +134,10 @@ class Environment:
         self.drawing = False
         self.env.reset()
         self._watch()
-        self.env.set_init_state(self.states[initial])
+        if stored:
+            self.env.set_init_state(self.states[initial])
         for number in range(SETTLING_STEPS):
-            self._step(NO_ACTION, number == SETTLING_STEPS - 1)
+            self._step(NO_ACTION, draw and number == SETTLING_STEPS - 1)
 
     def step(self, action: np.ndarray, last: bool) -> bool:
         """Take one step (7,): moves of the hand (3), its turn (3), the gripper.
@@ -124,6 +155,22 @@ class Environment:
             self.env._update_observables(force=True)
             self.last = self.env.env._get_observations()
         return done
+
+    def expert(self) -> np.ndarray:
+        """The next action (7,) of a script that picks up one object and places it on the other.
+
+        Only suites have it whose tasks are of this kind. The first call tries the ways to grasp in this episode's
+        initial state, without images, until one reaches the goal; if none does, the hand stays where it is.
+        """
+        if self.script is None:
+            self.script = iter(())
+            for way in self.ways:
+                self._begin(False)
+                if any(self.step(action, False) for action in pick_and_place(self.env.env, *way)):
+                    self.script = pick_and_place(self.env.env, *way)
+                    break
+            self._begin(True)
+        return np.asarray(next(self.script, NO_ACTION), np.float64)
 
     def observe(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Images by camera, (size, size, 3) uint8, and (8,): position (m), rotation vector of the hand, two fingers."""
@@ -152,6 +199,49 @@ class Environment:
 
         draw.__modality__ = sensor.__modality__  # type: ignore[attr-defined]
         return draw
+
+
+def pick_and_place(env: Any, height: float, yaw: float, aside: tuple[float, float]) -> Any:
+    """Actions of a script, each from the state at its time.
+
+    Args:
+        env: robosuite's environment.
+        height: of the grasp above the centre of the object, in metres.
+        yaw: turn of the hand about the vertical, in radians.
+        aside: (x, y) of the grasp from the centre; bowls are grasped at their rim.
+    """
+    hand = env.robots[0].eef_site_id
+    picked, target = (env.obj_body_id[name] for name in env.obj_of_interest[:2])
+
+    def place(body: int, x: float, y: float, z: float) -> Any:
+        return lambda: env.sim.data.body_xpos[body] + np.array([x, y, z])
+
+    def angle() -> float:
+        turn = env.sim.data.site_xmat[hand].reshape(3, 3)
+        return float(np.arctan2(turn[1, 0], turn[0, 0]))
+
+    wanted = angle() + yaw
+
+    def move(goal: Any, grip: float, most: int, near: float = 0.01) -> Any:
+        for _ in range(most):
+            delta = goal() - env.sim.data.site_xpos[hand]
+            twist = (wanted - angle() + np.pi) % (2 * np.pi) - np.pi
+            if np.linalg.norm(delta) < near and abs(twist) < 0.1:
+                return
+            yield [*np.clip(delta / METRES, -1, 1), 0, 0, np.clip(twist / RADIANS, -1, 1), grip]
+
+    rest = env.sim.data.body_xpos[picked][2]
+    yield from move(place(picked, *aside, 0.12), OPEN, 60)
+    yield from move(place(picked, *aside, height), OPEN, 40, 0.005)
+    yield from ([0, 0, 0, 0, 0, 0, CLOSED] for _ in range(15))
+    above = env.sim.data.site_xpos[hand] + np.array([0, 0, 0.2])
+    yield from move(lambda: above, CLOSED, 40, 0.02)
+    if env.sim.data.body_xpos[picked][2] < rest + 0.08:
+        return  # the hand has nothing
+    held = env.sim.data.site_xpos[hand] - env.sim.data.body_xpos[picked]
+    yield from move(place(target, held[0], held[1], held[2] + 0.2), CLOSED, 60, 0.02)
+    yield from move(place(target, held[0], held[1], held[2] + 0.06), CLOSED, 40, 0.02)
+    yield from ([0, 0, 0, 0, 0, 0, OPEN] for _ in range(20))
 
 
 def _version(package: str) -> str:
