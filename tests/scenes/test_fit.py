@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastvst.generate.scans import ScansConfig, make_scan_rows, read_scenes
 from fastvst.scenes.adapters.box_pixels import ids_from_boxes
+from fastvst.scenes.adapters.checks import up_problem
 from fastvst.scenes.adapters.colmap import read_nerfstudio
 from fastvst.scenes.adapters.fit import score
 from fastvst.scenes.adapters.frames import ScanOptions
@@ -21,7 +22,7 @@ from fastvst.scenes.adapters.scannet import read_scannet
 from fastvst.scenes.scene import Scene
 from fastvst.spatial.boxes import rotations
 from fastvst.spatial.camera import unproject
-from scans import shots, write_nerfstudio, write_scannet
+from scans import shots, to_world, write_nerfstudio, write_scannet
 
 FEW = ScanOptions(frames=8, stills=2, pairs=2, motions=0)
 OPENGL = np.diag([1.0, -1, -1, 1])
@@ -106,6 +107,17 @@ def test_a_box_with_nothing_in_it_is_never_asked_about(walked: list[Scene], tmp_
     scene = read_nerfstudio(folder, FEW, report=heard.append)
     assert any("99 (ghost)" in line and "no question is about it" in line for line in heard), heard
     assert 99 in {item.id for item in scene.ignored}
+
+
+def test_up_is_what_the_cameras_are_level_about(walked: list[Scene]) -> None:
+    for room in walked:
+        poses = [to_world(view) for view in shots(room)]
+        assert up_problem(poses) is None
+        portrait = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        assert up_problem([pose @ portrait for pose in poses]) is None
+        assert "90 degrees from Z" in str(up_problem([Y_UP @ pose for pose in poses]))
+        assert "upside down" in str(up_problem([OPENGL @ pose for pose in poses]))
+        assert "straight up or down" in str(up_problem([np.linalg.inv(poses[0]) @ poses[0]] * 3))
 
 
 def test_a_score_is_a_product_of_shares() -> None:

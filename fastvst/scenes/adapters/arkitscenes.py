@@ -15,6 +15,7 @@ the depth decides.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ def read_arkitscenes(
     options = named(options, "arkitscenes")
     frames = folder / f"{name}_frames" if (folder / f"{name}_frames").is_dir() else folder
     annotation = read_json(folder / f"{name}_3dod_annotation.json")
+    if not isinstance(annotation, dict) or not isinstance(annotation.get("data"), list):
+        raise ValueError(f"{folder}: {name}_3dod_annotation.json has no list 'data' of objects")
     if annotation.get("skipped"):
         raise ValueError(f"{folder}: the annotation says that this video was skipped")
-    trajectory = read_trajectory(frames / "lowres_wide.traj")
+    trajectory = read_trajectory(frames / "lowres_wide.traj", problems)
     color = "vga_wide" if (frames / "vga_wide").is_dir() else "lowres_wide"
     images = _by_time(frames / color, ".png")
     depths = _by_time(frames / "lowres_depth", ".png")
@@ -86,18 +89,36 @@ def read_arkitscenes(
     return dataclasses.replace(scene, metadata={**scene.metadata, "format": "arkitscenes"})
 
 
-def read_trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_trajectory(path: Path, problems: Problems | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Times (N,) in seconds and camera-to-world poses (N, 4, 4).
+
+    Args:
+        problems: gets the lines without seven finite numbers, which are left out; None raises the first one.
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: a line without seven finite numbers.
+        ValueError: no usable line; without `problems` a line without seven finite numbers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    table = np.loadtxt(path, ndmin=2)
-    if table.shape[1] != 7 or not np.isfinite(table).all():
-        raise ValueError(f"{path}: {table.shape[1]} numbers a line or NaN; expected time, rotation, translation")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = [float(word) for word in line.split()]
+        except ValueError:
+            values = []
+        if len(values) == 7 and np.isfinite(values).all():
+            rows.append(values)
+        elif line.strip():
+            error = ValueError(
+                f"{path}: line {number}: {line[:80]!r}; expected time, rotation, translation as 7 numbers"
+            )
+            if problems is None:
+                raise error
+            problems.add(ValueError(f"{error}; it is left out"))
+    if not rows:
+        raise ValueError(f"{path}: no line of 7 numbers")
+    table = np.array(rows)
     poses = np.zeros((len(table), 4, 4))
     poses[:, 3, 3] = 1
     turn = _rodrigues(table[:, 1:4])  # world to camera
@@ -136,7 +157,11 @@ def _at(files: dict[float, Path], time: float, what: str) -> Path:
 def _objects(name: str, annotation: dict[str, Any], unit: float, problems: Problems) -> tuple[SceneObject, ...]:
     """`unit`: metres of one unit of the annotation."""
     found = []
+    uids = Counter(str(entry["uid"]) for entry in annotation["data"] if isinstance(entry, dict) and "uid" in entry)
     for number, entry in enumerate(annotation["data"], 1):
+        if not isinstance(entry, dict):
+            problems.add(ValueError(f"{name}: object {number}: {entry!r}; expected label and segments; it is left out"))
+            continue
 
         def box(entry: dict[str, Any] = entry) -> tuple[float, ...]:
             obb = entry["segments"].get("obbAligned") or entry["segments"]["obb"]
@@ -147,6 +172,9 @@ def _objects(name: str, annotation: dict[str, Any], unit: float, problems: Probl
             )
 
         item = named_object(name, number, entry.get("label"), box, problems)
+        if item is not None and uids[str(entry.get("uid"))] > 1:
+            problems.add(ValueError(f"{name}: object {number} ({item.name}): several have the uid {entry['uid']}"))
+            item = dataclasses.replace(item, known=False)
         if item is not None:
             found.append(item)
     return tuple(found)

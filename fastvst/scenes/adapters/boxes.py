@@ -123,6 +123,15 @@ def read_ply_points(path: Path) -> np.ndarray:
     return points
 
 
+def object_number(scene: str, entry: Any, first: int, problems: Problems) -> int | None:
+    """`objectId` (or `id`) of an entry of an annotation, plus `first`; None, and a problem, if it has none."""
+    try:
+        return int(entry.get("objectId", entry.get("id"))) + first
+    except (AttributeError, TypeError, ValueError) as error:
+        problems.add(ValueError(f"{scene}: object {str(entry)[:80]}: {error}; expected objectId; it is left out"))
+        return None
+
+
 def segment_boxes(
     scene: str,
     groups: list[dict[str, Any]],
@@ -147,8 +156,11 @@ def segment_boxes(
     where = dict(zip(starts[0].tolist(), np.split(order, starts[1][1:]), strict=True))
     found = []
     for group in groups:
-        number = int(group.get("objectId", group.get("id", -first_id))) + first_id
-        own = [where[s] for s in group.get("segments", []) if s in where]
+        number = object_number(scene, group, first_id, problems)
+        if number is None:
+            continue
+        segments_of = group.get("segments")
+        own = [where[s] for s in segments_of if s in where] if isinstance(segments_of, list) else []
 
         def box(own: list[np.ndarray] = own) -> tuple[float, ...]:
             if not own:

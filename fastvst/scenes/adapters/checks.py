@@ -105,6 +105,32 @@ def size_problem(stored: tuple[int, int], annotated: tuple[float, float], roundi
     return None
 
 
+def up_problem(poses: Sequence[np.ndarray]) -> str | None:
+    """Whether Z is not up in the world of camera-to-world poses (4, 4) with OpenCV axes: how they are held tells.
+
+    A camera is held level: its right axis (held upright, its down axis) is perpendicular to the vertical, whatever it
+    looks at. Two directions are perpendicular to that of a camera that never turns: then only cameras that all look
+    along Z are refused.
+    """
+    turns = np.array([pose[:3, :3] for pose in poses])
+    if np.median(np.abs(turns[:, 2, 2])) > math.cos(math.radians(20)):
+        return "most cameras look straight up or down: is Z up?"
+    spread = {
+        axis: np.linalg.eigh(np.einsum("ni,nj->ij", turns[:, :, axis], turns[:, :, axis]) / len(turns))
+        for axis in (0, 1)
+    }
+    axis = min(spread, key=lambda k: float(spread[k][0][0]))
+    values, vectors = spread[axis]
+    if values[0] > 0.05 or values[1] < 0.15:  # not held level, or hardly turned
+        return None
+    off = math.degrees(math.acos(min(1.0, abs(float(vectors[2, 0])))))
+    if off > 30:
+        return f"the cameras are held level about an axis that is {off:.0f} degrees from Z: is Z up?"
+    if axis == 0 and float(np.mean(turns[:, 2, 1])) > 0.3:
+        return "the images are upside down: does Z point down?"
+    return None
+
+
 def outline_of(points: Any) -> np.ndarray:
     """A room's outline (K, 2) in counter-clockwise order; a clockwise one is turned round.
 

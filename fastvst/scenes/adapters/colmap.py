@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastvst.data.media_files import opened_image
-from fastvst.scenes.adapters.boxes import named_object, one_of_each_id, oriented_box, read_json
+from fastvst.scenes.adapters.boxes import named_object, object_number, one_of_each_id, oriented_box, read_json
 from fastvst.scenes.adapters.checks import (
     Convention,
     Problems,
@@ -134,8 +134,9 @@ def read_transforms(path: Path, convention: Convention, problems: Problems) -> l
             matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
             *radial, p1, p2 = bend.values()
             check_distortion(matrix, (width, height), tuple(radial), (p1, p2))
-        except (KeyError, TypeError, ValueError) as error:
-            problems.add(ValueError(f"{path}: frame {k} ({entry.get('file_path')}): {error!r}; it is left out"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            called = entry.get("file_path") if isinstance(entry, dict) else entry
+            problems.add(ValueError(f"{path}: frame {k} ({called}): {error!r}; it is left out"))
             continue
         found.append(PosedImage(entry["file_path"], matrix, convention.read(stored), entry.get("depth_file_path")))
     return found
@@ -257,6 +258,8 @@ def obb_objects(scene: str, annotation: dict[str, Any], problems: Problems) -> t
             obb = entry["obb"]
             return oriented_box(obb["centroid"], obb["normalizedAxes"], obb["axesLengths"])
 
-        number = int(entry.get("objectId", entry.get("id", -1))) + 1
+        number = object_number(scene, entry, 1, problems)
+        if number is None:
+            continue
         found.append(named_object(scene, number, entry.get("label"), box, problems))
     return one_of_each_id(scene, found, problems)

@@ -24,6 +24,7 @@ from fastvst.scenes.adapters.checks import (
     inside_box,
     share_in_boxes,
     size_problem,
+    up_problem,
 )
 from fastvst.scenes.adapters.depth import nearest
 from fastvst.scenes.adapters.fit import QUARTER, check_fit
@@ -409,6 +410,9 @@ def assemble_from(
     scene = assemble(
         name, objects, walk, motions, options=options, problems=problems, polygon=polygon, height=height, video=video
     )
+    fault = up_problem(poses)
+    if fault is not None:
+        raise ValueError(f"{name}: {fault}")
     problems.finish()
     return scene
 

@@ -58,7 +58,7 @@ def read_scannet(
     labels = None if label_map is None else _label_map(Path(label_map), label_column)
     objects = _objects(folder, align, labels, problems)
     if (folder / "color").is_dir():
-        numbers, poses, color, load = _exported(folder, options.width)
+        numbers, poses, color, load = _exported(folder, options.width, problems)
         return _scene(folder, objects, align, numbers, poses, color, load, options, problems)
     path = folder / f"{folder.name}.sens"
     if not path.is_file():
@@ -77,7 +77,10 @@ def axis_alignment(folder: Path, problems: Problems) -> np.ndarray:
     for line in path.read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "axisAlignment":
-            matrix = np.array(value.split(), dtype=np.float64).reshape(4, 4)
+            try:
+                matrix = np.array(value.split(), dtype=np.float64).reshape(4, 4)
+            except ValueError as error:
+                raise ValueError(f"{path}: axisAlignment: {error}; expected 16 numbers") from error
             fault = rotation_problem(matrix[:3, :3])
             if fault is not None:
                 raise ValueError(f"{path}: axisAlignment: {fault}")
@@ -113,10 +116,18 @@ def _objects(
     return segment_boxes(name, groups, segments, aligned, problems, labels=labels)
 
 
-def _exported(folder: Path, longest: int) -> tuple[list[str], np.ndarray, np.ndarray, Callable[[str], Shot]]:
+def _exported(
+    folder: Path, longest: int, problems: Problems
+) -> tuple[list[str], np.ndarray, np.ndarray, Callable[[str], Shot]]:
     """Names, poses (N, 4, 4), colour intrinsics and a loader of the frames that SensReader wrote."""
-    numbers = sorted((p.stem for p in (folder / "pose").glob("*.txt")), key=lambda stem: (len(stem), stem))
-    poses = np.array([np.loadtxt(folder / "pose" / f"{n}.txt").reshape(4, 4) for n in numbers])
+    found = {}
+    for path in (folder / "pose").glob("*.txt"):
+        try:
+            found[path.stem] = np.loadtxt(path).reshape(4, 4)
+        except ValueError as error:
+            problems.add(ValueError(f"{path}: {error}; expected 4 x 4 numbers; the frame is left out"))
+    numbers = sorted(found, key=lambda stem: (len(stem), stem))
+    poses = np.array([found[n] for n in numbers]).reshape(-1, 4, 4)
 
     def load(name: str) -> Shot:
         image = stored_image(folder / "color" / f"{name}.jpg", longest)
@@ -136,7 +147,14 @@ def _scene(
     options: ScanOptions,
     problems: Problems,
 ) -> Scene:
-    good = [k for k in range(len(numbers)) if np.isfinite(poses[k]).all()]  # -inf where tracking was lost
+    good = []
+    for k in range(len(numbers)):
+        if np.isfinite(poses[k]).all():  # -inf where tracking was lost
+            fault = rotation_problem(poses[k, :3, :3])
+            if fault is None:
+                good.append(k)
+            else:
+                problems.add(ValueError(f"{folder}: frame {numbers[k]}: {fault}; it is left out"))
     masks = folder / "instance-filt"
 
     def frame(k: int) -> Frame:
