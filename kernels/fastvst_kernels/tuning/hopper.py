@@ -1,12 +1,16 @@
 """Compile the Gluon attention kernel for sm_90 without a GPU, and count what its steady loop does.
 
-`python -m fastvst_kernels.tuning.hopper` prints one line for each variant, with the triton that is installed. For
-another version: `pip install --target DIR triton==3.6.0`, then the same with PYTHONPATH=DIR.
+`python -m fastvst_kernels.tuning.hopper` prints one line for each variant, with the triton that is installed; `--out`
+writes a model of its speed by counting. For another version: `pip install --target DIR triton==3.6.0`, then the same
+with PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -30,10 +34,10 @@ EVENTS = re.compile(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d)")
 
 
 def hopper_forward_report(width: int, causal: bool, shared: bool) -> tuple[Compiled, str]:
-    """Counts of `build_hopper_forward`, and the `order` of its machine code."""
+    """Counts of `build_hopper_forward`, and its machine code."""
     made = build_hopper_forward(width, causal, shared)
     cubin = made.asm["cubin"]
-    return inspect_cubin(cubin, shared_bytes=made.metadata.shared, arch=90), order(machine_code(cubin))
+    return inspect_cubin(cubin, shared_bytes=made.metadata.shared, arch=90), machine_code(cubin)
 
 
 def order(code: str) -> str:
@@ -47,6 +51,43 @@ def order(code: str) -> str:
         if not found or found[-1] != letter:
             found.append(letter)
     return "".join(found)
+
+
+def steady_loop(code: str) -> str:
+    """The shortest loop of machine code that multiplies and computes exponentials: that over the blocks of keys."""
+    lines = code.splitlines()
+    places = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_x")}
+    loops = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA `\((\.L_x_\d+)\)", line)
+        if target and places[target[1]] < i:
+            loops.append("\n".join(lines[places[target[1]] : i + 1]))
+    return min((loop for loop in loops if "HGMMA" in loop and "MUFU.EX2" in loop), key=len)
+
+
+def roofline(width: int, code: str) -> dict[str, float]:
+    """A model of one block of keys in clocks of a multiprocessor, from the instructions of its loop. Nothing measured.
+
+    Both warp groups multiply on the same tensor cores (4096 FLOP a clock) and issue 4 instructions a clock. With
+    perfect overlap the larger of the two decides, without any their sum. Instructions of the mask count too, which only
+    masked blocks execute, and waits do not.
+    """
+    loop = steady_loop(code)
+    instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", loop))
+    products = 2 * (2 * 2 * ROWS * BLOCK_N * width) / 4096
+    issue = 2.0 * instructions  # 2 groups of 4 warps, 4 instructions a clock
+    exponentials = 2 * ROWS * BLOCK_N / 16  # 16 a clock
+    return {
+        "instructions of a warp": instructions,
+        "waits for products": len(re.findall(r"WARPGROUP\.DEPBAR", loop)),
+        "waits for barriers": len(re.findall(r"SYNCS\.PHASECHK", loop)),
+        "bytes of K and V": 2 * BLOCK_N * width * 2,
+        "clocks of products": products,
+        "clocks of issue": issue,
+        "clocks of exponentials": exponentials,
+        "model: share of peak, perfect overlap": round(products / max(products, issue, exponentials), 3),
+        "model: share of peak, no overlap": round(products / (products + max(issue, exponentials)), 3),
+    }
 
 
 def build_hopper_forward(width: int, causal: bool, shared: bool) -> Any:
@@ -86,14 +127,22 @@ def build_hopper_forward(width: int, causal: bool, shared: bool) -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the Gluon attention kernel for sm_90 and count its loop.")
+    parser.add_argument("--out", type=Path, help="write the counts as JSON")
+    out = parser.parse_args().out
     print(f"triton {triton.__version__}")
+    counts = {}
     for width in WIDTHS:
         for name, causal, shared in MASKS:
-            made, events = hopper_forward_report(width, causal, shared)
+            made, code = hopper_forward_report(width, causal, shared)
+            counts[f"{width} {name}"] = roofline(width, code)
             print(
                 f"D {width:3} {name:6}: spills {made.spill_bytes} bytes, shared memory {made.shared_bytes} bytes, "
-                f"{dict(made.tensor_core)}, {made.instructions} instructions, order {events}"
+                f"{dict(made.tensor_core)}, {made.instructions} instructions, order {order(code)}"
             )
+    if out is not None:
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in counts.items())
+        out.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "loop": {{\n{lines}\n}}}}\n')
 
 
 if __name__ == "__main__":
