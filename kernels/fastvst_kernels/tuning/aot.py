@@ -16,7 +16,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of one block at most, in bytes (CUDA programming guide, table "technical specifications").
@@ -112,7 +111,12 @@ def build(
     if missing := [n for n in kernel.arg_names if n not in types and n not in constants]:
         raise ValueError(f"arguments {missing} of {kernel.__name__} have neither a type nor a value")
     aligned = [n for n, t in types.items() if (t[0] == "*" or t in ("i32", "i64")) and n not in unaligned]
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+    source_class: Any = ASTSource
+    if kernel.is_gluon():  # imported here, because its place may move and the other kernels do not need it
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_class = GluonASTSource
+    source = source_class(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(index[name],): value for name, value in constants.items()},
