@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gripper",
-        choices=["robot", "openvla"],
-        default="robot",
-        help="libero: meaning of the last value: as the simulator's (LIBERO's HDF5), or 0 = close, 1 = open (VST)",
+        choices=["libero", "openvla"],
+        default="libero",
+        help="libero: meaning of the last value: -1 opens, as in LIBERO's HDF5, or 1 opens and 0 closes (VST, OpenVLA)",
     )
     parser.add_argument("--blind", action="store_true", help="libero, metaworld: show grey images to the model")
     parser.add_argument("--image-size", type=int, help="libero, metaworld: pixels of the images (default: 256; 128)")
@@ -85,7 +85,7 @@ def tasks_of(name: str, arguments: argparse.Namespace, cameras: int) -> list[Epi
     if arguments.suite is None:
         raise ValueError("libero needs --suite: spatial, object, goal, long, 90, or one of LIBERO-PRO")
     names = ["agentview", "robot0_eye_in_hand"][:cameras]
-    views = {"size": arguments.image_size or 256, "cameras": names}
+    views = {"size": arguments.image_size or 256, "cameras": names, "gripper": arguments.gripper}
     tasks = libero_tasks(arguments.suite, arguments.trials, python=arguments.python, environment=views)
     if wanted is None:
         return tasks
@@ -118,11 +118,10 @@ def run(arguments: argparse.Namespace) -> EpisodeReport:
     actions = actions_of(arguments)
     tasks = tasks_of(name, arguments, max(1, len(actions.cameras)))
     model, processor = load(arguments.model[0], device=arguments.devices[0])
-    policy = ActionPolicy(Engine(model, processor), actions, gripper=arguments.gripper, blind=arguments.blind)
+    policy = ActionPolicy(Engine(model, processor), actions, blind=arguments.blind)
     settings = {
         "model": fingerprint.of_directory(arguments.model[0]),
         "actions": {**dataclasses.asdict(actions), "augment": 0.0},
-        "gripper": arguments.gripper,
         "blind": arguments.blind,
     }
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -21,8 +20,6 @@ from fastvst.rollout import Engine, SamplingParams
 from fastvst.vla import ActionError
 from fastvst.vla.replies import Observation
 
-GRIPPERS = ("robot", "openvla")
-
 
 class ActionPolicy:
     """Chunks of actions for observations, greedy.
@@ -31,30 +28,18 @@ class ActionPolicy:
         engine: with a processor whose tokenizer has the tokens of the codec.
         actions: of the training data. Its `cameras` count; their names are those of the training files, so images are
             taken in the order of the simulator's cameras.
-        gripper: meaning of the last value. "robot": as the simulator takes it, e.g. LIBERO's HDF5. "openvla": 0 closes
-            and 1 opens, as in VST's Parquet and OpenVLA's data; the simulator of LIBERO gets +1 and -1.
         blind: show a grey image instead of the camera's, to measure what the images are worth.
 
     Raises:
         ValueError: an engine without a processor, or a tokenizer without the tokens.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        actions: ActionRows,
-        *,
-        gripper: Literal["robot", "openvla"] = "robot",
-        blind: bool = False,
-    ) -> None:
+    def __init__(self, engine: Engine, actions: ActionRows, *, blind: bool = False) -> None:
         if engine.processor is None:
             raise ValueError("the engine needs a processor, which turns questions into tokens")
-        if gripper not in GRIPPERS:
-            raise ValueError(f"gripper is {gripper!r}; expected one of {GRIPPERS}")
         self.engine = engine
         self.processor = engine.processor
         self.actions = dataclasses.replace(actions, augment=0.0)
-        self.gripper = gripper
         self.blind = blind
         allowed = actions.codec.allowed(self.processor.tokenizer)
         self.params = SamplingParams(temperature=0, max_tokens=len(allowed), allowed=allowed, logprobs=False)
@@ -66,13 +51,9 @@ class ActionPolicy:
         found: list[np.ndarray | ActionError] = []
         for (rollout,) in self.engine.generate(prompts, self.params):
             try:
-                chunk = self.actions.codec.decode_tokens(rollout.tokens, self.processor.tokenizer)
+                found.append(self.actions.codec.decode_tokens(rollout.tokens, self.processor.tokenizer))
             except ActionError as error:
                 found.append(error)
-                continue
-            if self.gripper == "openvla":
-                chunk[:, -1] = np.where(chunk[:, -1] > 0.5, -1.0, 1.0)
-            found.append(chunk)
         return found
 
     def prompt(self, observation: Observation) -> Sample:

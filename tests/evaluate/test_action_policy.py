@@ -1,4 +1,4 @@
-"""ActionPolicy: the question of training, answers that are always actions, one batch or many, the gripper's sign."""
+"""ActionPolicy: the question of training, answers that are always actions, one batch or many."""
 
 from __future__ import annotations
 
@@ -75,15 +75,6 @@ def test_the_prompt_is_that_of_the_training_row(engine, tmp_path) -> None:
     assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.patches, wanted.patches)
 
 
-def test_openvlas_gripper_becomes_that_of_libero(engine) -> None:
-    seen = observations(6)
-    plain = ActionPolicy(engine, OPTIONS)(seen)
-    turned = ActionPolicy(engine, OPTIONS, gripper="openvla")(seen)
-    for a, b in zip(plain, turned, strict=True):
-        assert np.array_equal(a[:, :3], b[:, :3])
-        assert np.array_equal(b[:, 3], np.where(a[:, 3] > 0.5, -1, 1))
-
-
 def test_a_blind_policy_sees_no_image(engine) -> None:
     seen = observations(3)
     blind = ActionPolicy(engine, OPTIONS, blind=True)
@@ -94,7 +85,5 @@ def test_what_cannot_be_asked_is_refused(engine) -> None:
     with pytest.raises(ValueError, match="1 images; the model was trained with 2"):
         two = ActionPolicy(engine, dataclasses.replace(OPTIONS, cameras=("a", "b")))
         two([dataclasses.replace(observations(1)[0], images={"a": np.zeros((8, 8, 3), np.uint8)})])
-    with pytest.raises(ValueError, match="gripper is 'open'"):
-        ActionPolicy(engine, OPTIONS, gripper="open")
     with pytest.raises(ValueError, match="lacks"):
         ActionPolicy(engine, ActionRows("tokens"))

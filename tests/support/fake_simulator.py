@@ -22,10 +22,22 @@ class Environment:
         fault: what goes wrong at step `at` of an episode (0: at the reset); "" for nothing. See `fail`.
         once: a file; if given, the fault happens only while it does not exist, and makes it.
         note: a file that receives a line for every episode and every step.
-        size, cameras, suite: not used, as the real ones have them.
+        others: arguments of the real ones, which are not used.
     """
 
-    def __init__(self, fault="", at=0, once="", note="", mujoco="3.3.2", task="point", size=SIZE, cameras=(), suite=""):
+    def __init__(
+        self,
+        fault="",
+        at=0,
+        once="",
+        note="",
+        mujoco="3.3.2",
+        task="point",
+        size=SIZE,
+        cameras=(),
+        suite="",
+        gripper="",
+    ):
         self.fault = fault
         self.at = at
         self.once = once
