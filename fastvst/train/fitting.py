@@ -168,7 +168,7 @@ def show(text: str, problem: str | None) -> None:
 def verdict(job: Job, device: float) -> tuple[str, str | None]:
     """(a line about the worst pack, and what to change if it does not fit the device, else None)."""
     memory = job.memory()
-    used = f"{memory.total / GIB:.1f} of {device / GIB:.1f} GiB ({device / GB:.0f} GB)"
+    used = f"{memory.total / GIB:.1f} of {device / GIB:.1f} GiB ({device / GB:.3g} GB)"
     line = (
         f"the worst pack ({job.tokens_per_pack:,} tokens, all of images) with recompute {describe(job.recompute)} and "
         f"optimizer.state {job.state}: {used} {memory.instant}"
