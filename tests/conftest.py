@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torch._inductor.config
 
 if TYPE_CHECKING:
     from fastvst.scenes.rooms.render_base import Renderer
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+    # torch's cache of compiled graphs does not know which shapes our operators promise: after a change of an operator
+    # it would use a graph of the old shapes again.
+    torch._inductor.config.force_disable_caches = True
     torch.set_num_threads(1)  # tests fork ranks, and a fork of a process whose OpenMP team runs can hang
     # torch imports Triton at the first call of a custom operator. If a renderer has loaded Mesa's LLVM before, the
     # process crashes; the other order works.

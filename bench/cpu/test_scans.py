@@ -22,11 +22,10 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from fastvst.scenes.rooms.render_embree import EmbreeRenderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene, View
-from scans import to_world, vertices, write_ply
 
+pytestmark = pytest.mark.needs(("embreex", "plyfile"))
 COLOUR = (1296, 968)
 DEPTH = (640, 480)
 VERTICES = 150_000
@@ -35,6 +34,9 @@ DISTINCT = 60  # frames that are rendered; a longer scan shows each for a while
 
 def write_scan(folder: Path, seed: int, frames: int) -> None:
     """A scan with a .sens file of this many frames."""
+    from fastvst.scenes.rooms.render_embree import EmbreeRenderer  # of an extra, as the next one
+    from scans import to_world
+
     walk = shoot(seed, EmbreeRenderer(), ShotConfig(*DEPTH, 1, around=0.0, overlap=0.0), WalkConfig(frames=DISTINCT))
     moved = np.eye(4)
     moved[:3, :3] = Rotation.from_euler("z", 20, degrees=True).as_matrix()
@@ -64,6 +66,8 @@ def write_scan(folder: Path, seed: int, frames: int) -> None:
 
 
 def _write_mesh(folder: Path, scene: Scene, moved: np.ndarray) -> None:
+    from scans import vertices, write_ply
+
     points, ids = vertices(scene)
     times = -(-VERTICES // len(points))
     points = np.repeat(points, times, axis=0)

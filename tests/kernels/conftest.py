@@ -1,6 +1,6 @@
 """Leaves out the folders that need a process of their own: interpreter (TRITON_INTERPRET=1), aot (without it), gpu.
 
-The plain `pytest` does not collect them. `tests/kernels/test_processes.py` starts the first two. By hand:
+The plain `pytest` does not collect them. `test_interpreter.py` and `test_aot.py` start the first two. By hand:
 `TRITON_INTERPRET=1 pytest tests/kernels/interpreter`, `pytest tests/kernels/aot`, `pytest tests/kernels/gpu`.
 """
 

@@ -10,7 +10,7 @@ import pytest
 from fastvst.rl.packing import Sharing
 from fastvst.rl.page import write_report
 from fastvst.rl.policy_update import UpdateConfig
-from fastvst.rl.records import RolloutLog, progress_text, step_figures, step_rates
+from fastvst.rl.records import PARTS, RolloutLog, progress_text, step_figures, step_rates
 from fastvst.rl.rewards.verifiable import Reward
 from fastvst.train import distributed
 from fastvst.train.distributed import ParallelConfig
@@ -67,7 +67,7 @@ def test_a_completion_without_a_score_has_no_number_in_the_log(tmp_path: Path) -
 @pytest.mark.parametrize("missing", ["prefill", "decode", "update"])
 def test_a_part_that_took_no_time_has_no_rate(missing: str) -> None:
     """A server reports no seconds of prefill: 595 tokens in 0 seconds are not 595,000,000,000 tokens/s."""
-    seconds = dict.fromkeys(("rollout", "prefill", "decode", "reward", "update", "step"), 2.0) | {missing: 0.0}
+    seconds = dict.fromkeys((*PARTS, "step"), 2.0) | {missing: 0.0}
     counts = {"prompt_tokens": 595, "images": 0, "completion_tokens": 100.0}
     found = step_rates(Sharing(shared=300, repeated=400), seconds, WORLD, update=UpdateConfig(), **counts)
     rates = {"prefill": 297.5, "decode": 50.0, "update": 150.0}

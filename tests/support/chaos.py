@@ -31,6 +31,7 @@ from processes import adopt_orphans, children, descendants, in_use, shared_memor
 from rl_run import REWARD, load_rl, rl_arguments, write_questions  # noqa: E402
 from small_run import arguments, load_script, write_data, write_model  # noqa: E402
 
+GONE = 10  # seconds in which the processes of a run that has ended are gone
 LIMIT = 300.0  # seconds for a step, or for the end of a process, on a machine with other work
 # Kind of fault -> what the last words of a run that it ends must have. "" = it cannot speak.
 WORDS = {
@@ -217,7 +218,13 @@ def again(
 
 
 def left(before: set[int]) -> dict[int, str]:
-    return {pid: words for pid, words in descendants().items() if pid not in before}
+    """Processes that are not gone within ten seconds, as docs/reliability.md promises."""
+    limit = time.monotonic() + GONE
+    while (found := {pid: words for pid, words in descendants().items() if pid not in before}) and (
+        time.monotonic() < limit
+    ):
+        time.sleep(0.05)
+    return found
 
 
 def forgotten(before: set[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The kernels' interpreter tests and compile tests as part of the plain `pytest`, each in a process of its own."""
+"""A folder of the kernels' tests in a process of its own, as part of the plain `pytest`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,13 +19,3 @@ def run(folder: str, **variables: str) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-5000:])
     assert done.returncode == 0, f"tests in tests/kernels/{folder} failed; their output is above"
-
-
-@pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    run("interpreter", TRITON_INTERPRET="1")
-
-
-@pytest.mark.slow
-def test_kernels_compiled_ahead_of_time():
-    run("aot")

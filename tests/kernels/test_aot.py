@@ -1,0 +1,12 @@
+"""The kernels compiled ahead of time, as part of the plain `pytest`. A file of its own runs next to others."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel_processes import run
+
+
+@pytest.mark.slow
+def test_kernels_compiled_ahead_of_time() -> None:
+    run("aot")
