@@ -25,7 +25,7 @@ from scipy.spatial.transform import Rotation
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene, View
 
-pytestmark = pytest.mark.needs(("embreex", "plyfile"))
+pytestmark = pytest.mark.needs("embreex", "plyfile")
 COLOUR = (1296, 968)
 DEPTH = (640, 480)
 VERTICES = 150_000
@@ -34,7 +34,7 @@ DISTINCT = 60  # frames that are rendered; a longer scan shows each for a while
 
 def write_scan(folder: Path, seed: int, frames: int) -> None:
     """A scan with a .sens file of this many frames."""
-    from fastvst.scenes.rooms.render_embree import EmbreeRenderer  # of an extra, as the next one
+    from fastvst.scenes.rooms.render_embree import EmbreeRenderer
     from scans import to_world
 
     walk = shoot(seed, EmbreeRenderer(), ShotConfig(*DEPTH, 1, around=0.0, overlap=0.0), WalkConfig(frames=DISTINCT))
