@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 from fastvst.data.file_range import FileRange, loaded, with_bytes
 from fastvst.data.ledger import SampleError
 from fastvst.data.sample import Sample
@@ -33,11 +31,9 @@ def test_light_samples_are_read_back_and_their_space_is_used_again() -> None:
         kept.append(found)
         kept = kept[-5:]
         del found, held
-        gc.collect()
     assert spool.end <= 7 * 6 * BLOCK
     oldest = kept[0]
     del spool  # the file lives as long as a sample in it
-    gc.collect()
     assert with_bytes(oldest).messages == sample(45).messages
 
 
