@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastvst_kernels.integrations.compare import peak_bytes
+
 
 def peak_extra_bytes(run: Callable[[], object], warm: Callable[[], object] | None = None) -> int:
     """Bytes by which `run` raises the memory held, at its peak; on the CPU with one thread, in a forked child.
@@ -18,12 +20,7 @@ def peak_extra_bytes(run: Callable[[], object], warm: Callable[[], object] | Non
     warm: the same on a small problem, called first, so that pages of code touched for the first time do not count.
     """
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes(run)
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(run, warm, writer))

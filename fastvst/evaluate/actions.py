@@ -33,12 +33,6 @@ def action_questions(samples: Sequence[Sample]) -> list[Row]:
     return rows
 
 
-def prompt(row: Row) -> Sample:
-    """The conversation up to the question."""
-    sample: Sample = row.fields["sample"]
-    return sample
-
-
 def max_new_tokens(actions: ActionRows) -> int:
     """Tokens of an answer with its end."""
     codec = actions.codec

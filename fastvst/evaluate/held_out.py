@@ -130,7 +130,7 @@ def open_rows(source: SourceConfig, count: int, processor: Processor, budget: in
         scores = functools.partial(actions.score, given, rows)
         limit = actions.max_new_tokens(given)
         errors = functools.partial(actions.errors, given, rows)
-        found.questions = QuestionSet(name, rows, actions.prompt, scores, processor, limit, errors)
+        found.questions = QuestionSet(name, rows, rooms.prompt, scores, processor, limit, errors)
         return found
     asked = rooms.questions(found.samples)
     if asked:

@@ -11,7 +11,8 @@ import pytest
 from action_data import actions, write_libero
 from fastvst.data.sources import open_source
 from fastvst.data.sources.action_rows import ActionRows
-from fastvst.evaluate.actions import action_questions, errors, max_new_tokens, prompt, score
+from fastvst.evaluate.actions import action_questions, errors, max_new_tokens, score
+from fastvst.evaluate.rooms import prompt
 from fastvst.evaluate.training_page import write_report
 from small_run import arguments, load_script, write_model
 
