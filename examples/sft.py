@@ -251,6 +251,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         recompute=config.model.recompute,
         reshard=config.parallel.reshard,
         weights_dtype=config.optimizer.weights,
+        vocab_size=processor.model_config.vocab_size,
     )
     optimizer = make_optimizer(model, config.optimizer)
     saver = Saver(out, config.checkpoint, settings, model, optimizer, processor, world)
@@ -389,9 +390,8 @@ def dry_run(config: Config, world: World) -> None:
     """Parameters, packs of the first 200 samples, FLOPs and memory; nothing is trained or written."""
     mixture, _ = find_data(config.data, config.rooms, world)
     if world.is_main:
-        model = model_config(config.model.path, config.model.preset)
         processor = build_processor(config.processor, config.model.path, config.model.preset, mixture)
-        show(*budget.dry_run(config, model, processor, open_data(mixture), world))
+        show(*budget.dry_run(config, processor.model_config, processor, open_data(mixture), world))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from fastvst.model.config import ModelConfig
 from fastvst.model.flops import sample_flops
 from fastvst.model.hub import local_checkpoint
 from fastvst.model.positions import IMAGE, TEXT, VIDEO, mrope_positions, vision_layout
+from fastvst.model.vocabulary import rows_for
 from fastvst.vla.actions import ActionCodec, add_action_tokens
 
 CHARACTERS_A_TOKEN = 512  # no token is longer (that of Qwen2.5: 128 blanks): a longer text is not even tokenized
@@ -255,16 +257,23 @@ class Processor:
         write_files(Path(directory), self.tokenizer, self.geometry, self.config, self.files)
 
 
-def with_action_tokens(processor: Processor, codec: ActionCodec) -> Processor:
+def with_action_tokens(processor: Processor, codec: ActionCodec, *, grow: bool = False) -> Processor:
     """The same processor; its tokenizer has the tokens of a codec of robot actions. `save_pretrained` writes them.
 
+    Args:
+        grow: where the embedding of the model has no rows for them, `model_config.vocab_size` of the result is larger;
+            `fastvst.model.vocabulary.grow_vocabulary` makes the model's rows.
+
     Raises:
-        ValueError: the embedding of the model has no rows for them.
+        ValueError: the embedding has no rows for them, and does not grow.
     """
     tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
-    if not add_action_tokens(tokenizer, codec, processor.model_config.vocab_size):
+    before = tokenizer.get_vocab_size()
+    rows = processor.model_config.vocab_size
+    if not add_action_tokens(tokenizer, codec, rows_for(before + len(codec.token_names), rows) if grow else rows):
         return processor
-    return Processor(tokenizer, processor.model_config, processor.config, processor.files)
+    config = dataclasses.replace(processor.model_config, vocab_size=rows_for(tokenizer.get_vocab_size(), rows))
+    return Processor(tokenizer, config, processor.config, processor.files)
 
 
 def _too_long(

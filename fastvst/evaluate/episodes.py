@@ -13,7 +13,6 @@ Meta-World (arXiv 1910.10897) draws the initial state from a seed; evaluations h
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,9 @@ import numpy as np
 from PIL import Image
 
 from fastvst import atomic, jsonl
-from fastvst.evaluate.statistics import Interval, wilson
+from fastvst.evaluate.episode_report import EpisodeReport, EpisodeResult
+from fastvst.evaluate.episodes_page import film_of, write_page
+from fastvst.evaluate.statistics import wilson
 from fastvst.vla.actions import ActionError
 from fastvst.vla.demonstrations import FIRST_EVALUATION_SEED
 from fastvst.vla.replies import Observation, SimulatorError
@@ -103,70 +104,6 @@ def metaworld_tasks(names: Iterable[str], trials: int = TRIALS, **simulator: Any
     ]
 
 
-@dataclass(frozen=True)
-class EpisodeResult:
-    """How an episode has ended.
-
-    Attributes:
-        success: the goal was reached.
-        steps: steps taken.
-        failure: why the episode could not be finished: the policy wrote no action, or the simulator failed ATTEMPTS
-            times. "" if the episode ran to its end.
-        faults: failures of the simulator, after each of which the episode was repeated from its initial state.
-        versions: of the simulator.
-    """
-
-    task: str
-    trial: int
-    success: bool
-    steps: int
-    failure: str = ""
-    faults: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EpisodeReport:
-    """The results of an evaluation.
-
-    Attributes:
-        tasks: task -> success rate with Wilson's 95 % interval. An episode that could not be finished is no success.
-        mean: the mean over the tasks; the interval takes all episodes as trials of one rate.
-        results: all episodes.
-        note: a warning about the version of the simulator, or "".
-    """
-
-    tasks: Mapping[str, Interval]
-    mean: Interval
-    results: Sequence[EpisodeResult]
-    note: str
-
-    def summary(self) -> dict[str, Any]:
-        """The content of results.json."""
-        versions = {name: version for result in self.results for name, version in result.versions.items()}
-        return {
-            "mean": asdict(self.mean),
-            "tasks": {name: asdict(rate) for name, rate in self.tasks.items()},
-            "episodes": len(self.results),
-            "steps": sum(result.steps for result in self.results),
-            "unfinished": {f"{r.task} {r.trial}": r.failure for r in self.results if r.failure},
-            "simulator_faults": dict(Counter(why.partition(":")[0] for r in self.results for why in r.faults)),
-            "versions": versions,
-            "note": self.note,
-        }
-
-    def text(self) -> str:
-        """A table for the terminal."""
-        lines = [f"{name:32} {_percent(rate)}" for name, rate in self.tasks.items()]
-        lines.append(f"{'mean over tasks':32} {_percent(self.mean)}  {len(self.results)} episodes")
-        lines += [f"{r.task} {r.trial} could not be finished: {r.failure}" for r in self.results if r.failure]
-        return "\n".join([*lines, *([f"warning: {self.note}"] if self.note else [])])
-
-
-def _percent(rate: Interval) -> str:
-    return f"{100 * rate.mean:5.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
 @dataclass(eq=False)
 class _Episode:
     """An episode that is played.
@@ -216,7 +153,7 @@ class Episodes:
         """
         Args:
             tasks: with unique names.
-            out: folder of episodes.jsonl, results.json and the animations.
+            out: folder of episodes.jsonl, results.json, report.html and the animations.
             settings: what the policy's answers depend on (checkpoint, codec, seed), as JSON can hold it.
 
         Raises:
@@ -251,7 +188,7 @@ class Episodes:
             simulators: processes that play at a time.
 
         Raises:
-            SimulatorError: a simulator cannot start.
+            SimulatorError: a simulator cannot start, or ends or hangs ATTEMPTS times while it starts.
             ValueError: actions of another shape, or not finite; another version of the simulator.
         """
         if simulators < 1:
@@ -272,6 +209,7 @@ class Episodes:
                 episode.simulator.close()
         report = self.report()
         atomic.write_text(self.out / "results.json", json.dumps(report.summary(), indent=1) + "\n")
+        log(f"report: {write_page(self.out, report, self.settings)}")
         if report.note:
             log(f"warning: {report.note}")
         return report
@@ -350,6 +288,8 @@ class Episodes:
         episode.faults.append(str(error).partition("\n")[0])
         log(f"{episode}: {episode.faults[-1]}; fault {len(episode.faults)} of {ATTEMPTS}")
         if len(episode.faults) >= ATTEMPTS:
+            if not episode.simulator.versions:  # no simulator of the task has ever answered: all episodes would fail
+                raise error
             self._finish(episode, success=False, failure=f"simulator: {episode.faults[-1]}")
             return True
         episode.begin()
@@ -373,7 +313,7 @@ class Episodes:
         name = episode.task.name
         films = len([one for one in self.results.values() if one.task == name and not one.success])
         if not success and episode.frames and films < FILMS:
-            save_film(episode.frames, self.out / "failures" / f"{name}-{episode.trial}.webp")
+            save_film(episode.frames, self.out / film_of(name, episode.trial))
         known = episode.simulator.versions
         result = EpisodeResult(name, episode.trial, success, episode.steps, failure, tuple(episode.faults), known)
         self.results[name, episode.trial] = result

@@ -30,6 +30,7 @@ from fastvst.data.processor import with_action_tokens
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL, weights
 from fastvst.model.recompute import Recompute
+from fastvst.model.vocabulary import grow_vocabulary
 from fastvst.train import checkpoint, distributed, lock
 from fastvst.train.checkpoint import CheckpointConfig, CheckpointError
 from fastvst.train.checkpoint_writer import CheckpointWriter
@@ -289,6 +290,7 @@ def build_model(
     recompute: Recompute = "none",
     reshard: bool = True,
     weights_dtype: torch.dtype = torch.float32,
+    vocab_size: int = 0,
 ) -> Qwen25VL:
     """The model on its device, sharded over the ranks. Rank 0 loads the weights, the other ranks receive their shards.
 
@@ -298,11 +300,14 @@ def build_model(
         recompute: see `fastvst.model.recompute`.
         reshard: see `ParallelConfig`.
         weights_dtype: dtype of the weights between steps, see `OptimizerConfig.state`.
+        vocab_size: rows of the embedding; more than the checkpoint's are appended, see `grow_vocabulary`.
     """
     source = None
     failure: Exception | None = None
+    config = model_config(path, preset)
+    rows = max(vocab_size, config.vocab_size)
     with torch.device("meta"):
-        skeleton = Qwen25VL(model_config(path, preset)).to(weights_dtype)
+        skeleton = Qwen25VL(replace(config, vocab_size=rows)).to(weights_dtype)
     if world.is_main and path:
         try:
             source = Qwen25VL.from_pretrained(path, dtype=weights_dtype)
@@ -312,6 +317,9 @@ def build_model(
         torch.manual_seed(seed)
         source = Qwen25VL.fresh(preset).to(weights_dtype)
     raise_together(failure, world)
+    if source is not None and rows > config.vocab_size:
+        grow_vocabulary(source, rows, seed)
+        world.say(f"the vocabulary of the model grows from {config.vocab_size} to {rows} rows")
     freeze(skeleton, frozen)
     model = distributed.place(source, skeleton, world, reshard=reshard)
     model.recompute = recompute
@@ -332,13 +340,15 @@ def build_processor(
     """The processor of a checkpoint or preset with the options of `config`; the rest comes from the checkpoint.
 
     Args:
-        data: its sources of robot actions add their tokens to the tokenizer.
+        data: its sources of robot actions add their tokens to the tokenizer. `model_config` of the result has the rows
+            that these need, see `ActionRows.grow`.
     """
     options = dict(leaves(config))
     try:
         processor = Processor.from_pretrained(path, **options) if path else Processor.preset(preset, **options)
         for source in data.sources if data is not None else ():
-            processor = with_action_tokens(processor, source.actions.codec) if source.actions else processor
+            if source.actions:
+                processor = with_action_tokens(processor, source.actions.codec, grow=source.actions.grow)
         return processor
     except ValueError as error:
         hint = f"model.path: {error}" if path else f"model.preset is {preset!r} without model.path: {error}"

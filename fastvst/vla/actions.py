@@ -192,7 +192,8 @@ def add_action_tokens(tokenizer: Tokenizer, codec: ActionCodec, rows: int) -> in
     if missing and size + len(missing) > rows:
         raise ValueError(
             f"{len(missing)} action tokens do not fit: the tokenizer has {size} tokens and the embedding {rows} rows, "
-            f'so {rows - size} are free. Use fewer bins, or kind = "text"'
+            f"so {rows - size} are free. In `actions` of the source, set grow = true, which appends rows to the model, "
+            'or kind = "text", or fewer bins'
         )
     return tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in missing])
 

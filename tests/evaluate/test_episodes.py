@@ -26,6 +26,12 @@ def task(name: str = "point", trials: int = 4, max_steps: int = STEPS, stored: b
     return EpisodeTask(name, SimulatorConfig(FAKE, {"task": name, **environment}), trials, max_steps, stored)
 
 
+def impatient(seconds: float, **environment) -> EpisodeTask:
+    """Two trials of a simulator that may take so many seconds for anything."""
+    limits = {"start_seconds": seconds, "reset_seconds": seconds, "step_seconds": seconds}
+    return EpisodeTask("point", SimulatorConfig(FAKE, {"task": "point", **environment}, **limits), 2, STEPS)
+
+
 def scripted(chunk: int = 1, sizes: list[int] | None = None):
     """A policy that goes straight to the goal, of which the state tells the place."""
 
@@ -130,6 +136,31 @@ def test_an_episode_that_never_works_is_counted_and_named(tmp_path):
     assert "point 1 could not be finished" in report.text()
     with pytest.raises(SimulatorError, match="no display"):
         play(tmp_path / "start", [task(fault="start")], scripted())
+
+
+@pytest.mark.parametrize("fault", ["die", "raise", "nan", "black", "no_image"])
+def test_a_fault_of_the_reset_is_a_fault_of_the_episode(fault, tmp_path):
+    bad = task(trials=2, fault=fault, at=0, once=str(tmp_path / "once"))
+    report = play(tmp_path / "out", [bad], scripted(), 2)
+    assert report.mean.mean == 1 and sum(len(result.faults) for result in report.results) == 1
+
+
+@pytest.mark.parametrize("at", [0, 2], ids=["reset", "step"])
+def test_an_episode_is_repeated_after_a_simulator_that_hangs(at, tmp_path):
+    note = tmp_path / "note"
+    hangs = impatient(4.0, fault="hang", at=at, once=str(tmp_path / "once"), note=str(note))
+    report = play(tmp_path / "out", [hangs], scripted(), 2)
+    faults = [fault for result in report.results for fault in result.faults]
+    assert report.mean.mean == 1 and any("hang: no reply within 4 s" in fault for fault in faults)
+    left = {line.split()[-1] for line in note.read_text().splitlines()}
+    assert len(left) >= 3 and not any(Path(f"/proc/{number}").exists() for number in left)
+
+
+@pytest.mark.parametrize("fault, words", [("description", "protocol"), ("slow_start", "hang")])
+def test_a_simulator_that_never_starts_is_no_score_of_zero(fault, words, tmp_path):
+    with pytest.raises(SimulatorError, match=words):
+        play(tmp_path, [impatient(0.5 if fault == "slow_start" else 1000.0, fault=fault)], scripted(), 1)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_an_answer_that_is_no_action_ends_the_episode_and_is_named(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from fastvst.config import ConfigError
 from fastvst.data import LoaderConfig, MixtureConfig, Processor, ProcessorConfig, SourceConfig, open_mixture
+from fastvst.data.sources.action_rows import ActionRows
 from fastvst.model import Qwen25VL
 from fastvst.train import distributed, lock
 from fastvst.train.checkpoint import CheckpointError
@@ -74,6 +75,24 @@ def test_the_processor_takes_its_options_and_keeps_the_rest_of_the_checkpoint(tm
     processor = build_processor(ProcessorConfig(max_pixels=56 * 56, image_mean=(0.0, 0.0, 0.0)), str(path))
     assert processor.config.max_pixels == 56 * 56
     assert processor.config.image_mean[0] == 0.25  # the normalisation is not an option
+
+
+def test_a_vocabulary_without_room_for_action_tokens_is_refused_or_grows(tmp_path: Path) -> None:
+    path = str(write_model(tmp_path / "model"))
+
+    def sources(**more: bool) -> MixtureConfig:
+        return MixtureConfig((SourceConfig("rows", actions=ActionRows(**more)),))
+
+    for place in (path, None):
+        with pytest.raises(ConfigError, match=r"256 action tokens do not fit: .* set grow = true"):
+            build_processor(ProcessorConfig(), place, data=sources())
+        processor = build_processor(ProcessorConfig(), place, data=sources(grow=True))
+        rows = processor.model_config.vocab_size
+        model = build_model(ALONE, path=place, seed=3, vocab_size=rows)
+        before = build_model(ALONE, path=place, seed=3, vocab_size=4096)
+        assert rows == 4352 == model.config.vocab_size and torch.equal(model.head_weight[:4096], before.head_weight)
+        again = build_model(ALONE, path=place, seed=3, vocab_size=rows)
+        assert torch.equal(model.head_weight, again.head_weight)
 
 
 def test_an_earlier_run_is_renamed_unless_it_is_resumed(tmp_path: Path) -> None:

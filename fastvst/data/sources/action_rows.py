@@ -45,6 +45,8 @@ class ActionRows:
         augment: share of the samples whose images are cropped and recoloured in training; VST: 0.5.
         metres, degrees: how far a value of 1 moves and turns the hand, for the errors of an evaluation; LIBERO's
             controller by 0.05 m and half a radian.
+        grow: where the model's vocabulary has no free rows for the tokens of "tokens", append rows to its embedding and
+            its LM head. Otherwise that is an error: the trained model is then of another shape than the published one.
     """
 
     kind: Literal["tokens", "text"] = "tokens"
@@ -59,6 +61,7 @@ class ActionRows:
     augment: float = 0.0
     metres: float = 0.05
     degrees: float = 28.65
+    grow: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(1, dims=self.dims, chunk=self.chunk, side=self.side)
