@@ -14,14 +14,18 @@ All scores are equal, so the result depends on the order of the questions and of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fastvst.evaluate.statistics import Interval, interval_of
+
 THRESHOLDS = np.linspace(0.05, 0.50, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 MAX_DETECTIONS = 100
+AT = 2  # index of IoU 0.15 in THRESHOLDS
+DRAWS = 200  # draws of the bootstrap; each one evaluates every category
 DEPTHS = {
     "all": (0.0, 1e5),
     "near": (0.0, 10.0),
@@ -215,3 +219,36 @@ def _recalls_reached(positives: np.ndarray) -> np.ndarray:
     counts = np.arange(positives.max(initial=0) + 1)
     reached = np.searchsorted(RECALLS, counts / positives[:, None], side="right")
     return np.where(counts > 0, reached, 0).astype(np.float32)
+
+
+def by_category(
+    matches: Sequence[Matches], members: Mapping[str, Sequence[int]], images: Sequence[str], seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Category -> (1 + DRAWS, T) average precision: of the data, then of each bootstrap draw of whole images.
+
+    The order is kept. A draw without ground truth gives nan. Categories without ground truth are left out.
+
+    Args:
+        members: category -> indices of its questions in `matches`.
+        images: the image (or room) of each question; the bootstrap draws whole ones.
+    """
+    names, inverse = np.unique(images, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    times = np.stack([np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names)) for _ in range(DRAWS)])
+    table = {}
+    for name, chosen in members.items():
+        category = pool([matches[i] for i in chosen])
+        value = average_precision(category)
+        if value is not None:
+            table[name] = np.concatenate([value[None], resampled(category, times[:, inverse[list(chosen)]])])
+    return table
+
+
+def category_mean(table: Mapping[str, np.ndarray], images: int, threshold: int | None = None) -> Interval:
+    """Mean over categories at one threshold, or at all, with its interval; `images` were drawn."""
+    values = np.stack(list(table.values()))
+    values = values.mean(-1) if threshold is None else values[..., threshold]
+    present = ~np.isnan(values)
+    means = np.where(present, values, 0.0).sum(0) / np.maximum(present.sum(0), 1)
+    draws = means[1:][present[:, 1:].any(0)]
+    return interval_of(float(means[0]), draws if len(draws) else means[:1], images)

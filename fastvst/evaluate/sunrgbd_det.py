@@ -19,16 +19,15 @@ from fastvst import jsonl
 from fastvst.data.sample import Sample
 from fastvst.evaluate import checks, choice
 from fastvst.evaluate.average_precision import (
+    AT,
     Matches,
     Question,
-    average_precision,
+    by_category,
+    category_mean,
     match_ranges,
-    pool,
-    resampled,
 )
 from fastvst.evaluate.files import Row, locate, read_json
 from fastvst.evaluate.report import Published, Report, Score, align, paper, paper_source, reported, scored
-from fastvst.evaluate.statistics import Interval, interval_of
 from fastvst.spatial.boxes import corners, iou_3d_sets, parse_boxes
 from fastvst.spatial.prompts import detection_prompt
 
@@ -47,8 +46,6 @@ INTRINSICS = ("fx", "fy", "cx", "cy")
 LARGEST = 1e6  # metres; a predicted box with a larger number, or with NaN, has IoU 0
 HEIGHT_LIMIT = 10.5  # ground truth whose projection is at least this many image heights tall is ignored
 FACE_AREA = 1e-8  # square metres; a predicted box with a smaller face triangle has IoU 0
-AT = 2  # index of IoU 0.15 in THRESHOLDS
-DRAWS = 200  # draws of the bootstrap; each one evaluates every category
 
 
 def load(path: str | Path) -> list[Row]:
@@ -266,16 +263,17 @@ def score(
     lines = scored(rows, texts, [f"{len(found)} boxes" for found in boxes], f1, reasons)
     images = [row.scene or row.id for row in rows]
     drawn = len(set(images))
-    whole = _table(matches["all"], members, images)
+    whole = by_category(matches["all"], members, images)
     tables = {
-        label: whole if found is matches["all"] else _table(found, members, images) for label, found in matches.items()
+        label: whole if found is matches["all"] else by_category(found, members, images)
+        for label, found in matches.items()
     }
     if not whole:
         raise ValueError(f"{NAME}: no ground truth counts in these {len(rows)} questions; this is not the right file")
-    others = [Score(f"AP{cut}", len(rows), _mean(whole, drawn, k)) for cut, k in ((25, 4), (50, 9))]
-    others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), _mean(whole, drawn)))
+    others = [Score(f"AP{cut}", len(rows), category_mean(whole, drawn, k)) for cut, k in ((25, 4), (50, 9))]
+    others.append(Score("AP (mean of IoU 0.05 to 0.50)", len(rows), category_mean(whole, drawn)))
     others += [
-        Score(f"AP {label}", len(rows), _mean(tables[label], drawn))
+        Score(f"AP {label}", len(rows), category_mean(tables[label], drawn))
         for label in ("near", "medium", "far")
         if tables[label]
     ]
@@ -284,7 +282,7 @@ def score(
         protocol="Omni3D evaluation as VST runs it: one image a question, score 1.0 for every box, AP at IoU 0.15 over "
         f"{len(whole)} categories, exact oriented IoU; {extraction} extraction"
         + (choice.THINKING_NOTE if thinking else ""),
-        overall=Score("AP15", len(rows), _mean(whole, drawn, AT), paper("sunrgbd", "AP15")),
+        overall=Score("AP15", len(rows), category_mean(whole, drawn, AT), paper("sunrgbd", "AP15")),
         categories=tuple(_category(n, whole[n], [images[i] for i in members[n]]) for n in sorted(whole)),
         others=tuple(others),
         rows=lines,
@@ -293,39 +291,10 @@ def score(
 
 
 def _category(name: str, table: np.ndarray, images: Sequence[str]) -> Score:
-    return Score(name, len(images), _mean({name: table}, len(set(images)), AT))
+    return Score(name, len(images), category_mean({name: table}, len(set(images)), AT))
 
 
 def _f1(found: Matches) -> float:
     hits = int((found.hit[AT] & ~found.skipped[AT]).sum())
     total = int((~found.skipped[AT]).sum()) + found.positives
     return 2.0 * hits / total if total else 1.0
-
-
-def _table(
-    matches: Sequence[Matches], members: Mapping[str, Sequence[int]], images: Sequence[str], seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Category -> (1 + DRAWS, T) average precision: of the data, then of each bootstrap draw of whole images.
-
-    The order is kept. A draw without ground truth gives nan. Categories without ground truth are left out.
-    """
-    names, inverse = np.unique(images, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    times = np.stack([np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names)) for _ in range(DRAWS)])
-    table = {}
-    for name, chosen in members.items():
-        category = pool([matches[i] for i in chosen])
-        value = average_precision(category)
-        if value is not None:
-            table[name] = np.concatenate([value[None], resampled(category, times[:, inverse[list(chosen)]])])
-    return table
-
-
-def _mean(table: Mapping[str, np.ndarray], images: int, threshold: int | None = None) -> Interval:
-    """Mean over categories at one threshold, or at all, with its interval; `images` were drawn."""
-    values = np.stack(list(table.values()))
-    values = values.mean(-1) if threshold is None else values[..., threshold]
-    present = ~np.isnan(values)
-    means = np.where(present, values, 0.0).sum(0) / np.maximum(present.sum(0), 1)
-    draws = means[1:][present[:, 1:].any(0)]
-    return interval_of(float(means[0]), draws if len(draws) else means[:1], images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,12 +13,14 @@ from PIL import Image
 
 from fastvst import atomic, html, jsonl
 from fastvst.data.images import load_rgb
+from fastvst.evaluate import room_failures
 from fastvst.evaluate.rooms import Example, Question, RoomResults
 from fastvst.helper import Helper
 from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+GRADED = ("number", "boxes")  # answers whose error has degrees
 TRUTH = (26, 127, 55)
 GUESS = (207, 34, 46)  # green, red
 
@@ -36,7 +39,9 @@ def write_report(
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
-            ("Held-out samples", '<div class="grid">' + _cards(results.examples) + "</div>"),
+            *room_failures.sections(results.answered),
+            ("Held-out samples, those with the largest error first", _grid(results.examples)),
+            ("The largest errors of all", _grid(room_failures.largest_errors(results.answered, 4))),
         ]
         atomic.write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
@@ -110,9 +115,11 @@ def _form_table(results: RoomResults) -> str:
     return f"<details><summary>Scores by form of the question</summary>{table}</details>"
 
 
-def _cards(examples: Sequence[Example]) -> str:
+def _grid(examples: Sequence[Example]) -> str:
+    """Cards of the examples, by task, the largest error first."""
+    ordered = sorted(examples, key=lambda one: (one.question.task, -room_failures.error(one)))
     with Helper() as helper:
-        return "".join(_card(helper, example) for example in examples)
+        return '<div class="grid">' + "".join(_card(helper, example) for example in ordered) + "</div>"
 
 
 def _card(helper: Helper, example: Example) -> str:
@@ -124,11 +131,13 @@ def _card(helper: Helper, example: Example) -> str:
         tags = [f"<p>no image: {escape(str(error))}</p>"]
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"
+    off = room_failures.error(example)
+    far = f" · error {100 * off:.0f} %" if 0 < off < math.inf and question.answer["type"] in GRADED else ""
     short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]
     return (
         f'<div class="card">{media}<p class="task">{escape(question.task.replace("_", " "))} · room '
         f"{escape(question.room)}</p><p><b>Q</b> {escape(short.strip())}</p><p><b>A</b> {escape(truth)}</p>"
-        f'<p class="{verdict}"><b>Model</b> {escape(_clip(example.prediction, 400))}</p></div>'
+        f'<p class="{verdict}"><b>Model</b> {escape(_clip(example.prediction, 400))}{far}</p></div>'
     )
 
 

@@ -42,6 +42,14 @@ def test_baselines_come_from_the_training_rows(results):
     assert 0.0 < depth.random.mean < 1.0
 
 
+def test_boxes_have_average_precision_and_matched_iou_with_the_mean_box_as_baseline(results):
+    forms = {form.task: form for form in results.forms}
+    for name in ("boxes: AP at IoU 0.15", "boxes: matched IoU"):
+        assert forms[name].model.mean == 0.0, "an answer without boxes"
+        assert forms[name].majority.mean == pytest.approx(1.0), "the only training box is the true one"
+    assert [len(results.answered), results.answered[0].prediction] == [9, "red"]
+
+
 def test_page_is_one_static_file_with_everything(results, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": i, "loss": 3.0 - 0.1 * i}) for i in range(20)]
