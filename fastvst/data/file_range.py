@@ -1,4 +1,4 @@
-"""FileRange: an encoded image or video inside a larger file, which is read only when somebody needs its bytes."""
+"""Images and videos inside larger files, which are read only when somebody needs them: FileRange, VideoFrame."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ class FileRange:
     def open(self) -> BinaryIO:
         """The range as a file of its own."""
         return cast(BinaryIO, io.BufferedReader(_RangeReader(self), HEAD))
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """An image: the frame of the video file `path` whose time is nearest to `seconds`, and within `tolerance` of it."""
+
+    path: str
+    seconds: float
+    tolerance: float
 
 
 class _RangeReader(io.RawIOBase):

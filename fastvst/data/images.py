@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from fastvst.data.file_range import FileRange
+from fastvst.data.file_range import FileRange, VideoFrame
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules, shown, to_rgb
 from fastvst.data.media_files import (
     MediaError,
@@ -31,6 +31,7 @@ from fastvst.data.media_files import (
     open_image,
     opened_image,
 )
+from fastvst.data.video_frame import decode_frame, frame_size
 
 RESIZE = ("pillow", "torch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, as published with Qwen2.5-VL
@@ -130,11 +131,12 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
     """Size and notes of an image from its header; no pixel is decoded.
 
     Args:
-        source: PIL image, path, encoded bytes, or their range in a file.
+        source: PIL image, path, encoded bytes, their range in a file, or a frame of a video file.
 
     Raises:
         MediaError: "missing_image", "not_a_file", "unreadable_file", "empty_file", "file_too_large", "broken_image",
-            "decompression_bomb", "bad_image_type", "bad_image_format", "decode_timeout".
+            "decompression_bomb", "bad_image_type", "bad_image_format", "decode_timeout"; for a frame of a video as
+            `read_header`.
     """
 
     def read(image: Image.Image) -> ImageHeader:
@@ -144,6 +146,8 @@ def image_header(source: Any, *, max_source_pixels: int, rules: ImageRules = AS_
     if isinstance(source, Image.Image):
         check_format(source)
         return _guarded(read, source)
+    if isinstance(source, VideoFrame):
+        return ImageHeader(frame_size(source, max_source_pixels=max_source_pixels, orientation=rules.orientation))
     if isinstance(source, (str, Path)):
         return _guarded(lambda path: _read_file(path, max_source_pixels, read), source)
     if isinstance(source, FileRange):
@@ -164,13 +168,16 @@ def load_rgb(
     """Decode an image to mode RGB as `rules` say (see `image_modes.to_rgb`).
 
     Args:
-        source: PIL image, path, or encoded bytes (first frame of an animation).
+        source: PIL image, path, encoded bytes (first frame of an animation), or a frame of a video file.
         max_source_pixels: larger images are rejected before decoding.
         time_limit: most work, in nominal seconds of WORK_PER_SECOND pixels; a progressive JPEG counts once a scan.
 
     Raises:
         MediaError: as `image_header`.
     """
+    if isinstance(source, VideoFrame):
+        limit = time_limit * WORK_PER_SECOND
+        return decode_frame(source, max_source_pixels=max_source_pixels, limit=limit, orientation=rules.orientation)
     if isinstance(source, Image.Image):
         check_format(source)
         scans = 1

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageFile
 
 from fastvst.batch import Cost, EncodedSample
+from fastvst.data.file_range import VideoFrame
 from fastvst.data.ledger import SampleError
 from fastvst.data.processor import Processor, TokenizedSample
 from fastvst.data.sample import Sample
@@ -30,7 +31,8 @@ class IsolatedProcessor(Processor):
 
     Attributes:
         plain: the processor that does the work.
-        kinds: kinds of parts whose samples are sent to the other process.
+        kinds: kinds of parts whose samples are sent to the other process. An image that is a frame of a video file
+            always is.
         helper: the other process.
     """
 
@@ -58,7 +60,8 @@ class IsolatedProcessor(Processor):
 
     def do(self, function: Callable[..., T], sample: Sample, **kwargs: Any) -> T:
         """`function(sample, **kwargs)`, in the other process if a decoder works for it. Raises as `call`."""
-        media = [one for kind in self.kinds for part in sample.parts(kind) for one in _each(part[kind])]
+        parts = [(kind, one) for kind in MEDIA for part in sample.parts(kind) for one in _each(part[kind])]
+        media = [one for kind, one in parts if kind in self.kinds or isinstance(one, VideoFrame)]
         # Pickling would decode an image that the caller has opened.
         opened = any(isinstance(one, ImageFile.ImageFile) for one in media)
         if opened or all(isinstance(one, Image.Image) for one in media):

@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fastvst.data.file_range import FileRange
+from fastvst.data.file_range import FileRange, VideoFrame
 
 Value = TypeVar("Value")
 
@@ -27,6 +27,9 @@ def media_key(source: Any) -> Hashable | None:
         except OSError:
             return None
         return (str(source), state.st_size, state.st_mtime_ns)
+    if isinstance(source, VideoFrame):
+        of_file = media_key(source.path)
+        return None if of_file is None else (of_file, source.seconds)
     if isinstance(source, FileRange):
         of_file = media_key(source.path) if not source.path.startswith("/proc/") else None
         return None if of_file is None else (of_file, source.offset, source.size)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastvst.data.augment import augmented
-from fastvst.data.file_range import FileRange
+from fastvst.data.file_range import FileRange, VideoFrame
 from fastvst.data.images import PatchGeometry, image_header, load_rgb, patchify, resize_planar, target_size
 from fastvst.data.media_cache import Cache
 from fastvst.data.processor_config import ProcessorConfig
@@ -171,7 +171,7 @@ def _remember(one: VisionInput) -> None:
 def _address(media: Any) -> Hashable:
     if isinstance(media, (str, Path)):
         return str(media)
-    if isinstance(media, FileRange):
+    if isinstance(media, (FileRange, VideoFrame)):
         return media
     if isinstance(media, (bytes, bytearray, memoryview)):
         middle = len(media) // 2

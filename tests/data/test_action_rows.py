@@ -142,14 +142,6 @@ def test_lerobot_chunks_end_with_their_episode(tmp_path, version) -> None:
     assert [texts(one) for one in source.get(refs[::-1])] == [texts(one) for one in found[::-1]]
 
 
-def test_lerobot_with_videos_is_refused_by_name(tmp_path) -> None:
-    write_lerobot(tmp_path / "set", "v2.1")
-    info = tmp_path / "set/meta/info.json"
-    info.write_text(info.read_text().replace('"image"', '"video"'))
-    with pytest.raises(ValueError, match="are MP4 files, which are not read; convert"):
-        open_source(tmp_path / "set", actions=TEXT)
-
-
 def _damage(kind: str, path) -> None:
     with h5py.File(path, "r+") as file:
         demo = file["data/demo_0"]

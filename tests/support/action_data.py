@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -59,6 +60,56 @@ def write_libero(path: Path, demos: dict[str, np.ndarray], size: int = 48, **att
             group["obs/eye_in_hand_rgb"] = images[::-1]
             shown[name] = images
     return shown
+
+
+def write_videos(root: Path, version: str, episodes: tuple[int, ...], fps: int = 10, codec: str = "libx264") -> None:
+    """The cameras of a `write_lerobot` data set as MP4 files: an episode a file (2.1), or all of them in one (3.0)."""
+    cameras = ("observation.images.image", "observation.images.wrist")
+    info = json.loads((root / "meta/info.json").read_text())
+    for camera in cameras:
+        info["features"][camera]["dtype"] = "video"
+    starts = np.cumsum((0, *episodes))
+    for number, camera in enumerate(cameras):
+        if version == "v3.0":
+            _encode(root / f"videos/{camera}/chunk-000/file-000.mp4", range(starts[-1]), number, fps, codec)
+            continue
+        for episode, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+            path = root / f"videos/chunk-000/{camera}/episode_{episode:06d}.mp4"
+            _encode(path, range(first, last), number, fps, codec)
+    info |= {"fps": fps, "chunks_size": 1000}
+    if version == "v3.0":
+        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        rows = []
+        for episode, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+            row: dict[str, Any] = {"episode_index": episode}
+            for camera in cameras:
+                row |= {f"videos/{camera}/chunk_index": 0, f"videos/{camera}/file_index": 0}
+                row |= {f"videos/{camera}/from_timestamp": first / fps, f"videos/{camera}/to_timestamp": last / fps}
+            rows.append(row)
+        (root / "meta/episodes/chunk-000").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/chunk-000/file-000.parquet")
+    else:
+        info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    (root / "meta/info.json").write_text(json.dumps(info))
+    for file in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(file).drop_columns(list(cameras))
+        pq.write_table(table, file, row_group_size=4)
+
+
+def _encode(path: Path, frames: range, camera: int, fps: int, codec: str) -> None:
+    """Every frame has its number as grey level in a corner, and a pattern that moves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, fps)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 2 if codec != "mpeg4" else 12
+        x, y = np.meshgrid(np.arange(64), np.arange(64))
+        for number in frames:
+            image = np.stack([(x * 3 + 8 * number) % 256, (y * 2 + 90 * camera) % 256, x + y], 2).astype(np.uint8)
+            image[:16, :16] = 16 + (37 * number) % 224
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
 
 
 def write_lerobot(root: Path, version: str, episodes: tuple[int, ...] = (3, 4)) -> np.ndarray:

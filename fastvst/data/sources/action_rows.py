@@ -2,7 +2,7 @@
 
     VST's Parquet   id, images, meta_info {action (normalised), action_unnorm, language_instruction}: one step a row
     LIBERO's HDF5   data/demo_0/{actions, obs/agentview_rgb, obs/robot_states}; see hdf5_files.py
-    LeRobot         data/*.parquet with images as bytes, meta/info.json and meta/tasks; see lerobot_files.py
+    LeRobot         data/*.parquet with images as bytes, or videos/**/*.mp4, and meta/; see lerobot_files.py
 
 A source becomes one of actions by its key `actions`, a table of `ActionRows`. The answer is the text of `ActionCodec`.
 """
@@ -39,7 +39,8 @@ class ActionRows:
             VST's Parquet are normalised; with statistics its `action_unnorm` is read.
         data_set: which data set of a statistics file that names several.
         cameras: names of one or two cameras, in the order of the images: data sets of `obs` in HDF5 (default:
-            agentview_rgb), columns of LeRobot (default: the first column of images). VST's rows show all their images.
+            agentview_rgb), features of LeRobot (default: the first that is an image or a video). VST's rows show all
+            their images.
         state: write the robot's state into the question: HDF5's robot_states, LeRobot's observation.state.
         side: pixels of each side at which HDF5's images are shown, LIBERO's protocol: 256.
         augment: share of the samples whose images are cropped and recoloured in training; VST: 0.5.

@@ -1,28 +1,29 @@
-"""LeRobot data sets, versions 2.0 to 3.0, with images as bytes in their Parquet files.
+"""LeRobot data sets, versions 2.0 to 3.0, with images as bytes in their Parquet files or as frames of MP4 files.
 
-    meta/info.json                              codebase_version, features
-    meta/tasks.jsonl or meta/tasks.parquet      task_index -> task
-    data/chunk-000/episode_000000.parquet       an episode a file (2.x)
-    data/chunk-000/file-000.parquet             several episodes a file (3.0)
+    meta/                                               see lerobot_meta.py
+    data/chunk-000/episode_000000.parquet               an episode a file (2.x)
+    data/chunk-000/file-000.parquet                     several episodes a file (3.0)
+    videos/chunk-000/CAMERA/episode_000000.mp4          (2.x)
+    videos/CAMERA/chunk-000/file-000.mp4                (3.0)
 
-Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. Data sets whose images are MP4 files are refused.
+A frame is found by its time: the step's `timestamp`, in 3.0 from the start of its episode in the video. It is decoded
+where the sample is encoded, as images are. Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from fastvst import jsonl
 from fastvst.data.sources.action_rows import ActionRows, Step
 from fastvst.data.sources.files import ParquetTable
+from fastvst.data.sources.lerobot_meta import LeRobotMeta, read_meta
 
-MOST_META = 1 << 28  # bytes of a file in meta/
 NEEDED = ("action", "episode_index", "task_index")
 
 
@@ -31,34 +32,34 @@ class LeRobotTable(ParquetTable):
     """A Parquet file of a LeRobot data set; its blocks are its row groups, its rows the steps.
 
     Attributes:
-        tasks: task_index -> what the robot is told.
-        cameras: columns of the images.
+        meta: what meta/ says.
+        cameras: names of the cameras that are shown.
     """
 
     options: ActionRows = ActionRows()
-    tasks: dict[int, str] = field(default_factory=dict, repr=False)
+    meta: LeRobotMeta = LeRobotMeta(Path(), {}, {})
     cameras: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path, root: Path, options: ActionRows) -> LeRobotTable:
-        """Open a file of the data set at `root`. Raises ValueError if it lacks a column that is needed."""
+        """Open a file of the data set at `root`. Raises ValueError if it lacks a column or camera that is needed."""
         plain = ParquetTable.open(path)
         missing = [name for name in NEEDED if name not in plain.columns]
         if missing:
             raise ValueError(f"{path.name} has no column {missing[0]!r}; it has {plain.columns[:16]}")
-        cameras = options.cameras or image_columns(root)[:1]
-        absent = [name for name in cameras if name not in plain.columns]
-        if absent or not cameras:
-            raise ValueError(f"{path.name} has no column of images {list(absent)}; it has {plain.columns[:16]}")
-        wanted = frozenset({*NEEDED, "frame_index", "observation.state", *cameras})
+        meta = read_meta(root)
+        cameras = options.cameras or tuple(meta.cameras)[:1]
+        unknown = [name for name in cameras if name not in meta.cameras]
+        if unknown:
+            raise ValueError(f"{root} has no camera {unknown[0]!r}; its cameras are {sorted(meta.cameras)}")
+        videos = any(meta.cameras[name] == "video" for name in cameras)
+        needed = [name for name in cameras if meta.cameras[name] == "image"] + ["timestamp"] * videos
+        absent = [name for name in needed if name not in plain.columns]
+        if absent:
+            raise ValueError(f"{path.name} has no column {absent[0]!r}; it has {plain.columns[:16]}")
+        wanted = frozenset({*NEEDED, "frame_index", "observation.state", *needed})
         return cls(
-            plain.path,
-            plain.block_rows,
-            plain.columns,
-            wanted,
-            options=options,
-            tasks=read_tasks(root),
-            cameras=tuple(cameras),
+            plain.path, plain.block_rows, plain.columns, wanted, options=options, meta=meta, cameras=tuple(cameras)
         )
 
     def rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[Any]:
@@ -87,7 +88,7 @@ class LeRobotTable(ParquetTable):
         return actions, table["episode_index"].to_numpy()
 
     def _step(self, row: dict[str, Any], actions: np.ndarray) -> Step | ValueError:
-        task = self.tasks.get(row["task_index"])
+        task = self.meta.tasks.get(row["task_index"])
         if task is None:
             return ValueError(f"task_index is {row['task_index']}, which meta/tasks does not name")
         state = row.get("observation.state")
@@ -95,8 +96,17 @@ class LeRobotTable(ParquetTable):
             values = None if state is None else np.asarray(state, np.float64).reshape(-1)
         except (TypeError, ValueError):
             return ValueError("observation.state is not a list of numbers")
+        try:
+            images = [self._image(row, camera) for camera in self.cameras]
+        except (TypeError, ValueError) as error:
+            return ValueError(str(error))
         name = f"episode {row['episode_index']} frame {row.get('frame_index')}"
-        return Step(name, [row[camera] for camera in self.cameras], task, actions, values)
+        return Step(name, images, task, actions, values)
+
+    def _image(self, row: dict[str, Any], camera: str) -> Any:
+        if self.meta.cameras[camera] == "image":
+            return row[camera]
+        return self.meta.frame(camera, row["episode_index"], float(row["timestamp"]))
 
 
 def is_lerobot(root: Path) -> bool:
@@ -107,60 +117,3 @@ def is_lerobot(root: Path) -> bool:
 def lerobot_files(root: Path) -> list[Path]:
     """The Parquet files of the steps, in order."""
     return sorted((root / "data").rglob("*.parquet"))
-
-
-def image_columns(root: Path) -> tuple[str, ...]:
-    """The columns of images that meta/info.json names.
-
-    Raises:
-        ValueError: the images are videos, or there are none.
-    """
-    features = _meta(root / "meta" / "info.json").get("features")
-    kinds = {name: one.get("dtype") for name, one in (features or {}).items() if isinstance(one, dict)}
-    images = tuple(name for name, kind in kinds.items() if kind == "image")
-    videos = [name for name, kind in kinds.items() if kind == "video"]
-    if not images and videos:
-        raise ValueError(
-            f"{root}: the images {videos} are MP4 files, which are not read; convert the data set to images "
-            "(LeRobot: use_videos = false)"
-        )
-    if not images:
-        raise ValueError(f"{root}: meta/info.json names no images; its features are {sorted(kinds)[:16]}")
-    return images
-
-
-def read_tasks(root: Path) -> dict[int, str]:
-    """task_index -> task.
-
-    Raises:
-        ValueError: no file of tasks, or one that cannot be read.
-    """
-    lines = root / "meta" / "tasks.jsonl"
-    table = root / "meta" / "tasks.parquet"
-    try:
-        if lines.is_file():
-            found = [jsonl.loads(line) for line in _text(lines).splitlines() if line.strip()]
-            return {int(one["task_index"]): str(one["task"]) for one in found}
-        if table.is_file():
-            stored = pq.read_table(table)
-            texts = next(name for name in ("task", "__index_level_0__") if name in stored.column_names)
-            return dict(zip(stored["task_index"].to_pylist(), map(str, stored[texts].to_pylist()), strict=True))
-    except Exception as error:  # pyarrow raises many kinds on damaged data
-        raise ValueError(f"{root}: meta/tasks cannot be read: {error!r}") from error
-    raise ValueError(f"{root}: neither meta/tasks.jsonl nor meta/tasks.parquet")
-
-
-def _text(path: Path) -> str:
-    if path.stat().st_size > MOST_META:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; expected at most {MOST_META}")
-    return path.read_text("utf-8")
-
-
-def _meta(path: Path) -> dict[str, Any]:
-    try:
-        found = jsonl.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object")
-    return found

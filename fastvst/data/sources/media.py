@@ -18,7 +18,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image
 
-from fastvst.data.file_range import FileRange
+from fastvst.data.file_range import FileRange, VideoFrame
 from fastvst.data.sources.row_context import RowContext, short
 from fastvst.data.sources.values import is_absent, parsed
 
@@ -50,6 +50,9 @@ def payload(item: Any, row: RowContext) -> Any:
         inner = next((item[key] for key in MEDIA_KEYS if not is_absent(item.get(key))), None)
         if inner is not None or found == b"":
             return b"" if inner is None else payload(inner, row)
+    if isinstance(item, VideoFrame):
+        _inside(item.path, row)
+        return item
     if isinstance(item, (bytes, bytearray, FileRange)):
         return bytes(item) if isinstance(item, bytearray) else item
     if isinstance(item, (Image.Image, np.ndarray)):
@@ -85,7 +88,7 @@ def is_image(media: Any) -> bool:
         media = media.read(16)
     if isinstance(media, bytes):
         return media.startswith(IMAGE_MAGIC) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
-    return isinstance(media, Image.Image) or str(media).lower().endswith(IMAGE_SUFFIXES)
+    return isinstance(media, (Image.Image, VideoFrame)) or str(media).lower().endswith(IMAGE_SUFFIXES)
 
 
 def looks_like_media(value: Any) -> bool:
