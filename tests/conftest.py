@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,11 @@ import torch._inductor.config
 if TYPE_CHECKING:
     from fastvst.scenes.rooms.render_base import Renderer
     from fastvst.scenes.scene import Scene
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "Python of the environment that has LIBERO, for the slow tests of simulators (default: this one)"
+    parser.addoption("--simulator-python", default=sys.executable, help=help)
 
 
 def pytest_configure() -> None:

@@ -21,6 +21,7 @@ class EpisodeResult:
             times. "" if the episode ran to its end.
         faults: failures of the simulator, after each of which the episode was repeated from its initial state.
         versions: of the simulator.
+        seconds: by the clock, from the reset to the end, with the policy's answers.
     """
 
     task: str
@@ -30,6 +31,7 @@ class EpisodeResult:
     failure: str = ""
     faults: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class EpisodeReport:
     results: Sequence[EpisodeResult]
     note: str
 
+    @property
+    def seconds_per_step(self) -> float:
+        """By the clock, of one simulator, with resets and the policy's answers; several simulators run at a time."""
+        timed = [one for one in self.results if one.seconds]
+        return sum(one.seconds for one in timed) / max(1, sum(one.steps for one in timed))
+
     def summary(self) -> dict[str, Any]:
         """The content of results.json."""
         versions: dict[str, set[str]] = {}
@@ -58,6 +66,7 @@ class EpisodeReport:
             "tasks": {name: asdict(rate) for name, rate in self.tasks.items()},
             "episodes": len(self.results),
             "steps": sum(result.steps for result in self.results),
+            "seconds_per_step": self.seconds_per_step,
             "unfinished": {f"{r.task} {r.trial}": r.failure for r in self.results if r.failure},
             "simulator_faults": dict(Counter(why.partition(":")[0] for r in self.results for why in r.faults)),
             "versions": {name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
@@ -68,6 +77,7 @@ class EpisodeReport:
         """A table for the terminal."""
         lines = [f"{name:32} {rate_text(rate):>22}" for name, rate in self.tasks.items()]
         lines.append(f"{'mean over tasks':32} {rate_text(self.mean):>22}  {len(self.results)} episodes")
+        lines.append(f"{self.seconds_per_step:.3g} s a step of one simulator, with resets and the policy's answers")
         lines += [f"{r.task} {r.trial} could not be finished: {r.failure}" for r in self.results if r.failure]
         return "\n".join([*lines, *([f"warning: {self.note}"] if self.note else [])])
 

@@ -13,6 +13,7 @@ Meta-World (arXiv 1910.10897) draws the initial state from a seed; evaluations h
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ class _Episode:
 
     Attributes:
         steps: steps taken since the reset.
+        began: time.monotonic() of the reset.
         frames: what the first camera saw, every `stride`-th observation.
     """
 
@@ -121,6 +123,7 @@ class _Episode:
     frames: list[np.ndarray] = field(default_factory=list)
     stride: int = 1
     seen: int = 0
+    began: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.task.name}, trial {self.trial}"
@@ -130,6 +133,7 @@ class _Episode:
         self.frames = []
         self.stride = 1
         self.seen = 0
+        self.began = time.monotonic()
         self.simulator.begin_reset(*self.task.start(self.trial))
 
     def film(self, observation: Observation) -> None:
@@ -315,7 +319,9 @@ class Episodes:
         if not success and episode.frames and films < FILMS:
             save_film(episode.frames, self.out / film_of(name, episode.trial))
         known = episode.simulator.versions
-        result = EpisodeResult(name, episode.trial, success, episode.steps, failure, tuple(episode.faults), known)
+        spent = round(time.monotonic() - episode.began, 3)
+        faults = tuple(episode.faults)
+        result = EpisodeResult(name, episode.trial, success, episode.steps, failure, faults, known, spent)
         self.results[name, episode.trial] = result
         jsonl.append(self.file, [{**asdict(result), "settings": self._settings(episode.task)}])
 

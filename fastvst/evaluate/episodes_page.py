@@ -28,7 +28,8 @@ def write_page(out: Path, report: EpisodeReport, settings: Mapping[str, Any]) ->
     done = len(report.results)
     lead = f"Mean success over {len(report.tasks)} tasks: {rate_text(report.mean)}, {done} episodes"
     sections = [("Warning", f'<p class="wrong">{escape(report.note)}</p>')] if report.note else []
-    sections.append(("Success by task", _tasks(report)))
+    time = f"<p>{report.seconds_per_step:.3g} s a step of one simulator, with resets and the policy's answers.</p>"
+    sections.append(("Success by task", _tasks(report) + time))
     sections += _unfinished(report) + _faults(report) + _films(out, report)
     versions = sorted({(name, version) for one in report.results for name, version in one.versions.items()})
     sections.append(("Versions", table(("package", "version"), versions)))

