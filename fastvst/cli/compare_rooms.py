@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ STAGES = {
 }
 QUESTIONS = 1200
 TRAINING = 2000
+GENERAL = "general"  # the benchmark of a base model's own skills: its preset, and the split of its rooms
+GENERAL_QUESTIONS = 500
 SEED = 0  # the seed of examples/sft.py, so that its cached rooms are used
 
 
@@ -27,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="default",
-        help="rooms without --data: default (six tasks) or all (nineteen); rendered once",
+        help="rooms without --data: default (six tasks), all (nineteen) or general (the questions of "
+        "`fastvst evaluate general`); rendered once",
     )
 
 
@@ -57,7 +61,8 @@ def checkpoints(given: list[str] | None) -> dict[str, Path]:
 def render(preset: str, samples: int, split: str) -> str:
     """The folder of `samples` rows of a preset; rendered if it is not cached.
 
-    The held-out rows of the default preset are those of examples/sft.py, the preset "heldout".
+    The held-out rows of the default preset are those of examples/sft.py, the preset "heldout". The questions of
+    `GENERAL` have rooms of their own; its baselines come from rooms of the base's training.
     """
     from fastvst.generate.presets import PRESETS
     from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
@@ -65,6 +70,9 @@ def render(preset: str, samples: int, split: str) -> str:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS["heldout" if (preset, split) == ("default", "heldout") else preset]
+    if preset == GENERAL:
+        samples = GENERAL_QUESTIONS
+        split = GENERAL if split == "heldout" else "base"
     return make_rooms_in_subprocess(None, samples, SEED, 2, config, split=split)
 
 
@@ -125,11 +133,15 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
             predictions=Path(arguments.out) / f"predictions-{place(name)}.jsonl" if arguments.out else None,
         )
         print(f"{name}: {directory} answered {sum(t.questions for t in results[name].tasks)} questions", flush=True)
-    print(table(results))
+    text = table(results)
+    if arguments.preset == GENERAL:  # one task, whose forms are the skills
+        skills = {name: dataclasses.replace(r, tasks=r.forms) for name, r in results.items()}
+        text = f"{text}\n\nBy skill:\n\n{table(skills)}"
+    print(text)
     if arguments.out:
         out = Path(arguments.out)
-        text = json.dumps({name: r.to_json() for name, r in results.items()}, indent=1)
-        atomic.write_text(out / "results.json", text)
-        atomic.write_text(out / "results.md", table(results) + "\n")
+        scores = json.dumps({name: r.to_json() for name, r in results.items()}, indent=1)
+        atomic.write_text(out / "results.json", scores)
+        atomic.write_text(out / "results.md", text + "\n")
         print(f"page: {write_comparison(out, results)}")
     return results

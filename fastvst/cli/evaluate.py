@@ -23,7 +23,7 @@ from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.report import Report
 from fastvst.train import lock
 
-NAMES = ", ".join([*BENCHMARKS, "rooms", OWN, *evaluate_robots.ROBOTS])
+NAMES = ", ".join([*BENCHMARKS, "rooms", compare_rooms.GENERAL, OWN, *evaluate_robots.ROBOTS])
 THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastvst evaluate`."""
     names = ", ".join(BENCHMARKS)
     parser.add_argument(
-        "benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms, own, libero, metaworld"
+        "benchmark", nargs="+", metavar="[score] BENCH", help=f"one of: {names}, rooms, general, own, libero, metaworld"
     )
     parser.add_argument("--data", help="the published file, or the folder of the published files")
     parser.add_argument(
@@ -66,7 +66,9 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     try:
         words = [word.lower() for word in arguments.benchmark]
-        if words == ["rooms"]:
+        if words == [compare_rooms.GENERAL]:
+            arguments.preset = compare_rooms.GENERAL
+        if words in (["rooms"], [compare_rooms.GENERAL]):
             compare_rooms.run(arguments)
         elif len(words) == 1 and words[0] in evaluate_robots.ROBOTS:
             evaluate_robots.run(arguments)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 # The names in fastvst.generate.presets. Importing that module loads pyarrow and all tasks; `fastvst --help` should not.
-PRESETS = ("default", "learnable", "heldout", "all", "vst_p", "vst_p_rest", "cold_start")
+PRESETS = ("default", "learnable", "heldout", "all", "vst_p", "vst_p_rest", "cold_start", "base", "general")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split",
-        choices=["train", "heldout"],
+        choices=["train", "heldout", "base", "general"],
         default="train",
-        help="training or held-out rooms; the two have no room in common (default: train)",
+        help="training or held-out rooms, those of the base model, or those of the benchmark general; no two of them "
+        "have a room in common (default: train)",
     )
     parser.add_argument(
         "--preset",
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the six tasks of examples/sft.py; learnable: as many rows of each as a small reader needs; "
         "all: all nineteen tasks; vst_p: all nineteen in VST-P's "
         "proportions; vst_p_rest: the four of them that the published data lack; cold_start: rows with reasoning, and "
-        "a sixth without (default: default)",
+        "a sixth without; base: conversations about images, none of the nineteen tasks; general: single questions of "
+        "the same kinds (default: default)",
     )
     parser.add_argument(
         "--videos",

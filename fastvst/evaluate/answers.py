@@ -19,6 +19,7 @@ from fastvst.tasks.facts import score_facts
 
 BOX_IOU = 0.15  # the threshold of the paper's AP@15
 _BOXED = re.compile(r"\\boxed\s*\{")
+_DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -32,6 +33,7 @@ def score(response: str, answer: dict[str, Any]) -> float:
     number: 1 if the number that the response states, converted to the answer's unit, is within the relative `tolerance`
         of the value; of a range, if both ends are.
     boxes: F1 of one-to-one matches with oriented IoU >= 0.15, greedy by IoU, labels compared.
+    point: 1 if the response states one pixel "(x, y)" that is at most `tolerance` pixels away from the value.
     facts: share of a caption's checkable facts that the text states (see fastvst/tasks/facts.py).
     """
     response = response.rsplit("</think>", 1)[-1].strip()
@@ -41,13 +43,15 @@ def score(response: str, answer: dict[str, Any]) -> float:
     if kind == "facts":
         return score_facts(response, answer)
     response = unwrapped(response)
+    if kind == "point":
+        return float(_same_pixel(response, answer))
     if kind == "choice" and "letter" in answer:
         return float(chosen_option(response, answer["candidates"]) == answer["value"])
     if kind in ("choice", "text"):
         return float(states(response, answer["value"]))
     if kind == "number":
         return float(_same_number(response, answer))
-    raise ValueError(f"unknown answer type {kind!r}; expected choice, text, number, boxes or facts")
+    raise ValueError(f"unknown answer type {kind!r}; expected choice, text, number, boxes, point or facts")
 
 
 def unwrapped(text: str) -> str:
@@ -150,6 +154,12 @@ def chosen_option(response: str, options: Sequence[str]) -> str | None:
         if not named or max(named, key=lambda k: len(texts[k])) != place:
             return None
     return options[place]
+
+
+def _same_pixel(response: str, answer: dict[str, Any]) -> bool:
+    """Whether the response has two numbers, the pixel (x, y), near enough to that of the answer."""
+    stated = [float(number) for number in _DECIMAL.findall(response)]
+    return len(stated) == 2 and math.dist(stated, answer["value"]) <= answer["tolerance"]
 
 
 def stated_number(response: str, unit: str | None) -> tuple[float, float] | None:

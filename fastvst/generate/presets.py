@@ -106,6 +106,16 @@ COLD_START = RoomsConfig(
     shares={f"{THOUGHT}{name}": float(n) for name, n in _REASONED.items()} | {n: float(k) for n, k in _REPLAY.items()},
 )
 
+# Conversations from which `tools/build_base.py` trains the base of the tiny model. No task of VST-P is among them.
+BASE = RoomsConfig(
+    shots=ShotConfig(views=4),
+    rows={"general": 2.0, "general_pair": 1.0, "general_text": 0.5},
+    shares={"general": 0.52, "general_pair": 0.33, "general_text": 0.15},
+)
+
+# The benchmark of the base's own skills: single questions, few of each room.
+GENERAL = RoomsConfig(rows={"general_question": 2.0, "general_pair_question": 0.7})
+
 PRESETS = {
     "default": DEFAULT,
     "learnable": LEARNABLE,
@@ -114,4 +124,6 @@ PRESETS = {
     "vst_p": VST_P_MIX,
     "vst_p_rest": VST_P_REST,
     "cold_start": COLD_START,
+    "base": BASE,
+    "general": GENERAL,
 }

@@ -36,14 +36,17 @@ from fastvst.scenes.rooms.render import open_renderer
 from fastvst.scenes.rooms.render_base import Renderer
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig, shoot
 from fastvst.scenes.scene import Scene
-from fastvst.tasks import PAIRS, SINGLE, WALKS, TaskConfig, box_forms
+from fastvst.tasks import GENERAL, GENERAL_PAIRS, PAIRS, SINGLE, WALKS, TaskConfig, box_forms
 from fastvst.tasks.box_forms import BoxForm
 
 GENERATOR_VERSION = 15  # part of the key of cached folders; raise it when the same seed gives other rows
 ROWS_PER_FILE = 500
-SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41}  # first room seed; "tower": tools/build_tower.py
+# First room seed; "tower": tools/build_tower.py; "base": tools/build_base.py; "general": the benchmark of that name.
+SPLITS = {"train": 0, "heldout": 1 << 40, "tower": 1 << 41, "base": 3 << 40, "general": 1 << 42}
 ROOMS_PER_SEED = 1 << 20
 RENDERER_GIB = 16.0  # address space of a rendering process; it uses 0.7 GiB of memory
+_ONE_VIEW = {**SINGLE, **GENERAL}
+_TWO_VIEWS = {**PAIRS, **GENERAL_PAIRS}
 THOUGHT = "thought_"  # prefix of a task whose rows carry the geometric reasoning
 
 # Attempts of a `RoomsConfig` without `rows`: six tasks, most of them with short answers. The mixture of examples/sft.py
@@ -124,7 +127,7 @@ def scene_samples(scene: Scene, seed: int, config: RoomsConfig) -> list[Sample]:
     asked: set[str] = set()
     for name, tries in sorted(config.rows.items()):
         task = name.removeprefix(THOUGHT)
-        if task not in SINGLE and task not in PAIRS and task not in WALKS:
+        if task not in _ONE_VIEW and task not in _TWO_VIEWS and task not in WALKS:
             raise ValueError(f"rooms: no task {name!r}; known: {sorted([*SINGLE, *PAIRS, *WALKS])}")
         rng = _stream(seed, name, config)
         for k, target in enumerate(_targets(scene, task)):
@@ -156,7 +159,7 @@ def _targets(scene: Scene, task: str) -> list[Any]:
     """What a task asks about: indices of stills, pairs of views, or None for the video."""
     if task in WALKS:
         return [None] if scene.walk else []
-    return scene.stills() if task in SINGLE else list(scene.pairs)
+    return scene.stills() if task in _ONE_VIEW else list(scene.pairs)
 
 
 def _what_is_asked(sample: Sample) -> str:
@@ -172,7 +175,7 @@ def _make_sample(
 ) -> Sample | None:
     if task in WALKS:
         return WALKS[task](scene, rng, config, index)
-    return (SINGLE[task] if task in SINGLE else PAIRS[task])(scene, target, rng, config, index)
+    return (_ONE_VIEW[task] if task in _ONE_VIEW else _TWO_VIEWS[task])(scene, target, rng, config, index)
 
 
 def room_rows(seed: int, config: RoomsConfig) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from fastvst.tasks import (
     detection_3d,
     detection_multi,
     distance,
+    general,
+    general_text,
     grounding_3d,
     measurement,
     object_object,
@@ -55,6 +57,16 @@ WALKS = {
     "video_caption": video_caption.make,
     "video_other": video_other.make,
 }
+# Not among the nineteen: what a base model has learned before, see `general`. Signatures of SINGLE and of PAIRS.
+GENERAL = {
+    "general": general.make,
+    "general_question": general.make_question,
+    "general_text": general_text.make,
+}
+GENERAL_PAIRS = {
+    "general_pair": general.make_pair,
+    "general_pair_question": general.make_pair_question,
+}
 # Rows of each task in VST-P, in thousands (arXiv 2511.05491, figure of the data set): 4,165 in total.
 VST_P = {
     "detection_3d": 1586,
@@ -78,4 +90,4 @@ VST_P = {
     "video_other": 35,
 }
 
-__all__ = ["PAIRS", "SINGLE", "VST_P", "WALKS", "TaskConfig"]
+__all__ = ["GENERAL", "GENERAL_PAIRS", "PAIRS", "SINGLE", "VST_P", "WALKS", "TaskConfig"]

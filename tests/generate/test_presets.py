@@ -215,7 +215,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
 def test_the_docs_list_the_presets() -> None:
     text = (Path(__file__).parents[2] / "docs" / "generating.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(PRESETS)
-    words = {4: "four", 5: "five", 6: "six", 7: "seven"}
+    words = {4: "four", 5: "five", 6: "six", 7: "seven", 9: "nine"}
     assert f"the {words[len(PRESETS)]} presets" in text
 
 
