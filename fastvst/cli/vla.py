@@ -14,7 +14,7 @@ from fastvst.vla.simulators import SimulatorConfig
 
 METAWORLD = ("reach", "button-press-topdown", "drawer-open", "push")
 LIBERO = tuple(str(number) for number in range(10))
-SUITES = ("object", "spatial")  # those that the script of libero_environment.py can do
+SUITES = ("object", "spatial", "goal")  # those with tasks that the script of libero_environment.py can do
 SIZES = {"metaworld": 128, "libero": 256}
 STEPS = {"metaworld": 200, "libero": 300}
 PLANNING_SECONDS = 3600.0  # LIBERO's expert tries up to 40 ways to grasp before its first step

@@ -176,7 +176,9 @@ class Simulator:
     def begin_expert(self) -> None:
         """`expert` without waiting."""
         if not self.description.expert:
-            raise ValueError(f"the simulator {self.config.program} has no expert for this task")
+            raise ValueError(
+                f"the simulator {self.config.program} has no expert for the task of {dict(self.config.environment)}"
+            )
         self._request({"call": "expert"}, b"", self.config.step_seconds)
 
     def wait(self) -> Observation:
