@@ -45,8 +45,9 @@ from fastvst.rl.page import write_report
 from fastvst.rl.prompts import NoPrompts
 from fastvst.rl.records import RolloutLog, progress_text, step_figures, step_rates
 from fastvst.rl.rewards.pool import RewardConfig, RewardError, RewardPool
-from fastvst.rl.rollouts import SamplingConfig, make_engine, resolve_old_logprobs, sample_and_score
+from fastvst.rl.rollouts import SamplingConfig, resolve_old_logprobs, sample_and_score
 from fastvst.rl.rooms import RoomsOptions, find_data, open_prompts, supervised_model
+from fastvst.rl.servers import make_engines, saved_when_lost
 from fastvst.rollout import RolloutError
 from fastvst.train import guard
 from fastvst.train.checkpoint import CheckpointConfig
@@ -306,7 +307,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         filtered = FilterState(**state["filter"])
         parked = rank_state.get("parked") if config.resume_data == "same" else None
         restore_data(resume_from, config.resume_data, world, lambda: stream.load_state_dict(rank_state["stream"]))
-    engine = make_engine(model, processor, config.sampling, config.processor.max_seq_len, world)
+    engine, judge = make_engines(model, processor, config, world)
     questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
     def save(step: int) -> None:
@@ -314,11 +315,19 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         rank_state = {"stream": stream.state_dict(), "parked": collector.state_dict()}
         saver.save(step, state=state, rank_state=rank_state)
 
+    def save_lost() -> None:
+        if step > first:
+            save(step)
+            saver.join()
+            world.say(f"no server is left after step {step}; continue with --resume auto")
+
     def evaluate(step: int) -> None:
         every = config.evaluation.every
         if every and questions and (step % every == 0 or step == config.steps):
             mine = stream.encode(questions[world.rank :: world.size])
-            found = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), engine, pool)
+            found = sample_and_score(mine, config.sampling.params(HELD_OUT_COMPLETIONS, 987_654_321), judge, pool)
+            if judge is not engine:
+                judge.release()
             row = evaluation_row(step, questions, [record for record, _ in found], world)
             world.say(f"held out, step {step}: {write_evaluation(out, row, world)}")
 
@@ -338,6 +347,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         RewardPool(config.reward) as pool,
         Collector(config, engine, stream, pool, world, parked) as collector,
         saver,
+        saved_when_lost(save_lost),
     ):
         watch = UpdateWatch(config.guard.patience)
         row: dict[str, Any] | None = None

@@ -52,10 +52,7 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
         WeightsError: missing, unexpected, wrong-shaped or truncated tensors, or NaN; names the first ones.
         Damaged: the directory is part of a run's checkpoint whose marker has another checksum of a file.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found, problems = _match(weight_files(directory), wanted, tied)
-    if problems:
-        raise WeightsError(_summary(directory, problems, found, wanted))
+    found = _matched(directory, model, tied)
     checksum.check_inner(directory, [path.name for path in found])
     model.to(dtype).to_empty(device=device)
     zero_padding(model)
@@ -67,6 +64,28 @@ def load(model: nn.Module, directory: Path, *, tied: bool, dtype: torch.dtype, d
                     parameters[name].copy_(_finite(file.get_tensor(stored), stored, path))
     if tied:
         _check_tied(found, parameters["model.embed_tokens.weight"], directory)
+
+
+def check_files(directory: Path, model: nn.Module, *, tied: bool) -> dict[Path, list[str]]:
+    """The safetensors files of a directory with the names of their tensors, without reading the tensors.
+
+    Args:
+        model, tied: as for `load`; a tied LM head that the files repeat is left out.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `load`.
+    """
+    found = _matched(directory, model, tied)
+    return {path: [stored for stored, name in names if name is not None] for path, names in found.items()}
+
+
+def _matched(directory: Path, model: nn.Module, tied: bool) -> dict[Path, list[tuple[str, str | None]]]:
+    """`_match`, with problems as WeightsError."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, problems = _match(weight_files(directory), wanted, tied)
+    if problems:
+        raise WeightsError(_summary(directory, problems, found, wanted))
+    return found
 
 
 def _summary(

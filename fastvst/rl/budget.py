@@ -48,7 +48,7 @@ def check(config: Any) -> None:
             f"{longest + sampling.max_tokens}, or lower one of the others"
         )
     if sampling.unfinished == "park":
-        if sampling.base_url:
+        if sampling.servers:
             raise ConfigError(
                 "sampling.unfinished is park, but a server (sampling.base_url) cannot continue a completion: set "
                 "sampling.unfinished to cancel"
@@ -58,11 +58,11 @@ def check(config: Any) -> None:
                 "sampling.unfinished is park: the first tokens of a continued completion were sampled by earlier "
                 "weights. Set update.importance to token, sequence or geometric, which corrects for the difference"
             )
-    if sampling.base_url and update.importance == "none":
+    if sampling.servers and sampling.follow == "none" and update.importance == "none":
         raise ConfigError(
-            f"sampling.base_url is {sampling.base_url}, a server whose weights are not the trainer's: set "
-            "update.importance to token, sequence or geometric, which corrects for the difference with truncated "
-            "importance weights"
+            f"sampling.base_url is {', '.join(sampling.servers)}, whose weights are not the trainer's (sampling.follow "
+            "is none): let them follow, or set update.importance to token, sequence or geometric, which corrects for "
+            "the difference with truncated importance weights"
         )
 
 
@@ -219,8 +219,8 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
     if problem is None and fixed > SHARE * device:
         problem = (
             f"sampling does not fit: without the KV cache it needs {fixed / GIB:.1f} of {device / GIB:.1f} GiB "
-            f"({device / GB:.0f} GB). Change: --optimizer.state bf16 (or 8bit), more GPUs, or --sampling.base_url of a "
-            "server with its own GPUs"
+            f"({device / GB:.0f} GB). Change: --optimizer.state bf16 (or 8bit), more GPUs, or servers with their own "
+            "GPUs: --sampling.base_url and --sampling.follow directory"
         )
     return "\n".join([*lines, line]), problem
 
@@ -249,8 +249,10 @@ def rollout_memory(
         "gathered weights": float(sum(count_parameters(job.model, padding=True).values()) * compute.itemsize),
         "prefill": PREFILL_TOKENS * layer_bytes(job.model, "none", compute),
     }
-    if not job.placement.sharded or sampling.base_url:
+    if not job.placement.sharded:
         parts["gathered weights"] = 0.0
+    if sampling.follow != "none":  # servers that do not follow leave held-out evaluation to the trainer's own engine
+        return parts | {"gathered weights": 0.0, "prefill": 0.0, "KV cache": 0.0}
     needed = -(-sampling.prompts // ranks) * tokens * page_bytes(job.model, 1, compute)
     share = sampling.memory
     if isinstance(share, float) and device is not None:

@@ -25,8 +25,9 @@ from fastvst.rl.packing import Group
 from fastvst.rl.prompts import PromptEncoder, PromptStream
 from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
-from fastvst.rl.rollouts import RankEngine, SamplingConfig, ServerEngine
+from fastvst.rl.rollouts import RankEngine, SamplingConfig
 from fastvst.rl.running import Part, Running, empty_parts
+from fastvst.rl.servers import ServerEngine
 from fastvst.rl.stream import DROPPED, KEPT, RUNNING, GroupStream
 from fastvst.train.distributed import World
 
@@ -47,7 +48,7 @@ class Collected:
         prompt_tokens: of the used groups.
         filtered: counts of the filter after this step, over all ranks.
         figures: over all ranks: thrown_away (share of the phase's tokens that no step will use), stale (share of the
-            used tokens that earlier weights have sampled).
+            used tokens that earlier weights have sampled), and those of the engine (servers, sync_seconds).
     """
 
     records: list[GroupRecord]
@@ -107,7 +108,11 @@ class Phase:
         return True
 
     def run(self, engine: RankEngine | ServerEngine, encoder: PromptEncoder, step: int) -> int:
-        """Sample until the groups of the step are decided; returns how many it uses up, over all ranks."""
+        """Sample until the groups of the step are decided; returns how many it uses up, over all ranks.
+
+        Raises:
+            ServersLost: a rank cannot get its completions from servers; on every rank.
+        """
         tick = 0
         while self.stream.used is None:
             self._submit(engine, step)
@@ -118,7 +123,9 @@ class Phase:
                     self._score_ended(step, tick)
                 self.pool.poll()
             self._score_ended(step, tick)
-            self._exchange(step, last=tick if engine.idle else tick - LAG)
+            lost = self._exchange(step, tick if engine.idle else tick - LAG, lost=engine.problem is not None)
+            if lost:
+                engine.fail()
             while self.stream.wants() and self.start(encoder):
                 pass
             tick += 1
@@ -142,8 +149,15 @@ class Phase:
                     rollouts = group.rollouts(self.prompts.processor, step)
                     group.ticket = self.pool.submit([group.prompt.row(r.text) for r in rollouts])
 
-    def _exchange(self, step: int, last: int) -> None:
-        """Tell all ranks what is decided of the groups that ended up to tick `last`, and what is in progress here."""
+    def _exchange(self, step: int, last: int, *, lost: bool) -> bool:
+        """Tell all ranks what is decided of the groups that ended up to tick `last`, and what is in progress here.
+
+        Args:
+            lost: this rank gets no more completions.
+
+        Returns:
+            whether a rank is lost.
+        """
         size = self.world.size
         verdicts = [RUNNING] * len(self.stream.verdicts)
         unfinished = [0.0] * size
@@ -154,10 +168,11 @@ class Phase:
             unfinished[self.world.rank] += group.unfinished
             load[self.world.rank] += group.unfinished * self.sampling.max_tokens
             load[self.world.rank] += 0 if group.submitted else group.tokens
-        told = torch.tensor([*verdicts, *unfinished, *load], dtype=torch.float64)
-        values = self.world.sum(told.to(self.world.device)).tolist()
+        told = torch.tensor([*verdicts, *unfinished, *load, float(lost)], dtype=torch.float64)
+        *values, lost_ranks = self.world.sum(told.to(self.world.device)).tolist()
         heard = [int(value) for value in values[:-size]]
         self.stream.tick(heard[:-size], heard[-size:], values[-size:])
+        return lost_ranks > 0
 
     def _decide(self, group: Running, step: int) -> int:
         """KEPT or DROPPED; waits for the rewards."""
@@ -257,6 +272,7 @@ class Collector:
         Raises:
             NoPrompts: the data end before the first prompt of this step.
             RolloutError, RewardError, NoUpdate: of the engine, the rewards and the filter.
+            ServersLost: a RolloutError that is raised on every rank; the state is that before the call.
         """
         begin = time.perf_counter()
         before = dict(self.engine.seconds)
@@ -311,6 +327,7 @@ class Collector:
             figures={
                 "thrown_away": round(all_lost / max(all_tokens + all_lost, 1.0), 6),
                 "stale": round(all_stale / max(all_tokens, 1.0), 6),
+                **self.engine.figures,
             },
         )
 

@@ -39,6 +39,7 @@ class GroupRecord:
         advantages: empty if the group was not kept.
         versions: for each completion [step, number of tokens]: the steps whose weights sampled its tokens. Empty if
             this step sampled all of them.
+        server, weights: the server that sampled them, and the version that it has confirmed; "" as in Rollout.
     """
 
     prompt: Prompt
@@ -50,6 +51,8 @@ class GroupRecord:
     verdict: str
     advantages: list[float] = field(default_factory=list)
     versions: Sequence[Sequence[Sequence[int]]] = ()
+    server: str = ""
+    weights: str = ""
 
     @property
     def totals(self) -> list[float]:
@@ -128,6 +131,7 @@ def _row(step: int, record: GroupRecord, images: list[str]) -> dict[str, Any]:
         "answer": prompt.answer.get("value") if isinstance(prompt.answer, dict) else prompt.answer,
         "pictures": images,
         "verdict": record.verdict,
+        **({"server": record.server, "weights": record.weights or None} if record.server else {}),
         "answers": [
             {
                 "text": record.texts[i],

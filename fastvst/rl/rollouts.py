@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -24,17 +20,16 @@ from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.pool import RewardPool
 from fastvst.rl.rewards.verifiable import Reward, overlong
-from fastvst.rollout import Engine, EngineConfig, Rollout, RolloutError, SamplingParams
+from fastvst.rollout import Engine, EngineConfig, Rollout, SamplingParams
 from fastvst.rollout.engine import Stats
 from fastvst.rollout.fsdp_engine import gather_parameters, is_sharded
+from fastvst.rollout.http_call import check_url
 from fastvst.rollout.kv_cache import memory_bytes, page_bytes
-from fastvst.rollout.openai_client import connect
 from fastvst.rollout.request import Request
 from fastvst.rollout.runner import NUMERICS
 from fastvst.train.distributed import World
 
 EncodedPrompt = tuple[Prompt, EncodedSample]
-SERVER_WAIT = 0.1  # seconds of a step that waits for a server
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,13 @@ class SamplingConfig:
             free memory (with a decimal point).
         numerics: "fast", or "bitwise". With "bitwise" and top_p 1 the log-probabilities of sampler and trainer agree to
             the last bit, at several times the cost.
-        base_url: Address of an OpenAI-compatible server (vLLM, SGLang) up to and including "/v1", which then samples
-            the completions. The server does not receive new weights, so update.importance must not be none. If empty,
-            the weights in training are sampled from.
+        base_url: Addresses of OpenAI-compatible servers (vLLM, SGLang) up to and including "/v1", which then sample the
+            completions: a list, or with commas between them. If empty, the engine samples from the weights in training.
+        follow: How the servers get new weights. "directory" writes them to <out>/weights, which vLLM servers with this
+            package read under the same path. "nccl" sends them from GPU to GPU (not run yet). With "none" they keep
+            theirs, so update.importance must not be none, and held-out prompts go to the trainer's own engine.
+        api_key_file: File with the API key of the servers. If empty, OPENAI_API_KEY of the environment is the key, if
+            it is set. The key is never printed or stored.
         unfinished: What becomes of completions that still run when a step has enough groups. "cancel" asks their
             prompts again in the next step. "park" keeps every rank busy to the end of the step and continues them in
             the next one; their first tokens are those of earlier weights, so update.importance must not be none.
@@ -70,7 +69,9 @@ class SamplingConfig:
     max_tokens: int = 96
     memory: int | float = 0.25
     numerics: Literal["fast", "bitwise"] = "fast"
-    base_url: str = ""
+    base_url: tuple[str, ...] | str = ""
+    follow: Literal["none", "directory", "nccl"] = "none"
+    api_key_file: str = ""
     unfinished: Literal["cancel", "park"] = "cancel"
     system: str = "none"
 
@@ -87,6 +88,17 @@ class SamplingConfig:
             raise ValueError(f"sampling.top_p is {self.top_p}; expected above 0, up to 1")
         if not self.temperature > 0:
             raise ValueError(f"sampling.temperature is {self.temperature}; expected above 0")
+        twice = [url for url in self.servers if self.servers.count(url) > 1]
+        if twice:
+            raise ValueError(f"sampling.base_url names {twice[0]} more than once")
+        if self.follow != "none" and not self.servers:
+            raise ValueError(f"sampling.follow is {self.follow}, but sampling.base_url names no server")
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The addresses in `base_url`. Raises ValueError if one of them is none."""
+        given = self.base_url.split(",") if isinstance(self.base_url, str) else self.base_url
+        return tuple(check_url(url) for url in given if url.strip())
 
     def numerics_context(self) -> AbstractContextManager[object]:
         """The context in which the trainer computes the same numbers as the sampler: `batch_invariant`, or nothing."""
@@ -178,6 +190,12 @@ class RankEngine:
         """End a request of `add`; its rollouts keep the tokens that were sampled so far."""
         self.open().cancel(request)
 
+    problem = None  # its errors are raised at once
+    figures: ClassVar[dict[str, float]] = {}
+
+    def fail(self) -> None:
+        """Nothing to tell, as `problem` is None."""
+
     @property
     def idle(self) -> bool:
         """No request is in progress."""
@@ -196,104 +214,17 @@ class RankEngine:
         self._engine = None
 
 
-@dataclass
-class ServerRequest:
-    """The completions that a server samples for one prompt; `rollouts` are None until its answer has come."""
-
-    future: Future[list[Rollout]]
-    rollouts: list[Rollout | None]
-
-    @property
-    def done(self) -> bool:
-        return None not in self.rollouts
-
-
-class ServerEngine:
-    """Samples from an OpenAI-compatible server, as RankEngine does; each rank sends its own prompts."""
-
-    def __init__(self, config: SamplingConfig, processor: Processor) -> None:
-        self.engine = connect(config.base_url, processor, model=served_model(config.base_url))
-        self.slots = self.engine.config.concurrency * config.answers
-        self.seconds = {"prefill": 0.0, "decode": 0.0}  # a server does not tell them apart
-        self._threads: ThreadPoolExecutor | None = None
-        self._running: list[ServerRequest] = []
-
-    def open(self) -> None:
-        """Begin a phase."""
-
-    def release(self) -> None:
-        """End the phase; a server keeps its weights."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-        self._threads = None
+class Sampler(Protocol):
+    """What samples completions of encoded prompts: a RankEngine or a ServerEngine."""
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
-        """`params.n` completions of each prompt. Raises RolloutError as `OpenAIEngine.generate` does."""
-        return self.engine.generate([prompt.sample for prompt, _ in encoded], params)
-
-    def add(
-        self, prompt: Prompt, samples: Sequence[EncodedSample], params: Sequence[SamplingParams]
-    ) -> Sequence[ServerRequest]:
-        """Send a prompt to the server."""
-        self._threads = self._threads or ThreadPoolExecutor(self.engine.config.concurrency)
-        future = self._threads.submit(self.engine.complete, prompt.sample, params[0])
-        self._running.append(ServerRequest(future, [None] * params[0].n))
-        return self._running[-1:]
-
-    def step(self) -> bool:
-        """Wait until the server has answered a request, but not for long, because rewards are exchanged in between.
-
-        Raises:
-            RolloutError: as `OpenAIEngine.generate`.
-        """
-        begin = time.perf_counter()
-        wait([request.future for request in self._running], SERVER_WAIT, FIRST_COMPLETED)
-        self.seconds["decode"] += time.perf_counter() - begin
-        ended = [request for request in self._running if request.future.done()]
-        for request in ended:
-            request.rollouts = list(request.future.result())
-            self._running.remove(request)
-        return bool(ended)
-
-    def cancel(self, request: Any) -> None:
-        """Forget a request; its rollouts stay None."""
-        request.future.cancel()
-        if request in self._running:
-            self._running.remove(request)
-
-    @property
-    def idle(self) -> bool:
-        """No request is in progress."""
-        return not self._running
-
-
-def served_model(base_url: str) -> str:
-    """The name of the first model in a server's list (GET <base_url>/models).
-
-    Raises:
-        RolloutError: the server does not answer within 60 s, or lists no model.
-    """
-    url = base_url.rstrip("/") + "/models"
-    try:
-        with urllib.request.urlopen(url, timeout=60.0) as response:
-            return str(json.loads(response.read())["data"][0]["id"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RolloutError(f"{url} does not list a model ({error!r}); check sampling.base_url") from error
-
-
-def make_engine(
-    model: Qwen25VL, processor: Processor, config: SamplingConfig, prompt_limit: int, world: World
-) -> RankEngine | ServerEngine:
-    """The engine of a configuration; arguments as for `RankEngine`."""
-    if config.base_url:
-        return ServerEngine(config, processor)
-    return RankEngine(model, processor, config, prompt_limit, world)
+        """`params.n` completions of each prompt of this rank. Every rank calls it."""
 
 
 def sample_and_score(
     encoded: Sequence[EncodedPrompt],
     params: SamplingParams,
-    engine: RankEngine | ServerEngine,
+    engine: Sampler,
     pool: RewardPool,
     *,
     overlong_buffer: int = 0,
@@ -339,4 +270,6 @@ def _record(
         rewards=rewards,
         penalties=penalties,
         verdict="keep",
+        server=completions[0].server if completions else "",
+        weights=completions[0].weights if completions else "",
     )

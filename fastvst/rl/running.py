@@ -17,7 +17,8 @@ from fastvst.rl.packing import Group
 from fastvst.rl.prompts import Prompt
 from fastvst.rl.records import GroupRecord
 from fastvst.rl.rewards.verifiable import Reward
-from fastvst.rl.rollouts import RankEngine, ServerEngine, group_of
+from fastvst.rl.rollouts import RankEngine, group_of
+from fastvst.rl.servers import ServerEngine
 from fastvst.rollout import Rollout, SamplingParams
 
 

@@ -10,14 +10,11 @@ import base64
 import dataclasses
 import http.client
 import io
-import json
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +27,7 @@ from fastvst.data.fov import unify_fov_messages
 from fastvst.data.image_modes import AS_DISPLAYED, ImageRules
 from fastvst.data.images import load_rgb
 from fastvst.data.sample import Message, Part, Sample
+from fastvst.rollout.http_call import Call
 from fastvst.rollout.request import Rollout, RolloutError, SamplingParams, params_of_each
 
 if TYPE_CHECKING:
@@ -40,6 +38,10 @@ LONGEST_PAUSE = 60.0  # seconds, whatever a server's Retry-After says
 RETRIED = (408, 409, 429, 500, 502, 503, 504)  # as in OpenAI's own client: the next try may succeed
 
 
+class ServerError(RolloutError):
+    """A server does not answer, refuses, or sends what cannot be used; another server may answer the same request."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """Address of the server, and limits.
@@ -47,7 +49,7 @@ class ServerConfig:
     Attributes:
         base_url: up to and including "/v1".
         model: the name under which the server serves the model.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token; no message and no repr shows it.
         timeout: seconds for one request.
         retries: tries after the first one, with waits of 0.5 s, 1 s, 2 s, ... or what the server's Retry-After says.
         concurrency: requests at the same time.
@@ -55,14 +57,47 @@ class ServerConfig:
 
     base_url: str
     model: str = ""
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     timeout: float = 600.0
     retries: int = 5
     concurrency: int = 64
 
+    def shown(self, text: str) -> str:
+        """A text of the server for a message, without the API key that it may repeat."""
+        return text.replace(self.api_key, "(key)") if self.api_key else text
+
+
+def get_json(config: ServerConfig, url: str, call: Call, body: Any = None, timeout: float | None = None) -> Any:
+    """The JSON that a server sends: a GET, or a POST of `body`. An empty response is None.
+
+    Raises:
+        ServerError: no response in time, a status other than 200, or not JSON.
+    """
+    try:
+        method = "GET" if body is None else "POST"
+        reply = call.send(method, url, key=config.api_key, body=body, timeout=timeout or config.timeout)
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(config.shown(f"{url} does not answer ({error!r})")) from None
+    if reply.status != 200:
+        raise ServerError(f"{url} answers {_status(config, reply.status, reply.body)}")
+    try:
+        return jsonl.loads(reply.body) if reply.body else None
+    except ValueError as error:
+        raise ServerError(config.shown(f"{url} sends a body that is not JSON ({error})")) from None
+
+
+def _status(config: ServerConfig, status: int, body: bytes) -> str:
+    hint = " (a redirect: give the address that it leads to)" if 300 <= status < 400 else ""
+    return f"{status}{hint}: {config.shown(body.decode('utf-8', 'replace'))[:500]}"
+
 
 class OpenAIEngine:
-    """`Engine.generate` over HTTP."""
+    """`Engine.generate` over HTTP.
+
+    Attributes:
+        weights: the version of the weights that the server must have after every answer (vLLM's /weight_info); "" =
+            not asked for.
+    """
 
     def __init__(self, config: ServerConfig, processor: Processor | None = None) -> None:
         """
@@ -73,6 +108,7 @@ class OpenAIEngine:
         """
         self.config = config
         self.processor = processor
+        self.weights = ""
 
     def generate(
         self,
@@ -110,8 +146,13 @@ class OpenAIEngine:
             pool.shutdown(wait=False, cancel_futures=True)
         return results
 
-    def complete(self, prompt: Sample, params: SamplingParams) -> list[Rollout]:
-        """The completions of one prompt; threads may call it. Raises as `generate`."""
+    def complete(self, prompt: Sample, params: SamplingParams, call: Call | None = None) -> list[Rollout]:
+        """The completions of one prompt; threads may call it. Raises as `generate`.
+
+        Args:
+            call: another thread can end it; then CallCancelled is raised.
+        """
+        call = call or Call()
         name = f"{prompt.source}/{prompt.id}"
         expected = None
         if self.processor is not None:
@@ -122,7 +163,7 @@ class OpenAIEngine:
                 )
             expected = self.processor.inspect(prompt, add_generation_prompt=True)
         begin = time.perf_counter()
-        response = self._post(name, self._body(prompt, params, expected))
+        response = self._post(name, self._body(prompt, params, expected), call)
         seconds = time.perf_counter() - begin
         if expected is not None:
             _compare_prompts(name, self.config.base_url, expected.tokens.tolist(), response)
@@ -130,11 +171,13 @@ class OpenAIEngine:
             choices = sorted(response["choices"], key=lambda c: c.get("index", 0))
             rollouts = [self._rollout(name, choice, params, seconds) for choice in choices]
         except (KeyError, TypeError, AttributeError) as error:
-            raise RolloutError(
-                f"{name}: {self.config.base_url} sent {_short(response)}; expected a chat completion"
+            raise ServerError(
+                self.config.shown(f"{name}: {self.config.base_url} sent {_short(response)}; expected a chat completion")
             ) from error
         if len(rollouts) != params.n:
-            raise RolloutError(f"{name}: {self.config.base_url} sent {len(rollouts)} completions; expected {params.n}")
+            raise ServerError(f"{name}: {self.config.base_url} sent {len(rollouts)} completions; expected {params.n}")
+        if self.weights:
+            _check_weights(self.config, self.weights, call)
         return rollouts
 
     def _body(self, prompt: Sample, params: SamplingParams, expected: TokenizedSample | None) -> dict[str, Any]:
@@ -199,62 +242,80 @@ class OpenAIEngine:
             sent.append({"role": message["role"], "content": parts})
         return sent
 
-    def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, name: str, body: dict[str, Any], call: Call) -> dict[str, Any]:
         config = self.config
         url = config.base_url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        if config.api_key:
-            headers["Authorization"] = f"Bearer {config.api_key}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(config.retries + 1):
             pause = 0.5 * 2**attempt * random.uniform(0.8, 1.2)  # so that many clients do not retry at the same time
             try:
-                with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                    return jsonl.loads(response.read())
-            except urllib.error.HTTPError as error:
-                detail = error.read()[:500].decode("utf-8", "replace")
-                problem = f"{url} answers {error.code}: {detail}"
-                if error.code not in RETRIED:
-                    raise RolloutError(f"{name}: {problem}") from error
-                after = error.headers.get("Retry-After", "")
+                reply = call.send("POST", url, key=config.api_key, body=body, timeout=config.timeout)
+                if reply.status == 200:
+                    return jsonl.loads(reply.body)
+                problem = f"{url} answers {_status(config, reply.status, reply.body)}"
+                if reply.status not in RETRIED:
+                    raise ServerError(f"{name}: {problem}")
+                after = reply.headers.get("Retry-After", "")
                 pause = min(float(after), LONGEST_PAUSE) if after.replace(".", "", 1).isdecimal() else pause
-            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-                reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                problem = f"{url} does not answer ({reason})"
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"{url} does not answer ({error!r})"
             except ValueError as error:
                 problem = f"{url} sends a body that is not JSON ({error})"
             if attempt < config.retries:
-                time.sleep(pause)
-        raise RolloutError(f"{name}: {problem}; tried {config.retries + 1} times")
+                call.pause(pause)
+        raise ServerError(config.shown(f"{name}: {problem}; tried {config.retries + 1} times"))
 
     def _rollout(self, name: str, choice: dict[str, Any], params: SamplingParams, seconds: float) -> Rollout:
         text = choice["message"].get("content") or ""
         content = (choice.get("logprobs") or {}).get("content") or []
         if params.logprobs and not content and text:
-            raise RolloutError(f"{name}: {self.config.base_url} sends no logprobs; they were requested")
-        tokens = [self._token_id(name, entry["token"]) for entry in content]
+            raise ServerError(f"{name}: {self.config.base_url} sends no logprobs; they were requested")
+        tokens = [_token_id(name, entry["token"], self.config, self.processor) for entry in content]
         logprobs = [float(entry["logprob"]) for entry in content]
-        reason = "length" if choice.get("finish_reason") == "length" else "stop"
-        return Rollout(tokens, text, logprobs, list(logprobs), reason, seconds, seconds)
-
-    def _token_id(self, name: str, token: str) -> int:
-        if token.startswith("token_id:"):
-            return int(token.removeprefix("token_id:"))
-        found = self.processor.tokenizer.token_to_id(token) if self.processor is not None else None
-        if found is None:
-            raise RolloutError(
-                f"{name}: {self.config.base_url} sends the text of a token ({_short(token)}) instead of its id. "
-                "Training needs ids: use a server that supports return_tokens_as_token_ids (vLLM, SGLang), or "
-                "logprobs=False"
+        reason = choice.get("finish_reason")
+        if reason not in ("stop", "length"):  # vLLM says "abort" when a pause has ended a request
+            raise ServerError(
+                f"{name}: {self.config.base_url} ended a completion with {_short(reason)}; expected stop or length"
             )
-        return found
+        return Rollout(
+            *(tokens, text, logprobs, list(logprobs), reason, seconds, seconds),
+            server=self.config.base_url,
+            weights=self.weights,
+        )
+
+
+def _token_id(name: str, token: str, config: ServerConfig, processor: Processor | None) -> int:
+    """The id of a token that a server sends as "token_id:7", or as its text."""
+    if token.startswith("token_id:"):
+        return int(token.removeprefix("token_id:"))
+    found = processor.tokenizer.token_to_id(token) if processor is not None else None
+    if found is None:
+        raise ServerError(
+            f"{name}: {config.base_url} sends the text of a token ({_short(token)}) instead of its id. "
+            "Training needs ids: use a server that supports return_tokens_as_token_ids (vLLM, SGLang), or "
+            "logprobs=False"
+        )
+    return found
+
+
+def _check_weights(config: ServerConfig, expected: str, call: Call) -> None:
+    """Raise ServerError unless the server has the weights `expected`.
+
+    It had them before it was asked, so all tokens of an answer that came before are of these weights.
+    """
+    found = get_json(config, f"{root_of(config.base_url)}/weight_info", call, timeout=60.0)
+    version = found.get("weight_version") if isinstance(found, dict) else None
+    if version != expected:
+        raise ServerError(
+            f"{config.base_url} has the weights {_short(version)}; expected {expected!r}. Another program has changed "
+            "them, or the server was restarted"
+        )
 
 
 def _compare_prompts(name: str, url: str, ours: list[int], response: dict[str, Any]) -> None:
     """Raise RolloutError unless the server has read the trainer's prompt."""
     theirs = response.get("prompt_token_ids") if isinstance(response, dict) else None
     if not isinstance(theirs, list) or not theirs:
-        raise RolloutError(
+        raise ServerError(
             f"{name}: {url} sends no prompt_token_ids, so its prompt cannot be compared with the "
             "trainer's: use a server that supports return_token_ids (tried: vLLM 0.32)"
         )
@@ -301,6 +362,11 @@ def connect(base_url: str, processor: Processor | None = None, **options: Any) -
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown server options {unknown}; expected some of {sorted(known)}")
     return OpenAIEngine(ServerConfig(base_url, **options), processor)
+
+
+def root_of(base_url: str) -> str:
+    """The address of a server without "/v1"; vLLM's other routes are below it."""
+    return base_url.rstrip("/").removesuffix("/v1")
 
 
 def _short(value: Any) -> str:

@@ -105,6 +105,8 @@ class Rollout:
         finish_reason: "stop" (EOS token or stop string), "length" (max_tokens), "cancelled".
         seconds: from the call until the completion was finished; first_token_seconds: until its first token.
         preemptions: how often it was swapped to the host and back.
+        server, weights: the address of the server that sampled it, and the version of its weights; "" = the trainer's
+            own engine, and "" = a server whose weights are not known.
     """
 
     tokens: list[int]
@@ -115,6 +117,8 @@ class Rollout:
     seconds: float
     first_token_seconds: float
     preemptions: int = 0
+    server: str = ""
+    weights: str = ""
 
 
 class Status(enum.Enum):

@@ -2,101 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from fastvst.config import ConfigError
-from fastvst.data import Processor, Sample
-from fastvst.model import Qwen25VL
-from fastvst.rl.rollouts import served_model
-from fastvst.rollout import Engine, RolloutError, SamplingParams
+from fastvst.rl.servers import served_model
+from fastvst.rollout import RolloutError
+from fastvst.rollout.openai_client import ServerConfig
 from rl_run import REWARD, load_rl, rl_arguments, write_questions
 from small_run import write_model
+from vllm_server import Server
 
 rl = load_rl()
-
-
-class Server(ThreadingHTTPServer):
-    """Samples with an engine; `shift` is added to the log-probabilities, as if its weights were old."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        processor = Processor.from_pretrained(folder, max_pixels=56 * 56, max_seq_len=128)
-        self.engine = Engine(Qwen25VL.from_pretrained(folder), processor, memory=1 << 24)
-        self.lock = threading.Lock()
-        self.bodies = []
-        self.shift = 0.0
-        self.extra: list[int] = []
-        self.status = 200
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        def part(given: dict[str, Any]) -> dict[str, Any]:
-            if given["type"] == "text":
-                return given
-            data = given["image_url"]["url"].split(",")[1]
-            limits = {name: body["mm_processor_kwargs"][name] for name in ("min_pixels", "max_pixels")}
-            return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data))), **limits}
-
-        messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
-        params = SamplingParams(
-            n=body["n"],
-            temperature=body["temperature"],
-            top_p=body["top_p"],
-            max_tokens=body["max_tokens"],
-            seed=body["seed"],
-        )
-        sample = Sample.from_messages(messages)
-        with self.lock:
-            self.bodies.append(body)
-            (rollouts,) = self.engine.generate([sample], params)
-        assert self.engine.processor is not None
-        prompt = self.engine.processor.encode(sample, add_generation_prompt=True).tokens.tolist()
-        choices = []
-        for index, r in enumerate(rollouts):
-            pairs = zip(r.tokens, r.logprobs, strict=True)
-            content = [{"token": f"token_id:{token}", "logprob": value + self.shift} for token, value in pairs]
-            choices.append(
-                {
-                    "index": index,
-                    "message": {"content": r.text},
-                    "logprobs": {"content": content},
-                    "finish_reason": r.finish_reason,
-                }
-            )
-        return {"choices": choices, "prompt_token_ids": [*prompt, *self.extra]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": "mine"}, {"id": "other"}]} if self.path == "/v1/models" else {})
-
-    def do_POST(self) -> None:
-        server: Server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply(server.status, server.complete(body) if server.status == 200 else {"error": "no such model"})
-
-    def reply(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +65,10 @@ def test_importance_weights_use_the_servers_log_probabilities(
 
 
 def test_the_served_model_is_the_first_in_the_servers_list(server: Server) -> None:
-    assert served_model(server.url) == served_model(server.url + "/") == "mine"
+    assert served_model(ServerConfig(server.url)) == served_model(ServerConfig(server.url + "/")) == "mine"
     for wrong in (server.url.removesuffix("/v1"), "http://127.0.0.1:9/v1"):
         with pytest.raises(RolloutError, match=r"/models does not list a model .*sampling.base_url"):
-            served_model(wrong)
+            served_model(ServerConfig(wrong))
 
 
 def test_another_prompt_ends_the_run_and_names_both_lengths(

@@ -66,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.bodies.append(body)
         logprobs = {"content": [{"token": "token_id:9", "logprob": 0.0}]}
-        choices = [{"index": i, "message": {"content": "a"}, "logprobs": logprobs} for i in range(body["n"])]
+        choice = {"message": {"content": "a"}, "logprobs": logprobs, "finish_reason": "stop"}
+        choices = [{"index": i, **choice} for i in range(body["n"])]
         answer: dict[str, Any] = {"choices": choices}
         if server.ids and body["return_token_ids"]:
             answer["prompt_token_ids"] = server.read(body)

@@ -30,7 +30,7 @@ LEVELS = (
     ("fastvst.reasoning",),
     ("fastvst.generate",),
     ("fastvst.train",),
-    ("fastvst.rollout",),
+    ("fastvst.rollout", "fastvst.vllm_plugin"),
     ("fastvst.evaluate",),
     ("fastvst.rl",),
     ("fastvst.cli",),

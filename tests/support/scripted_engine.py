@@ -44,8 +44,14 @@ class ScriptedEngine:
         default_factory=list
     )  # (prompt's number, tokens of the sample) of each request
 
+    problem: Exception | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
     def open(self) -> None:
         pass
+
+    def fail(self) -> None:
+        raise AssertionError("this engine has no problem")
 
     def add(
         self, prompt: Prompt, samples: Sequence[EncodedSample], params: Sequence[SamplingParams]
