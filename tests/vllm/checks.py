@@ -133,7 +133,7 @@ def loads(server: VllmServer) -> dict[str, Any]:
 def by_transformers(
     reference: Any, encoded: Any, completion: list[int], hidden_tokens: Sequence[int]
 ) -> tuple[list[int], list[float], list[float]]:
-    """What transformers finds most likely after the prompt and each part of a completion, which is greedy if they agree.
+    """What transformers finds most likely after the prompt and each part of a completion: greedy if they agree.
 
     Returns:
         (most likely tokens; log-probabilities of the completion; those without the placeholders, which a server takes
