@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastvst import atomic
+from fastvst.evaluate.benchmarks import GENERAL
 from fastvst.evaluate.rooms import RoomResults
 
 STAGES = {
@@ -19,7 +20,6 @@ STAGES = {
 }
 QUESTIONS = 1200
 TRAINING = 2000
-GENERAL = "general"  # the benchmark of a base model's own skills: its preset, and the split of its rooms
 GENERAL_QUESTIONS = 500
 SEED = 0  # the seed of examples/sft.py, so that its cached rooms are used
 
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> dict[str, RoomResults]:
         )
         print(f"{name}: {directory} answered {sum(t.questions for t in results[name].tasks)} questions", flush=True)
     text = table(results)
-    if arguments.preset == GENERAL:  # one task, whose forms are the skills
+    if arguments.preset == GENERAL and all(r.forms for r in results.values()):  # one task, whose forms are the skills
         skills = {name: dataclasses.replace(r, tasks=r.forms) for name, r in results.items()}
         text = f"{text}\n\nBy skill:\n\n{table(skills)}"
     print(text)

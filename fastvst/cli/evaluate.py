@@ -17,13 +17,13 @@ from fastvst.cli import compare_rooms, evaluate_robots
 from fastvst.cli.data import add_source_arguments, source_of
 from fastvst.data.sample import Sample
 from fastvst.evaluate import fingerprint, predictions
-from fastvst.evaluate.benchmarks import BENCHMARKS, OWN, module_of, nearest, spelled
+from fastvst.evaluate.benchmarks import BENCHMARKS, GENERAL, OWN, ROOMS, module_of, nearest, spelled
 from fastvst.evaluate.errors import write_errors
 from fastvst.evaluate.files import Row, missing_media
 from fastvst.evaluate.report import Report
 from fastvst.train import lock
 
-NAMES = ", ".join([*BENCHMARKS, "rooms", compare_rooms.GENERAL, OWN, *evaluate_robots.ROBOTS])
+NAMES = ", ".join([*BENCHMARKS, ROOMS, GENERAL, OWN, *evaluate_robots.ROBOTS])
 THINKING_TOKENS = 2048  # limit of an answer with thinking; the benchmark's own limit is for direct answers
 
 
@@ -66,9 +66,11 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     try:
         words = [word.lower() for word in arguments.benchmark]
-        if words == [compare_rooms.GENERAL]:
-            arguments.preset = compare_rooms.GENERAL
-        if words in (["rooms"], [compare_rooms.GENERAL]):
+        if words == [GENERAL]:
+            if arguments.preset not in ("default", GENERAL):
+                raise ValueError(f"general has its own rows; --preset {arguments.preset} belongs to `evaluate rooms`")
+            arguments.preset = GENERAL
+        if words in ([ROOMS], [GENERAL]):
             compare_rooms.run(arguments)
         elif len(words) == 1 and words[0] in evaluate_robots.ROBOTS:
             evaluate_robots.run(arguments)

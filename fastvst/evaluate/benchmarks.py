@@ -23,6 +23,7 @@ BENCHMARKS = {
     "sunrgbd_det": "fastvst.evaluate.sunrgbd_det",
 }
 ROOMS = "rooms"
+GENERAL = "general"  # a base model's own skills: the name of its preset of rows and of the split of its rooms, too
 OWN = "own"  # questions of one's own
 
 
@@ -38,6 +39,6 @@ def spelled(name: str) -> str:
 
 def nearest(name: str, *others: str) -> str:
     """ "; did you mean 'vsi_bench'?" for a name that is near to one of the benchmarks or of `others`, else ""."""
-    names = [*BENCHMARKS, ROOMS, OWN, *others]
+    names = [*BENCHMARKS, ROOMS, GENERAL, OWN, *others]
     near = [one for one in names if one.startswith(name)] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -130,3 +131,30 @@ def test_half_given_data_is_refused() -> None:
     here = argparse.Namespace(model=["."], data="x", train_data=None)
     with pytest.raises(ValueError, match="both --data and --train-data"):
         compare_rooms.run(here)
+
+
+def test_general_has_its_own_rows_and_a_line_for_each_skill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastvst.cli import main
+
+    Qwen25VL(ModelConfig.preset("tiny")).save_pretrained(tmp_path / "hf", processor=Processor.preset("tiny"))
+    asked: list[str] = []
+    made = results(0.4).tasks
+    forms = tuple(dataclasses.replace(made[0], task=f"general_question: {skill}") for skill in ("name", "order"))
+
+    def render(preset: str, samples: int, split: str) -> str:
+        asked.append(preset)
+        return split
+
+    monkeypatch.setattr(compare_rooms, "render", render)
+    monkeypatch.setattr(rooms, "evaluate", lambda *given, **options: RoomResults(made[:1], (), forms))
+    words = ["evaluate", "general", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0 and set(asked) == {"general"}
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "general question: name" in text and "general question: order" in text
+    assert main([*words, "--preset", "all"]) != 0
+    assert "general has its own rows" in capsys.readouterr().err
+    assert main(["evaluate", "generel", "--data", "x"]) != 0
+    assert "did you mean 'general'" in capsys.readouterr().err
