@@ -32,6 +32,7 @@ from fastvst.train.run import RankError, raise_together
 from fastvst.train.snapshot import HFDirectory
 
 SERVER_WAIT = 0.1  # seconds of a step that waits for a server
+MEETING = 10.0  # seconds between two exchanges of ranks while held-out prompts are sampled
 SYNC_WAIT = 300.0  # seconds for new weights on a server; the other ranks wait for rank 0, 600 s at most
 PREFIX = "fastvst-"  # of versions and of their folders
 
@@ -373,9 +374,13 @@ class ServerEngine:
         """
         self.open()
         asks = [self.pool.add(prompt.sample, params) for prompt, _ in encoded]
-        while self.problem is None and not self.idle:
-            self.step()
-        self.check()
+        waiting = True
+        while waiting:  # ranks meet often: one of them may wait longer for a server than ranks wait for each other
+            end = time.monotonic() + MEETING
+            while self.problem is None and not self.idle and time.monotonic() < end:
+                self.step()
+            self.check()
+            waiting = any(self._sum([not self.idle]))
         return [[rollout for rollout in ask.rollouts if rollout is not None] for ask in asks]
 
     def add(self, prompt: Prompt, samples: Sequence[EncodedSample], params: Sequence[SamplingParams]) -> Sequence[Ask]:
