@@ -291,7 +291,7 @@ class ServerEngine:
         if self.follower is not None:
             problems = self.follower.send(version, routes)
         else:
-            problems = [_listing(server.client.config) for server in servers] if self.world.is_main else []
+            problems = _at_once(routes, lambda one: served_model(one.config)) if self.world.is_main else []
         good = self._sum([not problem for problem in problems] if self.world.is_main else [0] * len(servers))
         for place, server in enumerate(servers):
             back = bool(server.out) and bool(good[place])
@@ -408,15 +408,6 @@ class ServerEngine:
     def idle(self) -> bool:
         """No request is in progress."""
         return self.pool.idle
-
-
-def _listing(config: ServerConfig) -> str:
-    """ "" if the server lists a model, or why not."""
-    try:
-        served_model(config)
-    except ServerError as error:
-        return str(error)
-    return ""
 
 
 def make_engines(
