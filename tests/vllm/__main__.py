@@ -31,6 +31,7 @@ class Report:
     def __init__(self, out: Path | None, environment: Path) -> None:
         self.out = out
         self.environment = environment
+        self.commit = commit()
         self.figures: dict[str, Any] = {}
         self.failed: list[str] = []
 
@@ -50,7 +51,7 @@ class Report:
         if self.out is not None:
             result = {
                 "fastvst": fastvst.__version__,
-                "commit": commit(),
+                "commit": self.commit,
                 "versions": versions(self.environment),
                 "complete": complete,
                 "failed": self.failed,
