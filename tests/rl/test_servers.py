@@ -105,7 +105,7 @@ def test_a_server_that_fails_is_left_out(
 ) -> None:
     good = make()
     bad = make()
-    reason = {"breaks": "answers 400", "forgets": "has the weights 'default'"}
+    reason = {"breaks": "answers 400", "forgets": "has the weights 'default'; expected 'fastvst-"}
     if fault == "breaks":
         bad.breaks_after = 1
     elif fault == "is not there":

@@ -29,7 +29,7 @@ class Server(ThreadingHTTPServer):
         status: of every answer.
         key: the API key that it wants.
         breaks_after: completions requests until it answers 500; None = never.
-        forgets: its weights are not those that it was given, as after a restart.
+        forgets: from its first answer on its weights are not those that it was given, as after a restart.
         bodies: of the completions requests; routes: the other POSTs, with their bodies.
     """
 
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.keys.append(self.headers.get("Authorization", ""))
         model = {"id": "mine", "max_model_len": self.server.max_model_len}
-        version = "default" if self.server.forgets else self.server.version
+        version = "default" if self.server.forgets and self.server.bodies else self.server.version
         found = {
             "/v1/models": {"data": [model, {"id": "other"}]},
             "/weight_info": {"weight_version": version},
