@@ -21,15 +21,17 @@ from bench.gpu.ceilings import matmul_tflops
 from bench.gpu.clock import forward_backward
 from fastvst_kernels import packed_attention, prepare
 from fastvst_kernels.attention.backends import AttentionCall, library_attention
-from fastvst_kernels.attention.choice import TRITON, record
+from fastvst_kernels.attention.choice import GLUON, TRITON, record
 from fastvst_kernels.attention.choice import Case as Call
+from fastvst_kernels.attention.gluon_backend import gluon_lacks
 from fastvst_kernels.attention.libraries import LIBRARIES, installed
 
 Contender = Callable[[], Tensor]
 
 
 def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor, *, full: bool = False) -> dict[str, Contender]:
-    """Functions that compute one case: ours, every installed library and, without groups, torch's other ways.
+    """Functions that compute one case: ours (Triton, and Gluon on Hopper), every installed
+    library and, without groups, torch's other ways.
 
     `full`: FlexAttention too, which is compiled.
 
@@ -44,6 +46,10 @@ def contenders(case: Case, q: Tensor, k: Tensor, v: Tensor, *, full: bool = Fals
             q, k, v, offsets, causal=case.causal, groups=groups, backend=backend, plan=plan
         )
     }
+    if gluon_lacks(q) is None:
+        found["fastvst-gluon"] = lambda: packed_attention(
+            q, k, v, offsets, causal=case.causal, groups=groups, backend="gluon", plan=plan
+        )
     call = AttentionCall(q, k, v, offsets, groups, plan, None, case.causal, q.shape[-1] ** -0.5)
     for name in installed() if q.is_cuda else ():
         found[name] = lambda name=name: library_attention(call, name)[0]
@@ -121,7 +127,7 @@ def group_ratio(case: Case, options: Options) -> Figures:
 
 def record_choice(case: Case, figures: dict[str, Figures]) -> None:
     """Write which contender was fastest into the table that `backend="auto"` reads, for inference and for training."""
-    names = {"fastvst": TRITON, **{name: name for name in LIBRARIES}}
+    names = {"fastvst": TRITON, "fastvst-gluon": GLUON, **{name: name for name in LIBRARIES}}
     timed = {names[n]: f for n, f in figures.items() if n in names and "forward_ms" in f}
     if TRITON not in timed:
         return

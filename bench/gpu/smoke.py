@@ -31,6 +31,7 @@ from fastvst_kernels import (
     vision_rope,
     window_attention,
 )
+from fastvst_kernels.attention.gluon_backend import gluon_lacks
 from fastvst_kernels.invariant.op import invariant_mm
 from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
 from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
@@ -106,7 +107,9 @@ class Smoke(Comparison):
         lengths: tuple[int, ...],
         prompts: tuple[int, ...] | None,
         causal: bool,
+        ours: str = "triton",
     ) -> Figures:
+        """One case of packed attention; `ours` is the backend."""
         host = self.offsets(lengths)
         named = None if prompts is None else torch.tensor(prompts, dtype=torch.int32)
         plan = prepare(host, named, causal=causal).to(self.options.device)
@@ -124,12 +127,12 @@ class Smoke(Comparison):
                 groups=groups,
                 backend=backend,
                 return_lse=True,
-                plan=plan if backend == "triton" else None,
+                plan=None if backend == "reference" else plan,
             )
 
         qkv = self.randn(sum(lengths), heads[0] + 2 * heads[1], width)
         return self.compare(
-            lambda qkv: run("triton", qkv), lambda qkv: run("reference", qkv), {"qkv": qkv}, wide=torch.float64
+            lambda qkv: run(ours, qkv), lambda qkv: run("reference", qkv), {"qkv": qkv}, wide=torch.float64
         )
 
     def norm(self, width: int, add: bool) -> Figures:
@@ -286,7 +289,13 @@ def cases(options: Options) -> Cases:
         yield f"attention causal {preset}", lambda heads=heads: run.attention(heads, 128, causal, None, True)
         yield f"attention groups {preset}", lambda heads=heads: run.attention(heads, 128, shared, prompts, True)
     full = options.pick((1024, 1000, 4, 340, 2000), (20, 4))
-    yield "attention full tower", lambda: run.attention(options.pick((16, 16), (2, 2)), 80, full, None, False)
+    tower = options.pick((16, 16), (2, 2))
+    yield "attention full tower", lambda: run.attention(tower, 80, full, None, False)
+    if gluon_lacks(run.randn(1, 1, 128)) is None:  # a Hopper GPU
+        heads = run.heads["7b"]
+        yield "attention gluon causal 7b", lambda: run.attention(heads, 128, causal, None, True, "gluon")
+        yield "attention gluon groups 7b", lambda: run.attention(heads, 128, shared, prompts, True, "gluon")
+        yield "attention gluon full tower", lambda: run.attention(tower, 80, full, None, False, "gluon")
     for name in ("window_attention", "vision_rope"):
         yield name, lambda name=name: run.tower(name)
     for width in options.pick((3584, 2048, 1280), (96,)):

@@ -116,6 +116,8 @@ def _mm(a: Tensor, b: Tensor, *options: Any) -> int:
 FORMULAS = {
     "packed_attention": _attention,
     "packed_attention_backward": _attention_backward,
+    "packed_attention_gluon": _attention,
+    "packed_attention_gluon_backward": _attention_backward,
     "library_attention": _attention,
     "library_attention_backward": _library_backward,
     "window_attention": _window,

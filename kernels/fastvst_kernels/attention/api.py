@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention.backends import AttentionCall, best_library, lacks, library_attention, torch_attention
-from fastvst_kernels.attention.choice import Case, choose
+from fastvst_kernels.attention.choice import GLUON, Case, choose
 from fastvst_kernels.attention.cpu import attention_reference
-from fastvst_kernels.attention.gluon_backend import GLUON_TILE, check_gluon
+from fastvst_kernels.attention.gluon_backend import GLUON_TILES, check_gluon, gluon_lacks
+from fastvst_kernels.attention.libraries import installed
 from fastvst_kernels.attention.op import attention_op, gluon_attention_op
 from fastvst_kernels.attention.plan import AttentionPlan, kernel_tiles, make_plan, prepare
 from fastvst_kernels.shared.backend import HAS_TRITON, check_interpreter, interpreted, log_once
@@ -90,9 +91,9 @@ def packed_attention(
         groups: (S,) int32 or None; for each sequence the index of the sequence that is its shared prompt, or -1.
             Layout [prompt | completion 1 | ... | completion n]. Needs `causal=True`.
         max_seqlen: the longest sequence, as an int; "flash" and "torch" on CUDA need it or a plan that knows it.
-        backend: "triton" (this package's kernels, forward and backward without atomics), "gluon" (the forward kernel
-            with warp roles for Hopper, D of 64, 80, 96 or 128 in half types, and the backward of "triton"; no GPU has
-            run it yet, and "auto" does not take it), "flash" (the first of
+        backend: "triton" (this package's kernels, forward and backward without atomics), "gluon" (the same for Hopper
+            with warp roles, D of 64, 80, 96 or 128 in half types; no GPU has run it yet, and "auto" takes it only where
+            a measured row of its table says that it is faster), "flash" (the first of
             flash-attn 4, 3, 2 and torch's copy that is installed and serves the GPU; half types; groups need a plan
             that was made on the CPU), "torch" (CPU: fused CPU attention batched over sequences of equal length; CUDA:
             torch's FlashAttention for half types, else SDPA by sequence, which reads `cu_seqlens` on the host),
@@ -186,21 +187,23 @@ def _choose(call: AttentionCall, return_lse: bool) -> tuple[str, str]:
         return "reference", "float64 is for checking; the kernels take bfloat16, float16 and float32"
     if q.device.type != "cuda" or not HAS_TRITON:
         return "torch", "there is no Triton for this device; torch's FlashAttention, or SDPA by sequence"
-    if torch.compiler.is_compiling() or lacks(call, return_lse=return_lse):
+    if torch.compiler.is_compiling():
+        return "triton", "this package's kernels"
+    available = () if lacks(call, return_lse=return_lse) else installed()
+    available += (GLUON,) if gluon_lacks(q) is None else ()
+    if not available:
         return "triton", "this package's kernels"
     capability = torch.cuda.get_device_capability(q.device)
     name = torch.cuda.get_device_name(q.device)
     shared = call.groups is not None
-    return choose(Case(capability, name, q.shape[2], call.training, shared, call.mean_length))
+    return choose(Case(capability, name, q.shape[2], call.training, shared, call.mean_length), available)
 
 
 def _tile_tables(
     backend: str, q: Tensor, cu_seqlens: Tensor, groups: Tensor | None, plan: AttentionPlan | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables that the kernels read for q, from `plan` or made here."""
-    tiles = kernel_tiles(q, shared=groups is not None)
-    if backend == "gluon":
-        tiles = tiles._replace(forward=GLUON_TILE)
+    tiles = GLUON_TILES if backend == "gluon" else kernel_tiles(q, shared=groups is not None)
     if plan is None:
         plan = make_plan(
             cu_seqlens,

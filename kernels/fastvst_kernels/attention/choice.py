@@ -1,8 +1,8 @@
-"""What `backend="auto"` chooses on a GPU: this package's Triton kernels, or an installed FlashAttention library.
+"""What `backend="auto"` chooses on a GPU: this package's kernels (Triton, Gluon) or a FlashAttention library.
 
-The table `tables/attention_libraries.json` says for which calls a library is faster, by architecture, head dimension,
-direction and groups. Its first rows are models. `record` puts measured ones before them, and the first row that fits
-decides.
+The table `tables/attention_libraries.json` says for which calls a library or Gluon is faster, by architecture, head
+dimension, direction and groups. Its first rows are models. `record` puts measured ones before them, and the first row
+that fits decides. Only a measured row may name Gluon, so `auto` takes it on no GPU that was not measured.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvst_kernels.attention.libraries import LIBRARIES, installed, serves
+from fastvst_kernels.attention.libraries import LIBRARIES, serves
 from fastvst_kernels.shared.tile_tables import TABLES
 
 TABLE = TABLES / "attention_libraries.json"
 TRITON = "triton"
+GLUON = "gluon"
+CONTENDERS = (TRITON, GLUON, *LIBRARIES)
 DIRECTIONS = ("any", "inference", "training")
 
 
@@ -76,10 +78,10 @@ class Row:
 
 
 def fastest(case: Case, rows: tuple[Row, ...], available: tuple[str, ...]) -> tuple[str, str]:
-    """The library of `available`, or "triton", that the first fitting row names, and the reason.
+    """The contender of `available`, or "triton", that the first fitting row names, and the reason.
 
     Args:
-        available: names of `LIBRARIES` that are installed.
+        available: names of `LIBRARIES` that are installed, and "gluon" where its kernels can run.
     """
     row = next((row for row in rows if row.fits(case)), None)
     if row is None:
@@ -87,14 +89,16 @@ def fastest(case: Case, rows: tuple[Row, ...], available: tuple[str, ...]) -> tu
     for name in row.order:
         if name == TRITON:
             return TRITON, f"this package's kernels ({row.source})"
+        if name == GLUON in available:
+            return GLUON, f"this package's kernels for Hopper ({row.source})"
         if name in available and serves(name, case.capability, case.width, case.training):
             return name, row.source
-    return TRITON, f"this package's kernels; faster here, but not installed: {', '.join(row.order)}"
+    return TRITON, f"this package's kernels; faster here, but not available: {', '.join(row.order)}"
 
 
-def choose(case: Case) -> tuple[str, str]:
-    """`fastest` with the package's table and what is installed here."""
-    return fastest(case, read_rows(TABLE), installed())
+def choose(case: Case, available: tuple[str, ...]) -> tuple[str, str]:
+    """`fastest` with the package's table."""
+    return fastest(case, read_rows(TABLE), available)
 
 
 @functools.cache
@@ -116,14 +120,14 @@ def record(case: Case, milliseconds: Mapping[str, float], source: str, path: Pat
 
     Args:
         case: the call that was timed.
-        milliseconds: time of each contender, "triton" or a name of `LIBRARIES`.
+        milliseconds: time of each contender, of `CONTENDERS`.
         source: command and date of the measurement.
 
     Raises:
         ValueError: an unknown contender, or no time for Triton.
     """
-    if TRITON not in milliseconds or set(milliseconds) - {TRITON, *LIBRARIES}:
-        raise ValueError(f"times of {sorted(milliseconds)}; expected 'triton' and any of {list(LIBRARIES)}")
+    if TRITON not in milliseconds or set(milliseconds) - set(CONTENDERS):
+        raise ValueError(f"times of {sorted(milliseconds)}; expected 'triton' and any of {list(CONTENDERS[1:])}")
     row = Row(
         case.capability[0],
         (case.width, case.width),
@@ -146,6 +150,10 @@ def record(case: Case, milliseconds: Mapping[str, float], source: str, path: Pat
 def _row(raw: dict[str, Any]) -> Row:
     low, high = raw["heads"]
     row = Row(**(raw | {"heads": (low, high), "order": tuple(raw["order"])}))
-    if row.direction not in DIRECTIONS or set(row.order) - {TRITON, *LIBRARIES}:
-        raise ValueError(f"row {raw}: expected a direction of {DIRECTIONS} and an order of {[TRITON, *LIBRARIES]}")
+    if row.direction not in DIRECTIONS or set(row.order) - set(CONTENDERS):
+        raise ValueError(f"row {raw}: expected a direction of {DIRECTIONS} and an order of {list(CONTENDERS)}")
+    if GLUON in row.order and row.gpu is None:
+        raise ValueError(
+            f"row {raw}: 'gluon' without the name of the GPU that was measured; only a measurement names it"
+        )
     return row

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from fastvst_kernels.attention.plan import KernelTiles
 from fastvst_kernels.shared.backend import HAS_TRITON, interpreted
 from fastvst_kernels.shared.tile_tables import Tile
 
 HOPPER = (9, 0)  # compute capability
 WIDTHS = (64, 80, 96, 128)  # head dimensions: one piece of 64 or 128 columns, or 64 and a smaller one
 ROWS = 64  # queries of a warp group: the rows of a wgmma instruction
-BLOCK_N = 128  # keys of a block
-GLUON_TILE = Tile(2 * ROWS, BLOCK_N, 4, 1)  # two warp groups share a tile of queries
+BLOCK_N = 128  # keys of a block of the forward and the dQ kernel
+BLOCK_M = 64  # queries of a block of the dK/dV kernel: with 128 columns dK, dV, P and dP take 192 of 240 registers
+# Two warp groups share a tile of queries (forward, dQ) or of keys (dK/dV).
+GLUON_TILES = KernelTiles(Tile(2 * ROWS, BLOCK_N, 4, 1), Tile(2 * ROWS, BLOCK_N, 4, 1), Tile(BLOCK_M, 2 * ROWS, 4, 1))
 
 
 def takes(q: Tensor) -> str | None:
@@ -25,27 +30,37 @@ def takes(q: Tensor) -> str | None:
 
 
 def check_gluon(q: Tensor) -> None:
-    """Check that the Gluon kernel can compute attention of q (T, Hq, D).
+    """Check that the Gluon kernels can compute attention of q (T, Hq, D).
 
     Raises:
         ValueError: what is missing, and what to use instead.
     """
-    what = "backend 'gluon'"
+    if (why := gluon_lacks(q)) is not None:
+        raise ValueError(f"backend 'gluon' {why}")
+
+
+def gluon_lacks(q: Tensor) -> str | None:
+    """Why the Gluon kernels cannot compute attention of q (T, Hq, D) here and what to use instead, or None."""
     if not HAS_TRITON:
-        raise ValueError(f"{what} needs the triton package, which is not installed; use 'torch'")
+        return "needs the triton package, which is not installed; use 'torch'"
     if interpreted():
-        raise ValueError(f"{what} does not run in Triton's interpreter (TRITON_INTERPRET=1); use 'triton'")
+        return "does not run in Triton's interpreter (TRITON_INTERPRET=1); use 'triton'"
     if q.device.type != "cuda":
-        raise ValueError(f"{what} needs a Hopper GPU (compute capability 9.0), but q is on {q.device}; use 'auto'")
+        return f"needs a Hopper GPU (compute capability 9.0), but q is on {q.device}; use 'auto'"
     capability = torch.cuda.get_device_capability(q.device)
     if capability != HOPPER:
-        raise ValueError(
-            f"{what} needs a Hopper GPU (compute capability 9.0), but {q.device} has {capability[0]}.{capability[1]}; "
-            "use 'auto' or 'triton'"
-        )
+        found = f"{q.device} has {capability[0]}.{capability[1]}"
+        return f"needs a Hopper GPU (compute capability 9.0), but {found}; use 'auto' or 'triton'"
     if (wrong := takes(q)) is not None:
-        raise ValueError(f"{what} does not take {wrong}; use 'auto' or 'triton'")
+        return f"does not take {wrong}; use 'auto' or 'triton'"
+    return _import_fails()
+
+
+@functools.cache
+def _import_fails() -> str | None:
+    """What the adapter of Gluon's API says where it refuses this version of triton."""
     try:
-        import fastvst_kernels.attention.gluon_api  # noqa: F401 - it refuses other versions of triton
+        import fastvst_kernels.attention.gluon_api  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{what}: {error}") from error
+        return f"cannot run: {error}"
+    return None

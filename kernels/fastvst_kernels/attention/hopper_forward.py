@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastvst_kernels.attention.gluon_api import (
-    TensorDescriptor,
     fence_async_shared,
     gl,
     gluon,
@@ -29,6 +28,7 @@ from fastvst_kernels.attention.gluon_api import (
 from fastvst_kernels.attention.gluon_backend import BLOCK_N, ROWS, takes
 from fastvst_kernels.attention.hopper_tiles import (
     as_operand,
+    describe,
     load_tiles,
     masked,
     rescaled,
@@ -446,7 +446,7 @@ def hopper_forward(
     if tokens == 0 or len(tiles) == 0:
         return out, lse
     d0, d1 = pieces(width)
-    descriptors = [_describe(x, n, d) for x, n in ((q, rows), (k, block_n), (v, block_n)) for d in (d0, d1 or d0)]
+    descriptors = [describe(x, n, d) for x, n in ((q, rows), (k, block_n), (v, block_n)) for d in (d0, d1 or d0)]
     most = multiprocessors(q.device) if programs is None else programs
     hopper_forward_kernel[(min(most, len(tiles) * heads),)](
         *descriptors,
@@ -470,15 +470,3 @@ def hopper_forward(
         num_warps=4,
     )
     return out, lse
-
-
-def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """(T, H, D) as (T, H * D) in boxes of `rows` tokens and `columns` channels."""
-    tokens, heads, width = x.shape
-    dense = x.stride(2) == 1 and (heads == 1 or x.stride(1) == width)
-    if not dense or x.data_ptr() % 16 or (tokens > 1 and x.stride(0) * x.itemsize % 16):
-        x = x.contiguous()
-    flat = x.as_strided((tokens, heads * width), (x.stride(0), 1), x.storage_offset())
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns], layout)

@@ -1,8 +1,11 @@
-"""What the Gluon attention kernel for Hopper is made of: key blocks, the loading warp, softmax, masks, stores."""
+"""What the Gluon attention kernels for Hopper are made of: key blocks, the loading warp, softmax, masks, stores."""
 
 from __future__ import annotations
 
-from fastvst_kernels.attention.gluon_api import gl, gluon, mbarrier, tma, warpgroup_mma
+import torch
+from torch import Tensor
+
+from fastvst_kernels.attention.gluon_api import TensorDescriptor, gl, gluon, mbarrier, tma, warpgroup_mma
 
 
 @gluon.jit
@@ -53,6 +56,32 @@ def load_rows(desc0, desc1, row, column, ready, to0, to1, N: gl.constexpr, D0: g
     tma.async_copy_global_to_shared(desc0, [row, column], ready, to0)
     if D1 > 0:
         tma.async_copy_global_to_shared(desc1, [row, column + D0], ready, to1)
+
+
+@gluon.jit
+def load_pair(
+    a0_desc,
+    a1_desc,
+    b0_desc,
+    b1_desc,
+    row,
+    column,
+    ready,
+    a0,
+    a1,
+    b0,
+    b1,
+    N: gl.constexpr,
+    D0: gl.constexpr,
+    D1: gl.constexpr,
+):
+    """`load_rows` of the same rows of two tensors, which signal `ready` together."""
+    mbarrier.expect(ready, 2 * N * (D0 + D1) * 2)
+    tma.async_copy_global_to_shared(a0_desc, [row, column], ready, a0)
+    tma.async_copy_global_to_shared(b0_desc, [row, column], ready, b0)
+    if D1 > 0:
+        tma.async_copy_global_to_shared(a1_desc, [row, column + D0], ready, a1)
+        tma.async_copy_global_to_shared(b1_desc, [row, column + D0], ready, b1)
 
 
 @gluon.jit
@@ -227,3 +256,18 @@ def store_columns(out_ptr, values, begin, end, stride, D: gl.constexpr):
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     places = out_ptr + (rows.to(gl.int64) * stride)[:, None] + columns[None, :]
     gl.store(places, values, mask=(rows < end)[:, None])
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """(T, H, D) as (T, H * D) in boxes of `rows` tokens and `columns` channels.
+
+    Tensors to which TMA cannot point (heads that are not neighbours, rows that are no multiple of 16 bytes) are copied.
+    """
+    tokens, heads, width = x.shape
+    dense = x.stride(2) == 1 and (heads == 1 or x.stride(1) == width)
+    if not dense or x.data_ptr() % 16 or (tokens > 1 and x.stride(0) * x.itemsize % 16):
+        x = x.contiguous()
+    flat = x.as_strided((tokens, heads * width), (x.stride(0), 1), x.storage_offset())
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns], layout)

@@ -6,13 +6,14 @@ plain PyTorch path of the CPU. The logsumexp is (Hq, T) here, as the kernels wri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvst_kernels.attention import cpu
-from fastvst_kernels.attention.gluon_backend import GLUON_TILE
+from fastvst_kernels.attention.gluon_backend import GLUON_TILES
 from fastvst_kernels.attention.plan import AttentionPlan, ForwardState, kernel_tiles
 from fastvst_kernels.attention.segments import LengthBatch, batch_by_length
 from fastvst_kernels.shared.boundary import without_autocast
@@ -95,16 +96,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.set_materialize_grads(False)
 
 
-@without_autocast
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+def _gradients(operator: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    """The gradients of the ten inputs by one of the two backward operators."""
     if dout is None and dlse is None:
         return (None,) * 10
     q, k, v, out, lse, *tables = ctx.saved_tensors
     # A gradient may be expanded (stride 0, from a sum), but the kernels read dense rows.
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = attention_backward_op(dout, dlse, q, k, v, out, lse, *tables, ctx.causal, ctx.scale)
+    grads = operator(dout, dlse, q, k, v, out, lse, *tables, ctx.causal, ctx.scale)
     return (*grads, *(None,) * 7)
+
+
+@without_autocast
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    return _gradients(attention_backward_op, ctx, dout, dlse)
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -121,18 +127,16 @@ def gluon_attention_op(
     v: Tensor,
     cu_seqlens: Tensor,
     groups: Tensor | None,
-    forward_tiles: Tensor | None,
-    query_tiles: Tensor | None,
-    key_tiles: Tensor | None,
+    forward_tiles: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_op` with the forward kernel in Gluon, for Hopper; the backward pass is the same."""
-    if forward_tiles is None:
-        raise ValueError("packed attention on a GPU needs tile tables; call fastvst_kernels.packed_attention")
+    """`attention_op` by the Gluon kernels for Hopper; the tables are those of `AttentionPlan.tables(GLUON_TILES)`."""
     from fastvst_kernels.attention.hopper_forward import hopper_forward
 
-    plan = AttentionPlan(q.shape[0], causal, groups is not None, {GLUON_TILE.block_m: forward_tiles}, {})
+    plan = _gluon_plan(q, groups, forward_tiles, key_tiles, causal)
     return hopper_forward(q, k, v, plan, scale=scale)
 
 
@@ -142,7 +146,49 @@ def _(q, k, v, cu_seqlens, groups, forward_tiles, query_tiles, key_tiles, causal
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-gluon_attention_op.register_autograd(_backward, setup_context=_setup_context)
+@torch.library.custom_op("fastvst::packed_attention_gluon_backward", mutates_args=(), device_types="cuda")
+def gluon_attention_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    groups: Tensor | None,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous; `dlse` (Hq, T) is the gradient of the logsumexp or None."""
+    from fastvst_kernels.attention.hopper_backward import hopper_backward
+
+    plan = _gluon_plan(q, groups, query_tiles, key_tiles, causal)
+    return hopper_backward(dout, dlse, ForwardState(q, k, v, out, lse), plan, scale=scale)
+
+
+@gluon_attention_backward_op.register_fake
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens, groups, query_tiles, key_tiles, causal, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _gluon_plan(
+    q: Tensor, groups: Tensor | None, query_tiles: Tensor, key_tiles: Tensor, causal: bool
+) -> AttentionPlan:
+    """The plan with the tables that the Gluon kernels read."""
+    queries = {GLUON_TILES.queries.block_m: query_tiles}
+    keys = {GLUON_TILES.keys.block_n: key_tiles}
+    return AttentionPlan(q.shape[0], causal, groups is not None, queries, keys)
+
+
+@without_autocast
+def _gluon_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    return _gradients(gluon_attention_backward_op, ctx, dout, dlse)
+
+
+gluon_attention_op.register_autograd(_gluon_backward, setup_context=_setup_context)
 
 
 # The launchers are imported when a kernel is launched, because the package must import where there is no Triton.

@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvst_kernels.flops  # noqa: F401 - the formulas that the counter uses
 from fastvst_kernels import packed_attention, prepare
-from fastvst_kernels.attention import libraries
+from fastvst_kernels.attention import api, choice, libraries
 from fastvst_kernels.attention.backends import AttentionCall, lacks
 from fastvst_kernels.attention.choice import TABLE, Case, choose, fastest, read_rows, record
 from fastvst_kernels.attention.library_op import attend, library_attention_op
 from tests.support import flash_libraries
 from tests.support.attention_oracle import Pack, Results, formula, group, join
+from tests.support.pretended_gpu import pretended_gpu
 
 STAND_INS = {
     "flash-attn-4": flash_libraries.flash_attention_4,
@@ -182,7 +183,7 @@ def test_auto_on_a_gpu(changes, available, expected):
 
 
 def test_without_a_library_auto_takes_the_own_kernels():
-    assert choose(case())[0] == "triton"
+    assert choose(case(), ())[0] == "triton"
 
 
 def test_a_measurement_overrides_the_model(tmp_path):
@@ -201,6 +202,38 @@ def test_a_measurement_overrides_the_model(tmp_path):
     path.write_text('{"rows": [{"arch": 9}]}')
     read_rows.cache_clear()
     with pytest.raises(ValueError, match=r"table\.json is no table"):
+        read_rows(path)
+
+
+def test_auto_takes_gluon_where_a_measurement_says_so(tmp_path, monkeypatch):
+    """On the fake driver of a Hopper GPU, by the launches; the package's own table never does."""
+    path = tmp_path / "table.json"
+    path.write_text(TABLE.read_text())
+    offsets = torch.tensor([0, 40], dtype=torch.int32)
+
+    def launched(name, dtype=torch.bfloat16):
+        with pretended_gpu(name=name) as seen:
+            q = torch.empty(40, 2, 128, device="cuda", dtype=dtype, requires_grad=True)
+            plan = prepare(offsets, causal=True).to("cuda")
+            packed_attention(q, q, q, offsets.cuda(), causal=True, plan=plan).sum().backward()
+            return {kernel for kernel in seen.launches if kernel.endswith("_kernel")}
+
+    assert not any("hopper" in kernel for kernel in launched("NVIDIA H100"))
+    monkeypatch.setattr(choice, "TABLE", path)
+    monkeypatch.setattr(api, "installed", lambda: ())
+    record(case(mean_length=40), {"triton": 1.0, "gluon": 0.8}, "made up", path)
+    assert launched("NVIDIA H100") == {
+        f"hopper_{name}_kernel" for name in ("forward", "delta", "backward_queries", "backward_keys")
+    }
+    assert not any("hopper" in kernel for kernel in launched("NVIDIA H200"))  # another GPU
+    assert not any("hopper" in kernel for kernel in launched("NVIDIA H100", torch.float32))
+    record(case(mean_length=40), {"triton": 0.7, "gluon": 0.8}, "made up", path)
+    assert not any("hopper" in kernel for kernel in launched("NVIDIA H100"))
+    model = json.loads(TABLE.read_text())
+    model["rows"][0]["order"] = ["gluon"]
+    path.write_text(json.dumps(model))
+    read_rows.cache_clear()
+    with pytest.raises(ValueError, match="only a measurement names it"):
         read_rows(path)
 
 
