@@ -23,11 +23,10 @@ from fastvst.batch import Cost, EncodedSample
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.rollout import Engine, SamplingParams
 from fastvst.rollout.batch_invariant import batch_invariant
-from fastvst.rollout.cuda_graphs import empty_tables
-from fastvst.rollout.decode import forward_tables
+from fastvst.rollout.decode import DecodeState, Sizes, decode_step, forward_tables
 from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.mismatch import mismatch
-from fastvst.rollout.sampler import make_rows, next_tokens
+from fastvst.rollout.sampler import make_rows
 from fastvst_kernels import packed_attention, prepare, sample_tokens
 from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
 from fastvst_kernels.invariant.tiles import make_tiles
@@ -200,12 +199,12 @@ def launch_kernels(preset: str, options: Options) -> Figures:
 
             model.model(hidden, torch.empty(3, 2 * length, device=options.device, dtype=torch.int32), attend)
         for case in CASES:
-            tables = empty_tables((case.rows, 8, 32, case.group), options.device)
-            hidden = forward_tables(model, pool, tables)
             measure_sampling(model.head_weight, case.rows, options)
-            params = [SamplingParams()] * case.rows
-            rows = make_rows(params, list(range(case.rows)), config.vocab_size, options.device)
-            next_tokens(hidden, model.head_weight, rows, tables.tokens, tables.tokens[:2])
+            rows = make_rows([SamplingParams()] * case.rows, [0] * case.rows, config.vocab_size, torch.device("cpu"))
+            sizes = Sizes(rows=case.rows, own=8, groups=case.rows // case.group, prompt=32, most=case.group)
+            state = DecodeState(sizes, config.vocab_size, options.device, rows)
+            decode_step(model, pool, state, state.tables.tokens[:2].clone())
+        hidden = forward_tables(model, pool, state.tables)
         invariant_mm(hidden, model.head_weight.t(), torch.float32)
         invariant_mm(hidden, model.model.layers[0].self_attn.o_proj.weight.t())
         tiles = make_tiles([(range(64), 0, range(64))]).to(options.device)

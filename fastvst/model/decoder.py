@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvst.model.config import ModelConfig
-from fastvst.model.layers import Attend, GatedMLP, Norm, run_block
+from fastvst.model.layers import Attend, CachedAttention, GatedMLP, Norm, run_block
 from fastvst.model.published import PublishedNames
 from fastvst.model.recompute import of_blocks
 from fastvst_kernels import mrope
@@ -53,13 +53,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.index = index
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, *, light: bool) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend | CachedAttention, *, light: bool) -> Tensor:
         """(T, hidden) and (3, T) positions -> (T, hidden)"""
         attn = self.self_attn
         qkv, x = norm_qkv(x, self.input_layernorm, attn.qkv_proj, light=light)
-        q, k, v = attn.rope(qkv, positions)
-        a = attend(self.index, q, k, v).flatten(1)
-        return self.mlp(a, x, attn.o_proj, self.post_attention_layernorm, light=light)
+        if isinstance(attend, CachedAttention):
+            a = attend(self.index, qkv, attn.qkv_proj.bias)
+        else:
+            a = attend(self.index, *attn.rope(qkv, positions))
+        return self.mlp(a.flatten(1), x, attn.o_proj, self.post_attention_layernorm, light=light)
 
 
 class Decoder(nn.Module):
@@ -71,13 +73,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, *, recompute: str = "none") -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend | CachedAttention, *, recompute: str = "none"
+    ) -> Tensor:
         """Run the layers on embedded tokens.
 
         Args:
             x: (T, hidden_size).
             positions: (3, T) integer M-RoPE positions.
-            attend: layer i calls `attend(i, q, k, v)` with (T, heads, head_dim) tensors.
+            attend: layer i calls `attend(i, q, k, v)` with (T, heads, head_dim) tensors; a CachedAttention
+                `attend(i, product, bias)`.
             recompute: the decoder's policy (see `fastvst.model.recompute`).
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,14 @@ from fastvst_kernels.norm.float32 import float32_rms_norm
 from fastvst_kernels.recompute import BlockEnd, project_norm_mlp
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, heads, head_dim)
+
+
+class CachedAttention(abc.ABC):
+    """Attention that also does what lies between the QKV product and it: a decode step writes its KV cache there."""
+
+    @abc.abstractmethod
+    def __call__(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """(T, heads, head_dim) from the product (T, width) without its bias."""
 
 
 class Norm(nn.Module):

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvst_kernels.attention.api  # noqa: F401 - registers the operators of packed attention
 from fastvst.model import Qwen25VL
 from fastvst.model.layers import Attend
-from fastvst.rollout.decode import DecodeBatch, new_slots, run_decoder
+from fastvst.rollout.decode import run_decoder
+from fastvst.rollout.decode_batch import DecodeBatch
 from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.request import Chunk
 from fastvst.rollout.sampler import Drawn, SamplingRows, next_tokens
@@ -31,6 +32,7 @@ from fastvst_kernels.invariant.op import invariant_attention, invariant_mm
 from fastvst_kernels.invariant.tiles import AttentionTiles, make_tiles
 from fastvst_kernels.lm_head.cross_entropy import cross_entropy_forward
 from fastvst_kernels.lm_head.logprobs import logprobs_backward, logprobs_forward
+from fastvst_kernels.paged_rope.op import new_slots
 
 aten = torch.ops.aten
 
@@ -123,7 +125,10 @@ def bitwise_forward(model: Qwen25VL, batch: DecodeBatch) -> Tensor:
         shared = pool.slots(prompt.pages, 0, prompt.length)
         own = pool.slots(batch.host_table[row], 0, length + 1)
         parts.append((np.array([row]), prompt.length + length, np.concatenate([shared, own])))
-    return run_decoder(model, batch.tables, _attend_tiles(pool, make_tiles(parts), new_slots(pool, batch.tables)))
+    assert batch.state is not None  # it has been placed on the device
+    tables = batch.state.tables
+    slots = new_slots(tables.page_table, tables.lengths, pool.page_size)
+    return run_decoder(model, tables, _attend_tiles(pool, make_tiles(parts), slots))
 
 
 def _attend_tiles(pool: PagePool, tiles: AttentionTiles, slots: Tensor) -> Attend:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from fastvst.batch import EncodedSample
 from fastvst.data.sample import Sample
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.rollout.kv_cache import make_pool, prefix_key
+from fastvst.rollout.kv_cache import PagePool, make_pool, prefix_key
 from fastvst.rollout.request import (
     Completion,
     Request,
@@ -52,6 +52,7 @@ class EngineConfig:
         prefill_tokens: prompt tokens of one step; longer prompts are computed in chunks.
         numerics: "fast", or "bitwise": log-probabilities equal the trainer's in every bit, at a cost.
         cuda_graphs: replay decode steps as CUDA graphs (on a GPU, in fast numerics; see `cuda_graphs.py`).
+        late: read tokens when the next decode step has been started (see `decode_batch.py`). None: on a GPU.
     """
 
     memory: int | float = 0.25
@@ -60,6 +61,7 @@ class EngineConfig:
     prefill_tokens: int = 8192
     numerics: Literal["fast", "bitwise"] = "fast"
     cuda_graphs: bool = True
+    late: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_sequences", "prefill_tokens"):
@@ -93,14 +95,16 @@ class Stats:
     preemptions: int = 0
     peak_pages: int = 0
 
-    def add_step(self, work: Work, seconds: float, scheduler: Scheduler, vision: VisionCache) -> None:
-        """Count a step, and take over the totals that others count."""
+    def add_step(
+        self, work: Work | None, taken: int, seconds: float, scheduler: Scheduler, vision: VisionCache
+    ) -> None:
+        """Count a step, in which `taken` tokens of decoding were read, and take over the totals that others count."""
+        self.decode_tokens += taken
         if isinstance(work, PrefillWork):
             self.prefill_tokens += work.tokens
             self.prefill_seconds += seconds
         else:
-            self.decode_tokens += len(work.completions)
-            self.decode_steps += 1
+            self.decode_steps += work is not None
             self.decode_seconds += seconds
         self.shared_tokens = scheduler.prompts.shared_tokens
         self.vision_runs = vision.runs
@@ -246,23 +250,23 @@ class Engine:
         """
         begin = time.perf_counter()
         scheduler, runner = self._ready()
+        taken = scheduler.running.taken
         work = scheduler.schedule()
-        if work is None:
-            return False
-        drawn = runner.run(work)
+        drawn = None if work is None else runner.run(work)
         finished = scheduler.update(work, drawn)
-        for completion in finished:
-            self._deliver(completion)
-        self.stats.add_step(work, time.perf_counter() - begin, scheduler, self.vision)
+        self._deliver(finished)
+        seconds = time.perf_counter() - begin
+        self.stats.add_step(work, scheduler.running.taken - taken, seconds, scheduler, self.vision)
         return bool(finished)
 
     def cancel(self, request: Request) -> None:
         """Finish a request now; rollouts that are not complete keep the tokens drawn so far ("cancelled")."""
         scheduler, _ = self._ready()
+        self._deliver(scheduler.drain())
         for completion in request.completions:
             if request.rollouts[completion.index] is None:
                 scheduler.finish(completion, "cancelled")
-                self._deliver(completion)
+                self._deliver([completion])
 
     @property
     def idle(self) -> bool:
@@ -280,8 +284,7 @@ class Engine:
         """Scheduler and runner, with the KV cache allocated."""
         if self.scheduler is None or self.runner is None:
             self.scheduler = make_scheduler(self.model, self.config, self.stop_tokens, self.processor)
-            pool = self.scheduler.pool
-            self.runner = Runner(self.model, pool, self.vision, self.config.numerics, self.config.cuda_graphs)
+            self.runner = make_runner(self.model, self.scheduler.pool, self.vision, self.config)
         return self.scheduler, self.runner
 
     def _check_fits(self, prompt: Sample | EncodedSample, params: SamplingParams) -> None:
@@ -290,14 +293,14 @@ class Engine:
         scheduler.check(f"{prompt.source}/{prompt.id}", length, params.max_tokens)
         check_allowed(params.allowed, self.model.config)
 
-    def _deliver(self, completion: Completion) -> None:
-        """Turn a finished completion into a Rollout."""
-        if completion.prompt.over:
-            self.vision.done(completion.prompt)
-        if self.idle:
-            self.vision.forget()
-        text = final_text(completion, self.processor, self.stop_tokens)
-        completion.request.rollouts[completion.index] = completion.rollout(text, time.perf_counter())
+    def _deliver(self, finished: Sequence[Completion]) -> None:
+        """Turn finished completions into Rollouts."""
+        for completion in finished:
+            if completion.prompt.over:
+                self.vision.done(completion.prompt)
+            if self.idle:
+                self.vision.forget()
+            completion.deliver(final_text(completion, self.processor, self.stop_tokens), time.perf_counter())
 
     def _abort(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
         """Forget requests after an exception, whatever their status."""
@@ -305,6 +308,7 @@ class Engine:
             for completion in request.completions:
                 scheduler.finish(completion, "cancelled")
             self.vision.done(request.prompt)
+        scheduler.take_finished()  # of a step that nobody will hear of
         if scheduler.idle:
             scheduler.pool.clear()
             self.vision.clear()
@@ -337,7 +341,13 @@ def make_scheduler(
     weight = model.head_weight
     pool = make_pool(model.config, config.memory, config.page_size, dtype=weight.dtype, device=weight.device)
     stops = StopRules(stop_tokens, model.config.vocab_size, processor)
-    return Scheduler(pool, stops, max_sequences=config.max_sequences, prefill_tokens=config.prefill_tokens)
+    late = weight.device.type == "cuda" if config.late is None else config.late
+    return Scheduler(pool, stops, max_sequences=config.max_sequences, prefill_tokens=config.prefill_tokens, late=late)
+
+
+def make_runner(model: Qwen25VL, pool: PagePool, vision: VisionCache, config: EngineConfig) -> Runner:
+    """A runner without graphs yet."""
+    return Runner(model, pool, vision, config.numerics, config.cuda_graphs)
 
 
 def next_window(left: deque[int], params: Sequence[SamplingParams], rows: int) -> list[int]:

@@ -19,6 +19,7 @@ from fastvst.batch import EncodedSample
 from fastvst.model import ModelConfig
 from fastvst.rollout.request import PromptState, RolloutError
 from fastvst_kernels.shared.cpu import lazy_zeros
+from fastvst_kernels.shared.tensors import send
 
 KEY_TOKENS = 16  # text prompts that differ in their first 16 tokens are not compared any further
 
@@ -107,6 +108,13 @@ class PagePool:
         index = torch.tensor(pages, device=self.keys.device)
         self.keys.index_copy_(1, index, saved[0].to(self.keys.device))
         self.values.index_copy_(1, index, saved[1].to(self.values.device))
+
+    def wipe(self, pages: Sequence[int], begin: int) -> None:
+        """Zero what a list of pages has from token `begin` on, and page 0."""
+        slots = np.concatenate([self.slots(pages, begin, len(pages) * self.page_size), np.arange(self.page_size)])
+        index = send(torch.from_numpy(slots), self.keys.device)
+        for cache in (self.keys, self.values):
+            cache.flatten(1, 2).index_fill_(1, index, 0)
 
     def clear(self) -> None:
         """Zero all bytes. After an error pages may hold NaN, which a mask does not hide."""

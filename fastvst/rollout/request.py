@@ -232,10 +232,10 @@ class Completion:
     def params(self) -> SamplingParams:
         return self.request.params
 
-    def rollout(self, text: str, now: float) -> Rollout:
-        """The result, once the status is FINISHED; `now` is the time of `time.perf_counter`."""
+    def deliver(self, text: str, now: float) -> None:
+        """Put the result into the request, once the status is FINISHED; `now` is the time of `time.perf_counter`."""
         begin = self.request.begin
-        return Rollout(
+        self.request.rollouts[self.index] = Rollout(
             tokens=self.tokens,
             text=text,
             logprobs=self.logprobs,

@@ -18,12 +18,14 @@ from fastvst.rollout.batch_invariant import (
     bitwise_next_tokens,
 )
 from fastvst.rollout.cuda_graphs import DecodeGraphs
-from fastvst.rollout.decode import DecodeBatch, forward_tables, seen_tokens
+from fastvst.rollout.decode import DecodeState, NextTokens, decode_step, forward_tables
+from fastvst.rollout.decode_batch import DecodeBatch, seen_tokens
 from fastvst.rollout.kv_cache import PagePool
 from fastvst.rollout.prefill import ChunkAttention, fast_chunk_attention, run_chunks
-from fastvst.rollout.sampler import Drawn, SamplingRows, make_rows, next_tokens
+from fastvst.rollout.sampler import Drawn, make_rows, next_tokens
 from fastvst.rollout.scheduler import DecodeWork, PrefillWork, Work
 from fastvst.rollout.vision_cache import VisionCache, embed_prompts
+from fastvst_kernels.shared.tensors import send
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Numerics:
     Attributes:
         context: a context manager around every computation.
         chunk_attention: attention of prompt chunks.
-        forward: (model, batch) -> (B, hidden) of one decode step.
+        forward: (model, batch) -> (B, hidden) of one decode step of a batch that has been placed.
         next_tokens: as `sampler.next_tokens`.
         graphs: whether decode steps may be replayed as CUDA graphs.
     """
@@ -41,13 +43,14 @@ class Numerics:
     context: Callable[[], Any]
     chunk_attention: ChunkAttention
     forward: Callable[[Qwen25VL, DecodeBatch], Tensor]
-    next_tokens: Callable[[Tensor, Tensor, SamplingRows, Tensor, Tensor, Tensor | None], Drawn]
+    next_tokens: NextTokens
     graphs: bool
 
 
 def fast_forward(model: Qwen25VL, batch: DecodeBatch) -> Tensor:
     """(B, hidden) of one decode step."""
-    return forward_tables(model, batch.pool, batch.tables, batch.decode_pieces())
+    assert batch.state is not None
+    return forward_tables(model, batch.pool, batch.state.tables, batch.decode_pieces())
 
 
 NUMERICS = {
@@ -72,14 +75,17 @@ class Runner:
         self.numerics = NUMERICS[numerics]
         self.vision = vision
         self.device = pool.keys.device
-        self.graphs: DecodeGraphs | None = None
-        if cuda_graphs and self.numerics.graphs and self.device.type == "cuda":
-            self.graphs = DecodeGraphs(model, pool)
         placeholders = [model.config.image_token_id, model.config.video_token_id]
         self.forbidden = torch.tensor(placeholders, device=self.device)
+        self.graphs: DecodeGraphs | None = None
+        if cuda_graphs and self.numerics.graphs and self.device.type == "cuda":
+            self.graphs = DecodeGraphs(model, pool, self.forbidden)
 
-    def run(self, work: Work) -> Drawn | None:
-        """The next token of each of `work.completions`; None if there are none."""
+    def run(self, work: Work) -> Drawn | Tensor | None:
+        """The next token of each of `work.completions`, on the device (a decode step's as `DecodeState.out`).
+
+        None if there are none.
+        """
         with self.numerics.context(), torch.no_grad():
             return self._decode(work) if isinstance(work, DecodeWork) else self._prefill(work)
 
@@ -93,19 +99,29 @@ class Runner:
         vocabulary = self.model.config.vocab_size
         hidden = torch.stack([c.prompt.last_hidden for c in completions])  # type: ignore[misc]
         rows = make_rows([c.params for c in completions], [c.seed for c in completions], vocabulary, self.device)
-        seen = None if rows.penalty is None else seen_tokens(completions, vocabulary).to(self.device)
+        seen = None if rows.penalty is None else send(seen_tokens(completions, vocabulary), self.device)
         steps = torch.zeros(len(completions), dtype=torch.int64, device=self.device)
-        return self._draw(hidden, rows, steps, seen)
-
-    def _decode(self, work: DecodeWork) -> Drawn:
-        batch = work.batch
-        if self.graphs is None:
-            hidden = self.numerics.forward(self.model, batch)
-        else:
-            if batch.age == 0:
-                self.graphs.check_addresses()
-            hidden = self.graphs.forward(batch.tables)
-        return self._draw(hidden, batch.rows, batch.steps, batch.seen)
-
-    def _draw(self, hidden: Tensor, rows: SamplingRows, steps: Tensor, seen: Tensor | None) -> Drawn:
         return self.numerics.next_tokens(hidden, self.model.head_weight, rows, steps, self.forbidden, seen)
+
+    def _decode(self, work: DecodeWork) -> Tensor:
+        batch = work.batch
+        if batch.state is None:
+            self._place(batch)
+        state = batch.state
+        assert state is not None
+        if batch.table_changed:
+            state.write_pages(batch.host_table)
+            batch.table_changed = False
+        if self.graphs is not None:
+            self.graphs.replay(batch)
+        else:
+            hidden = self.numerics.forward(self.model, batch)
+            decode_step(self.model, self.pool, state, self.forbidden, hidden, self.numerics.next_tokens)
+        return state.out
+
+    def _place(self, batch: DecodeBatch) -> None:
+        """Load a batch into a state on the device."""
+        if self.graphs is not None:
+            self.graphs.place(batch)
+        else:
+            batch.place(DecodeState(batch.sizes, self.model.config.vocab_size, self.device, batch.rows))

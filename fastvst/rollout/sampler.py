@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,14 +22,14 @@ from fastvst_kernels.sampling.reference import apply_filters_, head_logits
 from fastvst_kernels.shared.tensors import send
 
 BLOCK = 64  # entries of a block of the two-level sum
-NOT_FINITE = -1  # in place of a token, so the host learns it from the tokens, which it reads anyway
+NOT_FINITE = -1  # in place of a token, so the host learns it from what it reads anyway
 
 
 class Drawn(NamedTuple):
     """One token for each of B rows.
 
     Attributes:
-        tokens: (B,) int64; NOT_FINITE in a row whose logits contain NaN or infinity.
+        tokens: (B,) int64; where logits contain NaN or infinity NOT_FINITE, or log-probabilities that are not finite.
         logprobs, raw_logprobs: (B,) under the sampling distribution and under the model's own (see `Rollout`); None if
             no row asks for them.
     """
@@ -36,6 +37,45 @@ class Drawn(NamedTuple):
     tokens: Tensor
     logprobs: Tensor | None = None
     raw_logprobs: Tensor | None = None
+
+
+class Reading:
+    """The way of a step's tokens to the host, in one copy that nobody waits for until `values`.
+
+    Logits that are not finite show in what is read: in a token, or in its log-probabilities.
+    """
+
+    def __init__(self, drawn: Drawn | Tensor) -> None:
+        """`drawn`: of a step, or what `pack` made of it."""
+        packed = pack(drawn) if isinstance(drawn, Drawn) else drawn
+        self._copied: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            self._host = packed.to("cpu", non_blocking=True)  # into page-locked memory
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = packed.clone()
+
+    def values(self) -> np.ndarray:
+        """(3, B) float64: tokens (NOT_FINITE where logits are not), log-probabilities, raw ones; waits for the copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: np.ndarray = self._host.numpy()
+        found[0, ~np.isfinite(found).all(0)] = NOT_FINITE
+        return found
+
+
+def pack(drawn: Drawn, out: Tensor | None = None) -> Tensor:
+    """(3, B) float64, in `out` if it is given: tokens and both log-probabilities, 0 if there are none.
+
+    Tokens and float32 numbers are exact in float64.
+    """
+    tokens = drawn.tokens
+    out = torch.zeros((3, len(tokens)), dtype=torch.float64, device=tokens.device) if out is None else out
+    for row, values in zip(out, (tokens, drawn.logprobs, drawn.raw_logprobs), strict=True):
+        if values is not None:
+            row.copy_(values)
+    return out
 
 
 @dataclass(frozen=True)
@@ -152,7 +192,11 @@ def next_tokens(
 def sample_fused(
     hidden: Tensor, weight: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None
 ) -> Drawn:
-    """`next_tokens` by `fastvst_kernels.sample_tokens`; log-probabilities in float32."""
+    """`next_tokens` by `fastvst_kernels.sample_tokens`; log-probabilities in float32.
+
+    The token of a row whose logits are not finite may be any number: its log-probabilities are not finite either.
+    Without log-probabilities it is NOT_FINITE.
+    """
     tokens, logprobs, raw_logprobs = sample_tokens(
         hidden,
         weight,
@@ -167,8 +211,9 @@ def sample_fused(
         top_p=rows.top_p,
         min_p=rows.min_p,
     )
-    tokens = torch.where(torch.isfinite(logprobs) & torch.isfinite(raw_logprobs), tokens, NOT_FINITE)
-    return Drawn(tokens, logprobs, raw_logprobs) if rows.logprobs else Drawn(tokens)
+    if rows.logprobs:
+        return Drawn(tokens, logprobs, raw_logprobs)
+    return Drawn(torch.where(torch.isfinite(logprobs) & torch.isfinite(raw_logprobs), tokens, NOT_FINITE))
 
 
 def sample(logits: Tensor, rows: SamplingRows, steps: Tensor, forbidden: Tensor, seen: Tensor | None = None) -> Drawn:

@@ -8,15 +8,19 @@ fails half-way for lack of pages.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastvst.rollout.decode import DecodeBatch, RunningCompletions, check_finite
+import numpy as np
+from torch import Tensor
+
+from fastvst.rollout.decode_batch import DecodeBatch, RunningCompletions, check_finite
 from fastvst.rollout.kv_cache import OutOfPages, PagePool, ResidentPrompts
 from fastvst.rollout.request import Chunk, Completion, PromptState, Request, RolloutError, Status
-from fastvst.rollout.sampler import Drawn
+from fastvst.rollout.sampler import Drawn, Reading
 from fastvst.rollout.stop_strings import StopRules
 
 
@@ -58,16 +62,21 @@ class Scheduler:
         preemptions: how often a completion was swapped to the host.
     """
 
-    def __init__(self, pool: PagePool, stops: StopRules, *, max_sequences: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, stops: StopRules, *, max_sequences: int, prefill_tokens: int, late: bool = False
+    ) -> None:
         """
         Args:
             max_sequences: completions that may be active (PREFILLING or RUNNING) at the same time.
             prefill_tokens: prompt tokens of one step.
+            late: read the tokens of a decode step when the next one has been started.
         """
         self.pool = pool
         self.stops = stops
         self.max_sequences = max_sequences
         self.prefill_tokens = prefill_tokens
+        self.late = late
+        self._finished: list[Completion] = []
         self.waiting: deque[Completion] = deque()
         self.prefilling: list[Completion] = []
         self.running = RunningCompletions(pool, stops.is_eos)
@@ -84,17 +93,7 @@ class Scheduler:
 
     def check(self, name: str, prompt_tokens: int, max_tokens: int) -> None:
         """Raises RolloutError if a prompt and one completion do not fit even alone, ValueError for an empty prompt."""
-        if not prompt_tokens:
-            raise ValueError(f"the prompt {name} has no tokens")
-        pool = self.pool
-        need = pool.needed(prompt_tokens) + pool.needed(max_tokens)
-        if need > pool.pages:
-            room = pool.pages * pool.page_size
-            raise RolloutError(
-                f"{name}: a prompt of {prompt_tokens} tokens and a completion of up to {max_tokens} need {need} pages "
-                f"of {pool.page_size} tokens; the budget has {pool.pages} ({room} tokens, {pool.bytes / 1e6:.1f} MB). "
-                "Raise memory, or lower max_tokens or the prompt's pixels"
-            )
+        refuse_too_long(self.pool, name, prompt_tokens, max_tokens)
 
     def submit(self, request: Request) -> None:
         """Queue the completions of a request that passed `check`."""
@@ -105,42 +104,72 @@ class Scheduler:
 
         Prompts go first, so that the decode batch is as large as possible.
         """
-        self._admit()
-        if self.prefilling:
-            chunks = next_chunks(self.prompts.incomplete(), self.prefill_tokens)
-            completed = {c.prompt for c in chunks if c.end == c.prompt.length}
-            return PrefillWork(chunks, [c for c in self.prefilling if c.prompt.ready or c.prompt in completed])
-        if self.running:
+        while True:
+            if self.running.exhausted:
+                self.settle()
+            self._admit()
+            if self.prefilling:
+                chunks = next_chunks(self.prompts.incomplete(), self.prefill_tokens)
+                completed = {c.prompt for c in chunks if c.end == c.prompt.length}
+                return PrefillWork(chunks, [c for c in self.prefilling if c.prompt.ready or c.prompt in completed])
+            if not self.running:
+                return None
             full = self.running.without_room()
             if full:
                 self._grow(full)
                 self.running.add_pages(full)
-            return DecodeWork(self.running.batch())
-        return None
+            if self.running and not self.running.exhausted:  # growing may end them: swapping out reads their tokens
+                return DecodeWork(self.running.batch())
 
-    def update(self, work: Work, drawn: Drawn | None) -> list[Completion]:
-        """Take the tokens of a step (None if it drew none); returns the completions that finished with it.
+    def update(self, work: Work | None, drawn: Drawn | Tensor | None) -> list[Completion]:
+        """Take the tokens of a step (None if it drew none); returns the completions that have finished.
+
+        If tokens are read late, the tokens taken are those of the decode step before.
 
         Raises:
-            RolloutError: logits that are not finite; nothing has changed then.
+            RolloutError: logits that are not finite; the step is undone then.
         """
-        if drawn is None:
-            return []
-        if isinstance(work, PrefillWork):
-            self._start(work.completions, drawn)
-            candidates = work.completions
-        else:
-            rows = work.batch.advance(drawn)
-            if rows:
-                self.running.hand_over()
-            candidates = [work.completions[row] for row in rows]
-        finished = []
+        if isinstance(work, PrefillWork) and drawn is not None:
+            give_first_tokens(work.completions, Reading(drawn).values())
+            for completion in work.completions:
+                completion.status = Status.RUNNING
+                self.running.add(completion)
+            self.prefilling = [c for c in self.prefilling if c.status is Status.PREFILLING]
+            self._finish(work.completions)
+            self.settle()  # the host has waited for these steps
+        elif isinstance(work, DecodeWork) and drawn is not None:
+            self.running.started(work.batch, drawn)
+            self.settle(unread=int(self.late))
+        return self.take_finished()
+
+    def settle(self, unread: int = 0) -> None:
+        """Read steps, until so many are unread.
+
+        Raises:
+            RolloutError: as `update`.
+        """
+        while self.running.unread > unread:
+            self._finish(self.running.read())
+
+    def drain(self) -> list[Completion]:
+        """Read all steps; returns what `take_finished` does. Logits that are not finite are found again later."""
+        with contextlib.suppress(RolloutError):  # undone: the next step computes it again and raises
+            self.settle()
+        return self.take_finished()
+
+    def take_finished(self) -> list[Completion]:
+        """The completions that have finished since the last call, in order; cancelled ones are not among them."""
+        finished = self._finished
+        self._finished = []
+        return finished
+
+    def _finish(self, candidates: Sequence[Completion]) -> None:
+        """Finish those whose newest token ends them."""
         for completion in candidates:
             reason = self.stops.finish_reason(completion)
             if reason is not None:
                 self.finish(completion, reason)
-                finished.append(completion)
-        return finished
+                self._finished.append(completion)
 
     def finish(self, completion: Completion, reason: str) -> None:
         """Take a completion out, whatever its status; its prompt leaves with its last completion."""
@@ -152,7 +181,7 @@ class Scheduler:
             prompt.waiting -= 1
         else:
             self._deactivate(completion)
-            self._free_pages(completion)
+            free_pages(self.pool, completion)
         completion.status = Status.FINISHED
         completion.finish_reason = reason
         completion.saved = None
@@ -161,23 +190,6 @@ class Scheduler:
             prompt.saved = None
             prompt.last_hidden = None
             prompt.embedded = None
-
-    def _start(self, completions: Sequence[Completion], drawn: Drawn) -> None:
-        """Give completions their first tokens; they are RUNNING from now on. Raises as `update`."""
-        tokens = drawn.tokens.cpu().numpy()
-        check_finite(completions, [0] * len(completions), tokens)
-        own = None if drawn.logprobs is None else drawn.logprobs.tolist()
-        raw = None if drawn.raw_logprobs is None else drawn.raw_logprobs.tolist()
-        now = time.perf_counter()
-        for row, (completion, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):
-            completion.tokens.append(token)
-            completion.first_token_time = now
-            if own is not None and raw is not None and completion.params.logprobs:
-                completion.logprobs.append(own[row])
-                completion.raw_logprobs.append(raw[row])
-            completion.status = Status.RUNNING
-            self.running.add(completion)
-        self.prefilling = [c for c in self.prefilling if c.status is Status.PREFILLING]
 
     def _admit(self) -> None:
         """Activate waiting completions as long as rows and pages last."""
@@ -219,14 +231,17 @@ class Scheduler:
                 if self.prompts.make_room(1):
                     completion.pages += self.pool.allocate(1)
                     break
-                self._swap_out(self.running[-1])
+                if self.running.unread:  # swapping out waits for these steps anyway, and what ends in them frees pages
+                    self.settle()
+                else:
+                    self._swap_out(self.running[-1])
 
     def _swap_out(self, completion: Completion) -> None:
         """Copy a running completion to the host and queue it before all others."""
         self._deactivate(completion)
         if completion.stored:
             completion.saved = self.pool.save(completion.pages[: self.pool.needed(completion.stored)])
-        self._free_pages(completion)
+        free_pages(self.pool, completion)
         completion.status = Status.SWAPPED
         completion.preemptions += 1
         self.preemptions += 1
@@ -237,10 +252,38 @@ class Scheduler:
         (self.running if completion.status is Status.RUNNING else self.prefilling).remove(completion)
         completion.prompt.active -= 1
 
-    def _free_pages(self, completion: Completion) -> None:
-        self.pool.release(completion.pages)
-        self.pool.release(completion.prompt.pages)
-        completion.pages = []
+
+def free_pages(pool: PagePool, completion: Completion) -> None:
+    """Release the pages of a completion, and its use of its prompt's."""
+    pool.release(completion.pages)
+    pool.release(completion.prompt.pages)
+    completion.pages = []
+
+
+def give_first_tokens(completions: Sequence[Completion], values: np.ndarray) -> None:
+    """Give completions their first tokens and log-probabilities, (3, B) of `Reading`. Raises as `check_finite`."""
+    check_finite(completions, [0] * len(completions), values[0])
+    now = time.perf_counter()
+    for completion, (token, own, raw) in zip(completions, values.T.tolist(), strict=True):
+        completion.tokens.append(int(token))
+        completion.first_token_time = now
+        if completion.params.logprobs:
+            completion.logprobs.append(own)
+            completion.raw_logprobs.append(raw)
+
+
+def refuse_too_long(pool: PagePool, name: str, prompt_tokens: int, max_tokens: int) -> None:
+    """See `Scheduler.check`."""
+    if not prompt_tokens:
+        raise ValueError(f"the prompt {name} has no tokens")
+    need = pool.needed(prompt_tokens) + pool.needed(max_tokens)
+    if need > pool.pages:
+        room = pool.pages * pool.page_size
+        raise RolloutError(
+            f"{name}: a prompt of {prompt_tokens} tokens and a completion of up to {max_tokens} need {need} pages "
+            f"of {pool.page_size} tokens; the budget has {pool.pages} ({room} tokens, {pool.bytes / 1e6:.1f} MB). "
+            "Raise memory, or lower max_tokens or the prompt's pixels"
+        )
 
 
 def next_chunks(prompts: Sequence[PromptState], budget: int) -> list[Chunk]:

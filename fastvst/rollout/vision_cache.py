@@ -102,14 +102,14 @@ def embed_prompts(model: Qwen25VL, prompts: Sequence[PromptState], cache: Vision
         key = prompt.vision_key
         cache.runs += bool(len(prompt.sample.grid))
         if key is not None:
-            features[key] = rows[prompt.sample.vision_slots.long().to(rows.device)]
+            features[key] = rows[send(prompt.sample.vision_slots.long(), rows.device)]
             if key in cache.users:
                 cache.features[key] = features[key]
         cache.done(prompt)
     for prompt in repeated:
         assert prompt.vision_key is not None
-        rows = model.model.embed_tokens(prompt.sample.tokens.long().to(model.head_weight.device))
-        slots = prompt.sample.vision_slots.long().to(rows.device)
+        rows = model.model.embed_tokens(send(prompt.sample.tokens.long(), model.head_weight.device))
+        slots = send(prompt.sample.vision_slots.long(), rows.device)
         prompt.embedded = rows.index_copy(0, slots, features[prompt.vision_key])
         cache.done(prompt)
 

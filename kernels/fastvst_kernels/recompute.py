@@ -90,6 +90,7 @@ def project_norm_mlp(a: Tensor, residual: Tensor, end: BlockEnd, *, light: bool,
         (T, K).
     """
     parameters = [p for layer in (end.projection, end.gate_up, end.down) for p in (layer.weight, layer.bias)]
+    light = light or not torch.is_grad_enabled()  # without a backward pass nothing is kept
     return _ProjectNormMLP.apply(a, residual, end.norm.weight, end.norm.eps, light, keep_product, *parameters)
 
 

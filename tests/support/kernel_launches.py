@@ -32,6 +32,7 @@ from fastvst_kernels.invariant.tiles import make_tiles
 from fastvst_kernels.lm_head import kernels as lm_head
 from fastvst_kernels.lm_head.types import Coefficients, Statistics
 from fastvst_kernels.norm import kernels as norm
+from fastvst_kernels.paged_rope import kernels as paged_rope
 from fastvst_kernels.rope import kernels as rope
 from fastvst_kernels.rotary import kernels as rotary
 from fastvst_kernels.sampling import kernels as sampling
@@ -161,6 +162,22 @@ def decoding(rows: int, model: Model) -> None:
         decode.decode(empty(rows, model.heads, 128), pages, pages, tables, 0.1, splits=4)
 
 
+def page_writes(rows: int, model: Model) -> None:
+    """Bias, rotation and page write of a decode step; all axes have the same positions."""
+    pages = empty(400, 16, model.kv_heads, 128)
+    paged_rope.write(
+        empty(rows, (model.heads + 2 * model.kv_heads) * 128),
+        empty((model.heads + 2 * model.kv_heads) * 128),
+        empty(rows, dtype=torch.int64).expand(3, rows),
+        empty(64, dtype=F32),
+        pages,
+        pages,
+        empty(rows, 32, dtype=torch.int64),
+        empty(rows, dtype=torch.int64),
+        (16, 24),
+    )
+
+
 def heads(rows: int, model: Model) -> None:
     """Statistics and gradient of logits: of cross entropy, and of a policy loss with an entropy term."""
     vectors = [empty(rows, dtype=F32) for _ in range(5)]
@@ -210,6 +227,7 @@ def cases() -> dict[str, Callable[[int], None]]:
                 rows, m, 128, causal=True, shared=True
             ),
             f"{name} decode": lambda rows, m=model: decoding(min(rows, 512), m),
+            f"{name} page write": lambda rows, m=model: page_writes(min(rows, 512), m),
             f"{name} LM head": lambda rows, m=model: heads(rows, m),
             f"{name} sampling": lambda rows, m=model: draws(min(rows, 512), m),
             f"{name} rotary": lambda rows, m=model: rotations(rows, m),

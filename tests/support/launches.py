@@ -26,6 +26,7 @@ from fastvst_kernels.attention.op import attention_backward_op, attention_op
 from fastvst_kernels.attention.plan import make_plan
 from fastvst_kernels.decode.op import decode_attention_op
 from fastvst_kernels.norm.op import rms_norm_backward_op, rms_norm_op
+from fastvst_kernels.paged_rope.op import paged_mrope_op
 from fastvst_kernels.rope.op import rope_backward_op, rope_op
 from fastvst_kernels.tuning.aot import SHARED_LIMIT
 from fastvst_kernels.window.op import window_backward_op, window_op
@@ -49,6 +50,7 @@ CHOOSING = (
     window_op,
     window_backward_op,
     decode_attention_op,
+    paged_mrope_op,
 )
 
 

@@ -36,6 +36,8 @@ META = torch.device("meta")
 NAME = "NVIDIA H100 80GB HBM3"
 CAPABILITY = (9, 0)
 PROPERTIES = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+LATE = "event with work behind it"
+NEWEST = "event of the newest work"
 # Their result's size depends on values, or is a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 
@@ -61,12 +63,14 @@ class Seen:
     Attributes:
         driver: has the launches of Triton kernels that were compiled.
         launches: of torch's operators and of Triton kernels that were not compiled, by name.
+        queued: number of all launches so far.
         waits: in order.
         pinned: tensors in page-locked memory, by the address of their storage.
     """
 
     driver: FakeDriver
     launches: Counter[str]
+    queued: int = 0
     waits: list[Wait] = field(default_factory=list)
     pinned: dict[int, Tensor] = field(default_factory=dict)
 
@@ -90,6 +94,25 @@ class Seen:
         text = linecache.getline(path, frame.f_lineno).strip()
         file = str(Path(path).relative_to(ROOT))
         self.waits.append(Wait(what, file, frame.f_lineno, frame.f_code.co_name, text))
+
+    def launched(self, name: str) -> None:
+        self.launches[name] += 1
+        self.queued += 1
+
+
+class Event:
+    """`torch.cuda.Event`. Waiting for one costs nothing where more work is queued behind it: the GPU does not idle."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self.queued = -1
+
+    def record(self) -> None:
+        self.queued = self.seen.queued
+
+    def synchronize(self) -> None:
+        assert self.queued >= 0, "the event has not been recorded"
+        self.seen.wait(LATE if self.seen.queued > self.queued else NEWEST)
 
 
 def _ours(file: str) -> bool:
@@ -163,7 +186,7 @@ class Body(TorchDispatchMode):
             with self, self.costume:
                 return OPDEFS[function.name()]._init_fn(*args, **kwargs)
         if not FREE.fullmatch(name) and _has_meta((args, kwargs)):
-            self.seen.launches[name] += 1
+            self.seen.launched(name)
         if name in READS and args[0].is_meta:
             return self._read(name, args[0])
         if name in ("index", "index_put", "index_put_") and args[0].is_meta:
@@ -207,7 +230,8 @@ class Body(TorchDispatchMode):
         target = kwargs.get("device") or source.device if name == "_to_copy" else args[0].device
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
         if source.is_meta and target.type == "cpu":
-            self.seen.wait("tensor read by the host")
+            if blocking:
+                self.seen.wait("tensor read by the host")
             if name == "copy_":
                 return args[0].fill_(1)
             return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
@@ -249,7 +273,7 @@ def pretended_gpu(*, compiles: bool = False, name: str = NAME) -> Iterator[Seen]
         launches: Counter[str] = Counter()
 
         def count(**launch: Any) -> bool:
-            launches[launch["fn"].name.rpartition(".")[2]] += 1
+            seen.launched(launch["fn"].name.rpartition(".")[2])
             return True
 
         seen = Seen(stack.enter_context(fake_driver(None if compiles else count)), launches)
@@ -269,6 +293,7 @@ def pretended_gpu(*, compiles: bool = False, name: str = NAME) -> Iterator[Seen]
             "max_memory_allocated": lambda device=None: 0,
             "reset_peak_memory_stats": lambda device=None: None,
             "is_current_stream_capturing": lambda: False,
+            "Event": lambda *args, **options: Event(seen),
             "synchronize": lambda device=None: seen.wait("torch.cuda.synchronize"),
         }
         for function, value in replaced.items():

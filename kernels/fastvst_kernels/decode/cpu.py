@@ -27,9 +27,9 @@ def decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, pieces: DecodePieces, sc
 def merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attention over each: the share of `a` is sigmoid(lse_a - lse_b).
 
-    Where one set is empty (logsumexp -inf) the other is returned unchanged.
+    Where one set is empty (logsumexp -inf) the other is returned unchanged; where both are, 0 and -inf.
     """
-    share = torch.sigmoid(lse_a - lse_b)[..., None].to(a.dtype)
+    share = torch.sigmoid(lse_a - lse_b).nan_to_num(0.0)[..., None].to(a.dtype)  # -inf - -inf is NaN
     return torch.lerp(b, a, share), torch.logaddexp(lse_a, lse_b)
 
 

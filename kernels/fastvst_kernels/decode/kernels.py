@@ -2,13 +2,13 @@
 
 A program of the first kernel holds a tile of query rows that read the same pages: for a shared prompt all rows of its
 group times the query heads of one KV head, for a row's own pages only these heads. So a prompt's keys are read once per
-group instead of once per row. Shapes and grids depend on B, G and the widths of the tables only, never on lengths, so a
-captured graph stays valid while the lengths grow.
+group instead of once per row. Both kinds of programs are in one launch. Shapes and grids depend on B, G and the widths
+of the tables only, never on lengths, so a captured graph stays valid while the lengths grow.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvst_kernels.decode.tables import PageTables
+from fastvst_kernels.shared.tile_tables import most_registers
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 MOST_SPLITS = 16
+# Of the partial kernel, for which it is compiled once.
+COUNTS = ["rows", "tiles", "splits", "own_splits", "shared_programs", "prefix_stride", "table_stride"]
 BLOCK_M = (16, 64)  # query rows of a tile; 64 hold 8 rows of 8 heads. Each is one more compilation in a rollout
 
 
@@ -44,24 +47,30 @@ def settings(queries: int, width: int, dtype: torch.dtype) -> Settings:
     return Settings(block_m, 64, warps, stages) if width <= 128 else Settings(block_m, 32, warps, 3)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "first_part", "table_stride"])
-def decode_partial_kernel(
+def registers(numbers: Settings, dtype: torch.dtype, padded: bool) -> int | None:
+    """`maxnreg` of the partial kernel (see `most_registers`): also where columns are masked, which spills on sm_100."""
+    return most_registers(numbers.num_warps, torch.float32 if padded else dtype)
+
+
+@triton.jit
+def attend_list(
     q_ptr,
     k_ptr,
     v_ptr,
-    table_ptr,
-    lengths_ptr,
-    offsets_ptr,
-    parts_ptr,
+    list_ptr,
+    part_ptr,
     part_lse_ptr,
     qk_scale,
-    rows,
+    length,
+    share,
+    split,
+    first,
+    queries,
+    tile,
     heads,
     repeat,
-    tiles,
-    first_part,
+    kv_head,
     width,
-    table_stride,
     stride_qb,
     stride_qh,
     stride_kp,
@@ -70,40 +79,19 @@ def decode_partial_kernel(
     stride_vp,
     stride_vt,
     stride_vh,
-    GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """O = softmax(Q K^T * scale) V and L = log2 sum 2^(Q K^T * qk_scale) over one split of a list of pages.
+    """O = softmax(Q K^T * scale) V and L = log2 sum 2^(Q K^T * qk_scale) of a tile of query rows over a part of a list.
 
-    One program computes one tile of up to BLOCK_M query rows of one KV head over one split of one list. A query row is
-    (row of q, query head of the KV head); with GROUPS a list has the rows of its group, else one row.
-    Grid: (lists * tiles, KV heads, splits).
-
-    Args:
-        q_ptr: (rows, heads, width). k_ptr, v_ptr: (pages, PAGE, KV heads, width), strides page, token, head.
-        table_ptr: (lists, W) page numbers, row stride table_stride. lengths_ptr: (lists,) tokens.
-        offsets_ptr: (lists + 1,) first row of each group, read with GROUPS only.
-        parts_ptr: (parts, rows, heads, width) float32 and part_lse_ptr: (parts, rows, heads) float32; split s writes
-            part first_part + s. A split without keys writes 0 and -inf.
-        qk_scale: scale * log2(e). repeat: query heads per KV head. tiles: tiles of query rows per list.
-        D, MASK_COLUMNS: `width` rounded up to a power of two, and whether that is wider.
+    A query row is (row of q, query head of the KV head), from row `first` on; the list has `queries` of them. The part
+    is the tokens split * share to (split + 1) * share of the list's `length`. part_ptr (rows, heads, width) and
+    part_lse_ptr (rows, heads) get 0 and -inf from a part without keys.
     """
-    item = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    first = item
-    queries = repeat
-    if GROUPS:
-        first = tl.load(offsets_ptr + item).to(tl.int32)
-        queries = (tl.load(offsets_ptr + item + 1).to(tl.int32) - first) * repeat
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tile * BLOCK_M >= queries:
-        return
     real = m < queries
     row = first + m // repeat
     head = kv_head * repeat + m % repeat
@@ -115,14 +103,12 @@ def decode_partial_kernel(
         mask = mask & inside[None, :]
     q = tl.load(pointers, mask=mask, other=0.0)
 
-    length = tl.load(lengths_ptr + item).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     begin = split * share
     end = tl.minimum(length, begin + share)
+    end = tl.where(tile * BLOCK_M < queries, end, begin)  # a tile without queries reads no keys
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    list_ptr = table_ptr + item.to(tl.int64) * table_stride
     for start in tl.range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         seen = n < end
@@ -146,9 +132,146 @@ def decode_partial_kernel(
 
     some = total > 0
     safe = tl.where(some, total, 1.0)
-    place = ((first_part + split).to(tl.int64) * rows + row) * heads + head
+    place = row.to(tl.int64) * heads + head
     tl.store(part_lse_ptr + place, tl.where(some, top + tl.log2(safe), float("-inf")), mask=real)
-    tl.store(parts_ptr + place[:, None] * width + column[None, :], acc / safe[:, None], mask=mask)
+    tl.store(part_ptr + place[:, None] * width + column[None, :], acc / safe[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def decode_partial_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    prefix_ptr,
+    prefix_lengths_ptr,
+    offsets_ptr,
+    table_ptr,
+    lengths_ptr,
+    parts_ptr,
+    part_lse_ptr,
+    qk_scale,
+    rows,
+    heads,
+    repeat,
+    tiles,
+    splits,
+    own_splits,
+    shared_programs,
+    width,
+    prefix_stride,
+    table_stride,
+    stride_qb,
+    stride_qh,
+    stride_kp,
+    stride_kt,
+    stride_kh,
+    stride_vp,
+    stride_vt,
+    stride_vh,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Partial attention to shared prompts and to rows' own pages, in one launch, so that both fill the GPU together.
+
+    Grid: (groups * tiles * splits + rows * own tiles * own_splits, KV heads). The first shared_programs of the first
+    axis take a tile of BLOCK_G query rows of a group and one split of its prompt; the others take a tile of BLOCK_M of
+    a row's query heads and one split of its own pages. Prompts go first, because they are long.
+
+    Args:
+        q_ptr: (rows, heads, width). k_ptr, v_ptr: (pages, PAGE, KV heads, width), strides page, token, head.
+        prefix_ptr: (groups, P) pages of the prompts, row stride prefix_stride. prefix_lengths_ptr: (groups,) tokens.
+        offsets_ptr: (groups + 1,) first row of each group.
+        table_ptr: (rows, W) own pages, row stride table_stride. lengths_ptr: (rows,) tokens.
+        parts_ptr: (splits + own_splits, rows, heads, width) float32, and part_lse_ptr without the width: the parts of
+            the prompts, then those of the own pages.
+        qk_scale: scale * log2(e). repeat: query heads per KV head. tiles: tiles of query rows of a group.
+        D, MASK_COLUMNS: `width` rounded up to a power of two, and whether that is wider.
+    """
+    program = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    step = tl.full([], 1, tl.int64) * rows * heads  # rows may be a plain 1
+    if program < shared_programs:
+        item = program // (tiles * splits)
+        rest = program % (tiles * splits)
+        split = rest // tiles
+        first = tl.load(offsets_ptr + item).to(tl.int32)
+        queries = (tl.load(offsets_ptr + item + 1).to(tl.int32) - first) * repeat
+        length = tl.load(prefix_lengths_ptr + item).to(tl.int32)
+        attend_list(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            prefix_ptr + item.to(tl.int64) * prefix_stride,
+            parts_ptr + split * step * width,
+            part_lse_ptr + split * step,
+            qk_scale,
+            length,
+            tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N,
+            split,
+            first,
+            queries,
+            rest % tiles,
+            heads,
+            repeat,
+            kv_head,
+            width,
+            stride_qb,
+            stride_qh,
+            stride_kp,
+            stride_kt,
+            stride_kh,
+            stride_vp,
+            stride_vt,
+            stride_vh,
+            PAGE,
+            D,
+            MASK_COLUMNS,
+            BLOCK_G,
+            BLOCK_N,
+        )
+    else:
+        own_tiles = tl.cdiv(repeat, BLOCK_M)
+        own = program - shared_programs
+        item = own // (own_tiles * own_splits)
+        rest = own % (own_tiles * own_splits)
+        split = rest // own_tiles
+        length = tl.load(lengths_ptr + item).to(tl.int32)
+        attend_list(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            table_ptr + item.to(tl.int64) * table_stride,
+            parts_ptr + (splits + split) * step * width,
+            part_lse_ptr + (splits + split) * step,
+            qk_scale,
+            length,
+            tl.cdiv(tl.cdiv(length, BLOCK_N), own_splits) * BLOCK_N,
+            split,
+            item,
+            repeat,
+            rest % own_tiles,
+            heads,
+            repeat,
+            kv_head,
+            width,
+            stride_qb,
+            stride_qh,
+            stride_kp,
+            stride_kt,
+            stride_kh,
+            stride_vp,
+            stride_vt,
+            stride_vh,
+            PAGE,
+            D,
+            MASK_COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
 
 @triton.jit(do_not_specialize=["count", "places"])
@@ -203,27 +326,44 @@ def choose_splits(programs: int, keys: int, block: int, processors: int) -> int:
 
 
 @dataclass(frozen=True)
-class PartialLaunch:
-    """One launch of the partial kernel: the prompts' pages for whole groups, or every row's own pages.
+class Shape:
+    """How a launch of the partial kernel divides its work.
 
     Attributes:
-        table: (lists, W) pages, last stride 1. lengths: (lists,) tokens.
-        grouped: whether a list has the rows of a group; else it has one row.
-        queries: the most query rows of a list and KV head.
-        splits: parts that each list is divided into.
+        tiles: tiles of query rows of a group. own_tiles: of one row.
+        splits: parts of each prompt. own_splits: parts of each row's own pages.
     """
 
-    table: Tensor
-    lengths: Tensor
-    grouped: bool
-    queries: int
     settings: Settings
+    tiles: int
+    own_tiles: int
     splits: int
+    own_splits: int
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of query rows per list."""
-        return -(-self.queries // self.settings.block_m)
+    @staticmethod
+    def of(
+        rows: int,
+        groups: int,
+        most: int,
+        heads: tuple[int, int],
+        keys: tuple[int, int],
+        settings: Settings,
+        processors: int,
+    ) -> Shape:
+        """Splits of prompts and of own pages that each fill the multiprocessors.
+
+        Args:
+            most: rows of the largest group. heads: query heads of a KV head, and KV heads.
+            keys: the most tokens of a prompt, and of a row's own pages.
+        """
+        repeat, kv_heads = heads
+        tiles = -(-most * repeat // settings.block_m)
+        own_tiles = -(-repeat // BLOCK_M[0])
+        splits, own_splits = (
+            choose_splits(programs * kv_heads, tokens, settings.block_n, processors)
+            for programs, tokens in zip((groups * tiles, rows * own_tiles), keys, strict=True)
+        )
+        return Shape(settings, tiles, own_tiles, splits, own_splits)
 
 
 def decode(
@@ -250,64 +390,64 @@ def decode(
     if rows == 0:
         return out, lse
     q, k_pages, v_pages = (_dense(x) for x in (q, k_pages, v_pages))
-    launches = _launches(q, k_pages, tables, splits)
-    count = sum(launch.splits for launch in launches)
+    shape = _shape(q, k_pages, tables)
+    if splits is not None:
+        shape = replace(shape, splits=splits, own_splits=splits)
+    count = shape.splits + shape.own_splits
     parts = torch.empty((count, rows, heads, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((count, rows, heads), dtype=torch.float32, device=q.device)
     padded = triton.next_power_of_2(width)
     columns = {"D": padded, "MASK_COLUMNS": padded != width}
-    first = 0
-    for launch in launches:
-        numbers = launch.settings
-        decode_partial_kernel[(len(launch.table) * launch.tiles, k_pages.shape[2], launch.splits)](
-            q,
-            k_pages,
-            v_pages,
-            launch.table,
-            launch.lengths,
-            tables.group_offsets,
-            parts,
-            part_lse,
-            scale * LOG2_E,
-            rows,
-            heads,
-            heads // k_pages.shape[2],
-            launch.tiles,
-            first,
-            width,
-            launch.table.stride(0),
-            *q.stride()[:2],
-            *k_pages.stride()[:3],
-            *v_pages.stride()[:3],
-            GROUPS=launch.grouped,
-            PAGE=k_pages.shape[1],
-            BLOCK_M=numbers.block_m,
-            BLOCK_N=numbers.block_n,
-            num_warps=numbers.num_warps,
-            num_stages=numbers.num_stages,
-            **columns,
-        )
-        first += launch.splits
+    prefix_pages, page_table = (_dense(x) for x in (tables.prefix_pages, tables.page_table))
+    shared = len(prefix_pages) * shape.tiles * shape.splits
+    decode_partial_kernel[(shared + rows * shape.own_tiles * shape.own_splits, k_pages.shape[2])](
+        q,
+        k_pages,
+        v_pages,
+        prefix_pages,
+        tables.prefix_lengths,
+        tables.group_offsets,
+        page_table,
+        tables.lengths,
+        parts,
+        part_lse,
+        scale * LOG2_E,
+        rows,
+        heads,
+        heads // k_pages.shape[2],
+        shape.tiles,
+        shape.splits,
+        shape.own_splits,
+        shared,
+        width,
+        prefix_pages.stride(0),
+        page_table.stride(0),
+        *q.stride()[:2],
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        PAGE=k_pages.shape[1],
+        BLOCK_G=shape.settings.block_m,
+        BLOCK_M=BLOCK_M[0],
+        BLOCK_N=shape.settings.block_n,
+        num_warps=shape.settings.num_warps,
+        num_stages=shape.settings.num_stages,
+        maxnreg=registers(shape.settings, q.dtype, padded != width),
+        **columns,
+    )
     _merge(parts, part_lse, out, lse, columns)
     return out, lse
 
 
-def _launches(q: Tensor, k_pages: Tensor, tables: PageTables, splits: int | None) -> list[PartialLaunch]:
-    """The two launches of the partial kernel: shared prompts, then own pages."""
+def _shape(q: Tensor, k_pages: Tensor, tables: PageTables) -> Shape:
+    """The launch for these tables on q's device."""
     assert tables.max_group is not None
     page_size, kv_heads = k_pages.shape[1:3]
     repeat = q.shape[1] // kv_heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    made = []
-    for table, lengths, grouped, queries in (
-        (tables.prefix_pages, tables.prefix_lengths, True, tables.max_group * repeat),
-        (tables.page_table, tables.lengths, False, repeat),
-    ):
-        numbers = settings(queries, q.shape[2], q.dtype)
-        programs = len(table) * -(-queries // numbers.block_m) * kv_heads
-        parts = splits or choose_splits(programs, table.shape[1] * page_size, numbers.block_n, processors)
-        made.append(PartialLaunch(_dense(table), lengths, grouped, queries, numbers, parts))
-    return made
+    keys = (tables.prefix_pages.shape[1] * page_size, tables.page_table.shape[1] * page_size)
+    numbers = settings(tables.max_group * repeat, q.shape[2], q.dtype)
+    groups = len(tables.prefix_pages)
+    return Shape.of(q.shape[0], groups, tables.max_group, (repeat, kv_heads), keys, numbers, processors)
 
 
 def _merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, columns: dict[str, Any]) -> None:

@@ -180,6 +180,32 @@ def compute_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     return wanted or max(x.dtype, torch.float32, key=lambda d: torch.finfo(d).bits)
 
 
+def rope_plain(
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    sections: list[int],
+    theta: float,
+    table: torch.dtype,
+    compute: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain path of `rope_op`."""
+    width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    sizes = [n * width for n in (num_heads, num_kv_heads, num_kv_heads)]
+    parts = [part.unflatten(1, (-1, width)) for part in qkv.split(sizes, dim=1)]
+    if bias is None:
+        parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    else:
+        adds = [b.view(1, -1, width) for b in bias.split(sizes)]
+        parts = [(part + b).to(qkv.dtype).contiguous() for part, b in zip(parts, adds, strict=True)]
+    cos, sin = angle_table(positions, width, sections, theta, table)
+    for part in parts[:2]:
+        rotate_(part, cos, sin, compute_dtype(qkv, compute))
+    return parts[0], parts[1], parts[2]
+
+
 @torch.library.custom_op("fastvst::rope", mutates_args=())
 def rope_op(
     qkv: Tensor,
@@ -208,17 +234,7 @@ def rope_op(
             sections=(sections[0], sections[1]),
             numbers=config("rope_forward", shape_class(width, qkv.dtype), qkv.device),
         )
-    sizes = [n * width for n in (num_heads, num_kv_heads, num_kv_heads)]
-    parts = [part.unflatten(1, (-1, width)) for part in qkv.split(sizes, dim=1)]
-    if bias is None:
-        parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    else:
-        adds = [b.view(1, -1, width) for b in bias.split(sizes)]
-        parts = [(part + b).to(qkv.dtype).contiguous() for part, b in zip(parts, adds, strict=True)]
-    cos, sin = angle_table(positions, width, sections, theta, table)
-    for part in parts[:2]:
-        rotate_(part, cos, sin, compute_dtype(qkv, compute))
-    return parts[0], parts[1], parts[2]
+    return rope_plain(qkv, bias, positions, num_heads, num_kv_heads, sections, theta, table, compute)
 
 
 @rope_op.register_fake

@@ -36,6 +36,15 @@ def test_groups(backend, dtype):
     assert_close(case, run(case, backend))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_row_without_any_key_among_rows_with_both_kinds(backend):
+    """A padding row of a batch: its output must be 0, not NaN, or it spoils the page that it writes."""
+    case = make_case([(9, [2, 0]), (0, [0, 3, 0])], (4, 2), 16, torch.float32, page_size=4)
+    out, lse = run(case, backend)
+    assert_close(case, (out, lse))
+    assert not out[2].any() and (lse[2] == -torch.inf).all()
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.lists(
