@@ -101,7 +101,8 @@ class Config:
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what a step would cost, and end.
-        device_memory: GB of each GPU that a dry run answers for; none = of the GPU that there is.
+        device_memory: GB of each GPU, for a dry run and for whether the engine is kept between steps; none = of the GPU
+            that there is.
         bad_samples: stop when a larger share of the rows cannot be used; <out>/ledger-*.jsonl lists them.
         origins: (option, where its value comes from) of values that are not the defaults below.
     """
@@ -307,7 +308,9 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
         filtered = FilterState(**state["filter"])
         parked = rank_state.get("parked") if config.resume_data == "same" else None
         restore_data(resume_from, config.resume_data, world, lambda: stream.load_state_dict(rank_state["stream"]))
-    engine, judge = make_engines(model, processor, config, world)
+    kept, line = budget.kept_cache(config, model.config, world)
+    world.say(line)
+    engine, judge = make_engines(model, processor, config, world, kept)
     questions = read_prompts(test_rows, config.evaluation.questions, stream) if test_rows else []
 
     def save(step: int) -> None:

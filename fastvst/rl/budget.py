@@ -225,6 +225,36 @@ def dry_run(config: Any, stream: PromptStream, world: World, *, prompts: int = 1
     return "\n".join([*lines, line]), problem
 
 
+def kept_cache(config: Any, model: ModelConfig, world: World) -> tuple[int | None, str]:
+    """Whether the sampling engine lives from one phase to the next: gathered weights, KV cache and CUDA graphs.
+
+    It does if the update of the worst pack has room for them. A new engine costs a gather into new memory and the
+    capture of its graphs in every step.
+
+    Returns:
+        bytes of the KV cache that is kept (None: everything is freed after each phase), and a line that says so.
+    """
+    sampling = config.sampling
+    device = device_bytes(world, config.device_memory)
+    if sampling.servers:
+        return None, "servers sample, so no engine is kept"
+    if device is None:
+        return None, "the engine is freed after each sampling phase (no GPU, so no limit to compare with)"
+    job = job_of(config, model, world)
+    longest = config.processor.max_seq_len + sampling.answers * sampling.max_tokens
+    phase = rollout_memory(sampling, job, longest, world.size, device)
+    cache = int(phase["KV cache"])
+    update = job.memory().total
+    kept = phase["gathered weights"] + cache
+    fits = update + kept <= SHARE * device
+    line = (
+        f"the engine is {'kept' if fits else 'freed'} between sampling phases: gathered weights and KV cache of "
+        f"{kept / GIB:.2f} GiB and the update's {update / GIB:.2f} GiB {'fit' if fits else 'do not fit'} "
+        f"{SHARE:.0%} of {device / GIB:.1f} GiB (model)"
+    )
+    return cache if fits else None, line
+
+
 def _update_memory(config: Any, job: Job, found: PromptForecast) -> Memory:
     """Memory of the update for full packs of groups with completions of the longest length."""
     completion_tokens = config.sampling.answers * config.sampling.max_tokens

@@ -140,35 +140,50 @@ class RankEngine:
 
     A phase begins with `open` (or `generate`) and ends with `release`, which the trainer calls before it changes the
     weights. Sharded weights (FSDP2) are gathered once in a phase, so every rank calls both. Engine, KV cache and CUDA
-    graphs live through the phase. The KV cache is allocated in the memory that is free when the phase begins.
+    graphs live through the phase. The KV cache is allocated in the memory that is free when the phase begins. With
+    `kept` all of it lives on: the next phase gathers the weights into the same memory, so its graphs stay valid.
 
     Attributes:
         slots: completions that are in progress at the same time, waiting ones included.
     """
 
     def __init__(
-        self, model: Qwen25VL, processor: Processor, config: SamplingConfig, prompt_limit: int, world: World
+        self,
+        model: Qwen25VL,
+        processor: Processor,
+        config: SamplingConfig,
+        prompt_limit: int,
+        world: World,
+        kept: int | None = None,
     ) -> None:
         """
         Args:
             prompt_limit: tokens of the longest prompt.
+            kept: bytes of a KV cache that lives through the run (see `budget.kept_cache`); None: nothing does.
         """
         self.model = model
         self.processor = processor
         self.config = config
         self.prompt_limit = prompt_limit
         self.world = world
+        self.kept = kept
         # A quarter more than decode together wait, so that one starts in the step in which another ends.
         self.slots = max(EngineConfig().max_sequences * 5 // 4, config.answers)
         self._engine: Engine | None = None
+        self._open = False
 
     def open(self) -> Engine:
         """The engine of this phase. Every rank calls it."""
+        if self._engine is not None and self._open:
+            return self._engine
+        plain = self.model
+        if is_sharded(self.model):
+            into = None if self._engine is None else self._engine.model
+            plain = gather_parameters(self.model, into, self.world.dtype)
         if self._engine is None:
-            sharded = is_sharded(self.model)
-            plain = gather_parameters(self.model, dtype=self.world.dtype) if sharded else self.model
-            memory = self.config.kv_cache_bytes(self.model.config, self.prompt_limit, self.world)
+            memory = self.kept or self.config.kv_cache_bytes(self.model.config, self.prompt_limit, self.world)
             self._engine = Engine(plain, self.processor, EngineConfig(memory, numerics=self.config.numerics))
+        self._open = True
         return self._engine
 
     def generate(self, encoded: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Rollout]]:
@@ -208,10 +223,16 @@ class RankEngine:
         return {"prefill": stats.prefill_seconds, "decode": stats.decode_seconds}
 
     def release(self) -> None:
-        """End the phase: free the KV cache and the gathered weights."""
+        """End the phase: free the KV cache and the gathered weights, unless they are kept.
+
+        Raises:
+            RolloutError: requests are in progress.
+        """
         if self._engine is not None:
-            self._engine.release()
-        self._engine = None
+            self._engine.release(keep=self.kept is not None)
+        if self.kept is None:
+            self._engine = None
+        self._open = False
 
 
 class Sampler(Protocol):

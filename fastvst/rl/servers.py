@@ -411,7 +411,7 @@ class ServerEngine:
 
 
 def make_engines(
-    model: Qwen25VL, processor: Processor, config: Any, world: World
+    model: Qwen25VL, processor: Processor, config: Any, world: World, kept: int | None = None
 ) -> tuple[RankEngine | ServerEngine, RankEngine | ServerEngine]:
     """(the engine that samples for the update, the engine of held-out evaluation).
 
@@ -419,11 +419,12 @@ def make_engines(
 
     Args:
         config: of examples/rl.py; its sampling, processor.max_seq_len and out are read.
+        kept: see `RankEngine`.
     """
     sampling = config.sampling
     longest = config.processor.max_seq_len
     if not sampling.servers:
-        engine = RankEngine(model, processor, sampling, longest, world)
+        engine = RankEngine(model, processor, sampling, longest, world, kept)
         return engine, engine
     follower: Follower | None = None
     if sampling.follow == "directory":

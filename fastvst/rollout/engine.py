@@ -174,7 +174,7 @@ class Engine:
         begin = time.perf_counter()
         scheduler, _ = self._ready()
         for prompt, p in zip(prompts, each, strict=True):
-            self._check_fits(prompt, p)
+            check_fits(scheduler, self.model, self.processor, prompt, p)
         left = deque(range(len(prompts)))
         requests: dict[int, Request] = {}
         results: list[list[Rollout]] = [[] for _ in prompts]
@@ -216,10 +216,10 @@ class Engine:
 
     def encode(self, prompt: Sample | EncodedSample, params: SamplingParams | None = None) -> EncodedSample:
         """Encode a prompt after checking that it fits the budget. Raises as `generate`, for this prompt alone."""
-        self._check_fits(prompt, params or SamplingParams())
+        check_fits(self._ready()[0], self.model, self.processor, prompt, params or SamplingParams())
         if isinstance(prompt, EncodedSample):
             return prompt
-        assert self.processor is not None  # _check_fits raises without one
+        assert self.processor is not None  # check_fits raises without one
         return self.processor.encode(prompt, add_generation_prompt=True)
 
     def add(self, prompt: Sample | EncodedSample, params: SamplingParams | None = None) -> Request:
@@ -273,12 +273,17 @@ class Engine:
         """No request is in progress."""
         return self.scheduler is None or self.scheduler.idle
 
-    def release(self) -> None:
-        """Free the KV cache's memory; the next call allocates it again. Raises RolloutError while requests run."""
+    def release(self, *, keep: bool = False) -> None:
+        """The weights may change now: forget what depends on them, and free KV cache and graphs unless they are kept.
+
+        Raises RolloutError while requests run.
+        """
         if not self.idle:
             raise RolloutError("release() while requests are in progress; finish or cancel them first")
-        self.scheduler = None
-        self.runner = None
+        self.vision.clear()
+        if not keep:
+            self.scheduler = None
+            self.runner = None
 
     def _ready(self) -> tuple[Scheduler, Runner]:
         """Scheduler and runner, with the KV cache allocated."""
@@ -286,12 +291,6 @@ class Engine:
             self.scheduler = make_scheduler(self.model, self.config, self.stop_tokens, self.processor)
             self.runner = make_runner(self.model, self.scheduler.pool, self.vision, self.config)
         return self.scheduler, self.runner
-
-    def _check_fits(self, prompt: Sample | EncodedSample, params: SamplingParams) -> None:
-        length = prompt_tokens(prompt, self.processor)
-        scheduler, _ = self._ready()
-        scheduler.check(f"{prompt.source}/{prompt.id}", length, params.max_tokens)
-        check_allowed(params.allowed, self.model.config)
 
     def _deliver(self, finished: Sequence[Completion]) -> None:
         """Turn finished completions into Rollouts."""
@@ -312,6 +311,19 @@ class Engine:
         if scheduler.idle:
             scheduler.pool.clear()
             self.vision.clear()
+
+
+def check_fits(
+    scheduler: Scheduler,
+    model: Qwen25VL,
+    processor: Processor | None,
+    prompt: Sample | EncodedSample,
+    params: SamplingParams,
+) -> None:
+    """Raise what `Engine.generate` documents for a prompt that can never be sampled, or not with these parameters."""
+    length = prompt_tokens(prompt, processor)
+    scheduler.check(f"{prompt.source}/{prompt.id}", length, params.max_tokens)
+    check_allowed(params.allowed, model.config)
 
 
 def check_allowed(allowed: Sequence[tuple[int, ...]], config: ModelConfig) -> None:

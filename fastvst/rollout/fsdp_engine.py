@@ -2,8 +2,8 @@
 
 Between phases each rank holds only its shard. At the start of a phase every parameter is gathered once into a plain
 model, because FSDP2's own unsharded buffers move with every all-gather, and decoding calls each layer thousands of
-times. The plain model is freed at the end. With `keep=True` it stays, and later phases copy into the same memory: then
-its addresses, and the CUDA graphs captured on them, survive optimizer steps.
+times. The plain model is freed at the end. With `keep=True` it stays with the KV cache, and later phases copy into the
+same memory: then its addresses, and the CUDA graphs captured on them, survive optimizer steps.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ParallelEngine:
         """
         Args:
             dtype: of the gathered parameters, if the model is sharded.
-            keep: keep the gathered parameters between phases, see the module's docstring.
+            keep: keep the gathered parameters and the KV cache between phases, see the module's docstring.
         """
         self.model = model
         self.processor = processor
@@ -175,7 +175,7 @@ class ParallelEngine:
     def _free(self) -> None:
         if self._engine is None:
             return
-        self._engine.release()
+        self._engine.release(keep=self.keep)
         if is_sharded(self.model) and not self.keep:
             self._engine = None
 

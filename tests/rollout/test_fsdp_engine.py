@@ -41,6 +41,7 @@ def _rank(env) -> dict:
         first = [[r.tokens for r in many] for many in engine.generate(prompts(), PARAMS)]
         address = engine._engine.model.head_weight.data_ptr()
         memory = engine.memory
+        pool = engine._engine.scheduler.pool
         with torch.no_grad():  # stands for an optimizer step
             for parameter in model.parameters():
                 parameter.mul_(1.05)
@@ -59,6 +60,7 @@ def _rank(env) -> dict:
             "first": first,
             "second": second,
             "same_address": engine._engine.model.head_weight.data_ptr() == address,
+            "same_pages": engine._engine.scheduler.pool is pool,
             "memory": (memory.before, memory.gathered, memory.after),
             "freed": (freed.memory.before, freed.memory.gathered, freed.memory.after),
             "error": error,
@@ -81,6 +83,7 @@ def test_two_ranks_give_the_completions_of_one():
     for found in ranks:
         assert found["first"] == expected and found["second"] == later
         assert found["same_address"], "parameters that are kept are written in place"
+        assert found["same_pages"], "so graphs, which hold addresses of parameters and pages, stay valid"
         assert found["memory"] == (0, size, size) and found["freed"] == (0, size, 0)
         assert "RolloutError: rank" in found["error"] and "memory/3 has no tokens" in found["error"]
         assert abs(found["sum"] - float(sum(v.double().sum() for v in model.state_dict().values()))) < 1e-2
