@@ -37,6 +37,7 @@ from fastvst_kernels.lm_head.cross_entropy import linear_cross_entropy_reference
 from fastvst_kernels.lm_head.logprobs import linear_logprobs_reference
 from fastvst_kernels.lm_head.policy_loss import linear_policy_loss_reference
 from fastvst_kernels.objectives import DAPO
+from fastvst_kernels.paged_rope.op import paged_mrope
 
 Function = Callable[..., Any]
 Lengths = tuple[int, ...]
@@ -156,6 +157,25 @@ class Smoke(Comparison):
         same: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv, "head_dim": 128}
         same |= {"sections": (16, 24, 24), "theta": 1e6}
         return self.both(lambda backend, x, b: mrope(x, b, positions, **same, backend=backend), given)
+
+    def paged_rope(self, preset: str) -> Figures:
+        heads, kv = self.heads[preset]
+        rows = self.pick(67, 5)
+        table = torch.arange(1, rows + 1, device=self.options.device)[:, None]
+        lengths = 1 + self.integers(16, rows)
+        positions = self.integers(9000, 1, rows).expand(3, rows)
+        given = {"x": self.randn(rows, (heads + 2 * kv) * 128), "b": self.randn((heads + 2 * kv) * 128)}
+        given["pages"] = self.randn(rows + 1, 16, kv, 128)
+        same: dict[str, Any] = {"sections": (16, 24, 24), "theta": 1e6, "rope_dtype": torch.float32}
+
+        def run(backend: str, x: Tensor, b: Tensor, pages: Tensor) -> Any:
+            with torch.no_grad():
+                keys = pages.clone()
+                values = pages.clone()
+                q = paged_mrope(x, b, positions, keys, values, table, lengths, **same, backend=backend)
+                return q, keys, values
+
+        return self.both(run, given)
 
     def tower(self, name: str) -> Figures:
         heads = self.pick(16, 2)
@@ -305,6 +325,7 @@ def cases(options: Options) -> Cases:
         yield f"swiglu {width}", lambda width=width: run.swiglu(width)
     for preset in run.heads:
         yield f"mrope {preset}", lambda preset=preset: run.rope(preset)
+        yield f"paged_mrope {preset}", lambda preset=preset: run.paged_rope(preset)
         for name in ("cross entropy", "logprobs", "policy loss"):
             yield f"{name} {preset}", lambda name=name, preset=preset: run.loss(name, preset)
         for words in (True, False):
