@@ -37,7 +37,7 @@ LIBERO_TASKS = {"90": 90}  # the other suites have 10
 METAWORLD_STEPS = 200  # the experts take 40 to 110
 TRIALS = 50
 ATTEMPTS = 3  # of an episode whose simulator fails
-FILMS = 3  # failed episodes of a task that are saved as animations
+FILMS = 3  # failed episodes of a task, and as many successful ones, that are saved as animations
 FRAMES = 100  # of an animation
 FILM_SIZE = 128  # pixels
 FILM_MS = 80  # of a frame
@@ -315,9 +315,9 @@ class Episodes:
 
     def _finish(self, episode: _Episode, *, success: bool, failure: str = "") -> None:
         name = episode.task.name
-        films = len([one for one in self.results.values() if one.task == name and not one.success])
-        if not success and episode.frames and films < FILMS:
-            save_film(episode.frames, self.out / film_of(name, episode.trial))
+        films = len([one for one in self.results.values() if one.task == name and one.success == success])
+        if episode.frames and films < FILMS:
+            save_film(episode.frames, self.out / film_of(name, episode.trial, success=success))
         known = episode.simulator.versions
         spent = round(time.monotonic() - episode.began, 3)
         faults = tuple(episode.faults)

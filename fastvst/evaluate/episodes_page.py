@@ -15,7 +15,8 @@ from fastvst.evaluate.episode_report import EpisodeReport, EpisodeResult, rate_t
 from fastvst.html import page, table
 
 PAGE = "report.html"
-FAILURES = "failures"  # folder of the animations
+FAILURES = "failures"  # folders of the animations
+SUCCESSES = "successes"
 REASON = 300  # characters of a reason in a table
 
 
@@ -66,9 +67,9 @@ def _films(out: Path, report: EpisodeReport) -> list[tuple[str, str]]:
     return [("Failures", f'<div class="grid">{"".join(cards)}</div>')] if cards else []
 
 
-def film_of(task: str, trial: int) -> Path:
+def film_of(task: str, trial: int, *, success: bool = False) -> Path:
     """Where the animation of an episode lies in OUT."""
-    return Path(FAILURES, f"{task}-{trial}.webp")
+    return Path(SUCCESSES if success else FAILURES, f"{task}-{trial}.webp")
 
 
 def _card(result: EpisodeResult) -> str:

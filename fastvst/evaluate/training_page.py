@@ -30,12 +30,9 @@ def write_report(
 ) -> Path:
     """Write `out_dir/index.html` (one static file) and, with results, `out_dir/results.json`; return the page."""
     rows = [r for r in jsonl.read(metrics_path) if "loss" in r]
-    steps = [float(r["step"]) for r in rows]
     losses = [float(r["loss"]) for r in rows]
-    smooth = max(1, len(rows) // 40)
-    sections = [("Training loss", html.line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth))]
+    sections = training_sections(rows)
     out = Path(out_dir)
-    sections += _held_out([(r["step"], r["evaluation"]) for r in rows if "evaluation" in r])
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
@@ -49,6 +46,15 @@ def write_report(
     target = out / "index.html"
     atomic.write_text(target, html.page("fastvst: supervised fine-tuning", lead, sections))
     return target
+
+
+def training_sections(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The curve of the loss, and of the figures on held-out rows, from the rows of metrics.jsonl that have a loss."""
+    steps = [float(r["step"]) for r in rows]
+    losses = [float(r["loss"]) for r in rows]
+    smooth = max(1, len(rows) // 40)
+    chart = html.line_chart(steps, losses, x_label="step", y_label="loss (nats)", smooth=smooth)
+    return [("Training loss", chart), *_held_out([(r["step"], r["evaluation"]) for r in rows if "evaluation" in r])]
 
 
 def _held_out(found: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, str]]:

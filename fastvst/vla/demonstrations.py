@@ -4,8 +4,8 @@ A file has one task: data/demo_N/{actions, states, robot_states, rewards, dones,
 instruction in the attribute problem_info of data. As in LIBERO's files, images are stored turned by 180 degrees, and
 observation t is what was seen before action t. `robot_states` is the proprioception of the simulator.
 
-Every finished episode is a file of its own in OUT/.parts, so that a killed run continues. The seeds are 0, 1, 2, ...;
-an episode in which the expert fails is left out, and a further seed takes its place. Which seeds a file has does not
+Every finished episode is a file of its own in OUT/.parts, so that a killed run continues. The seeds are consecutive; an
+episode in which the expert fails is left out, and a further seed takes its place. Which seeds a file has does not
 depend on the number of simulators.
 """
 
@@ -111,6 +111,21 @@ class _Episode:
     seen: list[Observation] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """Arguments of `collect` that hold for every episode."""
+
+    max_steps: int
+    noise: float
+    first_seed: int
+
+    def noise_of(self, episode: _Episode, dims: int) -> np.ndarray:
+        """(dims,) for the next step of an episode."""
+        drawn = self.noise * np.random.default_rng([episode.seed, len(episode.seen)]).standard_normal(dims)
+        drawn[-1] = 0.0
+        return drawn
+
+
 def collect(
     tasks: Mapping[str, SimulatorConfig],
     out: Path,
@@ -118,6 +133,8 @@ def collect(
     *,
     simulators: int = 1,
     max_steps: int = 200,
+    noise: float = 0.0,
+    first_seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> list[Path]:
     """Make `episodes` demonstrations of every task; what exists is kept.
@@ -126,6 +143,10 @@ def collect(
         tasks: name -> simulator, whose expert makes the demonstrations. The name is that of the file.
         simulators: processes that play at a time.
         max_steps: an episode without success in so many steps has failed.
+        noise: standard deviation of what is added to all values of an action but the last (the gripper's) when it is
+            taken; the action without noise is recorded. So the demonstrations show how to correct errors (DART, arXiv
+            1703.09327). It follows from the seed of the episode and the step.
+        first_seed: the first of the seeds; held-out demonstrations have others than those of training.
         log: called with lines about the progress.
 
     Returns:
@@ -138,17 +159,23 @@ def collect(
     """
     if not 1 <= episodes <= FIRST_EVALUATION_SEED // 2:
         raise ValueError(f"{episodes} episodes; expected 1 to {FIRST_EVALUATION_SEED // 2}")
+    if not 0 <= first_seed <= FIRST_EVALUATION_SEED // 2:
+        raise ValueError(f"first_seed is {first_seed}; expected 0 to {FIRST_EVALUATION_SEED // 2}")
     if simulators < 1 or max_steps < 1:
         raise ValueError(f"{simulators} simulators and {max_steps} steps; expected at least 1")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise is {noise}; expected a standard deviation from 0")
     _h5py()
     paths = []
     for name, config in tasks.items():
         settings = {"program": config.program, **config.environment, "max_steps": max_steps}
+        settings |= {"noise": noise} if noise else {}
+        settings |= {"first_seed": first_seed} if first_seed else {}
         path = out / f"{name}_demo.hdf5"
         task = _Task(name, path, out / ".parts" / name, json.dumps(settings, sort_keys=True, default=list))
         task.load()
         if len(task.good) < episodes or task.parts.exists():
-            _play(task, config, episodes, min(simulators, episodes), max_steps, log)
+            _play(task, config, episodes, min(simulators, episodes), _Rules(max_steps, noise, first_seed), log)
             _merge(task)
         shutil.rmtree(task.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # parts of other tasks
@@ -159,10 +186,10 @@ def collect(
 
 
 def _play(
-    task: _Task, config: SimulatorConfig, episodes: int, count: int, max_steps: int, log: Callable[[str], object]
+    task: _Task, config: SimulatorConfig, episodes: int, count: int, rules: _Rules, log: Callable[[str], object]
 ) -> None:
     """Play until there are enough demonstrations."""
-    seeds = _free_seeds(task)
+    seeds = _free_seeds(task, rules.first_seed)
     playing: dict[Simulator, _Episode] = {}
     idle = [Simulator(config) for _ in range(count)]
     everyone = list(idle)
@@ -176,7 +203,7 @@ def _play(
                 simulator.begin_reset(playing[simulator].seed)
             for simulator in wait_any(list(playing)):
                 episode = playing[simulator]
-                if _advance(task, simulator, episode, max_steps):
+                if _advance(task, simulator, episode, rules):
                     del playing[simulator]
                     idle.append(simulator)
                     steps += len(episode.seen)
@@ -189,11 +216,11 @@ def _play(
             simulator.close()
 
 
-def _free_seeds(task: _Task) -> Iterator[int]:
-    return (seed for seed in range(FIRST_EVALUATION_SEED) if seed not in task.good and seed not in task.failed)
+def _free_seeds(task: _Task, first: int) -> Iterator[int]:
+    return (seed for seed in range(first, FIRST_EVALUATION_SEED) if seed not in task.good and seed not in task.failed)
 
 
-def _advance(task: _Task, simulator: Simulator, episode: _Episode, max_steps: int) -> bool:
+def _advance(task: _Task, simulator: Simulator, episode: _Episode, rules: _Rules) -> bool:
     """Take the reply of a simulator, if it is there, and ask for the next step; True if the episode has ended."""
     try:
         seen = simulator.poll()
@@ -201,8 +228,8 @@ def _advance(task: _Task, simulator: Simulator, episode: _Episode, max_steps: in
             return False
         task.check_versions(json.dumps(dict(simulator.description.versions), sort_keys=True))
         episode.seen.append(seen)
-        if not seen.success and len(episode.seen) <= max_steps:
-            simulator.begin_expert()
+        if not seen.success and len(episode.seen) <= rules.max_steps:
+            simulator.begin_expert(rules.noise_of(episode, simulator.description.action_dims))
             return False
     except SimulatorError as error:
         if error.code == "start":
@@ -219,7 +246,7 @@ def _advance(task: _Task, simulator: Simulator, episode: _Episode, max_steps: in
         _write(path, task, episode, simulator)
         task.good[episode.seed] = path
     else:
-        task.fail(episode.seed, f"no success in {max_steps} steps")
+        task.fail(episode.seed, f"no success in {rules.max_steps} steps")
     return True
 
 

@@ -147,9 +147,13 @@ class Simulator:
         self.begin_step(actions)
         return self.wait()
 
-    def expert(self) -> Observation:
-        """Take the step of the simulator's scripted expert, and observe; `action` is what it did."""
-        self.begin_expert()
+    def expert(self, noise: np.ndarray | None = None) -> Observation:
+        """Take the step of the simulator's scripted expert, and observe.
+
+        Args:
+            noise: (action_dims,) added to the action that is taken. The observation's `action` is without it.
+        """
+        self.begin_expert(noise)
         return self.wait()
 
     def begin_reset(self, seed: int = 0, initial: int = 0) -> None:
@@ -168,18 +172,21 @@ class Simulator:
         dims = self.description.action_dims
         if values.ndim != 2 or not len(values) or values.shape[1] != dims:
             raise ValueError(f"actions have the shape {values.shape}; expected (steps, {dims}) with at least one step")
-        if not np.isfinite(values).all():
-            raise ValueError(f"actions have the value {values[~np.isfinite(values)][0]}")
-        header = {"call": "step", "arrays": [["actions", "<f8", list(values.shape)]]}
-        self._request(header, values.tobytes(), len(values) * self.config.step_seconds)
+        self._send("step", "actions", values, len(values) * self.config.step_seconds)
 
-    def begin_expert(self) -> None:
-        """`expert` without waiting."""
+    def begin_expert(self, noise: np.ndarray | None = None) -> None:
+        """`expert` without waiting.
+
+        Raises:
+            ValueError: the simulator has no expert, or noise of another shape, or not finite.
+        """
+        dims = self.description.action_dims
         if not self.description.expert:
-            raise ValueError(
-                f"the simulator {self.config.program} has no expert for the task of {dict(self.config.environment)}"
-            )
-        self._request({"call": "expert"}, b"", self.config.step_seconds)
+            raise ValueError(f"{self.config.program} has no expert for the task of {dict(self.config.environment)}")
+        values = np.zeros(dims) if noise is None else np.ascontiguousarray(noise, "<f8")
+        if values.shape != (dims,):
+            raise ValueError(f"noise has the shape {values.shape}; expected ({dims},)")
+        self._send("expert", "noise", values, self.config.step_seconds)
 
     def wait(self) -> Observation:
         """The reply to what was begun."""
@@ -239,6 +246,12 @@ class Simulator:
         if not self._awaited:
             self._deadline = time.monotonic() + seconds
         self._awaited.append((number, seconds))
+
+    def _send(self, call: str, name: str, values: np.ndarray, seconds: float) -> None:
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} have the value {values[~np.isfinite(values)][0]}")
+        header = {"call": call, "arrays": [[name, "<f8", list(values.shape)]]}
+        self._request(header, values.tobytes(), seconds)
 
     def _request(self, header: dict[str, Any], body: bytes, seconds: float) -> None:
         if self._process is None:

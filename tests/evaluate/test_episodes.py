@@ -198,6 +198,12 @@ def test_failures_are_saved_as_animations(tmp_path):
         assert film.n_frames > 1 and film.size == (16, 16)
 
 
+def test_successes_are_saved_as_animations_too(tmp_path):
+    report = play(tmp_path, [task(trials=5)], scripted())
+    assert all(result.success for result in report.results) and not (tmp_path / "failures").exists()
+    assert len(list((tmp_path / "successes").glob("point-*.webp"))) == 3
+
+
 def test_a_finished_evaluation_asks_nothing_again(tmp_path):
     note = tmp_path / "note"
     tasks = [task(note=str(note))]

@@ -37,6 +37,8 @@ class Environment:
         cameras=(),
         suite="",
         gripper="",
+        fov=0,
+        repeat=1,
     ):
         self.fault = fault
         self.at = at

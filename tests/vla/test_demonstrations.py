@@ -24,11 +24,20 @@ from processes import started
 FAKE = str(Path(__file__).parents[1] / "support" / "fake_simulator.py")
 
 
-def make(out: Path, episodes: int = 3, simulators: int = 2, max_steps: int = 100, **environment) -> list[str]:
+def make(
+    out: Path,
+    episodes: int = 3,
+    simulators: int = 2,
+    max_steps: int = 100,
+    noise: float = 0.0,
+    first_seed: int = 0,
+    **environment,
+) -> list[str]:
     """Make demonstrations of one task; returns the lines of the log."""
     lines: list[str] = []
     tasks = {"point": SimulatorConfig(FAKE, environment)}
-    collect(tasks, out, episodes, simulators=simulators, max_steps=max_steps, log=lines.append)
+    more = {"noise": noise, "first_seed": first_seed, "log": lines.append}
+    collect(tasks, out, episodes, simulators=simulators, max_steps=max_steps, **more)
     return lines
 
 
@@ -79,6 +88,43 @@ def test_the_reader_of_liberos_files_reads_them(tmp_path):
     assert table.task == "move to the goal of point"
     assert (np.asarray(step.images[0]) == first.images["agentview"]).all()
     assert (step.state == first.proprioception).all() and np.shape(step.actions) == (2, 2)
+
+
+def test_a_disturbed_expert_says_what_it_wanted_and_moves_elsewhere(tmp_path):
+    make(tmp_path / "one", simulators=1, noise=0.5)
+    make(tmp_path / "three", simulators=3, noise=0.5)
+    assert contents(tmp_path / "one" / "point_demo.hdf5") == contents(tmp_path / "three" / "point_demo.hdf5")
+    moved = []
+    with h5py.File(tmp_path / "one" / "point_demo.hdf5", "r") as stored, Simulator(SimulatorConfig(FAKE)) as simulator:
+        for number in range(3):
+            demo = stored[f"data/demo_{number}"]
+            points = demo["states"][:, :2]
+            goal = demo["states"][0, 2:]
+            wanted = np.clip((goal - points) / 0.1, -1, 1)  # what the expert would do there without noise
+            assert demo["actions"][:] == pytest.approx(wanted)
+            done = (points[1:] - points[:-1]) / 0.1
+            assert done[:, 1] == pytest.approx(wanted[:-1, 1])  # the last value is the gripper's: never disturbed
+            moved += (done[:, 0] - wanted[:-1, 0]).tolist()
+        simulator.reset(0)
+        with pytest.raises(ValueError, match=r"noise has the shape \(3,\); expected \(2,\)"):
+            simulator.expert(np.zeros(3))
+        with pytest.raises(ValueError, match="noise have the value nan"):
+            simulator.expert(np.array([np.nan, 0]))
+        assert simulator.expert().steps == 1  # a mistake of the caller costs no process
+    assert np.sum(np.abs(moved) > 0.03) >= 3  # of a move at full speed nothing is left that goes too far
+    with pytest.raises(ValueError, match="was made with"):
+        make(tmp_path / "one", noise=0.4)
+    with pytest.raises(ValueError, match="noise is nan; expected a standard deviation"):
+        make(tmp_path / "other", noise=float("nan"))
+
+
+def test_held_out_demonstrations_have_other_seeds(tmp_path):
+    make(tmp_path, first_seed=400_000)
+    with h5py.File(tmp_path / "point_demo.hdf5", "r") as stored:
+        assert [demo.attrs["seed"] for demo in stored["data"].values()] == [400_000, 400_001, 400_002]
+    for wrong in (-1, 1_000_000):
+        with pytest.raises(ValueError, match=f"first_seed is {wrong}; expected 0 to 500000"):
+            make(tmp_path / "other", first_seed=wrong)
 
 
 def test_the_number_of_simulators_and_their_faults_change_nothing(tmp_path):

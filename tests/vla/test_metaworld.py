@@ -37,6 +37,20 @@ def test_the_scripted_expert_reaches_the_goal_and_its_actions_do_so_again(task):
         assert (simulator.reset(12).state != first.state).any()
 
 
+def test_a_repeated_action_is_the_same_steps_and_a_narrow_view_shows_less():
+    narrow = {"task": "reach", "repeat": 4, "fov": 30}
+    with (
+        Simulator(SimulatorConfig("metaworld", {"task": "reach"})) as single,
+        Simulator(SimulatorConfig("metaworld", narrow)) as repeated,
+    ):
+        wide = single.reset(3).images["corner4"]
+        assert (repeated.reset(3).images["corner4"] != wide).any()
+        action = np.array([[0.2, 0.1, -0.3, 1.0]])
+        assert (single.step(np.repeat(action, 4, 0)).state == repeated.step(action).state).all()
+    with pytest.raises(SimulatorError, match="repeat is 0"):
+        Simulator(SimulatorConfig("metaworld", {"task": "reach", "repeat": 0})).reset()
+
+
 def test_a_task_that_does_not_exist_is_answered_with_those_that_do():
     with (
         Simulator(SimulatorConfig("metaworld", {"task": "reech"})) as simulator,

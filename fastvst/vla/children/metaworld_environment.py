@@ -34,9 +34,18 @@ class Environment:
         task: name without the version, e.g. "button-press-topdown".
         size: height and width of the images in pixels.
         cameras: names of Meta-World's cameras.
+        fov: vertical field of view of the cameras in degrees; None: that of each camera (45 or 60).
+        repeat: how often every action is taken. One action with repeat = 4 is four of Meta-World's steps.
     """
 
-    def __init__(self, task: str, size: int = 128, cameras: tuple[str, ...] = ("corner4",)) -> None:
+    def __init__(
+        self,
+        task: str,
+        size: int = 128,
+        cameras: tuple[str, ...] = ("corner4",),
+        fov: float | None = None,
+        repeat: int = 1,
+    ) -> None:
         import metaworld.policies
         import mujoco
         from metaworld.env_dict import ENV_CLS_MAP
@@ -46,9 +55,12 @@ class Environment:
         if name not in ENV_CLS_MAP:
             known = ", ".join(sorted(word[: -len("-v3")] for word in ENV_CLS_MAP))
             raise ValueError(f"Meta-World has no task {task!r}; it has {known}")
+        if repeat < 1 or (fov is not None and not 1 <= fov <= 170):
+            raise ValueError(f"repeat is {repeat} and fov {fov}; expected at least 1, and 1 to 170 degrees")
         self.instruction = INSTRUCTIONS.get(task, task.replace("-", " "))
         self.task = task
         self.cameras = tuple(cameras)
+        self.repeat = repeat
         self.env = ENV_CLS_MAP[name]()
         # As Meta-World makes its environments "goal observable": the scripted experts need the goal.
         self.env._partially_observable = False
@@ -59,6 +71,8 @@ class Environment:
         self.env.max_path_length = 1 << 30  # the caller counts the steps
         # Four samples a pixel, shadows and reflections take ten times as long on a CPU.
         self.env.model.vis.quality.offsamples = 0
+        if fov is not None:
+            self.env.model.cam_fovy[:] = fov
         self.renderer = mujoco.Renderer(self.env.model, size, size)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -89,7 +103,7 @@ class Environment:
         self.forward(self.env.model, self.env.data)  # the reset has moved the goal in the model, but not in the image
 
     def step(self, action: np.ndarray, last: bool) -> bool:
-        """Take one step (4,): moves of the hand in units of 1 cm and the effort of the gripper, in [-1, 1].
+        """Take an action (4,): moves of the hand in units of 1 cm and the effort of the gripper, in [-1, 1].
 
         Args:
             last: whether `observe` follows even if the step does not reach the goal.
@@ -97,8 +111,11 @@ class Environment:
         Returns:
             Whether the goal is reached.
         """
-        self.last, _, _, _, info = self.env.step(np.clip(action, -1, 1))
-        return bool(info["success"])
+        for _ in range(self.repeat):
+            self.last, _, _, _, info = self.env.step(np.clip(action, -1, 1))
+            if info["success"]:
+                return True
+        return False
 
     def expert(self) -> np.ndarray:
         """The action of the scripted expert, clipped as the environment clips it."""

@@ -77,7 +77,7 @@ def answer(environment: Any, header: dict[str, Any], arrays: dict[str, np.ndarra
                 break
     elif header["call"] == "expert":
         more["action"] = np.asarray(environment.expert(), np.float64)
-        success = bool(environment.step(more["action"], True))
+        success = bool(environment.step(more["action"] + arrays.get("noise", 0.0), True))
         steps = 1
     images, proprioception = environment.observe()
     named = {"image:" + name: image for name, image in images.items()}
