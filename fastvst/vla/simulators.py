@@ -148,11 +148,7 @@ class Simulator:
         return self.wait()
 
     def expert(self, noise: np.ndarray | None = None) -> Observation:
-        """Take the step of the simulator's scripted expert, and observe.
-
-        Args:
-            noise: (action_dims,) added to the action that is taken. The observation's `action` is without it.
-        """
+        """Take the expert's step with `noise` (action_dims,) added; the observation's `action` is without it."""
         self.begin_expert(noise)
         return self.wait()
 
@@ -273,19 +269,20 @@ class Simulator:
         if self._awaited:
             self._deadline = time.monotonic() + self._awaited[0][1]
         if "error" in header:
-            self._raise(str(header["error"]).strip(), number)
+            raise _error_of(str(header["error"]).strip(), number, self.config.program)
         if number == 0:
             self._description = read_description(header)
             return None
         return read_observation(header, read_arrays(header, body), self.description)
 
-    def _raise(self, text: str, number: int) -> None:
-        last = text.rpartition("\n")[2]
-        hint = ""
-        if last.startswith("ModuleNotFoundError") and self.config.program in EXTRAS:
-            extra = EXTRAS[self.config.program]
-            hint = f". Install it (pip install 'fastvst[{extra}]'), or name the Python that has it"
-        raise SimulatorError("raised" if number else "start", f"{last}{hint}\n{text}")
+
+def _error_of(text: str, number: int, program: str) -> SimulatorError:
+    """The exception whose traceback a simulator has sent in reply to request `number`; 0 is its start."""
+    last = text.rpartition("\n")[2]
+    hint = ""
+    if last.startswith("ModuleNotFoundError") and program in EXTRAS:
+        hint = f". Install it (pip install 'fastvst[{EXTRAS[program]}]'), or name the Python that has it"
+    return SimulatorError("raised" if number else "start", f"{last}{hint}\n{text}")
 
 
 def wait_any(simulators: Sequence[Simulator]) -> list[Simulator]:
