@@ -97,6 +97,18 @@ def test_in_bitwise_numerics_sampler_and_trainer_agree_exactly(
     assert len(rows) == 2 and all(r["sampler_gap_max"] == r["kl_sampler_k3"] == 0.0 for r in rows), rows
 
 
+def test_a_kept_engine_trains_the_same_model(
+    model: Path, data: Path, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a memory model that has room for it the engine lives through the run; every loss has the same bits."""
+    found = []
+    for name, options in (("freed", ()), ("kept", ("device_memory=80",))):
+        rl.main(rl_arguments(tmp_path / name, data, model, reward, "steps=3", *options))
+        assert f"the engine is {name}" in capsys.readouterr().out
+        found.append([(row["loss"], row["grad_norm"], row["reward"]) for row in rows_of(tmp_path / name)])
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
 @pytest.mark.slow
 def test_a_run_earns_more(model: Path, data: Path, reward: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
