@@ -128,7 +128,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         reports = roll_out(config, training)
     except (SimulatorError, ImportError) as error:  # of the installation
         raise ConfigError(f"{error}. Meta-World: pip install 'fastvst[vla]', or --python PATH") from error
-    films = Path(config.out) / "episodes" / next(iter(reports))
+    films = episodes_folder(config, next(iter(reports)))
     metrics = Path(config.out) / "metrics.jsonl"
     page = write_policy_page(Path(config.out) / "report", reports, films, metrics, to_dict(config))
     print(success_lines(reports), flush=True)
@@ -229,11 +229,14 @@ def roll_out(config: Config, training: Sequence[Path]) -> dict[str, EpisodeRepor
     settings = {"model": fingerprint.of_directory(Path(config.out) / "hf"), "actions": to_dict(ACTIONS)}
     reports = {}
     for name, policy in policies.items():
-        folder = Path(config.out) / "episodes" / name.replace(" ", "-")
-        episodes = Episodes(tasks, folder, json.loads(json.dumps({**settings, "policy": name})))
+        episodes = Episodes(tasks, episodes_folder(config, name), json.loads(json.dumps({**settings, "policy": name})))
         reports[name] = episodes.play(policy, simulators=config.simulators, log=every(20))
         print(f"{name}: mean success {reports[name].mean} %", flush=True)
     return reports
+
+
+def episodes_folder(config: Config, policy: str) -> Path:
+    return Path(config.out) / "episodes" / policy.replace(" ", "-")
 
 
 def mean_action(training: Sequence[Path]) -> Policy:
