@@ -60,7 +60,14 @@ def release(out: Path | None = None) -> None:
     for folder in list(_held) if out is None else [out.resolve()]:
         descriptor = _held.pop(folder, None)
         if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child of this moment may not have closed its copy yet
             os.close(descriptor)
 
 
-os.register_at_fork(after_in_child=release)
+def _forget() -> None:
+    """Close the copies that a new child process has; the lock stays with its parent."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -117,7 +117,7 @@ def captured(monkeypatch: Any) -> Iterator[Capture]:
     """Fake CUDA tensors and no autograd within the block."""
     seen = Capture()
     monkeypatch.setattr(boundary, "FakeTensor", type(None))  # no operator takes a path of its own for fake tensors
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0, name="a GPU that is not there")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: seen.kernels.append(kernel.__name__))
     inverse_frequencies.cache_clear()
