@@ -3,7 +3,7 @@
 Without arguments it records demonstrations of Meta-World's scripted experts (once; they are cached), trains the tiny
 vision-language model to answer "What action should the robot take to open the drawer?" from one camera image and the
 state of the hand, lets it act in initial states that no demonstration has, and writes runs/vla/report/index.html with
-animations. It takes about 15 minutes of processor time.
+animations. It takes eleven minutes on two CPU cores.
 
     pip install 'fastvst[vla]'                                       # Meta-World, or an environment of its own for it:
     torchrun examples/vla.py
