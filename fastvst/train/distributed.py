@@ -150,7 +150,9 @@ def start(
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; bfloat16 is unaffected
 
     store = mesh = None
+    replicas = config.replicas or max(1, size // local_size)
     if size > 1:
+        check_replicas(replicas, size)  # before ranks connect: one that leaves then breaks the connection of another
         store = _rendezvous(env, rank, size, config.timeout)
     if size > 1 or {DTYPES[name], weights} != {torch.float32}:
         # A single process shards over itself: FSDP2 then only casts the weights to the compute dtype, block by block.
@@ -161,7 +163,7 @@ def start(
             world_size=size,
             timeout=datetime.timedelta(seconds=config.timeout),
         )
-        mesh = make_mesh(device.type, size, config.replicas or max(1, size // local_size))
+        mesh = make_mesh(device.type, size, replicas)
     host = env.get("MASTER_ADDR", "127.0.0.1")
     return World(rank, size, local_rank, local_size, device, DTYPES[name], mesh, store, host)
 
@@ -208,9 +210,14 @@ def make_mesh(device_type: str, size: int, replicas: int) -> DeviceMesh:
     """1-D mesh of all ranks, or a 2-D mesh (replicas, ranks per replica) whose last axis is sharded."""
     if replicas <= 1:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    check_replicas(replicas, size)
+    return init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def check_replicas(replicas: int, size: int) -> None:
+    """Raises ParallelError if `replicas` does not divide the number of processes."""
     if size % replicas:
         raise ParallelError(f"parallel.replicas is {replicas}, which does not divide {size} processes")
-    return init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def place(source: nn.Module | None, skeleton: Any, world: World, *, reshard: bool = True) -> Any:
