@@ -36,8 +36,8 @@ def write_report(
     if results is not None:
         sections += [
             ("Accuracy on rooms that training never saw", _score_table(results)),
-            *room_failures.sections(results.answered),
             ("Held-out samples, those with the largest error first", _grid(results.examples)),
+            *room_failures.sections(results.answered),
             ("The largest errors of all", _grid(room_failures.largest_errors(results.answered, 4))),
         ]
         atomic.write_text(out / "results.json", json.dumps(results.to_json(), indent=1))
