@@ -14,7 +14,7 @@ import numpy as np
 from fastvst import jsonl
 from fastvst.evaluate.options import letter_of_truth, stated_letter, statement
 from fastvst.evaluate.quantities import read_number, whole_quantity
-from fastvst.spatial.boxes import iou_3d, parse_boxes
+from fastvst.spatial.boxes import greedy_matches, iou_3d, parse_boxes
 from fastvst.tasks.facts import score_facts
 
 BOX_IOU = 0.15  # the threshold of the paper's AP@15
@@ -189,9 +189,4 @@ def box_f1(response: str, truth: list[dict[str, Any]], *, threshold: float = BOX
     iou = iou_3d(boxes, np.array([t["bbox_3d"] for t in truth], dtype=np.float64))
     names = [normalise(t["label"]) for t in truth]
     iou[np.array([[normalise(label) != name for name in names] for label in labels])] = -1.0
-    matches = 0
-    while iou.max() >= threshold:
-        row, column = np.unravel_index(int(iou.argmax()), iou.shape)
-        iou[row, :] = iou[:, column] = -1.0
-        matches += 1
-    return 2.0 * matches / (len(boxes) + len(truth))
+    return 2.0 * len(greedy_matches(iou, threshold)) / (len(boxes) + len(truth))

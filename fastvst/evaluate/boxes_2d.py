@@ -15,6 +15,7 @@ import numpy as np
 
 from fastvst import jsonl
 from fastvst.data.vision_inputs import Size, to_source_pixels
+from fastvst.spatial.boxes import greedy_matches
 
 Box = tuple[tuple[float, float, float, float], str]  # x1, y1, x2, y2 in pixels; label
 LARGEST = 1e6  # pixels; a larger coordinate is no place in an image
@@ -88,12 +89,7 @@ def f1(found: Sequence[Box], truth: Sequence[Box], threshold: float = 0.5) -> fl
     if not found or not truth:
         return float(not found and not truth)
     overlap = np.array([[iou(a, b) if _same(la, lb) else -1.0 for b, lb in truth] for a, la in found])
-    matches = 0
-    while overlap.max() >= threshold:
-        row, column = np.unravel_index(int(overlap.argmax()), overlap.shape)
-        overlap[row, :] = overlap[:, column] = -1.0
-        matches += 1
-    return 2.0 * matches / (len(found) + len(truth))
+    return 2.0 * len(greedy_matches(overlap, threshold)) / (len(found) + len(truth))
 
 
 def _same(a: str, b: str) -> bool:

@@ -11,11 +11,12 @@ import numpy as np
 from fastvst.evaluate.answers import normalise
 from fastvst.evaluate.average_precision import AT, DEPTHS, Question, by_category, category_mean, match_all
 from fastvst.evaluate.statistics import Interval, bootstrap
-from fastvst.spatial.boxes import iou_3d, iou_3d_sets
+from fastvst.spatial.boxes import greedy_matches, iou_3d, iou_3d_sets
 
 Labelled = Mapping[str, np.ndarray]  # label -> (N, 9) boxes: centre and size in m, angles in degrees
 ROTATIONS = 24  # orientations that the mean box is tried with
 KNOWN = 200  # training boxes of a class that the orientation is chosen by
+TOUCHING = float(np.finfo(np.float64).tiny)  # any IoU above 0
 ANY = ""  # the class of all boxes together
 
 
@@ -69,12 +70,9 @@ def matched_iou(iou: np.ndarray) -> np.ndarray:
     Args:
         iou: (D, G), of predicted and true boxes.
     """
-    free = iou.copy()
     result = np.zeros(iou.shape[1])
-    while free.size and free.max() > 0:
-        row, column = np.unravel_index(int(free.argmax()), free.shape)
-        result[column] = free[row, column]
-        free[row, :] = free[:, column] = -1.0
+    for row, column in greedy_matches(iou, TOUCHING):
+        result[column] = iou[row, column]
     return result
 
 

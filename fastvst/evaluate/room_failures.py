@@ -18,6 +18,7 @@ from fastvst.spatial.boxes import iou_3d, parse_boxes
 
 OPTIONS = 8  # most columns of a table
 COVER = 0.75
+GRADED = ("number", "boxes")  # answers whose error has degrees
 ANOTHER = "another option"
 NONE = "no option"
 PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -25,11 +26,16 @@ PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "ei
 
 def chosen(one: Example) -> str | None:
     """The option that a completion states; None if it states none of the question's."""
-    text = unwrapped(one.prediction.rsplit("</think>", 1)[-1].strip())
+    text = _final(one)
     options = [str(option) for option in one.question.answer["candidates"]]
     if "letter" in one.question.answer:
         return chosen_option(text, options)
     return next((option for option in options if states(text, option)), None)
+
+
+def _final(one: Example) -> str:
+    """The answer of a completion, without its thoughts."""
+    return unwrapped(one.prediction.rsplit("</think>", 1)[-1].strip())
 
 
 def error(one: Example) -> float:
@@ -43,8 +49,7 @@ def error(one: Example) -> float:
         return 1.0 - one.score if not len(overlaps) else 1.0 - float(overlaps.mean()) if found else math.inf
     if one.question.answer["type"] != "number":
         return 1.0 - one.score
-    text = unwrapped(one.prediction.rsplit("</think>", 1)[-1].strip())
-    ends = stated_number(text, one.question.answer.get("unit"))
+    ends = stated_number(_final(one), one.question.answer.get("unit"))
     try:
         true = float(one.question.answer["value"])
     except (TypeError, ValueError):  # alternatives or a text: right or wrong
@@ -70,7 +75,7 @@ def largest_errors(answered: Sequence[Example], each: int) -> list[Example]:
     Completions that cannot be read are left out.
     """
     found = []
-    for task in sorted({one.question.task for one in answered if one.question.answer["type"] in ("number", "boxes")}):
+    for task in sorted({one.question.task for one in answered if one.question.answer["type"] in GRADED}):
         rows = [(error(one), one) for one in answered if one.question.task == task]
         readable = sorted((row for row in rows if math.isfinite(row[0])), key=lambda row: -row[0])
         found += [one for _, one in readable[:each]]

@@ -287,6 +287,8 @@ def _score_boxes(
         rows = [one for one in answered if one.question.task == task]
         known = [room_boxes.of_truth(q.answer["value"]) for q in training if q.task == task]
         truth = [room_boxes.of_truth(one.question.answer["value"]) for one in rows]
+        if not any(known) or not any(truth):  # no box to be found, or none to guess from
+            continue
         means = room_boxes.mean_boxes(known)
         given = (
             [room_boxes.labelled(*parse_boxes(one.prediction)) for one in rows],

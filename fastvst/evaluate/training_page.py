@@ -20,7 +20,6 @@ from fastvst.spatial.boxes import parse_boxes
 from fastvst.spatial.draw import boxes_3d
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
-GRADED = ("number", "boxes")  # answers whose error has degrees
 TRUTH = (26, 127, 55)
 GUESS = (207, 34, 46)  # green, red
 
@@ -138,7 +137,8 @@ def _card(helper: Helper, example: Example) -> str:
     media = f'<div class="pair">{"".join(tags)}</div>' if len(tags) > 1 else "".join(tags)
     verdict = "right" if example.score >= 0.5 else "wrong"
     off = room_failures.error(example)
-    far = f" · error {100 * off:.0f} %" if 0 < off < math.inf and question.answer["type"] in GRADED else ""
+    graded = question.answer["type"] in room_failures.GRADED
+    far = f" · error {100 * off:.0f} %" if graded and 0 < off < math.inf else ""
     short = question.text if question.answer["type"] != "boxes" else question.text.rsplit("\n", 1)[-1]
     return (
         f'<div class="card">{media}<p class="task">{escape(question.task.replace("_", " "))} · room '

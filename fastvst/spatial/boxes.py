@@ -211,6 +211,17 @@ def iou_3d(a: Any, b: Any) -> np.ndarray:
     return _pair_iou(a, b, rows, columns).reshape(len(a), len(b))
 
 
+def greedy_matches(overlap: np.ndarray, least: float) -> list[tuple[int, int]]:
+    """One-to-one matches (row, column) of a matrix of overlaps, the largest overlap first, down to `least` > 0."""
+    free = overlap.copy()
+    found = []
+    while free.size and free.max() >= least:
+        row, column = (int(index) for index in np.unravel_index(int(free.argmax()), free.shape))
+        free[row, :] = free[:, column] = -1.0
+        found.append((row, column))
+    return found
+
+
 def iou_3d_sets(sets: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
     """`[iou_3d(a, b) for a, b in sets]`, computed for all pairs at once: ten times as fast for many small sets.
 

@@ -101,3 +101,9 @@ def test_chart_spans_the_data():
     points = re.search(r'points="([^"]+)"', chart).group(1).split()
     (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points)
     assert len(points) == 2 and x0 < x1 and y0 < y1, "a smaller loss is drawn lower"
+
+
+def test_a_task_whose_questions_have_no_true_box_is_scored_without_average_precision():
+    rows = [question("boxes", room, [], kind="boxes") for room in range(2)]
+    found = summarise(rows, ["[]", "[]"], [1.0, 1.0], rows, examples=2)
+    assert [t.task for t in found.tasks] == ["boxes"] and found.forms == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from fastvst.config import ConfigError
 from fastvst.rl.servers import served_model
 from fastvst.rollout import RolloutError
 from fastvst.rollout.openai_client import ServerConfig
-from rl_run import REWARD, load_rl, rl_arguments, write_questions
-from small_run import write_model
+from rl_run import load_rl, rl_arguments, write_parts
 from vllm_server import Server
 
 rl = load_rl()
@@ -23,18 +21,14 @@ rl = load_rl()
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    folder = tmp_path_factory.mktemp("parts")
-    (folder / "mine.py").write_text(REWARD)
-    return write_questions(folder / "data"), write_model(folder / "model"), folder / "mine.py"
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
 def server(parts: tuple[Path, Path, Path]) -> Iterator[Server]:
-    made = Server(parts[1])
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    made = Server(parts[1]).start()
     yield made
-    made.shutdown()
-    made.server_close()
+    made.stop()
 
 
 def run(server: Server, parts: tuple[Path, Path, Path], out: Path, *more: str) -> list[dict[str, Any]]:

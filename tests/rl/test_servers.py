@@ -21,8 +21,8 @@ from fastvst.rollout.weight_sync import PublishedWeights, WeightRoutes, send_dir
 from fastvst.train.distributed import ParallelConfig, World
 from fastvst.train.distributed import start as start_world
 from ranks import run_ranks
-from rl_run import REWARD, load_rl, rl_arguments, run_rl, write_questions
-from small_run import rows_of, write_model
+from rl_run import load_rl, rl_arguments, run_rl, write_parts
+from small_run import rows_of
 from vllm_server import Server
 
 rl = load_rl()
@@ -31,9 +31,7 @@ Make = Callable[[], Server]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    folder = tmp_path_factory.mktemp("parts")
-    (folder / "mine.py").write_text(REWARD)
-    return write_questions(folder / "data"), write_model(folder / "model"), folder / "mine.py"
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture

@@ -46,6 +46,19 @@ def join(*packs: Pack) -> Pack:
     return Pack(tuple(lengths), tuple(prompts))
 
 
+# Groups whose parts end at tiles' edges, are empty, are one token long, or are more than a tile has rows.
+GROUP_SHAPES = (
+    group(64, 64),
+    group(65, 63),
+    group(130, *range(1, 9)),
+    group(20, *(1 for _ in range(64))),
+    group(0, 5, 7),
+    group(33, 0, 0, 12, 0),
+    group(9, 0),
+    join(group(3, 70), group(70, 3), Pack((20,)), group(5, 5, 5)),
+)
+
+
 def formula(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(T, Hq, D) output and (T, Hq) logsumexp: product, softmax, product, all in q's dtype."""
     ends = [sum(pack.lengths[: i + 1]) for i in range(len(pack.lengths))]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_oracle import Pack, assert_as_good_as_plain, group, join
+from attention_oracle import GROUP_SHAPES, Pack, assert_as_good_as_plain, group, join
 from fastvst_kernels import prepare
 from fastvst_kernels.attention.gluon_backend import WIDTHS
 from fastvst_kernels.attention.plan import ForwardState
@@ -44,14 +44,7 @@ CAUSAL_PACKS = (
     join(group(17, 5, 0, 9), Pack((1, 20))),
     join(group(70, 5, 0, 66), Pack((1, 195))),
     join(group(30, 7, 40), Pack((9,))),
-    group(64, 64),
-    group(65, 63),
-    group(130, *range(1, 9)),
-    group(20, *(1 for _ in range(64))),
-    group(0, 5, 7),
-    group(33, 0, 0, 12, 0),
-    group(9, 0),
-    join(group(3, 70), group(70, 3), Pack((20,)), group(5, 5, 5)),
+    *GROUP_SHAPES,
     group(16, 16),
     group(15, 1, 17),
     group(1, 40),

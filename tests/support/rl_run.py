@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from small_run import ROOT, WORDS
+from small_run import ROOT, WORDS, write_model
 
 # Rewards the letter e, which any model can learn.
 REWARD = """
@@ -46,6 +46,12 @@ def write_questions(folder: Path, rows: int = 24, *, image_every: int = 2, seed:
         lines.append(json.dumps(row))
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "questions.jsonl"
+
+
+def write_parts(folder: Path) -> tuple[Path, Path, Path]:
+    """Questions, a small model and a file of rewards in `folder`: what `rl_arguments` needs."""
+    (folder / "mine.py").write_text(REWARD)
+    return write_questions(folder / "data"), write_model(folder / "model"), folder / "mine.py"
 
 
 def rl_arguments(out: Path, data: Path, model: Path, reward: Path, *more: str) -> list[str]:

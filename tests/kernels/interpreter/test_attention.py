@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_kernels import attention_with
-from attention_oracle import Pack, Results, assert_as_good_as_plain, formula, group, join
+from attention_oracle import GROUP_SHAPES, Pack, Results, assert_as_good_as_plain, formula, group, join
 from fastvst_kernels import prepare
 from fastvst_kernels.attention.forward import forward
 from fastvst_kernels.attention.plan import KernelTiles
@@ -80,17 +80,7 @@ def test_lengths(length: int):
 
 @pytest.mark.parametrize(
     "pack",
-    [
-        group(64, 64),
-        group(65, 63),
-        group(130, *range(1, 9)),
-        group(20, *(1 for _ in range(64))),
-        group(0, 5, 7),
-        group(33, 0, 0, 12, 0),
-        group(9, 0),
-        join(group(3, 70), group(70, 3), Pack((20,)), group(5, 5, 5)),
-        Pack((0, 0)),
-    ],
+    [*GROUP_SHAPES, Pack((0, 0))],
     ids=lambda p: "-".join(map(str, p.lengths))[:40],
 )
 def test_group_shapes(pack: Pack):
