@@ -360,6 +360,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
             evaluate(step)
             begin = time.perf_counter()
             set_learning_rates(optimizer, config.schedule, step, config.steps)
+            world.use_free_cores()
             try:
                 rollouts = collect(config, step, collector, filtered, world)
             except NoPrompts as end:

@@ -318,6 +318,7 @@ def run(config: Config, world: World, stop: StopRequest) -> None:
                 world.say(f"the data ended after {step} steps (data.epochs is {config.data.epochs})")
                 break
             set_learning_rates(optimizer, config.schedule, step, steps)
+            world.use_free_cores()
             flags = (stop.requested or loader.ledger.failure() is not None, saver.minutes_over())
             with (
                 profiled(step + 1, config.log.profile, out, world),

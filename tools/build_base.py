@@ -5,20 +5,22 @@
 VST starts from Qwen2.5-VL, which has seen images and language. A base plays this part for the tiny model: it starts
 from a decoder with random weights and the pretrained tower of `tools/build_tower.py`, and learns names, colours, places
 in the image, counts, yes and no, short dialogues, and text from a grammar (`fastvst.tasks.general`). None of VST's
-nineteen tasks is among its rows, and its rooms have a split of their own. The package ships none: what was trained in
-the time that there was does not help the first command, see docs/miniature.md.
+nineteen tasks is among its rows, and its rooms have a split of their own.
 
 The turns of a conversation are asked side by side: every turn sees the images and itself, as completions of one prompt
 do in RL. A question then costs 25 tokens instead of 70, and no other question is in the way: after 1,000 steps on whole
-conversations the model still gave one colour for all marks. The first steps ask only about marks, because a small
-decoder must first learn to look for what the question names.
+conversations the model still gave one colour for all marks.
+
+The order of the rows is a curriculum, because a small decoder learns one skill in 150 steps and ten at once in none:
+first only in which part of the image a mark is, then all about marks in one image, then everything.
+
+The matrices of the layers have the Muon optimizer (https://kellerjordan.github.io/posts/muon/), all else has AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import time
@@ -35,24 +37,28 @@ from fastvst.generate.presets import BASE
 from fastvst.generate.rooms import make_rooms
 from fastvst.model import Qwen25VL
 from fastvst.spatial.draw import COLOURS
-from fastvst.train.optimizer import OptimizerConfig, clip_gradients, make_optimizer
+from fastvst.train.optimizer import clip_gradients
 from tools.tower_batches import tiny_processor
 
 IGNORE = -100
 BUDGET = 1024  # tokens of a step
 MARK = re.compile(rf"\b({'|'.join(COLOURS)}) (point|circle|box)\b")
+PART = re.compile(r"[Ww]hich part")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Conversations, optimizer steps, the first of which ask only about marks, the last of which decay, peak learning
-    rates of decoder and tower."""
+    """Conversations; optimizer steps; the first of them, which ask only for parts of the image; those that ask only
+    about marks in one image; the last ones, whose rate falls to 0; peak learning rates of Muon, of AdamW, of the tower.
+    """
 
-    rows: int = 15_000
+    rows: int = 24_000
     steps: int = 12_000
+    parts: int = 150
     marks: int = 4_000
-    decay: int = 2_000
-    lr: float = 1.5e-3
+    decay: int = 4_000
+    muon_lr: float = 3e-3
+    lr: float = 2e-3
     vision_lr: float = 1.5e-4
 
     def rate(self, step: int) -> float:
@@ -60,8 +66,13 @@ class Recipe:
         return min((step + 1) / 50, 1.0, (self.steps - step) / self.decay)
 
 
-def group(sample: Sample, processor: Processor, *, only_marks: bool) -> tuple[EncodedSample, list[EncodedSample]]:
-    """The images as a prompt, and every turn as a completion of which the reply is supervised."""
+def group(
+    sample: Sample, processor: Processor, only: tuple[re.Pattern[str], ...] = ()
+) -> tuple[EncodedSample, list[EncodedSample]]:
+    """The images as a prompt, and every turn as a completion of which the reply is supervised.
+
+    `only`: turns in whose question or reply one of these is found; none = all.
+    """
     texts = [m["content"][-1]["text"] for m in sample.messages]
     first = dataclasses.replace(sample, messages=sample.messages[:2])
     whole = processor.encode(first)
@@ -77,7 +88,7 @@ def group(sample: Sample, processor: Processor, *, only_marks: bool) -> tuple[En
     )
     completions = []
     for question, reply in zip(texts[::2], texts[1::2], strict=True):
-        if only_marks and not (MARK.search(question) or MARK.search(reply)):
+        if only and not any(pattern.search(text) for pattern in only for text in (question, reply)):
             continue
         tokens, asked = suffix(processor, question, reply)
         made = completion_sample(prompt, torch.tensor(tokens, dtype=torch.int32))
@@ -94,82 +105,122 @@ def suffix(processor: Processor, question: str, reply: str) -> tuple[list[int], 
     return [*asked, *encode(f"{reply}<|im_end|>\n").ids], len(asked)
 
 
-def batches(folder: Path, processor: Processor, recipe: Recipe, seed: int = 0) -> Iterator[PackedBatch]:
-    """Packs of about BUDGET tokens, endless: the rows in a random order of every epoch."""
-    source = open_source(folder)
-    places = [(block, row) for block, rows in enumerate(source.block_rows) for row in range(rows)]
-    rng = np.random.default_rng(seed)
-    made = 0
-    groups: list[tuple[EncodedSample, list[EncodedSample]]] = []
-    size = 0
-    while True:
-        for k in rng.permutation(len(places)):
-            (sample,) = source.get([places[int(k)]])
-            only_marks = made < recipe.marks
-            if only_marks and len(list(sample.parts("image"))) != 1:
-                continue
-            prompt, completions = group(sample, processor, only_marks=only_marks)
-            tokens = len(prompt) + sum(len(c) for c in completions)
-            if not completions or tokens > BUDGET:
-                continue
-            if size + tokens > BUDGET:
-                yield pack_groups(groups)
-                made += 1
-                groups = []
-                size = 0
-            groups.append((prompt, completions))
-            size += tokens
+class Batches(torch.utils.data.IterableDataset):
+    """Packs of about BUDGET tokens, endless: the rows in a random order of every epoch, by the recipe's curriculum."""
+
+    def __init__(self, folder: Path, recipe: Recipe, seed: int = 0) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        torch.set_num_threads(1)
+        processor = tiny_processor()
+        source = open_source(self.folder)
+        places = [(block, row) for block, rows in enumerate(source.block_rows) for row in range(rows)]
+        rng = np.random.default_rng(self.seed)
+        groups: list[tuple[EncodedSample, list[EncodedSample]]] = []
+        size = made = 0
+        while True:
+            for k in rng.permutation(len(places)):
+                (sample,) = source.get([places[int(k)]])
+                only = self.wanted(sample, made)
+                if only is None:
+                    continue
+                prompt, completions = group(sample, processor, only)
+                tokens = len(prompt) + sum(len(c) for c in completions)
+                if not completions or tokens > BUDGET:
+                    continue
+                if size + tokens > BUDGET:
+                    yield pack_groups(groups)
+                    made += 1
+                    groups = []
+                    size = 0
+                groups.append((prompt, completions))
+                size += tokens
+
+    def wanted(self, sample: Sample, step: int) -> tuple[re.Pattern[str], ...] | None:
+        """What the turns of a row must speak of at a step, nothing = all turns; None: not this row."""
+        if step >= self.recipe.marks:
+            return ()
+        listed = sample.metadata["task"] == "general_marks"
+        if step < self.recipe.parts:
+            return (PART,) if listed else None
+        if len(list(sample.parts("image"))) != 1:
+            return None
+        return () if listed else (MARK,)
 
 
-def train(folder: Path, work: Path, recipe: Recipe, every: int = 250) -> Qwen25VL:
-    """Train from `Qwen25VL.fresh`; writes model directories and a log to `work`."""
+def make_optimizers(model: Qwen25VL, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the decoder's layers, AdamW for embeddings, norms, biases and the tower."""
+    named = dict(model.named_parameters())
+    matrices = [p for n, p in named.items() if p.dim() == 2 and n.startswith("model.layers")]
+    tower = [p for n, p in named.items() if n.startswith("visual.")]
+    rest = [p for n, p in named.items() if not n.startswith("visual.") and all(p is not m for m in matrices)]
+    adamw = [
+        {"params": rest, "lr": recipe.lr, "weight_decay": 0.0},
+        {"params": tower, "lr": recipe.vision_lr, "weight_decay": 0.05},
+    ]
+    made = [
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True),
+    ]
+    for optimizer in made:
+        for group_of_parameters in optimizer.param_groups:
+            group_of_parameters["peak_lr"] = group_of_parameters["lr"]
+    return made
+
+
+def train(folder: Path, work: Path, recipe: Recipe, every: int = 1000) -> Qwen25VL:
+    """Train from the aligned start; writes model directories and prints a line of figures every 100 steps."""
     torch.manual_seed(0)
     processor = tiny_processor()
-    model = Qwen25VL.fresh("tiny")
-    config = OptimizerConfig(lr=recipe.lr, vision_lr=recipe.vision_lr, weight_decay=0.05, betas=(0.9, 0.95))
-    optimizer = make_optimizer(model, config)
+    model = Qwen25VL.fresh("tiny", aligned=True)
+    optimizers = make_optimizers(model, recipe)
+    stream = torch.utils.data.DataLoader(Batches(folder, recipe), batch_size=None, num_workers=1, prefetch_factor=8)
     begin = time.monotonic()
-    used = time.process_time()
     losses: list[float] = []
-    for step, batch in enumerate(batches(folder, processor, recipe)):
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = parameters["peak_lr"] * recipe.rate(step)
+    for step, batch in zip(range(recipe.steps), stream, strict=False):
         loss = model.loss(batch)
         loss.backward()
         clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = parameters["peak_lr"] * recipe.rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        if (step + 1) % 25 == 0:
-            figures = {
-                "step": step + 1,
-                "loss": math.fsum(losses[-25:]) / 25,
-                "cpu_s": time.process_time() - used,
-                "s": time.monotonic() - begin,
-            }
-            print(json.dumps(figures), flush=True)
+        if (step + 1) % 100 == 0:
+            spent = time.monotonic() - begin
+            left = spent / (step + 1) * (recipe.steps - step - 1)
+            mean = math.fsum(losses[-100:]) / 100
+            used = time.process_time()
+            print(f"step {step + 1}/{recipe.steps}  loss {mean:.3f}  cpu {used:.0f} s  {left:.0f} s left", flush=True)
         if (step + 1) % every == 0:
             model.save_pretrained(work / f"step-{step + 1:05d}", processor=processor)
-        if step + 1 == recipe.steps:
-            return model
-    raise AssertionError("the stream of batches is endless")
+    return model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the rows, the models of every 250 steps, and base"
+        "--work", type=Path, required=True, help="folder of the rows, the models of every 1,000 steps, and base"
     )
     parser.add_argument("--rows", type=int, default=Recipe.rows, help="conversations to render")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
+    parser.add_argument(
+        "--parts", type=int, default=Recipe.parts, help="the first steps, about parts of the image only"
+    )
     parser.add_argument("--marks", type=int, default=Recipe.marks, help="the first steps, which ask about marks only")
     parser.add_argument("--decay", type=int, default=Recipe.decay, help="the last steps, in which the rate falls to 0")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the training")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     rows = make_rooms(options.work, options.rows, 0, options.workers, BASE, split="base")
-    recipe = Recipe(options.rows, options.steps, options.marks, options.decay)
-    train(Path(rows), options.work, recipe).save_pretrained(options.work / "base", processor=tiny_processor())
+    recipe = Recipe(options.rows, options.steps, options.parts, options.marks, options.decay)
+    model = train(Path(rows), options.work, recipe)
+    model.save_pretrained(options.work / "base", processor=tiny_processor())
     print(f"wrote {options.work / 'base'}")
 
 

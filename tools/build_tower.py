@@ -2,25 +2,30 @@
 
     python tools/build_tower.py --out tower.safetensors     # 20 minutes on 2 cores
 
-The shipped tower took three stages of 17, 9 and 15 CPU minutes. The first is the 5,000 steps of this script at commit
-ff0e6db, whose loss had no `mark_loss`; commit 005545d has its result.
+The shipped tower took four stages of 17, 9, 15 and 9 CPU minutes. The first is the 5,000 steps of this script at commit
+ff0e6db, whose loss had no `mark_loss`; commit 005545d has its result. The surface in rings is new in the fourth, which
+starts from the tower of commit cd8e4e5, the result of the first three.
 
     git show 005545d:fastvst/model/tiny_tower.safetensors > one.safetensors
-    stage="python tools/build_tower.py --rooms 1600 --lr 1.5e-3"    # 1,600 rooms take 7 GB of memory
-    $stage --start one.safetensors --steps 3000 --out two.safetensors
-    $stage --start two.safetensors --steps 5000 --singles 16 --out fastvst/model/tiny_tower.safetensors
+    stage="python tools/build_tower.py --lr 1.5e-3"         # 1,600 rooms take 7 GB of memory
+    $stage --rooms 1600 --start one.safetensors --steps 3000 --out two.safetensors
+    $stage --rooms 1600 --start two.safetensors --steps 5000 --singles 16 --out three.safetensors
+    $stage --rooms 1200 --start three.safetensors --steps 4500 --singles 16 --out fastvst/model/tiny_tower.safetensors
+
+The gains below were changed after the fourth stage, by `unscaled` and `rescale`.
 
 VST starts from a vision tower that was trained on billions of images. The tiny preset's tower is pretrained as well,
 because a tower this small learns too slowly from question-answer pairs alone: each gives it about one bit. From random
 weights, 1,500 steps of examples/sft.py did not teach it to name the colour of a dot.
 
-The pretraining targets come from the renderer. For every merged token (28 x 28 pixels), fixed orthonormal directions of
-the token space must encode the depth there, the position of the token in the image, the class, size and position of the
-object, the colour, label and place of a mark drawn on it, and the depth of the marked point. A decoder can then read
-these as easily as word embeddings. A second loss takes the steps of a decoder that compares depths: a head of attention
-looks for a colour, reads the depth there, and the difference of two depths tells which mark is nearer. For pairs of
-images, the difference of the mean tokens must tell in eight directions how the camera moved: the tower sees one image
-at a time, so it has to find where the camera is in the room.
+The pretraining targets come from the renderer. For every merged token (28 x 28 pixels), fixed orthonormal directions
+of the token space must encode the depth there, the position of the token in the image, the class, size and position
+of the object, the colour, label and place of a mark drawn on it, the depth of the marked point, and the colour of the
+surface inside a ring. A decoder can then read these as easily as word embeddings. A second loss takes the steps of a
+decoder that compares depths: a head of attention looks for a colour, reads the depth there, and the difference of two
+depths tells which mark is nearer. For pairs of images, the difference of the mean tokens must tell in eight
+directions how the camera moved: the tower sees one image at a time, so it has to find where the camera is in the
+room.
 
 The directions are stored with the tower, so that tests can read its tokens.
 """
@@ -28,6 +33,7 @@ The directions are stored with the tower, so that tests can read its tokens.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -61,15 +67,19 @@ SHARPNESS = 6.0  # scale of the class logits, for components of about 1
 ORDER_SHARPNESS = 4.0  # scale of a difference of log depth: a factor of 1.3 in depth has a logit of 2
 # Final scale of the components. A decoder that must find two marks among 24 tokens finds large components sooner: on
 # depth questions it names colours after 100 steps instead of 400.
-MARK_GAIN = 4.0
+MARK_GAIN = 4.0  # of the colour and the depth of a mark
+PLACE_GAIN = 3.0  # of its place
+SURFACE_GAIN = 2.0  # of its size and the surface in it, which a decoder compares to match two rings; of motions
+OBJECT_GAIN = 1.0  # of classes, sizes and places of objects, and of the place of the token
 OTHER_GAIN = 0.5
-MARK_VALUES = slice(12, 17)  # of TokenTargets.values
+MARK_VALUES = slice(12, 20)  # of TokenTargets.values
+SURFACE = slice(17, 20)  # the last three of them
 
 
 @dataclass(frozen=True)
 class Directions:
     """Orthonormal directions of the token space: `colour` (8, H), `name` (1 + classes, H), `label` (13, H),
-    `values` (17, H), `motion` (8, H)."""
+    `values` (20, H), `motion` (8, H)."""
 
     colour: Tensor
     name: Tensor
@@ -80,7 +90,7 @@ class Directions:
     @classmethod
     def draw(cls, width: int, names: int, seed: int = 1) -> Directions:
         square = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)))[0]
-        parts = (1 + len(COLOURS), 1 + names, 1 + len(LABELS), 17, 8)
+        parts = (1 + len(COLOURS), 1 + names, 1 + len(LABELS), 20, 8)
         return cls(*(part.contiguous() for part in square[: sum(parts)].split(parts)))
 
 
@@ -119,7 +129,7 @@ def loss_of(tokens: Tensor, images: ImageBatch, directions: Directions, head: Mo
 
 def read_marks(tokens: Tensor, images: ImageBatch, directions: Directions) -> tuple[Tensor, Tensor]:
     """What a head of attention that looks for each colour in each image finds: log weights (B, 7, N) of the tokens, and
-    the weighted values (B, 7, 5) of the mark."""
+    the weighted values (B, 7, 8) of the mark."""
     weights = images.log_attention(SHARPNESS * tokens @ directions.colour[1:].T)
     return weights, weights.exp() @ (tokens @ directions.values[MARK_VALUES].T)
 
@@ -136,14 +146,17 @@ def mark_loss(tokens: Tensor, images: ImageBatch, directions: Directions) -> Ten
     total = drawn.sum(-1)
     found = -(drawn * weights.masked_fill(drawn == 0, 0.0)).sum(-1)[total > 0] / total[total > 0]
     marks = images.marks
-    square = (values - marks.values)[marks.present].square().mean(0)
+    error = (values - marks.values).square()
+    square = error[marks.present].mean(0)[:5]
+    surface = error[marks.ring][:, 5:].sum(1)
     gap, true = depth_gaps(values, marks)
     order = F.softplus(-ORDER_SHARPNESS * gap * true.sign())[true.abs() > 0.1]
-    return found.mean() + square[0] + square[1:].sum() / 2 + order.sum() / max(1, len(order))
+    seen = surface.sum() / max(1, len(surface))
+    return found.mean() + square[0] + square[1:].sum() / 2 + seen + order.sum() / max(1, len(order))
 
 
 def depth_gaps(values: Tensor, marks: ImageTargets) -> tuple[Tensor, Tensor]:
-    """Differences of log depth (P,), as in `values` (B, 7, 5) and as they are, of all pairs of dots and rings of two
+    """Differences of log depth (P,), as in `values` (B, 7, 8) and as they are, of all pairs of dots and rings of two
     colours in one image."""
     dots = marks.present & ~marks.boxed
     first, second = torch.triu_indices(len(COLOURS), len(COLOURS), 1)
@@ -178,7 +191,7 @@ def initial_tower(images: ImageBatch) -> VisionTower:
 
 @torch.no_grad()
 def rescale(tower: VisionTower, directions: Directions) -> tuple[VisionTower, Directions]:
-    """Multiply the components of marks by MARK_GAIN, those of motions by 1 and all others by OTHER_GAIN, in place.
+    """Multiply the components by their gains, and what is outside of all directions by OTHER_GAIN, in place.
 
     Returns the tower and directions divided by these gains, which read the same components as before.
     """
@@ -198,21 +211,35 @@ def unscaled(path: Path, names: list[str]) -> tuple[VisionTower, Directions, Mot
     tower, directions, head, stored = load(path)
     if stored != names:
         raise ValueError(f"{path}: a tower for {len(stored)} classes; expected the {len(names)} classes of these rooms")
-    gains = gains_of(directions)
-    rows, gain = (torch.cat(parts_of(d)) for d in (directions, gains))
-    rows = F.normalize(rows * gain, dim=1)  # the file holds float16
+    parts = parts_of(directions)
+    rows = torch.cat(parts)
+    gain = 1 / rows.norm(dim=1, keepdim=True)  # of the file, which may have other gains than this module
+    rows = F.normalize(rows, dim=1)
     change_tokens(tower, torch.eye(rows.shape[1]) / OTHER_GAIN + rows.T @ ((1 / gain - 1 / OTHER_GAIN) * rows))
-    return tower, Directions(*rows.split([len(d) for d in parts_of(gains)])), head
+    return tower, widened(Directions(*rows.split([len(d) for d in parts]))), head
+
+
+def widened(directions: Directions) -> Directions:
+    """Orthonormal directions with the 20 values of `TokenTargets`; the towers of the first three stages have 17."""
+    missing = SURFACE.stop - len(directions.values)
+    if missing == 0:
+        return directions
+    rows = torch.cat(parts_of(directions))
+    free = torch.linalg.svd(rows)[2][len(rows) :]
+    return dataclasses.replace(directions, values=torch.cat([directions.values, free[:missing]]))
 
 
 def gains_of(directions: Directions) -> Directions:
     """The gain (n, 1) of each direction in `rescale`."""
     gains = Directions(*(torch.full((len(d), 1), OTHER_GAIN) for d in parts_of(directions)))
     gains.colour[1:] = MARK_GAIN
-    gains.label[1:] = 1.0
-    gains.values[MARK_VALUES] = 1.0
-    gains.values[MARK_VALUES.start] = MARK_GAIN
-    gains.motion.fill_(1.0)
+    gains.name.fill_(OBJECT_GAIN)
+    gains.label[1:] = OBJECT_GAIN
+    gains.values[4:12] = OBJECT_GAIN
+    gains.values[12:] = SURFACE_GAIN
+    gains.values[12] = MARK_GAIN
+    gains.values[13:15] = PLACE_GAIN
+    gains.motion.fill_(SURFACE_GAIN)
     return gains
 
 
@@ -233,6 +260,7 @@ def report(tower: VisionTower, images: ImageBatch, directions: Directions, head:
         dot, ring: share of dots and of rings whose token has the largest component of their colour in the image.
         depth_error, mark_depth_error: root mean square error of the log depth of tokens and of marked points.
         box_error: root mean square error of centre and size of boxes, in half images.
+        ring_surface_error: the same of the colour of the surface inside rings, of which 2 is black to white.
         mark_order: share of pairs of dots or rings in one image that are in the right order of depth.
         motion: share of the pairs with one word whose word is found.
         length: mean norm of a token.
@@ -264,7 +292,8 @@ def report(tower: VisionTower, images: ImageBatch, directions: Directions, head:
         "name": name[named].float().mean().item(),
         "depth_error": (values[:, 0] - targets.values[:, 0]).square().mean().sqrt().item() / 2,
         "mark_depth_error": error[..., 0][dots].mean().sqrt().item() / 2,
-        "box_error": error[marks.boxed][:, 1:].mean().sqrt().item(),
+        "box_error": error[marks.boxed][:, 1:5].mean().sqrt().item(),
+        "ring_surface_error": error[marks.ring][:, 5:].mean().sqrt().item(),
         "mark_order": order[true.abs() > 0.4].float().mean().item(),
         "motion": motion[one].float().mean().item(),
         "length": tokens.norm(dim=1).mean().item(),
@@ -346,10 +375,15 @@ def load(path: Path) -> tuple[VisionTower, Directions, MotionHead, list[str]]:
 
 def save(path: Path, tower: VisionTower, directions: Directions, head: MotionHead, names: list[str]) -> None:
     """Save the tower in float16 under the published names, the directions as `directions.*`, the weight of the head as
-    `motion_head`, `names` as metadata."""
+    `motion_head`, the tokens of their words as `words.*`
+    (n, 2), `names` as metadata."""
     tensors = {f"visual.{n}": p.detach().half().contiguous() for n, p in tower.state_dict().items()}
     tensors |= {f"directions.{f.name}": getattr(directions, f.name).half() for f in fields(directions)}
     tensors["motion_head"] = head.weight.detach().half()
+    encode = tiny_processor().tokenizer.encode
+    for part, words in (("colour", COLOURS), ("name", names)):
+        tokens = [[encode(text).ids[0] for text in (word, f" {word}")] for word in words]
+        tensors[f"words.{part}"] = torch.tensor(tokens, dtype=torch.int32)
     save_file(tensors, path, metadata={"names": json.dumps(names)})
 
 

@@ -142,7 +142,7 @@ class Mark:
 
     `u`, `v`: its centre in pixels of the shot. `depth`: of the marked point or of the object in the box, metres.
     `colour`: index in COLOURS. `label`: its letter or digit, or "". `box`: x1, y1, x2, y2 of a drawn box, else None.
-    `ring`: whether it is a ring; without box and ring it is a dot.
+    `ring`: whether it is a ring; without box and ring it is a dot. `surface`: colour inside a ring, -1 to 1; else 0.
     """
 
     u: float
@@ -152,6 +152,7 @@ class Mark:
     label: str = ""
     box: tuple[float, float, float, float] | None = None
     ring: bool = False
+    surface: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -160,18 +161,22 @@ class TokenTargets:
 
     `colour` (N, 8) float32: shares of no mark and of the colours of draw.COLOURS; a token with lines of two boxes has
     two. `name` (N,): 0 = no known class, else 1 + index of the class. `label` (N,): 0 = none, else 1 + index in LABELS.
-    `values` (N, 17) float32, all of magnitude about 1:
+    `ringed` (N,) bool: tokens with the centre of a ring. `values` (N, 20) float32, all of magnitude about 1:
 
         0-3    log depth: mean, lower minus upper half, right minus left half, diagonal
         4-5    row and column in the image, -1 to 1
         6-11   of the object there: log width, height, length; x, y, z of its centre in the camera frame / 2 m
         12-14  of the mark: log depth, v, u of its centre
         15-16  of the mark: height and width in halves of the image; 0 for dots and rings
+        17-19  red, green, blue (sRGB, -1 to 1): of the surface inside a ring, elsewhere the mean of the token
+
+    Colours are those of the photograph, before marks are drawn on it.
     """
 
     colour: Tensor
     name: Tensor
     label: Tensor
+    ringed: Tensor
     values: Tensor
 
     @property
@@ -181,12 +186,13 @@ class TokenTargets:
 
     @property
     def weights(self) -> Tensor:
-        """(N, 17) weights of the values; values of an object or mark count little on tokens without one."""
+        """(N, 20) weights of the values; values of an object or mark count little on tokens without one."""
         weights = torch.ones_like(self.values)
         weights[:, 6:12] = 0.5 * (0.2 + (self.name > 0).float())[:, None]
         boxed = (self.values[:, 15:17] != 0).any(1).float()
         # A box has about nine tokens, a dot has one.
-        weights[:, 12:] = 0.1 + ((4.0 - 3.5 * boxed) * self.marked.float())[:, None]
+        weights[:, 12:17] = 0.1 + ((4.0 - 3.5 * boxed) * self.marked.float())[:, None]
+        weights[:, 17:] = 0.5 + (2.0 * self.ringed.float())[:, None]
         return weights
 
 
@@ -194,8 +200,8 @@ class TokenTargets:
 class ImageTargets:
     """What N images must tell about the marks of each colour.
 
-    `present` (N, 7) bool: whether exactly one mark has this colour of COLOURS. `values` (N, 7, 5) float32: values 12 to
-    16 of `TokenTargets` of this mark. `boxed`, `ring` (N, 7) bool: whether it is a box, a ring; otherwise it is a dot.
+    `present` (N, 7) bool: whether exactly one mark has this colour of COLOURS. `values` (N, 7, 8) float32: values 12 to
+    19 of `TokenTargets` of this mark. `boxed`, `ring` (N, 7) bool: whether it is a box, a ring; otherwise it is a dot.
     """
 
     present: Tensor
@@ -218,11 +224,13 @@ def targets_of(shot: Shot, marks: Sequence[Mark], grid: tuple[int, int], names: 
     depth = log_depth(shot.depth[v][:, u].astype(np.float32))
     half = CELLS // 2
     quarter = depth.reshape(rows, 2, half, columns, 2, half).mean((2, 5)).transpose(0, 2, 1, 3).reshape(-1, 4)
-    values = np.zeros((rows * columns, 17), dtype=np.float32)
+    values = np.zeros((rows * columns, 20), dtype=np.float32)
     values[:, 0] = quarter.mean(1)
     values[:, 1] = quarter[:, 2:].mean(1) - quarter[:, :2].mean(1)
     values[:, 2] = quarter[:, 1::2].mean(1) - quarter[:, ::2].mean(1)
     values[:, 3] = (quarter[:, 0] - quarter[:, 1] - quarter[:, 2] + quarter[:, 3]) / 2
+    pixels = shot.image[v][:, u].astype(np.float32).reshape(rows, CELLS, columns, CELLS, 3).mean((1, 3))
+    values[:, 17:] = pixels.reshape(-1, 3) / 127.5 - 1
     row, column = np.divmod(np.arange(rows * columns), columns)
     values[:, 4] = (row + 0.5) / rows * 2 - 1
     values[:, 5] = (column + 0.5) / columns * 2 - 1
@@ -237,14 +245,14 @@ def targets_of(shot: Shot, marks: Sequence[Mark], grid: tuple[int, int], names: 
             name[token] = 1 + names.index(shot.names[largest]) if shot.names[largest] in names else 0
             values[token, 6:9] = np.log(np.clip(box[3:6], 0.05, 5.0))
             values[token, 9:12] = np.clip(box[:3] / 2, -3, 3)
-    colour, label = _mark_targets(marks, grid, (height, width), values)
-    return TokenTargets(*(torch.from_numpy(x) for x in (colour, name, label, values)))
+    colour, label, ringed = _mark_targets(marks, grid, (height, width), values)
+    return TokenTargets(*(torch.from_numpy(x) for x in (colour, name, label, ringed, values)))
 
 
 def _mark_targets(
     marks: Sequence[Mark], grid: tuple[int, int], size: tuple[int, int], values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Colours and labels of the tokens; writes columns 12 to 16 of `values`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Colours and labels of the tokens, and which have a ring; writes columns 12 to 16 of `values`, of rings to 19.
 
     A dot or a ring belongs to the token of its centre, a box to all tokens with at least a third of a token's side of
     its line. The values of a token with several marks are those of the mark with the longest line there.
@@ -253,11 +261,13 @@ def _mark_targets(
     height, width = size
     drawn = np.zeros((len(marks), rows * columns))  # length of the mark in each token, in sides of a token
     label = np.zeros(rows * columns, dtype=np.int64)
+    ringed = np.zeros(rows * columns, dtype=bool)
     for k, mark in enumerate(marks):
         token = int(mark.v / height * rows) * columns + int(mark.u / width * columns)
         if mark.box is None:
             drawn[k, token] = 2.0
             label[token] = 1 + LABELS.index(mark.label) if mark.label else 0
+            ringed[token] = mark.ring
         else:
             drawn[k] = outline(mark.box, grid, size)
     drawn[drawn < 1 / 3] = 0
@@ -265,25 +275,26 @@ def _mark_targets(
     for k, mark in enumerate(marks):
         colour[:, 1 + mark.colour] += drawn[k]
         here = (drawn[k] > 0) & (drawn[k] >= drawn.max(0))
-        values[here, 12:17] = mark_values(mark, size)
+        known = 8 if mark.ring else 5
+        values[here, 12 : 12 + known] = mark_values(mark, size)[:known]
     total = colour.sum(1, keepdims=True)
     colour = np.divide(colour, total, out=colour, where=total > 0)
     colour[total[:, 0] == 0, 0] = 1
-    return colour, label
+    return colour, label, ringed
 
 
-def mark_values(mark: Mark, size: tuple[int, int]) -> tuple[float, float, float, float, float]:
-    """Values 12 to 16 of `TokenTargets` of a mark in an image of `size` (height, width)."""
+def mark_values(mark: Mark, size: tuple[int, int]) -> tuple[float, ...]:
+    """Values 12 to 19 of `TokenTargets` of a mark in an image of `size` (height, width)."""
     height, width = size
     x1, y1, x2, y2 = mark.box or (0.0, 0.0, 0.0, 0.0)
     place = (mark.v / height * 2 - 1, mark.u / width * 2 - 1)
-    return (float(log_depth(mark.depth)), *place, (y2 - y1) / height * 2, (x2 - x1) / width * 2)
+    return (float(log_depth(mark.depth)), *place, (y2 - y1) / height * 2, (x2 - x1) / width * 2, *mark.surface)
 
 
 def image_targets(marks: Sequence[Mark], size: tuple[int, int]) -> ImageTargets:
     """The targets of one image of `size` (height, width)."""
     present, boxed, ring = torch.zeros(3, 1, len(COLOURS), dtype=torch.bool)
-    found = ImageTargets(present, torch.zeros(1, len(COLOURS), 5), boxed, ring)
+    found = ImageTargets(present, torch.zeros(1, len(COLOURS), 8), boxed, ring)
     used = [mark.colour for mark in marks]
     for mark in marks:
         if used.count(mark.colour) == 1:
@@ -362,8 +373,13 @@ def motion_example(
     return [encoded(shot, image, [], processor, names) for shot, image in shots], words
 
 
-def _point_at(shot: Shot, u: float, v: float, colour: int, label: str, ring: bool) -> Mark:
-    return Mark(u, v, float(shot.depth[int(v), int(u)]), colour, label, None, ring)
+def point_at(shot: Shot, u: float, v: float, colour: int, label: str, ring: bool) -> Mark:
+    surface = (0.0, 0.0, 0.0)
+    if ring:
+        patch = shot.image[max(0, int(v) - 3) : int(v) + 4, max(0, int(u) - 3) : int(u) + 4]
+        red, green, blue = patch.reshape(-1, 3).astype(np.float64).mean(0) / 127.5 - 1
+        surface = (float(red), float(green), float(blue))
+    return Mark(u, v, float(shot.depth[int(v), int(u)]), colour, label, None, ring, surface)
 
 
 def _places(shot: Shot, rng: random.Random, count: int, inside: float) -> list[tuple[float, float]]:
@@ -389,7 +405,7 @@ def _draw_points(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mar
     labels = rng.sample(LABELS, len(at)) if rng.random() < 0.3 else [""] * len(at)
     for point, colour, label in zip(at, colours, labels, strict=True):
         draw.dot(image, point, COLOURS[colour], label)
-    return [_point_at(shot, u, v, c, label, False) for (u, v), c, label in zip(at, colours, labels, strict=True)]
+    return [point_at(shot, u, v, c, label, False) for (u, v), c, label in zip(at, colours, labels, strict=True)]
 
 
 def _draw_rings(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark]:
@@ -399,7 +415,7 @@ def _draw_rings(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark
     labels = rng.sample(LABELS, len(at)) if len(at) > 1 and rng.random() < 0.7 else [""] * len(at)
     for point, colour, label in zip(at, colours, labels, strict=True):
         draw.circle(image, point, COLOURS[colour], label)
-    return [_point_at(shot, u, v, c, label, True) for (u, v), c, label in zip(at, colours, labels, strict=True)]
+    return [point_at(shot, u, v, c, label, True) for (u, v), c, label in zip(at, colours, labels, strict=True)]
 
 
 def _draw_boxes(image: Image.Image, shot: Shot, rng: random.Random) -> list[Mark]:

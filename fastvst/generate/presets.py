@@ -109,8 +109,8 @@ COLD_START = RoomsConfig(
 # Conversations from which `tools/build_base.py` trains the base of the tiny model. No task of VST-P is among them.
 BASE = RoomsConfig(
     shots=ShotConfig(views=4),
-    rows={"general": 2.0, "general_pair": 1.0, "general_text": 0.5},
-    shares={"general": 0.52, "general_pair": 0.33, "general_text": 0.15},
+    rows={"general": 2.0, "general_marks": 2.0, "general_pair": 1.0, "general_text": 0.5},
+    shares={"general": 0.3, "general_marks": 0.45, "general_pair": 0.15, "general_text": 0.1},
 )
 
 # The benchmark of the base's own skills: single questions, few of each room.

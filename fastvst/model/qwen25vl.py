@@ -18,6 +18,7 @@ from fastvst.model.hub import local_checkpoint
 from fastvst.model.layers import Attend
 from fastvst.model.published import zero_padding
 from fastvst.model.recompute import Recompute, of_tower
+from fastvst.model.tiny_start import start_from_tower
 from fastvst.model.vision import VisionTower
 from fastvst_kernels import linear_cross_entropy, packed_attention, prepare
 
@@ -53,17 +54,23 @@ class Qwen25VL(nn.Module):
         self.init_weights()
 
     @classmethod
-    def fresh(cls, preset: str) -> Qwen25VL:
+    def fresh(cls, preset: str, *, aligned: bool = False) -> Qwen25VL:
         """A preset with random weights from torch's generator.
 
         The vision tower of "tiny" is pretrained (by `tools.build_tower`): a tower this small learns too slowly from
         question-answer pairs alone. `Qwen25VL(config)` draws every weight.
+
+        Args:
+            aligned: words and two layers of the decoder of "tiny" know the tower's tokens, see `tiny_start`; nothing
+                changes for other presets.
         """
         model = cls(ModelConfig.preset(preset))
         if preset == "tiny":
             stored = load_file(TINY_TOWER)
             tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
             model.visual.load_state_dict(tower)
+            if aligned:
+                start_from_tower(model.model, model.config, stored)
         return model
 
     @torch.no_grad()

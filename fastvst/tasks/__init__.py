@@ -17,6 +17,7 @@ from fastvst.tasks import (
     detection_multi,
     distance,
     general,
+    general_marks,
     general_text,
     grounding_3d,
     measurement,
@@ -62,6 +63,7 @@ GENERAL = {
     "general": general.make,
     "general_question": general.make_question,
     "general_text": general_text.make,
+    "general_marks": general_marks.make,
 }
 GENERAL_PAIRS = {
     "general_pair": general.make_pair,

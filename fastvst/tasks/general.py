@@ -283,7 +283,8 @@ def _talk(turns: Sequence[Turn], rng: np.random.Generator, most: int) -> list[Tu
     return choose(rng, kept, len(kept))
 
 
-def _row(scene: Scene, images: Sequence[Image.Image], turns: Sequence[Turn], task: str, index: str) -> Sample:
+def conversation(scene: Scene, images: Sequence[Image.Image], turns: Sequence[Turn], task: str, index: str) -> Sample:
+    """A row of these turns, with the images before the first; one turn alone keeps its checkable answer."""
     wanted = {"resized_width": SIZE[0], "resized_height": SIZE[1]}
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(turns):
@@ -312,7 +313,7 @@ def make(scene: Scene, view_index: int, rng: np.random.Generator, config: TaskCo
     """A conversation about one image, or None if there is nothing to ask."""
     image, turns = _one_image(scene, scene.views[view_index], rng, config)
     kept = _talk(turns, rng, MOST_TURNS)
-    return _row(scene, [image], kept, "general", index) if kept else None
+    return conversation(scene, [image], kept, "general", index) if kept else None
 
 
 def make_question(
@@ -331,7 +332,7 @@ def _question(
         return None
     skill = pick(rng, sorted({turn.skill for turn in checkable}))
     turn = pick(rng, [turn for turn in checkable if turn.skill == skill])
-    row = _row(scene, images, [turn], "general_question", index)
+    row = conversation(scene, images, [turn], "general_question", index)
     row.metadata["form"] = skill
     return row
 
@@ -362,7 +363,7 @@ def make_pair(
     """A conversation about two images, or None."""
     images, turns = _two_images(scene, pair, rng, config)
     kept = _talk(turns, rng, MOST_TURNS)
-    return _row(scene, images, kept, "general_pair", index) if kept else None
+    return conversation(scene, images, kept, "general_pair", index) if kept else None
 
 
 def make_pair_question(

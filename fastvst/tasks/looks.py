@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ SURFACES = {
     "purple": (115, 80, 130),
     "pink": (210, 150, 160),
 }
+MOST_BOXES = 3
+FEW = {1: 0.15, 2: 0.35, 3: 0.25, 4: 0.25}  # how many marks an image has, with which probability
+MANY = {3: 0.1, 4: 0.2, 5: 0.3, 6: 0.2, 7: 0.2}
 CLEAR = 0.75  # of the distance to the second nearest colour
 
 
@@ -120,20 +123,25 @@ def name_at(scene: Scene, view: View, at: tuple[float, float], clear: set[int]) 
 
 
 def draw_marks(
-    scene: Scene, view: View, image: Image.Image, rng: np.random.Generator, config: TaskConfig
+    scene: Scene,
+    view: View,
+    image: Image.Image,
+    rng: np.random.Generator,
+    config: TaskConfig,
+    counts: Mapping[int, float] = FEW,
 ) -> tuple[Mark, ...]:
-    """Draw one to four marks of one shape in different colours, most of them on objects."""
+    """Draw marks of one shape in different colours, most of them on objects; at most as many as `counts` draws."""
     pool = usable(view, config)
     clear = {s.object_id for s in pool}
     shape = SHAPES[int(rng.choice(3, p=(0.4, 0.33, 0.27)))]
-    count = int(rng.choice((1, 2, 3, 4), p=(0.15, 0.35, 0.25, 0.25)))
+    count = int(rng.choice(tuple(counts), p=tuple(counts.values())))
     colours = choose(rng, tuple(draw.COLOURS), count)
     found: list[Mark] = []
     radius = draw.radius_of(image.size)
     if shape == "box":
         wide = 0.8 * image.width
         whole = [s for s in pool if s.box_2d[2] - s.box_2d[0] < wide and min(sides(s.box_2d)) > 12]
-        for s, colour in zip(choose(rng, whole, min(count, 3)), colours, strict=False):
+        for s, colour in zip(choose(rng, whole, min(count, MOST_BOXES)), colours, strict=False):
             at = ((s.box_2d[0] + s.box_2d[2]) / 2, (s.box_2d[1] + s.box_2d[3]) / 2)
             found.append(Mark(shape, colour, at, s.box_2d, scene.object(s.object_id).name, None))
             draw.box_2d(image, s.box_2d, colour)

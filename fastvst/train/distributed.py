@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastvst.config import check_at_least, check_positive, not_an_option
+from fastvst.train.cores import Cores
 from fastvst_kernels.shared.tensors import send
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,9 +40,10 @@ class ParallelConfig:
         dtype: compute dtype ("auto" = bfloat16 on a GPU, else float32); optimizer.state has that of the weights.
         replicas: copies of the model (HSDP); 0 = one per node, so that weights are gathered within a node only.
         reshard: free the gathered weights after the forward pass (less memory, one more all-gather per block).
-        threads: CPU threads of torch in each process; 0 = OMP_NUM_THREADS, or the process's share of the cores. No
-            core is reserved for loader workers: the default run's worker is busy a quarter of the time, and with 2
-            threads on 2 cores the run is 1.5 times as fast as with 1.
+        threads: CPU threads of torch in each process; 0 = OMP_NUM_THREADS, or the process's share of the cores, less
+            what other processes use (`fastvst.train.cores`). No core is reserved for loader workers: the default
+            run's worker is busy a quarter of the time, and with 2 threads on 2 cores the run is 1.5 times as fast as
+            with 1.
         timeout: seconds that a collective waits for the slowest rank.
     """
 
@@ -72,6 +74,7 @@ class World:
             dtype float32).
         store: key-value store that all ranks share, or None for one process.
         host: address of rank 0's node.
+        cores: chooses the CPU threads of this process; none = they stay as they are.
     """
 
     rank: int
@@ -83,6 +86,12 @@ class World:
     mesh: DeviceMesh | None
     store: dist.Store | None
     host: str
+    cores: Cores | None = None
+
+    def use_free_cores(self) -> None:
+        """Adapt the number of CPU threads to what else runs here; once a step."""
+        if self.cores is not None:
+            self.cores.adapt()
 
     @property
     def is_main(self) -> bool:
@@ -144,7 +153,7 @@ def start(
     local_size = int(env.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(config.device, local_rank, local_size)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    torch.set_num_threads(config.threads or _default_threads(env, local_size))
+    cores = _cores(config, env, local_size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; bfloat16 is unaffected
@@ -165,19 +174,21 @@ def start(
         )
         mesh = make_mesh(device.type, size, replicas)
     host = env.get("MASTER_ADDR", "127.0.0.1")
-    return World(rank, size, local_rank, local_size, device, DTYPES[name], mesh, store, host)
+    return World(rank, size, local_rank, local_size, device, DTYPES[name], mesh, store, host, cores)
 
 
-def _default_threads(env: Mapping[str, str], local_size: int) -> int:
-    """OMP_NUM_THREADS, or this process's share of the cores.
+def _cores(config: ParallelConfig, env: Mapping[str, str], local_size: int, device: torch.device) -> Cores:
+    """The threads of the configuration, else OMP_NUM_THREADS, else this process's share of the cores that are free.
 
     torchrun sets OMP_NUM_THREADS to 1 for several processes on a node if the user has not set it, which is no choice.
     """
     chosen = env.get("OMP_NUM_THREADS", "")
     by_torchrun = chosen == "1" and local_size > 1 and "TORCHELASTIC_RUN_ID" in env
-    if chosen.isdigit() and int(chosen) and not by_torchrun:
-        return int(chosen)
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    asked = config.threads or (int(chosen) if chosen.isdigit() and not by_torchrun else 0)
+    cores = len(os.sched_getaffinity(0))
+    share = asked or max(1, cores // local_size)
+    # /proc/stat counts all cores of the machine: with a part of them, what is free there is not free here.
+    return Cores(share, cores, fixed=asked > 0 or device.type == "cuda" or cores != os.cpu_count())
 
 
 def stop(world: World) -> None:

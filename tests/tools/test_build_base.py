@@ -16,7 +16,7 @@ from fastvst.generate.presets import BASE
 from fastvst.generate.rooms import scene_samples
 from fastvst.model import Qwen25VL
 from fastvst.scenes.scene import Scene
-from tools.build_base import IGNORE, MARK, Recipe, batches, group, train
+from tools.build_base import IGNORE, MARK, PART, Batches, Recipe, group, make_optimizers, train
 from tools.tower_batches import tiny_processor
 
 
@@ -38,7 +38,7 @@ def test_a_turn_is_what_the_processor_makes_of_it_alone(talks: list[Sample]) -> 
     seen = set()
     for sample in talks[:: max(1, len(talks) // 25)]:
         seen.add(sample.metadata["task"])
-        prompt, completions = group(sample, processor, only_marks=False)
+        prompt, completions = group(sample, processor)
         assert len(completions) == len(sample.messages) // 2
         for turn, completion in enumerate(completions):
             whole = processor.encode(alone(sample, turn))
@@ -48,7 +48,7 @@ def test_a_turn_is_what_the_processor_makes_of_it_alone(talks: list[Sample]) -> 
             learned = completion.tokens[completion.labels != IGNORE].tolist()
             assert processor.tokenizer.decode(learned, skip_special_tokens=False) == f"{reply}<|im_end|>\n"
             assert (completion.labels == IGNORE).any() and (prompt.labels == IGNORE).all()
-    assert seen == {"general", "general_pair", "general_text"}
+    assert seen == {"general", "general_marks", "general_pair", "general_text"}
 
 
 def test_the_loss_is_that_of_the_turns_alone(talks: list[Sample]) -> None:
@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_turns_alone(talks: list[Sample]) -> None:
     torch.manual_seed(0)
     model = Qwen25VL.fresh("tiny").eval()
     sample = next(row for row in talks if row.metadata["task"] == "general_pair")
-    prompt, completions = group(sample, processor, only_marks=False)
+    prompt, completions = group(sample, processor)
     total = 0.0
     count = 0
     for turn, completion in enumerate(completions):
@@ -70,10 +70,10 @@ def test_the_loss_is_that_of_the_turns_alone(talks: list[Sample]) -> None:
     assert together == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_first_steps_ask_about_marks_only(talks: list[Sample], tmp_path: Path) -> None:
+def test_the_curriculum_asks_for_parts_then_about_marks_then_everything(talks: list[Sample], tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [to_row(sample, 95) for sample in talks])
     processor = tiny_processor()
-    made = list(itertools.islice(batches(tmp_path, processor, Recipe(steps=4, marks=2)), 4))
+    made = list(itertools.islice(Batches(tmp_path, Recipe(steps=6, parts=2, marks=4)), 8))
     assert all(0 < batch.num_tokens <= 1024 for batch in made)
 
     def spoken(batch) -> list[str]:
@@ -81,8 +81,28 @@ def test_the_first_steps_ask_about_marks_only(talks: list[Sample], tmp_path: Pat
         parts = zip(ends, ends[1:], batch.groups.tolist(), strict=False)
         return [processor.tokenizer.decode(batch.tokens[a:b].tolist()) for a, b, prompt in parts if prompt >= 0]
 
-    assert all(MARK.search(text) for batch in made[:2] for text in spoken(batch))
-    assert not all(MARK.search(text) for batch in made[2:] for text in spoken(batch))
+    assert all(PART.search(text) for batch in made[:2] for text in spoken(batch))
+    later = [text for batch in made[2:4] for text in spoken(batch)]
+    assert not all(PART.search(text) for text in later)
+    listed = {text for sample in talks if sample.metadata["task"] == "general_marks" for text in said(sample)}
+    assert all(MARK.search(text) or any(turn in text for turn in listed) for text in later)
+    everything = [text for batch in made[4:] for text in spoken(batch)]
+    assert any(not MARK.search(text) and not any(turn in text for turn in listed) for text in everything)
+
+
+def said(sample: Sample) -> list[str]:
+    """The questions of a row."""
+    return [message["content"][-1]["text"] for message in sample.messages[::2]]
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+    model = Qwen25VL.fresh("tiny")
+    muon, adamw = make_optimizers(model, Recipe())
+    named = {id(p): n for n, p in model.named_parameters()}
+    first = {named[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = [named[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert first == {n for n, p in model.named_parameters() if n.startswith("model.layers") and p.dim() == 2}
+    assert sorted([*first, *rest]) == sorted(named.values()), "every parameter once"
 
 
 def test_the_rate_rises_holds_and_falls() -> None:

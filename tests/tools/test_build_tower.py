@@ -69,7 +69,7 @@ def test_marks_are_where_the_targets_say(shots: list[data.Shot], names: list[str
         std = torch.tensor(processor.geometry.std)
         pixels = ((pixels.permute(0, 1, 3, 2) * std + mean) * 255).flatten(1, 2)
         for token in torch.nonzero(targets.marked).flatten().tolist():
-            boxed = bool((targets.values[token, 15:] != 0).any())
+            boxed = bool((targets.values[token, 15:17] != 0).any())
             for colour in torch.nonzero(targets.colour[token, 1:]).flatten().tolist():
                 wanted = torch.tensor(draw.COLOURS[data.COLOURS[colour]], dtype=torch.float32)
                 # resizing blurs a line of two pixels more than a dot
@@ -78,7 +78,9 @@ def test_marks_are_where_the_targets_say(shots: list[data.Shot], names: list[str
             if not boxed:
                 only = int(targets.colour[token, 1:].argmax())
                 if marks.present[0, only] and targets.colour[token, 1 + only] == 1:
-                    torch.testing.assert_close(targets.values[token, 12:17], marks.values[0, only])
+                    known = 20 if targets.ringed[token] else 17  # the surface is seen in rings only
+                    expected = marks.values[0, only, : known - 12]
+                    torch.testing.assert_close(targets.values[token, 12:known], expected)
                 v, u = ((targets.values[token, 13:15].numpy() + 1) / 2 * shot.depth.shape).round(3)
                 depth = float(shot.depth[int(v), int(u)])
                 assert targets.values[token, 12] == pytest.approx(2 * np.log(np.clip(depth, 0.3, 20) / 3), abs=1e-3)
@@ -192,6 +194,29 @@ def test_targets_of_a_synthetic_view(names: list[str]) -> None:
     assert torch.nonzero(targets.marked).flatten().tolist() == [marked] and targets.colour[marked, 3] == 1
     assert torch.nonzero(targets.label).flatten().tolist() == [marked] and data.LABELS[targets.label[marked] - 1] == "3"
     assert targets.values[marked, 12].item() == pytest.approx(far, abs=1e-3)
+    assert targets.values[:, 17:].numpy() == pytest.approx(100 / 127.5 - 1, abs=1e-6), "the photograph's colour"
+    assert not targets.ringed.any()
+
+
+def test_a_ring_tells_the_surface_in_it(names: list[str]) -> None:
+    """A red patch of 8 pixels in a grey image: the token's mean is nearly grey, the surface in the ring is red."""
+    image = np.full((112, 168, 3), 100, dtype=np.uint8)
+    image[26:34, 96:104] = (200, 40, 30)
+    depth = np.full((112, 168), 4.0, dtype=np.float16)
+    nothing = np.zeros((0, 9), dtype=np.float32)
+    shot = data.Shot(image, depth, np.zeros((112, 168), dtype=np.uint8), (), nothing, nothing[:, :7])
+    ring = data.point_at(shot, 100.0, 30.0, 2, "", True)
+    dot = data.point_at(shot, 100.0, 30.0, 2, "", False)
+    red = np.array([200, 40, 30]) / 127.5 - 1
+    token = 1 * 6 + 3
+    found = data.targets_of(shot, [ring], (4, 6), names)
+    assert torch.nonzero(found.ringed).flatten().tolist() == [token]
+    assert found.values[token, 17:].numpy() == pytest.approx(red, abs=0.02)
+    plain = data.targets_of(shot, [dot], (4, 6), names)
+    mean = 100 / 127.5 - 1
+    assert np.abs(plain.values[token, 17:].numpy() - mean).max() < 0.2 < np.abs(red - mean).max()
+    seen = data.image_targets([ring], (112, 168))
+    assert seen.values[0, 2, 5:].numpy() == pytest.approx(red, abs=0.02)
 
 
 def test_the_shipped_tower_predicts_its_targets(views: data.Views, names: list[str]) -> None:
@@ -240,7 +265,8 @@ def test_a_few_steps_reduce_the_loss_and_the_file_loads(views: data.Views, names
     assert {k: after[k] for k in before if k != "length"} == pytest.approx(
         {k: v for k, v in before.items() if k != "length"}, abs=1e-4
     )
-    for rows, gain in ((unit.colour[1:], bt.MARK_GAIN), (unit.values[12:13], bt.MARK_GAIN), (unit.name, bt.OTHER_GAIN)):
+    gains = ((unit.colour[1:], bt.MARK_GAIN), (unit.values[12:13], bt.MARK_GAIN), (unit.name, bt.OBJECT_GAIN))
+    for rows, gain in gains:
         torch.testing.assert_close(test.encode_images(tower) @ rows.T, gain * (plain @ rows.T), rtol=1e-3, atol=1e-3)
     bt.save(tmp_path / "tower.safetensors", tower, directions, head, names)
     again, _, _, found = bt.load(tmp_path / "tower.safetensors")
