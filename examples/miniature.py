@@ -29,7 +29,7 @@ SETTINGS = {  # the settings of the rooms, which the scripts have when they make
     "processor.max_seq_len": 1024,
     "processor.fov_base_width": 200,
     "loader.tokens_per_pack": 1024,
-    "optimizer.lr": 1e-3,
+    "optimizer.lr": 5e-4,
     "optimizer.vision_lr": 1e-4,
     "optimizer.weight_decay": 0.05,
     "optimizer.betas": "[0.9, 0.95]",

@@ -8,14 +8,12 @@ from fastvst.generate.rooms import DEFAULT_ROWS, THOUGHT, RoomsConfig
 from fastvst.scenes.rooms.shoot import ShotConfig, WalkConfig
 from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 
-# The rows of examples/sft.py: half of them compare depths, the one task that the tiny model learns in minutes.
+# Half of the rows compare depths.
 DEFAULT = RoomsConfig()
 
-# How many questions a small reader of each task needs, by the learning curves of `python -m bench.learnability`
-# (docs/measured.md): 8,760 rows from about 650 rooms. A list of 3D boxes has a hundred supervised tokens, the other
-# replies have three: with 300 rows of boxes most of the loss was theirs. The tiny model, whose decoder starts random,
-# learned no more from it in 1,900 steps than from DEFAULT in 1,300: with one tower, depth 54.0 % in 10 minutes, 55.5 %
-# in 5.
+# The rows of examples/sft.py: how many questions a small reader of each task needs, by the learning curves of
+# `python -m bench.learnability` (docs/measured.md), 8,760 rows from about 650 rooms. A list of 3D boxes has a hundred
+# supervised tokens, the other replies have three: with 300 rows of boxes most of the loss was theirs.
 LEARNABLE_MIX = {
     "depth_comparison": 3000,
     "distance": 2500,

@@ -25,7 +25,7 @@ class RoomsOptions:
         folder: where the rows are cached; none = the user's cache folder.
     """
 
-    samples: int = 2400
+    samples: int = 8760
     heldout: int = 1200
     seed: int = 0
     workers: int = 2
@@ -36,9 +36,9 @@ def find_data(data: MixtureConfig, rooms: RoomsOptions, world: World) -> tuple[M
     """The mixture to train on; for rooms also the folders of (training rows, held-out rows)."""
     if data.sources:
         return data, None
-    from fastvst.generate.presets import DEFAULT
+    from fastvst.generate.presets import LEARNABLE
 
-    train = make_rooms(world, rooms, "train", rooms.samples, DEFAULT, seed=rooms.seed)
+    train = make_rooms(world, rooms, "train", rooms.samples, LEARNABLE, seed=rooms.seed)
     source = SourceConfig(path=train, name="rooms")
     return dataclasses.replace(data, sources=(source,)), (train, heldout_rooms(rooms, world))
 

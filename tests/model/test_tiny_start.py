@@ -121,7 +121,8 @@ def test_the_training_scripts_start_aligned(model: Qwen25VL) -> None:
         weights_dtype=torch.float32,
         vocab_size=4096,
     )
-    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
+    for a, b in zip(built.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the QR's last bits depend on the threads
 
 
 def test_a_tower_without_words_is_an_error(model: Qwen25VL) -> None:

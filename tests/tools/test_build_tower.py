@@ -157,7 +157,10 @@ def test_a_head_of_attention_finds_the_marks(shots: list[data.Shot], names: list
         torch.testing.assert_close(weights[image][:, own].exp(), scores.softmax(0).T)
     assert (weights.exp().sum(2) - 1).abs().max() < 1e-4
     single = made.marks.present & ~made.marks.boxed
-    torch.testing.assert_close(values[single], made.marks.values[single], rtol=0, atol=2e-3)
+    torch.testing.assert_close(values[single][:, :5], made.marks.values[single][:, :5], rtol=0, atol=2e-3)
+    ring = made.marks.ring & made.marks.present
+    assert ring.any(), "the surface is told in rings only"
+    torch.testing.assert_close(values[ring], made.marks.values[ring], rtol=0, atol=2e-3)
     gap, true = bt.depth_gaps(values, made.marks)
     expected = sum(n * (n - 1) // 2 for n in single.sum(1).tolist())
     assert len(gap) == len(true) == expected > 5
