@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from fastvst.config import ConfigError
 from fastvst.data import MixtureConfig, SourceConfig
 from fastvst.train.distributed import World
 
@@ -33,11 +35,24 @@ class RoomsOptions:
 
 
 def find_data(data: MixtureConfig, rooms: RoomsOptions, world: World) -> tuple[MixtureConfig, tuple[str, str] | None]:
-    """The mixture to train on; for rooms also the folders of (training rows, held-out rows)."""
+    """The mixture to train on; for rooms also the folders of (training rows, held-out rows).
+
+    Raises:
+        ConfigError: so few rows that a task has none. The report needs some: its baselines come from them.
+    """
     if data.sources:
         return data, None
     from fastvst.generate.presets import LEARNABLE
+    from fastvst.generate.rooms import apportion
 
+    shares = LEARNABLE.shares or {}
+    without = shares.keys() - set(apportion(shares, rooms.samples))
+    if without:
+        least = math.ceil(sum(shares.values()) / min(shares.values())) + 1
+        names = ", ".join(sorted(without))
+        raise ConfigError(
+            f"rooms.samples is {rooms.samples}, which leaves no row of {names}; expected at least {least}"
+        )
     train = make_rooms(world, rooms, "train", rooms.samples, LEARNABLE, seed=rooms.seed)
     source = SourceConfig(path=train, name="rooms")
     return dataclasses.replace(data, sources=(source,)), (train, heldout_rooms(rooms, world))
