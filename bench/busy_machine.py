@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/busy_machine"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu"), help="folder of the result")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 4], help="busy processes per core")
     options = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     found = []
-    for busy in (0, cores, 4 * cores):
+    for busy in (cores * each for each in options.busy):
         for threads in (cores, 1, 0):
             rate = speed(options.runs / f"busy-{busy}-threads-{threads}", busy, threads, options.steps)
             found.append({"busy": busy, "threads": threads or "default", "tokens_per_s": round(rate)})
