@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from bench.scaling.page import write_page
 from fastvst import atomic, jsonl
@@ -27,7 +26,6 @@ from fastvst.evaluate.statistics import wilson
 from fastvst.generate.presets import DEFAULT
 from fastvst.generate.rooms import make_rooms
 from fastvst.model import ModelConfig, Qwen25VL
-from fastvst.model.qwen25vl import TINY_TOWER
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (2, 4, 8)
@@ -76,9 +74,7 @@ def write_model(layers: int, folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         model = Qwen25VL(dataclasses.replace(ModelConfig.preset("tiny"), num_hidden_layers=layers))
-        stored = load_file(TINY_TOWER)
-        tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
-        model.visual.load_state_dict(tower)
+        model.visual.load_state_dict(Qwen25VL.fresh("tiny").visual.state_dict())
         model.save_pretrained(folder, processor=Processor.preset("tiny", max_pixels=168 * 126))
     return folder
 
