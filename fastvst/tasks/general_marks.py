@@ -99,19 +99,21 @@ def _ordered(look: Look, axis: int, sign: int) -> list[Mark]:
     return sorted(look.marks, key=lambda mark: sign * look.place(mark.at)[axis])
 
 
+def _first(look: Look, one: Mark, two: Mark, axis: int, sign: int) -> Mark | None:
+    """The mark that comes first in this order, None if they are not clearly apart."""
+    gap = sign * (look.place(one.at)[axis] - look.place(two.at)[axis])
+    return None if abs(gap) < APART else one if gap < 0 else two
+
+
 def _orders(look: Look, rng: np.random.Generator) -> list[Turn]:
-    """The marks in order of their columns and rows, those that are clearly apart."""
+    """The marks in order of their columns and rows, where all are clearly apart."""
     turns = []
     for word, axis, sign in ORDERS:
         marks = _ordered(look, axis, sign)
-        kept = marks[:1]
-        for mark in marks[1:]:
-            if abs(look.place(mark.at)[axis] - look.place(kept[-1].at)[axis]) >= APART:
-                kept.append(mark)
-        if len(kept) > 1 and len(kept) == len(marks):
+        if all(_first(look, one, two, axis, sign) for one, two in itertools.pairwise(marks)):
             asked = pick(rng, ("List the {p} {o}.", "Name the colours of the {p} {o}."))
             question = asked.format(p=_plural(marks[0]), o=ORDER_LISTS[word])
-            turns.append(_turn(question, ", ".join(m.colour for m in kept)))
+            turns.append(_turn(question, ", ".join(m.colour for m in marks)))
     return turns
 
 
@@ -124,16 +126,17 @@ def _compared(look: Look, rng: np.random.Generator) -> list[Turn]:
     for one, two in choose(rng, tuple(itertools.permutations(look.marks, 2)), COMPARISONS):
         found = []
         for word, axis, sign in choose(rng, ORDERS, len(ORDERS)):
-            gap = sign * (look.place(one.at)[axis] - look.place(two.at)[axis])
-            if abs(gap) >= APART:
-                found.append(f"{word.removesuffix(' in the image')}: {one.colour if gap < 0 else two.colour}")
+            best = _first(look, one, two, axis, sign)
+            if best is not None:
+                found.append(f"{word.removesuffix(' in the image')}: {best.colour}")
         if found:
             turns.append(_turn(f"Compare {one.colour} and {two.colour}.", "; ".join(found)))
     ends = []
     for word, axis, sign in choose(rng, ORDERS, len(ORDERS)):
-        first, second = _ordered(look, axis, sign)[:2]
-        if abs(look.place(first.at)[axis] - look.place(second.at)[axis]) >= APART:
-            ends.append(f"{word.removesuffix(' in the image')}: {first.colour}")
+        end, next_to_it = _ordered(look, axis, sign)[:2]
+        best = _first(look, end, next_to_it, axis, sign)
+        if best is not None:
+            ends.append(f"{word.removesuffix(' in the image')}: {best.colour}")
     if ends:
         turns.append(_turn(f"Which {_plural(look.marks[0])} are at the ends?", "; ".join(ends)))
     return turns
@@ -144,12 +147,12 @@ def _pairs(look: Look, rng: np.random.Generator) -> list[Turn]:
     turns = []
     for one, two in choose(rng, tuple(itertools.permutations(look.marks, 2)), PAIRS_ASKED):
         word, axis, sign = pick(rng, ORDERS)
-        gap = sign * (look.place(one.at)[axis] - look.place(two.at)[axis])
-        if abs(gap) >= APART:
+        best = _first(look, one, two, axis, sign)
+        if best is not None:
             word = word.removesuffix(" in the image")
             asked = pick(rng, ("Which is {o}, {a} or {b}?", "Of {a} and {b}, which is {o}?"))
             question = asked.format(o=word, a=one.colour, b=two.colour)
-            turns.append(_turn(question, one.colour if gap < 0 else two.colour))
+            turns.append(_turn(question, best.colour))
     return turns
 
 
