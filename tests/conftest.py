@@ -12,6 +12,8 @@ import torch
 import torch._inductor.config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastvst.scenes.rooms.render_base import Renderer
     from fastvst.scenes.scene import Scene
 
@@ -31,6 +33,15 @@ def pytest_configure() -> None:
     # process crashes; the other order works.
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that leaves more threads than it found would let a later test hang, in a fork."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"this test leaves torch with {left} threads; give ParallelConfig(threads=1)"
 
 
 @pytest.fixture(scope="session")

@@ -8,5 +8,6 @@ from kernel_processes import run
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # of all its tests together; each has its own limit
 def test_kernels_compiled_ahead_of_time() -> None:
     run("aot")

@@ -8,5 +8,6 @@ from kernel_processes import run
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # of all its tests together; each has its own limit
 def test_kernels_in_the_interpreter() -> None:
     run("interpreter", TRITON_INTERPRET="1")

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: str, **variables: str) -> None:
-    """pytest on tests/kernels/`folder` in a process of its own; shows the output if it fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{folder}"]
+    """pytest on tests/kernels/`folder` in a process of its own; shows the output if it fails or if a test hangs."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
+    command.append(f"tests/kernels/{folder}")
     # Triton reads TRITON_INTERPRET when it is imported, so one process cannot run both folders.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
