@@ -32,6 +32,7 @@ from fastvst.tasks.measurement import measure
 
 CONFIG = TaskConfig()
 RANGES = ((0.0, 1.4, "near"), (1.6, 2.8, "middle"), (3.2, 99.0, "far"))  # metres of depth, with gaps between them
+TENTH = 0.0501  # metres by which a distance that is stated to ten centimetres may be off
 Claim = dict[str, Any]
 
 
@@ -347,3 +348,8 @@ def about(degrees: float) -> tuple[int, str]:
 def rounded_gap(metres: float) -> float:
     """A distance to half a metre above one metre, else to ten centimetres."""
     return round(metres, 1) if metres < 1 else math.floor(metres * 2 + 0.5) / 2
+
+
+def gap_tolerance(stated: float) -> float:
+    """Metres by which a distance of `rounded_gap` may be off: half of its last place."""
+    return 0.2501 if stated >= 1 else TENTH
