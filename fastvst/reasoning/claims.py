@@ -164,6 +164,8 @@ def _toward(scene: Scene, c: Claim) -> bool:
 
 
 def _steps(scene: Scene, c: Claim) -> bool:
+    if c.get("asked", c["given"]) != c["given"]:  # the question gives another direction
+        return False
     words = COMPASS if c["given"] in COMPASS else HOURS
     sign = 1 if c["way"] == "clockwise" else -1
     return words[(words.index(c["given"]) + sign * c["steps"]) % len(words)] == c["result"]
@@ -289,7 +291,7 @@ CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
     "seen": _seen,
     "unseen": _unseen,
     "both": lambda scene, c: all(clear(scene, v, i) for v in c["views"] for i in c["objects"]),
-    "marked": lambda scene, c: clear(scene, c["view"], c["objects"][0]),
+    "marked": lambda scene, c: clear(scene, c["view"], c["objects"][0]) and c.get("mark", c["view"]) == c["view"],
     "side": lambda scene, c: side_of(scene, c["view"], c["objects"][0]) == c["word"],
     "range": lambda scene, c: range_of(scene, c["view"], c["objects"][0]) == c["word"],
     "left_of": lambda scene, c: left_of(scene, c["view"], *c["objects"]),
