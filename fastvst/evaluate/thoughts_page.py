@@ -40,7 +40,7 @@ def write_thoughts_page(out: Path, results: Thoughts, shown: int = 2) -> Path:
         shown: thoughts of each task on the page.
     """
     last = results.points[-1]
-    table = html.table(HEADER, results.rows(), good=[])
+    table = html.table(HEADER, results.rows())
     better = [t.task.replace("_", " ") for t in last.tasks if t.better]
     note = (
         "<p>Rooms that training never saw; intervals are bootstrapped over rooms. Direct: the default prompt; before: "

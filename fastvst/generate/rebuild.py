@@ -100,11 +100,14 @@ def check_same(scene: Scene, row: Sample) -> None:
     if row.metadata["scene"] != scene.name:
         raise OtherSceneError(f"{where} is {scene.name}, not {row.metadata['scene']}")
     views = row.metadata.get("views", [row.metadata.get("view")])
+    images = row.parts("image")
+    if len(images) != len(views):
+        raise OtherSceneError(f"row {row.id}: the row has {len(images)} images of {len(views)} views")
     try:
         for text, claim in row.metadata.get("claims", []):
             if not claims.holds(scene, claim):
                 raise OtherSceneError(f"{where} contradicts {text!r}")
-        for view, part in zip(views, row.parts("image"), strict=True):
+        for view, part in zip(views, images, strict=True):
             image = load_rgb(part["image"], max_source_pixels=1 << 24, time_limit=10.0)
             shown = scene.views[view].photograph
             if shown.size != image.size:

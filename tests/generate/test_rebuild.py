@@ -67,8 +67,10 @@ def test_what_differs_is_named(folder: Path, rows: list[Sample], walked: list) -
     small = tuple(dataclasses.replace(v, pixels=np.zeros((120, 160, 3), np.uint8)) for v in scene.views)
     with pytest.raises(OtherSceneError, match="looks different in view 0"):
         check_same(dataclasses.replace(scene, views=small), near)
+    with pytest.raises(OtherSceneError, match="the row has 2 images of 1 views"):
+        check_same(scene, dataclasses.replace(near, metadata={**near.metadata, "views": [0]}))
     said = {"says": "count", "name": "zebra", "objects": [], "value": 1}
     with pytest.raises(OtherSceneError, match="contradicts 'One zebra.'"):
         check_same(scene, dataclasses.replace(near, metadata={**near.metadata, "claims": [["One zebra.", said]]}))
     with pytest.raises(OtherSceneError, match="lacks an object or a view of the row"):
-        check_same(scene, dataclasses.replace(near, metadata={**near.metadata, "views": [0, 999]}))
+        check_same(scene, dataclasses.replace(near, metadata={**near.metadata, "views": [999, 0]}))
