@@ -224,8 +224,8 @@ def summarise(
     answered: tuple[Answered, ...] = ()
     for one in replies:
         answered = tuple(
-            Answered(s, *texts, *(right(t, s) for t in texts), _read(texts[0], s, scenes))
-            for s, *texts in zip(asked, one.thinking, one.direct, strict=True)
+            Answered(s, thinking, direct, right(thinking, s), right(direct, s), _read(thinking, s, scenes))
+            for s, thinking, direct in zip(asked, one.thinking, one.direct, strict=True)
         )
         points.append(Point(one.step, tuple(_task(name, rows) for name, rows in _by_task(answered).items())))
     start = [

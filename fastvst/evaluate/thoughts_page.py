@@ -40,7 +40,7 @@ def write_thoughts_page(out: Path, results: Thoughts, shown: int = 2) -> Path:
         shown: thoughts of each task on the page.
     """
     last = results.points[-1]
-    table = html.table(HEADER, results.rows())
+    table = f'<div style="font-size: 11px; white-space: nowrap">{html.table(HEADER, results.rows())}</div>'
     better = [t.task.replace("_", " ") for t in last.tasks if t.better]
     note = (
         "<p>Rooms that training never saw; intervals are bootstrapped over rooms. Direct: the default prompt; before: "
@@ -53,8 +53,8 @@ def write_thoughts_page(out: Path, results: Thoughts, shown: int = 2) -> Path:
     sections = [
         ("Thinking and direct answers", table + note),
         ("Over the training", _curves(results)),
-        ("Kinds of claims", _kinds(results)),
         ("Thoughts", _legend() + _thoughts(results.answered, shown)),
+        ("Kinds of claims", _kinds(results)),
     ]
     atomic.write_text(out / "index.html", html.page("fastvst: cold start", lead, sections))
     return out / "index.html"
@@ -97,7 +97,7 @@ def lines(curves: Mapping[str, Sequence[tuple[int, Interval]]], label: str) -> s
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end" fill="#57606a">{tick}</text>')
     for step in steps:
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 18}" text-anchor="middle" fill="#57606a">{step}</text>')
-    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 2}" fill="#57606a">step; {escape(label)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 5}" fill="#57606a">step; {escape(label)}</text>')
     for number, (task, points) in enumerate(curves.items()):
         colour = COLOURS[-1] if task == ALL else COLOURS[number % (len(COLOURS) - 1)]
         shift = 3 * (number - len(curves) / 2)  # so that the intervals of two tasks do not cover each other
@@ -105,10 +105,10 @@ def lines(curves: Mapping[str, Sequence[tuple[int, Interval]]], label: str) -> s
         width = 3 if task == ALL else 1.5
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{corners}"/>')
         for step, value in points:
-            at = f"{x(step) + shift:.1f}"
+            place = f"{x(step) + shift:.1f}"
             parts.append(
-                f'<line x1="{at}" x2="{at}" y1="{y(value.low):.1f}" y2="{y(value.high):.1f}" stroke="{colour}" '
-                f'stroke-opacity="0.4"/><circle cx="{at}" cy="{y(value.mean):.1f}" r="3" fill="{colour}"/>'
+                f'<line x1="{place}" x2="{place}" y1="{y(value.low):.1f}" y2="{y(value.high):.1f}" stroke="{colour}" '
+                f'stroke-opacity="0.4"/><circle cx="{place}" cy="{y(value.mean):.1f}" r="3" fill="{colour}"/>'
             )
         row = TOP + 14 + 20 * number
         parts.append(f'<rect x="{legend}" y="{row - 10}" width="12" height="12" fill="{colour}"/>')
