@@ -3,35 +3,37 @@
     python examples/cold_start.py --model runs/sft/hf          # the model that examples/sft.py wrote; CPU or GPU
 
 The script renders rows whose reasoning is composed from the rooms' geometry, mixed with one sixth of direct rows, and
-trains on them with examples/sft.py. On rooms that training never saw it then measures, in thinking mode, how many
-answers have the form `<think>...</think> answer` and, in the default mode, how many questions are answered directly.
-The two modes differ in the system prompt only. For published checkpoints and data use examples/sft.py with
-examples/cold_start.toml.
+trains on them with examples/sft.py. Then it asks questions about rooms that training never saw, each in thinking mode
+and in the default mode; the two differ in the system prompt only. For every task it measures right answers in both
+modes and before the cold start, replies of the form `<think>...</think> answer`, and faithfulness: which share of the
+claims in a thought is true of the room. Two earlier checkpoints show how these change. The results are a table,
+<out>/cold_start.json and <out>/thoughts/index.html, whose thoughts have every sentence in the colour of its truth.
+
+For published checkpoints and data use examples/sft.py with examples/cold_start.toml.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sft
-import torch
 
+from fastvst import atomic
 from fastvst.config import ConfigError
-from fastvst.data import Processor, Sample, open_source
-from fastvst.evaluate.answers import score
-from fastvst.model import ModelConfig, Qwen25VL
+from fastvst.data import open_source
+from fastvst.evaluate import thoughts
+from fastvst.evaluate.thoughts_page import write_thoughts_page
+from fastvst.generate.rebuild import rebuild_scenes
+from fastvst.generate.rooms import RoomsConfig
+from fastvst.model import ModelConfig
 from fastvst.model.hub import local_checkpoint
-from fastvst.rollout import Engine, SamplingParams
 from fastvst.train.recipes import size_of
 from fastvst.train.run import read_config, run_script
-
-FORM = re.compile(r"\s*<think>((?:(?!</?think>).)+)</think>\s*\S((?!</?think>).)*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Config:
         model: directory of the SFT checkpoint.
         out: run folder.
         samples: rows to train on.
-        heldout: rows to evaluate.
+        heldout: questions to measure with, in equal shares of the five reasoning tasks, about other rooms.
+        points: checkpoints to measure, evenly spaced over the steps; the last one is the result.
         steps: optimizer steps.
         accumulation: packs of 1,024 tokens in a step.
         lr: peak learning rate. VST's 1e-5 is for billions of parameters and a thousand times as many tokens.
@@ -54,7 +57,8 @@ class Config:
     model: str = "runs/sft/hf"
     out: str = "runs/cold_start"
     samples: int = 2000
-    heldout: int = 120
+    heldout: int = 300
+    points: int = 3
     steps: int = 1000
     accumulation: int = 2
     lr: float = 1e-3
@@ -76,8 +80,12 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             "model. For a published checkpoint: examples/sft.py --config examples/cold_start.toml --model.path "
             f"{config.model} --data.sources '[...]'"
         )
-    train = rooms(config, "train", config.samples)
-    heldout = rooms(config, "heldout", config.heldout)
+    from fastvst.generate.presets import COLD_START, THOUGHTS
+
+    if not 1 <= config.points <= config.steps:
+        raise ConfigError(f"points is {config.points}; expected 1 to steps ({config.steps})")
+    train = rooms(config, "train", config.samples, COLD_START)
+    heldout = rooms(config, "heldout", config.heldout, THOUGHTS)
     sft.main(
         [
             f"out={config.out}",
@@ -93,58 +101,48 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             f"optimizer.vision_lr={config.lr / 10}",  # a tenth, as published
             "optimizer.weight_decay=0.0",
             "schedule.warmup=0.03",
-            "checkpoint.every=0",
+            f"checkpoint.every={-(-config.steps // config.points)}",
+            f"checkpoint.keep={config.points}",
         ],
         environment,
     )
     if not (Path(config.out) / "hf").is_dir():
         return None  # a signal stopped the training
-    found = measure(Path(config.out) / "hf", heldout, config.max_new_tokens)
-    print(json.dumps(found, indent=1))
-    (Path(config.out) / "cold_start.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return measure(config, heldout)
+
+
+def rooms(config: Config, split: str, samples: int, rows: RoomsConfig) -> str:
+    """The folder of rows with reasoning traces, rendered once and cached."""
+    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
+
+    return make_rooms_in_subprocess(config.folder, samples, 0, config.workers, rows, split=split)
+
+
+def measure(config: Config, heldout: str) -> dict[str, Any]:
+    """Ask the questions in both modes, check the thoughts against the rooms, write the results."""
+    begin = time.perf_counter()
+    asked = thoughts.reasoning_questions(list(open_source(heldout)))
+    before = thoughts.reply(config.model, asked, 0, config.max_new_tokens, think=False)
+    replies = [
+        thoughts.reply(model, asked, step, config.max_new_tokens, think=True)
+        for step, model in checkpoints(Path(config.out), config.steps).items()
+    ]
+    answered = time.perf_counter()
+    scenes = rebuild_scenes(heldout, asked, max(config.workers, 1))
+    rebuilt = time.perf_counter()
+    results = thoughts.summarise(asked, scenes, before, replies)
+    print(results.table(), flush=True)
+    print(f"page: {write_thoughts_page(Path(config.out) / 'thoughts', results)}", flush=True)
+    seconds = {"answers": answered - begin, "rooms": rebuilt - answered, "claims": time.perf_counter() - rebuilt}
+    found = results.to_json() | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    atomic.write_text(Path(config.out) / "cold_start.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
-def rooms(config: Config, split: str, samples: int) -> str:
-    """The folder of rows with reasoning traces, rendered once and cached."""
-    from fastvst.generate.presets import COLD_START
-    from fastvst.generate.rooms_subprocess import make_rooms_in_subprocess
-
-    return make_rooms_in_subprocess(config.folder, samples, 0, config.workers, COLD_START, split=split)
-
-
-def measure(model_path: Path, heldout: str, max_new_tokens: int) -> dict[str, Any]:
-    """Shares of well-formed and right answers in thinking mode, and of direct and right answers in the default mode.
-
-    Every question is asked in both modes: rows of a kind "thought_*" get the thinking system prompt.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Qwen25VL.from_pretrained(model_path, device=device).eval()
-    processor = Processor.from_pretrained(model_path)
-    asked = [s for s in open_source(heldout) if s.kind.startswith("thought_") and s.answer is not None]
-    thinking = answer(model, processor, asked, max_new_tokens)
-    direct = answer(model, processor, [dataclasses.replace(s, kind="qa") for s in asked], max_new_tokens)
-    formed = [bool(FORM.fullmatch(text)) for text in thinking]
-    plain = ["think>" not in text and 0 < len(text.split()) < 40 for text in direct]
-    return {
-        "questions": len(asked),
-        "well_formed_when_thinking": sum(formed) / len(asked),
-        "direct_by_default": sum(plain) / len(asked),
-        "right_when_thinking": sum(right(text, s) for text, s in zip(thinking, asked, strict=True)) / len(asked),
-        "right_by_default": sum(right(text, s) for text, s in zip(direct, asked, strict=True)) / len(asked),
-        "example": [thinking[0], direct[0]],
-    }
-
-
-def right(text: str, sample: Sample) -> float:
-    """Score against the checkable answer, or against the reply with its option letter, whichever is higher."""
-    reply = sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip()
-    return max(score(text, sample.answer or {}), score(text, {"type": "text", "value": reply}))
-
-
-def answer(model: Qwen25VL, processor: Processor, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
-    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens, logprobs=False)
-    return [rollouts[0].text for rollouts in Engine(model, processor).generate(samples, greedy)]
+def checkpoints(out: Path, steps: int) -> dict[int, Path]:
+    """Optimizer steps -> model directory: the checkpoints of the run in their order, then the model at its end."""
+    found = {int(path.parent.name.removeprefix("step-")): path for path in out.glob("checkpoints/step-*/hf")}
+    return {step: found[step] for step in sorted(found) if step < steps} | {steps: out / "hf"}
 
 
 if __name__ == "__main__":

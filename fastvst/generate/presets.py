@@ -104,6 +104,20 @@ COLD_START = RoomsConfig(
     shares={f"{THOUGHT}{name}": float(n) for name, n in _REASONED.items()} | {n: float(k) for n, k in _REPLAY.items()},
 )
 
+# Questions on which a cold start is measured: its five reasoning tasks in equal shares. Every room gives about two rows
+# of each task, so that 60 questions of a task are about 40 rooms.
+THOUGHTS = dataclasses.replace(
+    COLD_START,
+    rows={
+        f"{THOUGHT}depth_comparison": 0.6,
+        f"{THOUGHT}distance": 0.6,
+        f"{THOUGHT}camera_motion": 3.0,
+        f"{THOUGHT}object_object": 0.8,
+        f"{THOUGHT}camera_camera": 3.0,
+    },
+    shares={f"{THOUGHT}{name}": 1.0 for name in _REASONED},
+)
+
 # Conversations from which `tools/build_base.py` trains the base of the tiny model. No task of VST-P is among them.
 BASE = RoomsConfig(
     shots=ShotConfig(views=4),

@@ -32,6 +32,7 @@ from fastvst.tasks.measurement import measure
 
 CONFIG = TaskConfig()
 RANGES = ((0.0, 1.4, "near"), (1.6, 2.8, "middle"), (3.2, 99.0, "far"))  # metres of depth, with gaps between them
+TENTH = 0.0501  # metres by which a distance that is stated to ten centimetres may be off
 Claim = dict[str, Any]
 
 
@@ -163,6 +164,8 @@ def _toward(scene: Scene, c: Claim) -> bool:
 
 
 def _steps(scene: Scene, c: Claim) -> bool:
+    if c.get("asked", c["given"]) != c["given"]:  # the question gives another direction
+        return False
     words = COMPASS if c["given"] in COMPASS else HOURS
     sign = 1 if c["way"] == "clockwise" else -1
     return words[(words.index(c["given"]) + sign * c["steps"]) % len(words)] == c["result"]
@@ -288,7 +291,7 @@ CHECKS: dict[str, Callable[[Scene, Claim], bool]] = {
     "seen": _seen,
     "unseen": _unseen,
     "both": lambda scene, c: all(clear(scene, v, i) for v in c["views"] for i in c["objects"]),
-    "marked": lambda scene, c: clear(scene, c["view"], c["objects"][0]),
+    "marked": lambda scene, c: clear(scene, c["view"], c["objects"][0]) and c.get("mark", c["view"]) == c["view"],
     "side": lambda scene, c: side_of(scene, c["view"], c["objects"][0]) == c["word"],
     "range": lambda scene, c: range_of(scene, c["view"], c["objects"][0]) == c["word"],
     "left_of": lambda scene, c: left_of(scene, c["view"], *c["objects"]),
@@ -347,3 +350,8 @@ def about(degrees: float) -> tuple[int, str]:
 def rounded_gap(metres: float) -> float:
     """A distance to half a metre above one metre, else to ten centimetres."""
     return round(metres, 1) if metres < 1 else math.floor(metres * 2 + 0.5) / 2
+
+
+def gap_tolerance(stated: float) -> float:
+    """Metres by which a distance of `rounded_gap` may be off: half of its last place."""
+    return 0.2501 if stated >= 1 else TENTH

@@ -154,7 +154,7 @@ def _double(
         pair = [ids[k - 1], ids[k]]
         gap = claims.rounded_gap(box_distance(*(scene.object(i).box for i in pair)))
         if gap >= 0.2 and rng.uniform() < 0.5:
-            fact = {"says": "gap", "objects": pair, "value": gap, "tolerance": 0.2501 if gap >= 1 else 0.0501}
+            fact = {"says": "gap", "objects": pair, "value": gap, "tolerance": claims.gap_tolerance(gap)}
             found.append(Statement(pick(rng, GAP).format(a=known[pair[0]], b=known[pair[1]], d=f"{gap:g}"), fact))
     return found
 

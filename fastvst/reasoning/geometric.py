@@ -18,13 +18,16 @@ from fastvst.reasoning import claims, marks, walks
 from fastvst.reasoning.describe import MERGE, RESTATE, capital, say, shared, swing, view_sentences
 from fastvst.scenes.scene import Scene
 from fastvst.tasks.angles import clockwise, heading
-from fastvst.tasks.common import TaskConfig, listed, pick, prose
+from fastvst.tasks.common import TaskConfig, article, listed, pick, prose
 from fastvst.tasks.facts import Statement
 from fastvst.tasks.measurement import first_turn
 
 WORDS_LOW = 150
 WORDS_HIGH = 500  # words between the tags
 CONFIG = TaskConfig()
+SIDE_OF = {"clockwise": "right", "counterclockwise": "left"}  # of straight ahead
+NTH = ("first", "second")
+IMAGES = {1: ("The image",), 2: ("The first image", "The second image")}  # number of images -> how the text calls them
 Made = tuple[list[Statement], list[Statement]]  # sentences before and after the descriptions
 
 PLAN = {
@@ -54,6 +57,40 @@ RULE_SHIFT = (
     "When a camera shifts sideways or up and down, near things slide the other way more than far ones; when it moves "
     "forward they grow and spread out, and backward they shrink."
 )
+# Every sentence of a trace comes from a bank of templates like these. `faithfulness` reads traces with the same banks.
+DEPTH = ("The {a} lies at a depth of about {d} m.", "I estimate about {d} m to the {a}.")
+ORDER = ("From near to far the order is {things}, and {last}.",)
+LAST = {  # (whether the question asks for the whole order, whether it asks for the farthest first) -> end of ORDER
+    (False, False): "the first of these is asked for",
+    (False, True): "the last of these is asked for",
+    (True, False): "the question wants them in this order",
+    (True, True): "the question wants them the other way round",
+}
+GAP = (
+    "Between the nearest surfaces of the {a} and the {b} there is a gap of roughly {d:.1f} m.",
+    "From the {a} to the {b} I estimate {d:.1f} m at the closest.",
+)
+SMALLER = ("The gap to the {a} is smaller than the one to the {b}.",)
+DRIFT = ("From the first to the second frame the {a} shifts {word} in view.",)
+GREW = ("The visible part of the {a} becomes {word}.",)
+TURNED = ("Taken together, the camera turned {word} without changing its place.",)
+MOVED = ("Taken together, the camera moved {words} from where the first frame was taken.",)
+MARKED = ("The {a} is marked in the {nth} image.",)
+CAMERA = "the camera of image {k}"
+ANGLE = (
+    "Standing at {here}, I turn from the direction of the {a} to that of the {b} by about {d} degrees {way} as seen "
+    "from above.",
+)
+IN_LINE = ("Seen from {here}, the {a} and the {b} are in line.",)
+AHEAD = ("For {here}, the {a} is straight ahead.",)
+ASIDE = ("For {here}, the {a} is about {d} degrees to the {side} of straight ahead.",)
+OTHER_AHEAD = ("For {here}, the other camera stands straight ahead.",)
+OTHER_ASIDE = ("For {here}, the other camera stands about {d} degrees to the {side} of straight ahead.",)
+FURTHER = ("Compared with camera {j}, camera {k} looks about {d} degrees further {way}.",)
+SECTOR = ("Each {unit} covers {d} degrees.",)
+STEP = ("Starting from {given}, that is {d} step {way}, which leads to {result}.",)
+STEPS = ("Starting from {given}, that is {d} steps {way}, which leads to {result}.",)
+STAYS = ("That is less than half {unit}, so it stays {result}.",)
 END = ("So the answer is {answer}.", "This gives {answer}.", "Therefore the answer is {answer}.")
 MATCH = ("This matches option {answer}.", "That is option {answer}.", "Among the options, this is {answer}.")
 
@@ -123,7 +160,7 @@ def _with_descriptions(
         names = [f"Frame {k + 1}" for k in keys]
     else:
         views = meta.get("views", [meta.get("view")])
-        names = ["The image"] if len(views) == 1 else ["The first image", "The second image"]
+        names = list(IMAGES[len(views)])
     about = [view_sentences(scene, v, name, titles, rng, CONFIG) for v, name in zip(views, names, strict=True)]
     goal = int(rng.integers(WORDS_LOW + 20, 320))
     kept: list[list[Statement]] = [[] for _ in about]
@@ -145,45 +182,44 @@ def _depth_comparison(scene: Scene, sample: Sample, rng: np.random.Generator) ->
     closing = []
     measured = scene.views[meta["view"]].depth is not None
     for u, v, depth, title in meta["points"] if measured else []:  # without a depth map only the order is known
-        text = pick(rng, ("The {a} lies at a depth of about {d} m.", "I estimate about {d} m to the {a}."))
+        text = pick(rng, DEPTH)
         fact = {"says": "depth", "view": meta["view"], "point": [u, v], "depth": depth, "value": round(depth, 1)}
-        closing.append(Statement(text.format(a=_point(title), d=round(depth, 1)), fact))
-    names = [_point(p[3]) for p in points]
+        closing.append(Statement(text.format(a=point_name(title), d=round(depth, 1)), fact))
     far = "far" in meta["form"]
-    order = listed([f"the {name}" for name in names])
-    last = "the last of these is asked for" if far else "the first of these is asked for"
-    if meta["form"].startswith("order"):
-        last = "the question wants them the other way round" if far else "the question wants them in this order"
+    order = listed([f"the {point_name(p[3])}" for p in points])
+    last = LAST[meta["form"].startswith("order"), far]
     fact = {"says": "ranked", "values": [p[2] for p in points], "result": len(points) - 1 if far else 0}
-    closing.append(Statement(f"From near to far the order is {order}, and {last}.", fact))
+    closing.append(Statement(ORDER[0].format(things=order, last=last), fact))
     return [_plan("depth_comparison", rng)], closing
 
 
-def _point(title: str) -> str:
+def point_name(title: str) -> str:
+    """How a trace calls a marked point: "point A" for a letter, else its title."""
     return f"point {title}" if len(title) == 1 else title
 
 
 def _distance(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
     meta = sample.metadata
-    anchor, *names = meta["titles"]
-    if meta["form"] == "colour" and sample.answer is not None:  # the question names the boxes by their colours only
-        names = [f"{name} ({box})" for name, box in zip(names, sample.answer["candidates"], strict=True)]
+    anchor, *names = box_names(sample)
     closing = []
     for other, name, gap in zip(meta["objects"][1:], names, meta["distances"], strict=True):
-        text = pick(
-            rng,
-            (
-                "Between the nearest surfaces of the {r} and the {a} there is a gap of roughly {d:.1f} m.",
-                "From the {r} to the {a} I estimate {d:.1f} m at the closest.",
-            ),
-        )
-        fact = {"says": "gap", "objects": [meta["objects"][0], other], "value": round(gap, 1), "tolerance": 0.0501}
-        closing.append(Statement(text.format(r=anchor, a=name, d=gap), fact))
+        text = pick(rng, GAP)
+        fact = {"says": "gap", "objects": [meta["objects"][0], other], "value": round(gap, 1)}
+        fact["tolerance"] = claims.TENTH
+        closing.append(Statement(text.format(a=anchor, b=name, d=gap), fact))
     order = sorted((0, 1), key=lambda k: meta["distances"][k])
     fact = {"says": "ranked", "values": [meta["distances"][k] for k in order], "result": 0}
-    text = f"The gap to the {names[order[0]]} is smaller than the one to the {names[order[1]]}."
-    closing.append(Statement(text, fact))
+    closing.append(Statement(SMALLER[0].format(a=names[order[0]], b=names[order[1]]), fact))
     return [_plan("distance", rng)], closing
+
+
+def box_names(sample: Sample) -> list[str]:
+    """How a trace calls the objects of a distance row: by their titles, and by the colours of their boxes where the
+    question names the two candidates by these only."""
+    anchor, *names = sample.metadata["titles"]
+    if sample.metadata["form"] == "colour" and sample.answer is not None:
+        names = [f"{name} ({box})" for name, box in zip(names, sample.answer["candidates"], strict=True)]
+    return [anchor, *names]
 
 
 def _camera_motion(scene: Scene, sample: Sample, rng: np.random.Generator) -> Made:
@@ -195,20 +231,20 @@ def _camera_motion(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
         for word in ("left", "right", "up", "down"):
             fact = {"says": "drift", "views": views, "objects": [i], "word": word}
             if claims.holds(scene, fact):
-                middle.append(Statement(f"From the first to the second frame the {name} shifts {word} in view.", fact))
+                middle.append(Statement(DRIFT[0].format(a=name, word=word), fact))
         for word in ("larger", "smaller"):
             fact = {"says": "grew", "views": views, "objects": [i], "word": word}
             if claims.holds(scene, fact):
-                middle.append(Statement(f"The visible part of the {name} becomes {word}.", fact))
+                middle.append(Statement(GREW[0].format(a=name, word=word), fact))
     words_of = sample.answer["value"].split(" and ") if sample.answer is not None else []
     if meta["mode"] == "turn":
         rule = RULE_TURN
         fact = {"says": "pan", "views": views, "words": words_of}
-        found = f"Taken together, the camera turned {words_of[0]} without changing its place."
+        found = TURNED[0].format(word=words_of[0])
     else:
         rule = RULE_SHIFT
         fact = {"says": "shift", "views": views, "words": words_of}
-        found = f"Taken together, the camera moved {listed(words_of)} from where the first frame was taken."
+        found = MOVED[0].format(words=listed(words_of))
     return [_plan("camera_motion", rng)], [*middle, Statement(rule, {"says": "plan"}), Statement(found, fact)]
 
 
@@ -218,11 +254,11 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     opening = [_plan("object_object", rng)]
     for i, title, mark in zip(meta["objects"], meta["titles"], meta["marks"], strict=True):
         fact = {"says": "marked", "view": views[mark[0]], "objects": [i]}
-        opening.append(Statement(f"The {title} is marked in the {('first', 'second')[mark[0]]} image.", fact))
+        opening.append(Statement(MARKED[0].format(a=title, nth=NTH[mark[0]]), fact))
     closing = [say(rng, MERGE), *shared(scene, views, rng, CONFIG), *swing(scene, views, rng)]
     by_camera = meta["anchor"] == "camera"
     origin = {"camera": views[meta["eye"]]} if by_camera else meta["objects"][2]
-    here = f"the camera of image {meta['eye'] + 1}" if by_camera else f"the {meta['titles'][2]}"
+    here = CAMERA.format(k=meta["eye"] + 1) if by_camera else f"the {meta['titles'][2]}"
     if by_camera:
         for k in (0, 1):
             closing += _ahead(scene, views[meta["eye"]], meta["objects"][k], meta["titles"][k], here)
@@ -238,14 +274,8 @@ def _object_object(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
         "value": degrees,
     }
     first, second = meta["titles"][:2]
-    text = f"Standing at {here}, I turn from the direction of the {first} to that of the {second}"
-    text = f"{text} by about {degrees} degrees"
-    text = (
-        f"{text} {way} as seen from above."
-        if degrees
-        else f"Seen from {here}, the {first} and the {second} are in line."
-    )
-    closing.append(Statement(text, fact))
+    bank = ANGLE if degrees else IN_LINE
+    closing.append(Statement(bank[0].format(here=here, a=first, b=second, d=degrees, way=way), fact))
     closing += _steps(meta["given"], angle, 45, "compass word", sample)
     return opening, closing
 
@@ -254,10 +284,8 @@ def _ahead(scene: Scene, view: int, target: int, title: str, here: str) -> list[
     camera = scene.views[view].camera
     degrees, way = claims.about(clockwise(heading(camera), claims.place_of(scene, target) - camera.position[:2]))
     fact = {"says": "toward", "view": view, "target": target, "value": degrees, "way": way}
-    side = {"clockwise": "right", "counterclockwise": "left"}[way]
-    if degrees == 0:
-        return [Statement(f"For {here}, the {title} is straight ahead.", fact)]
-    return [Statement(f"For {here}, the {title} is about {degrees} degrees to the {side} of straight ahead.", fact)]
+    bank = ASIDE if degrees else AHEAD
+    return [Statement(bank[0].format(here=here, a=title, d=degrees, side=SIDE_OF[way]), fact)]
 
 
 def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> list[Statement]:
@@ -270,13 +298,11 @@ def _steps(given: str, angle: float, width: int, unit: str, sample: Sample) -> l
     result = sample.answer["value"] if sample.answer is not None else ""
     fact = {"says": "steps", "given": given, "steps": count, "way": way, "result": result}
     if count == 0:
-        return [
-            Statement(f"That is less than half {'an' if unit == 'hour' else 'a'} {unit}, so it stays {result}.", fact)
-        ]
-    plural = "" if count == 1 else "s"
+        return [Statement(STAYS[0].format(unit=article(unit), result=result), fact)]
+    bank = STEP if count == 1 else STEPS
     return [
-        Statement(f"Each {unit} covers {width} degrees.", {"says": "plan"}),
-        Statement(f"Starting from {given}, that is {count} step{plural} {way}, which leads to {result}.", fact),
+        Statement(SECTOR[0].format(unit=unit, d=width), {"says": "plan"}),
+        Statement(bank[0].format(given=given, d=count, way=way, result=result), fact),
     ]
 
 
@@ -289,19 +315,17 @@ def _camera_camera(scene: Scene, sample: Sample, rng: np.random.Generator) -> Ma
     closing = [say(rng, MERGE), *shared(scene, views, rng, CONFIG), *swing(scene, views, rng), say(rng, RESTATE)]
     camera = scene.views[base].camera
     if meta["mode"] == "position":
-        here = f"the camera of image {2 - asked}"
+        here = CAMERA.format(k=2 - asked)
         angle = clockwise(heading(camera), scene.views[target].camera.position[:2] - camera.position[:2])
         degrees, way = claims.about(angle)
         fact = {"says": "toward", "view": base, "target": {"camera": target}, "value": degrees, "way": way}
-        side = "right" if way == "clockwise" else "left"
-        text = f"For {here}, the other camera stands about {degrees} degrees to the {side} of straight ahead."
-        if degrees == 0:
-            text = f"For {here}, the other camera stands straight ahead."
+        bank = OTHER_ASIDE if degrees else OTHER_AHEAD
+        text = bank[0].format(here=here, d=degrees, side=SIDE_OF[way])
     else:
         angle = clockwise(heading(camera), heading(scene.views[target].camera))
         degrees, way = claims.about(angle)
         fact = {"says": "look", "views": [base, target], "way": way, "value": degrees}
-        text = f"Compared with camera {2 - asked}, camera {asked + 1} looks about {degrees} degrees further {way}."
+        text = FURTHER[0].format(j=2 - asked, k=asked + 1, d=degrees, way=way)
     closing.append(Statement(capital(text), fact))
     width, unit = (45, "compass word") if meta["mode"] == "compass" else (30, "hour")
     closing += _steps(meta["given"], angle, width, unit, sample)

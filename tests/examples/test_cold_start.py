@@ -1,4 +1,4 @@
-"""examples/cold_start.py on a model of 0.4 M parameters, the form of a reasoned answer, and the published settings."""
+"""examples/cold_start.py on a model of 0.4 M parameters, its checkpoints, and the published settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from fastvst.config import load_config
+from fastvst.config import ConfigError, load_config
 from fastvst.model import ModelConfig
 from small_run import ROOT, load_script, write_model
 
@@ -29,8 +29,10 @@ def test_rows_training_and_both_modes(tmp_path: Path) -> None:
         "--samples",
         6,
         "--heldout",
-        4,
+        5,
         "--steps",
+        2,
+        "--points",
         2,
         "--workers",
         0,
@@ -41,8 +43,13 @@ def test_rows_training_and_both_modes(tmp_path: Path) -> None:
     done = subprocess.run([str(a) for a in command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "run" / "cold_start.json").read_text())
-    assert 1 <= found["questions"] <= 4 and found["well_formed_when_thinking"] == 0.0  # 4 tokens are no trace
+    assert found["questions"] == 5 and found["well_formed_when_thinking"] == 0.0  # 4 tokens are no trace
     assert 0.0 <= found["direct_by_default"] <= 1.0 and len(found["example"]) == 2
+    assert [point["step"] for point in found["points"]] == [1, 2] and found["faithfulness"] is None
+    assert [task["task"] for task in found["points"][-1]["tasks"]][-1] == "all" and set(found["direct_before"]) >= {
+        "all"
+    }
+    assert "camera motion" in (tmp_path / "run" / "thoughts" / "index.html").read_text()
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
@@ -66,17 +73,17 @@ def test_a_stopped_training_is_not_measured(
     assert cold_start.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")]) is None
 
 
-def test_the_form(cold_start: ModuleType) -> None:
-    for text, good in (
-        ("<think>a\nb</think> B. left", True),
-        ("<think>a</think> ", False),
-        ("B. left", False),
-        ("<think>a B", False),
-        ("<think></think> x", False),
-        ("<think>a</think> b</think> c", False),
-        ("so <think>a</think> b", False),
-    ):
-        assert bool(cold_start.FORM.fullmatch(text)) == good, text
+def test_points_are_checked(cold_start: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(ModelConfig.preset("tiny").to_json())
+    with pytest.raises(ConfigError, match=r"points is 0; expected 1 to steps \(1000\)"):
+        cold_start.main(["--model", str(tmp_path), "--points", "0"])
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(cold_start: ModuleType, tmp_path: Path) -> None:
+    for step in (1000, 334, 668):
+        (tmp_path / "checkpoints" / f"step-{step:06d}" / "hf").mkdir(parents=True)
+    found = cold_start.checkpoints(tmp_path, 1000)
+    assert list(found) == [334, 668, 1000] and found[1000] == tmp_path / "hf"
 
 
 def test_the_published_settings_are_valid_options() -> None:
