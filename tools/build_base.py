@@ -3,24 +3,28 @@
     python tools/build_base.py --work DIR      # writes the model directory DIR/base; docs/miniature.md has the figures
 
 VST starts from Qwen2.5-VL, which has seen images and language. A base plays this part for the tiny model: it starts
-from a decoder with random weights and the pretrained tower of `tools/build_tower.py`, and learns names, colours, places
-in the image, counts, yes and no, short dialogues, and text from a grammar (`fastvst.tasks.general`). None of VST's
-nineteen tasks is among its rows, and its rooms have a split of their own.
+from the pretrained tower and the aligned decoder (`fastvst.model.tiny_start`), and learns names, colours, places in the
+image, counts, yes and no, short dialogues, and text from a grammar (`fastvst.tasks.general`). None of VST's nineteen
+tasks is among its rows, and its rooms have a split of their own.
 
 The turns of a conversation are asked side by side: every turn sees the images and itself, as completions of one prompt
 do in RL. A question then costs 25 tokens instead of 70, and no other question is in the way: after 1,000 steps on whole
 conversations the model still gave one colour for all marks.
 
-The order of the rows is a curriculum, because a small decoder learns one skill in 150 steps and ten at once in none:
-first only in which part of the image a mark is, then all about marks in one image, then everything.
+The order of the rows is a curriculum, because a small decoder learns one skill in 200 steps and ten at once in none:
+every stage adds a skill, to which half of its rows belong; the other half repeats all skills before it.
 
-The matrices of the layers have the Muon optimizer (https://kellerjordan.github.io/posts/muon/), all else has AdamW.
+What the aligned start knows stays as it is: the embeddings, and the attention of the first two layers. If they are
+trained, they lose what these rows do not ask for, such as the depth of a mark. The matrices of the layers have the Muon
+optimizer (https://kellerjordan.github.io/posts/muon/), all else has AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -36,42 +40,78 @@ from fastvst.data import Processor, Sample, open_source
 from fastvst.generate.presets import BASE
 from fastvst.generate.rooms import make_rooms
 from fastvst.model import Qwen25VL
-from fastvst.spatial.draw import COLOURS
-from fastvst.train.optimizer import clip_gradients
+from fastvst.model.tiny_start import ALIGNED
+from fastvst.train.optimizer import clip_gradients, freeze
 from tools.tower_batches import tiny_processor
 
 IGNORE = -100
 BUDGET = 1024  # tokens of a step
-MARK = re.compile(rf"\b({'|'.join(COLOURS)}) (point|circle|box)\b")
-PART = re.compile(r"[Ww]hich part")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A skill of the curriculum.
+
+    Attributes:
+        steps: optimizer steps in which half of the rows ask for it.
+        task: of its rows.
+        questions: pattern of its questions; empty = all questions of these rows.
+    """
+
+    steps: int
+    task: str
+    questions: str = ""
+
+
+CURRICULUM = (
+    Stage(150, "general_marks", r"[Ww]hich part"),
+    Stage(200, "general_marks", r"farther left"),
+    Stage(250, "general_marks", r"farther right"),
+    Stage(250, "general_marks", r"is higher"),
+    Stage(300, "general_marks", r"is lower"),
+    Stage(600, "general_marks", r"Name the object at each|What is at |marks which object"),
+    Stage(300, "general_marks", r"each object"),
+    Stage(300, "general_marks", r"surface in each"),
+    Stage(400, "general_marks", r"Where is |pixel of each"),
+    Stage(300, "general_marks", r"by place|at each place"),
+    Stage(200, "general_marks", r"^Compare|at the ends"),
+    Stage(200, "general_marks", r"from (left|right|top|bottom) to"),
+    Stage(600, "general"),
+    Stage(500, "general_pair"),
+    Stage(250, "general_text"),
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Conversations; optimizer steps; the first of them, which ask only for parts of the image; those that ask only
-    about marks in one image; the last ones, whose rate falls to 0; peak learning rates of Muon, of AdamW, of the tower.
-    """
+    """Conversations; the stages; the last steps, in which the rate falls to 0; peak rates of Muon, AdamW, the tower."""
 
     rows: int = 24_000
-    steps: int = 12_000
-    parts: int = 150
-    marks: int = 4_000
-    decay: int = 4_000
-    muon_lr: float = 3e-3
-    lr: float = 2e-3
+    stages: tuple[Stage, ...] = CURRICULUM
+    decay: int = 500
+    muon_lr: float = 2e-3
+    lr: float = 1e-3
     vision_lr: float = 1.5e-4
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
 
     def rate(self, step: int) -> float:
         """Share of the peak rate at a step: 50 steps of warm-up, constant, a linear decay to 0."""
         return min((step + 1) / 50, 1.0, (self.steps - step) / self.decay)
 
+    def learned(self, step: int) -> tuple[Stage, tuple[Stage, ...]]:
+        """The stage of a step, and the stages before it."""
+        ends = list(itertools.accumulate(stage.steps for stage in self.stages))
+        now = min(bisect.bisect_right(ends, step), len(ends) - 1)
+        return self.stages[now], self.stages[:now]
 
-def group(
-    sample: Sample, processor: Processor, only: tuple[re.Pattern[str], ...] = ()
-) -> tuple[EncodedSample, list[EncodedSample]]:
+
+def group(sample: Sample, processor: Processor, only: str = "") -> tuple[EncodedSample, list[EncodedSample]]:
     """The images as a prompt, and every turn as a completion of which the reply is supervised.
 
-    `only`: turns in whose question or reply one of these is found; none = all.
+    `only`: pattern of the questions of these turns; empty = all.
     """
     texts = [m["content"][-1]["text"] for m in sample.messages]
     first = dataclasses.replace(sample, messages=sample.messages[:2])
@@ -88,7 +128,7 @@ def group(
     )
     completions = []
     for question, reply in zip(texts[::2], texts[1::2], strict=True):
-        if only and not any(pattern.search(text) for pattern in only for text in (question, reply)):
+        if not re.search(only, question):
             continue
         tokens, asked = suffix(processor, question, reply)
         made = completion_sample(prompt, torch.tensor(tokens, dtype=torch.int32))
@@ -106,7 +146,7 @@ def suffix(processor: Processor, question: str, reply: str) -> tuple[list[int], 
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Packs of about BUDGET tokens, endless: the rows in a random order of every epoch, by the recipe's curriculum."""
+    """Packs of about BUDGET tokens, endless: the rows in a random order of every epoch, by the recipe's stages."""
 
     def __init__(self, folder: Path, recipe: Recipe, seed: int = 0) -> None:
         self.folder = folder
@@ -116,53 +156,59 @@ class Batches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[PackedBatch]:
         torch.set_num_threads(1)
         processor = tiny_processor()
-        source = open_source(self.folder)
-        places = [(block, row) for block, rows in enumerate(source.block_rows) for row in range(rows)]
         rng = np.random.default_rng(self.seed)
         groups: list[tuple[EncodedSample, list[EncodedSample]]] = []
         size = made = 0
+        for sample in self.samples(rng):
+            wanted = self.wanted(sample, made, rng)
+            if wanted is None:
+                continue
+            prompt, turns = group(sample, processor, wanted)
+            room = BUDGET - len(prompt)
+            completions = []
+            for k in rng.permutation(len(turns)):
+                if len(turns[k]) <= room:
+                    completions.append(turns[k])
+                    room -= len(turns[k])
+            if not completions:
+                continue
+            tokens = BUDGET - room
+            if size + tokens > BUDGET:
+                yield pack_groups(groups)
+                made += 1
+                groups = []
+                size = 0
+            groups.append((prompt, completions))
+            size += tokens
+
+    def samples(self, rng: np.random.Generator) -> Iterator[Sample]:
+        source = open_source(self.folder)
+        places = [(block, row) for block, rows in enumerate(source.block_rows) for row in range(rows)]
         while True:
             for k in rng.permutation(len(places)):
-                (sample,) = source.get([places[int(k)]])
-                only = self.wanted(sample, made)
-                if only is None:
-                    continue
-                prompt, completions = group(sample, processor, only)
-                tokens = len(prompt) + sum(len(c) for c in completions)
-                if not completions or tokens > BUDGET:
-                    continue
-                if size + tokens > BUDGET:
-                    yield pack_groups(groups)
-                    made += 1
-                    groups = []
-                    size = 0
-                groups.append((prompt, completions))
-                size += tokens
+                yield source.get([places[int(k)]])[0]
 
-    def wanted(self, sample: Sample, step: int) -> tuple[re.Pattern[str], ...] | None:
-        """What the turns of a row must speak of at a step, nothing = all turns; None: not this row."""
-        if step >= self.recipe.marks:
-            return ()
-        listed = sample.metadata["task"] == "general_marks"
-        if step < self.recipe.parts:
-            return (PART,) if listed else None
-        if len(list(sample.parts("image"))) != 1:
-            return None
-        return () if listed else (MARK,)
+    def wanted(self, sample: Sample, step: int, rng: np.random.Generator) -> str | None:
+        """Pattern of the questions that a row asks at a step; None: not this row."""
+        new, before = self.recipe.learned(step)
+        stages = before if before and rng.uniform() < 0.5 else (new,)
+        patterns = [stage.questions for stage in stages if stage.task == sample.metadata["task"]]
+        return "|".join(patterns) if patterns else None
 
 
 def make_optimizers(model: Qwen25VL, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the decoder's layers, AdamW for embeddings, norms, biases and the tower."""
-    named = dict(model.named_parameters())
-    matrices = [p for n, p in named.items() if p.dim() == 2 and n.startswith("model.layers")]
-    tower = [p for n, p in named.items() if n.startswith("visual.")]
-    rest = [p for n, p in named.items() if not n.startswith("visual.") and all(p is not m for m in matrices)]
+    """Muon for the matrices of the decoder's layers, AdamW for norms, biases and the tower. ALIGNED is frozen."""
+    freeze(model, ALIGNED)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith("model.layers")}
+    tower = [p for name, p in named.items() if name.startswith("visual.")]
+    rest = [p for name, p in named.items() if not name.startswith("visual.") and name not in matrices]
     adamw = [
         {"params": rest, "lr": recipe.lr, "weight_decay": 0.0},
         {"params": tower, "lr": recipe.vision_lr, "weight_decay": 0.05},
     ]
     made = [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices.values(), lr=recipe.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True),
     ]
     for optimizer in made:
@@ -207,18 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, required=True, help="folder of the rows, the models of every 1,000 steps, and base"
     )
     parser.add_argument("--rows", type=int, default=Recipe.rows, help="conversations to render")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
-    parser.add_argument(
-        "--parts", type=int, default=Recipe.parts, help="the first steps, about parts of the image only"
-    )
-    parser.add_argument("--marks", type=int, default=Recipe.marks, help="the first steps, which ask about marks only")
-    parser.add_argument("--decay", type=int, default=Recipe.decay, help="the last steps, in which the rate falls to 0")
+    parser.add_argument("--stretch", type=float, default=1.0, help="factor of the steps of every stage")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the training")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = make_rooms(options.work, options.rows, 0, options.workers, BASE, split="base")
-    recipe = Recipe(options.rows, options.steps, options.parts, options.marks, options.decay)
+    stages = tuple(dataclasses.replace(s, steps=round(options.stretch * s.steps)) for s in CURRICULUM)
+    recipe = Recipe(options.rows, stages, round(options.stretch * Recipe.decay))
     model = train(Path(rows), options.work, recipe)
     model.save_pretrained(options.work / "base", processor=tiny_processor())
     print(f"wrote {options.work / 'base'}")

@@ -31,6 +31,9 @@ FAST = 4  # pairs of rotated components for the time of M-RoPE: their angles cha
 SLOW = 6  # from this pair on, the angle between a question and its image stays below a third of a radian
 LOOKS = slice(12, 20)  # of `directions.values`: what a token says of the mark in it; before them of depth and object
 
+# The parameters that hold the start. Training that freezes them keeps what it does not ask for.
+ALIGNED = ("model.embed_tokens", "model.layers.0.self_attn", "model.layers.1.self_attn")
+
 
 @dataclass(frozen=True)
 class StartConfig:

@@ -22,7 +22,7 @@ from fastvst.model.kept_bytes import block_bytes, block_work, layer_bytes, layer
 from fastvst.model.recompute import Recompute, of_blocks, of_tower
 from fastvst.train.distributed import World
 from fastvst.train.low_memory import STEP_BYTES
-from fastvst.train.optimizer import bytes_per_parameter, part_of
+from fastvst.train.optimizer import bytes_per_parameter, frozen_by, part_of
 from fastvst_kernels.lm_head.chunked import default_chunk_rows
 
 PARTS = ("vision", "merger", "decoder", "embeddings and head")
@@ -147,7 +147,7 @@ def estimate_memory(
     Args:
         recompute: see `fastvst.model.recompute`; not "auto".
         state: see `OptimizerConfig.state`.
-        frozen: parts without gradients, as in OptimizerConfig.freeze. A frozen vision tower keeps no activations.
+        frozen: what has no gradients, as in OptimizerConfig.freeze. A frozen vision tower keeps no activations.
         extra: bytes of further tensors that stay during the step, by name.
     """
     fixed = set(frozen)
@@ -159,7 +159,7 @@ def estimate_memory(
         part = _part(name)
         share = shape.numel() / placement.shards
         weights[part] += share * of_weight
-        if part_of(name) not in fixed:
+        if not frozen_by(name, fixed):
             gradients[part] += share * of_gradient
             moments[part] += share * of_moments
     states = Memory(weights, gradients, moments, extra=dict(extra or {}))

@@ -29,7 +29,8 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay of matrices; norms and biases are not decayed.
         betas: decay rates of the first and the second moment.
         clip: limit of the global gradient norm; 0 = no clipping.
-        freeze: parts that are not trained, of "vision", "merger", "decoder".
+        freeze: what is not trained: parts, of "vision", "merger", "decoder", or names of parameters and modules, such
+            as "model.embed_tokens" or "model.layers.0".
         state: what weights and moments are stored in: "fp32" (16 bytes for each parameter); "bf16" = bfloat16 weights,
             gradients and moments, rounded stochastically (8 bytes), as VST's cold start, RL and VLA; "8bit" = bfloat16
             weights and gradients, 8-bit moments (6 bytes).
@@ -55,10 +56,10 @@ class OptimizerConfig:
         check_at_least(0, **rates, weight_decay=self.weight_decay, clip=self.clip)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; expected two numbers of at least 0 and below 1")
-        unknown = sorted(set(self.freeze) - set(PARTS))
+        unknown = sorted(name for name in set(self.freeze) - set(PARTS) if "." not in name)
         if unknown:
-            raise ValueError(f"freeze names {unknown}; the parts are {list(PARTS)}")
-        if set(self.freeze) == set(PARTS):
+            raise ValueError(f"freeze names {unknown}; expected a part of {list(PARTS)}, or a name of parameters")
+        if set(self.freeze) >= set(PARTS):
             raise ValueError("freeze names every part, so nothing would train")
 
 
@@ -69,11 +70,27 @@ def part_of(name: str) -> str:
     return "vision" if name.startswith("visual.") else "decoder"
 
 
-def freeze(model: nn.Module, parts: Iterable[str]) -> None:
-    """Switch off the gradients of `parts`. Call it before the model is sharded and the optimizer is created."""
-    frozen = set(parts)
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Switch off the gradients of these parts, modules and parameters; switch on all others.
+
+    Call it before the model is sharded and the optimizer is created.
+
+    Raises:
+        ValueError: a name that no parameter has.
+    """
+    names = set(names)
+    found = set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in frozen)
+        frozen = frozen_by(name, names)
+        found |= frozen
+        parameter.requires_grad_(not frozen)
+    if unknown := sorted(names - found - set(PARTS)):
+        raise ValueError(f"freeze names {unknown}, which no parameter of the model is called or belongs to")
+
+
+def frozen_by(name: str, frozen: Iterable[str]) -> set[str]:
+    """Those of the entries of `OptimizerConfig.freeze` that freeze the parameter `name`."""
+    return {entry for entry in frozen if entry == part_of(name) or f"{name}.".startswith(f"{entry}.")}
 
 
 def bytes_per_parameter(state: str, shape: torch.Size) -> tuple[float, float, float]:

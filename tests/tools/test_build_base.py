@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastvst.batch import pack, pack_groups
+from fastvst.batch import PackedBatch, pack, pack_groups
 from fastvst.data import Sample
 from fastvst.generate.parquet import to_row, write_rows
 from fastvst.generate.presets import BASE
 from fastvst.generate.rooms import scene_samples
 from fastvst.model import Qwen25VL
+from fastvst.model.tiny_start import ALIGNED
 from fastvst.scenes.scene import Scene
-from tools.build_base import IGNORE, MARK, PART, Batches, Recipe, group, make_optimizers, train
+from tools.build_base import CURRICULUM, IGNORE, Batches, Recipe, Stage, group, make_optimizers, train
 from tools.tower_batches import tiny_processor
 
 
@@ -70,24 +73,43 @@ def test_the_loss_is_that_of_the_turns_alone(talks: list[Sample]) -> None:
     assert together == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_curriculum_asks_for_parts_then_about_marks_then_everything(talks: list[Sample], tmp_path: Path) -> None:
+def test_half_of_the_rows_ask_for_the_new_skill_and_half_for_those_before_it(
+    talks: list[Sample], tmp_path: Path
+) -> None:
     write_rows(tmp_path / "rows.parquet", [to_row(sample, 95) for sample in talks])
     processor = tiny_processor()
-    made = list(itertools.islice(Batches(tmp_path, Recipe(steps=6, parts=2, marks=4)), 8))
+    stages = (
+        Stage(3, "general_marks", "[Ww]hich part"),
+        Stage(20, "general_marks", "farther left"),
+        Stage(9, "general"),
+    )
+    made = list(itertools.islice(Batches(tmp_path, Recipe(stages=stages)), 32))
     assert all(0 < batch.num_tokens <= 1024 for batch in made)
 
-    def spoken(batch) -> list[str]:
+    def kinds(batch: PackedBatch) -> list[set[str]]:
+        """What every row of a pack asks for."""
         ends = batch.cu_seqlens.tolist()
-        parts = zip(ends, ends[1:], batch.groups.tolist(), strict=False)
-        return [processor.tokenizer.decode(batch.tokens[a:b].tolist()) for a, b, prompt in parts if prompt >= 0]
+        found: dict[int, set[str]] = defaultdict(set)
+        for a, b, prompt in zip(ends, ends[1:], batch.groups.tolist(), strict=False):
+            text = processor.tokenizer.decode(batch.tokens[a:b].tolist())
+            if prompt >= 0:
+                found[prompt].add(next((k for k in ("hich part", "farther left") if k in text), "other"))
+        return list(found.values())
 
-    assert all(PART.search(text) for batch in made[:2] for text in spoken(batch))
-    later = [text for batch in made[2:4] for text in spoken(batch)]
-    assert not all(PART.search(text) for text in later)
-    listed = {text for sample in talks if sample.metadata["task"] == "general_marks" for text in said(sample)}
-    assert all(MARK.search(text) or any(turn in text for turn in listed) for text in later)
-    everything = [text for batch in made[4:] for text in spoken(batch)]
-    assert any(not MARK.search(text) and not any(turn in text for turn in listed) for text in everything)
+    assert all(asked == {"hich part"} for batch in made[:3] for asked in kinds(batch))
+    second = [asked for batch in made[3:23] for asked in kinds(batch)]
+    assert 0.35 < second.count({"farther left"}) / len(second) < 0.65
+    assert second.count({"farther left"}) + second.count({"hich part"}) == len(second)
+    third = [asked for batch in made[23:] for asked in kinds(batch)]
+    assert {"other"} in third and any("other" not in asked for asked in third)
+
+
+def test_every_question_of_the_rows_belongs_to_a_stage(talks: list[Sample]) -> None:
+    for sample in talks:
+        patterns = [stage.questions for stage in CURRICULUM if stage.task == sample.metadata["task"]]
+        for question in said(sample):
+            found = [pattern for pattern in patterns if re.search(pattern, question)]
+            assert len(found) == 1, (question, found)
 
 
 def said(sample: Sample) -> list[str]:
@@ -95,18 +117,25 @@ def said(sample: Sample) -> list[str]:
     return [message["content"][-1]["text"] for message in sample.messages[::2]]
 
 
-def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+def test_muon_has_the_matrices_adamw_the_rest_and_nothing_the_aligned_parts() -> None:
     model = Qwen25VL.fresh("tiny")
     muon, adamw = make_optimizers(model, Recipe())
     named = {id(p): n for n, p in model.named_parameters()}
     first = {named[id(p)] for group in muon.param_groups for p in group["params"]}
     rest = [named[id(p)] for group in adamw.param_groups for p in group["params"]]
-    assert first == {n for n, p in model.named_parameters() if n.startswith("model.layers") and p.dim() == 2}
-    assert sorted([*first, *rest]) == sorted(named.values()), "every parameter once"
+    fixed = {n for n, _ in model.named_parameters() if n.startswith(ALIGNED)}
+    assert len(fixed) == 7, "the table, and three parameters of attention in two layers"
+    matrices = {n for n, p in model.named_parameters() if n.startswith("model.layers") and p.dim() == 2}
+    assert first == matrices - fixed
+    assert sorted([*first, *rest]) == sorted(set(named.values()) - fixed), "every other parameter once"
 
 
 def test_the_rate_rises_holds_and_falls() -> None:
-    recipe = Recipe(steps=1000, decay=200)
+    recipe = Recipe(stages=(Stage(600, "general"), Stage(400, "general_pair")), decay=200)
+    assert recipe.learned(599) == (recipe.stages[0], ()) and recipe.learned(600) == (
+        recipe.stages[1],
+        recipe.stages[:1],
+    )
     rates = [recipe.rate(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 50) and rates[49] == rates[799] == 1.0 and rates[-1] == pytest.approx(1 / 200)
     assert rates == sorted(rates[:500]) + sorted(rates[500:], reverse=True)
@@ -115,9 +144,11 @@ def test_the_rate_rises_holds_and_falls() -> None:
 def test_training_writes_models_and_a_log(talks: list[Sample], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     write_rows(rows / "rows.parquet", [to_row(sample, 95) for sample in talks])
-    before = Qwen25VL.fresh("tiny")
-    model = train(rows, tmp_path, Recipe(steps=2, marks=1, decay=1), every=2)
+    before = Qwen25VL.fresh("tiny", aligned=True)
+    model = train(rows, tmp_path, Recipe(stages=(Stage(1, "general_marks"), Stage(1, "general")), decay=1), every=2)
     again = Qwen25VL.from_pretrained(tmp_path / "step-00002")
-    assert torch.equal(again.head_weight, model.head_weight)
+    torch.manual_seed(0)
+    start = dict(Qwen25VL.fresh("tiny", aligned=True).named_parameters())
+    assert all(torch.equal(p, start[n]) == n.startswith(ALIGNED) for n, p in again.named_parameters() if p.dim() == 2)
     tower = (m.visual.patch_embed.proj.weight for m in (before, model))
     assert not torch.equal(*tower), "the tower is trained too"
