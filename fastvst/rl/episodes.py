@@ -43,8 +43,8 @@ class PracticeConfig:
     Attributes:
         groups: initial states of a step whose episodes differ in success.
         episodes: episodes from each initial state.
-        max_actions: decisions after which an episode has failed; 0 = as many as in the evaluation. Most successes need
-            few, and an episode that fails costs the most and is punished in all of its decisions.
+        max_actions: actions after which an episode has failed; 0 = as many as in the evaluation, which is also the
+            most. Most successes need few actions, and failures cost the most time.
         tries: a step draws at most this many times `groups` initial states. With 1, dropped groups are not replaced.
         temperature: of the sampled actions. At 1 the sampler's log-probabilities are those of the update.
         simulators: processes that play at a time.
@@ -125,7 +125,7 @@ class Practitioner:
                 task,
                 first_seed=FIRST_PRACTICE_SEED,
                 group=config.episodes,
-                max_steps=config.max_actions or task.max_steps,
+                max_steps=min(config.max_actions or task.max_steps, task.max_steps),
             )
             for task in tasks
         ]

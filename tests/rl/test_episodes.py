@@ -34,7 +34,7 @@ def task(program: str = TOY, name: str = "a", max_steps: int = 2, **environment:
 
 
 class Scripted:
-    """In place of an ActionPolicy: every second answer is above the limit of the toy."""
+    """In place of an ActionPolicy: every second answer is below the limit of the toy."""
 
     params = SamplingParams(max_tokens=2)
 
@@ -46,7 +46,7 @@ class Scripted:
         self.batches.append(len(seen))
         self.seeds += [one.seed for one in params]
         rollout = Rollout([5, 6], "", [-0.5, -0.25], [-0.5, -0.5], "length", 0.0, 0.0)
-        actions = [np.array([[1.0 if number % 2 else -1.0]]) for number in range(len(seen))]
+        actions = [np.array([[-1.0 if number % 2 else 1.0]]) for number in range(len(seen))]
         return [Decision(cast(Any, None), rollout, action) for action in actions]
 
 

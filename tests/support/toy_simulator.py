@@ -3,7 +3,7 @@
 import numpy as np
 
 SIZE = 16
-LEAST = 0.3  # an action above it succeeds
+MOST = -0.3  # an action below it succeeds
 
 
 class Environment:
@@ -32,7 +32,7 @@ class Environment:
         self.kind = ("action", "always", "never")[seed % 3 if self.mixed else 0]
 
     def step(self, action, last):
-        return self.kind == "always" or (self.kind == "action" and bool(action[0] > LEAST))
+        return self.kind == "always" or (self.kind == "action" and bool(action[0] < MOST))
 
     def observe(self):
         image = np.random.default_rng(self.seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
