@@ -38,7 +38,7 @@ from fastvst.evaluate.episode_report import EpisodeReport
 from fastvst.evaluate.episodes import Episodes, metaworld_tasks
 from fastvst.evaluate.playing import EpisodeTask
 from fastvst.evaluate.policy_page import success_lines
-from fastvst.rl.episodes import PracticeConfig, Practitioner, practice_text
+from fastvst.rl.episodes import EpisodeSampler, EpisodeSamplingConfig, episode_text
 from fastvst.rl.filtering import FilterState, NoUpdate
 from fastvst.rl.page import write_success_page
 from fastvst.rl.policy_update import UpdateConfig
@@ -64,7 +64,7 @@ class Config:
     Attributes:
         out: run folder.
         model: model directory of examples/vla.py, or of an earlier run of this script.
-        tasks: tasks of Meta-World that the policy practises and is evaluated in.
+        tasks: tasks of Meta-World that the policy is trained and evaluated in.
         steps: rounds of episodes and updates.
         lr: learning rate; the vision tower is not trained.
         minibatches: optimizer steps in a round, each on its share of all decisions.
@@ -72,7 +72,7 @@ class Config:
         seed: random seed of the sampled actions.
         python: Python that has Meta-World; none = this one.
         resume: "auto" = continue a stopped run in `out`; none = a new one, and an earlier run in `out` is renamed.
-        practice: the episodes of a round.
+        sampling: the episodes of a round.
     """
 
     out: str = "runs/vla_rl"
@@ -85,7 +85,7 @@ class Config:
     seed: int = 0
     python: str | None = None
     resume: str = ""
-    practice: PracticeConfig = PracticeConfig()
+    sampling: EpisodeSamplingConfig = EpisodeSamplingConfig()
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, EpisodeReport] | None:
@@ -106,7 +106,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         )
     ]
     try:
-        settings = training_settings(config, len(actions.codec.allowed(load(config.model)[1].tokenizer)))
+        tokens = len(actions.codec.allowed(build_processor(vla.PROCESSOR, config.model).tokenizer))
+        settings = training_settings(config, tokens)
         with joined(settings.parallel, environment) as (world, stop):
             if world.size > 1:
                 raise ConfigError(f"{world.size} processes; this script has one")
@@ -116,12 +117,12 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
             return None  # a signal stopped the training
         vla.say(begin, "the training is over")
         reports = {
-            "after": play(config, Path(config.out) / "hf", actions, tasks, "after"),
-            "before": play(config, Path(config.model), actions, tasks, "before"),
+            "after": play(config, Path(config.out) / "hf", actions, tasks, config.steps),
+            "before": play(config, Path(config.model), actions, tasks, 0),
         }
     except SimulatorError as error:  # of the installation
         raise ConfigError(f"{error}. Meta-World: pip install 'fastvst[vla]', or --python PATH") from error
-    page = write_success_page(config.out, reports, episodes_folder(config, "after"), to_dict(config))
+    page = write_success_page(config.out, reports, episodes_folder(config, config.steps), to_dict(config))
     print(success_lines(reports), flush=True)
     vla.say(begin, f"report: {page}")
     return reports
@@ -131,9 +132,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
 
 
 def training_settings(config: Config, tokens: int) -> rl.Config:
-    """The run of examples/rl.py whose update this script uses; an action has `tokens` tokens."""
-    practice = config.practice
-    old = "sampler" if practice.temperature == 1 else "recompute"  # see fastvst.rl.episodes.answer_of
+    """The run of examples/rl.py whose update this script uses; a decision has `tokens` tokens."""
+    old = "sampler" if config.sampling.temperature == 1 else "recompute"  # see fastvst.rl.episodes.answer_of
     return rl.Config(
         out=config.out,
         steps=config.steps,
@@ -142,9 +142,9 @@ def training_settings(config: Config, tokens: int) -> rl.Config:
         model=rl.ModelOptions(path=config.model, recompute="none"),
         processor=vla.PROCESSOR,
         sampling=SamplingConfig(
-            prompts=practice.simulators,
-            answers=practice.episodes,
-            temperature=practice.temperature,
+            prompts=config.sampling.simulators,
+            answers=config.sampling.episodes,
+            temperature=config.sampling.temperature,
             max_tokens=tokens,
         ),
         update=UpdateConfig(objective="dapo", minibatches=config.minibatches, old_logprobs=old),
@@ -163,7 +163,7 @@ def train(
 ) -> bool:
     """Rounds of episodes and updates; writes `out/hf`. False if a signal stopped it."""
     out = Path(config.out)
-    recorded = {**to_dict(settings), "actions": to_dict(actions), "practice": to_dict(config.practice)}
+    recorded = {**to_dict(settings), "actions": to_dict(actions), "episodes": to_dict(config.sampling)}
     resume_from = open_run_folder(out, config.resume, world)
     processor = build_processor(settings.processor, config.model).with_uint8_patches()
     model = rl.load_model(settings, world, torch.float32)
@@ -177,25 +177,28 @@ def train(
         first = state["step"]
         recent = guard.Recent.from_json(state["guard"])
         filtered = FilterState(**state["filter"])
-    sampler = RankEngine(model, processor, settings.sampling, settings.processor.max_seq_len, world)
-    metrics = Metrics(out, settings.log, config.steps, done=first, is_main=True, settings=recorded, line=practice_text)
+    engine = RankEngine(model, processor, settings.sampling, settings.processor.max_seq_len, world)
+    metrics = Metrics(out, settings.log, config.steps, done=first, is_main=True, settings=recorded, line=episode_text)
     jsonl.drop_from_step(out / "rollouts.jsonl", first + 1)
-    practice_config = dataclasses.replace(config.practice, seed=config.seed)
     updates = 0
     step = first
-    with metrics, saver, Practitioner(tasks, practice_config, settings.update.advantages) as practitioner:
+    sampling = dataclasses.replace(config.sampling, seed=config.seed)
+    with metrics, saver, EpisodeSampler(tasks, sampling, settings.update.advantages) as sampler:
         while step < config.steps and not stop.requested:
             begin = time.perf_counter()
-            practice = practitioner.collect(ActionPolicy(sampler.open(), actions), filtered)
-            sampler.release()
-            filtered = practice.filtered
-            jsonl.append(out / "rollouts.jsonl", [{"step": step + 1, **row} for row in practice.rows])
-            groups = practice.groups
-            updated, sharing, recent = rl.improve(settings, model, None, optimizer, groups, recent, step, world)
+            found = sampler.collect(ActionPolicy(engine.open(), actions), filtered)
+            engine.release()
+            filtered = found.filtered
+            jsonl.append(out / "rollouts.jsonl", [{"step": step + 1, **row} for row in found.rows])
+            updated, sharing, recent = rl.improve(settings, model, None, optimizer, found.groups, recent, step, world)
             updates += updated["updates"]
             step += 1
-            row: dict[str, Any] = {"step": step, "lr": config.lr, **practice.figures, **updated}
-            row |= {"seconds": round(time.perf_counter() - begin, 3), "tokens": sharing.shared, "images": len(groups)}
+            row: dict[str, Any] = {"step": step, "lr": config.lr, **found.figures, **updated}
+            row |= {
+                "seconds": round(time.perf_counter() - begin, 3),
+                "tokens": sharing.shared,
+                "images": len(found.groups),
+            }
             row |= {"fill": sharing.shared / max(1, sharing.packs * settings.update.tokens_per_pack)}
             metrics.log({**row, "memory_gib": memory_gib(world.device)})
             if stop.requested or step == config.steps or saver.due(step, config.steps, False):
@@ -207,7 +210,7 @@ def train(
         raise NoUpdate(
             f"of {filtered.drawn} groups {filtered.too_hard} only failed and {filtered.too_easy} only succeeded: "
             "nothing was learned. Take a policy or a task whose success is between 20 and 80 %, or more "
-            "practice.episodes, or another practice.temperature"
+            "sampling.episodes, or another sampling.temperature"
         )
     saver.save_model(
         "reinforcement learning", f"Episodes of {', '.join(config.tasks)} in Meta-World; see rollouts.jsonl."
@@ -218,17 +221,17 @@ def train(
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def play(config: Config, model: Path, actions: ActionRows, tasks: Sequence[EpisodeTask], name: str) -> EpisodeReport:
+def play(config: Config, model: Path, actions: ActionRows, tasks: Sequence[EpisodeTask], step: int) -> EpisodeReport:
     """Success of a model with the most likely actions, from initial states that no training has."""
     settings = {"model": fingerprint.of_directory(model), "actions": to_dict(actions)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = ActionPolicy(Engine(*load(model, device=device)), actions)
-    episodes = Episodes(tasks, episodes_folder(config, name), json.loads(json.dumps(settings)))
-    return episodes.play(policy, simulators=config.practice.simulators, log=vla.every(20))
+    episodes = Episodes(tasks, episodes_folder(config, step), json.loads(json.dumps(settings)))
+    return episodes.play(policy, simulators=config.sampling.simulators, log=vla.every(20))
 
 
-def episodes_folder(config: Config, name: str) -> Path:
-    return Path(config.out) / "episodes" / name
+def episodes_folder(config: Config, step: int) -> Path:
+    return Path(config.out) / "episodes" / f"step-{step}"
 
 
 if __name__ == "__main__":

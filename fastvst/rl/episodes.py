@@ -32,12 +32,12 @@ from fastvst.train.metrics import duration
 from fastvst.vla.actions import ActionError
 from fastvst.vla.replies import Observation
 
-FIRST_PRACTICE_SEED = 2_000_000  # demonstrations have seeds below 1,000,000, evaluations those from there on
+FIRST_TRAINING_SEED = 2_000_000  # demonstrations have seeds below 1,000,000, evaluations those from there on
 MIXED = FilterConfig(low=0.0, high=1.0)  # keeps the groups in which some episodes succeed and others do not
 
 
 @dataclass(frozen=True)
-class PracticeConfig:
+class EpisodeSamplingConfig:
     """How the episodes of a step are sampled.
 
     Attributes:
@@ -68,7 +68,7 @@ class PracticeConfig:
 
 
 @dataclass(eq=False)
-class PracticeEpisode(Episode):
+class SampledEpisode(Episode):
     """An episode with its decisions.
 
     Attributes:
@@ -86,13 +86,13 @@ class PracticeEpisode(Episode):
 
 
 @dataclass(frozen=True)
-class Practice:
+class SampledGroups:
     """The episodes of one step.
 
     Attributes:
         groups: one for each decision of the kept groups of episodes, with the advantage of its episode.
         rows: for each group of episodes: task, seed, verdict, and of each episode success (None: not known) and steps.
-        figures: see `practice_figures`.
+        figures: see `episode_figures`.
         filtered: counts of the filter since the start of training.
     """
 
@@ -102,13 +102,13 @@ class Practice:
     filtered: FilterState
 
 
-class Practitioner:
+class EpisodeSampler:
     """Plays groups of episodes with the policy in training. The simulators stay from step to step, until `close`."""
 
     def __init__(
         self,
         tasks: Sequence[EpisodeTask],
-        config: PracticeConfig,
+        config: EpisodeSamplingConfig,
         kind: AdvantageKind = "grpo",
         log: Callable[[str], object] = print,
     ) -> None:
@@ -123,24 +123,24 @@ class Practitioner:
         self.tasks = [
             dataclasses.replace(
                 task,
-                first_seed=FIRST_PRACTICE_SEED,
+                first_seed=FIRST_TRAINING_SEED,
                 group=config.episodes,
                 max_steps=min(config.max_actions or task.max_steps, task.max_steps),
             )
             for task in tasks
         ]
         self._policy: ActionPolicy | None = None
-        self._ended: dict[tuple[str, int], PracticeEpisode] = {}
-        rules = Rules(PracticeEpisode, self._act, lambda episode: None, self._end, log)
+        self._ended: dict[tuple[str, int], SampledEpisode] = {}
+        rules = Rules(SampledEpisode, self._act, lambda episode: None, self._end, log)
         self._player = Player({task.name: task for task in self.tasks}, rules, together=True, keep=True)
 
-    def __enter__(self) -> Practitioner:
+    def __enter__(self) -> EpisodeSampler:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._player.close()
 
-    def collect(self, policy: ActionPolicy, state: FilterState) -> Practice:
+    def collect(self, policy: ActionPolicy, state: FilterState) -> SampledGroups:
         """Play groups until enough of them are kept, or `tries` is reached.
 
         Args:
@@ -152,7 +152,7 @@ class Practitioner:
         """
         begin = time.perf_counter()
         self._policy = policy
-        found: list[list[PracticeEpisode]] = []
+        found: list[list[SampledEpisode]] = []
         verdicts: list[str] = []
         most = self.config.tries * self.config.groups
         while (missing := self.config.groups - verdicts.count("keep")) > 0 and len(found) < most:
@@ -164,11 +164,13 @@ class Practitioner:
         rows = [row_of(group, word) for group, word in zip(found, verdicts, strict=True)]
         counts = [verdicts.count(word) for word in ("too_easy", "too_hard", "equal")]
         plain = self.config.temperature == 1
-        figures = practice_figures(found, verdicts, plain=plain)
+        figures = episode_figures(found, verdicts, plain=plain)
         figures["rollout_seconds"] = round(time.perf_counter() - begin, 3)
-        return Practice(decision_groups(kept, self.kind, plain=plain), rows, figures, state.add(len(found), *counts))
+        return SampledGroups(
+            decision_groups(kept, self.kind, plain=plain), rows, figures, state.add(len(found), *counts)
+        )
 
-    def _play(self, numbers: range) -> list[list[PracticeEpisode]]:
+    def _play(self, numbers: range) -> list[list[SampledEpisode]]:
         """The episodes of the groups with these numbers, counted over the whole training and all tasks."""
         places = [(self.tasks[n % len(self.tasks)].name, n // len(self.tasks)) for n in numbers]
         size = self.config.episodes
@@ -181,7 +183,7 @@ class Practitioner:
         return [[self._ended[place[0], trial] for trial in members[place]] for place in places]
 
     def _act(
-        self, episodes: Sequence[PracticeEpisode], seen: Sequence[Observation]
+        self, episodes: Sequence[SampledEpisode], seen: Sequence[Observation]
     ) -> Sequence[np.ndarray | ActionError]:
         assert self._policy is not None
         params = [self._params(self._policy, episode) for episode in episodes]
@@ -190,26 +192,26 @@ class Practitioner:
             episode.decisions.append(decision)
         return [decision.action for decision in decisions]
 
-    def _params(self, policy: ActionPolicy, episode: PracticeEpisode) -> SamplingParams:
+    def _params(self, policy: ActionPolicy, episode: SampledEpisode) -> SamplingParams:
         """Random numbers that depend on the seed, the episode and the decision alone."""
         name = [task.name for task in self.tasks].index(episode.task.name)
         mixed = np.random.SeedSequence([self.config.seed, name, episode.trial, len(episode.decisions)])
         seed = int(mixed.generate_state(1)[0])
         return dataclasses.replace(policy.params, temperature=self.config.temperature, seed=seed, logprobs=True)
 
-    def _end(self, episode: PracticeEpisode, success: bool, failure: str) -> None:
+    def _end(self, episode: SampledEpisode, success: bool, failure: str) -> None:
         episode.success = None if failure.startswith("simulator") else success
         self._ended[episode.task.name, episode.trial] = episode
 
 
-def verdict_of(group: Sequence[PracticeEpisode]) -> str:
+def verdict_of(group: Sequence[SampledEpisode]) -> str:
     """ "keep", or why a group teaches nothing: "too_easy" (all succeed), "too_hard" (all fail), "equal" (no result)."""
     known = [float(episode.success) for episode in group if episode.success is not None]
     return verdict(known, MIXED, scored=bool(known))
 
 
 def decision_groups(
-    kept: Sequence[Sequence[PracticeEpisode]], kind: AdvantageKind, *, plain: bool = True
+    kept: Sequence[Sequence[SampledEpisode]], kind: AdvantageKind, *, plain: bool = True
 ) -> list[Group]:
     """One group of the policy update for each decision, with the advantage of its episode.
 
@@ -248,7 +250,7 @@ def answer_of(decision: Decision, *, plain: bool = True) -> Answer:
     return Answer(torch.tensor(rollout.tokens, dtype=torch.int32), torch.tensor(logprobs))
 
 
-def row_of(group: Sequence[PracticeEpisode], word: str) -> dict[str, Any]:
+def row_of(group: Sequence[SampledEpisode], word: str) -> dict[str, Any]:
     """A group of episodes as a line of rollouts.jsonl."""
     first = group[0]
     return {
@@ -261,8 +263,8 @@ def row_of(group: Sequence[PracticeEpisode], word: str) -> dict[str, Any]:
     }
 
 
-def practice_figures(
-    groups: Sequence[Sequence[PracticeEpisode]], verdicts: Sequence[str], *, plain: bool = True
+def episode_figures(
+    groups: Sequence[Sequence[SampledEpisode]], verdicts: Sequence[str], *, plain: bool = True
 ) -> dict[str, float]:
     """Figures of the episodes of a step.
 
@@ -288,7 +290,7 @@ def practice_figures(
     return found | ({"allowed": sum(shares) / len(shares)} if plain and shares else {})
 
 
-def practice_text(row: Mapping[str, Any], total_steps: int) -> str:
+def episode_text(row: Mapping[str, Any], total_steps: int) -> str:
     """The progress line of a step, from its row of metrics.jsonl."""
     width = len(str(total_steps))
     missing = f"  {row['unscored']} without a result" if row["unscored"] else ""

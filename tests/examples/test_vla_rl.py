@@ -51,7 +51,7 @@ def start(tmp_path: Path) -> Path:
 
 def words(start: Path, **more: Any) -> list[str]:
     given = {"out": start.parents[1] / "run", "model": start, "tasks": "toy", "steps": 5, "lr": 3e-3, "trials": 12}
-    given |= {"practice.groups": 3, "practice.episodes": 8, "practice.simulators": 4, "practice.tries": 1, **more}
+    given |= {"sampling.groups": 3, "sampling.episodes": 8, "sampling.simulators": 4, "sampling.tries": 1, **more}
     return [f"{name}={value}" for name, value in given.items()]
 
 
@@ -62,7 +62,7 @@ def test_a_policy_learns_what_one_action_decides_and_a_stopped_run_continues(vla
     curve = [row["success"] for row in rows_of(out)]
     assert len(curve) == 5 and curve[-1] > curve[0]
     printed = capsys.readouterr().out
-    assert re.search(r"practice\.episodes += 8", printed) and "step 5/5  success" in printed and "left 0:00" in printed
+    assert re.search(r"sampling\.episodes += 8", printed) and "step 5/5  success" in printed and "left 0:00" in printed
     page = (out / "report" / "index.html").read_text()
     assert "Success in simulators" in page and "Success of the sampled episodes" in page
     results = json.loads((out / "report" / "results.json").read_text())

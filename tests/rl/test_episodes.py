@@ -16,7 +16,13 @@ from fastvst.data.sources.action_rows import ActionRows
 from fastvst.evaluate.action_policy import ActionPolicy, Decision
 from fastvst.evaluate.playing import EpisodeTask
 from fastvst.model import Qwen25VL
-from fastvst.rl.episodes import FIRST_PRACTICE_SEED, PracticeConfig, PracticeEpisode, Practitioner, decision_groups
+from fastvst.rl.episodes import (
+    FIRST_TRAINING_SEED,
+    EpisodeSampler,
+    EpisodeSamplingConfig,
+    SampledEpisode,
+    decision_groups,
+)
 from fastvst.rl.filtering import FilterState
 from fastvst.rl.packing import make_pack
 from fastvst.rl.policy_update import score_pack
@@ -50,39 +56,41 @@ class Scripted:
         return [Decision(cast(Any, None), rollout, action) for action in actions]
 
 
-def practise(config: PracticeConfig, *tasks: EpisodeTask, state: FilterState | None = None) -> tuple[Any, Scripted]:
+def sample(
+    config: EpisodeSamplingConfig, *tasks: EpisodeTask, state: FilterState | None = None
+) -> tuple[Any, Scripted]:
     policy = Scripted()
-    with Practitioner(tasks, config, log=lambda line: None) as practitioner:
-        return practitioner.collect(cast(ActionPolicy, policy), state or FilterState()), policy
+    with EpisodeSampler(tasks, config, log=lambda line: None) as sampler:
+        return sampler.collect(cast(ActionPolicy, policy), state or FilterState()), policy
 
 
 def test_groups_that_all_succeed_or_all_fail_are_counted_and_replaced() -> None:
-    config = PracticeConfig(groups=3, episodes=2, tries=3, simulators=4)
-    found, policy = practise(config, task(mixed=True))
+    config = EpisodeSamplingConfig(groups=3, episodes=2, tries=3, simulators=4)
+    found, policy = sample(config, task(mixed=True))
     verdicts = [row["verdict"] for row in found.rows]
     expected = {0: "keep", 1: "too_easy", 2: "too_hard"}
     assert verdicts == [expected[row["seed"] % 3] for row in found.rows]
-    assert [row["seed"] for row in found.rows] == [FIRST_PRACTICE_SEED + n for n in range(len(verdicts))]
+    assert [row["seed"] for row in found.rows] == [FIRST_TRAINING_SEED + n for n in range(len(verdicts))]
     assert found.figures["keep"] == verdicts.count("keep") == 3 and found.figures["drawn"] == len(verdicts) <= 9
     assert found.filtered == FilterState(len(verdicts), verdicts.count("too_easy"), verdicts.count("too_hard"))
     assert found.figures["allowed"] == pytest.approx(math.exp(-0.25)) and found.figures["unscored"] == 0
     assert len(set(policy.seeds)) == len(policy.seeds), "every decision has random numbers of its own"
-    fewer, _ = practise(PracticeConfig(groups=3, episodes=2, tries=1, simulators=4), task(mixed=True))
+    fewer, _ = sample(EpisodeSamplingConfig(groups=3, episodes=2, tries=1, simulators=4), task(mixed=True))
     assert fewer.figures["drawn"] == 3 and fewer.figures["keep"] == 1
-    later, _ = practise(config, task(mixed=True), state=found.filtered)
+    later, _ = sample(config, task(mixed=True), state=found.filtered)
     assert later.rows[0]["seed"] == found.rows[-1]["seed"] + 1, "no initial state comes twice"
 
 
 def test_tasks_take_turns_and_the_policy_answers_all_simulators_at_once() -> None:
-    config = PracticeConfig(groups=4, episodes=2, tries=1, simulators=8)
-    found, policy = practise(config, task(name="a"), task(name="b"))
+    config = EpisodeSamplingConfig(groups=4, episodes=2, tries=1, simulators=8)
+    found, policy = sample(config, task(name="a"), task(name="b"))
     assert [row["task"] for row in found.rows] == ["a", "b", "a", "b"]
     assert policy.batches[0] == 8
 
 
-def episode(success: bool | None, decisions: int) -> PracticeEpisode:
+def episode(success: bool | None, decisions: int) -> SampledEpisode:
     rollout = Rollout([5, 6], "", [-0.5, -0.25], [-0.75, -0.5], "length", 0.0, 0.0)
-    found = PracticeEpisode(task(), 0, cast(Simulator, None))
+    found = SampledEpisode(task(), 0, cast(Simulator, None))
     found.success = success
     found.decisions = [Decision(cast(Any, None), rollout, np.zeros((1, 1))) for _ in range(decisions)]
     return found
@@ -117,9 +125,9 @@ def policy() -> ActionPolicy:
 
 def play(policy: ActionPolicy, seed: int = 0, temperature: float = 1.0, **fault: Any) -> tuple[Any, list[Any]]:
     """Three groups of three episodes of the point, and all their decisions."""
-    config = PracticeConfig(3, 3, 4, tries=1, simulators=9, seed=seed, temperature=temperature)
+    config = EpisodeSamplingConfig(3, 3, 4, tries=1, simulators=9, seed=seed, temperature=temperature)
     found: list[Any] = []
-    with Practitioner([task(FAKE, "point", **fault)], config, log=lambda line: None) as practitioner:
+    with EpisodeSampler([task(FAKE, "point", **fault)], config, log=lambda line: None) as sampler:
         decide = policy.decide
 
         def recorded(seen: Any, params: Any) -> Any:
@@ -128,7 +136,7 @@ def play(policy: ActionPolicy, seed: int = 0, temperature: float = 1.0, **fault:
 
         policy.decide = recorded  # type: ignore[method-assign]
         try:
-            return practitioner.collect(policy, FilterState()), found
+            return sampler.collect(policy, FilterState()), found
         finally:
             policy.decide = decide  # type: ignore[method-assign]
 
@@ -179,4 +187,4 @@ def test_episodes_without_a_result_are_counted_and_teach_nothing(policy: ActionP
 def test_impossible_options_are_refused() -> None:
     for wrong in ({"episodes": 1}, {"groups": 0}, {"temperature": 0.0}, {"max_actions": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            PracticeConfig(**cast(Any, wrong))
+            EpisodeSamplingConfig(**cast(Any, wrong))
