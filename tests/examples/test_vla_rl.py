@@ -76,7 +76,6 @@ def test_a_policy_learns_what_one_action_decides_and_a_stopped_run_continues(vla
 
 
 def test_a_policy_that_never_succeeds_is_an_error_with_advice(vla_rl, start, monkeypatch) -> None:
-    monkeypatch.setattr(vla_rl.vla, "MAX_ACTIONS", 1)
     toy = Path(TOY).read_text().replace("MOST = -0.3", "MOST = -2.0")
     hard = start.parents[1] / "hard.py"
     hard.write_text(toy)
