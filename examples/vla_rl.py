@@ -169,18 +169,10 @@ def train(
     model = rl.load_model(settings, world, torch.float32)
     optimizer = make_optimizer(model, settings.optimizer)
     saver = Saver(out, settings.checkpoint, recorded, model, optimizer, processor, world)
-    recent = guard.Recent()
-    filtered = FilterState()
-    first = 0
-    if resume_from is not None:
-        state, _ = saver.load(resume_from)
-        first = state["step"]
-        recent = guard.Recent.from_json(state["guard"])
-        filtered = FilterState(**state["filter"])
+    first, recent, filtered = restored(saver, resume_from)
     engine = RankEngine(model, processor, settings.sampling, settings.processor.max_seq_len, world)
     metrics = Metrics(out, settings.log, config.steps, done=first, is_main=True, settings=recorded, line=episode_text)
     jsonl.drop_from_step(out / "rollouts.jsonl", first + 1)
-    updates = 0
     step = first
     sampling = dataclasses.replace(config.sampling, seed=config.seed)
     with metrics, saver, EpisodeSampler(tasks, sampling, settings.update.advantages) as sampler:
@@ -191,7 +183,6 @@ def train(
             filtered = found.filtered
             jsonl.append(out / "rollouts.jsonl", [{"step": step + 1, **row} for row in found.rows])
             updated, sharing, recent = rl.improve(settings, model, None, optimizer, found.groups, recent, step, world)
-            updates += updated["updates"]
             step += 1
             row: dict[str, Any] = {"step": step, "lr": config.lr, **found.figures, **updated}
             row |= {
@@ -206,7 +197,7 @@ def train(
     if step < config.steps:
         world.say(f"stopped by a signal after step {step}; continue with --resume auto")
         return False
-    if step > first and not updates:
+    if not filtered.kept_share:
         raise NoUpdate(
             f"of {filtered.drawn} groups {filtered.too_hard} only failed and {filtered.too_easy} only succeeded: "
             "nothing was learned. Take a policy or a task whose success is between 20 and 80 %, or more "
@@ -216,6 +207,14 @@ def train(
         "reinforcement learning", f"Episodes of {', '.join(config.tasks)} in Meta-World; see rollouts.jsonl."
     )
     return True
+
+
+def restored(saver: Saver, checkpoint: Path | None) -> tuple[int, guard.Recent, FilterState]:
+    """(steps done, the guard's state, groups so far) of a checkpoint; without one those of a new run."""
+    if checkpoint is None:
+        return 0, guard.Recent(), FilterState()
+    state, _ = saver.load(checkpoint)
+    return state["step"], guard.Recent.from_json(state["guard"]), FilterState(**state["filter"])
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

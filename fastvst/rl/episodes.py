@@ -46,7 +46,7 @@ class EpisodeSamplingConfig:
         max_actions: actions after which an episode has failed; 0 = as many as in the evaluation, which is also the
             most. Most successes need few actions, and failures cost the most time.
         tries: a step draws at most this many times `groups` initial states. With 1, dropped groups are not replaced.
-        temperature: of the sampled actions. At 1 the sampler's log-probabilities are those of the update.
+        temperature: temperature of the sampled actions. At 1 the sampler's log-probabilities are those of the update.
         simulators: processes that play at a time.
         seed: of the sampled actions; together with the initial state it fixes an episode.
     """
