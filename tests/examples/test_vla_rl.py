@@ -55,6 +55,7 @@ def words(start: Path, **more: Any) -> list[str]:
     return [f"{name}={value}" for name, value in given.items()]
 
 
+@pytest.mark.slow
 def test_a_policy_learns_what_one_action_decides_and_a_stopped_run_continues(vla_rl, start, capsys) -> None:
     reports = vla_rl.main(words(start), {})
     out = start.parents[1] / "run"
