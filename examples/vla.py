@@ -65,6 +65,7 @@ SHUFFLE = 20_000  # steps of demonstrations among which the next one is drawn: n
 # Each of the four values of an action is one digit. Steps of 2/9 of the fastest move are fine enough, because the next
 # image shows the rest of the way; with two digits most of the loss is about millimetres.
 ACTIONS = ActionRows(kind="text", bins=9, dims=4, state=True, side=SIDE, metres=0.01 * REPEAT)
+PROCESSOR = ProcessorConfig(min_pixels=SIDE**2, max_pixels=SIDE**2, max_seq_len=256, enable_fov=False)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def training_settings(config: Config, training: Sequence[Path], held_out: Sequen
         resume=config.resume,
         model=sft.ModelOptions(path=config.model, recompute="none"),
         data=MixtureConfig(sources=sources, seed=config.seed, shuffle_buffer=SHUFFLE),
-        processor=ProcessorConfig(min_pixels=SIDE**2, max_pixels=SIDE**2, max_seq_len=256, enable_fov=False),
+        processor=PROCESSOR,
         loader=LoaderConfig(tokens_per_pack=2048, num_workers=1, buffer_samples=64),
         optimizer=OptimizerConfig(lr=config.lr, vision_lr=config.lr / 3, weight_decay=0.05, betas=(0.9, 0.95)),
         checkpoint=CheckpointConfig(every=500, keep=1),

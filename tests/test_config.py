@@ -234,6 +234,7 @@ def docstrings(path: Path) -> Iterator[str]:
         ("examples/rl.py", "rl"),
         ("examples/cold_start.py", "cold_start"),
         ("examples/vla.py", "vla"),
+        ("examples/vla_rl.py", "vla_rl"),
     ],
 )
 def test_options_that_docstrings_show_exist(file: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +246,7 @@ def test_options_that_docstrings_show_exist(file: str, script: str, monkeypatch:
     assert names <= {name for name, _ in cfg.leaves(config_of(script, monkeypatch)())}
 
 
-@pytest.mark.parametrize("script", ["sft", "rl", "cold_start", "vla"])
+@pytest.mark.parametrize("script", ["sft", "rl", "cold_start", "vla", "vla_rl"])
 def test_every_option_of_a_script_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config_class = config_of(script, monkeypatch)
     lines = cfg.usage(config_class).splitlines()

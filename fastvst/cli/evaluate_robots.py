@@ -8,9 +8,8 @@ import json
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastvst import jsonl
 from fastvst.config import from_dict
 from fastvst.data.sources.action_rows import ActionRows
 from fastvst.train import lock
@@ -50,22 +49,18 @@ def actions_of(arguments: argparse.Namespace) -> ActionRows:
     Raises:
         ValueError: there are none, or they are no options of actions.
     """
+    from fastvst.evaluate.action_policy import recorded_actions
+
     if arguments.actions:
         try:
             table = tomllib.loads(f"actions = {arguments.actions}")["actions"]
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"--actions is {arguments.actions!r}; expected a TOML table: {error}") from error
         return from_dict(ActionRows, table)
-    path = Path(arguments.model[0]).absolute().parent / "config.json"
-    found: list[dict[str, Any]] = []
-    if path.is_file():
-        sources = jsonl.loads(path.read_text(encoding="utf-8")).get("data", {}).get("sources", [])
-        found = [source["actions"] for source in sources if source.get("actions")]
-    if not found:
-        raise ValueError(f"pass --actions: {path} names no source of actions")
-    if any(one != found[0] for one in found):
-        raise ValueError(f"pass --actions: the sources in {path} have different ones")
-    return from_dict(ActionRows, found[0])
+    try:
+        return recorded_actions(arguments.model[0])
+    except ValueError as error:
+        raise ValueError(f"pass --actions: {error}") from error
 
 
 def tasks_of(name: str, arguments: argparse.Namespace, cameras: int) -> list[EpisodeTask]:

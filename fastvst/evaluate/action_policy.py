@@ -1,24 +1,60 @@
 """ActionPolicy: a trained model as a function of a simulator's observations (see episodes.py).
 
 It asks the question of the training rows, decodes all observations as one batch of the engine, and allows only tokens
-that make an action at each position of the answer.
+that make an action at each position of the answer. Evaluations take the most likely action; reinforcement learning
+samples, and keeps prompt and completion (`decide`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastvst import jsonl
+from fastvst.batch import EncodedSample
+from fastvst.config import from_dict
 from fastvst.data.sample import Sample
 from fastvst.data.sources.action_rows import ActionRows, Step, question_row
 from fastvst.data.sources.rows import to_sample
-from fastvst.rollout import Engine, SamplingParams
+from fastvst.rollout import Engine, Rollout, SamplingParams
 from fastvst.vla import ActionError
 from fastvst.vla.replies import Observation
+
+
+def recorded_actions(model: str | Path) -> ActionRows:
+    """The options of the actions in config.json of the run that wrote the model directory `model`.
+
+    Raises:
+        ValueError: there are none, or its sources have different ones.
+    """
+    path = Path(model).absolute().parent / "config.json"
+    settings: dict[str, Any] = jsonl.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sources = settings.get("data", {}).get("sources", [])
+    found = [one["actions"] for one in (settings, *sources) if one.get("actions")]
+    if not found:
+        raise ValueError(f"{path} names no source of actions")
+    if any(one != found[0] for one in found):
+        raise ValueError(f"the sources in {path} have different actions")
+    return from_dict(ActionRows, found[0])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the model answered to one observation.
+
+    Attributes:
+        action: (chunk, dims) float64 in the units of the simulator, or why the completion is no action.
+    """
+
+    prompt: EncodedSample
+    rollout: Rollout
+    action: np.ndarray | ActionError
 
 
 class ActionPolicy:
@@ -47,14 +83,19 @@ class ActionPolicy:
     def __call__(self, observations: Sequence[Observation]) -> list[np.ndarray | ActionError]:
         """(chunk, dims) float64 for each observation, in the units of the simulator; an ActionError where the answer is
         none."""
-        prompts = [self.prompt(one) for one in observations]
-        found: list[np.ndarray | ActionError] = []
-        for (rollout,) in self.engine.generate(prompts, self.params):
-            try:
-                found.append(self.actions.codec.decode_tokens(rollout.tokens, self.processor.tokenizer))
-            except ActionError as error:
-                found.append(error)
-        return found
+        return [decision.action for decision in self.decide(observations, [self.params] * len(observations))]
+
+    def decide(self, observations: Sequence[Observation], params: Sequence[SamplingParams]) -> list[Decision]:
+        """One decision for each observation, sampled with its own parameters: `params` of this class, or like it."""
+        prompts = [self.engine.encode(self.prompt(one), each) for one, each in zip(observations, params, strict=True)]
+        rollouts = [rollout for (rollout,) in self.engine.generate(prompts, params)]
+        return [Decision(p, r, self._action(r)) for p, r in zip(prompts, rollouts, strict=True)]
+
+    def _action(self, rollout: Rollout) -> np.ndarray | ActionError:
+        try:
+            return self.actions.codec.decode_tokens(rollout.tokens, self.processor.tokenizer)
+        except ActionError as error:
+            return error
 
     def prompt(self, observation: Observation) -> Sample:
         """The question of the training rows about an observation."""

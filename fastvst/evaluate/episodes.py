@@ -1,9 +1,7 @@
 """Success of a policy in simulators: the protocol of the published LIBERO evaluations, and Meta-World's tasks.
 
-A policy is a function of observations that returns a chunk of actions for each of them. Observations that are ready
-form its next batch; simulators compute the other episodes in the meantime. A chunk is executed without looking (open
-loop) until the goal is reached or the steps are over. Every finished episode is a line of OUT/episodes.jsonl, so that a
-killed run continues and no episode is played twice.
+A policy is a function of observations that returns a chunk of actions for each of them; playing.py calls it. Every
+finished episode is a line of OUT/episodes.jsonl, so that a killed run continues and no episode is played twice.
 
 LIBERO (arXiv 2306.03310), as OpenVLA (arXiv 2406.09246) evaluates it: 50 trials of each task from the stored initial
 states 0 to 49, the simulator's seed 0, at most 220 / 280 / 300 / 520 steps, and the mean of the tasks' success rates.
@@ -25,51 +23,21 @@ from PIL import Image
 from fastvst import atomic, jsonl
 from fastvst.evaluate.episode_report import EpisodeReport, EpisodeResult
 from fastvst.evaluate.episodes_page import film_of, write_page
+from fastvst.evaluate.playing import Episode, EpisodeTask, Player, Rules
 from fastvst.evaluate.statistics import wilson
 from fastvst.vla.actions import ActionError
-from fastvst.vla.demonstrations import FIRST_EVALUATION_SEED
-from fastvst.vla.replies import Observation, SimulatorError
-from fastvst.vla.simulators import Simulator, SimulatorConfig, mujoco_note, wait_any
+from fastvst.vla.replies import Observation
+from fastvst.vla.simulators import SimulatorConfig, mujoco_note
 
 Policy = Callable[[Sequence[Observation]], Sequence[np.ndarray | ActionError]]
 LIBERO_STEPS = {"spatial": 220, "object": 280, "goal": 300, "long": 520, "10": 520, "90": 400}
 LIBERO_TASKS = {"90": 90}  # the other suites have 10
 METAWORLD_STEPS = 200  # the experts take 40 to 110
 TRIALS = 50
-ATTEMPTS = 3  # of an episode whose simulator fails
 FILMS = 3  # failed episodes of a task, and as many successful ones, that are saved as animations
 FRAMES = 100  # of an animation
 FILM_SIZE = 128  # pixels
 FILM_MS = 80  # of a frame
-
-
-@dataclass(frozen=True)
-class EpisodeTask:
-    """A task and its trials.
-
-    Attributes:
-        name: unique name.
-        simulator: its environment.
-        trials: episodes.
-        max_steps: steps after which an episode has failed.
-        stored_states: trial k starts from the stored initial state k with seed 0; else from a seed of its own.
-    """
-
-    name: str
-    simulator: SimulatorConfig
-    trials: int
-    max_steps: int
-    stored_states: bool = False
-
-    def start(self, trial: int) -> tuple[int, int]:
-        """(seed, initial state) of a trial."""
-        return (0, trial) if self.stored_states else (FIRST_EVALUATION_SEED + trial, 0)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What must be equal for episodes of one evaluation."""
-        environment = {"program": self.simulator.program, **self.simulator.environment}
-        return {**environment, "max_steps": self.max_steps, "stored_states": self.stored_states}
 
 
 def libero_tasks(suite: str, trials: int = TRIALS, **simulator: Any) -> list[EpisodeTask]:
@@ -106,38 +74,26 @@ def metaworld_tasks(names: Iterable[str], trials: int = TRIALS, **simulator: Any
 
 
 @dataclass(eq=False)
-class _Episode:
-    """An episode that is played.
+class _FilmedEpisode(Episode):
+    """An episode of an evaluation.
 
     Attributes:
-        steps: steps taken since the reset.
-        began: time.monotonic() of the reset.
         frames: what the first camera saw, every `stride`-th observation.
     """
 
-    task: EpisodeTask
-    trial: int
-    simulator: Simulator
-    steps: int = 0
-    faults: list[str] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     stride: int = 1
     seen: int = 0
-    began: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.task.name}, trial {self.trial}"
 
     def begin(self) -> None:
-        self.steps = 0
         self.frames = []
         self.stride = 1
         self.seen = 0
-        self.began = time.monotonic()
-        self.simulator.begin_reset(*self.task.start(self.trial))
+        super().begin()
 
-    def film(self, observation: Observation) -> None:
+    def saw(self, observation: Observation) -> None:
         """Keep the image, or every second one once there are FRAMES of them."""
+        super().saw(observation)
         if self.seen % self.stride == 0:
             self.frames.append(next(iter(observation.images.values())))
         if len(self.frames) >= FRAMES:
@@ -195,22 +151,19 @@ class Episodes:
             SimulatorError: a simulator cannot start, or ends or hangs ATTEMPTS times while it starts.
             ValueError: actions of another shape, or not finite; another version of the simulator.
         """
-        if simulators < 1:
-            raise ValueError(f"{simulators} simulators; expected at least 1")
         waiting = {
             name: [trial for trial in range(task.trials) if (name, trial) not in self.results]
             for name, task in self.tasks.items()
         }
         log(f"{len(self.results)} episodes are finished, {sum(map(len, waiting.values()))} are not")
-        playing: list[_Episode] = []
-        try:
-            for _ in range(min(simulators, sum(map(len, waiting.values())))):
-                playing.append(self._next(waiting, None))
-            while playing:
-                self._turn(playing, waiting, policy, log)
-        finally:
-            for episode in playing:
-                episode.simulator.close()
+
+        def ended(episode: _FilmedEpisode, success: bool, failure: str) -> None:
+            self._finish(episode, success=success, failure=failure)
+            log(self._line(episode))
+
+        rules = Rules(_FilmedEpisode, lambda _, seen: policy(seen), self._check_simulator, ended, log)
+        with Player(self.tasks, rules) as player:
+            player.play(waiting, simulators)
         report = self.report()
         atomic.write_text(self.out / "results.json", json.dumps(report.summary(), indent=1) + "\n")
         log(f"report: {write_page(self.out, report, self.settings)}")
@@ -232,88 +185,7 @@ class Episodes:
         notes = {mujoco_note(result.versions) for result in results} - {""}
         return EpisodeReport(rates, mean, results, "; ".join(sorted(notes)))
 
-    def _turn(
-        self, playing: list[_Episode], waiting: dict[str, list[int]], policy: Policy, log: Callable[[str], object]
-    ) -> None:
-        """Take the replies that are there, ask the policy where an episode continues, replace those that ended."""
-        ready: list[_Episode] = []
-        seen: list[Observation] = []
-        ended: list[_Episode] = []
-        at = {id(episode.simulator): episode for episode in playing}
-        for episode in (at[id(simulator)] for simulator in wait_any([e.simulator for e in playing])):
-            try:
-                observation = episode.simulator.poll()
-            except SimulatorError as error:
-                if self._repeat(episode, error, log):
-                    ended.append(episode)
-                continue
-            if observation is None:
-                continue
-            self._check_simulator(episode)
-            episode.steps += observation.steps
-            episode.film(observation)
-            if observation.success or episode.steps >= episode.task.max_steps:
-                self._finish(episode, success=observation.success)
-                ended.append(episode)
-            else:
-                ready.append(episode)
-                seen.append(observation)
-        if ready:
-            ended += self._act(ready, seen, policy)
-        for episode in ended:
-            log(self._line(episode))
-            if any(waiting.values()):
-                playing[playing.index(episode)] = self._next(waiting, episode)
-            else:
-                episode.simulator.close()
-                playing.remove(episode)
-
-    def _act(self, ready: Sequence[_Episode], seen: Sequence[Observation], policy: Policy) -> list[_Episode]:
-        """Begin the steps that the policy wants; returns the episodes that its answers end."""
-        chunks = policy(seen)
-        if len(chunks) != len(seen):
-            raise ValueError(f"the policy has {len(chunks)} answers to {len(seen)} observations")
-        ended = []
-        for episode, chunk in zip(ready, chunks, strict=True):
-            if isinstance(chunk, ActionError):
-                self._finish(episode, success=False, failure=f"action: {chunk}")
-                ended.append(episode)
-                continue
-            try:
-                episode.simulator.begin_step(np.asarray(chunk)[: episode.task.max_steps - episode.steps])
-            except ValueError as error:
-                raise ValueError(f"{episode}: {error}") from error
-        return ended
-
-    def _repeat(self, episode: _Episode, error: SimulatorError, log: Callable[[str], object]) -> bool:
-        """Begin an episode again after a fault of its simulator; True if that is over."""
-        if error.code == "start":
-            raise error
-        episode.faults.append(str(error).partition("\n")[0])
-        log(f"{episode}: {episode.faults[-1]}; fault {len(episode.faults)} of {ATTEMPTS}")
-        if len(episode.faults) >= ATTEMPTS:
-            if not episode.simulator.versions:  # no simulator of the task has ever answered: all episodes would fail
-                raise error
-            self._finish(episode, success=False, failure=f"simulator: {episode.faults[-1]}")
-            return True
-        episode.begin()
-        return False
-
-    def _next(self, waiting: dict[str, list[int]], before: _Episode | None) -> _Episode:
-        """Begin the next episode: of the same task, whose simulator runs, else of the task with the most episodes."""
-        if before is not None and waiting[before.task.name]:
-            name = before.task.name
-            simulator = before.simulator
-        else:
-            name = max(waiting, key=lambda one: len(waiting[one]))
-            simulator = Simulator(self.tasks[name].simulator)
-            if before is not None:
-                before.simulator.close()
-        episode = _Episode(self.tasks[name], waiting[name].pop(0), simulator)
-        episode.begin()
-        return episode
-
-    def _finish(self, episode: _Episode, *, success: bool, failure: str = "") -> None:
+    def _finish(self, episode: _FilmedEpisode, *, success: bool, failure: str = "") -> None:
         name = episode.task.name
         films = len([one for one in self.results.values() if one.task == name and one.success == success])
         if episode.frames and films < FILMS:
@@ -325,7 +197,7 @@ class Episodes:
         self.results[name, episode.trial] = result
         jsonl.append(self.file, [{**asdict(result), "settings": self._settings(episode.task)}])
 
-    def _check_simulator(self, episode: _Episode) -> None:
+    def _check_simulator(self, episode: _FilmedEpisode) -> None:
         """Raise ValueError if earlier episodes are of another version, or the task has too few initial states."""
         stored = episode.simulator.description.initial_states
         if episode.task.stored_states and stored is not None and episode.task.trials > stored:
@@ -338,7 +210,7 @@ class Episodes:
     def _settings(self, task: EpisodeTask) -> dict[str, Any]:
         return json.loads(json.dumps({**self.settings, "task": task.settings}, default=list))
 
-    def _line(self, episode: _Episode) -> str:
+    def _line(self, episode: _FilmedEpisode) -> str:
         ended = [one for one in self.results.values() if one.task == episode.task.name]
         good = sum(one.success for one in ended)
         result = self.results[episode.task.name, episode.trial]

@@ -68,11 +68,11 @@ def write_policy_page(
         "Wilson's; that of the mean takes all episodes as trials of one rate. Green: the interval of the first policy "
         "lies above those of all others.</p>"
     )
-    notes = "".join(f"<p>{escape(text)}</p>" for text in _notes(reports))
+    notes = "".join(f"<p>{escape(text)}</p>" for text in notes_of(reports))
     errors = rows[-1].get("evaluation", {}).get("errors", {}) if rows else {}
     sections = [
         ("Success in simulators", success_table(reports) + note + notes),
-        ("Episodes of the trained policy", _films(films, first)),
+        ("Episodes of the trained policy", film_cards(films, first)),
         *([("Errors on held-out demonstrations", _errors(errors))] if errors else []),
         *training_sections(rows),
         ("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"),
@@ -84,7 +84,7 @@ def write_policy_page(
     return out / "index.html"
 
 
-def _notes(reports: Mapping[str, EpisodeReport]) -> list[str]:
+def notes_of(reports: Mapping[str, EpisodeReport]) -> list[str]:
     """What must not stay unsaid: warnings, faults of simulators, episodes that could not be finished."""
     found = []
     for name, report in reports.items():
@@ -95,7 +95,8 @@ def _notes(reports: Mapping[str, EpisodeReport]) -> list[str]:
     return found
 
 
-def _films(folder: Path, report: EpisodeReport) -> str:
+def film_cards(folder: Path, report: EpisodeReport) -> str:
+    """Animations of the first successes and failures of each task, as HTML; `folder` is that of `Episodes`."""
     cards = []
     for task in report.tasks:
         ended = [one for one in report.results if one.task == task]

@@ -1,16 +1,18 @@
-"""report/index.html of an RL run: held-out reward, training curves, and rollouts with their images."""
+"""report/index.html of an RL run: held-out reward or a robot's success, training curves, rollouts with their images."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fastvst import atomic, html, jsonl
+from fastvst.evaluate.episode_report import EpisodeReport
+from fastvst.evaluate.policy_page import film_cards, notes_of, success_table
 
 CURVES = (
     ("Reward of the sampled completions", "reward", "reward"),
@@ -19,6 +21,12 @@ CURVES = (
     ("Entropy", "entropy", "nats"),
     ("Gradient norm", "grad_norm", "norm"),
     ("Sampler and trainer: mean difference of logprobs", "sampler_gap", "nats"),
+)
+SUCCESS_CURVES = (
+    ("Success of the sampled episodes", "success", "share"),
+    ("Groups whose episodes differ in success", "keep", "groups"),
+    ("Steps of an episode", "episode_steps", "steps"),
+    *CURVES[3:],
 )
 SHOWN = 24  # groups on the page
 MAX_CHARACTERS = 1200  # of a question, an answer or a completion
@@ -32,11 +40,7 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     sections = []
     if held:
         sections.append(("Reward on held-out questions", _held_out(held)))
-    steps = [float(r["step"]) for r in rows]
-    smooth = max(1, len(rows) // 20)
-    for title, key, unit in CURVES:
-        values = [float(r.get(key, math.nan)) for r in rows]
-        sections.append((title, html.line_chart(steps, values, x_label="step", y_label=unit, smooth=smooth)))
+    sections += _curves(rows, CURVES)
     groups = [g for file in sorted(out.glob("rollouts*.jsonl")) for g in jsonl.read(file)]
     sections.append(("Rollouts", _rollouts(groups, out)))
     sections.append(("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
@@ -44,6 +48,51 @@ def write_report(out: str | Path, config: dict[str, Any]) -> Path:
     target = out / "report" / "index.html"
     atomic.write_text(target, html.page("fastvst: reinforcement learning", lead, sections))
     return target
+
+
+def write_success_page(
+    out: str | Path, reports: Mapping[str, EpisodeReport], films: Path, config: Mapping[str, Any]
+) -> Path:
+    """Write `<out>/report/index.html` and results.json of RL on a robot's success; return the page.
+
+    Args:
+        out: run folder with the metrics.jsonl of the training.
+        reports: name -> report of the policy after training, then of the one before, on the same episodes.
+        films: folder of `Episodes` with the animations of the first policy.
+    """
+    target = Path(out) / "report" / "index.html"
+    rows = jsonl.read(Path(out) / "metrics.jsonl")
+    first = next(iter(reports.values()))
+    note = (
+        f"<p>{len(first.results)} episodes of each policy with the most likely actions, from initial states that no "
+        "training has. Intervals are Wilson's; that of the mean takes all episodes as trials of one rate. Green: the "
+        "interval of the first policy lies above that of the other.</p>"
+    )
+    notes = "".join(f"<p>{escape(text)}</p>" for text in notes_of(reports))
+    sections = [
+        ("Success in simulators", success_table(reports) + note + notes),
+        *_curves(rows, SUCCESS_CURVES),
+        ("Episodes after training", film_cards(films, first)),
+        ("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"),
+    ]
+    results = {name: report.summary() for name, report in reports.items()}
+    curve = [{key: row.get(key) for key in ("step", "success", "episodes", "keep", "drawn")} for row in rows]
+    text = json.dumps({"policies": results, "training": curve}, indent=1)
+    atomic.write_text(target.with_name("results.json"), text + "\n")
+    lead = f"{len(rows)} steps, {sum(row['episodes'] for row in rows):,} episodes; mean success {first.mean} %"
+    atomic.write_text(target, html.page("fastvst: reinforcement learning of a robot policy", lead, sections))
+    return target
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], curves: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """(title, chart) of figures over the steps."""
+    steps = [float(row["step"]) for row in rows]
+    smooth = max(1, len(rows) // 20)
+    charts = []
+    for title, key, unit in curves:
+        values = [float(row.get(key, math.nan)) for row in rows]
+        charts.append((title, html.line_chart(steps, values, x_label="step", y_label=unit, smooth=smooth)))
+    return charts
 
 
 def _held_out(rows: Sequence[dict[str, Any]]) -> str:

@@ -26,11 +26,12 @@ SIGNATURE = re.compile(r"\n<!-- fastvst card ([0-9a-f]{64}) -->\n\Z")
 EVALUATION = "\n## Evaluation\n"
 
 
-def write_card(out: Path, settings: Mapping[str, Any], mixture: Mixture, method: str) -> None:
+def write_card(out: Path, settings: Mapping[str, Any], data: Mixture | str, method: str) -> None:
     """Write `out/hf/README.md` from the settings, the data and the figures of the run in `out`.
 
     Args:
         settings: the resolved configuration.
+        data: what the run learned from: data sets, or a sentence.
         method: for example "supervised fine-tuning".
     """
     rows = jsonl.read(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
@@ -41,7 +42,7 @@ def write_card(out: Path, settings: Mapping[str, Any], mixture: Mixture, method:
             f"\n# {out.resolve().name}\n",
             f"Qwen2.5-VL after {method} with fastvst {__version__}, from {_base_text(base, settings['model'])}.",
             "\n## Data\n",
-            _data(out, mixture),
+            data if isinstance(data, str) else _data(out, data),
             "\n## Training\n",
             *_training(settings, rows),
             *(f"{EVALUATION}\n{table}" for table in [_held_out(out)] if table),

@@ -432,11 +432,11 @@ class Saver:
         """Wait for the checkpoint that is being written. Raises CheckpointError if it fails."""
         self._writer.join()
 
-    def save_model(self, method: str, mixture: Mixture) -> Path:
+    def save_model(self, method: str, data: Mixture | str) -> Path:
         """Write the Hugging Face directory `out/hf` in the compute dtype, with its model card (see `write_card`)."""
         folder = checkpoint.save_hf(self.out / "hf", self.model, self.world, self._hf())
         if self.world.is_main:
-            write_card(self.out, self.settings, mixture, method)
+            write_card(self.out, self.settings, data, method)
         return folder
 
     def _hf(self) -> HFDirectory:
