@@ -1,6 +1,6 @@
 """Train a base of the tiny preset on images and language, before any of VST's tasks.
 
-    python tools/build_base.py --work DIR      # writes the model directory DIR/base; docs/miniature.md has the figures
+    python tools/build_base.py --work DIR      # 15 minutes of one core; docs/base_card.md has the figures
 
 VST starts from Qwen2.5-VL, which has seen images and language. A base plays this part for the tiny model: it starts
 from the pretrained tower and the aligned decoder (`fastvst.model.tiny_start`), and learns names, colours, places in the
@@ -34,12 +34,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from fastvst.batch import EncodedSample, PackedBatch, completion_sample, pack_groups
 from fastvst.data import Processor, Sample, open_source
 from fastvst.generate.presets import BASE
 from fastvst.generate.rooms import make_rooms
 from fastvst.model import Qwen25VL
+from fastvst.model.qwen25vl import TINY_BASE
 from fastvst.model.tiny_start import ALIGNED
 from fastvst.train.optimizer import clip_gradients, freeze
 from tools.tower_batches import tiny_processor
@@ -221,7 +223,7 @@ def train(folder: Path, work: Path, recipe: Recipe, every: int = 1000) -> Qwen25
     """Train from the aligned start; writes model directories and prints a line of figures every 100 steps."""
     torch.manual_seed(0)
     processor = tiny_processor()
-    model = Qwen25VL.fresh("tiny", aligned=True)
+    model = Qwen25VL.fresh("tiny", start="aligned")
     optimizers = make_optimizers(model, recipe)
     stream = torch.utils.data.DataLoader(Batches(folder, recipe), batch_size=None, num_workers=1, prefetch_factor=8)
     begin = time.monotonic()
@@ -247,6 +249,11 @@ def train(folder: Path, work: Path, recipe: Recipe, every: int = 1000) -> Qwen25
     return model
 
 
+def write_file(model: Qwen25VL, path: Path) -> None:
+    """All weights in bfloat16 under their published names: what `Qwen25VL.fresh("tiny", start="base")` reads."""
+    save_file({name: w.to(torch.bfloat16).contiguous() for name, w in model.state_dict().items()}, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -263,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = Recipe(options.rows, stages, round(options.stretch * Recipe.decay))
     model = train(Path(rows), options.work, recipe)
     model.save_pretrained(options.work / "base", processor=tiny_processor())
-    print(f"wrote {options.work / 'base'}")
+    write_file(model, options.work / TINY_BASE.name)
+    print(f"wrote {options.work / 'base'}; the package ships {options.work / TINY_BASE.name}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def write_start(start: str, seed: int, folder: Path, tuned: Path) -> Path:
         return tuned
     path = folder / f"{start}-{seed}"
     torch.manual_seed(seed)
-    model = Qwen25VL.fresh("tiny") if start == "base" else Qwen25VL(ModelConfig.preset("tiny"))
+    model = Qwen25VL.fresh("tiny", start="base") if start == "base" else Qwen25VL(ModelConfig.preset("tiny"))
     model.save_pretrained(path, Processor.preset("tiny"))
     return path
 

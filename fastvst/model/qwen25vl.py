@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +24,8 @@ from fastvst_kernels import linear_cross_entropy, packed_attention, prepare
 
 Head = Callable[[Tensor, Tensor], Any]
 TINY_TOWER = Path(__file__).with_name("tiny_tower.safetensors")
+TINY_BASE = Path(__file__).with_name("tiny_base.safetensors")
+Start = Literal["random", "aligned", "base"]
 
 
 class Qwen25VL(nn.Module):
@@ -54,23 +56,28 @@ class Qwen25VL(nn.Module):
         self.init_weights()
 
     @classmethod
-    def fresh(cls, preset: str, *, aligned: bool = False) -> Qwen25VL:
+    def fresh(cls, preset: str, *, start: Start = "random") -> Qwen25VL:
         """A preset with random weights from torch's generator.
 
         The vision tower of "tiny" is pretrained (by `tools.build_tower`): a tower this small learns too slowly from
         question-answer pairs alone. `Qwen25VL(config)` draws every weight.
 
         Args:
-            aligned: words and two layers of the decoder of "tiny" know the tower's tokens, see `tiny_start`; nothing
-                changes for other presets.
+            start: of the decoder of "tiny"; nothing changes for other presets. "aligned": words and two layers know the
+                tower's tokens, see `tiny_start`. "base": the weights of `tools.build_base` with their own tower, which
+                have seen images and language; nothing is random.
         """
         model = cls(ModelConfig.preset(preset))
-        if preset == "tiny":
-            stored = load_file(TINY_TOWER)
-            tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
-            model.visual.load_state_dict(tower)
-            if aligned:
-                start_from_tower(model.model, model.config, stored)
+        if preset != "tiny":
+            return model
+        if start == "base":
+            model.load_state_dict(load_file(TINY_BASE))
+            return model
+        stored = load_file(TINY_TOWER)
+        tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
+        model.visual.load_state_dict(tower)
+        if start == "aligned":
+            start_from_tower(model.model, model.config, stored)
         return model
 
     @torch.no_grad()

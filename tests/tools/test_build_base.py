@@ -144,11 +144,11 @@ def test_the_rate_rises_holds_and_falls() -> None:
 def test_training_writes_models_and_a_log(talks: list[Sample], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     write_rows(rows / "rows.parquet", [to_row(sample, 95) for sample in talks])
-    before = Qwen25VL.fresh("tiny", aligned=True)
+    before = Qwen25VL.fresh("tiny", start="aligned")
     model = train(rows, tmp_path, Recipe(stages=(Stage(1, "general_marks"), Stage(1, "general")), decay=1), every=2)
     again = Qwen25VL.from_pretrained(tmp_path / "step-00002")
     torch.manual_seed(0)
-    start = dict(Qwen25VL.fresh("tiny", aligned=True).named_parameters())
+    start = dict(Qwen25VL.fresh("tiny", start="aligned").named_parameters())
     assert all(torch.equal(p, start[n]) == n.startswith(ALIGNED) for n, p in again.named_parameters() if p.dim() == 2)
     tower = (m.visual.patch_embed.proj.weight for m in (before, model))
     assert not torch.equal(*tower), "the tower is trained too"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastvst.model import Qwen25VL
 from fastvst.train import distributed
 from fastvst.train.optimizer import OptimizerConfig, clip_gradients, freeze, make_optimizer, part_of
 from ranks import run_ranks
@@ -55,6 +56,17 @@ def test_impossible_choices_are_refused() -> None:
         OptimizerConfig(freeze=("head",))
     with pytest.raises(ValueError, match="nothing would train"):
         OptimizerConfig(freeze=("vision", "merger", "decoder"))
+
+
+def test_modules_and_parameters_are_frozen_by_name() -> None:
+    model = Qwen25VL.fresh("tiny")
+    freeze(model, ("vision", "model.embed_tokens", "model.layers.1", "model.norm.weight"))
+    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    wanted = ("model.embed_tokens.", "model.layers.1.", "model.norm.")
+    named = [name for name, _ in model.named_parameters()]
+    assert fixed == {n for n in named if n.startswith(wanted) or part_of(n) == "vision"} and len(fixed) > 12
+    with pytest.raises(ValueError, match=r"\['model.layer', 'model.layers.9'\]"):
+        freeze(model, ("model.layers.0", "model.layers.9", "model.layer"))
 
 
 def test_steps_equal_plain_adamw() -> None:
