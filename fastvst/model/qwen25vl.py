@@ -68,16 +68,8 @@ class Qwen25VL(nn.Module):
                 have seen images and language; nothing is random.
         """
         model = cls(ModelConfig.preset(preset))
-        if preset != "tiny":
-            return model
-        if start == "base":
-            model.load_state_dict(load_file(TINY_BASE))
-            return model
-        stored = load_file(TINY_TOWER)
-        tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
-        model.visual.load_state_dict(tower)
-        if start == "aligned":
-            start_from_tower(model.model, model.config, stored)
+        if preset == "tiny":
+            load_start(model, start)
         return model
 
     @torch.no_grad()
@@ -233,6 +225,18 @@ class Qwen25VL(nn.Module):
         """
         state = self.state_dict()
         weights.save(Path(directory), self.config, state, processor=processor, max_shard_bytes=max_shard_bytes)
+
+
+def load_start(model: Qwen25VL, start: Start) -> None:
+    """The shipped weights of a tiny model, see `Qwen25VL.fresh`."""
+    if start == "base":
+        model.load_state_dict(load_file(TINY_BASE))
+        return
+    stored = load_file(TINY_TOWER)
+    tower = {n.removeprefix("visual."): w for n, w in stored.items() if n.startswith("visual.")}
+    model.visual.load_state_dict(tower)
+    if start == "aligned":
+        start_from_tower(model.model, model.config, stored)
 
 
 def attend_packed(batch: PackedBatch) -> Attend:
