@@ -320,7 +320,10 @@ def build_model(
     if source is not None and rows > config.vocab_size:
         grow_vocabulary(source, rows, seed)
         world.say(f"the vocabulary of the model grows from {config.vocab_size} to {rows} rows")
-    freeze(skeleton, frozen)
+    try:
+        freeze(skeleton, frozen)
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}") from error
     model = distributed.place(source, skeleton, world, reshard=reshard)
     model.recompute = recompute
     return model

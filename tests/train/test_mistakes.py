@@ -81,6 +81,7 @@ BOTH = [
     (["optimizer.weight_decay=-1"], "optimizer: weight_decay is -1"),
     (["optimizer.betas=[0.9, 1.5]"], "optimizer: betas"),
     (["optimizer.freeze=eyes"], "freeze names .*eyes.*; expected a part"),
+    (["optimizer.freeze=vision,model.layers.99"], "optimizer: freeze names .'model.layers.99'., which no parameter"),
     (["optimizer.freeze=vision,merger,decoder"], "freeze names every part"),
     (["schedule.warmup=-0.1"], r"schedule: warmup \(-0.1\).*must not be negative"),
     (["checkpoint.keep=0"], "checkpoint: keep is 0; expected at least 1"),
