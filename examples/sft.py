@@ -104,7 +104,7 @@ class Config:
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
         steps: optimizer steps; none = all of data.epochs, which is 1 for your own data; for the rooms 2200.
-        seed: random seed of the initial weights.
+        seed: random seed of the weights that no checkpoint and no base has.
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what the run would cost, and end.

@@ -110,9 +110,10 @@ class Environment:
         if self.taken != self.at or not self.fault:
             return
         if self.once:
-            if pathlib.Path(self.once).exists():
+            try:  # of several processes, one makes the file
+                pathlib.Path(self.once).touch(exist_ok=False)
+            except FileExistsError:
                 return
-            pathlib.Path(self.once).touch()
         if self.fault == "hang":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(1000)
