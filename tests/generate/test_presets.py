@@ -85,7 +85,7 @@ def test_the_default_rows_are_what_they_were(renderer: Renderer) -> None:
 def test_the_learnable_mixture_has_the_questions_that_the_curves_ask_for(samples: int) -> None:
     """2,500 of distance, 1,000 pairs of a moving camera (docs/measured.md), and an eighth of general questions."""
     assert LEARNABLE.shares is not None and set(LEARNABLE.shares) == set(LEARNABLE.rows)
-    assert set(LEARNABLE.rows) == {*DEFAULT_ROWS, "general_question", "general_pair_question"}
+    assert set(LEARNABLE.rows) == {*DEFAULT_ROWS, "general_question"}
     plan = Counter(apportion(LEARNABLE.shares, samples))
     total = sum(LEARNABLE.shares.values())
     assert all(abs(plan[task] - samples * share / total) <= 2 for task, share in LEARNABLE.shares.items())
