@@ -1,8 +1,8 @@
 """Supervised fine-tuning of Qwen2.5-VL: a training script, from configuration to report.
 
-Without arguments it renders 10,000 questions about furnished rooms (once; they are cached), trains the tiny model on
-them from its base (docs/miniature.md), evaluates it on rooms that training never saw, and writes
-runs/sft/report/index.html.
+Without arguments it renders about 8,800 questions about furnished rooms (once; they are cached), trains the tiny model
+on them (a pretrained vision tower and a decoder that starts from the words of its tokens), evaluates it on rooms that
+training never saw, and writes runs/sft/report/index.html.
 
     torchrun examples/sft.py                                       # one process, GPU or CPU
     torchrun --nproc-per-node 8 examples/sft.py                    # one node, 8 GPUs: FSDP2
@@ -79,8 +79,8 @@ class ModelOptions:
     """The model to train.
 
     Attributes:
-        path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights ("tiny": with
-            those of its base, see `Qwen25VL.fresh`).
+        path: directory of a Qwen2.5-VL checkpoint to start from; none = `preset` with random weights
+            (and, for "tiny", a pretrained vision tower: see `Qwen25VL.fresh`).
         preset: "tiny", whose tokenizer is a part of this package. The published sizes need `path` for their tokenizer.
         recompute: activations that backward computes again instead of keeping them: "none"; "light" = norms, activation
             functions and so on; "full" = whole blocks; {vision = "full", decoder = "light:12,full"} = by tower, and
@@ -104,7 +104,7 @@ class Config:
     Attributes:
         out: run folder; an earlier run in it is renamed, never overwritten.
         steps: optimizer steps; none = all of data.epochs, which is 1 for your own data; for the rooms 2200.
-        seed: random seed of the weights that no checkpoint and no base has.
+        seed: random seed of the initial weights.
         resume: "auto", a checkpoint folder, or empty.
         resume_data: "anew" = resume with other data, from their beginning; the model, the optimizer and the step stay.
         dry_run: print what the run would cost, and end.

@@ -12,9 +12,8 @@ from fastvst.tasks import PAIRS, SINGLE, VST_P, WALKS
 DEFAULT = RoomsConfig()
 
 # The rows of examples/sft.py: how many questions a small reader of each task needs, by the learning curves of
-# `python -m bench.learnability` (docs/measured.md), 10,000 rows from about 650 rooms. A list of 3D boxes has a hundred
-# supervised tokens, the other replies have three: with 300 rows of boxes most of the loss was theirs. An eighth of the
-# rows are general questions: without them the model forgets what its base knows.
+# `python -m bench.learnability` (docs/measured.md), 8,760 rows from about 650 rooms. A list of 3D boxes has a hundred
+# supervised tokens, the other replies have three: with 300 rows of boxes most of the loss was theirs.
 LEARNABLE_MIX = {
     "depth_comparison": 3000,
     "distance": 2500,
@@ -22,7 +21,6 @@ LEARNABLE_MIX = {
     "detection_3d": 60,
     "correspondence": 700,
     "camera_motion": 1000,
-    "general_question": 1240,
 }
 LEARNABLE = RoomsConfig(
     rows={
@@ -32,7 +30,6 @@ LEARNABLE = RoomsConfig(
         "detection_3d": 0.1,
         "correspondence": 0.7,
         "camera_motion": 1,
-        "general_question": 1.5,
     },
     shares={name: float(count) for name, count in LEARNABLE_MIX.items()},
 )

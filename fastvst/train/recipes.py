@@ -19,7 +19,6 @@ import torch
 from fastvst.data.processor_files import read_options
 from fastvst.model import ModelConfig, Qwen25VL
 from fastvst.model.hub import local_checkpoint, missing_files
-from fastvst.model.tiny_start import ALIGNED
 
 Layers = list[tuple[str, dict[str, Any]]]
 
@@ -76,18 +75,11 @@ LIMITS = (
 def sft_layers(given: Mapping[str, Any]) -> Layers:
     """For `fastvst.config.resolve`: what examples/sft.py takes from model.path and data.sources.
 
-    Without both it trains the base of the tiny model on rooms, and keeps what the aligned start of the base knows.
-
     Raises:
         FileNotFoundError, ValueError: model.path is not a readable checkpoint.
     """
     own = given.get("data.sources") and given.get("steps") is None and given.get("data.epochs") is None
-    base = not given.get("data.sources") and not given.get("model.path") and given.get("model.preset", "tiny") == "tiny"
-    return [
-        *_layers(given, SFT),
-        *([("for your own data", {"data.epochs": 1})] if own else []),
-        *([("for the rooms", {"optimizer.freeze": list(ALIGNED)})] if base else []),
-    ]
+    return [*_layers(given, SFT), *([("for your own data", {"data.epochs": 1})] if own else [])]
 
 
 def rl_layers(given: Mapping[str, Any]) -> Layers:

@@ -27,7 +27,7 @@ class RoomsOptions:
         folder: where the rows are cached; none = the user's cache folder.
     """
 
-    samples: int = 10000
+    samples: int = 8760
     heldout: int = 1200
     seed: int = 0
     workers: int = 2

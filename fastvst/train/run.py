@@ -315,7 +315,7 @@ def build_model(
             failure = ConfigError(f"model.path: {error}")
     elif world.is_main:
         torch.manual_seed(seed)
-        source = Qwen25VL.fresh(preset, start="base").to(weights_dtype)
+        source = Qwen25VL.fresh(preset, start="aligned").to(weights_dtype)
     raise_together(failure, world)
     if source is not None and rows > config.vocab_size:
         grow_vocabulary(source, rows, seed)

@@ -11,7 +11,6 @@ import pytest
 
 from fastvst.data import Processor
 from fastvst.model import Qwen25VL
-from fastvst.model.tiny_start import ALIGNED
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,8 +82,7 @@ def test_every_stage_starts_from_the_one_before_and_a_finished_one_is_kept(scrip
 
 def test_the_settings_are_those_of_the_first_command(script, monkeypatch) -> None:
     config = load("sft", monkeypatch).read([f"{name}={value}" for name, value in script.SETTINGS.items()])
-    default = load("sft", monkeypatch).read([])
-    assert default.optimizer.freeze == ALIGNED
+    default = load("sft", monkeypatch).Config()
     assert (config.optimizer, config.schedule, config.processor) == (
         default.optimizer,
         default.schedule,

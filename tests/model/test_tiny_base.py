@@ -13,9 +13,6 @@ from fastvst.model import Qwen25VL
 from fastvst.model.qwen25vl import TINY_BASE, TINY_TOWER
 from fastvst.model.tiny_start import ALIGNED
 from fastvst.scenes.scene import Scene
-from fastvst.train import distributed
-from fastvst.train.distributed import ParallelConfig
-from fastvst.train.run import build_model
 from tools.build_base import group
 from tools.tower_batches import tiny_processor
 
@@ -44,23 +41,6 @@ def test_it_keeps_the_parts_that_were_frozen_and_trains_the_rest(base: Qwen25VL)
             torch.testing.assert_close(now, before, rtol=1e-2, atol=1e-4)  # a QR's last bits depend on the threads
         elif now.dim() == 2 and name.startswith("model.layers"):
             assert (now - before).norm() > 0.1 * before.norm(), name
-
-
-def test_the_training_scripts_start_from_the_base() -> None:
-    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
-    built = build_model(
-        world,
-        path=None,
-        preset="tiny",
-        seed=0,
-        frozen=(),
-        recompute="none",
-        reshard=True,
-        weights_dtype=torch.float32,
-        vocab_size=4096,
-    )
-    base = Qwen25VL.fresh("tiny", start="base")
-    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), base.parameters(), strict=True))
 
 
 @torch.no_grad()

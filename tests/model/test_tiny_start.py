@@ -12,6 +12,9 @@ from fastvst.model import Qwen25VL
 from fastvst.model.tiny_start import DISTANCES, StartConfig, start_from_tower
 from fastvst.scenes.scene import Scene
 from fastvst.spatial import draw
+from fastvst.train import distributed
+from fastvst.train.distributed import ParallelConfig
+from fastvst.train.run import build_model
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,23 @@ def test_only_what_the_start_names_changes() -> None:
     assert not torch.equal(
         plain.model.layers[0].self_attn.qkv_proj.weight, changed.model.layers[0].self_attn.qkv_proj.weight
     )
+
+
+def test_the_training_scripts_start_aligned(model: Qwen25VL) -> None:
+    world = distributed.start(ParallelConfig(device="cpu", threads=1), environment={})
+    built = build_model(
+        world,
+        path=None,
+        preset="tiny",
+        seed=0,
+        frozen=(),
+        recompute="none",
+        reshard=True,
+        weights_dtype=torch.float32,
+        vocab_size=4096,
+    )
+    for a, b in zip(built.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the QR's last bits depend on the threads
 
 
 def test_a_tower_without_words_is_an_error(model: Qwen25VL) -> None:

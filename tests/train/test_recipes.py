@@ -12,7 +12,6 @@ import pytest
 from fastvst.config import ConfigError, render
 from fastvst.data import Processor
 from fastvst.model import ModelConfig
-from fastvst.model.tiny_start import ALIGNED
 from fastvst.train import recipes
 from fastvst.train.run import read_config
 from published_files import PREPROCESSOR
@@ -132,16 +131,8 @@ def test_the_tiny_model_keeps_its_settings_and_its_own_limits(tmp_path: Path) ->
     assert (config.processor.max_pixels, config.processor.max_seq_len) == (50176, 1024)
     assert (config.optimizer, config.loader, config.schedule) == (plain.optimizer, plain.loader, plain.schedule)
     assert "optimizer.lr" not in origins
-
-
-def test_only_the_base_on_rooms_has_frozen_parts(tmp_path: Path) -> None:
-    """New words, other rows or another start must be able to train everything."""
     config, origins = read(sft)
-    assert config.optimizer.freeze == ALIGNED and origins == {"optimizer.freeze": "for the rooms"}
-    assert dataclasses.replace(config, optimizer=sft.Config().optimizer, origins=()) == sft.Config()
-    path = write_model(tmp_path / "model")
-    for given in (f"model.path={path}", 'data.sources=[{path = "own.jsonl"}]', "optimizer.freeze=[]"):
-        assert read(sft, given)[0].optimizer.freeze == (), given
+    assert config == plain and not origins
 
 
 @pytest.mark.parametrize("made", ["nothing", "file", "empty", "other"])

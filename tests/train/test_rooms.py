@@ -35,7 +35,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_training_rows_are_learnable_and_held_out_rows_of_equal_shares(world: World, made: list[tuple]) -> None:
     mixture, found = find_data(MixtureConfig(sources=()), RoomsOptions(seed=3), world)
     assert [source.path for source in mixture.sources] == ["/rows/train"] and found == ("/rows/train", "/rows/heldout")
-    assert made == [("train", 10000, LEARNABLE, 3), ("heldout", 1200, HELDOUT, 3)]
+    assert made == [("train", 8760, LEARNABLE, 3), ("heldout", 1200, HELDOUT, 3)]
     own = MixtureConfig(sources=(SourceConfig(path="own.jsonl"),))
     assert find_data(own, RoomsOptions(), world) == (own, None) and len(made) == 2
 
