@@ -39,6 +39,7 @@ from fastvst.evaluate.action_policy import ActionPolicy
 from fastvst.evaluate.episode_report import EpisodeReport
 from fastvst.evaluate.episodes import Episodes, Policy, metaworld_tasks
 from fastvst.evaluate.in_training import EvaluationConfig
+from fastvst.evaluate.playing import EpisodeTask
 from fastvst.evaluate.policy_page import success_lines, write_policy_page
 from fastvst.generate.rooms import cache_root
 from fastvst.model import ModelConfig
@@ -221,12 +222,7 @@ def roll_out(config: Config, training: Sequence[Path]) -> dict[str, EpisodeRepor
         "grey image": ActionPolicy(engine, ACTIONS, blind=True),
         "mean action": mean_action(training),
     }
-    tasks = [
-        dataclasses.replace(task, max_steps=MAX_ACTIONS)
-        for task in metaworld_tasks(
-            config.tasks, config.trials, python=config.python or sys.executable, environment=CAMERA
-        )
-    ]
+    tasks = trial_tasks(config.tasks, config.trials, config.python)
     settings = {"model": fingerprint.of_directory(Path(config.out) / "hf"), "actions": to_dict(ACTIONS)}
     reports = {}
     for name, policy in policies.items():
@@ -234,6 +230,12 @@ def roll_out(config: Config, training: Sequence[Path]) -> dict[str, EpisodeRepor
         reports[name] = episodes.play(policy, simulators=config.simulators, log=every(20))
         print(f"{name}: mean success {reports[name].mean} %", flush=True)
     return reports
+
+
+def trial_tasks(names: Sequence[str], trials: int, python: str | None) -> list[EpisodeTask]:
+    """Tasks of Meta-World with the camera and the length of episodes that the policies of this script have."""
+    tasks = metaworld_tasks(names, trials, python=python or sys.executable, environment=CAMERA)
+    return [dataclasses.replace(task, max_steps=MAX_ACTIONS) for task in tasks]
 
 
 def episodes_folder(config: Config, policy: str) -> Path:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from fastvst.data.sources.action_rows import ActionRows
 from fastvst.evaluate import fingerprint
 from fastvst.evaluate.action_policy import ActionPolicy, recorded_actions
 from fastvst.evaluate.episode_report import EpisodeReport
-from fastvst.evaluate.episodes import Episodes, metaworld_tasks
+from fastvst.evaluate.episodes import Episodes
 from fastvst.evaluate.playing import EpisodeTask
 from fastvst.evaluate.policy_page import success_lines
 from fastvst.rl.episodes import EpisodeSampler, EpisodeSamplingConfig, episode_text
@@ -99,12 +98,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     except ValueError as error:
         raise ConfigError(f"model: {error}; expected the folder of a run of examples/vla.py") from error
     begin = time.monotonic()
-    tasks = [
-        dataclasses.replace(task, max_steps=vla.MAX_ACTIONS)
-        for task in metaworld_tasks(
-            config.tasks, config.trials, python=config.python or sys.executable, environment=vla.CAMERA
-        )
-    ]
+    tasks = vla.trial_tasks(config.tasks, config.trials, config.python)
     try:
         tokens = len(actions.codec.allowed(build_processor(vla.PROCESSOR, config.model).tokenizer))
         settings = training_settings(config, tokens)

@@ -62,6 +62,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], good: Sequence[b
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def clip(text: str, limit: int) -> str:
+    """At most `limit` characters of a text; "(empty)" for none."""
+    text = text or "(empty)"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def image_tag(image: Image.Image, alt: str, *, width: int = 448, quality: int = 85) -> str:
     """An <img> that contains the image as JPEG, scaled down to at most `width` pixels."""
     shown = image.convert("RGB")

@@ -1,6 +1,6 @@
 """Train a base of the tiny preset on images and language, before any of VST's tasks.
 
-    python tools/build_base.py --work DIR      # 15 minutes of one core; docs/base_card.md has the figures
+    python tools/build_base.py --work DIR      # 15 minutes of one core; its card is fastvst/model/tiny_base.md
 
 VST starts from Qwen2.5-VL, which has seen images and language. A base plays this part for the tiny model: it starts
 from the pretrained tower and the aligned decoder (`fastvst.model.tiny_start`), and learns names, colours, places in the
@@ -48,6 +48,7 @@ from tools.tower_batches import tiny_processor
 
 IGNORE = -100
 BUDGET = 1024  # tokens of a step
+ROWS = 24_000  # conversations
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,8 @@ CURRICULUM = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Conversations; the stages; the last steps, in which the rate falls to 0; peak rates of Muon, AdamW, the tower."""
+    """The stages; the last steps, in which the rate falls to 0; peak rates of Muon, AdamW, the tower."""
 
-    rows: int = 24_000
     stages: tuple[Stage, ...] = CURRICULUM
     decay: int = 500
     muon_lr: float = 2e-3
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the rows, the models of every 1,000 steps, and base"
     )
-    parser.add_argument("--rows", type=int, default=Recipe.rows, help="conversations to render")
+    parser.add_argument("--rows", type=int, default=ROWS, help="conversations to render")
     parser.add_argument("--stretch", type=float, default=1.0, help="factor of the steps of every stage")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the training")
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows = make_rooms(options.work, options.rows, 0, options.workers, BASE, split="base")
     stages = tuple(dataclasses.replace(s, steps=round(options.stretch * s.steps)) for s in CURRICULUM)
-    recipe = Recipe(options.rows, stages, round(options.stretch * Recipe.decay))
+    recipe = Recipe(stages, round(options.stretch * Recipe.decay))
     model = train(Path(rows), options.work, recipe)
     model.save_pretrained(options.work / "base", processor=tiny_processor())
     write_file(model, options.work / TINY_BASE.name)

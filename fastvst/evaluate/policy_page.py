@@ -62,16 +62,9 @@ def write_policy_page(
     """
     rows = [row for row in jsonl.read(metrics) if "loss" in row]
     first = next(iter(reports.values()))
-    episodes = len(first.results)
-    note = (
-        f"<p>{episodes} episodes of each policy, from initial states that no demonstration has. Intervals are "
-        "Wilson's; that of the mean takes all episodes as trials of one rate. Green: the interval of the first policy "
-        "lies above those of all others.</p>"
-    )
-    notes = "".join(f"<p>{escape(text)}</p>" for text in notes_of(reports))
     errors = rows[-1].get("evaluation", {}).get("errors", {}) if rows else {}
     sections = [
-        ("Success in simulators", success_table(reports) + note + notes),
+        success_section(reports, "from initial states that no demonstration has"),
         ("Episodes of the trained policy", film_cards(films, first)),
         *([("Errors on held-out demonstrations", _errors(errors))] if errors else []),
         *training_sections(rows),
@@ -84,7 +77,18 @@ def write_policy_page(
     return out / "index.html"
 
 
-def notes_of(reports: Mapping[str, EpisodeReport]) -> list[str]:
+def success_section(reports: Mapping[str, EpisodeReport], played: str) -> tuple[str, str]:
+    """(title, table of success rates with what must be said of it). `played`: how the episodes were."""
+    episodes = len(next(iter(reports.values())).results)
+    note = (
+        f"<p>{episodes} episodes of each policy, {played}. Intervals are Wilson's; that of the mean takes all episodes "
+        "as trials of one rate. Green: the interval of the first policy lies above those of all others.</p>"
+    )
+    notes = "".join(f"<p>{escape(text)}</p>" for text in _notes(reports))
+    return "Success in simulators", success_table(reports) + note + notes
+
+
+def _notes(reports: Mapping[str, EpisodeReport]) -> list[str]:
     """What must not stay unsaid: warnings, faults of simulators, episodes that could not be finished."""
     found = []
     for name, report in reports.items():

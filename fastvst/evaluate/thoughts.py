@@ -198,10 +198,14 @@ def reply(model_path: str | Path, asked: Sequence[Sample], step: int, max_new_to
     return Replies(step, *texts)
 
 
+def truth_of(sample: Sample) -> str:
+    """The answer of a row, without its reasoning."""
+    return str(sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip())
+
+
 def right(text: str, sample: Sample) -> float:
     """Score against the checkable answer, or against the reply with its option letter, whichever is higher."""
-    truth = sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip()
-    return max(score(text, sample.answer or {}), score(text, {"type": "text", "value": truth}))
+    return max(score(text, sample.answer or {}), score(text, {"type": "text", "value": truth_of(sample)}))
 
 
 def summarise(

@@ -10,7 +10,7 @@ from fastvst import atomic, html
 from fastvst.data import Sample
 from fastvst.data.images import load_rgb
 from fastvst.evaluate.statistics import Interval
-from fastvst.evaluate.thoughts import ALL, HEADER, Answered, Thoughts
+from fastvst.evaluate.thoughts import ALL, HEADER, Answered, Thoughts, truth_of
 from fastvst.helper import Helper
 from fastvst.reasoning.faithfulness import VERDICTS, Sentence
 
@@ -155,17 +155,16 @@ def _card(helper: Helper, one: Answered) -> str:
     except Exception as error:  # a broken image or decoder; the page must be written
         tags = [f"<p>no image: {escape(str(error))}</p>"]
     question = " ".join(p["text"] for p in sample.messages[0]["content"] if p["type"] == "text")
-    truth = sample.messages[-1]["content"][0]["text"].rsplit("</think>", 1)[-1].strip()
     answer = one.thinking.rpartition("</think>")[2].strip()
     sentences = " ".join(_sentence(s) for s in one.sentences) or "<i>no thought</i>"
     verdicts = ["right" if value >= 0.5 else "wrong" for value in (one.thinking_score, one.direct_score)]
     return (
         '<div class="card" style="margin-bottom: 1rem; display: grid; grid-template-columns: 360px 1fr; gap: 1rem">'
         f'<div>{"".join(tags)}</div><div><p class="task">{escape(one.task.replace("_", " "))} · room '
-        f"{escape(one.room)}</p><p><b>Q</b> {escape(question.strip())}</p><p><b>A</b> {escape(truth)}</p>"
+        f"{escape(one.room)}</p><p><b>Q</b> {escape(question.strip())}</p><p><b>A</b> {escape(truth_of(sample))}</p>"
         f'<p style="white-space: normal">{sentences}</p>'
-        f'<p class="{verdicts[0]}"><b>With thinking</b> {escape(_clip(answer))}</p>'
-        f'<p class="{verdicts[1]}"><b>Direct</b> {escape(_clip(one.direct))}</p></div></div>'
+        f'<p class="{verdicts[0]}"><b>With thinking</b> {escape(html.clip(answer, 400))}</p>'
+        f'<p class="{verdicts[1]}"><b>Direct</b> {escape(html.clip(one.direct, 400))}</p></div></div>'
     )
 
 
@@ -177,8 +176,3 @@ def _sentence(sentence: Sentence) -> str:
 def _images(sample: Sample) -> list[str]:
     images = [load_rgb(p["image"], max_source_pixels=1 << 24, time_limit=10.0) for p in sample.parts("image")]
     return [html.image_tag(image, sample.kind) for image in images]
-
-
-def _clip(text: str, limit: int = 400) -> str:
-    text = text or "(empty)"
-    return text if len(text) <= limit else text[: limit - 1] + "…"

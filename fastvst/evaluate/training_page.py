@@ -97,7 +97,7 @@ def _action_errors(found: list[tuple[int, dict[str, Any]]]) -> list[tuple[str, s
 
 def _score_table(results: RoomResults) -> str:
     rows = [
-        (t.task.replace("_", " "), t.model, t.majority, t.random, t.questions, _clip(t.majority_answer, 60))
+        (t.task.replace("_", " "), t.model, t.majority, t.random, t.questions, html.clip(t.majority_answer, 60))
         for t in results.tasks
     ]
     header = ("task", "model, % [95 %]", "majority answer", "random answer", "questions", "the majority answer is")
@@ -143,7 +143,7 @@ def _card(helper: Helper, example: Example) -> str:
     return (
         f'<div class="card">{media}<p class="task">{escape(question.task.replace("_", " "))} · room '
         f"{escape(question.room)}</p><p><b>Q</b> {escape(short.strip())}</p><p><b>A</b> {escape(truth)}</p>"
-        f'<p class="{verdict}"><b>Model</b> {escape(_clip(example.prediction, 400))}{far}</p></div>'
+        f'<p class="{verdict}"><b>Model</b> {escape(html.clip(example.prediction, 400))}{far}</p></div>'
     )
 
 
@@ -162,8 +162,3 @@ def _with_boxes(image: Image.Image, question: Question, prediction: str) -> Imag
     drawn = boxes_3d(image, [t["bbox_3d"] for t in truth], [t["label"] for t in truth], intrinsics, TRUTH)
     boxes, labels = parse_boxes(prediction)
     return boxes_3d(drawn, boxes, labels, intrinsics, GUESS)
-
-
-def _clip(text: str, limit: int) -> str:
-    text = text if text else "(empty)"
-    return text if len(text) <= limit else text[: limit - 1] + "…"

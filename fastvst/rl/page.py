@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvst import atomic, html, jsonl
 from fastvst.evaluate.episode_report import EpisodeReport
-from fastvst.evaluate.policy_page import film_cards, notes_of, success_table
+from fastvst.evaluate.policy_page import film_cards, success_section
 
 CURVES = (
     ("Reward of the sampled completions", "reward", "reward"),
@@ -63,14 +63,8 @@ def write_success_page(
     target = Path(out) / "report" / "index.html"
     rows = jsonl.read(Path(out) / "metrics.jsonl")
     first = next(iter(reports.values()))
-    note = (
-        f"<p>{len(first.results)} episodes of each policy with the most likely actions, from initial states that no "
-        "training has. Intervals are Wilson's; that of the mean takes all episodes as trials of one rate. Green: the "
-        "interval of the first policy lies above that of the other.</p>"
-    )
-    notes = "".join(f"<p>{escape(text)}</p>" for text in notes_of(reports))
     sections = [
-        ("Success in simulators", success_table(reports) + note + notes),
+        success_section(reports, "with the most likely actions, from initial states that no training has"),
         *_curves(rows, SUCCESS_CURVES),
         ("Episodes after training", film_cards(films, first)),
         ("Configuration", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"),

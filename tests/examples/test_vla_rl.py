@@ -35,7 +35,7 @@ def vla_rl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def tasks(names, trials, *, python, environment):
         return [EpisodeTask(n, SimulatorConfig(TOY, {"task": n}, python), trials, 100) for n in names]
 
-    monkeypatch.setattr(module, "metaworld_tasks", tasks)
+    monkeypatch.setattr(module.vla, "metaworld_tasks", tasks)
     monkeypatch.setattr(module.vla, "MAX_ACTIONS", 1)
     return module
 
@@ -81,7 +81,7 @@ def test_a_policy_that_never_succeeds_is_an_error_with_advice(vla_rl, start, mon
     hard = start.parents[1] / "hard.py"
     hard.write_text(toy)
     monkeypatch.setattr(
-        vla_rl, "metaworld_tasks", lambda *_, **__: [EpisodeTask("toy", SimulatorConfig(str(hard)), 1, 1)]
+        vla_rl.vla, "metaworld_tasks", lambda *_, **__: [EpisodeTask("toy", SimulatorConfig(str(hard)), 1, 1)]
     )
     with pytest.raises(NoUpdate, match="of 3 groups 3 only failed"):
         vla_rl.main(words(start, steps=1), {})
